@@ -1,0 +1,154 @@
+"""What the frontend asks of the core and what the core answers: ids and numbers, never text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from types import MappingProxyType
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+TokenIdArray = npt.NDArray[np.uint32]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn; already validated and completed with the model's defaults. `RowSampling` in worker.proto."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0  # unsigned 64 bit
+    num_logprobs: int | None = None
+    logit_bias: Mapping[int, float] = MappingProxyType({})
+    allowed_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CoreRequest:
+    """One admitted-or-not request, as the frontend hands it to `EngineClient.submit`."""
+
+    request_id: str
+    prompt_ids: TokenIdArray  # [num_prompt_tokens], uint32
+    sampling: SamplingParams
+    # Most tokens a sequence may generate, >= 1; the frontend has clamped it to what the context leaves.
+    max_tokens: int
+    min_tokens: int = 0
+    # Drawing one of these ends the sequence (end-of-sequence tokens included, unless ignored).
+    stop_token_ids: frozenset[int] = frozenset()
+    num_sequences: int = 1
+    priority: int = 0
+    tenant: str = ""
+    cache_salt: str = ""
+
+
+class FinishReason(Enum):
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Logprobs of one generated token."""
+
+    logprob: float
+    top_token_ids: Sequence[int]
+    top_logprobs: Sequence[float]
+
+
+@dataclass(slots=True)
+class SequenceOutput:
+    """What one step gave one sequence.
+
+    `token_ids` are to be shown, so a stop token that ended the sequence is not among them, but counts in `num_tokens`.
+    """
+
+    index: int
+    token_ids: list[int]
+    num_tokens: int
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None
+    # The stop token that was drawn, if one was.
+    stop_token_id: int | None = None
+
+
+class RequestFault(Exception):
+    """A request that ended without finishing, after it was accepted.
+
+    `code` is a google.rpc.Code name ("INTERNAL", "UNAVAILABLE", "CANCELLED"); `retryable` says whether the same request
+    may succeed later.
+    """
+
+    def __init__(self, code: str, message: str, *, retryable: bool) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.retryable = retryable
+
+
+class AdmissionError(Exception):
+    """A request that is refused before anything was done for it.
+
+    `reason` is a stable word ("queue_full", "context_length_exceeded", "draining", "no_worker"); `retry_after_s` is set
+    where waiting helps.
+    """
+
+    def __init__(
+        self, reason: str, message: str, *, code: str, field: str | None = None, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.code = code
+        self.field = field
+        self.retry_after_s = retry_after_s
+
+
+class OutputSink(Protocol):
+    """Where a request's outputs go. Called on the event loop, in order; must not block and must not raise."""
+
+    def on_output(self, output: SequenceOutput) -> None: ...
+
+    def on_end(self, num_cached_tokens: int, fault: RequestFault | None) -> None:
+        """Exactly once, after every sequence has ended or with the fault that ended the request; never after a cancel."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What the frontend needs to know of the workers' model; from `DescribeResponse`."""
+
+    model: str
+    max_model_len: int
+    vocab_size: int
+    max_num_logprobs: int
+    can_mask_tokens: bool
+
+
+class EngineClient(Protocol):
+    """The one interface between frontend and core. All calls on the core's event loop."""
+
+    @property
+    def facts(self) -> ModelFacts: ...
+
+    def submit(self, request: CoreRequest, sink: OutputSink) -> None:
+        """Queue a request. Raises `AdmissionError`; afterwards the sink hears exactly one end, unless cancelled."""
+        ...
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request: nothing more comes out, its blocks are free within one step. Unknown ids are ignored."""
+        ...
+
+    def finish_sequence(self, request_id: str, index: int) -> None:
+        """The frontend saw a stop string: end this sequence as if it had stopped by itself.
+
+        No further `on_output` comes for this index; `on_end` still comes once all sequences have ended.
+        """
+        ...
