@@ -16,7 +16,7 @@ TokenIdArray = npt.NDArray[np.uint32]
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are drawn; already validated and completed with the model's defaults. `RowSampling` in worker.proto."""
+    """How tokens are drawn: validated, and completed with the model's defaults. `RowSampling` in worker.proto."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -117,7 +117,7 @@ class OutputSink(Protocol):
     def on_output(self, output: SequenceOutput) -> None: ...
 
     def on_end(self, num_cached_tokens: int, fault: RequestFault | None) -> None:
-        """Exactly once, after every sequence has ended or with the fault that ended the request; never after a cancel."""
+        """Exactly once: after every sequence has ended, or with the fault that ended all; never after a cancel."""
         ...
 
 

@@ -1,0 +1,554 @@
+"""The scheduler: which rows run in the next step, on which blocks.
+
+Pure: no I/O, no clock, no threads. `plan` decides a step, `apply` takes its outcome; several steps may be in flight
+between the two. Everything here is counted in tokens and blocks; token values are looked at only to see whether a
+sequence has stopped and to name block contents.
+
+The plan runs ahead of what is known. When a step samples a token, the sequence is one token longer at once
+(`num_total`), and the next step may run that token before its value has come back. A stop is therefore noticed up to
+`steps in flight` late, and what was computed beyond it is thrown away.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from operator import attrgetter
+
+from control_plane.core.kv_blocks import BlockPool
+from control_plane.core.policy import PolicyName, choose_victim, sort_key
+from control_plane.core.prefix_cache import BlockHash, PrefixCache, extend_chain, root_hash
+from control_plane.core.request import CoreRequest, FinishReason, RequestFault, SequenceOutput
+from control_plane.core.sequence import NEVER, NO_ROW, RequestState, SequenceState
+from control_plane.core.step_plan import ProtocolError, RowFailure, RowStart, StepEvents, StepOutcome, StepPlan
+
+_by_sort_key = attrgetter("sort_key")
+
+# A sequence that was in the batch of this many lost workers in a row is tried alone.
+_LOSSES_UNTIL_ALONE = 2
+# How many further tokens clear a sequence of suspicion.
+_TOKENS_THAT_CLEAR = 4
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """What the worker has, and how it is to be used."""
+
+    first_block_id: int
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    policy: PolicyName = "fcfs"
+    enable_prefix_caching: bool = True
+
+
+@dataclass(slots=True)
+class SchedulerCounters:
+    """Totals since the start, for whoever exports them."""
+
+    num_preemptions: int = 0
+    num_prefix_queries: int = 0  # tokens looked up
+    num_prefix_hits: int = 0  # tokens found
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_discarded_tokens: int = 0  # sampled after their sequence had ended
+    num_recomputed_tokens: int = 0  # run again after a preemption or a lost worker
+
+
+class Scheduler:
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.counters = SchedulerCounters()
+        self._num_arrivals = 0
+        self._requests: dict[str, RequestState] = {}
+        self._waiting: list[SequenceState] = []  # by sort_key
+        self._running: list[SequenceState] = []  # by sort_key
+        self._num_waiting_requests = 0
+        self._num_waiting_tokens = 0
+        # Sequences with num_losses > 0 that have not cleared themselves yet.
+        self._marked: set[SequenceState] = set()
+        self.reset(config)
+
+    def reset(self, config: SchedulerConfig) -> None:
+        """Start over with an empty worker. Nothing may be running; see `worker_lost`."""
+        if self._running:
+            raise RuntimeError("sequences are still placed on the old worker")
+        self.config = config
+        self._cache = PrefixCache()
+        self._pool = BlockPool(config.first_block_id, config.num_blocks, self._cache.forget)
+        self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
+        self._drop_rows: list[int] = []
+        self._next_step_id = 1
+        self._in_flight: deque[StepPlan] = deque()
+        # Blocks let go while steps that may touch them are in flight: (last such step, blocks).
+        self._deferred: deque[tuple[int, list[int]]] = deque()
+        # Contents that a running prefill will have put into the cache soon.
+        self._computing: dict[BlockHash, SequenceState] = {}
+
+    # ---- what the outside may ask ----
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._requests)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_waiting_requests(self) -> int:
+        return self._num_waiting_requests
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        return self._num_waiting_tokens
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    @property
+    def num_blocks_held(self) -> int:
+        return self._pool.num_held
+
+    @property
+    def num_usable_blocks(self) -> int:
+        return self._pool.num_usable
+
+    @property
+    def num_cached_blocks(self) -> int:
+        return len(self._cache)
+
+    # ---- requests come and go ----
+
+    def add_request(self, request: CoreRequest, now: float) -> RequestState:
+        """Queue an admitted request."""
+        if request.request_id in self._requests:
+            raise ValueError(f"request id {request.request_id} is already in use")
+        root = None
+        if self.config.enable_prefix_caching:
+            root = root_hash(request.tenant, request.cache_salt)
+        elif request.num_sequences > 1:
+            # No caching, but siblings share their prompt: a chain that nobody else can start.
+            root = root_hash(f"fork {self._num_arrivals}", request.request_id)
+        state = RequestState(request, self._num_arrivals, now, root)
+        self._num_arrivals += 1
+        self._requests[request.request_id] = state
+        self.counters.num_prompt_tokens += len(request.prompt_ids)
+        for sequence in state.sequences:
+            sequence.sort_key = sort_key(self.config.policy, sequence)
+            self._enqueue(sequence)
+        return state
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request. Unknown ids are ignored: it may have ended by itself."""
+        state = self._requests.pop(request_id, None)
+        if state is not None:
+            for sequence in state.sequences:
+                self._end(sequence)
+
+    def finish_sequence(self, request_id: str, index: int) -> RequestState | None:
+        """End one sequence from outside (a stop string). Returns its request if this was the last one."""
+        state = self._requests.get(request_id)
+        if state is None or state.sequences[index].finished:
+            return None
+        self._end(state.sequences[index])
+        return self._close_if_done(state)
+
+    # ---- the step ----
+
+    def plan(self, now: float) -> StepPlan | None:
+        """Decide the next step; None if there is nothing to run now."""
+        plan = StepPlan(self._next_step_id)
+        only = self._next_suspect()
+        if only is not None:
+            running = [only] if only.row != NO_ROW else []
+            waiting = [only] if only.row == NO_ROW else []
+        else:
+            running, waiting = list(self._running), self._waiting
+        budget = self.config.max_num_batched_tokens
+        num_preemptions = self.counters.num_preemptions
+
+        prefills = []
+        for sequence in running:
+            if sequence.row == NO_ROW or not sequence.samples_left:
+                continue  # preempted a moment ago, or everything that it may generate is in flight
+            if sequence.num_total - sequence.num_computed > 1:
+                prefills.append(sequence)
+            elif budget and self._plan_decode(plan, sequence):
+                budget -= 1
+        for sequence in prefills:
+            if budget and sequence.row != NO_ROW:
+                budget -= self._plan_prefill(plan, sequence, budget)
+        if waiting and self.counters.num_preemptions == num_preemptions:
+            self._plan_admissions(plan, waiting, budget, now)
+
+        if not plan.rows:
+            return None
+        plan.drop_rows, self._drop_rows = self._drop_rows, []
+        self._next_step_id += 1
+        self._in_flight.append(plan)
+        return plan
+
+    def apply(self, outcome: StepOutcome) -> StepEvents:
+        """Take the outcome of the oldest step in flight. Raises `ProtocolError` if it is not that step's."""
+        if not self._in_flight or self._in_flight[0].step_id != outcome.step_id:
+            expected = self._in_flight[0].step_id if self._in_flight else "none"
+            raise ProtocolError(f"the worker answered step {outcome.step_id}, expected {expected}")
+        plan = self._in_flight.popleft()
+        self._retire(plan)
+        events = StepEvents()
+        failures = {failure.row: failure for failure in outcome.failures}
+        self._take_tokens(plan, outcome, failures, events)
+        if failures:
+            for sequence, row in zip(plan.sequences, plan.rows, strict=True):
+                if row in failures and not sequence.finished:
+                    self._fail(sequence.request, _fault_of(failures[row]), events)
+        if self._marked:
+            self._clear_suspicion(plan.sequences)
+        return events
+
+    def worker_lost(self) -> StepEvents:
+        """Everything on the worker is gone: every sequence waits again, to be recomputed from its token ids.
+
+        Sequences that were in the lost worker's batch are remembered; one that was tried alone and lost its worker
+        again ends with a fault.
+        """
+        events = StepEvents()
+        in_batch = {sequence for plan in self._in_flight for sequence in plan.sequences if not sequence.finished}
+        was_alone = self._next_suspect()
+        self._in_flight.clear()
+        running, self._running = self._running, []
+        for sequence in running:
+            self.counters.num_recomputed_tokens += sequence.num_retired
+            sequence.forget_placement()
+            self._enqueue(sequence)
+        for sequence in self._waiting:
+            # Preempted while its last samples were in flight: those are lost with the step.
+            sequence.forget_placement()
+        for sequence in in_batch:
+            sequence.num_losses += 1
+            sequence.progress_mark = len(sequence.output_ids) + _TOKENS_THAT_CLEAR
+            self._marked.add(sequence)
+        if was_alone is not None and was_alone in in_batch:
+            fault = RequestFault(
+                "INTERNAL",
+                f"the worker was lost {was_alone.num_losses} times while this request ran, "
+                "the last time with nothing beside it",
+                retryable=False,
+            )
+            self._fail(was_alone.request, fault, events)
+        self.reset(self.config)
+        return events
+
+    # ---- planning ----
+
+    def _next_suspect(self) -> SequenceState | None:
+        if not self._marked:
+            return None
+        suspects = [sequence for sequence in self._marked if sequence.num_losses >= _LOSSES_UNTIL_ALONE]
+        return min(suspects, key=_by_sort_key, default=None)
+
+    def _plan_decode(self, plan: StepPlan, sequence: SequenceState) -> bool:
+        """Run the sequence's newest token; False if there is no block for it in this step."""
+        new_block_ids: list[int] = []
+        if sequence.num_computed == sequence.capacity:
+            if not self._make_room(sequence):
+                return False
+            new_block_ids = self._pool.allocate(1)
+            sequence.block_ids += new_block_ids
+            sequence.capacity += self.config.block_size
+        plan.add_run(sequence, 1, sample=True, new_block_ids=new_block_ids)
+        sequence.num_computed += 1
+        sequence.num_total += 1
+        sequence.samples_left -= 1
+        return True
+
+    def _plan_prefill(self, plan: StepPlan, sequence: SequenceState, budget: int) -> int:
+        """Run as much of the sequence's prompt as the budget allows; its blocks are reserved already."""
+        num_left = sequence.num_total - sequence.num_computed
+        num_tokens = min(num_left, budget)
+        sample = num_tokens == num_left
+        plan.add_run(sequence, num_tokens, sample=sample)
+        sequence.num_computed += num_tokens
+        if sample:
+            sequence.num_total += 1
+            sequence.samples_left -= 1
+        return num_tokens
+
+    def _plan_admissions(self, plan: StepPlan, waiting: list[SequenceState], budget: int, now: float) -> None:
+        """Give rows and blocks to waiting sequences, in order; the first that does not fit ends it."""
+        placed = []
+        for sequence in waiting:
+            if not budget or not self._free_rows:
+                break
+            if self._in_flight and self._in_flight[0].step_id <= sequence.displaced_after:
+                continue  # preempted; its last steps are still on their way
+            hashes = self._prompt_hashes(sequence)
+            cached = self._cache.match(hashes)
+            if len(cached) < len(hashes) and hashes[len(cached)] in self._computing:
+                continue  # someone is computing this very block: wait for it instead of computing it twice
+            if not self._reserve(sequence, cached):
+                break
+            self._place(plan, sequence, hashes, len(cached), now)
+            placed.append(sequence)
+            budget -= self._plan_prefill(plan, sequence, budget)
+        for sequence in placed:
+            self._dequeue(sequence)
+            insort(self._running, sequence, key=_by_sort_key)
+
+    def _reserve(self, sequence: SequenceState, cached: list[int]) -> bool:
+        """Take the cached blocks and fresh ones for all known tokens: a prefill that starts can finish."""
+        num_blocks = -(-sequence.num_total // self.config.block_size)
+        self._pool.retain(cached)
+        num_fresh = num_blocks - len(cached)
+        # Leave running sequences blocks to grow into, or preemption would undo this admission at once.
+        headroom = min(len(self._running), self._pool.num_usable // 20 + 1)
+        if self._pool.num_free < num_fresh + headroom:
+            self._pool.release(reversed(cached))
+            return False
+        sequence.block_ids = cached + self._pool.allocate(num_fresh)
+        sequence.capacity = num_blocks * self.config.block_size
+        return True
+
+    def _place(
+        self, plan: StepPlan, sequence: SequenceState, hashes: list[BlockHash], num_cached: int, now: float
+    ) -> None:
+        request = sequence.request
+        block_size = self.config.block_size
+        sequence.row = self._free_rows.pop()
+        sequence.num_computed = sequence.num_retired = num_cached * block_size
+        if request.root_hash is not None:
+            sequence.next_hash_at = (num_cached + 1) * block_size
+            sequence.computing = [h for h in hashes[num_cached:] if self._computing.setdefault(h, sequence) is sequence]
+        if self.config.enable_prefix_caching:
+            self.counters.num_prefix_queries += sequence.num_total
+            self.counters.num_prefix_hits += sequence.num_computed
+        if request.first_planned_s is None:
+            request.first_planned_s = now
+            request.num_cached_tokens = sequence.num_computed
+        plan.starts.append(RowStart(sequence.row, sequence, sequence.num_computed, list(sequence.block_ids)))
+
+    def _prompt_hashes(self, sequence: SequenceState) -> list[BlockHash]:
+        """Hashes of the blocks that could be shared: all full ones, but one token at least is left to run."""
+        root = sequence.request.root_hash
+        if root is None:
+            return []
+        num_blocks = (sequence.num_known - 1) // self.config.block_size
+        if len(sequence.block_hashes) < num_blocks:
+            extend_chain(sequence.block_hashes, root, sequence.token_ids(), self.config.block_size)
+        return sequence.block_hashes[:num_blocks]
+
+    def _make_room(self, sequence: SequenceState) -> bool:
+        """See to it that one block is free, by preempting later sequences; False if not in this step."""
+        while not self._pool.num_free:
+            if self._deferred:
+                return False  # blocks are on their way back: wait for them
+            later = self._running[bisect_left(self._running, sequence.sort_key, key=_by_sort_key) + 1 :]
+            if not later:
+                self._preempt(sequence)
+                return False
+            self._preempt(choose_victim(self.config.policy, later))
+        return True
+
+    def _preempt(self, sequence: SequenceState) -> None:
+        """Take a sequence off the worker; it is recomputed when there is room again."""
+        self.counters.num_preemptions += 1
+        self.counters.num_recomputed_tokens += sequence.num_retired
+        self._displace(sequence)
+        sequence.num_computed = sequence.num_retired = 0
+        self._enqueue(sequence)
+
+    # ---- outcomes ----
+
+    def _retire(self, plan: StepPlan) -> None:
+        """The step's writes are done: contents enter the prefix cache, deferred blocks are free."""
+        for sequence, start, count in zip(plan.sequences, plan.start_positions, plan.num_run_tokens, strict=True):
+            if sequence.row != NO_ROW:
+                sequence.num_retired = start + count
+        while self._deferred and self._deferred[0][0] <= plan.step_id:
+            self._pool.release(reversed(self._deferred.popleft()[1]))
+
+    def _take_tokens(
+        self, plan: StepPlan, outcome: StepOutcome, failures: dict[int, RowFailure], events: StepEvents
+    ) -> None:
+        rows = [row for row, sample in zip(plan.rows, plan.samples, strict=True) if sample and row not in failures]
+        if rows != outcome.rows:
+            raise ProtocolError(
+                f"step {plan.step_id} was to sample rows {rows[:8]}..., the worker sampled {outcome.rows[:8]}..."
+            )
+        counters = self.counters
+        outputs = events.outputs
+        position = 0
+        for sequence, row, sample in zip(plan.sequences, plan.rows, plan.samples, strict=True):
+            if failures and row in failures:
+                continue
+            if not sample:
+                if sequence.num_retired >= sequence.next_hash_at:
+                    self._cache_blocks(sequence)
+                continue
+            token_id = outcome.token_ids[position]
+            logprob = outcome.logprobs[position] if outcome.logprobs else None
+            position += 1
+            if sequence.finished:
+                counters.num_discarded_tokens += 1
+                continue
+            sequence.output_ids.append(token_id)
+            counters.num_generated_tokens += 1
+            if sequence.num_retired >= sequence.next_hash_at:
+                self._cache_blocks(sequence)
+            output = SequenceOutput(sequence.index, [token_id], 1)
+            if logprob is not None:
+                output.logprobs = [logprob]
+            if token_id in sequence.stop_token_ids and self._may_stop(sequence):
+                output.token_ids = []
+                output.logprobs = None
+                output.finish_reason = FinishReason.STOP
+                output.stop_token_id = token_id
+            elif len(sequence.output_ids) == sequence.max_tokens:
+                output.finish_reason = FinishReason.LENGTH
+            outputs.append((sequence.request, output))
+            if output.finish_reason is not None:
+                self._end(sequence)
+                done = self._close_if_done(sequence.request)
+                if done is not None:
+                    events.ended.append((done, None))
+
+    def _may_stop(self, sequence: SequenceState) -> bool:
+        return len(sequence.output_ids) > sequence.request.request.min_tokens
+
+    def _cache_blocks(self, sequence: SequenceState) -> None:
+        """Enter the sequence's newly computed full blocks into the prefix cache."""
+        root = sequence.request.root_hash
+        if root is None or sequence.row == NO_ROW:
+            return
+        block_size = self.config.block_size
+        num_full = min(sequence.num_retired, sequence.num_known) // block_size
+        if len(sequence.block_hashes) < num_full:
+            extend_chain(sequence.block_hashes, root, sequence.token_ids(), block_size)
+        for index in range(sequence.next_hash_at // block_size - 1, num_full):
+            block_hash, block_id = sequence.block_hashes[index], sequence.block_ids[index]
+            if self._cache.insert(block_hash, block_id):
+                self._pool.mark_cached(block_id)
+            if self._computing.get(block_hash) is sequence:
+                del self._computing[block_hash]
+        sequence.next_hash_at = (num_full + 1) * block_size
+
+    def _clear_suspicion(self, sequences: Iterable[SequenceState]) -> None:
+        for sequence in sequences:
+            if sequence in self._marked and len(sequence.output_ids) >= sequence.progress_mark:
+                self._marked.discard(sequence)
+                sequence.num_losses = 0
+
+    # ---- ends ----
+
+    def _fail(self, state: RequestState, fault: RequestFault, events: StepEvents) -> None:
+        self._requests.pop(state.request.request_id, None)
+        for sequence in state.sequences:
+            self._end(sequence)
+        events.ended.append((state, fault))
+
+    def _close_if_done(self, state: RequestState) -> RequestState | None:
+        if state.num_unfinished:
+            return None
+        self._requests.pop(state.request.request_id, None)
+        return state
+
+    def _end(self, sequence: SequenceState) -> None:
+        if sequence.finished:
+            return
+        sequence.finished = True
+        sequence.request.num_unfinished -= 1
+        self._marked.discard(sequence)
+        if sequence.row != NO_ROW:
+            self._displace(sequence)
+        else:
+            self._dequeue(sequence)
+
+    def _displace(self, sequence: SequenceState) -> None:
+        """Take a running sequence's row and blocks; the blocks are free once the steps in flight have retired."""
+        del self._running[self._index_of(self._running, sequence)]
+        self._drop_rows.append(sequence.row)
+        self._free_rows.append(sequence.row)
+        sequence.row = NO_ROW
+        for block_hash in sequence.computing:
+            if self._computing.get(block_hash) is sequence:
+                del self._computing[block_hash]
+        sequence.computing = []
+        sequence.next_hash_at = NEVER
+        block_ids, sequence.block_ids, sequence.capacity = sequence.block_ids, [], 0
+        if self._in_flight:
+            sequence.displaced_after = self._in_flight[-1].step_id
+            self._deferred.append((sequence.displaced_after, block_ids))
+        else:
+            self._pool.release(reversed(block_ids))
+
+    def _enqueue(self, sequence: SequenceState) -> None:
+        insort(self._waiting, sequence, key=_by_sort_key)
+        self._num_waiting_tokens += sequence.num_prompt_tokens
+        self._num_waiting_requests += sequence.request.num_waiting == 0
+        sequence.request.num_waiting += 1
+
+    def _dequeue(self, sequence: SequenceState) -> None:
+        del self._waiting[self._index_of(self._waiting, sequence)]
+        self._num_waiting_tokens -= sequence.num_prompt_tokens
+        sequence.request.num_waiting -= 1
+        self._num_waiting_requests -= sequence.request.num_waiting == 0
+
+    @staticmethod
+    def _index_of(ordered: list[SequenceState], sequence: SequenceState) -> int:
+        index = bisect_left(ordered, sequence.sort_key, key=_by_sort_key)
+        if index == len(ordered) or ordered[index] is not sequence:
+            raise RuntimeError(f"sequence {sequence.sort_key} is not where it should be")
+        return index
+
+    # ---- integrity ----
+
+    def check_integrity(self) -> None:
+        """Raise if the books disagree with one another. Run when idle and after every test."""
+        holders: dict[int, int] = {}
+        for block_ids in [sequence.block_ids for sequence in self._running] + [ids for _, ids in self._deferred]:
+            for block_id in block_ids:
+                holders[block_id] = holders.get(block_id, 0) + 1
+        self._pool.check_integrity(holders)
+        self._cache.check_integrity()
+        block_size = self.config.block_size
+        rows = [sequence.row for sequence in self._running]
+        if sorted(rows + self._free_rows) != list(range(self.config.max_num_seqs)):
+            raise RuntimeError("running sequences and free rows do not make the row table")
+        for sequence in self._running:
+            if (
+                sequence.finished
+                or sequence.num_computed > sequence.num_total
+                or sequence.num_computed > sequence.capacity
+            ):
+                raise RuntimeError(f"sequence {sequence.sort_key} ran past its end or its blocks")
+            for block_id in sequence.block_ids[sequence.num_retired // block_size :]:
+                if self._pool.num_holders(block_id) != 1:
+                    raise RuntimeError(f"block {block_id} is shared but still written by sequence {sequence.sort_key}")
+        for sequence in self._waiting:
+            if sequence.finished or sequence.row != NO_ROW or sequence.block_ids:
+                raise RuntimeError(f"waiting sequence {sequence.sort_key} is finished or still placed")
+        if self._num_waiting_tokens != sum(sequence.num_prompt_tokens for sequence in self._waiting):
+            raise RuntimeError("the count of waiting tokens is wrong")
+        if self._num_waiting_requests != len({id(sequence.request) for sequence in self._waiting}):
+            raise RuntimeError("the count of waiting requests is wrong")
+        unfinished = sum(state.num_unfinished for state in self._requests.values())
+        if unfinished != len(self._running) + len(self._waiting):
+            raise RuntimeError(
+                f"{unfinished} unfinished sequences, {len(self._running)} running, {len(self._waiting)} waiting"
+            )
+        if not set(self._computing.values()) <= set(self._running):
+            raise RuntimeError("a block content is awaited from a sequence that is not running")
+
+
+def _fault_of(failure: RowFailure) -> RequestFault:
+    return RequestFault(
+        "INTERNAL", f"the worker refused this request's row ({failure.code}): {failure.message}", retryable=False
+    )

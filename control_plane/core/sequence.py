@@ -1,0 +1,114 @@
+"""A request's state inside the core, and its sequences'."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from control_plane.core.prefix_cache import BlockHash
+from control_plane.core.request import CoreRequest, TokenIdArray
+
+NO_ROW = -1
+# A count of tokens that no sequence reaches.
+NEVER = 1 << 62
+
+
+class RequestState:
+    """An admitted request: lives until its last sequence has ended."""
+
+    __slots__ = (
+        "arrival",
+        "arrival_s",
+        "first_planned_s",
+        "num_cached_tokens",
+        "num_unfinished",
+        "num_waiting",
+        "request",
+        "root_hash",
+        "sequences",
+    )
+
+    def __init__(self, request: CoreRequest, arrival: int, arrival_s: float, root_hash: BlockHash | None) -> None:
+        self.request = request
+        self.arrival = arrival  # position in the order of arrivals
+        self.arrival_s = arrival_s
+        self.first_planned_s: float | None = None
+        # Where the prefix chain starts; None if this request neither uses the cache nor forks.
+        self.root_hash = root_hash
+        self.num_cached_tokens = 0
+        self.num_waiting = 0  # sequences in the queue
+        self.sequences = [SequenceState(self, index) for index in range(request.num_sequences)]
+        self.num_unfinished = len(self.sequences)
+
+
+class SequenceState:
+    """One continuation. Counts of tokens run ahead of what is known: a planned sample counts before its value has come.
+
+    num_prompt_tokens <= num_total; num_computed <= num_total; token values are known up to
+    num_prompt_tokens + len(output_ids) <= num_total.
+    """
+
+    __slots__ = (
+        "block_hashes",
+        "block_ids",
+        "capacity",
+        "computing",
+        "displaced_after",
+        "finished",
+        "index",
+        "max_tokens",
+        "next_hash_at",
+        "num_computed",
+        "num_losses",
+        "num_prompt_tokens",
+        "num_retired",
+        "num_total",
+        "output_ids",
+        "progress_mark",
+        "request",
+        "row",
+        "samples_left",
+        "sort_key",
+        "stop_token_ids",
+    )
+
+    def __init__(self, request: RequestState, index: int) -> None:
+        self.request = request
+        self.index = index
+        self.num_prompt_tokens = len(request.request.prompt_ids)
+        self.max_tokens = request.request.max_tokens
+        self.stop_token_ids = request.request.stop_token_ids
+        self.output_ids: list[int] = []
+        self.finished = False
+        # Order among sequences: lower runs first. Set by the scheduler's policy on arrival and never changed.
+        self.sort_key: tuple[int, ...] = ()
+
+        # How often it was in the batch of a lost worker without getting past `progress_mark` outputs since.
+        self.num_losses = 0
+        self.progress_mark = 0
+
+        self.block_hashes: list[BlockHash] = []
+        self.forget_placement()
+
+    def forget_placement(self) -> None:
+        """Not on a worker: no row, no blocks, nothing computed. Token ids and hashes stay."""
+        self.row = NO_ROW
+        self.block_ids: list[int] = []
+        self.capacity = 0  # tokens that block_ids have room for
+        self.num_total = self.num_prompt_tokens + len(self.output_ids)
+        self.num_computed = 0  # planned or done
+        self.num_retired = 0  # done
+        self.samples_left = self.max_tokens - len(self.output_ids)
+        self.next_hash_at = NEVER  # num_retired at which the next block of ours can enter the prefix cache
+        self.computing: list[BlockHash] = []  # hashes that others may wait for
+        self.displaced_after = 0  # the last step that may run it from a row that it has lost
+
+    @property
+    def num_known(self) -> int:
+        return self.num_prompt_tokens + len(self.output_ids)
+
+    def token_ids(self) -> TokenIdArray:
+        """All known token ids, prompt then output. [num_known]"""
+        prompt_ids = self.request.request.prompt_ids
+        if not self.output_ids:
+            return prompt_ids
+        return np.concatenate([prompt_ids, np.array(self.output_ids, dtype=np.uint32)])

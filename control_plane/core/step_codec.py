@@ -1,0 +1,150 @@
+"""Steps to and from worker.proto: the only place that knows how a row's deltas look on the wire."""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from stepwire.v1 import worker_pb2
+
+from control_plane.core.request import SamplingParams, TokenLogprobs
+from control_plane.core.step_plan import ProtocolError, RowFailure, RowStart, StepOutcome, StepPlan
+
+PROTOCOL_VERSION = 1
+
+_UINT32 = np.dtype("<u4")
+_FLOAT32 = np.dtype("<f4")
+
+
+def _pack(values: Sequence[int]) -> bytes:
+    return array("I", values).tobytes()  # native order is little-endian on every machine that runs this
+
+
+def encode_step(plan: StepPlan, buckets: Sequence[int]) -> worker_pb2.RunStepsRequest:
+    """`buckets` are the worker's, ascending; the step is padded to the smallest that holds it."""
+    step = worker_pb2.StepBatch(
+        step_id=plan.step_id,
+        bucket=choose_bucket(plan.num_tokens, buckets),
+        run_rows=_pack(plan.rows),
+        run_start_positions=_pack(plan.start_positions),
+        run_num_tokens=_pack(plan.num_run_tokens),
+        run_samples=bytes(plan.samples),
+        run_num_new_blocks=_pack(plan.num_new_blocks),
+        new_block_ids=_pack(plan.new_block_ids),
+    )
+    if plan.drop_rows:
+        step.drop_rows = _pack(plan.drop_rows)
+    if plan.starts:
+        step.add.extend([_encode_start(start) for start in plan.starts])
+    return worker_pb2.RunStepsRequest(step=step)
+
+
+def choose_bucket(num_tokens: int, buckets: Sequence[int]) -> int:
+    """The smallest bucket that holds `num_tokens`; 0 where the worker has none."""
+    if not buckets:
+        return 0
+    index = bisect_left(buckets, num_tokens)
+    if index == len(buckets):
+        raise ProtocolError(f"a step of {num_tokens} tokens is larger than the worker's largest bucket, {buckets[-1]}")
+    return buckets[index]
+
+
+def _encode_start(start: RowStart) -> worker_pb2.RowAdd:
+    sequence = start.sequence
+    return worker_pb2.RowAdd(
+        row=start.row,
+        token_ids=sequence.token_ids().astype(_UINT32, copy=False).tobytes(),
+        num_prompt_tokens=sequence.num_prompt_tokens,
+        num_computed_tokens=start.num_computed_tokens,
+        block_ids=_pack(start.block_ids),
+        sampling=_encode_sampling(
+            sequence.request.request.sampling,
+            sequence.index,
+            sequence.request.request.min_tokens,
+            sequence.stop_token_ids,
+        ),
+    )
+
+
+def _encode_sampling(
+    params: SamplingParams, sequence_index: int, min_tokens: int, stop_token_ids: frozenset[int]
+) -> worker_pb2.RowSampling:
+    message = worker_pb2.RowSampling(
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        seed=params.seed,
+        sequence_index=sequence_index,
+        allowed_token_ids=_pack(params.allowed_token_ids),
+    )
+    if params.num_logprobs is not None:
+        message.num_logprobs = params.num_logprobs
+    if params.logit_bias:
+        message.bias_token_ids = _pack(list(params.logit_bias))
+        message.bias_values = np.array(list(params.logit_bias.values()), dtype=_FLOAT32).tobytes()
+    if min_tokens:
+        message.min_tokens = min_tokens
+        message.suppressed_token_ids = _pack(sorted(stop_token_ids))
+    return message
+
+
+def decode_result(result: worker_pb2.StepResult, plan: StepPlan) -> StepOutcome:
+    """Read a result. Raises `ProtocolError` if its arrays do not fit together or it answers another step."""
+    if result.step_id != plan.step_id:
+        raise ProtocolError(f"the worker answered step {result.step_id}, expected {plan.step_id}")
+    rows = np.frombuffer(result.rows, _UINT32).tolist()
+    offsets = np.frombuffer(result.offsets, _UINT32)
+    token_ids = np.frombuffer(result.token_ids, _UINT32).tolist()
+    if len(offsets) != len(rows) + 1 or len(token_ids) != len(rows) or (np.diff(offsets) != 1).any():
+        raise ProtocolError(
+            f"step {plan.step_id}: {len(rows)} rows, {len(offsets)} offsets and "
+            f"{len(token_ids)} tokens; one token a row is expected"
+        )
+    return StepOutcome(
+        step_id=plan.step_id,
+        rows=rows,
+        token_ids=token_ids,
+        logprobs=_decode_logprobs(result, rows, plan) if result.logprobs else None,
+        failures=[
+            RowFailure(
+                fault.row, worker_pb2.RowFaultCode.Name(fault.code).removeprefix("ROW_FAULT_CODE_"), fault.message
+            )
+            for fault in result.faults
+        ],
+    )
+
+
+def _decode_logprobs(result: worker_pb2.StepResult, rows: Sequence[int], plan: StepPlan) -> list[TokenLogprobs | None]:
+    values = np.frombuffer(result.logprobs, _FLOAT32)
+    shape = (len(rows), result.num_top)
+    top_ids = _matrix(result.top_token_ids, _UINT32, shape)
+    top_values = _matrix(result.top_logprobs, _FLOAT32, shape)
+    if len(values) != len(rows):
+        raise ProtocolError(f"step {plan.step_id}: {len(values)} logprobs for {len(rows)} tokens")
+    sequence_of = dict(zip(plan.rows, plan.sequences, strict=True))
+    decoded: list[TokenLogprobs | None] = []
+    for index, row in enumerate(rows):
+        wanted = sequence_of[row].request.request.sampling.num_logprobs if row in sequence_of else None
+        if wanted is None:
+            decoded.append(None)
+            continue
+        decoded.append(
+            TokenLogprobs(float(values[index]), top_ids[index, :wanted].tolist(), top_values[index, :wanted].tolist())
+        )
+    return decoded
+
+
+def _matrix(data: bytes, dtype: np.dtype[np.generic], shape: tuple[int, int]) -> npt.NDArray[np.generic]:
+    if len(data) != 4 * shape[0] * shape[1]:
+        raise ProtocolError(
+            f"top logprobs hold {len(data)} bytes; "
+            f"{shape[0]} tokens with {shape[1]} each need {4 * shape[0] * shape[1]}"
+        )
+    return np.frombuffer(data, dtype).reshape(shape)
