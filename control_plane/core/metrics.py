@@ -1,4 +1,4 @@
-"""Every metric of the core. Gauges and totals are read off the engine when scraped: on the step only histograms cost."""
+"""Every metric of the core. Gauges and totals are read off the engine when scraped: only histograms cost on a step."""
 
 from __future__ import annotations
 

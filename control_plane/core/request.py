@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
-from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -27,7 +26,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     seed: int = 0  # unsigned 64 bit
     num_logprobs: int | None = None
-    logit_bias: Mapping[int, float] = MappingProxyType({})
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     allowed_token_ids: tuple[int, ...] = ()
 
 

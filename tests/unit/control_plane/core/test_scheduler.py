@@ -1,0 +1,213 @@
+"""What the scheduler promises beyond correctness: no work done twice, order, who gives way, who is tried alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from control_plane.core.request import CoreRequest, FinishReason
+from control_plane.core.scheduler import Scheduler, SchedulerConfig
+from control_plane.core.step_plan import ProtocolError, RowFailure, StepOutcome, StepPlan
+
+from .conftest import Driver, make_request
+
+
+def config(**fields: object) -> SchedulerConfig:
+    defaults = dict(first_block_id=1, num_blocks=101, block_size=4, max_num_seqs=8, max_num_batched_tokens=64)
+    return SchedulerConfig(**(defaults | fields))  # type: ignore[arg-type]
+
+
+def tokens_of(plan: StepPlan, number: int) -> int:
+    return sum(
+        count
+        for sequence, count in zip(plan.sequences, plan.num_run_tokens, strict=True)
+        if sequence.request.request.request_id == f"r{number}"
+    )
+
+
+def total_tokens(driver: Driver, number: int) -> int:
+    return sum(tokens_of(plan, number) for plan in driver.plans)
+
+
+def test_a_prefix_is_computed_once_even_when_both_arrive_together() -> None:
+    driver = Driver(Scheduler(config()))
+    prompt = list(range(30))
+    for number in range(2):
+        driver.scheduler.add_request(make_request(number, [*prompt, 77 + number], max_tokens=2), 0.0)
+    driver.run()
+    assert total_tokens(driver, 0) == 31 + 1
+    # 7 full blocks of 4 are shared; the other 3 tokens and the first output are run.
+    assert total_tokens(driver, 1) == 3 + 1
+    assert driver.scheduler.counters.num_prefix_hits == 28
+
+
+def test_a_longer_shared_prefix_is_followed_block_by_block() -> None:
+    driver = Driver(Scheduler(config()))
+    driver.scheduler.add_request(make_request(0, list(range(40)), max_tokens=1), 0.0)
+    driver.run()
+    driver.scheduler.add_request(make_request(1, [*range(17), 99, 98, 97, 96], max_tokens=1), 0.0)
+    driver.run()
+    assert total_tokens(driver, 1) == 21 - 16
+
+
+def test_generated_tokens_are_cached_for_the_next_turn_of_a_conversation() -> None:
+    driver = Driver(Scheduler(config()))
+    state = driver.scheduler.add_request(make_request(0, 6, max_tokens=11), 0.0)
+    driver.run()
+    history = state.sequences[0].token_ids().tolist()
+    driver.scheduler.add_request(make_request(1, [*history, 9], max_tokens=1), 0.0)
+    driver.run()
+    # Of 6 + 11 tokens the last was never run: 16 computed, 4 full blocks.
+    assert total_tokens(driver, 1) == 18 - 16
+
+
+def test_salts_and_tenants_do_not_share() -> None:
+    driver = Driver(Scheduler(config()))
+    prompt = list(range(20))
+    for number, fields in enumerate([{}, {"cache_salt": "x"}, {"tenant": "x"}, {"tenant": "x", "cache_salt": "x"}]):
+        driver.scheduler.add_request(make_request(number, prompt, max_tokens=1, **fields), 0.0)
+        driver.run()
+        assert total_tokens(driver, number) == 20
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_sequences_of_a_request_share_their_prompt_even_without_caching(caching: bool) -> None:
+    driver = Driver(Scheduler(config(enable_prefix_caching=caching)))
+    driver.scheduler.add_request(make_request(0, 21, max_tokens=3, num_sequences=3), 0.0)
+    driver.run()
+    assert total_tokens(driver, 0) == 21 + 2 + 2 * (1 + 2)
+    if not caching:
+        driver.scheduler.add_request(make_request(1, [position for position in range(21)], max_tokens=1), 0.0)
+        driver.run()
+        assert total_tokens(driver, 1) == 21
+
+
+def test_nothing_is_run_past_max_tokens() -> None:
+    driver = Driver(Scheduler(config()), depth=3)
+    driver.scheduler.add_request(make_request(0, 5, max_tokens=7), 0.0)
+    driver.run()
+    assert total_tokens(driver, 0) == 5 + 6
+    assert driver.scheduler.counters.num_discarded_tokens == 0
+
+
+def test_a_stop_token_is_noticed_late_and_what_follows_is_thrown_away() -> None:
+    driver = Driver(Scheduler(config()), depth=2)
+    driver.scheduler.add_request(make_request(0, 5, max_tokens=50, stop_token_ids=frozenset({5})), 0.0)
+    outputs = [output for events in driver.run() for _, output in events.outputs]
+    assert [(output.token_ids, output.num_tokens, output.finish_reason) for output in outputs] == [
+        ([], 1, FinishReason.STOP)
+    ]
+    assert driver.scheduler.counters.num_discarded_tokens == 1
+
+
+def test_min_tokens_outlasts_stop_tokens() -> None:
+    driver = Driver(Scheduler(config()))
+    driver.scheduler.add_request(make_request(0, 5, max_tokens=9, min_tokens=3, stop_token_ids=frozenset({5})), 0.0)
+    outputs = [output for events in driver.run() for _, output in events.outputs]
+    assert [output.token_ids for output in outputs] == [[5], [5], [5], []]
+
+
+def test_decodes_ride_with_chunks_of_a_long_prompt() -> None:
+    driver = Driver(Scheduler(config(max_num_batched_tokens=16)), depth=1)
+    driver.scheduler.add_request(make_request(0, 4, max_tokens=30), 0.0)
+    driver.fill()
+    driver.answer()
+    driver.scheduler.add_request(make_request(1, 50, max_tokens=1), 0.0)
+    driver.run()
+    chunks = [tokens_of(plan, 1) for plan in driver.plans if tokens_of(plan, 1)]
+    assert chunks == [15, 15, 15, 5]
+    assert all(tokens_of(plan, 0) == 1 for plan in driver.plans[1:5])
+
+
+def test_priority_decides_who_waits() -> None:
+    driver = Driver(Scheduler(config(policy="priority", max_num_seqs=1)), depth=1)
+    order = []
+    for number, priority in enumerate([5, 0, -3, 0]):
+        driver.scheduler.add_request(make_request(number, 3, max_tokens=2, priority=priority), 0.0)
+    for events in driver.run():
+        order += [state.request.request_id for state, _ in events.ended]
+    assert order == ["r2", "r1", "r3", "r0"]
+
+
+def test_the_latest_gives_way_and_comes_back_first() -> None:
+    # 6 usable blocks of 4: two sequences of 8 tokens fit, and grow until one has to go.
+    driver = Driver(Scheduler(config(num_blocks=7)), depth=1)
+    for number in range(3):
+        driver.scheduler.add_request(make_request(number, 8, max_tokens=8), 0.0)
+    ended = [state.request.request_id for events in driver.run() for state, _ in events.ended]
+    assert driver.scheduler.counters.num_preemptions >= 1
+    assert ended == ["r0", "r1", "r2"]
+
+
+def test_cancel_frees_rows_and_blocks_once_the_step_in_flight_is_back() -> None:
+    driver = Driver(Scheduler(config()), depth=2)
+    for number in range(4):
+        driver.scheduler.add_request(make_request(number, 9, max_tokens=40), 0.0)
+    driver.fill()
+    for number in range(4):
+        driver.scheduler.cancel(f"r{number}")
+    assert driver.scheduler.num_running == 0 and driver.scheduler.num_blocks_held > 0
+    while driver.in_flight:
+        driver.answer()
+    assert driver.scheduler.num_blocks_held == 0
+
+
+def test_a_row_fault_ends_its_request_alone() -> None:
+    scheduler = Scheduler(config())
+    for number in range(2):
+        scheduler.add_request(make_request(number, 3, max_tokens=2, num_sequences=2 - number), 0.0)
+    driver = Driver(scheduler, depth=1)
+    driver.fill()
+    plan = driver.in_flight.popleft()
+    bad, *good = plan.rows
+    events = scheduler.apply(StepOutcome(plan.step_id, good, [5, 5], failures=[RowFailure(bad, "NOT_FINITE", "nan")]))
+    assert [(state.request.request_id, fault.code) for state, fault in events.ended if fault] == [("r0", "INTERNAL")]
+    scheduler.check_integrity()
+    ended = [(state.request.request_id, fault) for events in driver.run() for state, fault in events.ended]
+    assert ended == [("r1", None)]
+
+
+@pytest.mark.parametrize("rows, step_id", [([0, 1], 1), ([], 1), ([0], 2)])
+def test_an_answer_to_something_else_is_refused(rows: list[int], step_id: int) -> None:
+    scheduler = Scheduler(config())
+    scheduler.add_request(make_request(0), 0.0)
+    scheduler.plan(0.0)
+    with pytest.raises(ProtocolError):
+        scheduler.apply(StepOutcome(step_id, rows, [5] * len(rows)))
+
+
+def test_innocent_requests_run_together_again_after_two_losses() -> None:
+    driver = Driver(Scheduler(config()), depth=2)
+    for number in range(4):
+        driver.scheduler.add_request(make_request(number, 5, max_tokens=40), 0.0)
+    for _ in range(2):
+        driver.fill()
+        driver.answer()
+        driver.fill()
+        driver.lose_worker()
+    driver.plans.clear()
+    ended = [fault for events in driver.run() for _, fault in events.ended]
+    assert ended == [None] * 4
+    widths = [len(plan.rows) for plan in driver.plans]
+    assert widths[0] == 1 and max(widths) == 4
+    assert widths.index(4) < 4 * 8, "suspicion lasts too long"
+
+
+def test_a_resumed_sequence_is_added_with_all_its_tokens() -> None:
+    driver = Driver(Scheduler(config()), depth=2)
+    driver.scheduler.add_request(make_request(0, 5, max_tokens=9), 0.0)
+    for _ in range(3):
+        driver.fill()
+        driver.answer()
+    driver.lose_worker()
+    plan = driver.scheduler.plan(0.0)
+    assert plan is not None and plan.step_id == 1 and plan.drop_rows == []
+    assert plan.starts[0].sequence.token_ids().tolist() == [0, 1, 2, 3, 4, 5, 5, 5]
+    assert plan.starts[0].num_computed_tokens == 0 and plan.num_run_tokens == [8]
+
+
+def test_duplicate_request_ids_are_refused() -> None:
+    scheduler = Scheduler(config())
+    scheduler.add_request(make_request(0), 0.0)
+    with pytest.raises(ValueError, match="r0"):
+        scheduler.add_request(CoreRequest("r0", np.array([1], np.uint32), make_request(0).sampling, max_tokens=1), 0.0)
