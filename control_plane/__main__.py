@@ -1,0 +1,145 @@
+"""`python -m control_plane`: one control plane, from its flags to its exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+import time
+
+import grpc
+import structlog
+import uvloop
+from prometheus_client import CollectorRegistry, start_http_server
+from stepwire.process.logs import set_up_logging
+from stepwire.process.parent import end_with_parent
+
+from control_plane.config import PROGRAM, ControlPlaneSettings, parse_settings
+from control_plane.core.engine import Engine, EngineConfig
+from control_plane.core.metrics import CoreMetrics
+from control_plane.core.worker_link import WorkerAddress
+from control_plane.frontend.model_files import ModelFilesError
+from control_plane.frontend.served_model import load_served_model
+from control_plane.frontend.server import FrontendServer, ListenError, create_server
+
+log = structlog.get_logger("control_plane")
+
+# How long open calls may take to send their last message once everything has ended.
+_LAST_MESSAGES_S = 2.0
+
+
+def main() -> int:
+    settings = parse_settings(sys.argv[1:])
+    if settings.exit_with_parent:
+        end_with_parent()
+    set_up_logging(settings)
+    # The step loop shares the interpreter with tokenizer threads: let it take over quickly.
+    sys.setswitchinterval(1e-4)
+    try:
+        uvloop.run(_serve(settings))
+    except (ListenError, ModelFilesError) as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def _serve(settings: ControlPlaneSettings) -> None:
+    started_s = time.monotonic()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    model = load_served_model(
+        settings.model,
+        names=settings.served_model_name,
+        chat_template_file=settings.chat_template,
+        num_tokenizer_threads=settings.tokenizer_threads,
+    )
+    registry = CollectorRegistry()
+    engine = Engine(_worker_address(settings), _engine_config(settings), CoreMetrics(registry))
+    server = await create_server(settings, engine, model, registry)
+    _serve_metrics(settings, registry)
+    await server.start()
+    log.info(
+        "listening", grpc=f"{settings.grpc_host}:{server.port}", socket=settings.listen, worker=settings.workers[0]
+    )
+    tasks = [asyncio.create_task(engine.run()), asyncio.create_task(_follow_worker(engine, server, started_s))]
+    stopped = asyncio.create_task(stop.wait())
+    await asyncio.wait([*tasks, stopped], return_when=asyncio.FIRST_COMPLETED)
+    if stop.is_set():
+        await _drain(settings, engine, server, stop)
+    for task in tasks:
+        task.cancel()
+    # A task that ended by itself failed: its exception ends the process.
+    for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(outcome, Exception):
+            raise outcome
+
+
+async def _follow_worker(engine: Engine, server: FrontendServer, started_s: float) -> None:
+    """Health says what is true: SERVING while a worker is there."""
+    while True:
+        await engine.wait_connected()
+        await server.set_serving(True)
+        log.info("ready", seconds=round(time.monotonic() - started_s, 2))
+        await engine.wait_lost()
+        await server.set_serving(False)
+
+
+async def _drain(settings: ControlPlaneSettings, engine: Engine, server: FrontendServer, stop: asyncio.Event) -> None:
+    """Refuse what is new, let what is admitted finish, end the rest; a second signal ends it at once."""
+    log.info("draining", limit_s=settings.drain_timeout_s)
+    stop.clear()
+    await server.begin_drain()
+    drained = asyncio.create_task(engine.drain(settings.drain_timeout_s))
+    again = asyncio.create_task(stop.wait())
+    await asyncio.wait([drained, again], return_when=asyncio.FIRST_COMPLETED)
+    if not drained.done() or not drained.result():
+        log.warning("ending requests that are still running")
+        engine.abort_all("the server is shutting down")
+    for task in (drained, again):
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+    await server.stop(_LAST_MESSAGES_S)
+    log.info("stopped")
+
+
+def _engine_config(settings: ControlPlaneSettings) -> EngineConfig:
+    return EngineConfig(
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_queued_requests=settings.max_queued_requests,
+        max_queued_tokens=settings.max_queued_tokens,
+        scheduling_policy=settings.scheduling_policy,
+        enable_prefix_caching=settings.enable_prefix_caching,
+        steps_in_flight=settings.steps_in_flight,
+        step_timeout_s=settings.step_timeout_s,
+    )
+
+
+def _worker_address(settings: ControlPlaneSettings) -> WorkerAddress:
+    if settings.worker_tls_ca is None:
+        return WorkerAddress(settings.workers[0])
+    client = settings.worker_tls_cert is not None and settings.worker_tls_key is not None
+    return WorkerAddress(
+        settings.workers[0],
+        grpc.ssl_channel_credentials(
+            root_certificates=settings.worker_tls_ca.read_bytes(),
+            private_key=settings.worker_tls_key.read_bytes() if client and settings.worker_tls_key else None,
+            certificate_chain=settings.worker_tls_cert.read_bytes() if client and settings.worker_tls_cert else None,
+        ),
+    )
+
+
+def _serve_metrics(settings: ControlPlaneSettings, registry: CollectorRegistry) -> None:
+    try:
+        start_http_server(settings.metrics_port, settings.metrics_host, registry)
+    except OSError as error:
+        raise ListenError(
+            f"port {settings.metrics_port} on {settings.metrics_host} cannot be used for metrics ({error.strerror}): "
+            "choose another with --metrics-port"
+        ) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
