@@ -1,0 +1,47 @@
+"""The `stepwire` command: `serve` runs the whole stack on this machine; the other words start one process each."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import stepwire
+
+# Word -> module whose __main__ takes the rest of the command line. Only `serve` runs here.
+_PROCESSES = {
+    "gateway": ("gateway", "the REST gateway alone"),
+    "control-plane": ("control_plane", "the control plane alone"),
+    "worker": ("gpu_worker", "one worker alone"),
+    "prepare": ("gpu_worker.prepare", "turn a model source into what the services read"),
+}
+
+
+def main() -> int:
+    word, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
+    if word == "serve":
+        from gateway.launcher import serve
+
+        return serve(arguments)
+    if word in _PROCESSES:
+        module, _ = _PROCESSES[word]
+        os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
+    if word in ("--version", "-V", "version"):
+        print(f"stepwire {stepwire.__version__}")
+        return 0
+    if word in ("--help", "-h", "help"):
+        print(_usage())
+        return 0
+    print(f"stepwire: there is no command {word!r}\n\n{_usage()}", file=sys.stderr)
+    return 2
+
+
+def _usage() -> str:
+    lines = ["usage: stepwire COMMAND [flags]        (COMMAND --help explains every flag)", ""]
+    lines.append("  serve MODEL     gateway, control plane and worker on this machine, ready to answer OpenAI clients")
+    lines += [f"  {word:<15} {text}" for word, (_, text) in _PROCESSES.items()]
+    lines.append("  version         print the version")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

