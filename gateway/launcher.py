@@ -32,6 +32,7 @@ log = structlog.get_logger("stepwire")
 T = TypeVar("T")
 
 _POLL_S = 0.05
+_ANSWER_TIMEOUT_S = 1.0
 # Pauses before a process that died is started again: at once, then longer while it keeps dying.
 _RESTART_PAUSES_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)
 # A process that has run this long starts its count of deaths anew.
@@ -222,6 +223,8 @@ async def _wait_ready(settings: LaunchSettings, keepers: Sequence[asyncio.Task[N
             while await _get_status(_reachable(settings.host), settings.port, "/ready") != 200:
                 _raise_failure(keepers)
                 await asyncio.sleep(_POLL_S)
+            # Whoever answered: if a process of ours has ended meanwhile, it was not ours.
+            _raise_failure(keepers)
     except TimeoutError:
         raise LaunchError(
             f"not ready after {settings.ready_timeout_s:g} s: the log above says how far it came; "
@@ -242,19 +245,19 @@ def _raise_failure(keepers: Sequence[asyncio.Task[None]]) -> None:
 
 
 async def _get_status(host: str, port: int, path: str) -> int | None:
-    """The status of a GET; None if nobody answers."""
+    """The status of a GET; None if nobody answers, at least not in time: the port may be somebody else's."""
+    writer = None
     try:
-        reader, writer = await asyncio.open_connection(host, port)
-    except OSError:
-        return None
-    try:
-        writer.write(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
-        words = (await reader.readline()).split()
-        return int(words[1]) if len(words) > 1 else None
-    except OSError:
+        async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+            reader, writer = await asyncio.open_connection(host, port)
+            writer.write(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+            words = (await reader.readline()).split()
+            return int(words[1]) if len(words) > 1 and words[1].isdigit() else None
+    except (OSError, TimeoutError):
         return None
     finally:
-        writer.close()
+        if writer is not None:
+            writer.close()
 
 
 def _reachable(host: str) -> str:

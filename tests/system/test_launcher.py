@@ -1,0 +1,203 @@
+"""`stepwire serve`: it starts, survives the death of its parts, and ends without a trace."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import openai
+import psutil
+import pytest
+
+from .launched import ROOT, Launched, wait_until
+
+SIMULATED = ("--runner=simulated", "--served-model-name=sim")
+
+
+@pytest.fixture
+def bare_model(tmp_path: Path) -> Path:
+    """A config.json alone: no tokenizer, so token ids go in and out."""
+    directory = tmp_path / "bare"
+    directory.mkdir()
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 1_000_000}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+async def stream(base_url: str, model: str, prompt: list[int] | str, max_tokens: int, seed: int, n: int = 1) -> dict[int, list]:
+    """Token ids of every choice of one streamed completion."""
+    client = openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=120)
+    choices: dict[int, list] = {}
+    events = await client.completions.create(
+        model=model,
+        prompt=prompt,
+        max_tokens=max_tokens,
+        seed=seed,
+        n=n,
+        temperature=0.8,
+        stream=True,
+        extra_body={"ignore_eos": True, "return_token_ids": True},
+    )
+    async for event in events:
+        for choice in event.choices:
+            choices.setdefault(choice.index, []).extend(choice.model_extra.get("token_ids") or [])
+    await client.close()
+    return choices
+
+
+async def eight_streams(launched: Launched, model: str, max_tokens: int) -> list[dict[int, list]]:
+    shared = list(range(100, 140))
+    return await asyncio.gather(
+        *(
+            stream(launched.base_url, model, [*shared[: 5 * number], 7 + number], max_tokens, seed=number, n=1 + (number == 3))
+            for number in range(8)
+        )
+    )
+
+
+def test_streams_survive_the_death_of_the_worker(bare_model: Path) -> None:
+    """kill -9 in the middle of eight streams: every one goes on, token for token as if nothing had happened."""
+    with Launched(bare_model, *SIMULATED) as launched:
+        undisturbed = asyncio.run(eight_streams(launched, "sim", 400))
+        assert all(len(tokens) == 400 for choices in undisturbed for tokens in choices.values())
+
+        async def disturbed() -> list[dict[int, list]]:
+            streams = asyncio.create_task(eight_streams(launched, "sim", 400))
+            for _ in range(2):
+                before = launched.metric("stepwire_generation_tokens_total")
+                while launched.metric("stepwire_generation_tokens_total") < before + 500:
+                    await asyncio.sleep(0.01)
+                launched.child("gpu_worker").kill()
+                connections = launched.metric("stepwire_worker_connections_total")
+                while launched.metric("stepwire_worker_connections_total") == connections:
+                    await asyncio.sleep(0.01)
+            return await streams
+
+        assert asyncio.run(disturbed()) == undisturbed
+        assert launched.metric("stepwire_worker_losses_total") == 2
+        assert launched.metric("stepwire_kv_blocks_in_use") == 0
+
+
+def test_a_hung_worker_is_replaced(bare_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped process answers nothing and closes nothing: its step's deadline ends the session."""
+    monkeypatch.setenv("STEPWIRE_STEP_TIMEOUT_S", "2")
+    with Launched(bare_model, *SIMULATED) as launched:
+        tokens = asyncio.run(stream(launched.base_url, "sim", [1, 2, 3], 40, seed=1))
+        worker = launched.child("gpu_worker")
+
+        async def run() -> dict[int, list]:
+            task = asyncio.create_task(stream(launched.base_url, "sim", [1, 2, 3], 2000, seed=1))
+            await asyncio.sleep(0.5)
+            worker.suspend()
+            while not launched.metric("stepwire_worker_losses_total"):
+                await asyncio.sleep(0.1)
+            # The control plane cannot kill a process, and need not: whoever watches it does.
+            worker.kill()
+            return await task
+
+        assert asyncio.run(run())[0][:40] == tokens[0]
+
+
+def test_a_request_that_crashes_every_worker_ends_alone(bare_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEPWIRE_SIM_POISON_TOKEN", "666")
+    with Launched(bare_model, *SIMULATED) as launched:
+
+        async def run() -> tuple[list[dict[int, list]], BaseException]:
+            good = asyncio.create_task(eight_streams(launched, "sim", 600))
+            await asyncio.sleep(0.3)
+            try:
+                await stream(launched.base_url, "sim", [1, 666, 2], 10, seed=0)
+            except openai.APIError as error:
+                return await good, error
+            raise AssertionError("the poisonous request was answered")
+
+        good, error = asyncio.run(run())
+        assert all(len(tokens) == 600 for choices in good for tokens in choices.values())
+        assert "worker was lost 3 times" in str(error)
+        assert launched.metric("stepwire_worker_losses_total") == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_drains_and_leaves_nothing(bare_model: Path, number: signal.Signals) -> None:
+    with Launched(bare_model, *SIMULATED) as launched:
+        children = launched.children()
+        assert len(children) == 3
+        sockets = Path(next(part for part in launched.child("gpu_worker").cmdline() if "unix:" in part).split("unix:")[1]).parent
+        assert sockets.exists()
+
+        async def run() -> dict[int, list]:
+            task = asyncio.create_task(stream(launched.base_url, "sim", [1, 2, 3], 500, seed=1))
+            while not launched.metric("stepwire_requests_running"):
+                await asyncio.sleep(0.01)
+            launched.process.send_signal(number)
+            return await task
+
+        assert len(asyncio.run(run())[0]) == 500, "what runs may finish"
+        wait_until(lambda: launched.process.poll() is not None, 30, "the end")
+        assert launched.process.returncode == 0, launched.read()
+        assert not [child for child in children if child.is_running()]
+        assert not sockets.exists()
+
+
+def test_no_orphan_outlives_a_killed_launcher(bare_model: Path) -> None:
+    with Launched(bare_model, *SIMULATED) as launched:
+        children = launched.children()
+        assert len(children) == 3
+        launched.process.kill()
+        wait_until(
+            lambda: not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE],
+            30,
+            "the children's end",
+        )
+
+
+def test_a_dead_control_plane_and_a_dead_gateway_are_started_again(bare_model: Path) -> None:
+    with Launched(bare_model, *SIMULATED) as launched:
+        for module in ("control_plane", "gateway"):
+            launched.child(module).kill()
+            deadline = time.monotonic() + 20
+            while True:
+                try:
+                    assert len(asyncio.run(stream(launched.base_url, "sim", [1, 2], 5, seed=0))[0]) == 5
+                    break
+                except openai.APIError:
+                    assert time.monotonic() < deadline, launched.read()
+                    time.sleep(0.1)
+
+
+def run_serve(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "gateway.cli", "serve", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_a_port_in_use_is_one_clear_line(bare_model: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for flag in ("--port", "--grpc-port", "--metrics-port"):
+            others = {"--port": "18000", "--grpc-port": "18051", "--metrics-port": "18001"} | {flag: str(port)}
+            run = run_serve(str(bare_model), *SIMULATED, *(f"{name}={value}" for name, value in others.items()))
+            assert run.returncode == 1
+            assert "Traceback" not in run.stderr
+            line = next(line for line in run.stderr.splitlines() if str(port) in line)
+            assert flag in line
+
+
+def test_a_wrong_flag_is_one_line_that_suggests_the_right_one(bare_model: Path) -> None:
+    run = run_serve(str(bare_model), "--max-modle-len=5")
+    assert run.returncode == 2
+    assert len(run.stderr.splitlines()) == 1 and "--max-model-len" in run.stderr
+
+
+@pytest.mark.parametrize("source", ["/nowhere/model", "pypi:no-such-package-xyz"])
+def test_a_model_that_is_not_there(source: str) -> None:
+    run = run_serve(source)
+    assert run.returncode == 1
+    assert "Traceback" not in run.stderr and source.removeprefix("pypi:") in run.stderr
