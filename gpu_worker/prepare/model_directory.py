@@ -1,0 +1,151 @@
+"""Checks a model directory, and adds a `tokenizer.json` to one that has only an older form of tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from gpu_worker.loading.safetensors_reader import SafetensorsReader
+from gpu_worker.prepare.atomic_directory import exclusive, fill_directory
+from gpu_worker.prepare.errors import PrepareError, explained_os_errors
+from gpu_worker.prepare.progress import Progress
+from gpu_worker.prepare.stamp import is_current, sha256_of, write_stamp
+
+TOKENIZER_NAME = "tokenizer.json"
+# Any of these sets of files can be turned into a tokenizer.json.
+_OLDER_FORMS = (("tokenizer.model",), ("vocab.json", "merges.txt"))
+_TOKENIZER_FILES = (
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+_CONVERTED_FILES = (TOKENIZER_NAME, "tokenizer_config.json")
+
+
+def check_directory(directory: Path, *, weights_required: bool = True) -> None:
+    """Raises if the config or the weights cannot be used.
+
+    Raises:
+        PrepareError: `config.json` is missing or damaged.
+        CheckpointError: the weights are missing or damaged.
+    """
+    config = _read_object(directory / "config.json", "give a directory with a model in the Hugging Face layout")
+    if not config.get("architectures") and not config.get("model_type"):
+        raise PrepareError(
+            f"{directory / 'config.json'} names neither architectures nor model_type: it is no model's config"
+        )
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        if (directory / name).exists():
+            _read_object(directory / name, "download it again")
+    if weights_required:
+        SafetensorsReader(directory).close()
+
+
+def _read_object(file: Path, advice: str) -> Mapping[str, Any]:
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError as error:
+        raise PrepareError(f"{file} does not exist: {advice}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise PrepareError(f"{file} is not readable JSON ({error}): {advice}") from error
+    if not isinstance(content, dict):
+        raise PrepareError(f"{file} holds no JSON object: {advice}")
+    return content
+
+
+def with_tokenizer(directory: Path, cache_dir: Path, progress: Progress) -> tuple[Path, bool]:
+    """The directory to serve from, and whether it has a tokenizer.
+
+    A directory without `tokenizer.json` is not written to: a directory in `cache_dir` is made with links to its files
+    and the converted tokenizer.
+
+    Raises:
+        PrepareError: there is a tokenizer and it cannot be used.
+    """
+    if (directory / TOKENIZER_NAME).exists():
+        _check_tokenizer(directory / TOKENIZER_NAME)
+        return directory, True
+    if any(all((directory / name).exists() for name in form) for form in _OLDER_FORMS):
+        return _convert_tokenizer(directory, cache_dir, progress), True
+    for form in _OLDER_FORMS:
+        present = [name for name in form if (directory / name).exists()]
+        if present:
+            missing = ", ".join(name for name in form if name not in present)
+            raise PrepareError(f"{directory} has {present[0]} and lacks {missing}: download {missing} too")
+    progress.note(
+        f"{directory} has no tokenizer ({TOKENIZER_NAME}, tokenizer.model, or vocab.json with merges.txt): "
+        "the server will take and give token ids only"
+    )
+    return directory, False
+
+
+def _check_tokenizer(file: Path) -> None:
+    try:
+        Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception for everything
+        raise PrepareError(f"{file} cannot be used ({error}): download it again, or upgrade tokenizers") from error
+
+
+def _convert_tokenizer(directory: Path, cache_dir: Path, progress: Progress) -> Path:
+    sources = [directory / name for name in _TOKENIZER_FILES if (directory / name).exists()]
+    digest = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:8]
+    target = cache_dir / f"{directory.resolve().name}-tokenizer-{digest}"
+    options = {"links_to": str(directory.resolve())}
+
+    def fill(partial: Path) -> None:
+        progress.note(f"Converting the tokenizer of {directory} to {TOKENIZER_NAME}")
+        _save_fast_tokenizer(directory, partial)
+        for file in directory.resolve().iterdir():
+            if file.name not in _CONVERTED_FILES:
+                (partial / file.name).symlink_to(file)
+        hashes = {path.name: sha256_of(path) for path in sources}
+        write_stamp(partial, sources, options, [name for name in _CONVERTED_FILES if (partial / name).exists()], hashes)
+
+    with explained_os_errors(target), exclusive(target):
+        if not is_current(target, sources, options):
+            fill_directory(target, fill)
+    return target
+
+
+def _save_fast_tokenizer(directory: Path, target: Path) -> None:
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise PrepareError(
+            f"{directory} has no {TOKENIZER_NAME}, and making one needs transformers: pip install 'stepwire[prepare]'"
+        ) from error
+    advice = "save it once with transformers' save_pretrained, which writes a tokenizer.json, and give that directory"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # anything can go wrong in a conversion, and every reason means the same to the reader
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise PrepareError(f"the tokenizer of {directory} cannot be converted ({reason}): {advice}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise PrepareError(f"the tokenizer of {directory} has no fast form ({type(tokenizer).__name__}): {advice}")
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save_pretrained(scratch)
+        for name in _CONVERTED_FILES:
+            saved = Path(scratch) / name
+            if saved.exists():
+                (target / name).write_bytes(saved.read_bytes())
+    template = Path(directory) / "chat_template.jinja"
+    if tokenizer.chat_template and not template.exists():
+        _keep_chat_template(target / "tokenizer_config.json", tokenizer.chat_template)
+
+
+def _keep_chat_template(file: Path, template: str | dict[str, str]) -> None:
+    """transformers 5 saves the template in a file of its own; the one that came in the config stays there."""
+    config = json.loads(file.read_text("utf-8"))
+    config["chat_template"] = (
+        template if isinstance(template, str) else [{"name": name, "template": text} for name, text in template.items()]
+    )
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")

