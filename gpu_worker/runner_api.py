@@ -139,6 +139,22 @@ class StepResult:
     sample_ns: int = 0
 
 
+class StepError(Exception):
+    """A step that cannot be run as a whole, through no fault of the worker: malformed, or at odds with `WorkerFacts`.
+
+    The codec raises it, and a runner may from `execute`. The session ends with INVALID_ARGUMENT and this message; the
+    worker goes on with the next session.
+    """
+
+
+class SessionEnded(Exception):
+    """The session is over, so nobody waits for this step.
+
+    `wait_for_mask` raises it, and a runner lets it pass: `reset` comes next. A runner that raises it by itself ends the
+    session with UNAVAILABLE.
+    """
+
+
 class PendingStep(Protocol):
     """A launched step."""
 
@@ -156,9 +172,9 @@ class Runner(Protocol):
         """Launch one step.
 
         `wait_for_mask` blocks until the mask of this step's `mask_rows` has come; call it after the forward pass is
-        launched, and only if there are such rows. An exception out of here or out of `result` is a broken worker: the
-        process ends with a message, and the control plane resumes its requests on the next one. What is wrong with a
-        single row is a `RowFault` instead.
+        launched, and only if there are such rows. What is wrong with a single row is a `RowFault`. An exception out of
+        here (but for `StepError` and `SessionEnded`) or out of `result` is a broken worker: the process ends with a
+        message, and the control plane resumes its requests on the next one.
         """
         ...
 

@@ -1,0 +1,373 @@
+"""Serves a runner over gRPC. Needs no torch: any `Runner` will do.
+
+Three threads, so that a step never waits for the network and the network never waits for a step:
+
+    gRPC loop (grpc.aio)  --queued steps-->  main thread (Runner.execute)  --pending steps-->  completion thread
+            ^------------------------------- encoded results --------------------------------------+
+
+The main thread launches a step while the one before still runs; the completion thread blocks until the device is done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from queue import SimpleQueue
+from types import FrameType
+from typing import TypeVar
+
+import grpc
+import stepwire
+import structlog
+import uvloop
+from grpc.aio import EOF  # type: ignore[attr-defined]  # the stubs lack it
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio  # type: ignore[attr-defined]  # the stubs lack it
+from stepwire.v1 import worker_pb2, worker_pb2_grpc
+
+from gpu_worker.listen import ListenAddress, ListenError
+from gpu_worker.runner_api import PendingStep, Runner, SessionEnded, StepError, WorkerFacts
+from gpu_worker.session import QueuedStep, Session, StreamContext
+from gpu_worker.step_codec import PROTOCOL_VERSION, encode_facts, encode_result
+
+logger = structlog.get_logger(__name__)
+
+SERVICE_NAME = worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+# The launching thread may hold the interpreter for most of a step; the default of 5 ms would add that to every result.
+SWITCH_INTERVAL_S = 1e-4
+# How long a thread that does not end may hold up the end of the process.
+_LAST_RESORT_S = 3.0
+
+_LAST_CALLS_S = 0.5
+_LOADING = "the worker is still loading its model"
+
+T = TypeVar("T")
+
+_SERVER_OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # Two workers on one port would both start, and share the control plane's connections between them.
+    ("grpc.so_reuseport", 0),
+    # Notice a control plane whose machine has gone, and let it notice the same of this one.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class _Reset:
+    """Forget everything for this session, then tell the loop."""
+
+    session: Session
+    ready: asyncio.Future[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A step on its way to the completion thread."""
+
+    step: QueuedStep
+    pending: PendingStep
+    queue_ns: int
+
+
+class _Stop:
+    """Last entry of a queue."""
+
+
+class WorkerServer:
+    """Listens from `start` on, says it is ready in `serve`, and ends by a signal or when the runner fails.
+
+    Args:
+        listen: address as in `WorkerSettings.listen`.
+        credentials: for TLS; None serves in clear.
+        shutdown_grace_s: how long queued steps may take after a signal.
+    """
+
+    def __init__(
+        self, listen: str, *, credentials: grpc.ServerCredentials | None = None, shutdown_grace_s: float = 10.0
+    ) -> None:
+        self._listen = ListenAddress.parse(listen)
+        self._credentials = credentials
+        self._shutdown_grace_s = shutdown_grace_s
+        self._instance_id = uuid.uuid4().hex
+        self._facts: WorkerFacts | None = None
+        self._loop = uvloop.new_event_loop()
+        self._loop_thread = threading.Thread(target=self._run_loop, name="grpc", daemon=True)
+        self._completion_thread = threading.Thread(target=self._complete_steps, name="completion", daemon=True)
+        self._server: grpc.aio.Server | None = None
+        self._health = health_aio.HealthServicer()
+        self._session: Session | None = None
+        self._work: SimpleQueue[QueuedStep | _Reset | _Stop] = SimpleQueue()
+        self._launched: SimpleQueue[_Launched | threading.Event | _Stop] = SimpleQueue()
+        self._ending: asyncio.Task[None] | None = None  # set once, on the loop
+        self._is_stopping = threading.Event()
+        self._failure_lock = threading.Lock()
+        self._has_failed = False
+
+    # Life, on the main thread.
+
+    def start(self) -> str:
+        """Begin to listen and give the address, with its port. Raises `ListenError`."""
+        self._listen.claim()
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        self._loop_thread.start()
+        port = self._on_loop(self._start_grpc())
+        return str(self._listen) if self._listen.path is not None else f"{self._listen.host}:{port}"
+
+    def serve(self, runner: Runner, on_ready: Callable[[WorkerFacts], None]) -> int:
+        """Run the sessions' steps until a signal comes or the runner fails; gives the process's exit code."""
+        self._facts = runner.describe()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        self._completion_thread.start()
+        self._on_loop(self._set_serving())
+        on_ready(self._facts)
+        while not isinstance(work := self._work.get(), _Stop):
+            if isinstance(work, QueuedStep):
+                self._launch(runner, work)
+            else:
+                self._reset(runner, work)
+        self._launched.put(_Stop())
+        self._completion_thread.join(_LAST_RESORT_S)
+        if self._completion_thread.is_alive():
+            logger.error("a launched step has not ended: the process ends without it")
+            return 1
+        if not self._has_failed:
+            runner.close()
+        self.stop()
+        return 1 if self._has_failed else 0
+
+    def stop(self) -> None:
+        """Stop listening and end the gRPC thread. `serve` does it; needed where `serve` is never reached."""
+        if self._loop_thread.is_alive():
+            self._on_loop(self._stop_grpc())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._loop_thread.join(_LAST_RESORT_S)
+
+    def _launch(self, runner: Runner, step: QueuedStep) -> None:
+        session, step_id = step.session, step.batch.step_id
+        if session.is_over or self._has_failed:
+            return
+        queue_ns = time.monotonic_ns() - step.arrived_ns
+        try:
+            pending = runner.execute(step.batch, step.wait_for_mask)
+        except StepError as error:
+            logger.warning("step refused", session_id=session.session_id, step_id=step_id, reason=str(error))
+            self._end_session(session, grpc.StatusCode.INVALID_ARGUMENT, f"step {step_id}: {error}")
+        except SessionEnded as error:
+            self._end_session(session, grpc.StatusCode.UNAVAILABLE, f"step {step_id}: {error}")
+        except Exception as error:
+            self._fail(f"step {step_id} of session {session.session_id}", error)
+        else:
+            self._launched.put(_Launched(step, pending, queue_ns))
+
+    def _reset(self, runner: Runner, reset: _Reset) -> None:
+        if reset.session.is_over or self._has_failed:
+            return
+        # Steps of the session before may still be on the device, and their results in the runner's buffers.
+        retired = threading.Event()
+        self._launched.put(retired)
+        while not retired.wait(0.1):
+            if self._is_stopping.is_set():
+                return
+        try:
+            runner.reset()
+        except Exception as error:
+            self._fail(f"the reset for session {reset.session.session_id}", error)
+            return
+        self._loop.call_soon_threadsafe(_set_unless_done, reset.ready, self._instance_id)
+
+    def _end_session(self, session: Session, code: grpc.StatusCode, message: str) -> None:
+        """For other threads than the loop's; returns once the session is over, so that none of its steps runs after."""
+        self._on_loop(self._close_session(session, code, message))
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        self._loop.call_soon_threadsafe(self._begin_end, f"the worker got {name} and is shutting down")
+
+    def _fail(self, where: str, error: Exception) -> None:
+        """End the process because the runner is broken. Any thread."""
+        with self._failure_lock:
+            if self._has_failed:
+                return
+            self._has_failed = True
+        logger.error(
+            f"{where} failed: this worker ends, its requests can be resumed elsewhere", error=str(error), exc_info=error
+        )
+        self._end_after(_LAST_RESORT_S, "the worker did not end by itself after a failure")
+        self._loop.call_soon_threadsafe(self._begin_end, f"the worker failed in {where} and ends: {error}")
+
+    def _end_after(self, seconds: float, message: str) -> None:
+        timer = threading.Timer(seconds, _end_process, [message])
+        timer.daemon = True
+        timer.start()
+
+    # The completion thread.
+
+    def _complete_steps(self) -> None:
+        while not isinstance(launched := self._launched.get(), _Stop):
+            if isinstance(launched, threading.Event):
+                launched.set()
+            elif not self._has_failed:
+                self._complete(launched)
+
+    def _complete(self, launched: _Launched) -> None:
+        session = launched.step.session
+        try:
+            result = launched.pending.result()
+            if session.is_over:
+                return
+            response = worker_pb2.RunStepsResponse(result=encode_result(result, launched.queue_ns))
+        except Exception as error:
+            self._fail(f"step {launched.step.batch.step_id} of session {session.session_id}", error)
+            return
+        self._loop.call_soon_threadsafe(session.deliver, response)
+
+    # The gRPC loop's thread.
+
+    def _run_loop(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+        self._loop.close()
+
+    def _on_loop(self, coroutine: Coroutine[object, object, T]) -> T:
+        """Run it on the loop, and wait: for other threads than the loop's, which never waits for them in turn."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    async def _start_grpc(self) -> int:
+        for service in ("", SERVICE_NAME):
+            await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
+        server = grpc.aio.server(options=_SERVER_OPTIONS)
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(_Servicer(self), server)  # type: ignore[no-untyped-call]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        address = str(self._listen)
+        try:
+            if self._credentials is None:
+                port = server.add_insecure_port(address)
+            else:
+                port = server.add_secure_port(address, self._credentials)
+        except RuntimeError as error:
+            raise ListenError(f"--listen: gRPC cannot listen on {address}: {error}") from error
+        await server.start()
+        self._server = server
+        return port
+
+    async def _set_serving(self) -> None:
+        for service in ("", SERVICE_NAME):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+
+    async def _stop_grpc(self) -> None:
+        if self._server is not None:
+            await self._server.stop(_LAST_CALLS_S)
+
+    async def _close_session(self, session: Session, code: grpc.StatusCode, message: str) -> None:
+        session.end(code, message)
+
+    def _begin_end(self, message: str) -> None:
+        if self._ending is None:
+            self._ending = self._loop.create_task(self._end(message))
+        elif self._has_failed and self._session is not None:
+            self._session.end(grpc.StatusCode.INTERNAL, message)
+
+    async def _end(self, message: str) -> None:
+        if not self._has_failed:
+            logger.info(message)
+        await self._health.enter_graceful_shutdown()
+        session = self._session
+        if session is not None:
+            if self._has_failed:
+                session.end(grpc.StatusCode.INTERNAL, message)
+            else:
+                session.end_when_answered(grpc.StatusCode.UNAVAILABLE, message)
+            try:
+                await asyncio.wait_for(session.finished.wait(), self._shutdown_grace_s)
+            except TimeoutError:
+                logger.warning(
+                    "steps are unanswered after shutdown_grace_s: they are given up", grace_s=self._shutdown_grace_s
+                )
+                session.end(grpc.StatusCode.UNAVAILABLE, message)
+        self._is_stopping.set()
+        self._end_after(_LAST_RESORT_S, "the worker did not end by itself: a step hangs")
+        self._work.put(_Stop())
+
+    def describe(self) -> worker_pb2.DescribeResponse | None:
+        """None while the model is loading."""
+        return encode_facts(self._facts, self._instance_id, stepwire.__version__) if self._facts is not None else None
+
+    async def run_session(self, hello: worker_pb2.SessionHello, context: StreamContext) -> None:
+        """Serve one stream after its hello; the session before ends, and the runner forgets it."""
+        if self._facts is None:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, _LOADING)
+            return
+        if self._ending is not None:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the worker is shutting down")
+            return
+        session = Session(hello.session_id, self._facts, self._work.put)
+        former, self._session = self._session, session
+        if former is not None:
+            former.end(grpc.StatusCode.ABORTED, f"session {hello.session_id} has taken the place of this one")
+        logger.info("session begins", session_id=hello.session_id, peer=context.peer())
+        ready: asyncio.Future[str] = self._loop.create_future()
+        self._work.put(_Reset(session, ready))
+        try:
+            await session.run(context, ready)
+        finally:
+            if self._session is session:
+                self._session = None
+            logger.info("session ended", session_id=hello.session_id)
+
+
+class _Servicer(worker_pb2_grpc.WorkerServiceServicer):
+    """WorkerService as gRPC calls it, on the loop."""
+
+    def __init__(self, server: WorkerServer) -> None:
+        self._server = server
+
+    async def Describe(
+        self,
+        request: worker_pb2.DescribeRequest,
+        context: grpc.aio.ServicerContext[worker_pb2.DescribeRequest, worker_pb2.DescribeResponse],
+    ) -> worker_pb2.DescribeResponse:
+        response = self._server.describe()
+        if response is None:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, _LOADING)
+        return response
+
+    async def RunSteps(self, requests: object, context: StreamContext) -> None:
+        # `requests` is the iterator form of context.read(), which is what the session uses.
+        first = await context.read()
+        if first is EOF or first.WhichOneof("message") != "hello":
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message of a stream must be a hello")
+        hello = first.hello
+        if hello.protocol_version != PROTOCOL_VERSION:
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"the control plane speaks version {hello.protocol_version} of the worker contract"
+                f" and this worker version {PROTOCOL_VERSION}: install the same release of stepwire on both",
+            )
+        if not hello.session_id:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "hello.session_id is empty")
+        await self._server.run_session(hello, context)
+
+
+def _set_unless_done(future: asyncio.Future[str], value: str) -> None:
+    if not future.done():
+        future.set_result(value)
+
+
+def _end_process(message: str) -> None:
+    """For when threads hang that nothing can wake."""
+    logger.error(message)
+    sys.stderr.flush()
+    os._exit(1)

@@ -1,0 +1,96 @@
+"""Every architecture against transformers' own model of it, in float32, through the runner's pieces."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gpu_worker.attention.api import StepMetadata
+from gpu_worker.attention.torch_backend import TorchAttention
+from gpu_worker.kv_cache import KVCache, KVCacheShape
+from gpu_worker.layers.linear import BuildContext
+from gpu_worker.models.family import ModelFamily
+from gpu_worker.models.loader import load_weights, read_spec
+from gpu_worker.parallel import ParallelContext
+from gpu_worker.quant.none import Unquantized
+from gpu_worker.runner import _attention_spec
+from tests.unit.gpu_worker.models.tiny_checkpoints import TINY, save_tiny
+
+BLOCK_SIZE = 4
+
+
+class PagedModel:
+    """A model with a cache, fed by hand: one row, whose blocks are scattered."""
+
+    def __init__(self, directory: Path, dtype: torch.dtype = torch.float32) -> None:
+        spec, family = read_spec(directory)
+        parallel = ParallelContext()
+        build = BuildContext(parallel, Unquantized(), dtype, torch.device("cpu"))
+        self.model: ModelFamily = family(spec, 256, build)
+        load_weights(self.model, directory)
+        cache = KVCache(KVCacheShape.of(spec, parallel, BLOCK_SIZE, dtype), 80, build.device)
+        self.attention = TorchAttention(_attention_spec(spec, parallel), cache.layers, dtype)
+        self.table = np.random.default_rng(0).permutation(np.arange(1, 80))[None, :]
+
+    @torch.inference_mode()
+    def logits(self, token_ids: list[int], start: int) -> torch.Tensor:
+        """Logits after every one of these tokens, the ones before `start` being in the cache."""
+        stop = start + len(token_ids)
+        metadata = StepMetadata(
+            num_decodes=int(len(token_ids) == 1),
+            query_lengths=np.array([len(token_ids)]),
+            context_lengths=np.array([stop]),
+            block_tables=self.table,
+            positions=np.arange(start, stop),
+        )
+        self.attention.plan(metadata)
+        hidden = self.model.hidden_states(torch.tensor(token_ids), torch.arange(start, stop), self.attention)
+        return self.model.logits(hidden)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
+    reference: Any = save_tiny(name, tmp_path)
+    token_ids = torch.randint(0, 301, (56,), generator=torch.Generator().manual_seed(7)).tolist()
+    with torch.inference_mode():
+        expected = reference(torch.tensor([token_ids])).logits[0]
+    scale = expected.abs().max().item()
+    assert scale > 1, "the checkpoint's logits are too flat to prove anything"
+
+    def check(got: torch.Tensor, start: int) -> None:
+        error = (got - expected[start : start + len(got)]).abs().max().item()
+        assert error <= 1e-4 * scale, f"from position {start}: error {error} at scale {scale}"
+
+    prefill = PagedModel(tmp_path)
+    check(prefill.logits(token_ids[:40], 0), 0)
+    for position in range(40, 56):
+        check(prefill.logits([token_ids[position]], position), position)
+    chunked = PagedModel(tmp_path)
+    for start, stop in ((0, 13), (13, 14), (14, 31), (31, 40)):
+        check(chunked.logits(token_ids[start:stop], start), start)
+
+
+def test_a_tied_head_may_be_stored_as_well(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_tiny("qwen2", tmp_path)
+    before = PagedModel(tmp_path).logits([5, 6, 7], 0)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert torch.equal(PagedModel(tmp_path).logits([5, 6, 7], 0), before)
+
+
+@pytest.mark.parametrize("name", ["llama-tied-bias", "qwen3"])
+def test_bfloat16_with_packed_weights_is_close(name: str, tmp_path: Path) -> None:
+    reference: Any = save_tiny(name, tmp_path)
+    token_ids = list(range(3, 43))
+    with torch.inference_mode():
+        expected = reference(torch.tensor([token_ids])).logits[0]
+    got = PagedModel(tmp_path, torch.bfloat16).logits(token_ids, 0).float()
+    cosine = torch.nn.functional.cosine_similarity(got, expected, dim=-1)
+    assert cosine.min() > 0.995

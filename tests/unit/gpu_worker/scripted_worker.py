@@ -1,0 +1,99 @@
+"""A worker process whose runner does as the steps tell it: `new_block_ids` of a step's first run are its orders.
+
+With `--seed 1` it is loading until there is a file `loaded` beside its socket. What the runner is asked to do is
+logged, in order, so that a test can see what reached it and on which thread.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+
+from gpu_worker.__main__ import _configure_logging
+from gpu_worker.config import parse_settings
+from gpu_worker.runner_api import SessionEnded, StepBatch, StepError, StepResult, TokenMask, WorkerFacts
+from gpu_worker.server import WorkerServer
+from gpu_worker.simulated import SimulationSpec
+from tests.unit.gpu_worker.step_builder import uint32
+
+logger = structlog.get_logger("runner")
+
+REFUSE = 1
+END_SESSION = 2
+FAIL_EXECUTE = 3
+FAIL_RESULT = 4
+# A launched step of this kind has its result when the next step is executed, or after a second.
+UNTIL_NEXT = 5
+SLOW_EXECUTE = 6
+FAIL_RESET = 7
+
+
+class ScriptedStep:
+    def __init__(self, batch: StepBatch, order: int, may_end: threading.Event) -> None:
+        self._batch, self._order, self._may_end = batch, order, may_end
+
+    def result(self) -> StepResult:
+        step_id = self._batch.step_id
+        in_time = self._may_end.wait(1.0)
+        logger.info(f"result {step_id}", thread=threading.current_thread().name, in_time=in_time)
+        if self._order == FAIL_RESULT:
+            raise ZeroDivisionError("the device is lost")
+        return StepResult(step_id=step_id, rows=uint32(), offsets=uint32([0]), token_ids=uint32())
+
+
+class ScriptedRunner:
+    def __init__(self) -> None:
+        self._last_may_end = threading.Event()
+        self._fail_reset = False
+
+    def describe(self) -> WorkerFacts:
+        return SimulationSpec(vocab_size=64).facts()
+
+    def execute(self, batch: StepBatch, wait_for_mask: Callable[[], TokenMask]) -> ScriptedStep:
+        order = int(batch.new_block_ids[0]) if len(batch.new_block_ids) else 0
+        logger.info(f"execute {batch.step_id}", thread=threading.current_thread().name, order=order)
+        self._last_may_end.set()
+        if order == REFUSE:
+            raise StepError("not such a step")
+        if order == END_SESSION:
+            raise SessionEnded("enough for today")
+        if order == FAIL_EXECUTE:
+            raise ZeroDivisionError("a kernel failed")
+        if order == SLOW_EXECUTE:
+            time.sleep(0.5)
+        self._fail_reset = order == FAIL_RESET
+        if len(batch.mask_rows):
+            mask = wait_for_mask()
+            logger.info(f"mask {batch.step_id}", rows=mask.rows.tolist(), words=mask.bitmask.tolist())
+        self._last_may_end = threading.Event()
+        if order != UNTIL_NEXT:
+            self._last_may_end.set()
+        return ScriptedStep(batch, order, self._last_may_end)
+
+    def reset(self) -> None:
+        logger.info("reset", thread=threading.current_thread().name)
+        if self._fail_reset:
+            raise ZeroDivisionError("nothing is left to reset")
+
+    def close(self) -> None:
+        logger.info("close", thread=threading.current_thread().name)
+
+
+def main() -> int:
+    settings = parse_settings(sys.argv[1:])
+    _configure_logging(settings)
+    server = WorkerServer(settings.listen, shutdown_grace_s=settings.shutdown_grace_s)
+    address = server.start()
+    logger.info("loading")
+    while settings.seed and not Path(address.removeprefix("unix:")).with_name("loaded").exists():
+        time.sleep(0.02)
+    return server.serve(ScriptedRunner(), lambda facts: logger.info("worker ready", listen=address))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
