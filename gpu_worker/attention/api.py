@@ -1,0 +1,60 @@
+"""The seam between a model's attention layers and what computes attention over the paged KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """A model's attention on one rank."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    windows: tuple[int | None, ...]
+    """One a layer: tokens that a query sees, itself included; None: all before it."""
+    softcap: float | None = None
+    """Scores become softcap * tanh(scores / softcap) before the mask."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetadata:
+    """Which tokens of a step belong to which sequence. Rows with one token come first; row means run here."""
+
+    num_decodes: int
+    """Leading rows that run exactly one token: token i of the step is row i."""
+    query_lengths: npt.NDArray[np.int64]  # [num_rows]: tokens of this step
+    context_lengths: npt.NDArray[np.int64]  # [num_rows]: tokens up to and with this step's last
+    block_tables: npt.NDArray[np.int64]  # [num_rows, max_blocks]: padded with block 0
+    positions: npt.NDArray[np.int64]  # [num_tokens]
+
+
+class AttentionBackend(Protocol):
+    """Writes a step's keys and values into the cache and attends over it."""
+
+    def supports(self, spec: AttentionSpec) -> str | None:
+        """None, or why this backend cannot do it."""
+        ...
+
+    def plan(self, step: StepMetadata) -> None:
+        """Prepare what all layers of the step share. Called once a step, before any `run`."""
+        ...
+
+    def run(self, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, layer: int) -> torch.Tensor:
+        """Attention of one layer.
+
+        q [num_tokens, num_heads, head_dim], k and v [num_tokens, num_kv_heads, head_dim], after rope; k and v are None
+        where the kernel that applied rope has written them into the cache. Returns [num_tokens, num_heads * head_dim].
+        """
+        ...
+
+    def plan_graph(self, bucket: int) -> None:
+        """Prepare fixed buffers for capturing a graph of `bucket` tokens."""
+        ...

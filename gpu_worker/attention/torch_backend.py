@@ -1,0 +1,260 @@
+"""Paged attention in plain torch: what runs on a CPU, and the reference for the kernels.
+
+A row's keys and values are gathered from its blocks into one dense tensor, then go through torch's fused
+scaled-dot-product attention. Rows that run one token (decodes) are batched: one gather and one attention call for all rows
+of similar length. Query heads that share a KV head are treated as its query *positions*, so that keys and values are never
+repeated. With a soft-cap, which the fused kernel lacks, scores are computed by two matrix products in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+
+from gpu_worker.attention.api import AttentionSpec, StepMetadata
+
+IntArray = npt.NDArray[np.int64]
+
+# A decode group is split where its longest row has this many times the blocks of its shortest: padding then wastes less
+# than half of the gather, and each group costs a few more calls a layer.
+MAX_LENGTH_RATIO = 2.0
+# ... unless the group's padding is below this many tokens, which is cheaper than the calls.
+MAX_PADDING_TOKENS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class _DecodeGroup:
+    """Rows attended together."""
+
+    rows: torch.Tensor | None  # [num_rows] indices among the step's decodes; None: all of them, in order
+    num_rows: int
+    gather: torch.Tensor  # [2 * num_rows * num_kv_heads * max_blocks] rows of the cache's (block, head) view
+    mask: torch.Tensor | None  # [num_rows, 1, 1, max_blocks * block_size] additive; None: nothing to hide
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefill:
+    """One row with several query tokens."""
+
+    first_token: int
+    last_token: int
+    gather: torch.Tensor | None  # [2 * num_kv_heads * num_blocks]; None: all its context is in this step
+    mask: torch.Tensor | None  # [num_queries, num_keys] additive; None: plainly causal
+
+
+@dataclass(frozen=True, slots=True)
+class _WindowPlan:
+    decodes: tuple[_DecodeGroup, ...]
+    prefills: tuple[_Prefill, ...]
+
+
+class TorchAttention:
+    """Attention over `kv_caches`: one [2, num_blocks, num_kv_heads, block_size, head_dim] a layer (keys, then values)."""
+
+    def __init__(self, spec: AttentionSpec, kv_caches: list[torch.Tensor], dtype: torch.dtype) -> None:
+        self.spec = spec
+        self._dtype = dtype
+        _, self._num_blocks, self._num_kv_heads, self._block_size, self._head_dim = kv_caches[0].shape
+        self._group_size = spec.num_heads // spec.num_kv_heads
+        self._device = kv_caches[0].device
+        self._cache_dtype = kv_caches[0].dtype
+        # Two views of a layer's cache: a row for every token and head (written), a row for every block and head (read).
+        self._by_token = [cache.view(-1, self._head_dim) for cache in kv_caches]
+        self._by_block = [cache.view(-1, self._block_size * self._head_dim) for cache in kv_caches]
+        self._head_ids = np.arange(self._num_kv_heads)
+        self._slots = torch.empty(0, dtype=torch.int64)
+        self._plans: dict[int | None, _WindowPlan] = {}
+
+    def supports(self, spec: AttentionSpec) -> str | None:
+        if spec.num_heads % spec.num_kv_heads:
+            return f"{spec.num_heads} query heads do not divide by {spec.num_kv_heads} KV heads"
+        return None
+
+    def plan_graph(self, bucket: int) -> None:
+        raise NotImplementedError("the torch attention backend runs without graphs: its shapes follow the step")
+
+    def plan(self, step: StepMetadata) -> None:
+        self._num_decodes = step.num_decodes
+        self._slots = self._to_device(self._write_slots(step))
+        self._plans = {window: self._plan_window(step, window) for window in set(self.spec.windows)}
+
+    def _to_device(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+    def _write_slots(self, step: StepMetadata) -> IntArray:
+        """Rows of the by-token view that the step's keys, then its values go to: [2 * num_tokens * num_kv_heads]."""
+        row_of_token = np.repeat(np.arange(len(step.query_lengths)), step.query_lengths)  # [num_tokens]
+        blocks = step.block_tables[row_of_token, step.positions // self._block_size]  # [num_tokens]
+        rows = (blocks * self._num_kv_heads)[:, None] + self._head_ids  # [num_tokens, num_kv_heads]
+        slots = rows * self._block_size + (step.positions % self._block_size)[:, None]
+        value_offset = self._num_blocks * self._num_kv_heads * self._block_size
+        return np.concatenate((slots, slots + value_offset)).ravel()
+
+    def _gather_rows(self, blocks: IntArray) -> IntArray:
+        """Rows of the by-block view: blocks [..., num_blocks] -> flat [2, ..., num_kv_heads, num_blocks]."""
+        rows = blocks[..., None, :] * self._num_kv_heads + self._head_ids[:, None]
+        return np.stack((rows, rows + self._num_blocks * self._num_kv_heads)).ravel()
+
+    def _first_blocks(self, first_positions: IntArray, window: int | None) -> IntArray:
+        """The first block that a query at each position can see."""
+        if window is None:
+            return np.zeros_like(first_positions)
+        return np.maximum(first_positions - window + 1, 0) // self._block_size
+
+    def _plan_window(self, step: StepMetadata, window: int | None) -> _WindowPlan:
+        decodes: list[_DecodeGroup] = []
+        if step.num_decodes:
+            lengths = step.context_lengths[: step.num_decodes]
+            first_blocks = self._first_blocks(lengths - 1, window)
+            num_blocks = -(-lengths // self._block_size) - first_blocks
+            groups = _group_by_length(num_blocks, self._block_size)
+            decodes = [
+                self._plan_decodes(step, None if len(groups) == 1 else rows, rows, first_blocks, num_blocks, window)
+                for rows in groups
+            ]
+        prefills: list[_Prefill] = []
+        first_token = step.num_decodes
+        for row in range(step.num_decodes, len(step.query_lengths)):
+            prefills.append(self._plan_prefill(step, row, first_token, window))
+            first_token += int(step.query_lengths[row])
+        return _WindowPlan(tuple(decodes), tuple(prefills))
+
+    def _plan_decodes(
+        self,
+        step: StepMetadata,
+        selected: IntArray | None,
+        rows: IntArray,
+        first_blocks: IntArray,
+        num_blocks: IntArray,
+        window: int | None,
+    ) -> _DecodeGroup:
+        max_blocks = int(num_blocks[rows].max())
+        first = first_blocks[rows]
+        columns = first[:, None] + np.arange(max_blocks)  # [num_rows, max_blocks]
+        tables = step.block_tables[rows]
+        inside = columns < tables.shape[1]
+        blocks = np.take_along_axis(tables, np.where(inside, columns, 0), axis=1)
+        lengths = step.context_lengths[rows]
+        # Keys beyond a row's own blocks are read from the scratch block, whatever follows in the table.
+        blocks[columns >= -(-lengths // self._block_size)[:, None]] = 0
+        positions = first[:, None] * self._block_size + np.arange(max_blocks * self._block_size)
+        hidden = positions >= lengths[:, None]
+        if window is not None:
+            hidden |= positions < (lengths - window)[:, None]
+        mask = self._additive(hidden)[:, None, None, :] if hidden.any() else None
+        return _DecodeGroup(
+            rows=None if selected is None else self._to_device(selected),
+            num_rows=len(rows),
+            gather=self._to_device(self._gather_rows(blocks)),
+            mask=mask,
+        )
+
+    def _additive(self, hidden: npt.NDArray[np.bool_]) -> torch.Tensor:
+        mask = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device)
+        return mask.masked_fill_(self._to_device(hidden), float("-inf"))
+
+    def _plan_prefill(self, step: StepMetadata, row: int, first_token: int, window: int | None) -> _Prefill:
+        num_queries, num_keys = int(step.query_lengths[row]), int(step.context_lengths[row])
+        start = num_keys - num_queries
+        last_token = first_token + num_queries
+        if start == 0 and (window is None or num_keys <= window):
+            return _Prefill(first_token, last_token, None, None)
+        first_block = int(self._first_blocks(np.array([start]), window)[0]) if start else 0
+        first_key = first_block * self._block_size
+        blocks = step.block_tables[row, first_block : -(-num_keys // self._block_size)]
+        # With a context in this step alone the keys come from the step itself, and there are exactly num_keys of them.
+        num_gathered = len(blocks) * self._block_size if start else num_keys
+        queries = np.arange(start, num_keys)[:, None]
+        keys = first_key + np.arange(num_gathered)
+        hidden = keys > queries
+        if window is not None:
+            hidden |= keys <= queries - window
+        gather = self._to_device(self._gather_rows(blocks)) if start else None
+        return _Prefill(first_token, last_token, gather, self._additive(hidden))
+
+    def run(self, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, layer: int) -> torch.Tensor:
+        if k is None or v is None:
+            raise ValueError("the torch attention backend writes the cache itself: it needs k and v")
+        written = torch.cat((k, v)).to(self._cache_dtype)  # [2 * num_tokens, num_kv_heads, head_dim]
+        self._by_token[layer].index_copy_(0, self._slots, written.view(-1, self._head_dim))
+        plan = self._plans[self.spec.windows[layer]]
+        if not plan.prefills and len(plan.decodes) == 1:
+            return self._decode(q, plan.decodes[0], layer)
+        out = torch.empty(q.shape[0], q.shape[1] * self._head_dim, dtype=q.dtype, device=q.device)
+        for group in plan.decodes:
+            if group.rows is None:
+                out[: group.num_rows] = self._decode(q[: group.num_rows], group, layer)
+            else:
+                out.index_copy_(0, group.rows, self._decode(q.index_select(0, group.rows), group, layer))
+        for prefill in plan.prefills:
+            self._prefill(q, k, v, prefill, layer, out)
+        return out
+
+    def _decode(self, q: torch.Tensor, group: _DecodeGroup, layer: int) -> torch.Tensor:
+        """q [num_rows, num_heads, head_dim] -> [num_rows, num_heads * head_dim]."""
+        gathered = self._by_block[layer].index_select(0, group.gather).to(q.dtype)
+        keys_values = gathered.view(2, group.num_rows, self._num_kv_heads, -1, self._head_dim)
+        # [num_rows, num_kv_heads, group_size, head_dim]: the heads of a group are positions of one query
+        grouped = q.reshape(group.num_rows, self._num_kv_heads, self._group_size, self._head_dim)
+        attended = self._attend(grouped, keys_values[0], keys_values[1], group.mask, is_causal=False)
+        return attended.reshape(group.num_rows, -1)
+
+    def _prefill(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prefill: _Prefill, layer: int, out: torch.Tensor
+    ) -> None:
+        tokens = slice(prefill.first_token, prefill.last_token)
+        num_queries = prefill.last_token - prefill.first_token
+        if prefill.gather is None:
+            keys = k[tokens].transpose(0, 1)  # [num_kv_heads, num_queries, head_dim]
+            values = v[tokens].transpose(0, 1)
+        else:
+            gathered = self._by_block[layer].index_select(0, prefill.gather).to(q.dtype)
+            keys, values = gathered.view(2, self._num_kv_heads, -1, self._head_dim).unbind(0)
+        # KV heads are the batch, a group's query heads its heads: [num_kv_heads, group_size, num_queries, head_dim].
+        grouped = q[tokens].view(num_queries, self._num_kv_heads, self._group_size, self._head_dim).permute(1, 2, 0, 3)
+        shape = (self._num_kv_heads, self._group_size, keys.shape[1], self._head_dim)
+        attended = self._attend(
+            grouped,
+            keys.unsqueeze(1).expand(shape),
+            values.unsqueeze(1).expand(shape),
+            prefill.mask,
+            is_causal=prefill.mask is None,
+        )
+        out[tokens] = attended.permute(2, 0, 1, 3).reshape(num_queries, -1)
+
+    def _attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, *, is_causal: bool
+    ) -> torch.Tensor:
+        if self.spec.softcap is None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=self.spec.scale)
+        scores = torch.matmul(q.float() * self.spec.scale, k.float().transpose(-1, -2))
+        scores = torch.tanh(scores / self.spec.softcap) * self.spec.softcap
+        if is_causal:
+            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu_(1)
+            scores.masked_fill_(hidden, float("-inf"))
+        elif mask is not None:
+            scores += mask
+        return torch.matmul(scores.softmax(-1), v.float()).to(q.dtype)
+
+
+def _group_by_length(num_blocks: IntArray, block_size: int) -> list[IntArray]:
+    """Splits rows so that padding each group to its longest member wastes little: index arrays, longest rows last."""
+    longest = num_blocks.max()
+    if (longest * len(num_blocks) - num_blocks.sum()) * block_size <= MAX_PADDING_TOKENS:
+        return [np.arange(len(num_blocks))]
+    order = np.argsort(num_blocks, kind="stable")
+    ordered = num_blocks[order]
+    groups: list[IntArray] = []
+    end = len(order)
+    while end:
+        start = int(np.searchsorted(ordered, ordered[end - 1] / MAX_LENGTH_RATIO))
+        padding = ordered[end - 1] * end - ordered[:end].sum()
+        if padding * block_size <= MAX_PADDING_TOKENS:
+            start = 0
+        groups.append(order[start:end])
+        end = start
+    return groups[::-1]

@@ -1,0 +1,215 @@
+"""The paged KV cache: its size computed from a memory budget, its tensors, and the table that says where memory goes.
+
+Layout of a layer: [2, num_blocks, num_kv_heads, block_size, head_dim], keys then values, so that one (block, head) tile is
+contiguous. Block 0 belongs to the worker: tables are padded with it and nothing of a sequence is ever stored there.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from gpu_worker.model_spec import ModelSpec
+from gpu_worker.parallel import ParallelContext
+
+FIRST_BLOCK_ID = 1
+GIB = 1 << 30
+
+
+class MemoryBudgetError(RuntimeError):
+    """The memory does not suffice. The message names the setting to change and the value that would do."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVCacheShape:
+    """The KV cache of one rank."""
+
+    num_layers: int
+    num_kv_heads: int
+    block_size: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, spec: ModelSpec, parallel: ParallelContext, block_size: int, dtype: torch.dtype) -> KVCacheShape:
+        heads = parallel.heads(spec.num_heads, spec.num_kv_heads)
+        return cls(spec.num_layers, heads.kv.size, block_size, spec.head_dim, dtype)
+
+    @property
+    def block_bytes(self) -> int:
+        """Keys and values of one block in all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.block_size * self.head_dim * self.dtype.itemsize
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """How a device's memory is divided, in bytes, and the number of blocks that follows."""
+
+    device: str
+    total_bytes: int | None
+    weight_bytes: int
+    activation_bytes: int
+    kv_bytes: int
+    num_blocks: int
+    block_size: int
+
+    @property
+    def num_kv_tokens(self) -> int:
+        """Tokens that sequences can hold together."""
+        return (self.num_blocks - FIRST_BLOCK_ID) * self.block_size
+
+    def lines(self) -> list[str]:
+        """The table that start-up prints."""
+        rows = [("weights", self.weight_bytes), ("activations", self.activation_bytes), ("KV cache", self.kv_bytes)]
+        if self.total_bytes is not None:
+            used = sum(size for _, size in rows)
+            rows.append(("left free", self.total_bytes - used))
+            rows.append((f"memory of {self.device}", self.total_bytes))
+        lines = [f"{name:<24}{size / GIB:>9.2f} GiB" for name, size in rows]
+        lines.append(
+            f"KV cache: {self.num_blocks - FIRST_BLOCK_ID} blocks of {self.block_size} = {self.num_kv_tokens} tokens"
+        )
+        return lines
+
+
+def activation_bytes(
+    spec: ModelSpec, parallel: ParallelContext, max_num_batched_tokens: int, max_num_seqs: int, dtype: torch.dtype
+) -> int:
+    """Most that a forward pass and its sampling hold beside weights and KV cache.
+
+    A layer's live tensors at their widest point, the MLP: residual, norm's output, gate-up, activation; attention's qkv,
+    rotated copy, output and the gathered keys and values are counted too, since the allocator keeps both sets. Logits
+    are held in the model's dtype and, for sampling, twice in float32.
+    """
+    heads = parallel.heads(spec.num_heads, spec.num_kv_heads)
+    qkv = (heads.query.size + 2 * heads.kv.size) * spec.head_dim
+    mlp = 3 * spec.intermediate_size // parallel.size
+    per_token = (3 * spec.hidden_size + 3 * qkv + mlp) * dtype.itemsize
+    per_row = spec.vocab_size * (dtype.itemsize + 2 * torch.float32.itemsize)
+    return max_num_batched_tokens * per_token + max_num_seqs * per_row
+
+
+def plan_cpu_memory(
+    shape: KVCacheShape,
+    *,
+    kv_cache_gib: float,
+    weight_bytes: int,
+    activation_bytes: int,
+    max_model_len: int,
+    max_num_seqs: int,
+    available_bytes: int | None,
+) -> MemoryPlan:
+    """A pool of `kv_cache_gib`, or less where `max_num_seqs` sequences of `max_model_len` cannot fill it.
+
+    `available_bytes` is what the machine can still give, the weights being in memory already (None: not known).
+
+    Raises:
+        MemoryBudgetError: not one sequence of max_model_len fits, or the machine has not got the memory.
+    """
+    num_blocks = int(kv_cache_gib * GIB) // shape.block_bytes
+    num_blocks = min(num_blocks, FIRST_BLOCK_ID + max_num_seqs * shape.blocks_for(max_model_len))
+    _check_longest(shape, num_blocks, max_model_len, kv_cache_gib, "cpu_kv_cache_gib")
+    kv_bytes = num_blocks * shape.block_bytes
+    if available_bytes is not None and kv_bytes + activation_bytes > available_bytes:
+        fitting = max(available_bytes - activation_bytes, 0) / GIB
+        raise MemoryBudgetError(
+            f"cpu_kv_cache_gib {kv_cache_gib:g} and {activation_bytes / GIB:.2f} GiB of activations do not fit into the "
+            f"{available_bytes / GIB:.2f} GiB that this machine has free: set --cpu-kv-cache-gib {_floor2(fitting)} or less"
+        )
+    return MemoryPlan("cpu", None, weight_bytes, activation_bytes, kv_bytes, num_blocks, shape.block_size)
+
+
+def plan_cuda_memory(
+    shape: KVCacheShape,
+    *,
+    total_bytes: int,
+    utilization: float,
+    weight_bytes: int,
+    activation_bytes: int,
+    max_model_len: int,
+    max_num_seqs: int,
+    device: str,
+) -> MemoryPlan:
+    """What `utilization` of the device leaves beside weights and activations, all of it computed.
+
+    Raises:
+        MemoryBudgetError: weights and activations alone exceed the budget, or not one sequence of max_model_len fits.
+    """
+    budget = int(total_bytes * utilization)
+    left = budget - weight_bytes - activation_bytes
+    if left <= 0:
+        needed = (weight_bytes + activation_bytes) / total_bytes
+        advice = (
+            f"set --gpu-memory-utilization above {needed:.2f}"
+            if needed < 1
+            else "use a larger device, more ranks (--tensor-parallel-size) or a smaller --max-num-batched-tokens"
+        )
+        raise MemoryBudgetError(
+            f"weights {weight_bytes / GIB:.2f} GiB and activations {activation_bytes / GIB:.2f} GiB exceed "
+            f"gpu_memory_utilization {utilization:g} of {total_bytes / GIB:.2f} GiB: {advice}"
+        )
+    num_blocks = min(left // shape.block_bytes, FIRST_BLOCK_ID + max_num_seqs * shape.blocks_for(max_model_len))
+    _check_longest(shape, num_blocks, max_model_len, utilization, "gpu_memory_utilization", total_bytes)
+    kv_bytes = num_blocks * shape.block_bytes
+    return MemoryPlan(device, total_bytes, weight_bytes, activation_bytes, kv_bytes, num_blocks, shape.block_size)
+
+
+def longest_sequence(shape: KVCacheShape, budget_bytes: int) -> int:
+    """Tokens of the longest sequence that a pool of this size can hold alone; 0 or less: none."""
+    return (budget_bytes // shape.block_bytes - FIRST_BLOCK_ID) * shape.block_size
+
+
+def _check_longest(
+    shape: KVCacheShape, num_blocks: int, max_model_len: int, value: float, setting: str, total_bytes: int = GIB
+) -> None:
+    """A pool must hold one longest sequence, or a request for it could never be served.
+
+    `setting` counts in units of `total_bytes`.
+    """
+    needed = FIRST_BLOCK_ID + shape.blocks_for(max_model_len)
+    if num_blocks >= needed:
+        return
+    fitting = max(num_blocks - FIRST_BLOCK_ID, 0) * shape.block_size
+    enough = math.ceil((value + (needed - num_blocks) * shape.block_bytes / total_bytes) * 100) / 100
+    raise MemoryBudgetError(
+        f"{setting} {value:g} leaves room for {fitting} tokens of KV cache, and max_model_len is {max_model_len}: "
+        f"set --{setting.replace('_', '-')} {enough:g} or more"
+        + (f", or --max-model-len {fitting} or less" if fitting else "")
+    )
+
+
+def _floor2(value: float) -> str:
+    return f"{math.floor(value * 100) / 100:g}"
+
+
+def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros; on the host in pages that the system provides only when they are touched (`torch.zeros` writes them all)."""
+    if device.type != "cpu":
+        return torch.zeros(size, dtype=dtype, device=device)
+    num_bytes = math.prod(size) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(size)
+
+
+class KVCache:
+    """The pool's tensors."""
+
+    def __init__(self, shape: KVCacheShape, num_blocks: int, device: torch.device) -> None:
+        self.shape = shape
+        self.num_blocks = num_blocks
+        size = (2, num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
+        # Zeros, not empty: a masked key or value still meets the arithmetic, and 0 * NaN would not be 0.
+        self.layers = [_zeros(size, shape.dtype, device) for _ in range(shape.num_layers)]
+
+    def scrub(self, block_ids: list[int]) -> None:
+        """Replace what is not finite in these blocks by 0, so that the next sequences that get them are not poisoned."""
+        if not block_ids:
+            return
+        blocks = torch.tensor(block_ids, device=self.layers[0].device)
+        for layer in self.layers:
+            layer[:, blocks] = torch.nan_to_num(layer[:, blocks], nan=0.0, posinf=0.0, neginf=0.0)

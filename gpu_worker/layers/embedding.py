@@ -1,0 +1,81 @@
+"""Token embedding and output head. Both are split over the vocabulary."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from gpu_worker.layers.linear import BuildContext
+from gpu_worker.layers.weighted import Weighted
+from gpu_worker.quant import none
+from gpu_worker.quant.api import ExpectedTensors, RandomValues, StoredTensor
+
+# Most rows that one multiplication with the head takes: up to here a row's logits have the same bits at every row count
+# (oneDNN goes to another kernel, with another order of summation, somewhere above 32 rows of a wide output).
+MAX_HEAD_ROWS = 32
+
+
+class VocabTable(Weighted):
+    """A [vocab_size, hidden] table, this rank's rows of it."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, build: BuildContext) -> None:
+        self._parallel = build.parallel
+        self.vocab_size = vocab_size
+        self.share = build.parallel.padded_share(vocab_size)
+        # Rows past the vocabulary (padding to equal shares) stay zero.
+        self.weight = torch.zeros(self.share.size, hidden_size, dtype=build.dtype, device=build.device)
+
+    def load(self, part: str, tensor: str, source: StoredTensor) -> None:
+        stop = min(self.share.stop, self.vocab_size)
+        if stop > self.share.start:
+            self.weight[: stop - self.share.start] = source.read((slice(self.share.start, stop),))
+
+    def expected(self) -> ExpectedTensors:
+        return {("", "weight"): (self.vocab_size, self.weight.shape[1])}
+
+    def fill_random(self, source: RandomValues) -> None:
+        source.fill(self.weight, std=self.weight.shape[1] ** -0.5)
+
+    def num_bytes(self) -> int:
+        return self.weight.numel() * self.weight.element_size()
+
+
+class Embedding(VocabTable):
+    def lookup(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """token_ids [num_tokens] -> [num_tokens, hidden]."""
+        if self._parallel.size == 1:
+            return F.embedding(token_ids, self.weight)
+        local = token_ids - self.share.start
+        outside = (local < 0) | (local >= self.share.size)
+        rows = F.embedding(local.masked_fill(outside, 0), self.weight)  # [num_tokens, hidden]
+        return self._parallel.all_reduce(rows.masked_fill_(outside.unsqueeze(-1), 0))
+
+
+class OutputHead:
+    """Logits from hidden states. Reads a table that it may share with the embedding."""
+
+    def __init__(self, table: VocabTable, build: BuildContext) -> None:
+        self.table = table
+        self._parallel = build.parallel
+        self._packed: torch.Tensor | None = None
+
+    def finish(self) -> None:
+        if none.can_pack(self.table.weight):
+            # A tied table stays for the embedding lookup, so this is a copy; else it replaces the plain one.
+            self._packed = none.pack(self.table.weight)
+            if not isinstance(self.table, Embedding):
+                self.table.weight = self.table.weight.new_empty(0, self.table.weight.shape[1])
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [num_rows, hidden] -> [num_rows, vocab_size] in the model's dtype."""
+        if self._packed is not None:
+            chunks = [none.packed_linear(rows, self._packed, None) for rows in hidden.split(MAX_HEAD_ROWS)]
+            local = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+        else:
+            local = F.linear(hidden, self.table.weight)
+        logits = self._parallel.all_gather(local)
+        return logits if logits.shape[-1] == self.table.vocab_size else logits[:, : self.table.vocab_size]
+
+    def num_bytes(self) -> int:
+        """What the head holds beside its table."""
+        return 0 if self._packed is None else self._packed.shape[0] * self._packed.shape[1] * 2

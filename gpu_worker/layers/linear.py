@@ -1,0 +1,95 @@
+"""Linears of a decoder, split over ranks. What a rank holds comes from `ParallelContext`, how it is stored from `quant/`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from gpu_worker.layers.weighted import Weighted
+from gpu_worker.parallel import HeadShare, ParallelContext, Share
+from gpu_worker.quant.api import ExpectedTensors, LinearPart, LinearShape, QuantScheme, RandomValues, StoredTensor
+
+
+@dataclass(frozen=True, slots=True)
+class BuildContext:
+    """What layers are built with, the same for all of a model."""
+
+    parallel: ParallelContext
+    quant: QuantScheme
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Linear(Weighted):
+    """y = x W^T + b for this rank's rows and columns of W."""
+
+    def __init__(self, shape: LinearShape, path: str, build: BuildContext) -> None:
+        self.shape = shape
+        self.method = build.quant.linear_method(path)
+        self.method.create(shape, build.dtype, build.device)
+
+    def load(self, part: str, tensor: str, source: StoredTensor) -> None:
+        self.method.load_shard(part, tensor, source)
+
+    def expected(self) -> ExpectedTensors:
+        return self.method.expected()
+
+    def fill_random(self, source: RandomValues) -> None:
+        self.method.fill_random(source)
+
+    def finish(self) -> None:
+        self.method.finish()
+        # One call less a linear and step: after loading, a call goes straight to the method.
+        self.apply = self.method.apply
+
+    def num_bytes(self) -> int:
+        return self.method.num_bytes()
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """x [num_tokens, inputs] -> [num_tokens, outputs]."""
+        return self.method.apply(x)
+
+
+def column_parallel(
+    num_inputs: int, parts: Sequence[tuple[str, Share]], *, bias: bool, path: str, build: BuildContext
+) -> Linear:
+    """One linear over the parts' outputs, side by side; every rank sees the whole input and holds a share of each part."""
+    placed: list[LinearPart] = []
+    start = 0
+    for name, outputs in parts:
+        placed.append(LinearPart(name, outputs, start))
+        start += outputs.size
+    shape = LinearShape(tuple(placed), inputs=Share(0, num_inputs, num_inputs), has_bias=bias)
+    return Linear(shape, path, build)
+
+
+def qkv_parallel(
+    hidden_size: int, heads: HeadShare, head_dim: int, *, bias: bool, path: str, build: BuildContext
+) -> Linear:
+    """[q heads | k heads | v heads] of this rank in one linear: parts `q`, `k`, `v`."""
+
+    def rows(share: Share) -> Share:
+        return Share(share.start * head_dim, share.size * head_dim, share.total * head_dim)
+
+    parts = [("q", rows(heads.query)), ("k", rows(heads.kv)), ("v", rows(heads.kv))]
+    return column_parallel(hidden_size, parts, bias=bias, path=path, build=build)
+
+
+class RowParallelLinear(Linear):
+    """Every rank holds a share of the *inputs*; the ranks' outputs are summed. Only rank 0 adds the bias."""
+
+    def __init__(self, inputs: Share, num_outputs: int, *, bias: bool, path: str, build: BuildContext) -> None:
+        part = LinearPart("", Share(0, num_outputs, num_outputs), 0)
+        shape = LinearShape((part,), inputs=inputs, has_bias=bias, holds_bias=build.parallel.rank == 0)
+        super().__init__(shape, path, build)
+        self._parallel = build.parallel
+
+    def finish(self) -> None:
+        self.method.finish()
+        if self._parallel.size == 1:
+            self.apply = self.method.apply
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        return self._parallel.all_reduce(self.method.apply(x))

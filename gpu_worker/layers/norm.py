@@ -1,0 +1,36 @@
+"""RMSNorm (Zhang and Sennrich, 2019): x / sqrt(mean(x^2) + eps) * weight, computed in float32 inside."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from gpu_worker.layers.linear import BuildContext
+from gpu_worker.layers.weighted import Weighted
+from gpu_worker.quant.api import ExpectedTensors, RandomValues, StoredTensor
+
+
+class RMSNorm(Weighted):
+    """Over the last dimension. `weight_offset` is 1 where checkpoints store the weight minus one."""
+
+    def __init__(self, size: int, eps: float, build: BuildContext, *, weight_offset: float = 0.0) -> None:
+        self.size = size
+        self.eps = eps
+        self.weight_offset = weight_offset
+        self.weight = torch.empty(size, dtype=build.dtype, device=build.device)  # [size]
+
+    def load(self, part: str, tensor: str, source: StoredTensor) -> None:
+        self.weight.copy_(source.read().float() + self.weight_offset)
+
+    def expected(self) -> ExpectedTensors:
+        return {("", "weight"): (self.size,)}
+
+    def fill_random(self, source: RandomValues) -> None:
+        self.weight.fill_(1.0)
+
+    def num_bytes(self) -> int:
+        return self.weight.numel() * self.weight.element_size()
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., size] -> the same shape, a new tensor."""
+        return F.rms_norm(x, (self.size,), self.weight, self.eps)

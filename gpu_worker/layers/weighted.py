@@ -1,0 +1,37 @@
+"""What every layer that holds checkpoint tensors offers to the loader."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from gpu_worker.quant.api import ExpectedTensors, RandomValues, StoredTensor
+
+
+class Weighted(ABC):
+    """A layer that is filled from checkpoint tensors.
+
+    A checkpoint tensor's name splits into the place of its module, which the model's name rules map to a layer and a *part*
+    of it (`q` of a fused qkv; the empty string where nothing is fused), and the tensor's own name (`weight`, `bias`).
+    """
+
+    @abstractmethod
+    def load(self, part: str, tensor: str, source: StoredTensor) -> None:
+        """Copy this rank's share of one checkpoint tensor.
+
+        It is one of `expected`, names and shapes have been compared.
+        """
+
+    @abstractmethod
+    def expected(self) -> ExpectedTensors:
+        """The checkpoint tensors that fill this layer."""
+
+    @abstractmethod
+    def fill_random(self, source: RandomValues) -> None:
+        """Random weights that keep activations near unit scale."""
+
+    @abstractmethod
+    def num_bytes(self) -> int: ...
+
+    def finish(self) -> None:
+        """All tensors are there: bring them into the layout that computes fastest. The default keeps them."""
+        return None

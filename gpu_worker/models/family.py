@@ -1,0 +1,32 @@
+"""What a model file defines: how its config reads, what its checkpoint tensors are called, how it computes."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar
+
+from gpu_worker.layers.decoder import Decoder
+from gpu_worker.model_spec import ModelSpec
+from gpu_worker.models.hf_config import HfConfig
+
+NameRules = dict[str, dict[str, str]]
+"""Layer path -> part -> place of its tensors in the checkpoint; `{i}` stands for the layer's number.
+
+`"layers.{i}.attention.qkv": {"q": "model.layers.{i}.self_attn.q_proj", ...}`: the part `q` of the fused linear is filled
+from the tensors `model.layers.<i>.self_attn.q_proj.<tensor>`.
+"""
+
+
+class ModelFamily(Decoder):
+    """One family of architectures. A file in this package that defines one and registers it is all a model needs."""
+
+    name_rules: ClassVar[NameRules]
+
+    @staticmethod
+    @abstractmethod
+    def read_config(config: HfConfig, architecture: str) -> ModelSpec:
+        """The family's `config.json` as a `ModelSpec`; `architecture` is the registered name that matched.
+
+        Raises:
+            ModelConfigError: a field is missing, of the wrong type, or asks for what the family does not do.
+        """

@@ -1,0 +1,61 @@
+"""Llama 2, 3, 3.1, 3.2, SmolLM2 and what else calls itself Llama; Mistral."""
+
+from __future__ import annotations
+
+from gpu_worker.model_spec import ModelSpec
+from gpu_worker.models.family import ModelFamily, NameRules
+from gpu_worker.models.hf_config import HfConfig
+from gpu_worker.models.registry import register
+
+LLAMA_NAMES: NameRules = {
+    "embedding": {"": "model.embed_tokens"},
+    "layers.{i}.attention_norm": {"": "model.layers.{i}.input_layernorm"},
+    "layers.{i}.attention.qkv": {
+        "q": "model.layers.{i}.self_attn.q_proj",
+        "k": "model.layers.{i}.self_attn.k_proj",
+        "v": "model.layers.{i}.self_attn.v_proj",
+    },
+    "layers.{i}.attention.output": {"": "model.layers.{i}.self_attn.o_proj"},
+    "layers.{i}.mlp_norm": {"": "model.layers.{i}.post_attention_layernorm"},
+    "layers.{i}.mlp.gate_up": {
+        "gate": "model.layers.{i}.mlp.gate_proj",
+        "up": "model.layers.{i}.mlp.up_proj",
+    },
+    "layers.{i}.mlp.down": {"": "model.layers.{i}.mlp.down_proj"},
+    "final_norm": {"": "model.norm"},
+    "head": {"": "lm_head"},
+}
+
+
+@register("LlamaForCausalLM", "MistralForCausalLM")
+class Llama(ModelFamily):
+    name_rules = LLAMA_NAMES
+
+    @staticmethod
+    def read_config(config: HfConfig, architecture: str) -> ModelSpec:
+        num_heads, num_kv_heads, head_dim = config.heads()
+        attention_bias = config.boolean("attention_bias", False)
+        # Llama has no windows; a Mistral without the field has one (its class default in transformers), null means none.
+        window = None
+        if architecture == "MistralForCausalLM":
+            window = config.integer("sliding_window", 4096) if config.fields.get("sliding_window", 4096) else None
+        return ModelSpec(
+            architecture=architecture,
+            vocab_size=config.integer("vocab_size"),
+            hidden_size=config.integer("hidden_size"),
+            intermediate_size=config.integer("intermediate_size"),
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            max_position_embeddings=config.integer("max_position_embeddings", 2048),
+            norm_eps=config.number("rms_norm_eps", 1e-6),
+            rope=config.rope(head_dim),
+            layers=config.layers(window),
+            dtype=config.dtype(),
+            activation=config.text("hidden_act", "silu"),
+            qkv_bias=attention_bias,
+            attention_output_bias=attention_bias,
+            mlp_bias=config.boolean("mlp_bias", False),
+            tie_word_embeddings=config.boolean("tie_word_embeddings", False),
+            eos_token_ids=config.eos_token_ids(),
+        )

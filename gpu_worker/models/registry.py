@@ -1,0 +1,54 @@
+"""Which architectures can be served: every module of this package is scanned once, and says so with `@register`."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import gpu_worker.models
+from gpu_worker.model_spec import ModelConfigError
+from gpu_worker.models.family import ModelFamily
+
+_families: dict[str, type[ModelFamily]] = {}
+
+
+def register(*architectures: str) -> Callable[[type[ModelFamily]], type[ModelFamily]]:
+    """Class decorator: this family serves these `architectures` of `config.json`."""
+
+    def add(family: type[ModelFamily]) -> type[ModelFamily]:
+        for name in architectures:
+            taken = _families.setdefault(name, family)
+            if taken is not family:
+                raise ValueError(f"{name} is registered by {taken.__name__} and by {family.__name__}")
+        return family
+
+    return add
+
+
+@cache
+def _scan() -> None:
+    for module in pkgutil.iter_modules(gpu_worker.models.__path__):
+        importlib.import_module(f"{gpu_worker.models.__name__}.{module.name}")
+
+
+def known_architectures() -> list[str]:
+    _scan()
+    return sorted(_families)
+
+
+def find_family(architectures: Sequence[str]) -> tuple[str, type[ModelFamily]]:
+    """The first of a config's `architectures` that can be served, and its family.
+
+    Raises:
+        ModelConfigError: none can; the message lists those that can.
+    """
+    _scan()
+    for name in architectures:
+        if name in _families:
+            return name, _families[name]
+    asked = ", ".join(architectures) if architectures else "nothing"
+    raise ModelConfigError(
+        f"config.json names {asked} in architectures, which is not supported; supported are {', '.join(sorted(_families))}"
+    )

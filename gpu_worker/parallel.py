@@ -1,0 +1,96 @@
+"""Tensor parallelism: the one place that says which part of a layer a rank holds, and how parts are put together.
+
+Layers ask for their share and call the gather and reduce seams; with one rank all of them do nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class ParallelError(ValueError):
+    """A model that cannot be split over the asked number of ranks. The message names the size and the number of ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A rank's contiguous part of a dimension: `start <= index < start + size` of `total`."""
+
+    start: int
+    size: int
+    total: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.size
+
+    def as_slice(self) -> slice:
+        return slice(self.start, self.stop)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadShare:
+    """The attention heads of a rank. With more ranks than KV heads, a KV head is held by several ranks."""
+
+    query: Share
+    kv: Share
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelContext:
+    """This rank's place in its tensor-parallel group."""
+
+    rank: int = 0
+    size: int = 1
+    group: ProcessGroup | None = None
+
+    def share(self, total: int, what: str) -> Share:
+        """This rank's equal part of `total`.
+
+        Raises:
+            ParallelError: `total` does not divide by the number of ranks.
+        """
+        if total % self.size:
+            raise ParallelError(f"{what} {total} does not divide by tensor_parallel_size {self.size}")
+        size = total // self.size
+        return Share(start=self.rank * size, size=size, total=total)
+
+    def padded_share(self, total: int) -> Share:
+        """This rank's part of `total` rounded up to a multiple of the ranks; the last parts may reach past `total`."""
+        size = -(-total // self.size)
+        return Share(start=self.rank * size, size=size, total=total)
+
+    def heads(self, num_heads: int, num_kv_heads: int) -> HeadShare:
+        """This rank's query heads and the KV heads that they read.
+
+        Raises:
+            ParallelError: the heads do not divide, or the KV heads neither divide nor are divided by the ranks.
+        """
+        query = self.share(num_heads, "num_attention_heads")
+        if num_kv_heads % self.size == 0:
+            return HeadShare(query, self.share(num_kv_heads, "num_key_value_heads"))
+        if self.size % num_kv_heads:
+            raise ParallelError(
+                f"num_key_value_heads {num_kv_heads} neither divides by nor divides tensor_parallel_size {self.size}"
+            )
+        return HeadShare(query, Share(start=self.rank * num_kv_heads // self.size, size=1, total=num_kv_heads))
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of every rank's `x`, in place."""
+        if self.size > 1:
+            torch.distributed.all_reduce(x, group=self.group)
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """Every rank's `x` ([..., n]) side by side in rank order: [..., size * n]."""
+        if self.size == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        torch.distributed.all_gather(parts, x.contiguous(), group=self.group)
+        return torch.cat(parts, dim=-1)

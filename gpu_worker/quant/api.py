@@ -1,0 +1,104 @@
+"""The seam between a linear and the format of its weights.
+
+A linear owns one `LinearMethod`. Its life: `create` allocates what the checkpoint will fill, `load_shard` copies one
+checkpoint tensor's part for this rank, `finish` brings the weights into the layout that `apply` multiplies with. A format
+is one file in this package; a `QuantScheme` picks the method for each linear by its checkpoint name.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from gpu_worker.parallel import Share
+
+ExpectedTensors = dict[tuple[str, str], tuple[int, ...] | None]
+"""`(part, tensor)` -> whole (unsplit) shape, or None where the format decides it."""
+
+
+class StoredTensor(Protocol):
+    """One tensor of a checkpoint, not read yet."""
+
+    def read(self, index: tuple[slice, ...] | None = None) -> torch.Tensor:
+        """The tensor, or the part that `index` cuts out. May be a view of a mapped file."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LinearPart:
+    """One checkpoint linear inside a fused one: `q` in qkv, `gate` in gate-up, `` where nothing is fused."""
+
+    name: str
+    outputs: Share
+    """The rows of the checkpoint's weight that this rank holds."""
+    start: int
+    """Where they begin among this linear's outputs."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinearShape:
+    """y = x W^T + b on this rank: W is [num_outputs, inputs.size], fused from `parts`."""
+
+    parts: tuple[LinearPart, ...]
+    inputs: Share
+    has_bias: bool
+    holds_bias: bool = True
+    """Whether this rank adds the bias (in a row-parallel linear only the first does)."""
+
+    @property
+    def num_outputs(self) -> int:
+        return sum(part.outputs.size for part in self.parts)
+
+    def part(self, name: str) -> LinearPart:
+        return next(part for part in self.parts if part.name == name)
+
+
+class LinearMethod(ABC):
+    """One linear's weights in one format."""
+
+    @abstractmethod
+    def create(self, shape: LinearShape, dtype: torch.dtype, device: torch.device) -> None:
+        """Allocate. `dtype` is that of the activations."""
+
+    @abstractmethod
+    def load_shard(self, part: str, tensor: str, source: StoredTensor) -> None:
+        """Copy this rank's part of one checkpoint tensor (`tensor`: `weight`, `bias`, `qweight`, ...).
+
+        Names and shapes have been compared with `expected` before.
+        """
+
+    @abstractmethod
+    def expected(self) -> ExpectedTensors:
+        """The checkpoint tensors that this linear is made of."""
+
+    @abstractmethod
+    def fill_random(self, source: RandomValues) -> None:
+        """Fill with values that keep activations near unit scale (load_format dummy)."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Everything is loaded: bring it into the layout that `apply` wants."""
+
+    @abstractmethod
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """x [num_tokens, inputs.size] -> [num_tokens, num_outputs]."""
+
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """Memory that the weights hold."""
+
+
+class RandomValues(Protocol):
+    def fill(self, target: torch.Tensor, std: float) -> None:
+        """Fill with zero-mean values of standard deviation `std`."""
+        ...
+
+
+class QuantScheme(Protocol):
+    """Which method a linear gets."""
+
+    def linear_method(self, path: str) -> LinearMethod: ...
+
