@@ -1,0 +1,128 @@
+"""The control plane's settings: flags, STEPWIRE_* variables, a YAML file and defaults, in this precedence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+from stepwire.process import settings as process_settings
+from stepwire.process.settings import Port, PositiveInt, ProcessSettings, Secrets, Strings
+
+PROGRAM = "python -m control_plane"
+
+
+class ControlPlaneSettings(ProcessSettings):
+    """Schedules every request and drives the workers; serves the public gRPC API."""
+
+    program: ClassVar[str] = PROGRAM
+
+    # What is served.
+    model: Path | None = Field(
+        None, description="model directory with tokenizer.json and the JSON files beside it; default: token ids only"
+    )
+    served_model_name: Strings = Field(
+        (),
+        description="names that clients may use for the model, separated by commas; answers carry the first; "
+        "default: the directory's name",
+    )
+    chat_template: Path | None = Field(None, description="jinja file to use instead of the model's own chat template")
+
+    # The workers.
+    workers: Strings = Field(
+        ("127.0.0.1:50061",), description="where the workers listen, separated by commas: HOST:PORT or unix:/PATH"
+    )
+    worker_tls_ca: Path | None = Field(
+        None, description="PEM roots that the workers' certificates are checked against; turns TLS on towards HOST:PORT"
+    )
+    worker_tls_cert: Path | None = Field(
+        None, description="PEM certificate chain shown to the workers; with worker_tls_key"
+    )
+    worker_tls_key: Path | None = Field(None, description="PEM private key of worker_tls_cert")
+    step_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        description="seconds after which a step without a result means a hung worker, until steps were timed",
+    )
+    steps_in_flight: int = Field(
+        2, ge=1, le=4, description="steps sent ahead of their results; 1 waits for each result, 2 keeps the worker busy"
+    )
+
+    # The public gRPC API.
+    grpc_host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every network")
+    grpc_port: Port = Field(50051, description="port of the public gRPC API; 0: any free one")
+    listen: str | None = Field(None, description="also listen on this unix socket, written unix:/PATH")
+    api_key: Secrets = Field(
+        (),
+        description="key that calls carry as metadata 'authorization: Bearer KEY'; several separated by commas; "
+        "none: open",
+    )
+    tls_cert: Path | None = Field(None, description="PEM certificate chain of the public port; with tls_key")
+    tls_key: Path | None = Field(None, description="PEM private key of tls_cert")
+    tls_client_ca: Path | None = Field(
+        None, description="PEM roots; only clients with a certificate by them may connect"
+    )
+
+    # Metrics.
+    metrics_host: str = Field("127.0.0.1", description="address of the metrics page; 0.0.0.0 for every network")
+    metrics_port: Port = Field(8001, description="port of the metrics page (/metrics); 0: any free one")
+
+    # Scheduling and limits.
+    max_num_batched_tokens: PositiveInt | None = Field(
+        None, description="most tokens one step runs, prefill and decode together; default: what the worker announces"
+    )
+    max_queued_requests: PositiveInt = Field(
+        1024, description="requests that may wait; more are refused with RESOURCE_EXHAUSTED and a time to retry"
+    )
+    max_queued_tokens: PositiveInt = Field(2**20, description="prompt tokens that may wait, all requests together")
+    scheduling_policy: Literal["fcfs", "priority"] = Field(
+        "fcfs", description="who runs first: who came first, or whose priority number is lower"
+    )
+    enable_prefix_caching: bool = Field(
+        True, description="keep the KV of finished requests and reuse it for prompts that begin alike"
+    )
+    max_n: PositiveInt = Field(128, description="most continuations (n) that one request may ask for")
+    tokenizer_threads: PositiveInt = Field(2, description="threads that tokenize prompts and render chat templates")
+
+    # The process.
+    drain_timeout_s: float = Field(
+        30.0, ge=0, description="seconds that running requests may still take after SIGTERM before they are cut off"
+    )
+
+    @field_validator("listen")
+    @classmethod
+    def _check_listen(cls, listen: str | None) -> str | None:
+        if listen is not None and not listen.removeprefix("unix:").startswith("/"):
+            raise ValueError("must be an absolute path, written unix:/PATH")
+        return listen
+
+    @field_validator("workers")
+    @classmethod
+    def _check_workers(cls, workers: tuple[str, ...]) -> tuple[str, ...]:
+        if not workers:
+            raise ValueError("must name at least one worker, as HOST:PORT or unix:/PATH")
+        for worker in workers:
+            _, colon, port = worker.rpartition(":")
+            if not worker.startswith("unix:/") and not (colon and port.isdecimal()):
+                raise ValueError(f"{worker} is neither HOST:PORT nor unix:/PATH")
+        return workers
+
+    @model_validator(mode="after")
+    def _check_together(self) -> ControlPlaneSettings:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("--tls-cert and --tls-key belong together: give both, or neither")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError(
+                "--tls-client-ca needs --tls-cert and --tls-key: without them the connection is not encrypted"
+            )
+        if (self.worker_tls_cert is None) != (self.worker_tls_key is None):
+            raise ValueError("--worker-tls-cert and --worker-tls-key belong together: give both, or neither")
+        if self.worker_tls_cert is not None and self.worker_tls_ca is None:
+            raise ValueError("--worker-tls-cert needs --worker-tls-ca: without it the connection is not encrypted")
+        return self
+
+
+def parse_settings(argv: Sequence[str]) -> ControlPlaneSettings:
+    """Settings from flags (without the program's name), environment and file; a mistake ends with exit code 2."""
+    return process_settings.parse_settings(ControlPlaneSettings, argv)

@@ -1,0 +1,308 @@
+"""A request's mailbox: what its sequences have said and nobody has fetched yet.
+
+The core puts outputs in, step after step, and never waits; a writer takes all that has come since its last write. So
+a stream whose reader is slow gets fewer and larger messages, and no step is ever late because of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from stepwire.v1 import inference_pb2 as pb
+
+from control_plane.core.request import EngineClient, FinishReason, RequestFault, SequenceOutput, TokenLogprobs
+from control_plane.frontend.detokenizer import Detokenization, Detokenizer
+from control_plane.frontend.errors import RequestRefused, to_request_error
+from control_plane.frontend.metrics import FrontendMetrics
+from control_plane.frontend.request_builder import BuiltRequest
+from control_plane.frontend.stop import StopMatch, StopMatcher
+
+_FINISH_REASON = {
+    FinishReason.STOP: pb.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+}
+
+
+class _SequenceStream:
+    """One sequence: its way from ids to text, and what waits to be sent."""
+
+    __slots__ = (
+        "detokenizer",
+        "finish_reason",
+        "has_ended",
+        "has_news",
+        "last_taken_s",
+        "logprobs",
+        "matcher",
+        "num_new",
+        "num_tokens",
+        "stop_string",
+        "stop_token_id",
+        "texts",
+        "token_ids",
+    )
+
+    def __init__(self, detokenizer: Detokenizer | None, matcher: StopMatcher | None) -> None:
+        self.detokenizer = detokenizer
+        self.matcher = matcher
+        self.texts: list[str] = []
+        self.token_ids: list[int] = []
+        # (token id, its logprobs)
+        self.logprobs: list[tuple[int, TokenLogprobs]] = []
+        self.num_tokens = 0
+        self.num_new = 0
+        self.has_news = False
+        self.has_ended = False
+        self.finish_reason: FinishReason | None = None
+        self.stop_string: str | None = None
+        self.stop_token_id: int | None = None
+        self.last_taken_s = 0.0
+
+
+class RequestOutput:
+    """The mailbox (an `OutputSink`). All calls on the event loop.
+
+    `on_ready` is called when there is something to fetch, once until it is fetched.
+    """
+
+    __slots__ = (
+        "_arrival_s",
+        "_built",
+        "_detokenization",
+        "_engine",
+        "_error",
+        "_has_ended",
+        "_is_accepted_sent",
+        "_is_ready",
+        "_metrics",
+        "_num_cached_tokens",
+        "_num_tokens",
+        "_on_ready",
+        "_sequences",
+        "is_closed",
+        "tag",
+    )
+
+    def __init__(
+        self,
+        built: BuiltRequest,
+        engine: EngineClient,
+        detokenization: Detokenization | None,
+        metrics: FrontendMetrics,
+        on_ready: Callable[[RequestOutput], None],
+        *,
+        arrival_s: float,
+        tag: int = 0,
+    ) -> None:
+        self.tag = tag
+        # Nothing more will come out: the last message was taken, or the request was cancelled.
+        self.is_closed = False
+        self._built = built
+        self._engine = engine
+        self._detokenization = detokenization
+        self._metrics = metrics
+        self._on_ready = on_ready
+        self._arrival_s = arrival_s
+        self._is_ready = False
+        self._is_accepted_sent = False
+        self._has_ended = False
+        self._error: RequestRefused | None = None
+        self._num_tokens = 0
+        self._num_cached_tokens = 0
+        self._sequences = [self._start_sequence() for _ in range(built.core.num_sequences)]
+
+    @property
+    def request_id(self) -> str:
+        return self._built.core.request_id
+
+    @property
+    def sends_logprobs(self) -> bool:
+        """Whether its messages may be large."""
+        return self._built.output.sends_logprobs
+
+    def _start_sequence(self) -> _SequenceStream:
+        plan = self._built.output
+        if self._detokenization is None or not plan.sends_text:
+            return _SequenceStream(None, None)
+        matcher = None
+        if plan.stop_strings is not None:
+            matcher = StopMatcher(plan.stop_strings, include_stop_string=plan.include_stop_string)
+        detokenizer = self._detokenization.start(skip_special_tokens=plan.skip_special_tokens)
+        return _SequenceStream(detokenizer, matcher)
+
+    # ---- in: from the core ----
+
+    def on_accepted(self) -> None:
+        """The core has queued the request: its first message may go."""
+        self._metrics.num_running_requests += 1
+        self._notify()
+
+    def on_output(self, output: SequenceOutput) -> None:
+        sequence = self._sequences[output.index]
+        if sequence.has_ended or self._has_ended:
+            return
+        sequence.num_new += output.num_tokens
+        sequence.num_tokens += output.num_tokens
+        finish_reason = output.finish_reason
+        has_news = False
+        if sequence.detokenizer is not None:
+            text = sequence.detokenizer.push(output.token_ids)
+            if finish_reason is not None:
+                text += sequence.detokenizer.finish()
+            if sequence.matcher is not None:
+                text = self._match(sequence, text, output)
+            if text:
+                sequence.texts.append(text)
+                has_news = True
+        if self._built.output.sends_token_ids:
+            sequence.token_ids += output.token_ids
+            has_news = True
+        if output.logprobs is not None:
+            # The stop token that ended a sequence is not shown, and neither are its logprobs.
+            sequence.logprobs += zip(output.token_ids, output.logprobs, strict=False)
+            has_news = True
+        if finish_reason is not None and not sequence.has_ended:
+            sequence.has_ended = True
+            sequence.finish_reason = finish_reason
+            if output.stop_token_id in self._built.output.extra_stop_token_ids:
+                sequence.stop_token_id = output.stop_token_id
+        if has_news or sequence.has_ended:
+            sequence.has_news = True
+            if not self._is_ready:
+                self._notify()
+
+    def _match(self, sequence: _SequenceStream, text: str, output: SequenceOutput) -> str:
+        """The text that may be shown; a stop string in it ends the sequence here and in the core."""
+        matcher = sequence.matcher
+        if matcher is None or sequence.num_tokens < self._built.output.min_tokens:
+            return text
+        found = matcher.push(text)
+        if isinstance(found, StopMatch):
+            sequence.has_ended = True
+            sequence.finish_reason = FinishReason.STOP
+            sequence.stop_string = found.stop_string
+            if output.finish_reason is None:
+                self._engine.finish_sequence(self.request_id, output.index)
+            return found.text
+        return found + matcher.finish() if output.finish_reason is not None else found
+
+    def on_end(self, num_cached_tokens: int, fault: RequestFault | None) -> None:
+        self._end(None if fault is None else RequestRefused.from_fault(fault), num_cached_tokens)
+
+    # ---- in: from the stream's side ----
+
+    def fail(self, error: RequestRefused) -> None:
+        """End the request from this side, with an error that the client is told of."""
+        if not self._has_ended:
+            self._engine.cancel(self.request_id)
+            self._end(error, 0)
+
+    def cancel(self) -> None:
+        """Forget the request: nobody listens any more. Harmless on one whose last message was taken."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        if not self._has_ended:
+            self._has_ended = True
+            self._engine.cancel(self.request_id)
+            self._metrics.num_running_requests -= 1
+        self._metrics.count_end("CANCELLED")
+
+    def _end(self, error: RequestRefused | None, num_cached_tokens: int) -> None:
+        if self._has_ended:
+            return
+        self._has_ended = True
+        self._error = error
+        self._num_cached_tokens = num_cached_tokens
+        self._metrics.num_running_requests -= 1
+        if not self._is_ready:
+            self._notify()
+
+    def _notify(self) -> None:
+        self._is_ready = True
+        self._on_ready(self)
+
+    # ---- out ----
+
+    def take(self, response: pb.GenerateResponse, now_s: float) -> None:
+        """Move everything that has come into one message; sets `is_closed` with the last one."""
+        self._is_ready = False
+        if not self._is_accepted_sent:
+            self._is_accepted_sent = True
+            accepted = response.accepted
+            accepted.request_id = self.request_id
+            accepted.model = self._built.model
+            accepted.num_prompt_tokens = len(self._built.core.prompt_ids)
+        for index, sequence in enumerate(self._sequences):
+            if sequence.has_news:
+                self._take_sequence(index, sequence, response, now_s)
+        if self._has_ended:
+            self.is_closed = True
+            self._take_end(response, now_s)
+
+    def _take_sequence(
+        self, index: int, sequence: _SequenceStream, response: pb.GenerateResponse, now_s: float
+    ) -> None:
+        sequence.has_news = False
+        delta = response.deltas.add()
+        if index:
+            delta.index = index
+        texts = sequence.texts
+        if texts:
+            delta.text = texts[0] if len(texts) == 1 else "".join(texts)
+            texts.clear()
+        if sequence.token_ids:
+            delta.token_ids.extend(sequence.token_ids)
+            sequence.token_ids.clear()
+        if sequence.logprobs:
+            self._take_logprobs(sequence, delta)
+        num_new = sequence.num_new
+        if num_new:
+            delta.num_tokens = num_new
+            sequence.num_new = 0
+            self._observe(sequence, num_new, now_s)
+        if sequence.finish_reason is not None:
+            delta.finish_reason = _FINISH_REASON[sequence.finish_reason]
+            if sequence.stop_string is not None:
+                delta.stop_string = sequence.stop_string
+            elif sequence.stop_token_id is not None:
+                delta.stop_token_id = sequence.stop_token_id
+
+    def _take_logprobs(self, sequence: _SequenceStream, delta: pb.SequenceDelta) -> None:
+        token_bytes = self._detokenization.token_bytes if self._detokenization is not None else _no_bytes
+        for token_id, logprobs in sequence.logprobs:
+            entry = delta.logprobs.add(token_id=token_id, logprob=logprobs.logprob, token=token_bytes(token_id))
+            for top_id, top_logprob in zip(logprobs.top_token_ids, logprobs.top_logprobs, strict=True):
+                top_id = int(top_id)
+                entry.top.add(token_id=top_id, logprob=top_logprob, token=token_bytes(top_id))
+        sequence.logprobs.clear()
+
+    def _observe(self, sequence: _SequenceStream, num_new: int, now_s: float) -> None:
+        metrics = self._metrics
+        if sequence.last_taken_s:
+            metrics.inter_token_latency.observe((now_s - sequence.last_taken_s) / num_new, num_new)
+        elif not self._num_tokens:
+            metrics.time_to_first_token.observe(now_s - self._arrival_s)
+        sequence.last_taken_s = now_s
+        self._num_tokens += num_new
+
+    def _take_end(self, response: pb.GenerateResponse, now_s: float) -> None:
+        metrics = self._metrics
+        if self._error is not None:
+            response.error.CopyFrom(to_request_error(self._error))
+            metrics.count_end(self._error.code)
+            return
+        num_prompt_tokens = len(self._built.core.prompt_ids)
+        usage = response.usage
+        usage.num_prompt_tokens = num_prompt_tokens
+        usage.num_completion_tokens = self._num_tokens
+        usage.num_cached_tokens = self._num_cached_tokens
+        reasons = {sequence.finish_reason for sequence in self._sequences}
+        metrics.count_end("OK", "length" if FinishReason.LENGTH in reasons else "stop")
+        metrics.e2e_latency.observe(now_s - self._arrival_s)
+        metrics.prompt_tokens_of_request.observe(num_prompt_tokens)
+        metrics.generation_tokens_of_request.observe(self._num_tokens)
+
+
+def _no_bytes(token_id: int) -> bytes:
+    return b""

@@ -1,0 +1,100 @@
+"""From a request message to a mailbox that the core fills: the way in that Generate and Session share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import structlog
+from stepwire.v1 import inference_pb2 as pb
+
+from control_plane.core.request import AdmissionError, EngineClient, ModelFacts
+from control_plane.frontend.errors import RequestRefused, internal_error
+from control_plane.frontend.metrics import FrontendMetrics
+from control_plane.frontend.output_stream import RequestOutput
+from control_plane.frontend.request_builder import RequestBuilder, from_admission
+from control_plane.frontend.served_model import ServedModel
+
+log = structlog.get_logger(__name__)
+
+
+class RequestIntake:
+    """`max_preparing` bounds the requests whose text is being tokenized: the core's queue does not know of them yet."""
+
+    def __init__(
+        self,
+        engine: EngineClient,
+        model: ServedModel,
+        metrics: FrontendMetrics,
+        *,
+        max_n: int = 128,
+        max_preparing: int = 1024,
+    ) -> None:
+        self.engine = engine
+        self.model = model
+        self.metrics = metrics
+        self.builder = RequestBuilder(model, max_n=max_n)
+        self._max_preparing = max_preparing
+        self._num_preparing = 0
+
+    def facts(self) -> ModelFacts:
+        """Raises `RequestRefused` (UNAVAILABLE) while no worker is known."""
+        try:
+            return self.engine.facts
+        except AdmissionError as error:
+            raise RequestRefused.from_admission(error) from error
+
+    async def submit(
+        self, request: pb.GenerateRequest, on_ready: Callable[[RequestOutput], None], *, tag: int = 0
+    ) -> RequestOutput:
+        """Check, tokenize and queue a request; its outputs go to the mailbox that is returned.
+
+        Raises:
+            RequestRefused: the request was not accepted. Counted in the metrics here.
+        """
+        arrival_s = time.monotonic()
+        try:
+            return await self._submit(request, on_ready, arrival_s, tag)
+        except RequestRefused as error:
+            self.metrics.count_end(error.code)
+            raise
+        except Exception as error:
+            log.exception("a request could not be prepared", client_request_id=request.request_id)
+            self.metrics.count_end("INTERNAL")
+            raise internal_error() from error
+
+    async def _submit(
+        self, request: pb.GenerateRequest, on_ready: Callable[[RequestOutput], None], arrival_s: float, tag: int
+    ) -> RequestOutput:
+        facts = self.facts()
+        if self._num_preparing >= self._max_preparing:
+            raise RequestRefused(
+                "RESOURCE_EXHAUSTED",
+                "queue_full",
+                f"the queue is full: {self._num_preparing} requests are being tokenized, the limit is "
+                f"{self._max_preparing}",
+                retry_after_s=1.0,
+                retryable=True,
+            )
+        self._num_preparing += 1
+        try:
+            built = await self.builder.build(request, facts)
+        finally:
+            self._num_preparing -= 1
+        tokenizer = self.model.tokenizer
+        output = RequestOutput(
+            built,
+            self.engine,
+            None if tokenizer is None else tokenizer.detokenization,
+            self.metrics,
+            on_ready,
+            arrival_s=arrival_s,
+            tag=tag,
+        )
+        try:
+            self.engine.submit(built.core, output)
+        except AdmissionError as error:
+            raise from_admission(error, request) from error
+        output.on_accepted()
+        log.debug("request accepted", request_id=built.core.request_id, client_request_id=request.request_id)
+        return output

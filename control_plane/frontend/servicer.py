@@ -1,0 +1,116 @@
+"""InferenceService: the public gRPC API, on top of `RequestIntake`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterable, Awaitable
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import grpc
+import grpc.aio
+import structlog
+from stepwire.v1 import inference_pb2 as pb
+from stepwire.v1 import inference_pb2_grpc as pb_grpc
+
+from control_plane.core.request import ModelFacts
+from control_plane.frontend.errors import RequestRefused, Violation, internal_error, to_status
+from control_plane.frontend.output_stream import RequestOutput
+from control_plane.frontend.request_intake import RequestIntake
+from control_plane.frontend.session import SessionStream
+
+log = structlog.get_logger(__name__)
+
+Response = TypeVar("Response")
+if TYPE_CHECKING:
+    Context = grpc.aio.ServicerContext[Any, Any]
+
+
+async def refuse(context: Context, error: RequestRefused) -> NoReturn:
+    """End a call with the error's status and its google.rpc details."""
+    status = to_status(error)
+    await context.abort(status.code, status.details, status.trailing_metadata)
+    raise AssertionError("abort returns by raising")
+
+
+class InferenceServicer(pb_grpc.InferenceServiceServicer):
+    def __init__(self, intake: RequestIntake) -> None:
+        self._intake = intake
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
+        wake = asyncio.Event()
+        try:
+            output = await self._intake.submit(request, lambda _: wake.set())
+        except RequestRefused as error:
+            await refuse(context, error)
+        try:
+            await _stream(output, wake, context)
+        finally:
+            # The client went away, its deadline passed, or the stream broke; nothing happens after the last message.
+            output.cancel()
+
+    async def Session(self, requests: AsyncIterable[pb.SessionRequest], context: Context) -> None:
+        await SessionStream(self._intake, context).run(requests)
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+        async def answer() -> pb.TokenizeResponse:
+            ids = await self._intake.builder.tokenize(request, self._intake.facts())
+            return pb.TokenizeResponse(token_ids=ids.tolist())
+
+        return await _answered(answer(), context)
+
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
+        async def answer() -> pb.DetokenizeResponse:
+            return pb.DetokenizeResponse(text=await self._intake.builder.detokenize(request, self._intake.facts()))
+
+        return await _answered(answer(), context)
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
+        async def answer() -> pb.ListModelsResponse:
+            facts = self._intake.facts()
+            model = self._intake.model
+            names = model.names or (model.name(facts.model),)
+            return pb.ListModelsResponse(models=[self._describe(name, facts) for name in names])
+
+        return await _answered(answer(), context)
+
+    async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
+        async def answer() -> pb.GetModelResponse:
+            facts = self._intake.facts()
+            if not request.id:
+                raise RequestRefused.invalid(Violation("id", "is missing: give one of the names that ListModels lists"))
+            self._intake.builder.check_model(request.id, facts)
+            return pb.GetModelResponse(model=self._describe(request.id, facts))
+
+        return await _answered(answer(), context)
+
+    def _describe(self, name: str, facts: ModelFacts) -> pb.Model:
+        model = self._intake.model
+        return pb.Model(
+            id=name,
+            created=model.created_s,
+            max_model_len=facts.max_model_len,
+            vocab_size=facts.vocab_size,
+            has_tokenizer=model.tokenizer is not None,
+            has_chat_template=model.chat_template is not None,
+        )
+
+
+async def _stream(output: RequestOutput, wake: asyncio.Event, context: Context) -> None:
+    """Write what the mailbox has until its last message; while a write waits for the client, the mailbox collects."""
+    while not output.is_closed:
+        await wake.wait()
+        wake.clear()
+        response = pb.GenerateResponse()
+        output.take(response, time.monotonic())
+        await context.write(response)
+
+
+async def _answered(answer: Awaitable[Response], context: Context) -> Response:
+    try:
+        return await answer
+    except RequestRefused as error:
+        await refuse(context, error)
+    except Exception:
+        log.exception("a call failed")
+        await refuse(context, internal_error())

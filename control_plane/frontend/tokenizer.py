@@ -1,0 +1,112 @@
+"""Text to token ids, off the event loop.
+
+`encode()` of the tokenizers library holds the interpreter's lock all the while and would stop every stream;
+`encode_batch_fast` lets it go, so that is the only call made here, in a small pool of threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from control_plane.core.request import TokenIdArray
+from control_plane.frontend.chat_template import ChatTemplate, Message
+from control_plane.frontend.detokenizer import Detokenization, create_detokenization
+from control_plane.frontend.model_files import ModelFilesError
+from control_plane.frontend.special_text import SpecialTextGuard
+
+Result = TypeVar("Result")
+
+
+class TextTokenizer:
+    """The model's tokenizer, read once. The coroutines may be awaited by any number of requests at a time."""
+
+    def __init__(self, tokenizer: Tokenizer, *, num_threads: int = 2) -> None:
+        # Settings for training batches that a tokenizer.json may carry along.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self._guard = SpecialTextGuard(tokenizer)
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenizer")
+        self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
+        self.detokenization: Detokenization = create_detokenization(tokenizer)
+
+    @classmethod
+    def from_file(cls, path: Path, *, num_threads: int = 2) -> TextTokenizer:
+        """Read a tokenizer.json.
+
+        Raises:
+            ModelFilesError: the file is damaged, or written by a newer version of the library.
+        """
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise ModelFilesError(f"{path}: cannot be read as a tokenizer: {error}") from error
+        return cls(tokenizer, num_threads=num_threads)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def token_id(self, token: str) -> int | None:
+        token_id: int | None = self._tokenizer.token_to_id(token)
+        return token_id
+
+    async def encode_text(self, text: str, *, add_special_tokens: bool) -> TokenIdArray:
+        """Ids of a raw prompt; the text of special tokens in it stands for those tokens.
+
+        Returns:
+            ids  # [num_tokens], uint32
+        """
+        return await self._in_pool(lambda: _as_array(self._encode(text, add_special_tokens=add_special_tokens)))
+
+    async def encode_chat(
+        self,
+        template: ChatTemplate,
+        messages: Sequence[Message],
+        *,
+        max_chars: int,
+        continue_final_message: bool,
+    ) -> TokenIdArray:
+        """Ids of a rendered conversation; the text of special tokens inside a message stays text.
+
+        Returns:
+            ids  # [num_tokens], uint32
+        """
+
+        def encode() -> TokenIdArray:
+            masked = [
+                {key: self._guard.mask(value) if isinstance(value, str) else value for key, value in message.items()}
+                for message in messages
+            ]
+            text = template.render(masked, max_chars=max_chars, continue_final_message=continue_final_message)
+            if self._guard.always or any(one != other for one, other in zip(masked, messages, strict=True)):
+                return _as_array(self._guard.encode(text))
+            return _as_array(self._encode(text, add_special_tokens=False))
+
+        return await self._in_pool(encode)
+
+    async def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of whole sequences, special tokens shown."""
+
+        def decode() -> str:
+            text: str = self._tokenizer.decode_batch([list(token_ids)], skip_special_tokens=False)[0]
+            return text
+
+        return await self._in_pool(decode)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        return ids
+
+    async def _in_pool(self, call: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, call)
+
+
+def _as_array(ids: list[int]) -> TokenIdArray:
+    return np.array(ids, dtype=np.uint32)  # [num_tokens]
