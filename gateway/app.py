@@ -1,0 +1,119 @@
+"""The ASGI application: routes, middleware, and errors in OpenAI's shape."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import AsyncIterator
+from http import HTTPStatus
+
+import stepwire
+import structlog
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+
+from gateway import errors, openapi
+from gateway.auth import ApiKeyMiddleware, ApiKeys
+from gateway.client import ControlPlaneClient
+from gateway.config import GatewaySettings
+from gateway.errors import ApiError
+from gateway.metrics import GatewayMetrics
+from gateway.middleware import BodyLimitMiddleware, Lifecycle, RequestContextMiddleware
+from gateway.routes import chat, completions, models, ops
+from gateway.serving import Serving
+
+_log = structlog.get_logger(__name__)
+
+
+def create_app(settings: GatewaySettings) -> FastAPI:
+    """`app.state` holds what routes need: `serving`, `client`, `metrics`, `lifecycle`."""
+    metrics = GatewayMetrics()
+    lifecycle = Lifecycle()
+    client = ControlPlaneClient(settings, metrics)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await client.start()
+        try:
+            yield
+        finally:
+            await client.close()
+
+    app = FastAPI(
+        title="stepwire",
+        version=stepwire.__version__,
+        description="OpenAI's REST API over stepwire's control plane.",
+        lifespan=lifespan,
+        middleware=_middleware(settings, lifecycle, metrics),
+        # The pages behind these load scripts from elsewhere.
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.metrics = metrics
+    app.state.lifecycle = lifecycle
+    app.state.client = client
+    app.state.serving = Serving(client, metrics, settings.max_batch_prompts, settings.sse_keepalive_s)
+    app.openapi = functools.partial(openapi.describe, app)  # type: ignore[method-assign]
+    for resource in (chat, completions, models, ops):
+        app.include_router(resource.router)
+    app.add_exception_handler(ApiError, _answer_api_error)
+    app.add_exception_handler(HTTPException, _answer_http_exception)
+    app.add_exception_handler(Exception, _answer_unexpected)
+    return app
+
+
+def _middleware(settings: GatewaySettings, lifecycle: Lifecycle, metrics: GatewayMetrics) -> list[Middleware]:
+    """Outermost first. CORS stands before the key, so that a page learns of a 401 as such."""
+    stack = [
+        Middleware(
+            RequestContextMiddleware,
+            lifecycle=lifecycle,
+            metrics=metrics,
+            max_concurrent_requests=settings.max_concurrent_requests,
+        )
+    ]
+    if settings.cors_origins:
+        stack.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=settings.cors_origins,
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                expose_headers=["x-request-id", "retry-after"],
+            )
+        )
+    stack.append(Middleware(ApiKeyMiddleware, keys=ApiKeys(settings.api_keys)))
+    stack.append(Middleware(BodyLimitMiddleware, max_body_bytes=settings.max_body_bytes))
+    return stack
+
+
+async def _answer_api_error(_: Request, error: Exception) -> Response:
+    if not isinstance(error, ApiError):
+        raise error
+    return Response(error.body(), error.status, error.headers(), "application/json")
+
+
+async def _answer_http_exception(request: Request, error: Exception) -> Response:
+    """Routing's own answers: no such route, not this method."""
+    if not isinstance(error, HTTPException):
+        raise error
+    status, path = error.status_code, request.url.path
+    if status == HTTPStatus.NOT_FOUND:
+        message = f"There is no route {request.method} {path}. /openapi.json lists those that there are."
+        code = "unknown_route"
+    elif status == HTTPStatus.METHOD_NOT_ALLOWED:
+        message = f"{request.method} is not allowed on {path}."
+        code = "method_not_allowed"
+    else:
+        message, code = str(error.detail), None
+    kind = errors.INVALID_REQUEST if status < 500 else errors.SERVER_ERROR
+    return await _answer_api_error(request, ApiError(status, message, type=kind, code=code, headers=error.headers))
+
+
+async def _answer_unexpected(request: Request, error: Exception) -> Response:
+    # The trace is for the log only: Starlette raises the error again, and the server writes it there.
+    _log.error("request failed", request_id=request.state.request_id, error=type(error).__name__)
+    return await _answer_api_error(request, errors.internal())

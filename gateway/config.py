@@ -1,0 +1,89 @@
+"""The gateway's settings: flags, STEPWIRE_* variables, a YAML file and defaults, in this precedence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field, SecretStr, model_validator
+from stepwire.process import settings as process_settings
+from stepwire.process.settings import Port, PositiveInt, ProcessSettings, Secrets, Strings
+
+PROGRAM = "python -m gateway"
+
+
+class GatewaySettings(ProcessSettings):
+    """Answers OpenAI's REST API by asking a control plane over gRPC."""
+
+    program: ClassVar[str] = PROGRAM
+
+    # Where it listens, and who may ask.
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every network")
+    port: Port = Field(8000, description="port to listen on; 0: any free one")
+    uds: Path | None = Field(None, description="listen on this unix socket instead of host and port")
+    api_key: Secrets = Field(
+        (), description="key that clients send as 'Authorization: Bearer KEY'; several separated by commas; none: open"
+    )
+    cors_origins: Strings = Field(
+        (), description="origins whose web pages may use the server, separated by commas; * for all; none: closed"
+    )
+    tls_cert: Path | None = Field(None, description="PEM certificate chain of this server; with tls_key")
+    tls_key: Path | None = Field(None, description="PEM private key of tls_cert")
+
+    # Whom it asks.
+    control_plane: str = Field(
+        "127.0.0.1:50051", description="the control plane's public gRPC service: HOST:PORT or unix:/PATH"
+    )
+    control_plane_api_key: SecretStr | None = Field(
+        None, description="key that the control plane asks for; default: the first api_key"
+    )
+    control_plane_tls_ca: Path | None = Field(
+        None, description="PEM roots that the control plane's certificate is checked against; turns TLS on"
+    )
+    control_plane_tls_cert: Path | None = Field(
+        None, description="PEM certificate chain that this gateway shows; with control_plane_tls_key"
+    )
+    control_plane_tls_key: Path | None = Field(None, description="PEM private key of control_plane_tls_cert")
+
+    # Limits.
+    max_body_bytes: PositiveInt = Field(8 * 2**20, description="largest request body, in bytes")
+    max_concurrent_requests: PositiveInt = Field(
+        4096, description="HTTP requests answered at one time; more are refused with 429"
+    )
+    max_batch_prompts: PositiveInt = Field(1024, description="most prompts in one request to /v1/completions")
+    sse_keepalive_s: float = Field(
+        0.0, ge=0, description="send a comment on a stream that was silent for so many seconds; 0: never"
+    )
+    drain_timeout_s: float = Field(
+        30.0, ge=0, description="seconds that running requests may still take after SIGTERM before they are cut off"
+    )
+
+    @model_validator(mode="after")
+    def _check_together(self) -> GatewaySettings:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("--tls-cert and --tls-key belong together: give both, or neither")
+        if (self.control_plane_tls_cert is None) != (self.control_plane_tls_key is None):
+            raise ValueError(
+                "--control-plane-tls-cert and --control-plane-tls-key belong together: give both, or neither"
+            )
+        if self.control_plane_tls_cert is not None and self.control_plane_tls_ca is None:
+            raise ValueError("--control-plane-tls-cert needs --control-plane-tls-ca: without it nothing is encrypted")
+        if not self.control_plane.startswith("unix:") and ":" not in self.control_plane:
+            raise ValueError(f"--control-plane must be HOST:PORT or unix:/PATH, got {self.control_plane!r}")
+        return self
+
+    @property
+    def api_keys(self) -> tuple[str, ...]:
+        return tuple(key.get_secret_value() for key in self.api_key)
+
+    @property
+    def key_for_control_plane(self) -> str | None:
+        if self.control_plane_api_key is not None:
+            return self.control_plane_api_key.get_secret_value()
+        return self.api_keys[0] if self.api_keys else None
+
+
+def parse_settings(argv: Sequence[str]) -> GatewaySettings:
+    """Settings from flags (without the program's name), environment and file; a mistake ends with exit code 2."""
+    return process_settings.parse_settings(GatewaySettings, argv)

@@ -1,0 +1,292 @@
+"""OpenAI's bodies to GenerateRequests: pure functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
+
+from stepwire.v1 import inference_pb2
+
+from gateway.errors import ApiError
+from gateway.schemas import MAX_STOP_STRINGS, ChatCompletionBody, ChatMessage, CompletionBody, GenerationBody
+from gateway.unsupported import check_chat_fields, check_completion_fields, check_message_fields
+
+# OpenAI's default for /v1/completions.
+DEFAULT_COMPLETION_TOKENS = 16
+MAX_TOKEN_ID = 2**32 - 1
+
+Prompt = str | list[int]
+_Message = TypeVar("_Message")
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationPlan:
+    """What an HTTP request asks of the control plane, and how its answer is to be written.
+
+    There is one GenerateRequest a prompt; choice `prompt * num_samples + sample` belongs to sequence `sample` of it.
+    """
+
+    requests: list[inference_pb2.GenerateRequest]
+    num_samples: int
+    # As the client wrote it; empty for the served model.
+    model: str
+    stream: bool
+    include_usage: bool
+    continuous_usage: bool
+    # None: no logprobs; k: the token's own and those of the k best.
+    num_top_logprobs: int | None
+    return_token_ids: bool
+    echo: bool = False
+    # Field paths of GenerateRequest whose OpenAI name depends on this request.
+    renames: Mapping[str, str] = field(default_factory=dict)
+
+
+def plan_chat(body: ChatCompletionBody, request_id: str) -> GenerationPlan:
+    """Raises `ApiError` with the field named."""
+    check_chat_fields(body.model_extra)
+    max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    num_top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    request = _generation(body, request_id, max_tokens, num_top_logprobs)
+    request.chat.messages.extend(_chat_message(index, message) for index, message in enumerate(body.messages))
+    request.chat.continue_final_message = bool(body.continue_final_message)
+    renames = {"output.logprobs": "top_logprobs"}
+    if body.max_completion_tokens is not None:
+        renames["stop.max_tokens"] = "max_completion_tokens"
+    return _plan(body, [request], num_top_logprobs, renames)
+
+
+def plan_completion(body: CompletionBody, request_id: str, max_prompts: int) -> GenerationPlan:
+    """Raises `ApiError` with the field named; `max_prompts` is the longest batch of one HTTP request."""
+    check_completion_fields(body.model_extra)
+    prompts = read_prompts(body.prompt)
+    if len(prompts) > max_prompts:
+        raise ApiError(
+            400, f"prompt: {len(prompts)} prompts in one request, at most {max_prompts} are taken.", param="prompt"
+        )
+    max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+    requests = []
+    for index, prompt in enumerate(prompts):
+        own_id = request_id if len(prompts) == 1 else f"{request_id}-{index}"
+        request = _generation(body, own_id, max_tokens, body.logprobs)
+        if isinstance(prompt, str):
+            request.text = prompt
+        else:
+            request.token_ids.ids.extend(prompt)
+        requests.append(request)
+    return _plan(body, requests, body.logprobs, {}, echo=bool(body.echo))
+
+
+def _plan(
+    body: GenerationBody,
+    requests: list[inference_pb2.GenerateRequest],
+    num_top_logprobs: int | None,
+    renames: Mapping[str, str],
+    *,
+    echo: bool = False,
+) -> GenerationPlan:
+    options = body.stream_options
+    include_usage = bool(options and options.include_usage)
+    return GenerationPlan(
+        requests=requests,
+        num_samples=body.n or 1,
+        model=body.model or "",
+        stream=bool(body.stream),
+        include_usage=include_usage,
+        continuous_usage=include_usage and bool(options and options.continuous_usage_stats),
+        num_top_logprobs=num_top_logprobs,
+        return_token_ids=bool(body.return_token_ids),
+        echo=echo,
+        renames=renames,
+    )
+
+
+def _generation(
+    body: GenerationBody, request_id: str, max_tokens: int | None, num_top_logprobs: int | None
+) -> inference_pb2.GenerateRequest:
+    """Everything but the input."""
+    return inference_pb2.GenerateRequest(
+        model=body.model or "",
+        sampling=_with_set_fields(
+            inference_pb2.SamplingParams,
+            temperature=body.temperature,
+            top_p=body.top_p,
+            # -1 is vLLM's other spelling of "keep all".
+            top_k=None if body.top_k is None else max(body.top_k, 0),
+            min_p=body.min_p,
+            repetition_penalty=body.repetition_penalty,
+            presence_penalty=body.presence_penalty,
+            frequency_penalty=body.frequency_penalty,
+            seed=body.seed,
+            logit_bias=read_logit_bias(body.logit_bias),
+            allowed_token_ids=body.allowed_token_ids,
+        ),
+        stop=_with_set_fields(
+            inference_pb2.StopConditions,
+            max_tokens=max_tokens,
+            min_tokens=body.min_tokens,
+            stop=read_stop(body.stop),
+            stop_token_ids=body.stop_token_ids,
+            ignore_eos=body.ignore_eos,
+            include_stop_string=body.include_stop_str_in_output,
+        ),
+        n=body.n,
+        output=_with_set_fields(
+            inference_pb2.OutputOptions,
+            logprobs=num_top_logprobs,
+            token_ids=body.return_token_ids,
+            special_tokens=None if body.skip_special_tokens is None else not body.skip_special_tokens,
+        ),
+        priority=body.priority or 0,
+        cache_salt=body.cache_salt or "",
+        request_id=request_id,
+    )
+
+
+def _with_set_fields(message_type: type[_Message], **fields: Any) -> _Message:
+    return message_type(**{name: value for name, value in fields.items() if value is not None})
+
+
+def _chat_message(index: int, message: ChatMessage) -> inference_pb2.ChatMessage:
+    check_message_fields(index, message.model_extra)
+    return inference_pb2.ChatMessage(
+        role=message.role,
+        name=message.name or "",
+        content=[inference_pb2.ContentPart(text=text) for text in _content_texts(index, message)],
+    )
+
+
+def _content_texts(index: int, message: ChatMessage) -> list[str]:
+    param, content = f"messages[{index}].content", message.content
+    if isinstance(content, str):
+        return [content]
+    if content is None:
+        if message.role != "assistant":
+            raise ApiError(400, f"{param}: needed in a message of role '{message.role}'.", param=param)
+        return []
+    if not isinstance(content, list):
+        raise ApiError(400, f"{param}: must be a string or a list of parts, not {_type_name(content)}.", param=param)
+    return [_part_text(f"{param}[{position}]", part) for position, part in enumerate(content)]
+
+
+def _part_text(param: str, part: Any) -> str:
+    if not isinstance(part, dict):
+        raise ApiError(400, f"{param}: must be an object with a type, not {_type_name(part)}.", param=param)
+    part_type = part.get("type")
+    if part_type != "text":
+        shown = f"'{part_type}'" if isinstance(part_type, str) else _type_name(part_type)
+        raise ApiError(
+            400,
+            f"{param}.type: {shown} is not supported; this server takes parts of type 'text'.",
+            param=f"{param}.type",
+        )
+    text = part.get("text")
+    if not isinstance(text, str):
+        raise ApiError(400, f"{param}.text: must be a string, not {_type_name(text)}.", param=f"{param}.text")
+    return text
+
+
+def read_stop(stop: Any) -> list[str] | None:
+    """One string or up to four; an empty one is for the control plane to refuse."""
+    if stop is None:
+        return None
+    stops = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stops, list):
+        raise ApiError(400, f"stop: must be a string or a list of strings, not {_type_name(stop)}.", param="stop")
+    if len(stops) > MAX_STOP_STRINGS:
+        raise ApiError(400, f"stop: {len(stops)} strings, at most {MAX_STOP_STRINGS} are taken.", param="stop")
+    for index, text in enumerate(stops):
+        if not isinstance(text, str):
+            param = f"stop[{index}]"
+            raise ApiError(400, f"{param}: must be a string, not {_type_name(text)}.", param=param)
+    return stops
+
+
+def read_logit_bias(bias: Mapping[str, float] | None) -> dict[int, float] | None:
+    """Token ids from their decimal spelling; all keys that are none are named together."""
+    if bias is None:
+        return None
+    wrong = [key for key in bias if not _is_token_id(key)]
+    if wrong:
+        listed = ", ".join(f"'{key[:40]}'" for key in wrong)
+        raise ApiError(400, f"logit_bias: keys must be token ids; these are not: {listed}.", param="logit_bias")
+    return {int(key): value for key, value in bias.items()}
+
+
+def _is_token_id(key: str) -> bool:
+    return key.isascii() and key.isdigit() and len(key) <= len(str(MAX_TOKEN_ID)) and int(key) <= MAX_TOKEN_ID
+
+
+def read_prompts(prompt: Any) -> list[Prompt]:
+    """A text, token ids, or a list of either, as a list of prompts. Raises `ApiError` naming the wrong element."""
+    if isinstance(prompt, str):
+        return [_checked_text("prompt", prompt)]
+    if prompt is None:
+        raise ApiError(400, "prompt: needed: a string, token ids, or a list of either.", param="prompt")
+    if not isinstance(prompt, list):
+        raise ApiError(
+            400, f"prompt: must be a string, token ids, or a list of either, not {_type_name(prompt)}.", param="prompt"
+        )
+    if not prompt:
+        raise ApiError(400, "prompt: must not be empty.", param="prompt")
+    first = prompt[0]
+    if isinstance(first, str):
+        return [_checked_text(f"prompt[{index}]", text) for index, text in enumerate(prompt)]
+    if isinstance(first, list):
+        return [_checked_ids(f"prompt[{index}]", ids) for index, ids in enumerate(prompt)]
+    return [_checked_ids("prompt", prompt)]
+
+
+def _checked_text(param: str, text: Any) -> str:
+    if not isinstance(text, str):
+        raise ApiError(400, f"{param}: must be a string like the prompt before it.", param=param)
+    if not text:
+        raise ApiError(400, f"{param}: must not be empty.", param=param)
+    return text
+
+
+def _checked_ids(param: str, ids: Any) -> list[int]:
+    if not isinstance(ids, list):
+        raise ApiError(400, f"{param}: must be a list of token ids like the prompt before it.", param=param)
+    if not ids:
+        raise ApiError(400, f"{param}: must not be empty.", param=param)
+    # One pass in C for the usual case; the slow search below only finds out what to say.
+    if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) <= MAX_TOKEN_ID:
+        return cast("list[int]", ids)
+    position, wrong = next(_wrong_ids(ids))
+    where = f"{param}[{position}]"
+    shown = str(wrong) if type(wrong) is int else _type_name(wrong)
+    raise ApiError(400, f"{where}: must be a token id (0 or above), not {shown[:40]}.", param=where)
+
+
+def _wrong_ids(ids: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+    return (
+        (position, token_id)
+        for position, token_id in enumerate(ids)
+        if type(token_id) is not int or not 0 <= token_id <= MAX_TOKEN_ID
+    )
+
+
+def read_timeout(header: str | None) -> float | None:
+    """The `x-request-timeout` header, in seconds."""
+    if header is None:
+        return None
+    try:
+        timeout_s = float(header)
+    except ValueError:
+        timeout_s = math.nan
+    if not 0 < timeout_s <= 1e6:
+        raise ApiError(
+            400,
+            "x-request-timeout: must be a number of seconds above 0 and at most 1000000.",
+            param="x-request-timeout",
+        )
+    return timeout_s
+
+
+def _type_name(value: Any) -> str:
+    if value is None:
+        return "null"
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
+    return names.get(type(value), "this")

@@ -1,0 +1,84 @@
+"""Logprobs in OpenAI's two shapes: the chat list and the completions columns."""
+
+from __future__ import annotations
+
+import codecs
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from gateway.mailbox import TokenLogprob, TopLogprob
+
+# JSON has no -inf and no NaN; OpenAI's own floor.
+FLOOR = -9999.0
+
+
+def floored(logprob: float) -> float:
+    return FLOOR if math.isnan(logprob) else max(logprob, FLOOR)
+
+
+def token_text(token: bytes) -> str:
+    """A token as a string: its text, or its bytes written out where they are not whole characters."""
+    try:
+        return token.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
+
+
+def chat_content(entries: Iterable[TokenLogprob], num_top: int) -> list[dict[str, Any]]:
+    """`choices[].logprobs.content`: one entry a token, alternatives most likely first."""
+    return [
+        {
+            **_chat_token(entry.token, entry.logprob),
+            "top_logprobs": [_chat_token(top.token, top.logprob) for top in _most_likely(entry.top, num_top)],
+        }
+        for entry in entries
+    ]
+
+
+def _chat_token(token: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": token_text(token), "logprob": floored(logprob), "bytes": list(token)}
+
+
+def _most_likely(top: Iterable[TopLogprob], num_top: int) -> list[TopLogprob]:
+    return sorted(top, key=lambda entry: -floored(entry.logprob))[:num_top]
+
+
+class CompletionLogprobs:
+    """The columns of one completions choice: `tokens`, `token_logprobs`, `top_logprobs`, `text_offset`.
+
+    Keeps the offset from one chunk to the next. A token's offset is the number of whole characters before it, counted
+    over the tokens themselves, so that it does not depend on how the text was cut into chunks.
+    """
+
+    def __init__(self, num_top: int) -> None:
+        self._num_top = num_top
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._num_chars = 0
+
+    def columns(self, entries: Iterable[TokenLogprob]) -> dict[str, Any]:
+        tokens: list[str] = []
+        token_logprobs: list[float] = []
+        top_logprobs: list[dict[str, float]] = []
+        text_offset: list[int] = []
+        for entry in entries:
+            text = token_text(entry.token)
+            tokens.append(text)
+            token_logprobs.append(floored(entry.logprob))
+            top_logprobs.append(self._top(text, entry))
+            text_offset.append(self._num_chars)
+            self._num_chars += len(self._decoder.decode(entry.token))
+        return {
+            "tokens": tokens,
+            "token_logprobs": token_logprobs,
+            "top_logprobs": top_logprobs,
+            "text_offset": text_offset,
+        }
+
+    def _top(self, text: str, entry: TokenLogprob) -> dict[str, float]:
+        """The best `num_top` and the token itself; tokens that are spelled alike keep the better logprob."""
+        top: dict[str, float] = {}
+        for candidate in _most_likely(entry.top, self._num_top):
+            top.setdefault(token_text(candidate.token), floored(candidate.logprob))
+        top.setdefault(text, floored(entry.logprob))
+        return top

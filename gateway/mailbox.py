@@ -1,0 +1,204 @@
+"""What has come for one HTTP request and was not sent yet.
+
+The reader of the session puts deltas in, the writer of the response takes all of them out at once: under load the
+deltas of a sequence grow together here instead of queueing one behind the other, and a slow client holds only its own
+text. Values are copied out of the protobuf messages, because a message that is kept keeps the whole step's message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from stepwire.v1 import inference_pb2
+
+from gateway.errors import ApiError
+
+_FINISH_REASONS = {
+    inference_pb2.FINISH_REASON_STOP: "stop",
+    inference_pb2.FINISH_REASON_LENGTH: "length",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TopLogprob:
+    token: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One generated token; `token` is its own bytes, which need not be whole characters."""
+
+    token: bytes
+    logprob: float
+    top: tuple[TopLogprob, ...]
+
+
+@dataclass(slots=True)
+class SequenceUpdate:
+    """What has come of one sequence since the last update. `index` counts over the whole HTTP request."""
+
+    index: int
+    text_parts: list[str] = field(default_factory=list)
+    num_tokens: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+    # The stop string or stop token id that ended it, where one did.
+    stop_reason: str | int | None = None
+
+    @property
+    def text(self) -> str:
+        parts = self.text_parts
+        return parts[0] if len(parts) == 1 else "".join(parts)
+
+    def merge(self, delta: inference_pb2.SequenceDelta) -> None:
+        """Add one delta of the same sequence."""
+        text = delta.text
+        if text:
+            self.text_parts.append(text)
+        self.num_tokens += delta.num_tokens
+        token_ids = delta.token_ids
+        if token_ids:
+            self.token_ids.extend(token_ids)
+        logprobs = delta.logprobs
+        if logprobs:
+            self.logprobs.extend(_copy_logprobs(logprobs))
+        finish_reason = delta.finish_reason
+        if finish_reason:
+            self.finish_reason = _FINISH_REASONS.get(finish_reason, "stop")
+            stopped_by = delta.WhichOneof("stopped_by")
+            if stopped_by is not None:
+                self.stop_reason = getattr(delta, stopped_by)
+
+
+def _copy_logprobs(entries: Iterable[inference_pb2.TokenLogprob]) -> list[TokenLogprob]:
+    return [
+        TokenLogprob(entry.token, entry.logprob, tuple(TopLogprob(top.token, top.logprob) for top in entry.top))
+        for entry in entries
+    ]
+
+
+@dataclass(slots=True)
+class UsageTotals:
+    """Over all prompts of an HTTP request."""
+
+    num_prompt_tokens: int = 0
+    num_completion_tokens: int = 0
+    num_cached_tokens: int = 0
+
+
+class Mailbox:
+    """One HTTP request's incoming side: `num_prompts` requests of the session with `num_samples` sequences each.
+
+    Everything runs on one event loop; there is one taker.
+    """
+
+    def __init__(self, num_prompts: int, num_samples: int, *, stream: bool) -> None:
+        self._num_samples = num_samples
+        # A whole answer is taken once, at the end: waking the taker for every step would be for nothing.
+        self._stream = stream
+        self._updates: dict[int, SequenceUpdate] = {}
+        self._accepted: list[inference_pb2.Accepted | None] = [None] * num_prompts
+        self._num_unaccepted = num_prompts
+        self._num_running = num_prompts
+        self._waiter: asyncio.Future[None] | None = None
+        self._error: ApiError | None = None
+        self._poked = False
+        self.disconnected = False
+        self.usage = UsageTotals()
+
+    @property
+    def ended(self) -> bool:
+        """Nothing more comes."""
+        return self._num_running == 0 or self._error is not None or self.disconnected
+
+    @property
+    def error(self) -> ApiError | None:
+        return self._error
+
+    def put(self, prompt: int, response: inference_pb2.GenerateResponse) -> bool:
+        """Take one message of the prompt's request in; True if it was that request's last one. Errors go to `fail`."""
+        updates = self._updates
+        for delta in response.deltas:
+            index = prompt * self._num_samples + delta.index
+            update = updates.get(index)
+            if update is None:
+                update = updates[index] = SequenceUpdate(index)
+            update.merge(delta)
+        if response.HasField("accepted"):
+            accepted = inference_pb2.Accepted()
+            accepted.CopyFrom(response.accepted)
+            if self._accepted[prompt] is None:
+                self._num_unaccepted -= 1
+            self._accepted[prompt] = accepted
+            if self._num_unaccepted == 0:
+                self._wake()
+        last = response.HasField("usage")
+        if last:
+            usage = response.usage
+            self.usage.num_prompt_tokens += usage.num_prompt_tokens
+            self.usage.num_completion_tokens += usage.num_completion_tokens
+            self.usage.num_cached_tokens += usage.num_cached_tokens
+            self._num_running -= 1
+        if self._stream or self.ended:
+            self._wake()
+        return last
+
+    def fail(self, error: ApiError) -> None:
+        """End the request with an error; the first one counts."""
+        if self._error is None:
+            self._error = error
+        self._wake()
+
+    def disconnect(self) -> None:
+        """The client is gone: nobody will read."""
+        self.disconnected = True
+        self._updates.clear()
+        self._wake()
+
+    def poke(self) -> None:
+        """Let `take` return although nothing has come."""
+        self._poked = True
+        self._wake()
+
+    async def accepted(self) -> Sequence[inference_pb2.Accepted]:
+        """Wait until every prompt is accepted. Raises the `ApiError` that refused one; empty if the client left."""
+        while self._num_unaccepted and self._error is None and not self.disconnected:
+            await self._wait()
+        if self.disconnected:
+            return ()
+        if self._error is not None:
+            raise self._error
+        return [accepted for accepted in self._accepted if accepted is not None]
+
+    async def take(self) -> list[SequenceUpdate]:
+        """All updates since the last call, waiting for the first; empty after the end or a `poke`."""
+        while not self._updates and not self.ended and not self._poked:
+            await self._wait()
+        self._poked = False
+        updates = list(self._updates.values())
+        self._updates.clear()
+        return updates
+
+    async def take_all(self) -> list[SequenceUpdate]:
+        """Wait for the end; one update a sequence, in order. Raises the `ApiError` that ended the request."""
+        while not self.ended:
+            await self._wait()
+        if self._error is not None:
+            raise self._error
+        return [self._updates[index] for index in sorted(self._updates)]
+
+    async def _wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)

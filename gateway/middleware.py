@@ -1,0 +1,203 @@
+"""Pure ASGI middleware: what every HTTP request passes. (Starlette's BaseHTTPMiddleware would cost 37 us a token.)"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+import uuid
+
+import structlog
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gateway.errors import RATE_LIMIT, ApiError, draining
+from gateway.metrics import GatewayMetrics
+
+_access_log = structlog.get_logger("gateway.access")
+
+REQUEST_ID_HEADER = b"x-request-id"
+# What may come back in a header and stand in a log line.
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+# The client left before the answer began; never sent, only counted.
+CLIENT_CLOSED_REQUEST = 499
+_MODEL_PREFIX = "/v1/models/"
+_KNOWN_ROUTES = frozenset(
+    {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/ready", "/metrics", "/openapi.json"}
+)
+_PROBES = frozenset({"/health", "/ready", "/metrics"})
+
+
+def header(scope: Scope, name: bytes) -> bytes | None:
+    """The first header of this (lower-case) name."""
+    for key, value in scope["headers"]:
+        if key == name:
+            return bytes(value)
+    return None
+
+
+async def send_error(send: Send, error: ApiError) -> None:
+    body = error.body()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers += [(name.encode(), value.encode()) for name, value in error.headers().items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def route_label(path: str) -> str:
+    """A route's name for metrics: a bounded set, whatever paths clients make up."""
+    if path in _KNOWN_ROUTES:
+        return path
+    return f"{_MODEL_PREFIX}{{model}}" if path.startswith(_MODEL_PREFIX) else "other"
+
+
+class Lifecycle:
+    """Whether the process takes requests, and how many it is answering."""
+
+    def __init__(self) -> None:
+        self.draining = False
+        self.num_in_flight = 0
+        self._idle = asyncio.Event()
+
+    def started(self) -> None:
+        self.num_in_flight += 1
+        self._idle.clear()
+
+    def ended(self) -> None:
+        self.num_in_flight -= 1
+        if self.num_in_flight == 0:
+            self._idle.set()
+
+    async def wait_idle(self) -> None:
+        """Until no request is being answered."""
+        if self.num_in_flight:
+            await self._idle.wait()
+
+
+class RequestContextMiddleware:
+    """Outermost: request id, metrics, access log; refuses requests while draining or when too many run."""
+
+    def __init__(
+        self, app: ASGIApp, lifecycle: Lifecycle, metrics: GatewayMetrics, max_concurrent_requests: int
+    ) -> None:
+        self._app = app
+        self._lifecycle = lifecycle
+        self._metrics = metrics
+        self._max_concurrent_requests = max_concurrent_requests
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        scope.setdefault("state", {})["request_id"] = request_id.decode()
+        status = CLIENT_CLOSED_REQUEST
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                nonlocal status
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (REQUEST_ID_HEADER, request_id)]
+            await send(message)
+
+        started_at = time.perf_counter()
+        refusal = self._refusal(scope["path"])
+        self._lifecycle.started()
+        self._metrics.http_requests_in_flight.inc()
+        try:
+            if refusal is None:
+                await self._app(scope, receive, send_with_id)
+            else:
+                await send_error(send_with_id, refusal)
+        except Exception:
+            # Starlette's outer handler answers 500 if nothing was sent yet.
+            status = 500 if status == CLIENT_CLOSED_REQUEST else status
+            raise
+        finally:
+            self._lifecycle.ended()
+            self._record(scope, request_id, status, time.perf_counter() - started_at)
+
+    def _refusal(self, path: str) -> ApiError | None:
+        if path in _PROBES:
+            return None
+        if self._lifecycle.draining:
+            return draining()
+        if self._lifecycle.num_in_flight >= self._max_concurrent_requests:
+            return ApiError(
+                429,
+                f"The gateway answers {self._max_concurrent_requests} requests at a time and has as many. Try again.",
+                type=RATE_LIMIT,
+                code="too_many_requests",
+                retry_after_s=1.0,
+                retryable=True,
+            )
+        return None
+
+    def _record(self, scope: Scope, request_id: bytes, status: int, duration_s: float) -> None:
+        route = route_label(scope["path"])
+        self._metrics.http_requests_in_flight.dec()
+        self._metrics.http_requests.labels(route, str(status)).inc()
+        self._metrics.http_request_duration.labels(route).observe(duration_s)
+        log = _access_log.debug if route in _PROBES else _access_log.info
+        log(
+            "request",
+            method=scope["method"],
+            route=route,
+            status=status,
+            duration_s=round(duration_s, 4),
+            request_id=request_id.decode(),
+        )
+
+
+def _request_id(scope: Scope) -> bytes:
+    given = header(scope, REQUEST_ID_HEADER)
+    if given is not None and _REQUEST_ID.fullmatch(given):
+        return given
+    return f"req-{uuid.uuid4().hex}".encode()
+
+
+class _TooLarge(Exception):
+    """The body has passed the limit."""
+
+
+class BodyLimitMiddleware:
+    """Refuses a body above the limit: by its announced length, and while it is read."""
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+        self._app = app
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        announced = header(scope, b"content-length")
+        if announced is not None and announced.isdigit() and int(announced) > self._max_body_bytes:
+            await send_error(send, self._error(f"{int(announced)} bytes"))
+            return
+        try:
+            await self._app(scope, self._counting(receive), send)
+        except _TooLarge:
+            # Raised while the body is read, so nothing was sent yet.
+            await send_error(send, self._error("larger"))
+
+    def _counting(self, receive: Receive) -> Receive:
+        num_bytes = 0
+
+        async def counted() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._max_body_bytes:
+                raise _TooLarge
+            return message
+
+        return counted
+
+    def _error(self, what: str) -> ApiError:
+        return ApiError(
+            413,
+            f"The request body is {what}, and at most {self._max_body_bytes} bytes are taken (--max-body-bytes).",
+            code="request_too_large",
+            # What is still coming of the body would be read as the next request.
+            headers={"connection": "close"},
+        )

@@ -1,0 +1,36 @@
+"""Probes and metrics."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from gateway.client import ControlPlaneClient
+from gateway.errors import control_plane_unreachable, draining
+from gateway.metrics import GatewayMetrics
+from gateway.middleware import Lifecycle
+from gateway.openapi import error_responses
+
+router = APIRouter(tags=["operations"])
+
+
+@router.get("/health", summary="The process lives")
+async def health() -> Response:
+    return Response(b'{"status":"ok"}', media_type="application/json")
+
+
+@router.get("/ready", summary="Requests would be served now", responses=error_responses(503))
+async def ready(request: Request) -> Response:
+    lifecycle: Lifecycle = request.app.state.lifecycle
+    client: ControlPlaneClient = request.app.state.client
+    if lifecycle.draining:
+        raise draining()
+    if not await client.serving():
+        raise control_plane_unreachable()
+    return Response(b'{"status":"ready"}', media_type="application/json")
+
+
+@router.get("/metrics", summary="Metrics of this gateway, for Prometheus")
+async def metrics(request: Request) -> Response:
+    own: GatewayMetrics = request.app.state.metrics
+    return Response(generate_latest(own.registry), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,130 @@
+"""Known fields that this server does not serve yet: refused by name, unless their value asks for nothing.
+
+Ignoring them would answer something else than what was asked. Fields that change nothing about the answer (`user`,
+`metadata`, `store`, `service_tier` ...) and fields that nobody knows are ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import orjson
+import structlog
+
+from gateway.errors import ApiError
+
+_log = structlog.get_logger(__name__)
+
+# Field -> values that ask for nothing; null always does.
+_BOTH: Mapping[str, tuple[Any, ...]] = {
+    "bad_words": ([],),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "length_penalty": (1, 1.0),
+    "logits_processors": ([],),
+    "prompt_logprobs": (),
+    "structured_outputs": ({},),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+}
+_TEXT_FORMAT = {"type": "text"}
+_CHAT: Mapping[str, tuple[Any, ...]] = {
+    **_BOTH,
+    "audio": (),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "documents": ([],),
+    "echo": (False,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "mm_processor_kwargs": ({},),
+    "modalities": (["text"],),
+    "moderation": (),
+    "reasoning_effort": ("none",),
+    "response_format": (_TEXT_FORMAT,),
+    "tool_choice": ("none",),
+    "tools": ([],),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+_COMPLETION: Mapping[str, tuple[Any, ...]] = {
+    **_BOTH,
+    "prompt_embeds": (),
+    "response_format": (_TEXT_FORMAT,),
+    "suffix": ("",),
+}
+_MESSAGE: Mapping[str, tuple[Any, ...]] = {
+    "audio": (),
+    "function_call": (),
+    "refusal": ("",),
+    "tool_call_id": (),
+    "tool_calls": ([],),
+}
+# Without effect on the text of an answer: not worth a line in the log.
+_HARMLESS = frozenset(
+    {
+        "metadata",
+        "parallel_tool_calls",
+        "prediction",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "reasoning",
+        "reasoning_content",
+        "request_id",
+        "safety_identifier",
+        "service_tier",
+        "spaces_between_special_tokens",
+        "store",
+        "user",
+    }
+)
+
+
+def check_chat_fields(extra: Mapping[str, Any] | None) -> None:
+    """Raise `ApiError` for an unsupported field of a chat body."""
+    _check(extra, _CHAT, "")
+
+
+def check_completion_fields(extra: Mapping[str, Any] | None) -> None:
+    """Raise `ApiError` for an unsupported field of a completions body."""
+    _check(extra, _COMPLETION, "")
+
+
+def check_message_fields(index: int, extra: Mapping[str, Any] | None) -> None:
+    """Raise `ApiError` for an unsupported field of a chat message."""
+    _check(extra, _MESSAGE, f"messages[{index}].")
+
+
+def _check(extra: Mapping[str, Any] | None, table: Mapping[str, tuple[Any, ...]], prefix: str) -> None:
+    if not extra:
+        return
+    for name, value in extra.items():
+        if name in table and value is not None and not _asks_for_nothing(value, table[name]):
+            param = prefix + name
+            raise ApiError(
+                400,
+                f"{param}: not supported by this server yet; leave it out{_alternatives(table[name])}.",
+                param=param,
+                code="unsupported_parameter",
+            )
+    ignored = sorted(_unknown(extra, table))
+    if ignored:
+        _log.debug("fields ignored", fields=[prefix + name for name in ignored])
+
+
+def _asks_for_nothing(value: Any, harmless: Collection[Any]) -> bool:
+    # `False == 0 == 0.0`: a value counts only if it has the type that the table names.
+    return any(type(value) is type(other) and value == other for other in harmless)
+
+
+def _alternatives(harmless: Collection[Any]) -> str:
+    words = [orjson.dumps(value).decode() for value in harmless if value not in ("", [], {})]
+    return f" or send {words[0]}" if words else ""
+
+
+def _unknown(extra: Mapping[str, Any], table: Mapping[str, tuple[Any, ...]]) -> Iterator[str]:
+    return (name for name in extra if name not in table and name not in _HARMLESS)

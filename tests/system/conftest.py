@@ -1,0 +1,256 @@
+"""The real stack in processes of its own: simulated worker, control plane, gateway."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+import httpx
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+ROOT = Path(__file__).resolve().parents[2]
+START_LIMIT_S = 60.0
+STOP_LIMIT_S = 20.0
+
+VOCAB_SIZE = 640
+MAX_MODEL_LEN = 4096
+BOS, EOS = "<|im_start|>", "<|im_end|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'forbidden' %}{{ raise_exception('roles must not be forbidden') }}{% endif %}"
+    "{{ '<|im_start|>' + message.role + '\n' + message.content }}"
+    "{% if not loop.last or not continue_final_message|default(false) %}{{ '<|im_end|>\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_CORPUS = (
+    "A worker computes what the control plane decides. Ein Überblick über größere Straßen. 日本語の文章と漢字。 "
+    "Какой сегодня день? 😀 🎉 emoji. The capital of France is Paris. 0 1 2 3 4 5 6 7 8 9 10 11 12 13."
+)
+
+
+def write_model_directory(directory: Path) -> Path:
+    """What a control plane reads of a small model, and what the simulated worker reads: JSON files only."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        show_progress=False,
+        special_tokens=[AddedToken(token, special=True) for token in (BOS, EOS)],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator([_CORPUS] * 3, trainer)
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    end = tokenizer.token_to_id(EOS)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": tokenizer.get_vocab_size(),
+        "max_position_embeddings": MAX_MODEL_LEN,
+        "eos_token_id": end,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": CHAT_TEMPLATE, "bos_token": BOS, "eos_token": EOS})
+    )
+    return directory
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Stack:
+    """Three processes that talk over unix sockets in a directory of their own. Flags are added to each one's command.
+
+    Use as a context manager: it starts them, waits until the gateway is ready, and stops them.
+    """
+
+    model: Path
+    worker_flags: Sequence[str] = ()
+    control_plane_flags: Sequence[str] = ()
+    gateway_flags: Sequence[str] = ()
+    # Sent by the helpers below, and by whoever builds a client.
+    api_key: str | None = None
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # Not pytest's own directory: a unix socket's path has 107 characters at most.
+        self.directory = Path(tempfile.mkdtemp(prefix="stepwire-"))
+        self.port, self.metrics_port, self.grpc_port = free_port(), free_port(), free_port()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def grpc_address(self) -> str:
+        return f"127.0.0.1:{self.grpc_port}"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+
+    def __enter__(self) -> Stack:
+        try:
+            for name in ("worker", "control_plane", "gateway"):
+                self.start(name)
+            self.wait_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def command(self, name: str) -> list[str]:
+        worker, control_plane = f"unix:{self.directory}/worker.sock", f"unix:{self.directory}/control_plane.sock"
+        common = ["--model", str(self.model)]
+        match name:
+            case "worker":
+                flags = [
+                    *common,
+                    "--runner",
+                    "simulated",
+                    "--listen",
+                    worker,
+                    "--sim-max-model-len",
+                    str(MAX_MODEL_LEN),
+                ]
+                return ["gpu_worker", *flags, *self.worker_flags]
+            case "control_plane":
+                flags = [
+                    *common,
+                    "--served-model-name",
+                    "tiny,alias/tiny",
+                    "--workers",
+                    worker,
+                    "--listen",
+                    control_plane,
+                ]
+                ports = ["--grpc-port", str(self.grpc_port), "--metrics-port", str(self.metrics_port)]
+                return ["control_plane", *flags, *ports, *self.control_plane_flags]
+            case "gateway":
+                flags = ["--port", str(self.port), "--control-plane", control_plane]
+                key = ["--api-key", self.api_key] if self.api_key else []
+                return ["gateway", *flags, *key, *self.gateway_flags]
+        raise ValueError(name)
+
+    def start(self, name: str) -> None:
+        """Start one process; its output is added to `<name>.log` in the directory."""
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("STEPWIRE_")}
+        environment["PYTHONPATH"] = os.pathsep.join(str(ROOT / source) for source in (".", "proto", "kernels"))
+        with (self.directory / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                [sys.executable, "-m", *self.command(name), "--exit-with-parent"],
+                cwd=self.directory,
+                env=environment,
+                stdout=log,
+                stderr=log,
+            )
+
+    def wait_ready(self) -> None:
+        """Until the gateway answers /ready with 200."""
+        wait_until(self._is_ready, START_LIMIT_S, self.logs)
+
+    def _is_ready(self) -> bool:
+        for name, process in self.processes.items():
+            if process.poll() is not None:
+                raise RuntimeError(f"{name} ended with {process.returncode}\n{self.logs()}")
+        try:
+            return httpx.get(f"{self.url}/ready", timeout=5).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def kill(self, name: str, number: signal.Signals = signal.SIGKILL) -> int:
+        """Send a signal and wait for the end; the exit code."""
+        process = self.processes.pop(name)
+        process.send_signal(number)
+        return process.wait(STOP_LIMIT_S)
+
+    def stop(self) -> None:
+        """In the order in which requests flow, so that nobody waits for one that has gone."""
+        for name in ("gateway", "control_plane", "worker"):
+            process = self.processes.get(name)
+            if process is None:
+                continue
+            process.terminate()
+            try:
+                process.wait(STOP_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self.processes.clear()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def logs(self) -> str:
+        return "\n".join(
+            f"--- {path.name}\n{path.read_text()[-4000:]}" for path in sorted(self.directory.glob("*.log"))
+        )
+
+    def gateway_metric(self, sample: str) -> float:
+        """A sample of the gateway's /metrics, by name and labels as they stand there."""
+        return read_sample(httpx.get(f"{self.url}/metrics", headers=self.headers).text, sample)
+
+    def control_plane_metric(self, sample: str) -> float:
+        return read_sample(httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics").text, sample)
+
+    def wait_idle(self, limit_s: float = 10.0) -> None:
+        """Until no request runs or waits and no KV block is in use at the control plane."""
+        names = ("stepwire_requests_running", "stepwire_requests_waiting", "stepwire_kv_blocks_in_use")
+
+        def is_idle() -> bool:
+            text = httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics").text
+            return all(read_sample(text, name) == 0 for name in names)
+
+        wait_until(is_idle, limit_s, self.logs)
+
+
+def read_sample(text: str, sample: str) -> float:
+    for line in text.splitlines():
+        if line.startswith(f"{sample} "):
+            return float(line.rpartition(" ")[2])
+    raise LookupError(f"no sample {sample} in:\n{text}")
+
+
+def wait_until(condition: Callable[[], bool], limit_s: float, explain: Callable[[], str] = str) -> None:
+    """Poll; the limit only ends a test that has failed."""
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not within {limit_s} s\n{explain()}")
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory without weights: byte-level tokenizer, chat template, config."""
+    return write_model_directory(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def stack(tiny_model: Path) -> Iterator[Stack]:
+    """A stack that tests share; leave it running and idle."""
+    with Stack(tiny_model, worker_flags=["--sim-step-ms", "1"]) as running:
+        yield running

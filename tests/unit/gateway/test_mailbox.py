@@ -1,0 +1,154 @@
+"""Deltas grow together until they are taken; a request ends exactly once."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from stepwire.v1 import inference_pb2 as pb
+
+from gateway.errors import ApiError, control_plane_lost
+from gateway.mailbox import Mailbox
+
+
+def delta(
+    index: int, text: str, *, finish: pb.FinishReason = pb.FINISH_REASON_UNSPECIFIED, **fields: object
+) -> pb.GenerateResponse:
+    return pb.GenerateResponse(
+        deltas=[pb.SequenceDelta(index=index, text=text, num_tokens=1, finish_reason=finish, **fields)]
+    )
+
+
+def usage(prompt: int = 3, completion: int = 2, cached: int = 1) -> pb.GenerateResponse:
+    return pb.GenerateResponse(
+        usage=pb.Usage(num_prompt_tokens=prompt, num_completion_tokens=completion, num_cached_tokens=cached)
+    )
+
+
+ACCEPTED = pb.GenerateResponse(accepted=pb.Accepted(request_id="r", model="m", num_prompt_tokens=3))
+
+
+async def test_updates_of_a_sequence_are_merged_until_taken() -> None:
+    mailbox = Mailbox(1, 2, stream=True)
+    for response in (delta(0, "a"), delta(1, "x"), delta(0, "b"), delta(0, "", finish=pb.FINISH_REASON_LENGTH)):
+        assert not mailbox.put(0, response)
+    first, second = await mailbox.take()
+    assert (first.index, first.text, first.num_tokens, first.finish_reason) == (0, "ab", 3, "length")
+    assert (second.index, second.text, second.num_tokens, second.finish_reason) == (1, "x", 1, None)
+    mailbox.put(0, delta(1, "y"))
+    (update,) = await mailbox.take()
+    assert (update.index, update.text) == (1, "y")
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.text(max_size=3), st.booleans()), max_size=30))
+def test_no_text_is_lost_or_reordered_however_it_is_taken(script: list[tuple[int, str, bool]]) -> None:
+    async def run() -> None:
+        mailbox = Mailbox(1, 3, stream=True)
+        expected, got = ["", "", ""], ["", "", ""]
+        for index, text, take_now in script:
+            mailbox.put(0, delta(index, text))
+            expected[index] += text
+            if take_now:
+                for update in await mailbox.take():
+                    got[update.index] += update.text
+        assert mailbox.put(0, usage())
+        for update in await mailbox.take():
+            got[update.index] += update.text
+        assert got == expected
+        assert mailbox.ended
+
+    asyncio.run(run())
+
+
+async def test_choices_are_numbered_over_the_batch() -> None:
+    mailbox = Mailbox(2, 3, stream=False)
+    mailbox.put(1, delta(2, "z", finish=pb.FINISH_REASON_STOP))
+    mailbox.put(0, delta(1, "b", finish=pb.FINISH_REASON_STOP))
+    mailbox.put(0, usage())
+    assert not mailbox.ended
+    mailbox.put(1, usage())
+    assert [(update.index, update.text) for update in await mailbox.take_all()] == [(1, "b"), (5, "z")]
+    assert (mailbox.usage.num_prompt_tokens, mailbox.usage.num_completion_tokens, mailbox.usage.num_cached_tokens) == (
+        6,
+        4,
+        2,
+    )
+
+
+async def test_stop_reasons_and_logprobs_are_copied() -> None:
+    logprob = pb.TokenLogprob(token_id=1, logprob=-0.5, token=b"a", top=[pb.TopLogprob(token=b"b", logprob=-1.5)])
+    mailbox = Mailbox(1, 1, stream=True)
+    mailbox.put(0, delta(0, "a", token_ids=[7], logprobs=[logprob]))
+    mailbox.put(0, delta(0, "", token_ids=[8], finish=pb.FINISH_REASON_STOP, stop_string="END"))
+    (update,) = await mailbox.take()
+    assert update.token_ids == [7, 8]
+    assert (update.logprobs[0].token, update.logprobs[0].top[0].token) == (b"a", b"b")
+    assert update.stop_reason == "END"
+    mailbox.put(0, delta(0, "", finish=pb.FINISH_REASON_STOP, stop_token_id=0))
+    assert (await mailbox.take())[0].stop_reason == 0
+
+
+async def test_accepted_waits_for_every_prompt() -> None:
+    mailbox = Mailbox(2, 1, stream=True)
+    waiting = asyncio.ensure_future(mailbox.accepted())
+    mailbox.put(1, ACCEPTED)
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    mailbox.put(0, ACCEPTED)
+    assert [each.num_prompt_tokens for each in await waiting] == [3, 3]
+
+
+async def test_an_error_before_acceptance_is_raised_and_the_first_one_counts() -> None:
+    mailbox = Mailbox(2, 1, stream=True)
+    waiting = asyncio.ensure_future(mailbox.accepted())
+    await asyncio.sleep(0)
+    mailbox.fail(ApiError(400, "first"))
+    mailbox.fail(control_plane_lost())
+    with pytest.raises(ApiError, match="first"):
+        await waiting
+
+
+async def test_a_streams_error_comes_after_the_text_before_it() -> None:
+    mailbox = Mailbox(1, 1, stream=True)
+    mailbox.put(0, ACCEPTED)
+    mailbox.put(0, delta(0, "a"))
+    mailbox.fail(control_plane_lost())
+    assert [update.text for update in await mailbox.take()] == ["a"]
+    assert mailbox.ended and mailbox.error is not None
+    assert await mailbox.take() == []
+
+
+async def test_a_whole_answer_raises_its_error() -> None:
+    mailbox = Mailbox(1, 1, stream=False)
+    waiting = asyncio.ensure_future(mailbox.take_all())
+    await asyncio.sleep(0)
+    mailbox.put(0, delta(0, "a"))
+    mailbox.fail(control_plane_lost())
+    with pytest.raises(ApiError, match="lost"):
+        await waiting
+
+
+@pytest.mark.parametrize("method", ["accepted", "take", "take_all"])
+async def test_a_client_that_leaves_wakes_whoever_waits(method: str) -> None:
+    mailbox = Mailbox(1, 1, stream=method != "take_all")
+    waiting = asyncio.ensure_future(getattr(mailbox, method)())
+    await asyncio.sleep(0)
+    mailbox.disconnect()
+    assert not await waiting
+    assert mailbox.ended and mailbox.disconnected
+
+
+async def test_poke_wakes_a_taker_once() -> None:
+    mailbox = Mailbox(1, 1, stream=True)
+    waiting = asyncio.ensure_future(mailbox.take())
+    await asyncio.sleep(0)
+    mailbox.poke()
+    assert await waiting == []
+    assert not mailbox.ended
+    waiting = asyncio.ensure_future(mailbox.take())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    mailbox.put(0, delta(0, "a"))
+    assert len(await waiting) == 1
