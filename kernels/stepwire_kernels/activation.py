@@ -1,0 +1,90 @@
+"""Gated activations over a packed gate-up projection.
+
+    out[t, i] = act(packed[t, i]) * packed[t, I + i]
+
+packed: [num_tokens, 2 * I] (gate first, then up); out: [num_tokens, I]; act is SiLU, GELU (erf) or GELU (tanh).
+Arithmetic in float32.
+
+Source: Shazeer, "GLU Variants Improve Transformer", 2020; Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+
+from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
+
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh")
+
+
+@triton.jit
+def _gated_activation_kernel(
+    packed_ptr,
+    out_ptr,
+    num_cols,
+    packed_stride,
+    out_stride,
+    KIND: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    token = tl.program_id(1).to(tl.int64)
+    cols = tl.program_id(0) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    mask = cols < num_cols
+    release_downstream(USE_PDL)
+    wait_upstream(USE_PDL)
+    gate_at = packed_ptr + token * packed_stride + cols
+    gate = tl.load(gate_at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_at + num_cols, mask=mask, other=0.0).to(tl.float32)
+    if KIND == "silu":
+        activated = gate * tl.sigmoid(gate)
+    elif KIND == "gelu":
+        activated = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+    else:
+        # 0.5 * (1 + tanh(u)) is sigmoid(2u), which saturates without overflow.
+        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+        activated = gate * tl.sigmoid(2.0 * inner)
+    tl.store(out_ptr + token * out_stride + cols, (activated * up).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def gated_activation(
+    packed: torch.Tensor,
+    kind: Activation,
+    *,
+    out: torch.Tensor | None = None,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """Return act(gate) * up, [num_tokens, I].
+
+    Raises:
+        ValueError: an odd number of columns, an unknown activation, or a last dimension that is not contiguous.
+    """
+    num_tokens, width = packed.shape
+    if kind not in ACTIVATIONS:
+        raise ValueError(f"gated_activation: unknown activation {kind!r}; choose one of {', '.join(ACTIVATIONS)}")
+    if width % 2 or packed.stride(1) != 1:
+        raise ValueError(f"gated_activation: packed must be [num_tokens, 2 * I] with contiguous columns, got {width}")
+    num_cols = width // 2
+    if out is None:
+        out = torch.empty((num_tokens, num_cols), dtype=packed.dtype, device=packed.device)  # [num_tokens, I]
+    if num_tokens == 0:
+        return out
+    block = min(1024, triton.next_power_of_2(num_cols))
+    _gated_activation_kernel[(triton.cdiv(num_cols, block), num_tokens)](
+        packed,
+        out,
+        num_cols,
+        packed.stride(0),
+        out.stride(0),
+        KIND=kind,
+        BLOCK_COLS=block,
+        USE_PDL=pdl,
+        num_warps=max(1, min(4, block // 256)),
+        **launch_options(pdl),
+    )
+    return out

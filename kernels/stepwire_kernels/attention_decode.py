@@ -1,0 +1,380 @@
+"""Paged attention for runs of one query token (split-KV flash decoding).
+
+For query head h of a run, with g = h // group its KV head and i over the visible tokens (the last `window` of kv_len):
+
+    s_i = softmax_scale * q_h . k_i          s_i <- soft_cap * tanh(s_i / soft_cap)      (only with a soft cap)
+    out_h = sum_i exp(s_i) v_i / (exp(sink_h) + sum_i exp(s_i))                         (sink_h only with sinks)
+
+q, out: [num_tokens, num_heads, D]; caches: [num_blocks, num_kv_heads, block_size, D], model dtype or float8_e4m3fn;
+block_tables: int32 [max_rows, max_blocks_per_row]; sinks: float32 [num_heads]. Scores and sums are float32.
+
+A fixed number of programs walks the device-built work list (`work_list.py`): item = (chunk of one run, KV head). The
+heads of a group share one tile, so KV is read once. A run of several chunks leaves partial results, and the program that
+finishes a run's last chunk combines them in chunk order: the result does not depend on who that is, nor on the batch.
+
+Source: Dao et al., "Flash-Decoding for long-context inference", 2023; Milakov and Gimelshein, "Online normalizer
+calculation for softmax", 2018; sinks: Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2024.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
+from stepwire_kernels.work_list import WorkList
+
+LOG2_E = 1.4426950408889634
+SUPPORTED_HEAD_DIMS = (64, 80, 96, 128, 256)
+
+
+@dataclass(frozen=True)
+class DecodeTuning:
+    """Launch shape of the decode kernel; none of it changes which numbers are added in which chunk."""
+
+    warp_tokens: int = 16
+    num_warps: int = 2
+    num_stages: int = 4
+    programs_per_sm: int = 4
+
+
+@dataclass(frozen=True)
+class DecodeWorkspace:
+    """Scratch of the decode kernel, shared by all layers; `counters` is zero between launches."""
+
+    partial_out: torch.Tensor  # float32 [capacity, num_heads, D]
+    partial_sums: torch.Tensor  # float32 [capacity, num_heads, 2]: running maximum (base 2) and sum
+    counters: torch.Tensor  # int32 [max_runs, num_kv_heads]
+
+
+def allocate_decode_workspace(
+    work: WorkList, max_runs: int, num_heads: int, num_kv_heads: int, head_dim: int
+) -> DecodeWorkspace:
+    """Scratch for any content of `work`."""
+    device = work.records.device
+    return DecodeWorkspace(
+        partial_out=torch.empty((work.capacity, num_heads, head_dim), dtype=torch.float32, device=device),
+        partial_sums=torch.empty((work.capacity, num_heads, 2), dtype=torch.float32, device=device),
+        counters=torch.zeros((max_runs, num_kv_heads), dtype=torch.int32, device=device),
+    )
+
+
+@triton.jit
+def soft_cap_scores(scores, soft_cap):
+    """soft_cap * tanh(scores / soft_cap), without overflow."""
+    return soft_cap * (2.0 * tl.sigmoid(2.0 * scores / soft_cap) - 1.0)
+
+
+@triton.jit
+def _combine_chunks(
+    partial_out_ptr,
+    partial_sums_ptr,
+    first_item,
+    num_chunks,
+    head_start,
+    heads,
+    cols,
+    head_mask,
+    sink,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_CHUNKS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Sum a run's partial results for one group of heads, in chunk order; `sink` joins the denominator."""
+    top = sink
+    total = tl.where(sink > -1e30, 1.0, 0.0)
+    acc = tl.zeros([BLOCK_HEADS, BLOCK_D], dtype=tl.float32)
+    for base in range(0, num_chunks, BLOCK_CHUNKS):
+        chunk = base + tl.arange(0, BLOCK_CHUNKS)
+        chunk_mask = chunk < num_chunks
+        at = (first_item + chunk).to(tl.int64)[:, None] * NUM_HEADS + head_start + heads[None, :]
+        mask = chunk_mask[:, None] & head_mask[None, :]
+        # ".cg": other multiprocessors wrote these, so the level-1 cache must not answer.
+        tops = tl.load(partial_sums_ptr + at * 2, mask=mask, other=-1e30, cache_modifier=".cg")
+        sums = tl.load(partial_sums_ptr + at * 2 + 1, mask=mask, other=0.0, cache_modifier=".cg")
+        values = tl.load(
+            partial_out_ptr + at[:, :, None] * HEAD_DIM + cols[None, None, :],
+            mask=mask[:, :, None] & (cols < HEAD_DIM)[None, None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )  # [BLOCK_CHUNKS, BLOCK_HEADS, BLOCK_D]
+        new_top = tl.maximum(top, tl.max(tops, axis=0))
+        weights = tl.exp2(tops - new_top[None, :])
+        old = tl.exp2(top - new_top)
+        total = total * old + tl.sum(sums * weights, axis=0)
+        acc = acc * old[:, None] + tl.sum(values * weights[:, :, None], axis=0)
+        top = new_top
+    return acc / tl.maximum(total, 1e-30)[:, None]
+
+
+@triton.jit
+def _decode_kernel(
+    q_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    out_ptr,
+    records_ptr,
+    num_records_ptr,
+    block_tables_ptr,
+    sinks_ptr,
+    partial_out_ptr,
+    partial_sums_ptr,
+    counters_ptr,
+    score_scale,
+    v_scale,
+    soft_cap,
+    q_stride,
+    out_stride,
+    table_stride,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HAS_SOFT_CAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WARPS: tl.constexpr,
+    WARP_TOKENS: tl.constexpr,
+    BLOCK_CHUNKS: tl.constexpr,
+    COMBINE_HEADS: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
+    TILE_N: tl.constexpr = WARPS * WARP_TOKENS
+    rows_m = tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_D)
+    offsets_n = tl.arange(0, WARPS)[:, None] * WARP_TOKENS + tl.arange(0, WARP_TOKENS)[None, :]
+    col_mask = cols < HEAD_DIM
+    release_downstream(USE_PDL)
+    wait_upstream(USE_PDL)
+    num_items = tl.load(num_records_ptr) * NUM_KV_HEADS
+    for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
+        kv_head = item % NUM_KV_HEADS
+        record_index = item // NUM_KV_HEADS
+        record = records_ptr + record_index * 8
+        run = tl.load(record + 0)
+        row = tl.load(record + 1)
+        token = tl.load(record + 2).to(tl.int64)
+        kv_len = tl.load(record + 3)
+        kv_start = tl.load(record + 4)
+        kv_end = tl.load(record + 5)
+        first_item = tl.load(record + 6)
+        num_chunks = tl.load(record + 7)
+
+        head_start = kv_head * GROUP
+        q_at = q_ptr + token * q_stride + (head_start + rows_m)[:, None] * HEAD_DIM + cols[None, :]
+        q_mask = (rows_m < GROUP)[:, None] & col_mask[None, :]
+        q = tl.load(q_at, mask=q_mask, other=0.0)  # [BLOCK_M, BLOCK_D]
+        q_warps = tl.broadcast_to(q[None, :, :], (WARPS, BLOCK_M, BLOCK_D))
+        table = block_tables_ptr + row.to(tl.int64) * table_stride
+        window_start = 0
+        if WINDOW > 0:
+            window_start = tl.maximum(kv_len - WINDOW, 0)
+            kv_start = tl.maximum(kv_start, (window_start // TILE_N) * TILE_N)
+
+        # The leading dimension is the warp: each keeps a running softmax of its own tokens, and nothing crosses warps
+        # before the end of the chunk.
+        top = tl.full([WARPS, BLOCK_M], -1e30, dtype=tl.float32)
+        total = tl.zeros([WARPS, BLOCK_M], dtype=tl.float32)
+        acc = tl.zeros([WARPS, BLOCK_M, BLOCK_D], dtype=tl.float32)
+        # One tile ahead, so that the copy of a tile never waits for its block id (nor costs the pipeline a stage).
+        block = tl.load(table + kv_start // BLOCK_SIZE, mask=kv_start < kv_end, other=0)
+        for start in tl.range(kv_start, kv_end, TILE_N, num_stages=NUM_STAGES):
+            n = start + offsets_n  # [WARPS, WARP_TOKENS]
+            n_mask = n < kv_end
+            if BLOCK_SIZE % TILE_N == 0:
+                next_start = start + TILE_N
+                next_block = tl.load(table + next_start // BLOCK_SIZE, mask=next_start < kv_end, other=0)
+                first_row = (block.to(tl.int64) * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + start % BLOCK_SIZE
+                kv_rows = first_row + offsets_n
+            else:
+                next_block = block
+                blocks = tl.load(table + n // BLOCK_SIZE, mask=n_mask, other=0).to(tl.int64)
+                kv_rows = (blocks * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + n % BLOCK_SIZE
+            kv_at = kv_rows[:, :, None] * HEAD_DIM + cols[None, None, :]
+            kv_mask = n_mask[:, :, None]
+            if HEAD_DIM < BLOCK_D:
+                kv_mask = kv_mask & col_mask[None, None, :]
+            k = tl.load(k_cache_ptr + kv_at, mask=kv_mask, other=0.0).to(q.dtype)  # [WARPS, WARP_TOKENS, BLOCK_D]
+            v = tl.load(v_cache_ptr + kv_at, mask=kv_mask, other=0.0).to(q.dtype)
+            scores = tl.dot(q_warps, tl.permute(k, (0, 2, 1)), input_precision="ieee")  # [WARPS, BLOCK_M, WARP_TOKENS]
+            if HAS_SOFT_CAP:
+                scores = soft_cap_scores(scores * score_scale, soft_cap) * 1.4426950408889634
+            else:
+                scores = scores * score_scale
+            visible = n_mask
+            if WINDOW > 0:
+                visible = visible & (n >= window_start)
+            scores = tl.where(visible[:, None, :], scores, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, axis=2))
+            weights = tl.exp2(scores - new_top[:, :, None])
+            old = tl.exp2(top - new_top)
+            total = total * old + tl.sum(weights, axis=2)
+            acc = acc * old[:, :, None]
+            acc = tl.dot(weights.to(q.dtype), v, acc, input_precision="ieee")
+            top = new_top
+            block = next_block
+        chunk_top = tl.max(top, axis=0)
+        share = tl.exp2(top - chunk_top[None, :])
+        chunk_total = tl.sum(total * share, axis=0)
+        chunk_acc = tl.sum(acc * share[:, :, None], axis=0)  # [BLOCK_M, BLOCK_D]
+
+        if num_chunks == 1:
+            if HAS_SINKS:
+                sink = tl.load(sinks_ptr + head_start + rows_m, mask=rows_m < GROUP, other=0.0) * 1.4426950408889634
+                # A padding run (kv_len 0) keeps a sum of 0 and so still writes zeros.
+                new_top = tl.maximum(chunk_top, sink)
+                old = tl.exp2(chunk_top - new_top)
+                chunk_total = chunk_total * old + tl.exp2(sink - new_top)
+                chunk_acc = chunk_acc * old[:, None]
+            result = chunk_acc / tl.maximum(chunk_total, 1e-30)[:, None] * v_scale
+            out_at = out_ptr + token * out_stride + (head_start + rows_m)[:, None] * HEAD_DIM + cols[None, :]
+            tl.store(out_at, result.to(out_ptr.dtype.element_ty), mask=q_mask)
+        else:
+            at = record_index.to(tl.int64) * NUM_HEADS + head_start + rows_m
+            tl.store(partial_out_ptr + at[:, None] * HEAD_DIM + cols[None, :], chunk_acc, mask=q_mask)
+            tl.store(partial_sums_ptr + at * 2, chunk_top, mask=rows_m < GROUP)
+            tl.store(partial_sums_ptr + at * 2 + 1, chunk_total, mask=rows_m < GROUP)
+            # Every thread's stores must precede the one atomic that publishes them.
+            tl.debug_barrier()
+            counter = counters_ptr + run * NUM_KV_HEADS + kv_head
+            arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+            if arrived == num_chunks - 1:
+                heads = tl.arange(0, COMBINE_HEADS)
+                head_mask = heads < GROUP
+                sink = tl.full([COMBINE_HEADS], -1e30, dtype=tl.float32)
+                if HAS_SINKS:
+                    sink = tl.load(sinks_ptr + head_start + heads, mask=head_mask, other=0.0) * 1.4426950408889634
+                result = _combine_chunks(
+                    partial_out_ptr,
+                    partial_sums_ptr,
+                    first_item,
+                    num_chunks,
+                    head_start,
+                    heads,
+                    cols,
+                    head_mask,
+                    sink,
+                    NUM_HEADS,
+                    HEAD_DIM,
+                    BLOCK_CHUNKS,
+                    COMBINE_HEADS,
+                    BLOCK_D,
+                )
+                out_at = out_ptr + token * out_stride + (head_start + heads)[:, None] * HEAD_DIM + cols[None, :]
+                out_mask = head_mask[:, None] & col_mask[None, :]
+                tl.store(out_at, (result * v_scale).to(out_ptr.dtype.element_ty), mask=out_mask)
+                tl.store(counter, 0)
+
+
+def check_attention_inputs(name: str, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+    """Raise ValueError, saying what to change, for shapes that the attention kernels cannot take."""
+    _, num_heads, head_dim = q.shape
+    _, num_kv_heads, block_size, cache_dim = k_cache.shape
+    if head_dim not in SUPPORTED_HEAD_DIMS:
+        raise ValueError(
+            f"{name}: head dimension {head_dim} is not one of {SUPPORTED_HEAD_DIMS}; use the torch backend"
+        )
+    if cache_dim != head_dim or v_cache.shape != k_cache.shape or num_heads % num_kv_heads:
+        raise ValueError(
+            f"{name}: q {tuple(q.shape)} does not fit caches {tuple(k_cache.shape)} and {tuple(v_cache.shape)}; "
+            "they need one head dimension, and query heads a multiple of KV heads"
+        )
+    if block_size < 16 or block_size & (block_size - 1):
+        raise ValueError(f"{name}: block size {block_size} must be a power of two, 16 or more; change --block-size")
+    if q.stride(2) != 1 or q.stride(1) != head_dim or not (k_cache.is_contiguous() and v_cache.is_contiguous()):
+        raise ValueError(f"{name}: q's heads and the caches must be contiguous")
+
+
+def num_multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 2 elsewhere, where the interpreter runs the programs one after another."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def decode_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    work: WorkList,
+    workspace: DecodeWorkspace,
+    softmax_scale: float,
+    out: torch.Tensor,
+    *,
+    window: int = 0,
+    soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    tuning: DecodeTuning | None = None,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """Write the attention of every run in `work` to its token's row of `out` (other rows stay as they are).
+
+    `window` must be the one `work` was built with; 0 means all tokens, as soft_cap 0 means none.
+
+    Raises:
+        ValueError: a head dimension, block size or shape that the kernel does not support.
+    """
+    check_attention_inputs("decode_attention", q, k_cache, v_cache)
+    _, num_heads, head_dim = q.shape
+    _, num_kv_heads, block_size, _ = k_cache.shape
+    group = num_heads // num_kv_heads
+    tuning = tuning or default_decode_tuning(head_dim, block_size, k_cache.dtype)
+    combine_heads = triton.next_power_of_2(group)
+    block_d = triton.next_power_of_2(head_dim)
+    grid = (num_multiprocessors(q.device) * tuning.programs_per_sm,)
+    _decode_kernel[grid](
+        q,
+        k_cache,
+        v_cache,
+        out,
+        work.records,
+        work.num_records,
+        block_tables,
+        q if sinks is None else sinks,
+        workspace.partial_out,
+        workspace.partial_sums,
+        workspace.counters,
+        softmax_scale * k_scale * (1.0 if soft_cap else LOG2_E),
+        v_scale,
+        soft_cap,
+        q.stride(0),
+        out.stride(0),
+        block_tables.stride(0),
+        NUM_KV_HEADS=num_kv_heads,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+        WINDOW=window,
+        HAS_SOFT_CAP=soft_cap > 0,
+        HAS_SINKS=sinks is not None,
+        BLOCK_M=max(16, combine_heads),
+        BLOCK_D=block_d,
+        WARPS=tuning.num_warps,
+        WARP_TOKENS=tuning.warp_tokens,
+        BLOCK_CHUNKS=max(1, min(8, 4096 // (combine_heads * block_d))),
+        COMBINE_HEADS=combine_heads,
+        NUM_STAGES=tuning.num_stages,
+        USE_PDL=pdl,
+        num_warps=tuning.num_warps,
+        **launch_options(pdl),
+    )
+    return out
+
+
+def default_decode_tuning(head_dim: int, block_size: int, cache_dtype: torch.dtype) -> DecodeTuning:
+    """The launch shape measured best on an H200 for this head dimension and cache dtype."""
+    if head_dim > 128 or cache_dtype == torch.float32:
+        return DecodeTuning(warp_tokens=16, num_warps=2, num_stages=2, programs_per_sm=3)
+    return DecodeTuning()

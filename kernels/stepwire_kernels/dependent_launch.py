@@ -1,0 +1,34 @@
+"""Programmatic dependent launch: a kernel may start while the one before it in the stream still drains.
+
+The rule every kernel here keeps when it is launched with ``pdl=True``: constants (weights, norm vectors, tables) may be
+read at once, anything that an earlier kernel wrote only after `wait_upstream`, and each such kernel does wait, so that
+"my predecessor has finished" implies "everything before it has finished". Needs compute capability 9.0.
+
+Source: PTX ISA, ``griddepcontrol``; CUDA programming guide, "Programmatic Dependent Launch".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def wait_upstream(USE_PDL: tl.constexpr):
+    """Block until the kernels before this one have finished and their writes are visible."""
+    if USE_PDL:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def release_downstream(USE_PDL: tl.constexpr):
+    """Allow the next kernel to be scheduled as soon as multiprocessors fall free."""
+    if USE_PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+def launch_options(pdl: bool) -> dict[str, Any]:
+    """Keyword arguments for a Triton launch; empty without PDL, because older devices refuse the attribute."""
+    return {"launch_pdl": True} if pdl else {}

@@ -1,0 +1,352 @@
+"""Linear layers for few tokens: y = x @ weight^T + bias.
+
+x: [num_tokens, K]; weight: [N, K] row-major; bias: [N]; y: [num_tokens, N]; accumulation in float32.
+
+Decoding reads every weight once, so the job is to keep the memory busy:
+
+* `gemv` (1 to 4 tokens): a program owns a few rows of the weight and walks K; no matrix units. With PDL its first weight
+  tile is on the way before the previous kernel has ended.
+* `skinny_gemm` (up to 64 tokens): matrix units with the weight as the tall operand; K is split over programs where N alone
+  does not fill the device, and the last program of a tile adds the parts in order, so results do not vary between runs.
+* anything else: torch (cuBLAS).
+
+`linear` looks the shape up in a table measured offline (`tuned/<device>.json`, made by `load_tests/kernels/tune_gemm.py`)
+and uses torch for what is not in it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from importlib import resources
+
+import torch
+import triton
+import triton.language as tl
+
+from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
+
+MAX_GEMV_TOKENS = 4
+MAX_SKINNY_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class GemvTuning:
+    """Launch shape of `gemv`."""
+
+    block_n: int = 8
+    block_k: int = 512
+    num_warps: int = 4
+
+
+@dataclass(frozen=True)
+class SkinnyTuning:
+    """Launch shape of `skinny_gemm`."""
+
+    block_n: int = 64
+    block_k: int = 128
+    split_k: int = 1
+    num_warps: int = 4
+    num_stages: int = 4
+
+
+@dataclass(frozen=True)
+class LinearWorkspace:
+    """Scratch of the split-K kernel; `counters` is zero between launches. One per stream."""
+
+    partial: torch.Tensor  # float32 [words]
+    counters: torch.Tensor  # int32 [tiles]
+
+
+def allocate_linear_workspace(
+    device: torch.device | str, *, max_out_features: int = 262144, partial_words: int = 1 << 23
+) -> LinearWorkspace:
+    """Scratch for any split that `tuned/` holds: `partial_words` float32 of partial sums."""
+    return LinearWorkspace(
+        partial=torch.empty(partial_words, dtype=torch.float32, device=device),
+        counters=torch.zeros(triton.cdiv(max_out_features, 16), dtype=torch.int32, device=device),
+    )
+
+
+@triton.jit
+def _gemv_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    N,
+    K,
+    x_stride,
+    weight_stride,
+    out_stride,
+    NUM_TOKENS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask = rows < N
+    cols = tl.arange(0, BLOCK_K)
+    weight_at = weight_ptr + rows.to(tl.int64)[:, None] * weight_stride + cols[None, :]
+    mask = row_mask[:, None]
+    first_mask = mask if EVEN_K else mask & (cols < K)[None, :]
+    # The weight does not depend on earlier kernels: fetch it before waiting for them.
+    w = tl.load(weight_at, mask=first_mask, other=0.0, eviction_policy="evict_first")  # [BLOCK_N, BLOCK_K]
+    release_downstream(USE_PDL)
+    wait_upstream(USE_PDL)
+    acc0 = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
+    acc1 = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
+    acc2 = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
+    acc3 = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + cols
+        after = start + BLOCK_K + cols
+        after_mask = mask & (after < K)[None, :]
+        following = tl.load(weight_at + start + BLOCK_K, mask=after_mask, other=0.0, eviction_policy="evict_first")
+        wide = w.to(tl.float32)
+        k_mask = k < K
+        acc0 += wide * tl.load(x_ptr + k, mask=k_mask, other=0.0).to(tl.float32)[None, :]
+        if NUM_TOKENS > 1:
+            acc1 += wide * tl.load(x_ptr + x_stride + k, mask=k_mask, other=0.0).to(tl.float32)[None, :]
+        if NUM_TOKENS > 2:
+            acc2 += wide * tl.load(x_ptr + 2 * x_stride + k, mask=k_mask, other=0.0).to(tl.float32)[None, :]
+        if NUM_TOKENS > 3:
+            acc3 += wide * tl.load(x_ptr + 3 * x_stride + k, mask=k_mask, other=0.0).to(tl.float32)[None, :]
+        w = following
+    bias = tl.zeros([BLOCK_N], dtype=tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + rows, mask=row_mask, other=0.0).to(tl.float32)
+    out_type = out_ptr.dtype.element_ty
+    tl.store(out_ptr + rows, (tl.sum(acc0, axis=1) + bias).to(out_type), mask=row_mask)
+    if NUM_TOKENS > 1:
+        tl.store(out_ptr + out_stride + rows, (tl.sum(acc1, axis=1) + bias).to(out_type), mask=row_mask)
+    if NUM_TOKENS > 2:
+        tl.store(out_ptr + 2 * out_stride + rows, (tl.sum(acc2, axis=1) + bias).to(out_type), mask=row_mask)
+    if NUM_TOKENS > 3:
+        tl.store(out_ptr + 3 * out_stride + rows, (tl.sum(acc3, axis=1) + bias).to(out_type), mask=row_mask)
+
+
+@triton.jit
+def _skinny_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    partial_ptr,
+    counters_ptr,
+    num_tokens,
+    N,
+    K,
+    x_stride,
+    weight_stride,
+    out_stride,
+    HAS_BIAS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask = rows < N
+    tokens = tl.arange(0, BLOCK_M)
+    token_mask = tokens < num_tokens
+    cols = tl.arange(0, BLOCK_K)
+    steps = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K)
+    first = split * steps * BLOCK_K
+    last = tl.minimum(first + steps * BLOCK_K, K)
+    weight_rows = weight_ptr + rows.to(tl.int64)[:, None] * weight_stride
+    release_downstream(USE_PDL)
+    wait_upstream(USE_PDL)
+    acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+    for start in tl.range(first, last, BLOCK_K, num_stages=NUM_STAGES):
+        k = start + cols
+        k_mask = k < K
+        w = tl.load(
+            weight_rows + k[None, :],
+            mask=row_mask[:, None] & k_mask[None, :],
+            other=0.0,
+            eviction_policy="evict_first",
+        )  # [BLOCK_N, BLOCK_K]
+        x = tl.load(
+            x_ptr + tokens[:, None] * x_stride + k[None, :], mask=token_mask[:, None] & k_mask[None, :], other=0.0
+        )  # [BLOCK_M, BLOCK_K]
+        acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
+    out_at = out_ptr + tokens[None, :] * out_stride + rows[:, None]
+    out_mask = row_mask[:, None] & token_mask[None, :]
+    finishes = True
+    if SPLIT_K > 1:
+        offsets = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tokens[None, :]
+        tile_words = BLOCK_N * BLOCK_M
+        base = partial_ptr + tile.to(tl.int64) * (SPLIT_K * tile_words)
+        tl.store(base + split * tile_words + offsets, acc)
+        # Every thread's stores must precede the one atomic that publishes them.
+        tl.debug_barrier()
+        arrived = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel", scope="gpu")
+        finishes = arrived == SPLIT_K - 1
+        if finishes:
+            acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+            for part in tl.static_range(SPLIT_K):
+                acc += tl.load(base + part * tile_words + offsets, cache_modifier=".cg")
+            tl.store(counters_ptr + tile, 0)
+    if finishes:
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + rows, mask=row_mask, other=0.0).to(tl.float32)[:, None]
+        tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
+
+
+def _check(name: str, x: torch.Tensor, weight: torch.Tensor, limit: int) -> None:
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or not 1 <= x.shape[0] <= limit:
+        raise ValueError(
+            f"{name}: takes x [1..{limit}, K] and weight [N, K], got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    if x.stride(1) != 1 or weight.stride(1) != 1:
+        raise ValueError(f"{name}: the K dimension of x and weight must be contiguous")
+
+
+def gemv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    tuning: GemvTuning | None = None,
+    out: torch.Tensor | None = None,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """y for 1 to 4 tokens, [num_tokens, N].
+
+    Raises:
+        ValueError: shapes or strides that do not fit.
+    """
+    _check("gemv", x, weight, MAX_GEMV_TOKENS)
+    tuning = tuning or GemvTuning()
+    num_tokens, k = x.shape
+    n = weight.shape[0]
+    if out is None:
+        out = torch.empty((num_tokens, n), dtype=x.dtype, device=x.device)  # [num_tokens, N]
+    _gemv_kernel[(triton.cdiv(n, tuning.block_n),)](
+        x,
+        weight,
+        x if bias is None else bias,
+        out,
+        n,
+        k,
+        x.stride(0),
+        weight.stride(0),
+        out.stride(0),
+        NUM_TOKENS=num_tokens,
+        HAS_BIAS=bias is not None,
+        EVEN_K=k % tuning.block_k == 0,
+        BLOCK_N=tuning.block_n,
+        BLOCK_K=tuning.block_k,
+        USE_PDL=pdl,
+        num_warps=tuning.num_warps,
+        **launch_options(pdl),
+    )
+    return out
+
+
+def skinny_gemm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    workspace: LinearWorkspace,
+    *,
+    tuning: SkinnyTuning | None = None,
+    out: torch.Tensor | None = None,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """y for up to 64 tokens, [num_tokens, N].
+
+    Raises:
+        ValueError: shapes or strides that do not fit, or a split that needs more workspace than there is.
+    """
+    _check("skinny_gemm", x, weight, MAX_SKINNY_TOKENS)
+    tuning = tuning or SkinnyTuning()
+    num_tokens, k = x.shape
+    n = weight.shape[0]
+    block_m = max(16, triton.next_power_of_2(num_tokens))
+    tiles = triton.cdiv(n, tuning.block_n)
+    words = tiles * tuning.split_k * tuning.block_n * block_m
+    if tuning.split_k > 1 and (words > workspace.partial.numel() or tiles > workspace.counters.numel()):
+        raise ValueError(
+            f"skinny_gemm: N={n} split {tuning.split_k} ways needs {words} workspace words and {tiles} counters, "
+            f"there are {workspace.partial.numel()} and {workspace.counters.numel()}; allocate a larger workspace"
+        )
+    if out is None:
+        out = torch.empty((num_tokens, n), dtype=x.dtype, device=x.device)  # [num_tokens, N]
+    _skinny_kernel[(tiles, tuning.split_k)](
+        x,
+        weight,
+        x if bias is None else bias,
+        out,
+        workspace.partial,
+        workspace.counters,
+        num_tokens,
+        n,
+        k,
+        x.stride(0),
+        weight.stride(0),
+        out.stride(0),
+        HAS_BIAS=bias is not None,
+        SPLIT_K=tuning.split_k,
+        BLOCK_M=block_m,
+        BLOCK_N=tuning.block_n,
+        BLOCK_K=tuning.block_k,
+        NUM_STAGES=tuning.num_stages,
+        USE_PDL=pdl,
+        num_warps=tuning.num_warps,
+        **launch_options(pdl),
+    )
+    return out
+
+
+@functools.cache
+def load_table(device_name: str) -> dict[tuple[int, int, int], GemvTuning | SkinnyTuning]:
+    """The measured choices for a device name as torch reports it: (num_tokens bound, N, K) to ours; absent means torch."""
+    directory = resources.files("stepwire_kernels") / "tuned"
+    for entry in directory.iterdir():
+        if not entry.name.endswith(".json"):
+            continue
+        data = json.loads(entry.read_text())
+        if data["device"] not in device_name:
+            continue
+        table: dict[tuple[int, int, int], GemvTuning | SkinnyTuning] = {}
+        for row in data["choices"]:
+            kind = {"gemv": GemvTuning, "skinny": SkinnyTuning}[row["kernel"]]
+            table[(row["num_tokens"], row["n"], row["k"])] = kind(**row["tuning"])
+        return table
+    return {}
+
+
+def _bucket(num_tokens: int) -> int:
+    return num_tokens if num_tokens <= 4 else triton.next_power_of_2(num_tokens)
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    workspace: LinearWorkspace | None = None,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """x @ weight^T + bias by whatever measured fastest for this shape on this device; torch where nothing was measured.
+
+    Without a workspace only kernels that need none are considered.
+    """
+    num_tokens = x.shape[0]
+    if x.is_cuda and x.ndim == 2 and 1 <= num_tokens <= MAX_SKINNY_TOKENS and x.dtype == torch.bfloat16:
+        table = load_table(torch.cuda.get_device_name(x.device))
+        tuning = table.get((_bucket(num_tokens), weight.shape[0], weight.shape[1]))
+        if isinstance(tuning, GemvTuning):
+            return gemv(x, weight, bias, tuning=tuning, pdl=pdl)
+        if isinstance(tuning, SkinnyTuning) and workspace is not None:
+            return skinny_gemm(x, weight, bias, workspace, tuning=tuning, pdl=pdl)
+    return torch.nn.functional.linear(x, weight, bias)

@@ -1,0 +1,166 @@
+"""Device functions that find, without sorting, the value above which a row's tokens are kept.
+
+Floats are compared as order-preserving int32 keys, so that a search ends at an exact value. The searched threshold is
+the largest key t for which weight(keys >= t) >= target, where a token weighs 1 (top-k: target k) or its probability
+(top-p: target p * Z). Ties at the threshold are all kept.
+
+Each pass over a row cuts the key interval into four; once at most CAPACITY tokens lie at or above its lower end, they
+are copied out and the search goes on in registers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+CAPACITY = 4096
+LOWEST_KEY = -2139095041  # key of -inf
+PASS_TILE = 4096
+
+
+@triton.jit
+def float_to_key(value):
+    """Order-preserving int32 of a float32 (-0.0 counts as 0.0)."""
+    bits = (value + 0.0).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def key_to_float(key):
+    """Inverse of `float_to_key`."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def middle_key(low, high, quarter: tl.constexpr):
+    """low + (high - low) * quarter / 4, rounded up so that it exceeds low where the interval allows."""
+    span = high.to(tl.int64) - low.to(tl.int64)
+    return (low.to(tl.int64) + (span * quarter + 3) // 4).to(tl.int32)
+
+
+@triton.jit
+def weigh_row(values_ptr, vocab_size, top, p0, p1, p2, p3, TILE: tl.constexpr):
+    """Counts and masses (relative to exp(top)) of the tokens with key >= each of four pivots."""
+    offsets = tl.arange(0, TILE)
+    count0 = tl.zeros([TILE], dtype=tl.float32)
+    count1 = tl.zeros([TILE], dtype=tl.float32)
+    count2 = tl.zeros([TILE], dtype=tl.float32)
+    count3 = tl.zeros([TILE], dtype=tl.float32)
+    mass0 = tl.zeros([TILE], dtype=tl.float32)
+    mass1 = tl.zeros([TILE], dtype=tl.float32)
+    mass2 = tl.zeros([TILE], dtype=tl.float32)
+    mass3 = tl.zeros([TILE], dtype=tl.float32)
+    for base in range(0, vocab_size, TILE):
+        at = base + offsets
+        value = tl.load(values_ptr + at, mask=at < vocab_size, other=float("-inf")).to(tl.float32)
+        key = float_to_key(value)
+        inside = at < vocab_size
+        mass = tl.exp(value - top)
+        count0 += tl.where(inside & (key >= p0), 1.0, 0.0)
+        count1 += tl.where(inside & (key >= p1), 1.0, 0.0)
+        count2 += tl.where(inside & (key >= p2), 1.0, 0.0)
+        count3 += tl.where(inside & (key >= p3), 1.0, 0.0)
+        mass0 += tl.where(key >= p0, mass, 0.0)
+        mass1 += tl.where(key >= p1, mass, 0.0)
+        mass2 += tl.where(key >= p2, mass, 0.0)
+        mass3 += tl.where(key >= p3, mass, 0.0)
+    return (
+        tl.sum(count0),
+        tl.sum(count1),
+        tl.sum(count2),
+        tl.sum(count3),
+        tl.sum(mass0),
+        tl.sum(mass1),
+        tl.sum(mass2),
+        tl.sum(mass3),
+    )
+
+
+@triton.jit
+def narrow_interval(
+    values_ptr,
+    vocab_size,
+    top,
+    low,
+    high,
+    amount,
+    by_mass,
+    TILE: tl.constexpr,
+    LIMIT: tl.constexpr,
+):
+    """Shrink [low, high] around the threshold until it is one key or at most LIMIT tokens are at or above `low`.
+
+    amount: k, or the fraction p of the mass at or above the first `low`. Returns (low, high, tokens at or above low,
+    target weight).
+    """
+    # The first cuts are by value: what is kept lies mostly within a few units below the maximum.
+    p1 = tl.minimum(tl.maximum(float_to_key(top - 12.0), low), high)
+    p2 = tl.minimum(tl.maximum(float_to_key(top - 6.0), low), high)
+    p3 = tl.minimum(tl.maximum(float_to_key(top - 2.5), low), high)
+    count = 0.0
+    target = 0.0
+    num_passes = 0
+    searching = low <= high
+    while searching:
+        c0, c1, c2, c3, m0, m1, m2, m3 = weigh_row(values_ptr, vocab_size, top, low, p1, p2, p3, TILE)
+        if num_passes == 0:
+            target = tl.where(by_mass, amount * m0, amount)
+        num_passes += 1
+        w0 = tl.where(by_mass, m0, c0)
+        w1 = tl.where(by_mass, m1, c1)
+        w2 = tl.where(by_mass, m2, c2)
+        w3 = tl.where(by_mass, m3, c3)
+        new_low = tl.where(w3 >= target, p3, tl.where(w2 >= target, p2, tl.where(w1 >= target, p1, low)))
+        count = tl.where(w3 >= target, c3, tl.where(w2 >= target, c2, tl.where(w1 >= target, c1, c0)))
+        # A pivot equal to `low` holds the same tokens and so cannot fail where `low` does not.
+        above = tl.where(w3 >= target, high, tl.where(w2 >= target, p3 - 1, tl.where(w1 >= target, p2 - 1, p1 - 1)))
+        low = new_low
+        high = tl.maximum(above, low)
+        p1 = middle_key(low, high, 1)
+        p2 = middle_key(low, high, 2)
+        p3 = middle_key(low, high, 3)
+        # The last quarter must be able to reach `high` itself, or an interval of two keys would never close.
+        p3 = tl.where(high.to(tl.int64) - low.to(tl.int64) < 4, high, p3)
+        # Where even `low` weighs too little, everything from `low` on is kept and there is nothing to search.
+        searching = (count > LIMIT) & (low < high) & (w0 >= target)
+    return low, high, count, target
+
+
+@triton.jit
+def copy_candidates(
+    values_ptr,
+    vocab_size,
+    low,
+    high,
+    found,
+    scratch_values_ptr,
+    scratch_ids_ptr,
+    TILE: tl.constexpr,
+    LIMIT: tl.constexpr,
+):
+    """Append the tokens with low <= key <= high, in token order, to the scratch row; returns how many it now holds."""
+    offsets = tl.arange(0, TILE)
+    for base in range(0, vocab_size, TILE):
+        at = base + offsets
+        value = tl.load(values_ptr + at, mask=at < vocab_size, other=float("-inf")).to(tl.float32)
+        key = float_to_key(value)
+        wanted = ((key >= low) & (key <= high) & (at < vocab_size)).to(tl.int32)
+        place = found + tl.cumsum(wanted, axis=0) - wanted
+        fits = (wanted != 0) & (place < LIMIT)
+        tl.store(scratch_values_ptr + place, value, mask=fits)
+        tl.store(scratch_ids_ptr + place, at, mask=fits)
+        found += tl.sum(wanted, axis=0)
+    # Other threads read the scratch row next.
+    tl.debug_barrier()
+    return tl.minimum(found, LIMIT)
+
+
+@triton.jit
+def search_registers(keys, weights, low, high, target):
+    """The threshold inside [low, high] for candidates held in registers (weights 0 where there is none)."""
+    while low < high:
+        middle = middle_key(low, high, 2)
+        enough = tl.sum(tl.where(keys >= middle, weights, 0.0)) >= target
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
+    return low

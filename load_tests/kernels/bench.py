@@ -1,0 +1,241 @@
+"""Benchmark of every kernel: `python -m load_tests.kernels.bench [section ...]`.
+
+Prints each kernel's time and its share of the read bandwidth or of the bf16 matrix rate, both measured first in the same
+run, and appends JSON lines to load_tests/results/kernels.jsonl. Needs a CUDA device; PYTHONPATH must hold `.` and
+`kernels`. Launches are timed inside a CUDA graph, over inputs that together exceed the level-2 cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from stepwire_kernels import gemm, sampler, step_input, work_list
+from stepwire_kernels.activation import gated_activation
+from stepwire_kernels.attention_decode import decode_attention
+from stepwire_kernels.attention_prefill import default_prefill_tuning, prefill_attention, prefill_tile_tokens
+from stepwire_kernels.gather import gather_last_hidden
+from stepwire_kernels.norm import add_rms_norm
+from stepwire_kernels.reference import RowParameters
+from stepwire_kernels.rope_kv import rope_and_write_kv
+
+from load_tests.kernels.cases import LLAMA_8B, QWEN3_06B, Heads, causal_flop, paged
+from load_tests.kernels.measure import Report, measure_ceilings, time_graph
+
+BF16 = torch.bfloat16
+
+
+def copies(tensor_bytes: int) -> int:
+    """How many buffers of this size it takes to defeat the level-2 cache, within reason."""
+    return max(2, min(64, (240 << 20) // max(tensor_bytes, 1)))
+
+
+def bench_pointwise(report: Report) -> None:
+    """add + RMSNorm, gated activation, gather."""
+    for num_tokens, hidden, inner in ((1, 4096, 14336), (256, 4096, 14336), (8192, 4096, 14336)):
+        weight = torch.randn(hidden, device="cuda", dtype=BF16)
+        sets = [
+            tuple(torch.randn(num_tokens, hidden, device="cuda", dtype=BF16) for _ in range(3))
+            for _ in range(copies(num_tokens * hidden * 8))
+        ]
+        launches = [lambda s=s, w=weight: add_rms_norm(s[0], s[1], w, 1e-5, out=s[2]) for s in sets]
+        report.add("add_rms_norm", f"{num_tokens} x {hidden}", time_graph(launches), num_bytes=num_tokens * hidden * 8)
+        packed = [
+            torch.randn(num_tokens, 2 * inner, device="cuda", dtype=BF16) for _ in range(copies(num_tokens * inner * 6))
+        ]
+        out = torch.empty(num_tokens, inner, device="cuda", dtype=BF16)
+        launches = [lambda p=p, o=out: gated_activation(p, "silu", out=o) for p in packed]
+        report.add("silu_mul", f"{num_tokens} x 2 x {inner}", time_graph(launches), num_bytes=num_tokens * inner * 6)
+        del packed
+    hidden_states = torch.randn(8192, 4096, device="cuda", dtype=BF16)
+    starts = torch.arange(0, 8193, 32, dtype=torch.int32, device="cuda")
+    ms = time_graph([lambda: gather_last_hidden(hidden_states, starts)] * 8)
+    report.add("gather_last", "256 of 8192 x 4096", ms, num_bytes=256 * 4096 * 4)
+
+
+def bench_rope(report: Report) -> None:
+    for heads, has_norm in ((LLAMA_8B, False), (QWEN3_06B, True)):
+        for num_tokens in (1, 256, 8192):
+            width = (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim
+            moved = num_tokens * width * 4
+            cos = torch.randn(16384, heads.head_dim // 2, device="cuda")
+            sin = torch.randn(16384, heads.head_dim // 2, device="cuda")
+            norm = {"q_norm": torch.randn(heads.head_dim, device="cuda", dtype=BF16)} if has_norm else {}
+            norm |= {"k_norm": norm["q_norm"]} if has_norm else {}
+            shape = (1024, heads.num_kv_heads, 64, heads.head_dim)
+            sets = [
+                (
+                    torch.randn(num_tokens, width, device="cuda", dtype=BF16),
+                    torch.empty(shape, device="cuda", dtype=BF16),
+                    torch.empty(shape, device="cuda", dtype=BF16),
+                )
+                for _ in range(min(8, copies(moved)))
+            ]
+            positions = torch.arange(num_tokens, dtype=torch.int32, device="cuda")
+            slots = torch.randperm(65536, device="cuda")[:num_tokens].int() if num_tokens < 8192 else positions + 64
+            launches: list[Callable[[], object]] = [
+                lambda s=s, c=cos, i=sin, p=positions, t=slots, h=heads, n=norm: rope_and_write_kv(
+                    s[0], s[1], s[2], p, t, c, i, h.num_heads, **n
+                )
+                for s in sets
+            ]
+            case = f"{heads.name} {num_tokens} tokens"
+            report.add("rope_kv", case + (" qk-norm" if has_norm else ""), time_graph(launches), num_bytes=moved)
+
+
+def bench_decode(report: Report) -> None:
+    for heads in (LLAMA_8B, QWEN3_06B):
+        for batch, context in ((1, 1024), (32, 1024), (128, 1024), (256, 1024), (1, 8192), (32, 8192)):
+            decode_row(report, heads, batch, context, BF16)
+    decode_row(report, LLAMA_8B, 32, 1024, torch.float8_e4m3fn)
+    decode_row(report, LLAMA_8B, 32, 8192, torch.float8_e4m3fn)
+
+
+def decode_row(report: Report, heads: Heads, batch: int, context: int, cache_dtype: torch.dtype) -> None:
+    case = paged(heads, [1] * batch, [context] * batch, cache_dtype=cache_dtype)
+    work, workspace = case.decode_work(heads, work_list.DEFAULT_MIN_CHUNK)
+    launches = [
+        lambda c=c: decode_attention(
+            case.q, c[0], c[1], case.block_tables, work, workspace, case.scale, case.out, pdl=True
+        )
+        for c in case.caches
+    ]
+    name = f"{heads.name} b{batch} ctx{context}" + (" fp8" if cache_dtype != BF16 else "")
+    report.add("decode_attention", name, time_graph(launches), num_bytes=case.kv_bytes)
+
+
+def bench_prefill(report: Report) -> None:
+    for queries, lens in (
+        ([1024], [1024]), ([8192], [8192]), ([16384], [16384]), ([8192] * 2, [8192] * 2),
+        ([1024] * 8, [1024] * 8), ([2048], [16384]),
+    ):  # fmt: skip
+        case = paged(LLAMA_8B, queries, lens, num_caches=2)
+        tuning = default_prefill_tuning(128, 64, BF16)
+        work = case.prefill_work(prefill_tile_tokens(32, 8, tuning))
+        launches = [
+            lambda c=c, case=case, work=work, tuning=tuning: prefill_attention(
+                case.q, c[0], c[1], case.block_tables, work, case.scale, case.out, tuning=tuning
+            )
+            for c in case.caches
+        ]
+        name = f"llama-8b {len(queries)} x {queries[0]} of {lens[0]}"
+        report.add("prefill_attention", name, time_graph(launches), flop=causal_flop(LLAMA_8B, queries, lens))
+
+
+SAMPLING = {
+    "greedy": RowParameters(temperature=0.0),
+    "temperature": RowParameters(temperature=0.6),
+    "top-k 20 top-p 0.95": RowParameters(temperature=0.6, top_k=20, top_p=0.95),
+    "top-p 0.9": RowParameters(temperature=0.8, top_p=0.9),
+    "min-p 0.05": RowParameters(min_p=0.05),
+    "penalties": RowParameters(temperature=0.6, repetition=1.1, frequency=0.1),
+}
+
+
+def bench_sampler(report: Report) -> None:
+    vocab = 128256
+    for batch in (1, 256):
+        rows = step_input.allocate_row_state(batch, 64, 16, vocab, "cuda")
+        workspace = sampler.allocate_sampler_workspace(batch, vocab, "cuda")
+        logits = [(3 * torch.randn(batch, vocab, device="cuda")).bfloat16() for _ in range(2)]
+        row_ids = torch.arange(batch, dtype=torch.int32, device="cuda")
+        for name, parameters in SAMPLING.items():
+            words = np.stack([parameters.words()] * batch)
+            words[:, step_input.PARAM_SEED_LOW] = np.arange(batch)
+            rows.parameters.copy_(torch.from_numpy(words))
+            out = sampler.allocate_sampled(batch, 0, "cuda")
+            launches = [
+                lambda v=v, o=out, w=workspace, r=rows, i=row_ids: sampler.sample(v, i, i, r, w, o) for v in logits
+            ]
+            report.add("sampler", f"b{batch} {name}", time_graph(launches), num_bytes=batch * vocab * 2)
+        words[:, step_input.PARAM_NUM_LOGPROBS] = 20
+        rows.parameters.copy_(torch.from_numpy(words))
+        out = sampler.allocate_sampled(batch, 20, "cuda")
+        launches = [lambda v=v, o=out, w=workspace, r=rows, i=row_ids: sampler.sample(v, i, i, r, w, o) for v in logits]
+        report.add("sampler", f"b{batch} + top 20 logprobs", time_graph(launches), num_bytes=batch * vocab * 2)
+
+
+def bench_step_input(report: Report) -> None:
+    for batch in (1, 32, 256):
+        rows = step_input.allocate_row_state(batch, 4096, 64, 32, "cuda", with_token_counts=False)
+        rows.lengths.fill_(1024)
+        rows.block_tables.copy_(torch.randint(1, 1000, rows.block_tables.shape))
+        runs = np.array([[row, 1023, 1, 1] for row in range(batch)], dtype=np.int32)
+        buffer = torch.from_numpy(step_input.pack_step([], runs)).cuda()
+        step = step_input.allocate_step_input(batch, batch, "cuda")
+        work = work_list.allocate_decode_list(batch, batch, "cuda")
+        sampled = torch.zeros(batch, dtype=torch.int32, device="cuda")
+
+        def launch(
+            buffer: torch.Tensor = buffer,
+            rows: step_input.RowState = rows,
+            step: step_input.StepInput = step,
+            work: work_list.WorkList = work,
+            sampled: torch.Tensor = sampled,
+        ) -> None:
+            step_input.apply_delta(buffer, rows)
+            step_input.build_step_input(buffer, rows, step, 64, one_token_runs=True)
+            work_list.build_decode_list(step.query_starts, step.kv_lens, step.run_rows, work)
+            step_input.write_back_tokens(sampled, step, rows)
+
+        report.add("step_input", f"b{batch} apply+build+list+write", time_graph([launch] * 4))
+
+
+LLAMA_8B_LINEARS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
+
+
+def bench_linear(report: Report) -> None:
+    """The linears of one Llama-8B layer, ours by table (else torch) against cuBLAS."""
+    workspace = gemm.allocate_linear_workspace("cuda")
+    for num_tokens in (1, 2, 4, 8, 16, 32, 64):
+        totals = {"torch": 0.0, "table": 0.0}
+        moved = 0
+        for n, k in LLAMA_8B_LINEARS.values():
+            weights = [torch.randn(n, k, device="cuda", dtype=BF16) for _ in range(copies(n * k * 2) + 2)]
+            x = torch.randn(num_tokens, k, device="cuda", dtype=BF16)
+            moved += n * k * 2
+            totals["torch"] += time_graph([lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in weights])
+            totals["table"] += time_graph(
+                [lambda w=w, x=x: gemm.linear(x, w, workspace=workspace, pdl=True) for w in weights]
+            )
+        for name, ms in totals.items():
+            report.add("linear", f"llama-8b layer M={num_tokens} {name}", ms, num_bytes=moved)
+
+
+SECTIONS: dict[str, Callable[[Report], None]] = {
+    "pointwise": bench_pointwise,
+    "rope": bench_rope,
+    "decode": bench_decode,
+    "prefill": bench_prefill,
+    "sampler": bench_sampler,
+    "step_input": bench_step_input,
+    "linear": bench_linear,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", help=f"any of {', '.join(SECTIONS)}; all when none is named")
+    arguments = parser.parse_args()
+    unknown = sorted(set(arguments.sections) - set(SECTIONS))
+    if unknown:
+        parser.error(f"unknown section {', '.join(unknown)}; choose from {', '.join(SECTIONS)}")
+    if not torch.cuda.is_available():
+        parser.error("the kernel benchmarks need a CUDA device")
+    torch.manual_seed(0)
+    ceilings = measure_ceilings()
+    print(
+        f"{torch.cuda.get_device_name(0)}: read {ceilings.read_gb_s:.0f} GB/s, copy {ceilings.copy_gb_s:.0f} GB/s, "
+        f"bf16 {ceilings.bf16_tflop_s:.0f} TFLOP/s"
+    )
+    report = Report(ceilings)
+    for name in arguments.sections or SECTIONS:
+        SECTIONS[name](report)
+        torch.cuda.empty_cache()
+    report.write()
+
+
+if __name__ == "__main__":
+    main()

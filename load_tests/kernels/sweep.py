@@ -1,0 +1,248 @@
+"""Sweep of launch shapes: `python -m load_tests.kernels.sweep decode|prefill|gemm [--top N]`.
+
+Times every candidate on the shapes that matter and prints the best. Candidates compile in parallel worker processes
+first (their only effect is Triton's disk cache). `gemm` also writes kernels/stepwire_kernels/tuned/<device>.json: for
+each shape ours where it beats torch by 2 % or more, nothing where it does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import re
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from stepwire_kernels import gemm
+from stepwire_kernels.attention_decode import DecodeTuning, decode_attention
+from stepwire_kernels.attention_prefill import PrefillTuning, prefill_attention, prefill_tile_tokens
+from stepwire_kernels.gemm import GemvTuning, SkinnyTuning
+
+from load_tests.kernels.bench import LLAMA_8B_LINEARS, copies
+from load_tests.kernels.cases import LLAMA_8B, QWEN3_06B, AttentionCase, Heads, causal_flop, paged
+from load_tests.kernels.measure import measure_ceilings, time_graph
+
+TUNED = Path(__file__).resolve().parents[2] / "kernels" / "stepwire_kernels" / "tuned"
+BF16 = torch.bfloat16
+QWEN3_06B_LINEARS = {"qkv": (4096, 1024), "o": (1024, 2048), "gate_up": (6144, 1024), "down": (1024, 3072)}
+LLAMA_1B_LINEARS = {"qkv": (3072, 2048), "o": (2048, 2048), "gate_up": (16384, 2048), "down": (2048, 8192)}
+HEADS = {"llama-8b lm_head": (128256, 4096), "qwen3-0.6b lm_head": (151936, 1024)}
+
+DECODE = [
+    DecodeTuning(tile, warps, stages, per_sm)
+    for tile, warps, stages, per_sms in (
+        (64, 4, 2, (4,)), (64, 4, 3, (2, 3)), (64, 4, 4, (2,)), (32, 4, 3, (4, 5)), (32, 4, 4, (4,)), (32, 4, 5, (3,)),
+        (64, 8, 3, (2,)), (64, 8, 2, (2,)), (32, 2, 3, (5,)), (32, 2, 4, (4,)),
+    )
+    for per_sm in per_sms
+]  # fmt: skip
+PREFILL = [
+    PrefillTuning(rows, tile, warps, stages, descriptors)
+    for rows, tile, warps, stages, descriptors in (
+        (128, 64, 8, 2, True), (128, 64, 8, 3, True), (128, 64, 8, 4, True), (128, 64, 8, 3, False),
+        (128, 128, 8, 2, True), (64, 64, 4, 2, True), (64, 64, 4, 3, True), (64, 128, 4, 2, True),
+        (64, 64, 4, 2, False), (192, 64, 8, 2, True), (256, 64, 8, 2, True),
+    )
+    if rows & (rows - 1) == 0
+]  # fmt: skip
+GEMV = [
+    GemvTuning(n, k, warps)
+    for n, k, warps in ((8, 512, 4), (4, 1024, 4), (4, 2048, 8), (8, 1024, 8), (2, 2048, 4), (4, 512, 4), (16, 512, 8))
+]
+SKINNY = [
+    SkinnyTuning(n, k, split, warps, stages)
+    for (n, k, warps, stages), split in itertools.product(
+        ((64, 128, 4, 4), (64, 128, 4, 5), (64, 256, 4, 3), (128, 128, 8, 4), (32, 256, 4, 3)), (1, 2, 4, 8)
+    )
+]
+
+
+def _decode_launcher(
+    case: AttentionCase, heads: Heads, tuning: DecodeTuning, min_chunk: int
+) -> list[Callable[[], object]]:
+    work, workspace = case.decode_work(heads, min_chunk)
+    return [
+        lambda c=c: decode_attention(
+            case.q, c[0], c[1], case.block_tables, work, workspace, case.scale, case.out, tuning=tuning, pdl=True
+        )
+        for c in case.caches
+    ]
+
+
+def _prefill_launcher(case: AttentionCase, tuning: PrefillTuning) -> list[Callable[[], object]]:
+    work = case.prefill_work(prefill_tile_tokens(32, 8, tuning))
+    return [
+        lambda c=c: prefill_attention(case.q, c[0], c[1], case.block_tables, work, case.scale, case.out, tuning=tuning)
+        for c in case.caches
+    ]
+
+
+def _compile(job: tuple[str, Any]) -> str | None:
+    """Launch one candidate once, for its entry in the disk cache; returns what went wrong."""
+    kind, payload = job
+    try:
+        if kind == "decode":
+            for heads in (LLAMA_8B, QWEN3_06B):
+                for launch in _decode_launcher(paged(heads, [1], [300], num_caches=1), heads, payload, 256):
+                    launch()
+        elif kind == "prefill":
+            for launch in _prefill_launcher(
+                paged(LLAMA_8B, [300], [300], block_size=max(64, payload.tile_tokens), num_caches=1), payload
+            ):
+                launch()
+        else:
+            num_tokens, k, tuning = payload
+            x, weight = (
+                torch.zeros(num_tokens, k, device="cuda", dtype=BF16),
+                torch.zeros(512, k, device="cuda", dtype=BF16),
+            )
+            _linear_launch(x, weight, tuning, gemm.allocate_linear_workspace("cuda"))()
+        torch.cuda.synchronize()
+    except Exception as error:  # (a candidate that does not compile is a result, printed below)
+        return f"{kind} {payload}: {type(error).__name__}: {str(error)[:120]}"
+    return None
+
+
+def compile_all(kind: str, payloads: list[Any]) -> list[Any]:
+    """Compile candidates in parallel; returns those that work."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(min(14, os.cpu_count() or 1, len(payloads))) as pool:
+        errors = pool.map(_compile, [(kind, payload) for payload in payloads], chunksize=1)
+    for error in filter(None, errors):
+        print("left out:", error, flush=True)
+    return [payload for payload, error in zip(payloads, errors, strict=True) if error is None]
+
+
+def sweep_decode(top: int) -> None:
+    """Decode candidates on Llama-8B and Qwen3-0.6B shapes."""
+    candidates = compile_all("decode", DECODE)
+    ceilings = measure_ceilings()
+    print(f"read {ceilings.read_gb_s:.0f} GB/s")
+    for heads, batch, context, min_chunk in (
+        (LLAMA_8B, 32, 1024, 256), (LLAMA_8B, 32, 1024, 512), (LLAMA_8B, 32, 8192, 256), (QWEN3_06B, 32, 1024, 256),
+        (LLAMA_8B, 256, 1024, 256), (LLAMA_8B, 1, 1024, 256), (LLAMA_8B, 1, 1024, 128),
+    ):  # fmt: skip
+        case = paged(heads, [1] * batch, [context] * batch)
+        timed = []
+        for tuning in candidates:
+            ms = time_graph(_decode_launcher(case, heads, tuning, min_chunk), target_ms=8, repeats=3)
+            timed.append((ms, tuning))
+        print(f"-- {heads.name} b{batch} ctx{context} chunk {min_chunk}")
+        for ms, tuning in sorted(timed, key=lambda item: item[0])[:top]:
+            share = case.kv_bytes / ms / 1e6 / ceilings.read_gb_s
+            print(f"{ms * 1e3:8.2f} us {100 * share:5.1f} %  {tuning}", flush=True)
+
+
+def sweep_prefill(top: int) -> None:
+    """Prefill candidates on Llama-8B shapes."""
+    candidates = compile_all("prefill", PREFILL)
+    for queries, lens in (([8192], [8192]), ([16384], [16384]), ([1024] * 8, [1024] * 8)):
+        timed = []
+        for block_size in (64, 128):
+            case = paged(LLAMA_8B, queries, lens, num_caches=1, block_size=block_size)
+            for tuning in candidates:
+                if tuning.tile_tokens > block_size:
+                    continue
+                ms = time_graph(_prefill_launcher(case, tuning), target_ms=15, repeats=3)
+                timed.append((ms, block_size, tuning))
+        print(f"-- llama-8b {len(queries)} x {queries[0]}")
+        for ms, block_size, tuning in sorted(timed, key=lambda item: item[0])[:top]:
+            rate = causal_flop(LLAMA_8B, queries, lens) / ms / 1e9
+            print(f"{ms * 1e3:9.1f} us {rate:6.1f} TFLOP/s  block {block_size} {tuning}", flush=True)
+
+
+def _linear_launch(
+    x: torch.Tensor, weight: torch.Tensor, tuning: GemvTuning | SkinnyTuning, workspace: gemm.LinearWorkspace
+) -> Callable[[], object]:
+    if isinstance(tuning, GemvTuning):
+        return lambda: gemm.gemv(x, weight, tuning=tuning, pdl=True)
+    return lambda: gemm.skinny_gemm(x, weight, None, workspace, tuning=tuning, pdl=True)
+
+
+def sweep_gemm(top: int, out: Path, token_counts: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)) -> None:
+    """GEMV and skinny candidates against torch; writes the table."""
+    shapes = {f"llama-8b {name}": shape for name, shape in LLAMA_8B_LINEARS.items()} | HEADS
+    shapes |= {f"qwen3-0.6b {name}": shape for name, shape in QWEN3_06B_LINEARS.items()}
+    shapes |= {f"llama-1b {name}": shape for name, shape in LLAMA_1B_LINEARS.items()}
+    jobs = [
+        (num_tokens, k, tuning)
+        for num_tokens in token_counts
+        for k in (4096,)
+        for tuning in (GEMV if num_tokens <= gemm.MAX_GEMV_TOKENS else SKINNY)
+    ]
+    works = compile_all("gemm", jobs)
+    ceilings = measure_ceilings()
+    workspace = gemm.allocate_linear_workspace("cuda")
+    choices = []
+    for name, (n, k) in shapes.items():
+        weights = [torch.randn(n, k, device="cuda", dtype=BF16) for _ in range(min(24, copies(n * k * 2)))]
+        for num_tokens in token_counts:
+            x = torch.randn(num_tokens, k, device="cuda", dtype=BF16)
+            torch_ms = time_graph(
+                [lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in weights], target_ms=4, repeats=3
+            )
+            timed = []
+            for tuning in (item[2] for item in works if item[0] == num_tokens):
+                if isinstance(tuning, SkinnyTuning) and not _fits(n, k, num_tokens, tuning, workspace):
+                    continue
+                launches = [_linear_launch(x, weight, tuning, workspace) for weight in weights]
+                timed.append((time_graph(launches, target_ms=4, repeats=3), tuning))
+            timed.sort(key=lambda item: item[0])
+            floor_ms = n * k * 2 / ceilings.read_gb_s / 1e6
+            shown = " | ".join(f"{100 * floor_ms / ms:.0f}% {_short(tuning)}" for ms, tuning in timed[:top])
+            print(
+                f"{name:20s} M={num_tokens:2d} torch {torch_ms * 1e3:7.2f} us {100 * floor_ms / torch_ms:3.0f}% | {shown}",
+                flush=True,
+            )
+            best_ms, best = timed[0]
+            if best_ms < 0.98 * torch_ms:
+                kind = "gemv" if isinstance(best, GemvTuning) else "skinny"
+                choices.append(
+                    {"num_tokens": num_tokens, "n": n, "k": k, "kernel": kind, "tuning": asdict(best),
+                     "us": round(best_ms * 1e3, 2), "torch_us": round(torch_ms * 1e3, 2)}
+                )  # fmt: skip
+        del weights
+        torch.cuda.empty_cache()
+    device = re.sub(r"^NVIDIA ", "", torch.cuda.get_device_name(0))
+    target = out / f"{device.lower().replace(' ', '_')}.json"
+    lines = ",\n".join("  " + json.dumps(choice) for choice in choices)
+    target.write_text(f'{{"device": "{device}", "dtype": "bfloat16", "choices": [\n{lines}\n]}}\n')
+    print(f"{len(choices)} choices written to {target}")
+
+
+def _short(tuning: GemvTuning | SkinnyTuning) -> str:
+    return ",".join(str(value) for value in asdict(tuning).values())
+
+
+def _fits(n: int, k: int, num_tokens: int, tuning: SkinnyTuning, workspace: gemm.LinearWorkspace) -> bool:
+    """Whether a split makes sense: enough steps in each part, and room for the partial sums."""
+    block_m = max(16, 1 << (num_tokens - 1).bit_length())
+    tiles = -(-n // tuning.block_n)
+    steps = -(-k // tuning.block_k)
+    words = tiles * tuning.split_k * tuning.block_n * block_m
+    return tuning.split_k == 1 or (
+        steps >= 2 * tuning.split_k and tiles * tuning.split_k <= 1200 and words <= workspace.partial.numel()
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["decode", "prefill", "gemm"])
+    parser.add_argument("--out", type=Path, default=TUNED, help="where `gemm` writes its table")
+    parser.add_argument("--top", type=int, default=4, help="how many of the best candidates to print")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    if arguments.what == "gemm":
+        sweep_gemm(arguments.top, arguments.out)
+    else:
+        {"decode": sweep_decode, "prefill": sweep_prefill}[arguments.what](arguments.top)
+
+
+if __name__ == "__main__":
+    main()

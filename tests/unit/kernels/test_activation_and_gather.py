@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from stepwire_kernels import reference
+from stepwire_kernels.activation import ACTIVATIONS, gated_activation
+from stepwire_kernels.gather import gather_last_hidden
+
+from tests.unit.kernels.checks import FLOAT_DTYPES, assert_close, poison
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+@pytest.mark.parametrize(("num_tokens", "width"), [(1, 8), (3, 123), (2, 1536)])
+def test_gated_activation_matches_twin(device: str, dtype: torch.dtype, kind: str, num_tokens: int, width: int) -> None:
+    packed = (4 * torch.randn(num_tokens, 2 * width, device=device)).to(dtype)
+    out = gated_activation(packed, kind, out=poison(num_tokens, width, dtype=dtype, device=device))
+    assert_close(out, reference.gated_activation(packed.double(), kind))
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_large_gates_stay_finite(device: str, kind: str) -> None:
+    packed = torch.tensor([[-1e4, 1e4, -60.0, 60.0, 1.0, 1.0, 1.0, 1.0]], device=device)
+    out = gated_activation(packed, kind)
+    assert torch.equal(out.cpu(), torch.tensor([[0.0, 1e4, 0.0, 60.0]])) or torch.allclose(
+        out.cpu(), torch.tensor([[0.0, 1e4, 0.0, 60.0]]), atol=1e-20
+    )
+
+
+def test_unknown_activation_is_refused(device: str) -> None:
+    with pytest.raises(ValueError, match="choose one of silu"):
+        gated_activation(torch.zeros(1, 4, device=device), "relu")
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_gather_takes_the_last_token_of_each_run(device: str, dtype: torch.dtype) -> None:
+    hidden = torch.randn(9, 130, device=device).to(dtype)
+    query_starts = torch.tensor([0, 1, 5, 5, 9], dtype=torch.int32, device=device)
+    out = gather_last_hidden(hidden, query_starts, out=poison(4, 130, dtype=dtype, device=device))
+    assert torch.equal(out, reference.gather_last_hidden(hidden, query_starts))
+    assert torch.equal(out[0], hidden[0]) and torch.equal(out[1], hidden[4]) and torch.equal(out[3], hidden[8])
+    assert torch.equal(out[2], torch.zeros_like(out[2]))

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stepwire_kernels import reference, work_list
+from stepwire_kernels.work_list import WorkList
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# (query tokens, context before them); a context of None is a padding run.
+RUNS = st.lists(
+    st.tuples(st.integers(0, 40), st.one_of(st.none(), st.integers(0, 3000))), min_size=1, max_size=9
+)  # fmt: skip
+DECODES = st.lists(st.tuples(st.just(1), st.one_of(st.none(), st.integers(0, 200_000))), min_size=1, max_size=9)
+
+
+def arrays(runs: list[tuple[int, int | None]]) -> tuple[list[int], list[int], list[int]]:
+    starts, lens, rows = [0], [], []
+    for index, (queries, context) in enumerate(runs):
+        starts.append(starts[-1] + queries)
+        lens.append(0 if context is None or queries == 0 else context + queries)
+        rows.append(index * 3 + 1)
+    return starts, lens, rows
+
+
+def tensors(*lists: list[int]) -> list[torch.Tensor]:
+    return [torch.tensor(values, dtype=torch.int32, device=DEVICE) for values in lists]
+
+
+def listed(work: WorkList) -> list[tuple[int, ...]]:
+    count = int(work.num_records)
+    return [tuple(record) for record in work.records[:count].tolist()]
+
+
+@settings(max_examples=25, deadline=None)
+@given(runs=st.one_of(RUNS, DECODES), window=st.sampled_from([0, 1, 100, 4096]), min_chunk=st.sampled_from([64, 256]))
+def test_decode_list_matches_twin(runs: list[tuple[int, int | None]], window: int, min_chunk: int) -> None:
+    starts, lens, rows = arrays(runs)
+    work = work_list.allocate_decode_list(len(runs), starts[-1], DEVICE)
+    work_list.build_decode_list(*tensors(starts, lens, rows), work, window=window, min_chunk=min_chunk)
+    expected = reference.decode_records(
+        starts, lens, rows, window=window, min_chunk=min_chunk, max_chunks=work_list.MAX_CHUNKS
+    )
+    assert listed(work) == expected
+    assert len(expected) <= work.capacity
+
+
+@settings(max_examples=25, deadline=None)
+@given(runs=RUNS, tile_tokens=st.sampled_from([1, 5, 18, 32]), min_queries=st.sampled_from([1, 2]))
+def test_prefill_list_matches_twin(runs: list[tuple[int, int | None]], tile_tokens: int, min_queries: int) -> None:
+    starts, lens, rows = arrays(runs)
+    work = work_list.allocate_prefill_list(len(runs), starts[-1], tile_tokens, DEVICE)
+    work_list.build_prefill_list(*tensors(starts, lens, rows), work, tile_tokens=tile_tokens, min_queries=min_queries)
+    expected = reference.prefill_records(starts, lens, rows, tile_tokens=tile_tokens, min_queries=min_queries)
+    assert listed(work) == expected
+    assert len(expected) <= work.capacity
+
+
+def test_a_run_keeps_its_chunks_whatever_the_batch() -> None:
+    alone = work_list.allocate_decode_list(1, 1, DEVICE)
+    work_list.build_decode_list(*tensors([0, 1], [9000], [4]), alone)
+    batch = work_list.allocate_decode_list(3, 3, DEVICE)
+    work_list.build_decode_list(*tensors([0, 1, 2, 3], [70_000, 9000, 12], [1, 4, 2]), batch)
+    ranges = [record[4:6] for record in listed(batch) if record[0] == 1]
+    assert ranges == [record[4:6] for record in listed(alone)]
+
+
+def test_mismatched_arrays_are_refused() -> None:
+    work = work_list.allocate_decode_list(2, 2, DEVICE)
+    with pytest.raises(ValueError, match="need 3 query_starts"):
+        work_list.build_decode_list(*tensors([0, 1], [5, 5], [0, 1]), work)
+    with pytest.raises(ValueError, match="power of two"):
+        work_list.build_decode_list(*tensors([0, 1], [5], [0]), work, min_chunk=100)
