@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from control_plane.core.engine import Engine, EngineConfig
+from control_plane.core.metrics import CoreMetrics
+from control_plane.core.worker_link import WorkerAddress
+from control_plane.frontend.metrics import FrontendMetrics, LoopHistogram
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.tuples(st.floats(0, 20), st.integers(1, 5)), max_size=30))
+def test_the_histogram_counts_as_prometheus_does(values: list[tuple[float, int]]) -> None:
+    registry = CollectorRegistry()
+    theirs = Histogram("a_seconds", "A.", buckets=(1, 2.5, 10), registry=registry)
+    ours = LoopHistogram("a_seconds", "A.", (1, 2.5, 10))
+    for value, count in values:
+        ours.observe(value, count)
+        for _ in range(count):
+            theirs.observe(value)
+
+    def counts(samples: list) -> dict:
+        return {(s.name, s.labels.get("le")): s.value for s in samples if s.name.endswith(("_bucket", "_count"))}
+
+    [family] = registry.collect()
+    assert counts(ours.collect().samples) == counts(family.samples)
+    sums = [
+        next(s.value for s in samples if s.name.endswith("_sum"))
+        for samples in (ours.collect().samples, family.samples)
+    ]
+    assert abs(sums[0] - sums[1]) < 1e-6
+
+
+def test_names_are_exported_once_and_by_convention() -> None:
+    """Core and frontend share a page: a sample that both give would spoil the scrape."""
+    registry = CollectorRegistry()
+    metrics = FrontendMetrics(registry)
+    Engine(WorkerAddress("unix:/nowhere"), EngineConfig(), CoreMetrics(registry))
+    metrics.count_end("OK", "stop")
+    metrics.count_end("NOT_FOUND")
+    text = generate_latest(registry).decode()
+    names = [family.name for family in text_string_to_metric_families(text)]
+    assert len(names) == len(set(names))
+    assert all(name.startswith("stepwire_") for name in names)
+    assert 'stepwire_requests_total{code="OK",finish_reason="stop"} 1.0' in text
+    for name in ("time_to_first_token", "inter_token_latency", "e2e_request_latency"):
+        assert f"stepwire_{name}_seconds_bucket" in text
