@@ -100,7 +100,7 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
     """Routing's own answers: no such route, not this method."""
     if not isinstance(error, HTTPException):
         raise error
-    status, path = error.status_code, request.url.path
+    status, path = error.status_code, request.url.path[:200]
     if status == HTTPStatus.NOT_FOUND:
         message = f"There is no route {request.method} {path}. /openapi.json lists those that there are."
         code = "unknown_route"

@@ -1,7 +1,8 @@
 """`python -m load_tests.control_plane`: what a step costs the control plane, against a simulated worker.
 
-Real processes, one Session stream with token ids. A window starts when every row decodes and lasts --window-s; windows of
-the different cases take turns, and of each case's repeats the half counts in which the rest of the machine was quieter.
+Real processes, one Session stream with token ids. A window starts when every row decodes and lasts --window-s; windows
+of the different cases take turns, and of each case's repeats the half counts in which the rest of the machine was
+quieter.
 Sections: `steps` (wall and CPU per step of the two cases that have goals), `rows` (CPU per step against rows), `length`
 (against tokens generated so far) and `profile` (parts of a step in one process, without gRPC).
 """

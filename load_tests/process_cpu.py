@@ -1,7 +1,7 @@
 """CPU time of processes and their threads, from Linux' own books.
 
-`/proc/PID/task/*/schedstat` counts nanoseconds; the ticks of `/proc/PID/stat` are 10 ms, which is coarser than ten steps
-of a control plane.
+`/proc/PID/task/*/schedstat` counts nanoseconds; the ticks of `/proc/PID/stat` are 10 ms, which is coarser than several
+steps of a control plane.
 """
 
 from __future__ import annotations

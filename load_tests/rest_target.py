@@ -1,6 +1,6 @@
 """OpenAI's /v1/completions with `stream: true`: stepwire's gateway, vLLM, or any other server of that API.
 
-aiohttp, because it is the cheaper client: see NOTES.md for what it costs beside httpx.
+aiohttp, because it is the cheaper client: NOTES.md has what it costs beside httpx.
 """
 
 from __future__ import annotations

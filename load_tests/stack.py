@@ -1,7 +1,7 @@
 """Servers started for a measurement, as real processes, and stopped after it.
 
-`ServedStack` is what a person starts: `stepwire serve` with all three services. `ControlPlaneStack` is a simulated worker
-and a control plane alone, for numbers that must not have a gateway in them.
+`ServedStack` is what a person starts: `stepwire serve` with all three services. `ControlPlaneStack` is a simulated
+worker and a control plane alone, for numbers that must not have a gateway in them.
 """
 
 from __future__ import annotations

@@ -156,14 +156,19 @@ def _listen_on_port(server: grpc.aio.Server, settings: ControlPlaneSettings) -> 
     host, port = settings.grpc_host, settings.grpc_port
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     _check_port(host, port)
-    try:
-        if settings.tls_cert is None or settings.tls_key is None:
+    if settings.tls_cert is None or settings.tls_key is None:
+        try:
             return server.add_insecure_port(address)
-        return server.add_secure_port(
-            address, _credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
-        )
+        except RuntimeError as error:
+            raise ListenError(f"cannot listen on {address}: choose another with --grpc-host and --grpc-port") from error
+    credentials = _credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+    try:
+        return server.add_secure_port(address, credentials)
     except RuntimeError as error:
-        raise ListenError(f"cannot listen on {address}: choose another with --grpc-host and --grpc-port") from error
+        raise ListenError(
+            f"--tls-cert {settings.tls_cert} and --tls-key {settings.tls_key} cannot be used: "
+            "give a PEM certificate chain and its private key"
+        ) from error
 
 
 def _check_port(host: str, port: int) -> None:

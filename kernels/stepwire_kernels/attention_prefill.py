@@ -31,9 +31,9 @@ from stepwire_kernels.work_list import WorkList
 class PrefillTuning:
     """Tile shape of the prefill kernel."""
 
-    block_rows: int = 128
+    block_rows: int = 64
     tile_tokens: int = 64
-    num_warps: int = 8
+    num_warps: int = 4
     num_stages: int = 3
     use_descriptors: bool = True
     warp_specialize: bool = False

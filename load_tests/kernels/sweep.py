@@ -35,12 +35,11 @@ LLAMA_1B_LINEARS = {"qkv": (3072, 2048), "o": (2048, 2048), "gate_up": (16384, 2
 HEADS = {"llama-8b lm_head": (128256, 4096), "qwen3-0.6b lm_head": (151936, 1024)}
 
 DECODE = [
-    DecodeTuning(tile, warps, stages, per_sm)
-    for tile, warps, stages, per_sms in (
-        (64, 4, 2, (4,)), (64, 4, 3, (2, 3)), (64, 4, 4, (2,)), (32, 4, 3, (4, 5)), (32, 4, 4, (4,)), (32, 4, 5, (3,)),
-        (64, 8, 3, (2,)), (64, 8, 2, (2,)), (32, 2, 3, (5,)), (32, 2, 4, (4,)),
+    DecodeTuning(tokens, warps, stages, per_sm)
+    for tokens, warps, stages, per_sm in (
+        (16, 2, 4, 4), (16, 2, 3, 4), (16, 2, 5, 3), (16, 4, 3, 2), (16, 4, 4, 2), (32, 2, 3, 3), (32, 2, 2, 4),
+        (32, 1, 4, 4), (32, 1, 3, 6), (16, 1, 4, 8), (16, 1, 6, 6), (32, 4, 2, 2), (32, 4, 3, 2),
     )
-    for per_sm in per_sms
 ]  # fmt: skip
 PREFILL = [
     PrefillTuning(rows, tile, warps, stages, descriptors)

@@ -22,6 +22,7 @@ from gpu_worker.simulated import SimulationSpec
 from tests.unit.gpu_worker.step_builder import uint32
 
 logger = structlog.get_logger("runner")
+process_logger = structlog.get_logger("process")
 
 REFUSE = 1
 END_SESSION = 2
@@ -89,10 +90,10 @@ def main() -> int:
     _configure_logging(settings)
     server = WorkerServer(settings.listen, shutdown_grace_s=settings.shutdown_grace_s)
     address = server.start()
-    logger.info("loading")
+    process_logger.info("loading")
     while settings.seed and not Path(address.removeprefix("unix:")).with_name("loaded").exists():
         time.sleep(0.02)
-    return server.serve(ScriptedRunner(), lambda facts: logger.info("worker ready", listen=address))
+    return server.serve(ScriptedRunner(), lambda facts: process_logger.info("worker ready", listen=address))
 
 
 if __name__ == "__main__":

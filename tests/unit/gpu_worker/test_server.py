@@ -69,7 +69,7 @@ def ordered(step_id: int, order: int = 0, mask_rows: tuple[int, ...] = ()) -> St
 def runner_events(worker: WorkerProcess) -> list[str]:
     """What the runner was asked to do; to be read after the process has ended."""
     entries = [json.loads(line) for line in worker.lines if line.startswith("{")]
-    return [entry["event"] for entry in entries if entry["logger"] == "runner" and entry["event"] != "worker ready"]
+    return [entry["event"] for entry in entries if entry["logger"] == "runner"]
 
 
 def end(worker: WorkerProcess) -> int:

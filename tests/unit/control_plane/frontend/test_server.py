@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import socket
+import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -470,3 +472,51 @@ async def test_unix_sockets(model: ServedModel) -> None:
             await listen(Path(directory) / "no" / "x.sock")
         with pytest.raises(ListenError, match="longer than 107"):
             await listen(Path(directory) / ("x" * 120))
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="makes its certificate with openssl")
+async def test_tls(model: ServedModel, tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    make = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "1",
+        "-keyout",
+        str(key),
+        "-out",
+        str(cert),
+    ]
+    subprocess.run([*make, *names], check=True, capture_output=True)
+    roots, private = cert.read_bytes(), key.read_bytes()
+    stranger = grpc.ssl_channel_credentials(roots)
+    known = grpc.ssl_channel_credentials(roots, private, roots)
+
+    async def may_call(port: int, credentials: grpc.ChannelCredentials) -> bool:
+        async with grpc.aio.secure_channel(f"localhost:{port}", credentials) as channel:
+            try:
+                return bool(
+                    await pb_grpc.InferenceServiceStub(channel).ListModels(pb.ListModelsRequest(), timeout=LIMIT_S)
+                )
+            except grpc.aio.AioRpcError:
+                return False
+
+    for client_ca in (None, cert):
+        settings = ControlPlaneSettings(grpc_port=0, tls_cert=cert, tls_key=key, tls_client_ca=client_ca)
+        server = await create_server(settings, ScriptedEngine(), model, CollectorRegistry())
+        await server.start()
+        assert await may_call(server.port, known)
+        assert await may_call(server.port, stranger) == (client_ca is None)
+        await server.stop(0)
+
+    key.write_text("damaged")
+    with pytest.raises(ListenError, match="--tls-key"):
+        await create_server(settings, ScriptedEngine(), model, CollectorRegistry())
+    key.unlink()
+    with pytest.raises(ListenError, match="cannot be read"):
+        await create_server(settings, ScriptedEngine(), model, CollectorRegistry())

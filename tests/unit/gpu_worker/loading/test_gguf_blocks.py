@@ -39,7 +39,8 @@ def test_decodes_arbitrary_bytes_as_the_gguf_package_does(
     raw = _raw_rows(ggml_type, np.random.default_rng(seed), num_rows, blocks_per_row)
     with np.errstate(all="ignore"):
         reference = dequantize(raw, GGMLQuantizationType(ggml_type.number))
-    _assert_same_bits(decode_rows(torch.from_numpy(raw), ggml_type), reference)
+        ours = decode_rows(torch.from_numpy(raw), ggml_type)
+    _assert_same_bits(ours, reference)
 
 
 def test_every_type_that_the_gguf_package_decodes_is_known_with_its_block_size() -> None:

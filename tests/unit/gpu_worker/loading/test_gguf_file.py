@@ -131,7 +131,7 @@ def test_missing_and_empty_files(tmp_path: Path) -> None:
 
 def test_a_part_of_a_split_model_says_how_to_join_it(tmp_path: Path) -> None:
     write_gguf(tmp_path / "part.gguf", raw_keys={"split.count": 3, "split.no": 1})
-    with pytest.raises(CheckpointError, match="part 2 of a model in 3 files; join .*llama-gguf-split"):
+    with pytest.raises(CheckpointError, match=r"part 2 of a model in 3 files; join .*llama-gguf-split"):
         GgufFile(tmp_path / "part.gguf")
 
 

@@ -137,6 +137,15 @@ def test_an_index_that_does_not_fit_its_shards(tmp_path: Path) -> None:
     assert "has no weight_map" in _refusal(tmp_path)
 
 
+def test_tensors_that_the_index_leaves_out_are_listed_too(tmp_path: Path) -> None:
+    """Whether such a tensor is one too many, the model decides that loads it."""
+    tensors = _write_sharded(tmp_path)
+    index = json.loads((tmp_path / INDEX_NAME).read_text())
+    del index["weight_map"]["up"]
+    (tmp_path / INDEX_NAME).write_text(json.dumps(index))
+    _assert_reads(tmp_path, tensors)
+
+
 def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
     tensors = _write_sharded(tmp_path)
     save_file({name: tensors[name] for name in ("embed", "scale", "counts", "none")}, tmp_path / SHARDS[1])

@@ -201,7 +201,29 @@ def test_a_vocabulary_that_does_not_say_how_it_cuts_is_taken_with_a_note() -> No
 
 
 def _sentences() -> Iterator[str]:
-    words = "the cat sat on a mat while 12 dogs and 7 naïve birds sang über hills, didn't they? 日本 語 été".split()
+    words = [
+        "the",
+        "cat",
+        "sat",
+        "on",
+        "a",
+        "mat",
+        "while",
+        "12",
+        "dogs",
+        "and",
+        "7",
+        "naïve",
+        "birds",
+        "sang",
+        "über",
+        "hills,",
+        "didn't",
+        "they?",
+        "日本",
+        "語",
+        "été",
+    ]
     for start in range(200):
         yield " ".join(words[(start * 7 + step * (1 + start % 5)) % len(words)] for step in range(12))
 

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 
 import pytest
 
-from gpu_worker.prepare.progress import SilentProgress
 from gpu_worker.prepare.preparation import prepare
+from gpu_worker.prepare.progress import SilentProgress
 from tests.unit.gpu_worker.loading.synthetic_gguf import write_gguf
 
 REPOSITORY_ROOT = Path(__file__).resolve().parents[4]

@@ -43,7 +43,7 @@ def gguf_reader() -> gguf.GGUFReader:
 
 @pytest.fixture(scope="module")
 def transformers_gguf_model(gguf_reader: gguf.GGUFReader, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The second opinion: transformers' own loader, on a copy without the vocabulary, whose parsing takes it seconds."""
+    """The second opinion: transformers' own loader, on a copy without the vocabulary, which takes it seconds."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
     file = tmp_path_factory.mktemp("slim") / "slim.gguf"
@@ -82,7 +82,7 @@ def test_every_tensor_is_the_gguf_packages_value_rounded_to_bf16(prepared: Any, 
             rows, columns = values.shape
             pairs = values.reshape(HEADS[leaf], rows // HEADS[leaf] // 2, 2, columns)
             values = np.swapaxes(pairs, 1, 2).reshape(rows, columns)
-        expected = torch.from_numpy(np.ascontiguousarray(values)).to(torch.bfloat16)
+        expected = torch.from_numpy(np.array(values)).to(torch.bfloat16)
         assert torch.equal(prepared.read(_reference_name(tensor.name)), expected), tensor.name
 
 

@@ -68,7 +68,7 @@ def test_a_missing_part(site: Path, tmp_path: Path) -> None:
 
 def test_no_model_and_several(site: Path) -> None:
     _install(site, "plain", {"plain/__init__.py": b""})
-    with pytest.raises(PrepareError, match="'plain' ships no .gguf file"):
+    with pytest.raises(PrepareError, match=r"'plain' ships no .gguf file"):
         find_packaged_gguf("plain")
     _install(site, "many", {"many/a.gguf": b"", "many/b.gguf": b""})
     with pytest.raises(PrepareError, match=r"ships several models, name one of the files: .*a.gguf, .*b.gguf"):
