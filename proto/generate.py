@@ -27,5 +27,7 @@ def generate(out: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT, help="source root to write below (default: beside the contracts)")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT, help="source root to write below (default: beside the contracts)"
+    )
     generate(parser.parse_args().out)

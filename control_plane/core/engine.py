@@ -265,9 +265,11 @@ class Engine:
             policy=self._config.scheduling_policy,
             enable_prefix_caching=self._config.enable_prefix_caching,
         )
+        # A sequence has to fit the pool as well as the context.
+        max_model_len = min(worker.max_model_len, (worker.num_blocks - worker.first_block_id) * worker.block_size)
         facts = ModelFacts(
             model=worker.model,
-            max_model_len=worker.max_model_len,
+            max_model_len=max_model_len,
             vocab_size=worker.vocab_size,
             max_num_logprobs=worker.max_num_logprobs,
             can_mask_tokens=worker_pb2.CAPABILITY_TOKEN_MASK in worker.capabilities,
@@ -282,7 +284,7 @@ class Engine:
         self._limits = AdmissionLimits(
             max_queued_requests=self._config.max_queued_requests,
             max_queued_tokens=self._config.max_queued_tokens,
-            max_model_len=worker.max_model_len,
+            max_model_len=max_model_len,
             max_num_seqs=worker.max_num_seqs,
             block_size=worker.block_size,
             num_usable_blocks=worker.num_blocks - worker.first_block_id,

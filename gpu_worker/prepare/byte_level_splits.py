@@ -2,8 +2,8 @@
 """How byte-level BPE vocabularies cut text before merging, by the name GGUF files give it (`tokenizer.ggml.pre`).
 
 Names, groups and patterns are those that llama.cpp goes by (https://github.com/ggml-org/llama.cpp,
-`src/llama-vocab.cpp`); the NFC step is that of transformers' Qwen tokenizers. A wrong pattern gives ids that look right and a model
-that answers badly, so a name that is not listed is refused.
+`src/llama-vocab.cpp`); the NFC step is that of transformers' Qwen tokenizers. A wrong pattern
+gives ids that look right and a model that answers badly, so a name that is not listed is refused.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ _GPT4O = (
     rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_NEWLINES_AND_SPACES}"
 )
 _CJK_AND_HANGUL = r"[一-龥ࠀ-一가-퟿]+"
-# The cased letters that DeepSeek LLM's pattern lists, which newer Unicode versions have more of. Some are escaped because
-# text tools normalise those characters to others.
+# The cased letters that DeepSeek LLM's pattern lists; newer Unicode versions have more. Some are escaped because text
+# tools normalise those characters to others.
 _DEEPSEEK_CASED = (
     "A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-\u1f7dᾀ-ᾴᾶ-ᾼ"
     "\u1fbeῂ-ῄῆ-ῌῐ-\u1fd3ῖ-\u1fdbῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\u2126ℨ\u212a-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗ"

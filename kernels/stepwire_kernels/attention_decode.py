@@ -9,8 +9,8 @@ q, out: [num_tokens, num_heads, D]; caches: [num_blocks, num_kv_heads, block_siz
 block_tables: int32 [max_rows, max_blocks_per_row]; sinks: float32 [num_heads]. Scores and sums are float32.
 
 A fixed number of programs walks the device-built work list (`work_list.py`): item = (chunk of one run, KV head). The
-heads of a group share one tile, so KV is read once. A run of several chunks leaves partial results, and the program that
-finishes a run's last chunk combines them in chunk order: the result does not depend on who that is, nor on the batch.
+heads of a group share one tile, so KV is read once. A run of several chunks leaves partial results, which a second kernel
+adds in chunk order: the result does not depend on the batch, nor on how many programs there are.
 
 Source: Dao et al., "Flash-Decoding for long-context inference", 2023; Milakov and Gimelshein, "Online normalizer
 calculation for softmax", 2018; sinks: Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2024.
@@ -33,7 +33,7 @@ SUPPORTED_HEAD_DIMS = (64, 80, 96, 128, 256)
 
 @dataclass(frozen=True)
 class DecodeTuning:
-    """Launch shape of the decode kernel; none of it changes which numbers are added in which chunk."""
+    """Launch shape of the decode kernel. Each warp takes `warp_tokens` of every tile of warp_tokens * num_warps tokens."""
 
     warp_tokens: int = 16
     num_warps: int = 2
@@ -43,22 +43,18 @@ class DecodeTuning:
 
 @dataclass(frozen=True)
 class DecodeWorkspace:
-    """Scratch of the decode kernel, shared by all layers; `counters` is zero between launches."""
+    """Scratch of the decode kernel, shared by all layers."""
 
     partial_out: torch.Tensor  # float32 [capacity, num_heads, D]
     partial_sums: torch.Tensor  # float32 [capacity, num_heads, 2]: running maximum (base 2) and sum
-    counters: torch.Tensor  # int32 [max_runs, num_kv_heads]
 
 
-def allocate_decode_workspace(
-    work: WorkList, max_runs: int, num_heads: int, num_kv_heads: int, head_dim: int
-) -> DecodeWorkspace:
+def allocate_decode_workspace(work: WorkList, num_heads: int, head_dim: int) -> DecodeWorkspace:
     """Scratch for any content of `work`."""
     device = work.records.device
     return DecodeWorkspace(
         partial_out=torch.empty((work.capacity, num_heads, head_dim), dtype=torch.float32, device=device),
         partial_sums=torch.empty((work.capacity, num_heads, 2), dtype=torch.float32, device=device),
-        counters=torch.zeros((max_runs, num_kv_heads), dtype=torch.int32, device=device),
     )
 
 
@@ -69,47 +65,59 @@ def soft_cap_scores(scores, soft_cap):
 
 
 @triton.jit
-def _combine_chunks(
+def _combine_kernel(
     partial_out_ptr,
     partial_sums_ptr,
-    first_item,
-    num_chunks,
-    head_start,
-    heads,
-    cols,
-    head_mask,
-    sink,
+    out_ptr,
+    list_runs_ptr,
+    sinks_ptr,
+    v_scale,
+    out_stride,
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):
-    """Sum a run's partial results for one group of heads, in chunk order; `sink` joins the denominator."""
-    top = sink
-    total = tl.where(sink > -1e30, 1.0, 0.0)
-    acc = tl.zeros([BLOCK_HEADS, BLOCK_D], dtype=tl.float32)
-    for base in range(0, num_chunks, BLOCK_CHUNKS):
-        chunk = base + tl.arange(0, BLOCK_CHUNKS)
-        chunk_mask = chunk < num_chunks
-        at = (first_item + chunk).to(tl.int64)[:, None] * NUM_HEADS + head_start + heads[None, :]
-        mask = chunk_mask[:, None] & head_mask[None, :]
-        # ".cg": other multiprocessors wrote these, so the level-1 cache must not answer.
-        tops = tl.load(partial_sums_ptr + at * 2, mask=mask, other=-1e30, cache_modifier=".cg")
-        sums = tl.load(partial_sums_ptr + at * 2 + 1, mask=mask, other=0.0, cache_modifier=".cg")
-        values = tl.load(
-            partial_out_ptr + at[:, :, None] * HEAD_DIM + cols[None, None, :],
-            mask=mask[:, :, None] & (cols < HEAD_DIM)[None, None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )  # [BLOCK_CHUNKS, BLOCK_HEADS, BLOCK_D]
-        new_top = tl.maximum(top, tl.max(tops, axis=0))
-        weights = tl.exp2(tops - new_top[None, :])
-        old = tl.exp2(top - new_top)
-        total = total * old + tl.sum(sums * weights, axis=0)
-        acc = acc * old[:, None] + tl.sum(values * weights[:, :, None], axis=0)
-        top = new_top
-    return acc / tl.maximum(total, 1e-30)[:, None]
+    """Sum one head's partial results of one run, in chunk order; the sink joins the denominator."""
+    head = tl.program_id(0)
+    run = tl.program_id(1)
+    cols = tl.arange(0, BLOCK_D)
+    col_mask = cols < HEAD_DIM
+    release_downstream(USE_PDL)
+    wait_upstream(USE_PDL)
+    token = tl.load(list_runs_ptr + run * 4).to(tl.int64)
+    first_item = tl.load(list_runs_ptr + run * 4 + 1)
+    num_chunks = tl.load(list_runs_ptr + run * 4 + 2)
+    # A run of one chunk has its result already.
+    if num_chunks > 1:
+        top = -1e30
+        total = 0.0
+        if HAS_SINKS:
+            top = tl.load(sinks_ptr + head) * 1.4426950408889634
+            total = 1.0
+        acc = tl.zeros([BLOCK_D], dtype=tl.float32)
+        for base in range(0, num_chunks, BLOCK_CHUNKS):
+            chunk = base + tl.arange(0, BLOCK_CHUNKS)
+            mask = chunk < num_chunks
+            at = (first_item + chunk).to(tl.int64) * NUM_HEADS + head
+            tops = tl.load(partial_sums_ptr + at * 2, mask=mask, other=-1e30)
+            sums = tl.load(partial_sums_ptr + at * 2 + 1, mask=mask, other=0.0)
+            values = tl.load(
+                partial_out_ptr + at[:, None] * HEAD_DIM + cols[None, :],
+                mask=mask[:, None] & col_mask[None, :],
+                other=0.0,
+            )  # [BLOCK_CHUNKS, BLOCK_D]
+            new_top = tl.maximum(top, tl.max(tops, axis=0))
+            weights = tl.exp2(tops - new_top)
+            old = tl.exp2(top - new_top)
+            total = total * old + tl.sum(sums * weights, axis=0)
+            acc = acc * old + tl.sum(values * weights[:, None], axis=0)
+            top = new_top
+        result = acc / tl.maximum(total, 1e-30) * v_scale
+        out_at = out_ptr + token * out_stride + head * HEAD_DIM + cols
+        tl.store(out_at, result.to(out_ptr.dtype.element_ty), mask=col_mask)
 
 
 @triton.jit
@@ -124,7 +132,6 @@ def _decode_kernel(
     sinks_ptr,
     partial_out_ptr,
     partial_sums_ptr,
-    counters_ptr,
     score_scale,
     v_scale,
     soft_cap,
@@ -142,8 +149,6 @@ def _decode_kernel(
     BLOCK_D: tl.constexpr,
     WARPS: tl.constexpr,
     WARP_TOKENS: tl.constexpr,
-    BLOCK_CHUNKS: tl.constexpr,
-    COMBINE_HEADS: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
@@ -160,13 +165,11 @@ def _decode_kernel(
         kv_head = item % NUM_KV_HEADS
         record_index = item // NUM_KV_HEADS
         record = records_ptr + record_index * 8
-        run = tl.load(record + 0)
         row = tl.load(record + 1)
         token = tl.load(record + 2).to(tl.int64)
         kv_len = tl.load(record + 3)
         kv_start = tl.load(record + 4)
         kv_end = tl.load(record + 5)
-        first_item = tl.load(record + 6)
         num_chunks = tl.load(record + 7)
 
         head_start = kv_head * GROUP
@@ -243,36 +246,6 @@ def _decode_kernel(
             tl.store(partial_out_ptr + at[:, None] * HEAD_DIM + cols[None, :], chunk_acc, mask=q_mask)
             tl.store(partial_sums_ptr + at * 2, chunk_top, mask=rows_m < GROUP)
             tl.store(partial_sums_ptr + at * 2 + 1, chunk_total, mask=rows_m < GROUP)
-            # Every thread's stores must precede the one atomic that publishes them.
-            tl.debug_barrier()
-            counter = counters_ptr + run * NUM_KV_HEADS + kv_head
-            arrived = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
-            if arrived == num_chunks - 1:
-                heads = tl.arange(0, COMBINE_HEADS)
-                head_mask = heads < GROUP
-                sink = tl.full([COMBINE_HEADS], -1e30, dtype=tl.float32)
-                if HAS_SINKS:
-                    sink = tl.load(sinks_ptr + head_start + heads, mask=head_mask, other=0.0) * 1.4426950408889634
-                result = _combine_chunks(
-                    partial_out_ptr,
-                    partial_sums_ptr,
-                    first_item,
-                    num_chunks,
-                    head_start,
-                    heads,
-                    cols,
-                    head_mask,
-                    sink,
-                    NUM_HEADS,
-                    HEAD_DIM,
-                    BLOCK_CHUNKS,
-                    COMBINE_HEADS,
-                    BLOCK_D,
-                )
-                out_at = out_ptr + token * out_stride + (head_start + heads)[:, None] * HEAD_DIM + cols[None, :]
-                out_mask = head_mask[:, None] & col_mask[None, :]
-                tl.store(out_at, (result * v_scale).to(out_ptr.dtype.element_ty), mask=out_mask)
-                tl.store(counter, 0)
 
 
 def check_attention_inputs(name: str, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
@@ -331,7 +304,6 @@ def decode_attention(
     _, num_kv_heads, block_size, _ = k_cache.shape
     group = num_heads // num_kv_heads
     tuning = tuning or default_decode_tuning(head_dim, block_size, k_cache.dtype)
-    combine_heads = triton.next_power_of_2(group)
     block_d = triton.next_power_of_2(head_dim)
     grid = (num_multiprocessors(q.device) * tuning.programs_per_sm,)
     _decode_kernel[grid](
@@ -345,7 +317,6 @@ def decode_attention(
         q if sinks is None else sinks,
         workspace.partial_out,
         workspace.partial_sums,
-        workspace.counters,
         softmax_scale * k_scale * (1.0 if soft_cap else LOG2_E),
         v_scale,
         soft_cap,
@@ -359,15 +330,30 @@ def decode_attention(
         WINDOW=window,
         HAS_SOFT_CAP=soft_cap > 0,
         HAS_SINKS=sinks is not None,
-        BLOCK_M=max(16, combine_heads),
+        BLOCK_M=max(16, triton.next_power_of_2(group)),
         BLOCK_D=block_d,
         WARPS=tuning.num_warps,
         WARP_TOKENS=tuning.warp_tokens,
-        BLOCK_CHUNKS=max(1, min(8, 4096 // (combine_heads * block_d))),
-        COMBINE_HEADS=combine_heads,
         NUM_STAGES=tuning.num_stages,
         USE_PDL=pdl,
         num_warps=tuning.num_warps,
+        **launch_options(pdl),
+    )
+    _combine_kernel[(num_heads, work.runs.shape[0])](
+        workspace.partial_out,
+        workspace.partial_sums,
+        out,
+        work.runs,
+        q if sinks is None else sinks,
+        v_scale,
+        out.stride(0),
+        NUM_HEADS=num_heads,
+        HEAD_DIM=head_dim,
+        HAS_SINKS=sinks is not None,
+        BLOCK_CHUNKS=8,
+        BLOCK_D=block_d,
+        USE_PDL=pdl,
+        num_warps=1,
         **launch_options(pdl),
     )
     return out

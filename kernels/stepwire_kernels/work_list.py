@@ -37,6 +37,7 @@ class WorkList:
 
     records: torch.Tensor  # int32 [capacity, RECORD_WORDS]
     num_records: torch.Tensor  # int32 [1]
+    runs: torch.Tensor  # int32 [max_runs, 4]: token, first record, number of chunks (0: not a decode run), unused
 
     @property
     def capacity(self) -> int:
@@ -47,18 +48,19 @@ def allocate_decode_list(max_runs: int, num_tokens: int, device: torch.device | 
     """Room for `max_runs` decode runs and `num_tokens` padding tokens."""
     # One chunk more than MAX_CHUNKS: a sliding window need not start at a chunk's edge.
     capacity = max(1, max_runs * (MAX_CHUNKS + 1) + num_tokens)
-    return _allocate(capacity, device)
+    return _allocate(capacity, max_runs, device)
 
 
 def allocate_prefill_list(max_runs: int, num_tokens: int, tile_tokens: int, device: torch.device | str) -> WorkList:
     """Room for the tiles of any split of `num_tokens` query tokens over `max_runs` runs."""
-    return _allocate(max(1, triton.cdiv(num_tokens, tile_tokens) + max_runs), device)
+    return _allocate(max(1, triton.cdiv(num_tokens, tile_tokens) + max_runs), max_runs, device)
 
 
-def _allocate(capacity: int, device: torch.device | str) -> WorkList:
+def _allocate(capacity: int, max_runs: int, device: torch.device | str) -> WorkList:
     return WorkList(
         records=torch.zeros((capacity, RECORD_WORDS), dtype=torch.int32, device=device),  # [capacity, 8]
         num_records=torch.zeros(1, dtype=torch.int32, device=device),  # [1]
+        runs=torch.zeros((max_runs, 4), dtype=torch.int32, device=device),  # [max_runs, 4]
     )
 
 
@@ -92,6 +94,7 @@ def _decode_list_kernel(
     run_rows_ptr,
     records_ptr,
     num_records_ptr,
+    list_runs_ptr,
     num_runs,
     WINDOW: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
@@ -119,6 +122,9 @@ def _decode_list_kernel(
     row = tl.load(run_rows_ptr + run)
     num_items, chunk, first_chunk = _decode_items(num_queries, kv_len, WINDOW, MIN_CHUNK, CHUNK_LIMIT)
     is_padding = kv_len == 0
+    tl.store(list_runs_ptr + run * 4, token)
+    tl.store(list_runs_ptr + run * 4 + 1, first_item)
+    tl.store(list_runs_ptr + run * 4 + 2, tl.where(is_padding, 0, num_items))
     for base in range(0, num_items, BLOCK_ITEMS):
         item = base + tl.arange(0, BLOCK_ITEMS)
         mask = item < num_items
@@ -210,6 +216,8 @@ def build_decode_list(
         ValueError: array sizes or dtypes that do not fit, or a chunk size that is no power of two.
     """
     num_runs = _check_runs(query_starts, kv_lens, run_rows)
+    if work.runs.shape[0] != num_runs:
+        raise ValueError(f"build_decode_list: the list was allocated for {work.runs.shape[0]} runs, got {num_runs}")
     if min_chunk & (min_chunk - 1):
         raise ValueError(f"build_decode_list: min_chunk must be a power of two, got {min_chunk}")
     _decode_list_kernel[(num_runs,)](
@@ -218,6 +226,7 @@ def build_decode_list(
         run_rows,
         work.records,
         work.num_records,
+        work.runs,
         num_runs,
         WINDOW=window,
         MIN_CHUNK=min_chunk,

@@ -46,7 +46,7 @@ class AttentionCase:
         work_list.build_decode_list(
             self.query_starts, self.kv_lens, self.run_rows, work, min_chunk=min_chunk, window=window
         )
-        return work, allocate_decode_workspace(work, runs, heads.num_heads, heads.num_kv_heads, heads.head_dim)
+        return work, allocate_decode_workspace(work, heads.num_heads, heads.head_dim)
 
     def prefill_work(self, tile_tokens: int) -> WorkList:
         work = work_list.allocate_prefill_list(self.kv_lens.numel(), self.q.shape[0], tile_tokens, "cuda")

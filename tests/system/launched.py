@@ -58,7 +58,9 @@ class Launched:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.process.poll() is None and kind is None:
             assert self.stop(signal.SIGTERM) == 0, self.read()
         self.kill_all()

@@ -30,7 +30,9 @@ def bare_model(tmp_path: Path) -> Path:
     return directory
 
 
-async def stream(base_url: str, model: str, prompt: list[int] | str, max_tokens: int, seed: int, n: int = 1) -> dict[int, list]:
+async def stream(
+    base_url: str, model: str, prompt: list[int] | str, max_tokens: int, seed: int, n: int = 1
+) -> dict[int, list]:
     """Token ids of every choice of one streamed completion."""
     client = openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=120)
     choices: dict[int, list] = {}
@@ -55,7 +57,14 @@ async def eight_streams(launched: Launched, model: str, max_tokens: int) -> list
     shared = list(range(100, 140))
     return await asyncio.gather(
         *(
-            stream(launched.base_url, model, [*shared[: 5 * number], 7 + number], max_tokens, seed=number, n=1 + (number == 3))
+            stream(
+                launched.base_url,
+                model,
+                [*shared[: 5 * number], 7 + number],
+                max_tokens,
+                seed=number,
+                n=1 + (number == 3),
+            )
             for number in range(8)
         )
     )
@@ -128,7 +137,9 @@ def test_it_drains_and_leaves_nothing(bare_model: Path, number: signal.Signals) 
     with Launched(bare_model, *SIMULATED) as launched:
         children = launched.children()
         assert len(children) == 3
-        sockets = Path(next(part for part in launched.child("gpu_worker").cmdline() if "unix:" in part).split("unix:")[1]).parent
+        sockets = Path(
+            next(part for part in launched.child("gpu_worker").cmdline() if "unix:" in part).split("unix:")[1]
+        ).parent
         assert sockets.exists()
 
         async def run() -> dict[int, list]:

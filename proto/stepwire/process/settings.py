@@ -22,7 +22,7 @@ def _split_commas(value: object) -> object:
     if isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
-        return [piece for part in value for piece in part.replace(",", " ").split()]
+        return [piece.strip() for part in value for piece in part.split(",") if piece.strip()]
     return value
 
 
@@ -110,9 +110,7 @@ def parse_settings(settings_class: type[SettingsType], argv: Sequence[str]) -> S
             _refuse(settings_class, first["msg"].removeprefix("Value error, "))
         flag = f"--{name.replace('_', '-')}"
         if first["type"] == "extra_forbidden":
-            _refuse(
-                settings_class, f"{name} in the configuration file is not a setting{_suggest(flag, known_flags)}"
-            )
+            _refuse(settings_class, f"{name} in the configuration file is not a setting{_suggest(flag, known_flags)}")
         field = settings_class.model_fields.get(name)
         is_secret = field is not None and "Secret" in str(field.annotation)
         given = "" if is_secret else f", got {first['input']!r}"

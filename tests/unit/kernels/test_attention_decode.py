@@ -14,13 +14,13 @@ def run_decode(
 ) -> torch.Tensor:
     device = str(case.q.device)
     num_runs = case.kv_lens.numel()
-    num_heads, num_kv_heads, head_dim = case.q.shape[1], case.k_cache.shape[1], case.q.shape[2]
+    num_heads, head_dim = case.q.shape[1], case.q.shape[2]
     work = work_list.allocate_decode_list(num_runs, case.q.shape[0], device)
     window = int(options.get("window", 0))
     work_list.build_decode_list(
         case.query_starts, case.kv_lens, case.run_rows, work, window=window, min_chunk=min_chunk
     )
-    workspace = allocate_decode_workspace(work, num_runs, num_heads, num_kv_heads, head_dim)
+    workspace = allocate_decode_workspace(work, num_heads, head_dim)
     workspace.partial_out.fill_(float("nan"))
     workspace.partial_sums.fill_(float("nan"))
     out = poison(*case.q.shape, dtype=case.q.dtype, device=device)
@@ -28,7 +28,6 @@ def run_decode(
         case.q, case.k_cache, case.v_cache, case.block_tables, work, workspace, case.softmax_scale, out,
         tuning=tuning, **options,
     )  # fmt: skip
-    assert not workspace.counters.any()
     return out
 
 

@@ -1,0 +1,154 @@
+"""The engines that the CPU benchmark compares: each generates greedily from token-id prompts of equal length."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from gpu_worker.config import WorkerSettings
+from gpu_worker.runner import TorchRunner
+from load_tests.cpu_worker.step_driver import StepDriver, greedy
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One run: all prompts together."""
+
+    num_tokens: int
+    seconds: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / self.seconds
+
+
+class Contestant(Protocol):
+    name: str
+
+    def generate(self, prompts: list[list[int]], num_tokens: int) -> Timing:
+        """Generate `num_tokens` after every prompt, prefill included, EOS ignored."""
+        ...
+
+
+class Stepwire:
+    """The runner, driven directly: no gRPC, no scheduler."""
+
+    name = "stepwire"
+
+    def __init__(self, model: Path, dtype: str, num_threads: int) -> None:
+        settings = WorkerSettings(
+            model=model, device="cpu", dtype=dtype, num_threads=num_threads, max_model_len=2048, cpu_kv_cache_gib=1
+        )
+        self._runner = TorchRunner.load(settings)
+
+    def generate(self, prompts: list[list[int]], num_tokens: int) -> Timing:
+        driver = StepDriver(self._runner)
+        begun = time.perf_counter()
+        for row, prompt in enumerate(prompts):
+            driver.add(row, prompt, greedy())
+        budget = driver.facts.max_num_batched_tokens
+        while any(driven.num_computed < driven.num_prompt_tokens for driven in driver.rows.values()):
+            driver.step(_prefill_chunk(driver, budget))
+        while any(len(driven.tokens) < driven.num_prompt_tokens + num_tokens for driven in driver.rows.values()):
+            driver.step(
+                {
+                    row: 1
+                    for row, driven in driver.rows.items()
+                    if len(driven.tokens) < driven.num_prompt_tokens + num_tokens
+                }
+            )
+        return Timing(len(prompts) * num_tokens, time.perf_counter() - begun)
+
+
+def _prefill_chunk(driver: StepDriver, budget: int) -> dict[int, int]:
+    """Whole and partial prompts up to the step's budget; rows that are done wait."""
+    runs: dict[int, int] = {}
+    for row, driven in driver.rows.items():
+        left = driven.num_prompt_tokens - driven.num_computed
+        if left > 0 and budget > 0:
+            runs[row] = min(left, budget)
+            budget -= runs[row]
+    return runs
+
+
+class Transformers:
+    """`generate` of transformers: padded batches, which equal lengths make free of padding."""
+
+    name = "transformers generate"
+
+    def __init__(self, model: Path, dtype: str) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self._model: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
+
+    def generate(self, prompts: list[list[int]], num_tokens: int) -> Timing:
+        inputs = torch.tensor(prompts)
+        begun = time.perf_counter()
+        with torch.inference_mode():
+            output = self._model.generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=num_tokens,
+                min_new_tokens=num_tokens,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+        seconds = time.perf_counter() - begun
+        return Timing(output.numel() - inputs.numel(), seconds)
+
+
+class TransformersContinuous:
+    """`generate_batch` of transformers: its own continuous batching over a paged cache."""
+
+    name = "transformers generate_batch"
+
+    def __init__(self, model: Path, dtype: str) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self._model: Any = AutoModelForCausalLM.from_pretrained(
+            model, dtype=getattr(torch, dtype), attn_implementation="paged|sdpa"
+        ).eval()
+
+    def generate(self, prompts: list[list[int]], num_tokens: int) -> Timing:
+        from transformers import GenerationConfig
+
+        config = GenerationConfig(
+            max_new_tokens=num_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0, use_cuda_graph=False
+        )
+        begun = time.perf_counter()
+        results = self._model.generate_batch(prompts, generation_config=config)
+        seconds = time.perf_counter() - begun
+        generated = sum(len(result.generated_tokens) for result in results.values())
+        if generated != len(prompts) * num_tokens:
+            raise RuntimeError(f"generate_batch gave {generated} tokens, expected {len(prompts) * num_tokens}")
+        return Timing(generated, seconds)
+
+
+class LlamaCpp:
+    """llama.cpp through llama-cpp-python, one stream, on the GGUF file that the model was prepared from."""
+
+    name = "llama-cpp-python"
+
+    def __init__(self, gguf: Path, num_threads: int) -> None:
+        from llama_cpp import Llama
+
+        self._model: Any = Llama(
+            str(gguf), n_ctx=2048, n_threads=num_threads, n_threads_batch=num_threads, verbose=False
+        )
+
+    def generate(self, prompts: list[list[int]], num_tokens: int) -> Timing:
+        if len(prompts) != 1:
+            raise ValueError("llama-cpp-python generates one stream")
+        begun = time.perf_counter()
+        self._model.reset()
+        tokens = []
+        for token in self._model.generate(prompts[0], temp=0.0, repeat_penalty=1.0):
+            tokens.append(token)
+            if len(tokens) == num_tokens:
+                break
+        return Timing(len(tokens), time.perf_counter() - begun)
