@@ -38,8 +38,8 @@ def resolve_device(name: str) -> torch.device:
 def resolve_dtype(name: str, device: torch.device, checkpoint_dtype: torch.dtype) -> torch.dtype:
     """The element type to compute in.
 
-    `auto` on a CPU is bfloat16 where it has instructions for it (AMX or AVX512-BF16) and float32 elsewhere, whatever the
-    checkpoint was saved in; on CUDA it is the checkpoint's own, with float32 checkpoints in bfloat16.
+    `auto` on a CPU is bfloat16 where it has instructions for it (AMX or AVX512-BF16) and float32 elsewhere, whatever
+    the checkpoint was saved in; on CUDA it is the checkpoint's own, with float32 checkpoints in bfloat16.
     """
     if name in _DTYPES:
         return _DTYPES[name]

@@ -1,8 +1,9 @@
 """The persistent table of rows, and what a step's forward pass reads from it.
 
-A row keeps its token ids (prompt, what was generated, what is sampled here), its block table, how many of its tokens are
-computed, and its sampler. A sampled token goes straight into the table, so that the next step may run it without its value
-ever having been sent back. What disagrees with the table is a `RowFault` of that row, and the row is forgotten.
+A row keeps its token ids (prompt, what was generated, what is sampled here), its block table, how many of its tokens
+are computed, and its sampler. A sampled token goes straight into the table, so that the next step may run it without
+its value ever having been sent back. What disagrees with the table is a `RowFault` of that row, and the row is
+forgotten.
 """
 
 from __future__ import annotations
@@ -120,7 +121,8 @@ class InputBatch:
             return RowFault(
                 row,
                 RowFaultCode.UNSUPPORTED,
-                f"row {row}: num_logprobs {add.sampling.num_logprobs} is above max_num_logprobs {limits.max_num_logprobs}",
+                f"row {row}: num_logprobs {add.sampling.num_logprobs} is above max_num_logprobs "
+                f"{limits.max_num_logprobs}",
             )
         self._tokens[row, :num_tokens] = add.token_ids
         self._block_tables[row, :num_blocks] = add.block_ids
@@ -216,7 +218,8 @@ class InputBatch:
             return RowFault(
                 row,
                 RowFaultCode.BAD_BLOCK,
-                f"row {row} runs up to position {stop}, but its {int(self._num_blocks[row])} blocks hold {capacity} tokens",
+                f"row {row} runs up to position {stop}, but its {int(self._num_blocks[row])} blocks hold {capacity} "
+                "tokens",
             )
         return RowFault(row, mismatch, f"row {row} samples after position {stop}, but it has {length} tokens already")
 

@@ -1,7 +1,8 @@
 """The paged KV cache: its size computed from a memory budget, its tensors, and the table that says where memory goes.
 
-Layout of a layer: [2, num_blocks, num_kv_heads, block_size, head_dim], keys then values, so that one (block, head) tile is
-contiguous. Block 0 belongs to the worker: tables are padded with it and nothing of a sequence is ever stored there.
+Layout of a layer: [2, num_blocks, num_kv_heads, block_size, head_dim], keys then values, so that one (block, head)
+tile is contiguous. Block 0 belongs to the worker: tables are padded with it and nothing of a sequence is ever stored
+there.
 """
 
 from __future__ import annotations
@@ -83,9 +84,9 @@ def activation_bytes(
 ) -> int:
     """Most that a forward pass and its sampling hold beside weights and KV cache.
 
-    A layer's live tensors at their widest point, the MLP: residual, norm's output, gate-up, activation; attention's qkv,
-    rotated copy, output and the gathered keys and values are counted too, since the allocator keeps both sets. Logits
-    are held in the model's dtype and, for sampling, twice in float32.
+    A layer's live tensors at their widest point, the MLP: residual, norm's output, gate-up, activation; attention's
+    qkv, rotated copy, output and the gathered keys and values are counted too, since the allocator keeps both sets.
+    Logits are held in the model's dtype and, for sampling, twice in float32.
     """
     heads = parallel.heads(spec.num_heads, spec.num_kv_heads)
     qkv = (heads.query.size + 2 * heads.kv.size) * spec.head_dim
@@ -119,8 +120,9 @@ def plan_cpu_memory(
     if available_bytes is not None and kv_bytes + activation_bytes > available_bytes:
         fitting = max(available_bytes - activation_bytes, 0) / GIB
         raise MemoryBudgetError(
-            f"cpu_kv_cache_gib {kv_cache_gib:g} and {activation_bytes / GIB:.2f} GiB of activations do not fit into the "
-            f"{available_bytes / GIB:.2f} GiB that this machine has free: set --cpu-kv-cache-gib {_floor2(fitting)} or less"
+            f"cpu_kv_cache_gib {kv_cache_gib:g} and {activation_bytes / GIB:.2f} GiB of activations do not fit into "
+            f"the {available_bytes / GIB:.2f} GiB that this machine has free: "
+            f"set --cpu-kv-cache-gib {_floor2(fitting)} or less"
         )
     return MemoryPlan("cpu", None, weight_bytes, activation_bytes, kv_bytes, num_blocks, shape.block_size)
 
@@ -189,7 +191,7 @@ def _floor2(value: float) -> str:
 
 
 def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros; on the host in pages that the system provides only when they are touched (`torch.zeros` writes them all)."""
+    """Zeros; on the host in pages that exist only once they are touched (`torch.zeros` writes them all)."""
     if device.type != "cpu":
         return torch.zeros(size, dtype=dtype, device=device)
     num_bytes = math.prod(size) * dtype.itemsize
@@ -207,7 +209,7 @@ class KVCache:
         self.layers = [_zeros(size, shape.dtype, device) for _ in range(shape.num_layers)]
 
     def scrub(self, block_ids: list[int]) -> None:
-        """Replace what is not finite in these blocks by 0, so that the next sequences that get them are not poisoned."""
+        """Replace what is not finite in these blocks by 0: the next sequences to get them must not be poisoned."""
         if not block_ids:
             return
         blocks = torch.tensor(block_ids, device=self.layers[0].device)

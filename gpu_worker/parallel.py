@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class ParallelError(ValueError):
-    """A model that cannot be split over the asked number of ranks. The message names the size and the number of ranks."""
+    """A model that cannot be split over the asked number of ranks. The message names both numbers."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,10 @@
-"""The sampler's random numbers: Gumbel noise that depends on (seed, sequence index, position, token id) and nothing else.
+"""The sampler's random numbers: Gumbel noise that depends on (seed, sequence index, position, token id) and nothing
+else.
 
-Philox4x32-10 with the 64-bit seed as key and counter (block counter, position, sequence index, 0) gives four 32-bit words.
-Token t takes word (t % 4096) // 1024 of block counter (t // 4096) * 1024 + t % 1024: four contiguous stretches of 1024
-tokens share one evaluation. The kernels draw the same stream (`stepwire_kernels/philox.py`), so that a sequence goes on as
-it would have, whichever device it moves to.
+Philox4x32-10 with the 64-bit seed as key and counter (block counter, position, sequence index, 0) gives four 32-bit
+words. Token t takes word (t % 4096) // 1024 of block counter (t // 4096) * 1024 + t % 1024: four contiguous stretches
+of 1024 tokens share one evaluation. The kernels draw the same stream (`stepwire_kernels/philox.py`), so that a
+sequence goes on as it would have, whichever device it moves to.
 
     u = (word + 0.5) / 2^32,   E = -log(1 - u),   gumbel = -log(E)
 

@@ -12,7 +12,8 @@ For a row with raw logits l, in this order (the same as on the GPU, so that both
     keep t if the kept mass above it < p      top-p of what is left, equals of the last one stay
     token = argmax of t + gumbel noise        a draw from softmax(t) over the kept tokens
 
-The noise is a function of (seed, sequence index, position, token id) alone, see `philox.py`. Log-probabilities are those of l.
+The noise is a function of (seed, sequence index, position, token id) alone, see `philox.py`. Log-probabilities are
+those of l.
 
 Sources: Gumbel-max: Maddison et al., "A* Sampling", 2014; top-p: Holtzman et al., 2020; min-p: Nguyen et al., 2024;
 repetition penalty: Keskar et al., "CTRL", 2019.
@@ -131,10 +132,9 @@ def sample(
     """Draw one token for every row.
 
     Args:
-        logits: [num_rows, vocab_size], any float dtype, any device.
-        rows: whose they are.
-        positions: [num_rows], index in its sequence of the token that is drawn.
-        bitmasks: a mask of ceil(vocab_size / 32) words for the rows that have one; bit i of word w allows token 32 w + i.
+        logits: [num_rows, vocab_size], any float dtype, any device. rows: whose they are. positions: [num_rows], index
+        in its sequence of the token that is drawn. bitmasks: a mask of ceil(vocab_size / 32) words for the rows that
+        have one; bit i of word w allows token 32 w + i.
     """
     host_logits = logits.float().cpu()
     values: FloatArray = host_logits.numpy()

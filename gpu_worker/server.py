@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -112,6 +113,9 @@ class WorkerServer:
         self._launched: SimpleQueue[_Launched | threading.Event | _Stop] = SimpleQueue()
         self._ending: asyncio.Task[None] | None = None  # set once, on the loop
         self._is_stopping = threading.Event()
+        self._signal_receiver, self._signal_sender = socket.socketpair()
+        for end in (self._signal_receiver, self._signal_sender):
+            end.setblocking(False)
         self._failure_lock = threading.Lock()
         self._has_failed = False
 
@@ -128,9 +132,13 @@ class WorkerServer:
     def serve(self, runner: Runner, on_ready: Callable[[WorkerFacts], None]) -> int:
         """Run the sessions' steps until a signal comes or the runner fails; gives the process's exit code."""
         self._facts = runner.describe()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
         self._completion_thread.start()
+        self._on_loop(self._watch_signals())
+        # A Python handler alone runs when the main thread next runs Python, which may be never: a signal that comes in
+        # the moment before the thread waits for work does not end its wait. The byte that C writes reaches the loop.
+        signal.set_wakeup_fd(self._signal_sender.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _leave_to_the_loop)
         self._on_loop(self._set_serving())
         on_ready(self._facts)
         while not isinstance(work := self._work.get(), _Stop):
@@ -192,10 +200,6 @@ class WorkerServer:
         """For other threads than the loop's; returns once the session is over, so that none of its steps runs after."""
         self._on_loop(self._close_session(session, code, message))
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        self._loop.call_soon_threadsafe(self._begin_end, f"the worker got {name} and is shutting down")
-
     def _fail(self, where: str, error: Exception) -> None:
         """End the process because the runner is broken. Any thread."""
         with self._failure_lock:
@@ -249,7 +253,7 @@ class WorkerServer:
         for service in ("", SERVICE_NAME):
             await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
         server = grpc.aio.server(options=_SERVER_OPTIONS)
-        worker_pb2_grpc.add_WorkerServiceServicer_to_server(_Servicer(self), server)  # type: ignore[no-untyped-call]
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(_Servicer(self), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         address = str(self._listen)
         try:
@@ -262,6 +266,14 @@ class WorkerServer:
         await server.start()
         self._server = server
         return port
+
+    async def _watch_signals(self) -> None:
+        self._loop.add_reader(self._signal_receiver, self._on_signal)
+
+    def _on_signal(self) -> None:
+        for number in self._signal_receiver.recv(64):
+            if number in (signal.SIGTERM, signal.SIGINT):
+                self._begin_end(f"the worker got {signal.Signals(number).name} and is shutting down")
 
     async def _set_serving(self) -> None:
         for service in ("", SERVICE_NAME):
@@ -359,6 +371,10 @@ class _Servicer(worker_pb2_grpc.WorkerServiceServicer):
         if not hello.session_id:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "hello.session_id is empty")
         await self._server.run_session(hello, context)
+
+
+def _leave_to_the_loop(number: int, frame: FrameType | None) -> None:
+    """A signal's Python handler: without one, Python would not write the signal's number to the wakeup descriptor."""
 
 
 def _set_unless_done(future: asyncio.Future[str], value: str) -> None:

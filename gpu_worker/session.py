@@ -163,11 +163,14 @@ class Session:
             self._masks[batch.step_id] = (batch.mask_rows, mask)
         self._next_step_id += 1
         self._num_unanswered += 1
+        logger.debug("step queued", step_id=batch.step_id, num_runs=len(batch.run_rows), num_tokens=batch.num_tokens)
         self._submit(QueuedStep(self, batch, arrived_ns, mask))
 
     def _take_mask(self, message: worker_pb2.TokenMask) -> None:
         waiting = self._masks.get(message.step_id)
         if waiting is None:
+            if self._last_status is not None and message.step_id >= self._next_step_id:
+                return  # of a step that was not taken any more
             raise StepError(
                 f"TokenMask for step {message.step_id}, which does not wait for one: a mask follows its step,"
                 f" once (next step_id is {self._next_step_id})"

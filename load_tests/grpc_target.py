@@ -24,7 +24,8 @@ _OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
 )
 _CONNECT_TIMEOUT_S = 10.0
-_FINGERPRINT_CHARS = 300
+_ERROR_CHARS = 300
+_END_OF_STREAM = aio.EOF  # type: ignore[attr-defined]  # the stubs lack it
 
 
 class GrpcTarget:
@@ -132,7 +133,7 @@ class _SessionStream:
     async def _read(self) -> None:
         clock, requests = time.monotonic, self._open
         try:
-            while (message := await self._call.read()) is not aio.EOF:
+            while (message := await self._call.read()) is not _END_OF_STREAM:
                 now_s = clock()
                 for tagged in message.responses:
                     entry = requests.get(tagged.tag)
@@ -153,7 +154,7 @@ class _SessionStream:
                         error = response.error
                         details = "; ".join(f"{v.field}: {v.description}" for v in error.violations)
                         text = f"{grpc_code_name(error.code)}: {error.message}{f' ({details})' if details else ''}"
-                        self._end(tagged.tag, text[:_FINGERPRINT_CHARS])
+                        self._end(tagged.tag, text[:_ERROR_CHARS])
             code, details = await self._call.code(), await self._call.details()
             self._break(f"the Session stream ended: {code.name}: {details}")
         except aio.AioRpcError as error:

@@ -13,6 +13,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
 
 _SLO = re.compile(r"(ttft|tpot|itl|e2e)=(\d+(?:\.\d+)?)(ms|s)?")
 _MAX_ERRORS_SHOWN = 5
@@ -81,7 +84,7 @@ class Slo:
         return all((value := measured[name]) is None or value <= limit for name, limit in self.limits_s.items())
 
 
-def spread_ms(values_s: Sequence[float]) -> dict[str, float] | None:
+def spread_ms(values_s: Sequence[float] | FloatArray) -> dict[str, float] | None:
     """Mean, median and 99th percentile in milliseconds (linear between neighbours); None of nothing."""
     if not len(values_s):
         return None
@@ -130,7 +133,7 @@ def phase_numbers(records: Sequence[RequestRecord], slo: Slo | None = None) -> d
     return numbers
 
 
-def _gaps_s(records: Sequence[RequestRecord]) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _gaps_s(records: Sequence[RequestRecord]) -> FloatArray:
     return np.concatenate([np.diff(record.arrivals_s) for record in records])  # [num_gaps]
 
 

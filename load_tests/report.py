@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from load_tests.control_plane import MODULE as CONTROL_PLANE_MODULE
 from load_tests.results import RESULTS_DIRECTORY, read_results
 from load_tests.tables import short_number
 
@@ -42,7 +41,7 @@ def render(results: Iterable[dict[str, Any]]) -> str:
     if runs:
         parts += ["### Scenarios", *_scenario_tables(list(runs.values()))]
     if sections:
-        parts += [f"### Control plane against a simulated worker (`{CONTROL_PLANE_MODULE}`)"]
+        parts += ["### Control plane against a simulated worker (`load_tests.control_plane`)"]
         for name, write in _SECTIONS.items():
             if name in sections:
                 parts += [write(sections[name]), _footnote(sections[name])]
@@ -141,8 +140,10 @@ def _length(result: dict[str, Any]) -> str:
     names = {"generated_tokens": "tokens generated so far", **_CASE_COLUMNS}
     rows = [[f"{point[name]:.4g}" for name in names] for point in result["points"]]
     return (
-        f"Per step, {result['num_rows']} rows, against tokens generated so far:\n\n{_table([*names.values()], rows)}\n\n"
-        f"Control plane CPU = {line['intercept']:.3g} ms + {line['slope'] * 1e6:.3g} us for each 1,000 tokens so far."
+        f"Per step, {result['num_rows']} rows, against tokens generated so far:\n\n"
+        + _table([*names.values()], rows)
+        + f"\n\nControl plane CPU = {line['intercept']:.3g} ms + {line['slope'] * 1e6:.3g} us "
+        "for each 1,000 tokens so far."
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,20 @@ def measurement_facts(module: str, argv: Sequence[str]) -> dict[str, Any]:
     """What every line begins with. Taken before the measurement: the load average is the machine's own then."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command_line(module, argv),
+        "command": command_line(module, argv, os.environ),
         "git": git_facts(),
         "machine": machine_facts(),
         "versions": version_facts(),
     }
 
 
-def command_line(module: str, argv: Sequence[str]) -> str:
-    """The command as it can be pasted, but for keys."""
+def command_line(module: str, argv: Sequence[str], environment: Mapping[str, str]) -> str:
+    """The command as it can be pasted, but for keys: with the settings that its servers take from the environment."""
+    settings = [
+        f"{name}={'...' if 'KEY' in name else shlex.quote(value)}"
+        for name, value in sorted(environment.items())
+        if name.startswith("STEPWIRE_")
+    ]
     shown: list[str] = []
     hide = False
     for word in argv:
@@ -41,7 +47,7 @@ def command_line(module: str, argv: Sequence[str]) -> str:
         else:
             shown.append(word)
             hide = word in _SECRET_FLAGS
-    return shlex.join(["python", "-m", module, *shown])
+    return " ".join([*settings, shlex.join(["python", "-m", module, *shown])])
 
 
 def append_result(path: Path, result: dict[str, Any]) -> None:

@@ -30,7 +30,8 @@ RunPhase = Callable[[Phase], Awaitable[PhaseResult]]
 class Scenario(Protocol):
     """`run` returns the headline: the few numbers that the scenario exists for."""
 
-    help: str
+    @property
+    def help(self) -> str: ...
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
 
@@ -84,7 +85,7 @@ class Decode:
         parser.add_argument("--repeats", type=positive_int, default=3, help="pairs of runs (default: %(default)s)")
 
     def longest_sequence(self, args: argparse.Namespace) -> int:
-        return args.input_len + self._output_len(args)  # type: ignore[no-any-return]
+        return args.input_len + self._output_len(args)
 
     def _output_len(self, args: argparse.Namespace) -> int:
         return args.output_len or (257 if args.batch_size == 1 else 129)
@@ -116,7 +117,7 @@ class Prefill:
         parser.add_argument("--repeats", type=positive_int, default=5, help="runs of each (default: %(default)s)")
 
     def longest_sequence(self, args: argparse.Namespace) -> int:
-        return args.input_len + 1  # type: ignore[no-any-return]
+        return args.input_len + 1
 
     async def run(self, args: argparse.Namespace, ids: TokenIdSource, run_phase: RunPhase) -> Headline:
         async def records(name: str, num_requests: int) -> Sequence[RequestRecord]:
@@ -194,7 +195,7 @@ class SharedPrefix:
         parser.add_argument("--max-concurrency", type=positive_int, default=32, help="open at once (default: 32)")
 
     def longest_sequence(self, args: argparse.Namespace) -> int:
-        return args.prefix_len + args.suffix_len + args.output_len  # type: ignore[no-any-return]
+        return args.prefix_len + args.suffix_len + args.output_len
 
     async def run(self, args: argparse.Namespace, ids: TokenIdSource, run_phase: RunPhase) -> Headline:
         count = args.num_groups * args.per_group

@@ -46,7 +46,7 @@ class TokenIdSource:
         self._rng = np.random.default_rng(seed)
 
     def draw(self, num_tokens: int) -> list[int]:
-        return self._rng.integers(0, self.limit, size=num_tokens).tolist()  # type: ignore[no-any-return]
+        return self._rng.integers(0, self.limit, size=num_tokens).tolist()
 
 
 def nano_lengths(seed: int = 0, num_requests: int = NANO_NUM_REQUESTS) -> list[tuple[int, int]]:
@@ -72,7 +72,7 @@ def lengths_around(mean: int, range_ratio: float, num_requests: int, rng: np.ran
         raise ValueError(f"--range-ratio is {range_ratio}: it must be at least 0 and below 1")
     low = max(1, int(mean * (1 - range_ratio)))
     high = max(low, int(mean * (1 + range_ratio)))
-    return rng.integers(low, high + 1, size=num_requests).tolist()  # type: ignore[no-any-return]
+    return rng.integers(low, high + 1, size=num_requests).tolist()
 
 
 def arrival_times_s(
@@ -92,7 +92,7 @@ def arrival_times_s(
     times_s = np.cumsum(gaps_s)
     if num_requests:
         times_s *= num_requests / rate_per_s / times_s[-1]
-    return times_s.tolist()  # type: ignore[no-any-return]
+    return times_s.tolist()
 
 
 def equal_requests(ids: TokenIdSource, num_requests: int, num_prompt_tokens: int, max_tokens: int) -> list[RequestSpec]:

@@ -1,4 +1,4 @@
-"""Generate the protobuf stubs beside their .proto files: `make proto`, or `python proto/generate.py --out DIR` to compare."""
+"""Generate the protobuf stubs beside their .proto files: `make proto`. `--out DIR` writes elsewhere, to compare."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def root_hash(tenant: str, cache_salt: str) -> BlockHash:
 
 
 def extend_chain(hashes: list[BlockHash], root: BlockHash, token_ids: npt.NDArray[np.uint32], block_size: int) -> None:
-    """Append to `hashes` the hash of every full block of `token_ids` that it does not cover yet.
+    """Append to `hashes` the hash of every full block of `token_ids`, which go on where the hashed blocks end.
 
     A block's hash is the sha256 of its predecessor's hash and its own token ids: it names the whole prefix, and nobody
     can make two prefixes collide on purpose.
@@ -29,7 +29,7 @@ def extend_chain(hashes: list[BlockHash], root: BlockHash, token_ids: npt.NDArra
     data = np.ascontiguousarray(token_ids, dtype="<u4").tobytes()
     num_bytes = block_size * 4
     previous = hashes[-1] if hashes else root
-    for start in range(len(hashes) * num_bytes, len(data) - num_bytes + 1, num_bytes):
+    for start in range(0, len(data) - num_bytes + 1, num_bytes):
         previous = hashlib.sha256(previous + data[start : start + num_bytes]).digest()
         hashes.append(previous)
 

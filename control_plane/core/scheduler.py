@@ -341,9 +341,14 @@ class Scheduler:
         if root is None:
             return []
         num_blocks = (sequence.num_known - 1) // self.config.block_size
-        if len(sequence.block_hashes) < num_blocks:
-            extend_chain(sequence.block_hashes, root, sequence.token_ids(), self.config.block_size)
+        self._extend_hashes(sequence, root, num_blocks)
         return sequence.block_hashes[:num_blocks]
+
+    def _extend_hashes(self, sequence: SequenceState, root: BlockHash, num_blocks: int) -> None:
+        """Hash the sequence's known tokens at least up to its first `num_blocks` full blocks."""
+        hashes = sequence.block_hashes
+        if len(hashes) < num_blocks:
+            extend_chain(hashes, root, sequence.token_ids(len(hashes) * self.config.block_size), self.config.block_size)
 
     def _make_room(self, sequence: SequenceState) -> bool:
         """See to it that one block is free, by preempting later sequences; False if not in this step."""
@@ -430,8 +435,7 @@ class Scheduler:
             return
         block_size = self.config.block_size
         num_full = min(sequence.num_retired, sequence.num_known) // block_size
-        if len(sequence.block_hashes) < num_full:
-            extend_chain(sequence.block_hashes, root, sequence.token_ids(), block_size)
+        self._extend_hashes(sequence, root, num_full)
         for index in range(sequence.next_hash_at // block_size - 1, num_full):
             block_hash, block_id = sequence.block_hashes[index], sequence.block_ids[index]
             if self._cache.insert(block_hash, block_id):

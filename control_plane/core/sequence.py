@@ -106,9 +106,13 @@ class SequenceState:
     def num_known(self) -> int:
         return self.num_prompt_tokens + len(self.output_ids)
 
-    def token_ids(self) -> TokenIdArray:
-        """All known token ids, prompt then output. [num_known]"""
-        prompt_ids = self.request.request.prompt_ids
-        if not self.output_ids:
-            return prompt_ids
-        return np.concatenate([prompt_ids, np.array(self.output_ids, dtype=np.uint32)])
+    def token_ids(self, start: int = 0) -> TokenIdArray:
+        """Known token ids from position `start` on, prompt then output. [num_known - start]
+
+        Costs what it returns, not what came before: a running sequence asks for its newest block only.
+        """
+        output_ids = np.array(self.output_ids[max(0, start - self.num_prompt_tokens) :], dtype=np.uint32)
+        if start >= self.num_prompt_tokens:
+            return output_ids
+        prompt_ids = self.request.request.prompt_ids[start:]
+        return np.concatenate([prompt_ids, output_ids]) if len(output_ids) else prompt_ids

@@ -1,9 +1,10 @@
 """Paged attention in plain torch: what runs on a CPU, and the reference for the kernels.
 
 A row's keys and values are gathered from its blocks into one dense tensor, then go through torch's fused
-scaled-dot-product attention. Rows that run one token (decodes) are batched: one gather and one attention call for all rows
-of similar length. Query heads that share a KV head are treated as its query *positions*, so that keys and values are never
-repeated. With a soft-cap, which the fused kernel lacks, scores are computed by two matrix products in float32.
+scaled-dot-product attention. Rows that run one token (decodes) are batched: one gather and one attention call for all
+rows of similar length. Query heads that share a KV head are treated as its query *positions*, so that keys and values
+are never repeated. With a soft-cap, which the fused kernel lacks, scores are computed by two matrix products in
+float32.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class _WindowPlan:
 
 
 class TorchAttention:
-    """Attention over `kv_caches`: one [2, num_blocks, num_kv_heads, block_size, head_dim] a layer (keys, then values)."""
+    """Attention over `kv_caches`, one a layer: [2, num_blocks, num_kv_heads, block_size, head_dim], keys and values."""
 
     def __init__(self, spec: AttentionSpec, kv_caches: list[torch.Tensor], dtype: torch.dtype) -> None:
         self.spec = spec

@@ -1,4 +1,6 @@
-"""Linears of a decoder, split over ranks. What a rank holds comes from `ParallelContext`, how it is stored from `quant/`."""
+"""Linears of a decoder, split over ranks. What a rank holds comes from `ParallelContext`, how it is stored from
+`quant/`.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +43,6 @@ class Linear(Weighted):
 
     def finish(self) -> None:
         self.method.finish()
-        # One call less a linear and step: after loading, a call goes straight to the method.
-        self.apply = self.method.apply
 
     def num_bytes(self) -> int:
         return self.method.num_bytes()
@@ -55,7 +55,7 @@ class Linear(Weighted):
 def column_parallel(
     num_inputs: int, parts: Sequence[tuple[str, Share]], *, bias: bool, path: str, build: BuildContext
 ) -> Linear:
-    """One linear over the parts' outputs, side by side; every rank sees the whole input and holds a share of each part."""
+    """One linear over the parts' outputs, side by side; a rank sees the whole input and holds a share of each part."""
     placed: list[LinearPart] = []
     start = 0
     for name, outputs in parts:
@@ -85,11 +85,6 @@ class RowParallelLinear(Linear):
         shape = LinearShape((part,), inputs=inputs, has_bias=bias, holds_bias=build.parallel.rank == 0)
         super().__init__(shape, path, build)
         self._parallel = build.parallel
-
-    def finish(self) -> None:
-        self.method.finish()
-        if self._parallel.size == 1:
-            self.apply = self.method.apply
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         return self._parallel.all_reduce(self.method.apply(x))

@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al., 2021): frequencies, tables, and the rotation.
 
-Pairs are (i, i + rotary_dim / 2), the "neox" order of Hugging Face checkpoints. Tables are computed in float32 and rounded
-to the model's dtype only when a step gathers its positions.
+Pairs are (i, i + rotary_dim / 2), the "neox" order of Hugging Face checkpoints. Tables are computed in float32 and
+rounded to the model's dtype only when a step gathers its positions.
 """
 
 from __future__ import annotations

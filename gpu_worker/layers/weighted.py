@@ -10,8 +10,9 @@ from gpu_worker.quant.api import ExpectedTensors, RandomValues, StoredTensor
 class Weighted(ABC):
     """A layer that is filled from checkpoint tensors.
 
-    A checkpoint tensor's name splits into the place of its module, which the model's name rules map to a layer and a *part*
-    of it (`q` of a fused qkv; the empty string where nothing is fused), and the tensor's own name (`weight`, `bias`).
+    A checkpoint tensor's name splits into the place of its module, which the model's name rules map to a layer and a
+    *part* of it (`q` of a fused qkv; the empty string where nothing is fused), and the tensor's own name (`weight`,
+    `bias`).
     """
 
     @abstractmethod

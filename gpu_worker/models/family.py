@@ -12,8 +12,8 @@ from gpu_worker.models.hf_config import HfConfig
 NameRules = dict[str, dict[str, str]]
 """Layer path -> part -> place of its tensors in the checkpoint; `{i}` stands for the layer's number.
 
-`"layers.{i}.attention.qkv": {"q": "model.layers.{i}.self_attn.q_proj", ...}`: the part `q` of the fused linear is filled
-from the tensors `model.layers.<i>.self_attn.q_proj.<tensor>`.
+`"layers.{i}.attention.qkv": {"q": "model.layers.{i}.self_attn.q_proj", ...}`: the part `q` of the fused linear is
+filled from the tensors `model.layers.<i>.self_attn.q_proj.<tensor>`.
 """
 
 

@@ -92,13 +92,16 @@ class HfConfig:
         num_heads = self.integer("num_attention_heads")
         num_kv_heads = self.integer("num_key_value_heads", num_heads)
         if num_heads % num_kv_heads:
-            raise self.error("num_attention_heads", f"{num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
+            raise self.error(
+                "num_attention_heads", f"{num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
+            )
         head_dim = self.fields.get("head_dim")
         if head_dim is None:
             hidden_size = self.integer("hidden_size")
             if hidden_size % num_heads:
                 raise self.error(
-                    "hidden_size", f"{hidden_size} is not a multiple of num_attention_heads {num_heads}, and head_dim is missing"
+                    "hidden_size",
+                    f"{hidden_size} is not a multiple of num_attention_heads {num_heads}, and head_dim is missing",
                 )
             return num_heads, num_kv_heads, hidden_size // num_heads
         return num_heads, num_kv_heads, self.integer("head_dim")

@@ -35,7 +35,8 @@ class Llama(ModelFamily):
     def read_config(config: HfConfig, architecture: str) -> ModelSpec:
         num_heads, num_kv_heads, head_dim = config.heads()
         attention_bias = config.boolean("attention_bias", False)
-        # Llama has no windows; a Mistral without the field has one (its class default in transformers), null means none.
+        # Llama has no windows; a Mistral without the field has one (its class default in transformers), null means
+        # none.
         window = None
         if architecture == "MistralForCausalLM":
             window = config.integer("sliding_window", 4096) if config.fields.get("sliding_window", 4096) else None

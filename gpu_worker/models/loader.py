@@ -1,7 +1,7 @@
 """Builds a model from its directory: config, layers, then weights streamed from the checkpoint into them.
 
-Every tensor goes from the file into its place in one copy, cut to this rank's share, and a layer is brought into its final
-layout as soon as its last tensor has come. Host memory peaks at the model plus about one layer's tensors.
+Every tensor goes from the file into its place in one copy, cut to this rank's share, and a layer is brought into its
+final layout as soon as its last tensor has come. Host memory peaks at the model plus about one layer's tensors.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def read_spec(directory: Path) -> tuple[ModelSpec, type[ModelFamily]]:
     quantization = config.fields.get("quantization_config")
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise config.error("quantization_config", f"names quant_method {method!r}; only unquantized weights are supported")
+        raise config.error(
+            "quantization_config", f"names quant_method {method!r}; only unquantized weights are supported"
+        )
     return family.read_config(config, architecture), family
 
 
@@ -78,7 +80,9 @@ def _checkpoint_prefix(model: ModelFamily, path: str, part: str) -> str:
     try:
         return model.name_rules[template][part].replace("{i}", number)
     except KeyError as error:
-        raise ModelConfigError(f"{type(model).__name__} has no checkpoint name for {template!r} part {part!r}") from error
+        raise ModelConfigError(
+            f"{type(model).__name__} has no checkpoint name for {template!r} part {part!r}"
+        ) from error
 
 
 def load_weights(model: ModelFamily, path: Path) -> None:

@@ -50,5 +50,6 @@ def find_family(architectures: Sequence[str]) -> tuple[str, type[ModelFamily]]:
             return name, _families[name]
     asked = ", ".join(architectures) if architectures else "nothing"
     raise ModelConfigError(
-        f"config.json names {asked} in architectures, which is not supported; supported are {', '.join(sorted(_families))}"
+        f"config.json names {asked} in architectures, which is not supported; "
+        f"supported are {', '.join(sorted(_families))}"
     )

@@ -1,8 +1,8 @@
 """The seam between a linear and the format of its weights.
 
 A linear owns one `LinearMethod`. Its life: `create` allocates what the checkpoint will fill, `load_shard` copies one
-checkpoint tensor's part for this rank, `finish` brings the weights into the layout that `apply` multiplies with. A format
-is one file in this package; a `QuantScheme` picks the method for each linear by its checkpoint name.
+checkpoint tensor's part for this rank, `finish` brings the weights into the layout that `apply` multiplies with. A
+format is one file in this package; a `QuantScheme` picks the method for each linear by its checkpoint name.
 """
 
 from __future__ import annotations
@@ -101,4 +101,3 @@ class QuantScheme(Protocol):
     """Which method a linear gets."""
 
     def linear_method(self, path: str) -> LinearMethod: ...
-

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from gpu_worker.quant.api import ExpectedTensors, LinearMethod, LinearShape, RandomValues, StoredTensor
 
 # oneDNN picks a blocked layout for a weight by the number of rows it expects. Measured on an AMX Xeon (torch 2.13): the
-# layout for 16 rows is within 5 % of the best at every count from 1 to 512, and with it a row's result has the same bits
-# at every count.
+# layout for 16 rows is within 5 % of the best at every count from 1 to 512, and with it a row's result has the same
+# bits at every count.
 PACK_FOR_NUM_ROWS = 16
 
 
@@ -19,7 +19,8 @@ class UnquantizedLinear(LinearMethod):
     def create(self, shape: LinearShape, dtype: torch.dtype, device: torch.device) -> None:
         self.shape = shape
         self._packed: torch.Tensor | None = None
-        # Untouched pages of an empty tensor cost nothing on the host, so all linears may be created before any is loaded.
+        # Untouched pages of an empty tensor cost nothing on the host, so all linears may be created before any is
+        # loaded.
         self.weight = torch.empty(shape.num_outputs, shape.inputs.size, dtype=dtype, device=device)  # [out, in]
         self.bias = torch.zeros(shape.num_outputs, dtype=dtype, device=device) if shape.has_bias else None  # [out]
 

@@ -145,7 +145,7 @@ def _decode_kernel(
     WINDOW: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WARPS: tl.constexpr,
     WARP_TOKENS: tl.constexpr,
@@ -154,7 +154,7 @@ def _decode_kernel(
 ):
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP
     TILE_N: tl.constexpr = WARPS * WARP_TOKENS
-    rows_m = tl.arange(0, BLOCK_M)
+    heads = tl.arange(0, BLOCK_H)
     cols = tl.arange(0, BLOCK_D)
     offsets_n = tl.arange(0, WARPS)[:, None] * WARP_TOKENS + tl.arange(0, WARP_TOKENS)[None, :]
     col_mask = cols < HEAD_DIM
@@ -173,10 +173,10 @@ def _decode_kernel(
         num_chunks = tl.load(record + 7)
 
         head_start = kv_head * GROUP
-        q_at = q_ptr + token * q_stride + (head_start + rows_m)[:, None] * HEAD_DIM + cols[None, :]
-        q_mask = (rows_m < GROUP)[:, None] & col_mask[None, :]
-        q = tl.load(q_at, mask=q_mask, other=0.0)  # [BLOCK_M, BLOCK_D]
-        q_warps = tl.broadcast_to(q[None, :, :], (WARPS, BLOCK_M, BLOCK_D))
+        q_at = q_ptr + token * q_stride + (head_start + heads)[None, :] * HEAD_DIM + cols[:, None]
+        q_mask = (heads < GROUP)[None, :] & col_mask[:, None]
+        q = tl.load(q_at, mask=q_mask, other=0.0)  # [BLOCK_D, BLOCK_H]
+        q_warps = tl.broadcast_to(q[None, :, :], (WARPS, BLOCK_D, BLOCK_H))
         table = block_tables_ptr + row.to(tl.int64) * table_stride
         window_start = 0
         if WINDOW > 0:
@@ -184,10 +184,10 @@ def _decode_kernel(
             kv_start = tl.maximum(kv_start, (window_start // TILE_N) * TILE_N)
 
         # The leading dimension is the warp: each keeps a running softmax of its own tokens, and nothing crosses warps
-        # before the end of the chunk.
-        top = tl.full([WARPS, BLOCK_M], -1e30, dtype=tl.float32)
-        total = tl.zeros([WARPS, BLOCK_M], dtype=tl.float32)
-        acc = tl.zeros([WARPS, BLOCK_M, BLOCK_D], dtype=tl.float32)
+        # before the end of the chunk. Tokens, not heads, are the matrix units' tall side: a group of heads pads to 8.
+        top = tl.full([WARPS, BLOCK_H], -1e30, dtype=tl.float32)
+        total = tl.zeros([WARPS, BLOCK_H], dtype=tl.float32)
+        acc = tl.zeros([WARPS, BLOCK_D, BLOCK_H], dtype=tl.float32)
         # One tile ahead, so that the copy of a tile never waits for its block id (nor costs the pipeline a stage).
         block = tl.load(table + kv_start // BLOCK_SIZE, mask=kv_start < kv_end, other=0)
         for start in tl.range(kv_start, kv_end, TILE_N, num_stages=NUM_STAGES):
@@ -202,13 +202,17 @@ def _decode_kernel(
                 next_block = block
                 blocks = tl.load(table + n // BLOCK_SIZE, mask=n_mask, other=0).to(tl.int64)
                 kv_rows = (blocks * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + n % BLOCK_SIZE
-            kv_at = kv_rows[:, :, None] * HEAD_DIM + cols[None, None, :]
-            kv_mask = n_mask[:, :, None]
+            k_mask = n_mask[:, :, None]
+            v_mask = n_mask[:, None, :]
             if HEAD_DIM < BLOCK_D:
-                kv_mask = kv_mask & col_mask[None, None, :]
-            k = tl.load(k_cache_ptr + kv_at, mask=kv_mask, other=0.0).to(q.dtype)  # [WARPS, WARP_TOKENS, BLOCK_D]
-            v = tl.load(v_cache_ptr + kv_at, mask=kv_mask, other=0.0).to(q.dtype)
-            scores = tl.dot(q_warps, tl.permute(k, (0, 2, 1)), input_precision="ieee")  # [WARPS, BLOCK_M, WARP_TOKENS]
+                k_mask = k_mask & col_mask[None, None, :]
+                v_mask = v_mask & col_mask[None, :, None]
+            k_at = k_cache_ptr + kv_rows[:, :, None] * HEAD_DIM + cols[None, None, :]
+            # Loaded transposed: a later transpose would keep this copy out of the asynchronous pipeline.
+            v_at = v_cache_ptr + kv_rows[:, None, :] * HEAD_DIM + cols[None, :, None]
+            k = tl.load(k_at, mask=k_mask, other=0.0).to(q.dtype)  # [WARPS, WARP_TOKENS, BLOCK_D]
+            v = tl.load(v_at, mask=v_mask, other=0.0).to(q.dtype)  # [WARPS, BLOCK_D, WARP_TOKENS]
+            scores = tl.dot(k, q_warps, input_precision="ieee")  # [WARPS, WARP_TOKENS, BLOCK_H]
             if HAS_SOFT_CAP:
                 scores = soft_cap_scores(scores * score_scale, soft_cap) * 1.4426950408889634
             else:
@@ -216,36 +220,36 @@ def _decode_kernel(
             visible = n_mask
             if WINDOW > 0:
                 visible = visible & (n >= window_start)
-            scores = tl.where(visible[:, None, :], scores, float("-inf"))
-            new_top = tl.maximum(top, tl.max(scores, axis=2))
-            weights = tl.exp2(scores - new_top[:, :, None])
+            scores = tl.where(visible[:, :, None], scores, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, axis=1))
+            weights = tl.exp2(scores - new_top[:, None, :])
             old = tl.exp2(top - new_top)
-            total = total * old + tl.sum(weights, axis=2)
-            acc = acc * old[:, :, None]
-            acc = tl.dot(weights.to(q.dtype), v, acc, input_precision="ieee")
+            total = total * old + tl.sum(weights, axis=1)
+            acc = acc * old[:, None, :]
+            acc = tl.dot(v, weights.to(q.dtype), acc, input_precision="ieee")
             top = new_top
             block = next_block
         chunk_top = tl.max(top, axis=0)
         share = tl.exp2(top - chunk_top[None, :])
         chunk_total = tl.sum(total * share, axis=0)
-        chunk_acc = tl.sum(acc * share[:, :, None], axis=0)  # [BLOCK_M, BLOCK_D]
+        chunk_acc = tl.sum(acc * share[:, None, :], axis=0)  # [BLOCK_D, BLOCK_H]
 
         if num_chunks == 1:
             if HAS_SINKS:
-                sink = tl.load(sinks_ptr + head_start + rows_m, mask=rows_m < GROUP, other=0.0) * 1.4426950408889634
+                sink = tl.load(sinks_ptr + head_start + heads, mask=heads < GROUP, other=0.0) * 1.4426950408889634
                 # A padding run (kv_len 0) keeps a sum of 0 and so still writes zeros.
                 new_top = tl.maximum(chunk_top, sink)
                 old = tl.exp2(chunk_top - new_top)
                 chunk_total = chunk_total * old + tl.exp2(sink - new_top)
-                chunk_acc = chunk_acc * old[:, None]
-            result = chunk_acc / tl.maximum(chunk_total, 1e-30)[:, None] * v_scale
-            out_at = out_ptr + token * out_stride + (head_start + rows_m)[:, None] * HEAD_DIM + cols[None, :]
+                chunk_acc = chunk_acc * old[None, :]
+            result = chunk_acc / tl.maximum(chunk_total, 1e-30)[None, :] * v_scale
+            out_at = out_ptr + token * out_stride + (head_start + heads)[None, :] * HEAD_DIM + cols[:, None]
             tl.store(out_at, result.to(out_ptr.dtype.element_ty), mask=q_mask)
         else:
-            at = record_index.to(tl.int64) * NUM_HEADS + head_start + rows_m
-            tl.store(partial_out_ptr + at[:, None] * HEAD_DIM + cols[None, :], chunk_acc, mask=q_mask)
-            tl.store(partial_sums_ptr + at * 2, chunk_top, mask=rows_m < GROUP)
-            tl.store(partial_sums_ptr + at * 2 + 1, chunk_total, mask=rows_m < GROUP)
+            at = record_index.to(tl.int64) * NUM_HEADS + head_start + heads
+            tl.store(partial_out_ptr + at[None, :] * HEAD_DIM + cols[:, None], chunk_acc, mask=q_mask)
+            tl.store(partial_sums_ptr + at * 2, chunk_top, mask=heads < GROUP)
+            tl.store(partial_sums_ptr + at * 2 + 1, chunk_total, mask=heads < GROUP)
 
 
 def check_attention_inputs(name: str, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
@@ -330,7 +334,7 @@ def decode_attention(
         WINDOW=window,
         HAS_SOFT_CAP=soft_cap > 0,
         HAS_SINKS=sinks is not None,
-        BLOCK_M=max(16, triton.next_power_of_2(group)),
+        BLOCK_H=max(8, triton.next_power_of_2(group)),
         BLOCK_D=block_d,
         WARPS=tuning.num_warps,
         WARP_TOKENS=tuning.warp_tokens,

@@ -37,8 +37,8 @@ HEADS = {"llama-8b lm_head": (128256, 4096), "qwen3-0.6b lm_head": (151936, 1024
 DECODE = [
     DecodeTuning(tokens, warps, stages, per_sm)
     for tokens, warps, stages, per_sm in (
-        (16, 2, 4, 4), (16, 2, 3, 4), (16, 2, 5, 3), (16, 4, 3, 2), (16, 4, 4, 2), (32, 2, 3, 3), (32, 2, 2, 4),
-        (32, 1, 4, 4), (32, 1, 3, 6), (16, 1, 4, 8), (16, 1, 6, 6), (32, 4, 2, 2), (32, 4, 3, 2),
+        (16, 1, 4, 8), (16, 1, 4, 9), (16, 1, 3, 8), (16, 1, 3, 12), (16, 1, 5, 6), (16, 1, 6, 5), (32, 1, 3, 6),
+        (32, 1, 4, 4), (16, 2, 4, 4), (16, 2, 3, 4), (16, 4, 3, 2), (16, 4, 2, 2),
     )
 ]  # fmt: skip
 PREFILL = [
@@ -124,8 +124,8 @@ def sweep_decode(top: int) -> None:
     ceilings = measure_ceilings()
     print(f"read {ceilings.read_gb_s:.0f} GB/s")
     for heads, batch, context, min_chunk in (
-        (LLAMA_8B, 32, 1024, 256), (LLAMA_8B, 32, 1024, 512), (LLAMA_8B, 32, 8192, 256), (QWEN3_06B, 32, 1024, 256),
-        (LLAMA_8B, 256, 1024, 256), (LLAMA_8B, 1, 1024, 256), (LLAMA_8B, 1, 1024, 128),
+        (LLAMA_8B, 32, 1024, 256), (LLAMA_8B, 32, 1024, 128), (LLAMA_8B, 32, 8192, 256), (QWEN3_06B, 32, 1024, 256),
+        (LLAMA_8B, 256, 1024, 256), (LLAMA_8B, 1, 1024, 256), (LLAMA_8B, 1, 1024, 64), (LLAMA_8B, 1, 8192, 256),
     ):  # fmt: skip
         case = paged(heads, [1] * batch, [context] * batch)
         timed = []

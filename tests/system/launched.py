@@ -43,7 +43,7 @@ class Launched:
         command = [sys.executable, "-m", "gateway.cli", "serve", str(model), *flags]
         command += [f"--port={self.port}", f"--grpc-port={self.grpc_port}", f"--metrics-port={self.metrics_port}"]
         # A file and not a pipe: nobody has to read it for the processes to go on.
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed with the object
         self.process = subprocess.Popen(
             command, cwd=ROOT, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
         )

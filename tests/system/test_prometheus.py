@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,9 +34,10 @@ UPDATE_TABLE = "UPDATE_METRICS_TABLE"
 
 API_KEY = "the key of this test"
 SCRAPE_INTERVAL = "1s"
-# What Grafana fills in.
-VARIABLES = {"$__rate_interval": "1m", "$instance": ".*", "$gateway": ".*"}
+# What Grafana fills in; long enough for a whole run of these tests.
+VARIABLES = {"$__rate_interval": "10m", "$instance": ".*", "$gateway": ".*"}
 LONG_ANSWER_TOKENS = 3000
+ANSWER_LIMIT_S = 15.0
 
 pytestmark = pytest.mark.skipif(
     shutil.which("prometheus") is None or shutil.which("promtool") is None,
@@ -138,12 +138,22 @@ def make_every_kind_of_traffic(stack: Stack) -> None:
     stack.wait_idle()
 
 
-@dataclass
 class Prometheus:
-    url: str
+    def __init__(self, url: str) -> None:
+        self._client = httpx.Client(base_url=url, timeout=10)
+
+    def close(self) -> None:
+        self._client.close()
+
+    def is_ready(self) -> bool:
+        """It answers nothing while it reads its files."""
+        try:
+            return self._client.get("/-/ready").status_code == 200
+        except httpx.TransportError:
+            return False
 
     def get(self, path: str, **parameters: str) -> Any:
-        answer = httpx.get(f"{self.url}/api/v1/{path}", params=parameters, timeout=10).json()
+        answer = self._client.get(f"/api/v1/{path}", params=parameters).json()
         assert answer["status"] == "success", answer
         return answer["data"]
 
@@ -156,7 +166,8 @@ class Prometheus:
         return {label for series in self.get("series", **{"match[]": metric}) for label in series}
 
     def num_scrapes(self) -> int:
-        counts = self.query("min(count_over_time(up[5m]))")
+        """How often each of both targets has been scraped."""
+        counts = self.query("min(count_over_time(up[10m])) and count(up) == 2")
         return int(float(counts[0]["value"][1])) if counts else 0
 
 
@@ -218,10 +229,7 @@ def prometheus(watched_stack: Stack, config_file: Path) -> Iterator[Prometheus]:
         def has_scraped(times: int) -> bool:
             if process.poll() is not None:
                 raise RuntimeError(f"prometheus ended with {process.returncode}\n{log_file.read_text()}")
-            try:
-                return server.num_scrapes() >= times
-            except httpx.TransportError:
-                return False
+            return server.is_ready() and server.num_scrapes() >= times
 
         wait_until(lambda: has_scraped(1), START_LIMIT_S, log_file.read_text)
         make_every_kind_of_traffic(watched_stack)
@@ -229,6 +237,7 @@ def prometheus(watched_stack: Stack, config_file: Path) -> Iterator[Prometheus]:
         wait_until(lambda: has_scraped(seen + 2), START_LIMIT_S, log_file.read_text)
         yield server
     finally:
+        server.close()
         process.terminate()
         process.wait(STOP_LIMIT_S)
 
@@ -262,9 +271,11 @@ def test_every_alert_is_tested_to_fire_and_not_to() -> None:
 
 
 def test_targets_are_up_and_the_gateway_asks_for_the_key(prometheus: Prometheus, watched_stack: Stack) -> None:
-    targets = prometheus.get("targets")["activeTargets"]
-    assert {target["labels"]["job"] for target in targets} == {"control-plane", "gateway"}
-    assert {target["lastError"] for target in targets} == {""}
+    def errors() -> dict[str, str]:
+        return {target["labels"]["job"]: target["lastError"] for target in prometheus.get("targets")["activeTargets"]}
+
+    wait_until(lambda: not any(errors().values()), ANSWER_LIMIT_S, lambda: str(errors()))
+    assert errors().keys() == {"control-plane", "gateway"}
     assert httpx.get(f"{watched_stack.url}/metrics").status_code == 401
 
 
@@ -295,7 +306,8 @@ def test_pages_follow_prometheus_conventions(watched_stack: Stack, process: str)
 @pytest.mark.parametrize("expression", dashboard_expressions(), ids=lambda expression: expression.where)
 def test_the_dashboard_shows_something(prometheus: Prometheus, expression: Expression) -> None:
     check_names(prometheus, expression)
-    assert prometheus.query(expression.text), f"{expression.where} shows nothing: {expression.text}"
+    # A scrape that a busy machine misses takes every gauge away until the next one.
+    wait_until(lambda: bool(prometheus.query(expression.text)), ANSWER_LIMIT_S, lambda: f"nothing: {expression.text}")
 
 
 @pytest.mark.parametrize("expression", alert_expressions(), ids=lambda expression: expression.where)
@@ -329,8 +341,8 @@ def test_rules_are_evaluated_and_only_the_full_queue_is_reported(prometheus: Pro
     evaluated = [rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]]
     assert len(evaluated) == len(rules())
     assert [(rule["name"], rule.get("lastError")) for rule in evaluated if rule["health"] != "ok"] == []
-    alerts = {alert["labels"]["alertname"] for alert in prometheus.get("alerts")["alerts"]}
-    assert alerts == {"StepwireQueueFull"}
+    alerts = prometheus.get("alerts")["alerts"]
+    assert {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"} == {"StepwireQueueFull"}
 
 
 # ---- what the images check, and what the documentation says ----

@@ -57,11 +57,11 @@ class WorkerProcess:
             self.process.stderr.close()
 
     def forget_events(self) -> None:
-        """Events that were waited for, or came before them, are no longer found."""
+        """Those that were logged so far are no longer found."""
         self._num_seen = len(self.lines)
 
-    def wait_for_event(self, text: str) -> dict[str, Any]:
-        """The first log entry whose event contains `text`."""
+    def wait_for_event(self, text: str, *, then_forget: bool = False) -> dict[str, Any]:
+        """The first log entry whose event contains `text`; with `then_forget` the next call looks after it."""
         deadline = time.monotonic() + TIMEOUT_S
         seen = self._num_seen
         while True:
@@ -69,6 +69,8 @@ class WorkerProcess:
                 seen += 1
                 entry = json.loads(line) if line.startswith("{") else {"event": line}
                 if text in entry["event"]:
+                    if then_forget:
+                        self._num_seen = seen
                     return dict(entry)
             if not self._read_lines(deadline):
                 raise AssertionError(f"no event {text!r} in:\n" + "\n".join(self.lines))

@@ -83,9 +83,7 @@ def test_greedy_equals_transformers_choice_after_every_prefix(alone: list[list[i
         assert logits.argmax(-1).tolist() == sequence[first:]
 
 
-@pytest.mark.parametrize(
-    "index", [pytest.param(i, marks=() if i == 9 else pytest.mark.slow) for i in range(12)]
-)
+@pytest.mark.parametrize("index", [pytest.param(i, marks=() if i == 9 else pytest.mark.slow) for i in range(12)])
 def test_greedy_equals_transformers_generate(index: int, alone: list[list[int]], smollm2_reference: Any) -> None:
     assert alone[index] == generate(smollm2_reference, prompts()[index])
 
@@ -103,7 +101,11 @@ def test_a_batch_of_16_with_shared_prefixes_gives_the_same_tokens(
         if row != 6:
             shares = index >= 6
             driver.add(
-                row, all_prompts[index], greedy(), prefix_of=6 if shares else None, num_shared_tokens=48 if shares else 0
+                row,
+                all_prompts[index],
+                greedy(),
+                prefix_of=6 if shares else None,
+                num_shared_tokens=48 if shares else 0,
             )
     for _ in range(NUM_TOKENS):
         driver.step()

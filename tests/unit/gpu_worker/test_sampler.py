@@ -105,7 +105,10 @@ def test_draws_follow_the_exact_distribution(params: dict[str, object]) -> None:
         z[token] += value
     t = (z - z.max()) / params.get("temperature", 1.0)
     kept = kept_by_sorting(
-        t.astype(np.float32), params.get("min_p", 0.0), params.get("top_k", 0), params.get("top_p", 1.0)  # type: ignore[arg-type]
+        t.astype(np.float32),
+        params.get("min_p", 0.0),
+        params.get("top_k", 0),
+        params.get("top_p", 1.0),  # type: ignore[arg-type]
     )[0]
     mass = np.array([math.exp(v) if i in kept else 0.0 for i, v in enumerate(t)])
     expected = mass / mass.sum()
@@ -276,7 +279,9 @@ def test_a_row_that_is_not_finite_fails_alone(bad: float, dtype: torch.dtype) ->
     rows = [row(sampling(temperature=0.0), vocab=1000) for _ in range(3)]
     result = sample(logits, rows, np.array([1, 1, 1]))
     assert [(fault.index, fault.code) for fault in result.faults] == [(1, RowFaultCode.NOT_FINITE)]
-    assert result.token_ids[0] == int(logits[0].float().argmax()) and result.token_ids[2] == int(logits[2].float().argmax())
+    assert result.token_ids[0] == int(logits[0].float().argmax()) and result.token_ids[2] == int(
+        logits[2].float().argmax()
+    )
 
 
 def test_logprobs_are_of_the_raw_distribution_and_nan_where_not_asked() -> None:

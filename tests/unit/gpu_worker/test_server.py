@@ -254,21 +254,25 @@ def test_a_half_closed_stream_gets_its_results_first(shared: WorkerProcess, visi
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_queued_steps_finish(worker: WorkerProcess, client: WorkerClient, number: signal.Signals) -> None:
-    session = client.start()
-    session.step(ordered(1, script.SLOW_EXECUTE))
-    session.step(ordered(2, mask_rows=(0,)))
-    worker.wait_for_event("execute 1")
-    worker.send_signal(number)
-    worker.wait_for_event("shutting down")
-    session.step(ordered(3))  # too late
-    session.mask(2, TokenMask(rows=uint32([0]), bitmask=np.array([[1, 2]], dtype=np.uint32)))
-    assert [session.result().step_id, session.result().step_id] == [1, 2]
-    code, message = session.end()
-    assert code == grpc.StatusCode.UNAVAILABLE
-    assert f"the worker got {number.name} and is shutting down" in message
-    assert worker.wait_for_exit() == 0
-    assert runner_events(worker)[-1] == "close" and "execute 3" not in runner_events(worker)
+def test_a_signal_lets_queued_steps_finish(tmp_path: Path, number: signal.Signals) -> None:
+    with start(tmp_path, "--log-level=debug") as worker, WorkerClient(f"unix:{tmp_path}/w.sock") as client:
+        session = client.start()
+        for step_id, mask_rows in ((1, ()), (2, (0,)), (3, ())):
+            session.step(ordered(step_id, mask_rows=mask_rows))
+        for _ in range(3):
+            worker.wait_for_event("step queued", then_forget=True)
+        worker.send_signal(number)
+        worker.wait_for_event("shutting down")
+        mask = TokenMask(rows=uint32([0]), bitmask=np.array([[1, 2]], dtype=np.uint32))
+        session.step(ordered(4, mask_rows=(0,)))  # too late, and so is its mask
+        session.mask(4, mask)
+        session.mask(2, mask)
+        assert [session.result().step_id for _ in range(3)] == [1, 2, 3]
+        code, message = session.end()
+        assert code == grpc.StatusCode.UNAVAILABLE
+        assert f"the worker got {number.name} and is shutting down" in message
+        assert worker.wait_for_exit() == 0
+        assert runner_events(worker)[-1] == "close" and "execute 4" not in runner_events(worker)
 
 
 def test_a_signal_does_not_wait_for_ever(tmp_path: Path) -> None:

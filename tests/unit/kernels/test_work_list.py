@@ -45,6 +45,10 @@ def test_decode_list_matches_twin(runs: list[tuple[int, int | None]], window: in
     )
     assert listed(work) == expected
     assert len(expected) <= work.capacity
+    for run, (token, first_record, num_chunks, _) in enumerate(work.runs.tolist()):
+        own = [record for record in expected if record[0] == run and lens[run] > 0]
+        assert num_chunks == len(own)
+        assert not own or (token, first_record) == (own[0][2], own[0][6])
 
 
 @settings(max_examples=25, deadline=None)
@@ -71,5 +75,7 @@ def test_mismatched_arrays_are_refused() -> None:
     work = work_list.allocate_decode_list(2, 2, DEVICE)
     with pytest.raises(ValueError, match="need 3 query_starts"):
         work_list.build_decode_list(*tensors([0, 1], [5, 5], [0, 1]), work)
+    with pytest.raises(ValueError, match="allocated for 2 runs, got 1"):
+        work_list.build_decode_list(*tensors([0, 1], [5], [0]), work)
     with pytest.raises(ValueError, match="power of two"):
-        work_list.build_decode_list(*tensors([0, 1], [5], [0]), work, min_chunk=100)
+        work_list.build_decode_list(*tensors([0, 1, 2], [5, 5], [0, 1]), work, min_chunk=100)

@@ -97,7 +97,8 @@ def test_equal_hashes_mean_equal_prefixes(tokens: list[int], other: list[int], c
     def chain(ids: list[int], steps: int = 1) -> list[bytes]:
         hashes: list[bytes] = []
         for step in range(1, steps + 1):
-            extend_chain(hashes, root, np.array(ids[: len(ids) * step // steps], np.uint32), block_size)
+            known = ids[len(hashes) * block_size : len(ids) * step // steps]
+            extend_chain(hashes, root, np.array(known, np.uint32), block_size)
         return hashes
 
     first, second = chain(tokens), chain(other)

@@ -67,8 +67,10 @@ def run_case(
         return torch.randn(*shape, generator=generator).to(dtype)
 
     data = [
-        [(normal(s.length, spec.num_kv_heads, spec.head_dim), normal(s.length, spec.num_kv_heads, spec.head_dim))
-         for s in sequences]
+        [
+            (normal(s.length, spec.num_kv_heads, spec.head_dim), normal(s.length, spec.num_kv_heads, spec.head_dim))
+            for s in sequences
+        ]
         for _ in range(num_layers)
     ]
     queries = [normal(s.num_queries, spec.num_heads, spec.head_dim) for s in sequences]

@@ -25,11 +25,23 @@ from gpu_worker.models.hf_config import HfConfig
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
         },
-        {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-         "original_max_position_embeddings": 512},
+        {
+            "rope_type": "llama3",
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 512,
+        },
         {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096},
-        {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 1024, "beta_fast": 24.0,
-         "beta_slow": 2.0, "truncate": False, "attention_factor": 1.25},
+        {
+            "rope_type": "yarn",
+            "factor": 16.0,
+            "original_max_position_embeddings": 1024,
+            "beta_fast": 24.0,
+            "beta_slow": 2.0,
+            "truncate": False,
+            "attention_factor": 1.25,
+        },
     ],
     ids=lambda p: f"{p['rope_type']}-{p['factor']}",
 )
@@ -46,7 +58,10 @@ def test_frequencies_equal_transformers(parameters: dict[str, Any], share: float
 
 def test_the_default_theta_of_both_dialects() -> None:
     assert HfConfig({"rope_theta": 100000}).rope(64).theta == 100000
-    assert HfConfig({"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rope_theta": 1}).rope(64).theta == 500
+    assert (
+        HfConfig({"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}, "rope_theta": 1}).rope(64).theta
+        == 500
+    )
     assert HfConfig({}).rope(64).theta == 10000
 
 

@@ -1,0 +1,60 @@
+"""One rank of a tensor-parallel group, started by `test_parallel.py`: computes a prompt's logits, rank 0 saves them.
+
+Arguments: rank, size, model directory, file store of the group, output file.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from gpu_worker.attention.api import StepMetadata
+from gpu_worker.attention.torch_backend import TorchAttention
+from gpu_worker.kv_cache import KVCache, KVCacheShape
+from gpu_worker.layers.linear import BuildContext
+from gpu_worker.models.loader import load_weights, read_spec
+from gpu_worker.parallel import ParallelContext
+from gpu_worker.quant.none import Unquantized
+from gpu_worker.runner import _attention_spec
+
+TOKEN_IDS = [3, 141, 59, 26, 53, 58, 97, 93, 238, 46, 300, 0]
+
+
+@torch.inference_mode()
+def prompt_logits(directory: Path, parallel: ParallelContext) -> torch.Tensor:
+    """[num_tokens, vocab_size]: a prefill of all but two tokens, then two decodes."""
+    spec, family = read_spec(directory)
+    build = BuildContext(parallel, Unquantized(), torch.float32, torch.device("cpu"))
+    model = family(spec, 64, build)
+    load_weights(model, directory)
+    cache = KVCache(KVCacheShape.of(spec, parallel, 4, torch.float32), 8, build.device)
+    attention = TorchAttention(_attention_spec(spec, parallel), cache.layers, torch.float32)
+    table = np.array([[5, 2, 7, 1]])
+    logits = []
+    for start, stop in ((0, 10), (10, 11), (11, 12)):
+        positions = np.arange(start, stop)
+        attention.plan(
+            StepMetadata(int(stop - start == 1), np.array([stop - start]), np.array([stop]), table, positions)
+        )
+        hidden = model.hidden_states(torch.tensor(TOKEN_IDS[start:stop]), torch.from_numpy(positions), attention)
+        logits.append(model.logits(hidden))
+    return torch.cat(logits)
+
+
+def main() -> None:
+    rank, size = int(sys.argv[1]), int(sys.argv[2])
+    directory, store, output = (Path(argument) for argument in sys.argv[3:6])
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    logits = prompt_logits(directory, ParallelContext(rank, size, torch.distributed.group.WORLD))
+    if rank == 0:
+        save_file({"logits": logits.contiguous()}, output)
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
