@@ -92,8 +92,8 @@ class WorkerSettings(BaseSettings):
         "auto",
         description="element type of weights and activations; auto is the model's own where the device is fast at it",
     )
-    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="element type of the KV cache; auto is dtype"
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8"] = Field(
+        "auto", description="element type of the KV cache; auto is dtype, fp8 is float8_e4m3fn (half the memory)"
     )
     load_format: Literal["auto", "dummy"] = Field(
         "auto", description="dummy: random weights from config.json alone, to try a shape without downloading it"
@@ -111,9 +111,12 @@ class WorkerSettings(BaseSettings):
     max_num_batched_tokens: PositiveInt | None = Field(
         None, description="most tokens one step may run; default: the runner's choice for the device"
     )
-    block_size: PositiveInt | None = Field(None, description="tokens a KV block holds; default: 16 on cpu")
+    block_size: PositiveInt | None = Field(None, description="tokens a KV block holds; default: 64 on cuda, 16 on cpu")
     gpu_memory_utilization: float = Field(
         0.90, gt=0, le=1, description="share of the device's memory for weights, activations and KV cache together"
+    )
+    enforce_eager: bool = Field(
+        False, description="cuda: launch every kernel by itself instead of replaying CUDA graphs (slow; to debug)"
     )
     cpu_kv_cache_gib: float = Field(2.0, gt=0, description="size of the KV cache on device cpu, in GiB")
     num_threads: PositiveInt | None = Field(None, description="CPU threads of torch; default: one per physical core")

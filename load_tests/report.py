@@ -22,7 +22,7 @@ _LATENCIES = ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")
 def render(results: Iterable[dict[str, Any]]) -> str:
     """All tables as Markdown; `results` oldest first."""
     runs: dict[tuple[Any, ...], dict[str, Any]] = {}
-    sections: dict[str, dict[str, Any]] = {}
+    sections: dict[tuple[str, str], dict[str, Any]] = {}
     for result in results:
         if "scenario" in result:
             key = (
@@ -36,15 +36,16 @@ def render(results: Iterable[dict[str, Any]]) -> str:
             runs.pop(key, None)  # the newest stands last
             runs[key] = result
         elif "section" in result:
-            sections[result["section"]] = result
+            sections[result["section"], result["label"]] = result
     parts = []
     if runs:
         parts += ["### Scenarios", *_scenario_tables(list(runs.values()))]
     if sections:
         parts += ["### Control plane against a simulated worker (`load_tests.control_plane`)"]
-        for name, write in _SECTIONS.items():
-            if name in sections:
-                parts += [write(sections[name]), _footnote(sections[name])]
+        for (name, _), result in sorted(
+            sections.items(), key=lambda item: (list(_SECTIONS).index(item[0][0]), item[0])
+        ):
+            parts += [_SECTIONS[name](result), _footnote(result)]
     return "\n\n".join(parts) if parts else "No results yet."
 
 
@@ -101,7 +102,8 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _footnote(result: dict[str, Any]) -> str:
     commit = (result["git"]["commit"] or "no commit")[:10] + (" and changes" if result["git"]["dirty"] else "")
-    return f"{result['date'][:10]}, {commit}, {machine_name(result['machine'])}: `{result['command']}`"
+    label = f", {result['label']}" if result["label"] else ""
+    return f"{result['date'][:10]}, {commit}, {machine_name(result['machine'])}{label}: `{result['command']}`"
 
 
 _CASE_COLUMNS = {

@@ -12,7 +12,8 @@ from gpu_worker.layers.embedding import Embedding, OutputHead, VocabTable
 from gpu_worker.layers.linear import BuildContext, RowParallelLinear, qkv_parallel
 from gpu_worker.layers.mlp import GatedMLP
 from gpu_worker.layers.norm import RMSNorm
-from gpu_worker.layers.rope import RotaryTables, StepRotation
+from gpu_worker.layers.ops import AttentionHeads, StepPositions
+from gpu_worker.layers.rope import RotaryTables
 from gpu_worker.layers.weighted import Weighted
 from gpu_worker.model_spec import ModelSpec
 from gpu_worker.parallel import Share
@@ -23,7 +24,19 @@ class ForwardContext:
     """What a forward pass needs beside its hidden states; the attention backend has planned the step already."""
 
     attention: AttentionBackend
-    rotation: StepRotation
+    positions: StepPositions
+
+
+@dataclass(frozen=True, slots=True)
+class HiddenStates:
+    """The blocks' output, `residual + output`: not added up yet, because the final norm does that on the way."""
+
+    output: torch.Tensor  # [num_tokens, hidden]
+    residual: torch.Tensor  # [num_tokens, hidden]
+
+    def select(self, tokens: torch.Tensor) -> HiddenStates:
+        """Only these tokens' states, copied."""
+        return HiddenStates(self.output.index_select(0, tokens), self.residual.index_select(0, tokens))
 
 
 class Attention:
@@ -31,8 +44,6 @@ class Attention:
 
     def __init__(self, spec: ModelSpec, layer: int, path: str, build: BuildContext) -> None:
         heads = build.parallel.heads(spec.num_heads, spec.num_kv_heads)
-        self._layer = layer
-        self._num_heads, self._num_kv_heads, self._head_dim = heads.query.size, heads.kv.size, spec.head_dim
         self.qkv = qkv_parallel(
             spec.hidden_size, heads, spec.head_dim, bias=spec.qkv_bias, path=f"{path}.qkv", build=build
         )
@@ -44,6 +55,10 @@ class Attention:
         )
         self.query_norm = RMSNorm(spec.head_dim, spec.norm_eps, build) if spec.qk_norm else None
         self.key_norm = RMSNorm(spec.head_dim, spec.norm_eps, build) if spec.qk_norm else None
+        self._ops = build.ops
+        self._heads = AttentionHeads(
+            layer, heads.query.size, heads.kv.size, spec.head_dim, self.query_norm, self.key_norm
+        )
 
     def weighted(self) -> Iterator[tuple[str, Weighted]]:
         yield "qkv", self.qkv
@@ -54,16 +69,8 @@ class Attention:
 
     def apply(self, x: torch.Tensor, context: ForwardContext) -> torch.Tensor:
         """x [num_tokens, hidden] -> [num_tokens, hidden]."""
-        num_tokens, num_rotated = x.shape[0], self._num_heads + self._num_kv_heads
-        qkv = self.qkv.apply(x).view(num_tokens, -1, self._head_dim)  # [num_tokens, heads + 2 * kv_heads, head_dim]
-        if self.query_norm is not None and self.key_norm is not None:
-            q = self.query_norm.apply(qkv[:, : self._num_heads])
-            k = self.key_norm.apply(qkv[:, self._num_heads : num_rotated])
-            rotated = context.rotation.apply(torch.cat((q, k), dim=1))
-        else:
-            rotated = context.rotation.apply(qkv[:, :num_rotated])  # [num_tokens, heads + kv_heads, head_dim]
-        q, k, v = rotated[:, : self._num_heads], rotated[:, self._num_heads :], qkv[:, num_rotated:]
-        return self.output.apply(context.attention.run(q, k, v, self._layer))
+        qkv = self.qkv.apply(x)  # [num_tokens, (heads + 2 * kv_heads) * head_dim]
+        return self.output.apply(self._ops.attend(qkv, self._heads, context.positions, context.attention))
 
 
 class DecoderBlock:
@@ -71,6 +78,7 @@ class DecoderBlock:
 
     def __init__(self, spec: ModelSpec, layer: int, build: BuildContext) -> None:
         path = f"layers.{layer}"
+        self._ops = build.ops
         self.attention_norm = RMSNorm(spec.hidden_size, spec.norm_eps, build)
         self.attention = Attention(spec, layer, f"{path}.attention", build)
         self.mlp_norm = RMSNorm(spec.hidden_size, spec.norm_eps, build)
@@ -84,10 +92,14 @@ class DecoderBlock:
         for name, part in self.mlp.weighted():
             yield f"mlp.{name}", part
 
-    def apply(self, x: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-        """x [num_tokens, hidden], overwritten and returned."""
-        x.add_(self.attention.apply(self.attention_norm.apply(x), context))
-        return x.add_(self.mlp.apply(self.mlp_norm.apply(x)))
+    def apply(self, output: torch.Tensor | None, residual: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        """The output of the block before (None: there is none) and the residual, both [num_tokens, hidden].
+
+        Returns this block's output; `residual` is updated in place and lacks only that.
+        """
+        normed = self._ops.add_norm(output, residual, self.attention_norm)
+        attended = self.attention.apply(normed, context)
+        return self.mlp.apply(self._ops.add_norm(attended, residual, self.mlp_norm))
 
 
 class Decoder:
@@ -96,6 +108,7 @@ class Decoder:
     def __init__(self, spec: ModelSpec, max_position: int, build: BuildContext) -> None:
         self.spec = spec
         self.dtype = build.dtype
+        self._ops = build.ops
         self.tables = RotaryTables.build(spec.rope, max_position, build.device)
         self.embedding = Embedding(spec.vocab_size, spec.hidden_size, build)
         self.blocks = [DecoderBlock(spec, layer, build) for layer in range(spec.num_layers)]
@@ -125,14 +138,17 @@ class Decoder:
 
     def hidden_states(
         self, token_ids: torch.Tensor, positions: torch.Tensor, attention: AttentionBackend
-    ) -> torch.Tensor:
-        """token_ids, positions [num_tokens] -> the blocks' output [num_tokens, hidden], before the final norm."""
-        context = ForwardContext(attention, self.tables.gather(positions, self.dtype))
-        x = self.embedding.lookup(token_ids)  # [num_tokens, hidden]
+    ) -> HiddenStates:
+        """token_ids, positions [num_tokens] -> what comes out of the blocks, before the final norm."""
+        context = ForwardContext(attention, self._ops.prepare_positions(self.tables, positions, self.dtype))
+        residual = self.embedding.lookup(token_ids)  # [num_tokens, hidden]
+        output: torch.Tensor | None = None
         for block in self.blocks:
-            x = block.apply(x, context)
-        return x
+            output = block.apply(output, residual, context)
+        if output is None:
+            raise ValueError("a decoder needs at least one block: the config's num_hidden_layers is 0")
+        return HiddenStates(output, residual)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [num_rows, hidden] of the rows to be sampled -> [num_rows, vocab_size]."""
-        return self.head.logits(self.final_norm.apply(hidden))
+    def logits(self, hidden: HiddenStates) -> torch.Tensor:
+        """Of the rows to be sampled -> [num_rows, vocab_size]; their residual is overwritten."""
+        return self.head.logits(self._ops.add_norm(hidden.output, hidden.residual, self.final_norm))

@@ -26,9 +26,8 @@ class VocabTable(Weighted):
         self.weight = torch.zeros(self.share.size, hidden_size, dtype=build.dtype, device=build.device)
 
     def load(self, part: str, tensor: str, source: StoredTensor) -> None:
-        stop = min(self.share.stop, self.vocab_size)
-        if stop > self.share.start:
-            self.weight[: stop - self.share.start] = source.read((slice(self.share.start, stop),))
+        start, stop = (min(bound, self.vocab_size) for bound in (self.share.start, self.share.stop))
+        self.weight[: stop - start] = source.read((slice(start, stop),))
 
     def expected(self) -> ExpectedTensors:
         return {("", "weight"): (self.vocab_size, self.weight.shape[1])}
@@ -57,6 +56,7 @@ class OutputHead:
     def __init__(self, table: VocabTable, build: BuildContext) -> None:
         self.table = table
         self._parallel = build.parallel
+        self._ops = build.ops
         self._packed: torch.Tensor | None = None
 
     def finish(self) -> None:
@@ -72,7 +72,7 @@ class OutputHead:
             chunks = [none.packed_linear(rows, self._packed, None) for rows in hidden.split(MAX_HEAD_ROWS)]
             local = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
         else:
-            local = F.linear(hidden, self.table.weight)
+            local = self._ops.linear(hidden, self.table.weight, None)
         logits = self._parallel.all_gather(local)
         return logits if logits.shape[-1] == self.table.vocab_size else logits[:, : self.table.vocab_size]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from gpu_worker.layers.ops import TORCH_OPS, LayerOps
 from gpu_worker.layers.weighted import Weighted
 from gpu_worker.parallel import HeadShare, ParallelContext, Share
 from gpu_worker.quant.api import ExpectedTensors, LinearPart, LinearShape, QuantScheme, RandomValues, StoredTensor
@@ -22,6 +23,7 @@ class BuildContext:
     quant: QuantScheme
     dtype: torch.dtype
     device: torch.device
+    ops: LayerOps = TORCH_OPS
 
 
 class Linear(Weighted):

@@ -5,33 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 
 from gpu_worker.layers.linear import BuildContext, RowParallelLinear, column_parallel
+from gpu_worker.layers.ops import GATED_ACTIVATIONS
 from gpu_worker.layers.weighted import Weighted
 from gpu_worker.model_spec import ModelConfigError, ModelSpec
-
-
-def _silu_mul(gate_up: torch.Tensor, size: int) -> torch.Tensor:
-    return F.silu(gate_up[:, :size]).mul_(gate_up[:, size:])
-
-
-def _gelu_mul(gate_up: torch.Tensor, size: int) -> torch.Tensor:
-    return F.gelu(gate_up[:, :size]).mul_(gate_up[:, size:])
-
-
-def _gelu_tanh_mul(gate_up: torch.Tensor, size: int) -> torch.Tensor:
-    return F.gelu(gate_up[:, :size], approximate="tanh").mul_(gate_up[:, size:])
-
-
-# Names as `hidden_act` has them.
-GATED_ACTIVATIONS = {
-    "silu": _silu_mul,
-    "swish": _silu_mul,
-    "gelu": _gelu_mul,
-    "gelu_pytorch_tanh": _gelu_tanh_mul,
-    "gelu_new": _gelu_tanh_mul,
-}
 
 
 class GatedMLP:
@@ -40,9 +18,8 @@ class GatedMLP:
             raise ModelConfigError(
                 f"hidden_act {spec.activation!r} is not supported; supported are {', '.join(GATED_ACTIVATIONS)}"
             )
-        self._activate = GATED_ACTIVATIONS[spec.activation]
+        self._ops, self._activation = build.ops, spec.activation
         share = build.parallel.share(spec.intermediate_size, "intermediate_size")
-        self._size = share.size
         self.gate_up = column_parallel(
             spec.hidden_size,
             [("gate", share), ("up", share)],
@@ -59,4 +36,4 @@ class GatedMLP:
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """x [num_tokens, hidden] -> [num_tokens, hidden]."""
         gate_up = self.gate_up.apply(x)  # [num_tokens, 2 * intermediate]
-        return self.down.apply(self._activate(gate_up, self._size))
+        return self.down.apply(self._ops.gated_activation(gate_up, self._activation))

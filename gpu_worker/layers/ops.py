@@ -54,9 +54,7 @@ class LayerOps(Protocol):
         """act(gate) * up: [num_tokens, 2 * intermediate] -> [num_tokens, intermediate]; `kind` as in `hidden_act`."""
         ...
 
-    def prepare_positions(
-        self, tables: RotaryTables, positions: torch.Tensor, dtype: torch.dtype
-    ) -> StepPositions: ...
+    def prepare_positions(self, tables: RotaryTables, positions: torch.Tensor, dtype: torch.dtype) -> StepPositions: ...
 
     def attend(
         self, qkv: torch.Tensor, heads: AttentionHeads, positions: StepPositions, attention: AttentionBackend

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
+from gpu_worker.layers.ops import TORCH_OPS, LayerOps
 from gpu_worker.quant.api import ExpectedTensors, LinearMethod, LinearShape, RandomValues, StoredTensor
 
 # oneDNN picks a blocked layout for a weight by the number of rows it expects. Measured on an AMX Xeon (torch 2.13): the
@@ -15,6 +15,9 @@ PACK_FOR_NUM_ROWS = 16
 
 class UnquantizedLinear(LinearMethod):
     """y = x W^T + b. On a CPU in bfloat16 the weight is kept in oneDNN's blocked layout (2 to 3 times faster)."""
+
+    def __init__(self, ops: LayerOps = TORCH_OPS) -> None:
+        self._ops = ops
 
     def create(self, shape: LinearShape, dtype: torch.dtype, device: torch.device) -> None:
         self.shape = shape
@@ -30,8 +33,9 @@ class UnquantizedLinear(LinearMethod):
         if tensor == "weight":
             self.weight[rows] = source.read((place.outputs.as_slice(), self.shape.inputs.as_slice()))
         elif tensor == "bias" and self.bias is not None:
-            if self.shape.holds_bias:
-                self.bias[rows] = source.read((place.outputs.as_slice(),))
+            # A rank that does not add the bias takes nothing of it, but takes note of it: the loader counts what is read.
+            taken = place.outputs.as_slice() if self.shape.holds_bias else slice(0, 0)
+            self.bias[rows][: taken.stop - taken.start] = source.read((taken,))
         else:
             raise KeyError(tensor)
 
@@ -55,7 +59,7 @@ class UnquantizedLinear(LinearMethod):
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         if self._packed is not None:
             return packed_linear(x, self._packed, self.bias)
-        return F.linear(x, self.weight, self.bias)
+        return self._ops.linear(x, self.weight, self.bias)
 
     def num_bytes(self) -> int:
         shape = self.shape
@@ -66,8 +70,11 @@ class UnquantizedLinear(LinearMethod):
 class Unquantized:
     """The scheme of a checkpoint without quantization."""
 
+    def __init__(self, ops: LayerOps = TORCH_OPS) -> None:
+        self._ops = ops
+
     def linear_method(self, path: str) -> LinearMethod:
-        return UnquantizedLinear()
+        return UnquantizedLinear(self._ops)
 
 
 def can_pack(weight: torch.Tensor) -> bool:

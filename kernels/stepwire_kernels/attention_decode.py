@@ -36,9 +36,9 @@ class DecodeTuning:
     """Launch shape of the decode kernel. Each warp takes `warp_tokens` of every tile of warp_tokens * num_warps tokens."""
 
     warp_tokens: int = 16
-    num_warps: int = 2
-    num_stages: int = 4
-    programs_per_sm: int = 4
+    num_warps: int = 1
+    num_stages: int = 3
+    programs_per_sm: int = 8
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,20 @@ def _combine_kernel(
 
 
 @triton.jit
+def _load_record(records_ptr, index, capacity):
+    """The fields of one work item; zeros past the list's end."""
+    record = records_ptr + index * 8
+    inside = index < capacity
+    row = tl.load(record + 1, mask=inside, other=0)
+    token = tl.load(record + 2, mask=inside, other=0).to(tl.int64)
+    kv_len = tl.load(record + 3, mask=inside, other=0)
+    kv_start = tl.load(record + 4, mask=inside, other=0)
+    kv_end = tl.load(record + 5, mask=inside, other=0)
+    num_chunks = tl.load(record + 7, mask=inside, other=0)
+    return row, token, kv_len, kv_start, kv_end, num_chunks
+
+
+@triton.jit
 def _decode_kernel(
     q_ptr,
     k_cache_ptr,
@@ -138,6 +152,7 @@ def _decode_kernel(
     q_stride,
     out_stride,
     table_stride,
+    capacity,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -160,18 +175,17 @@ def _decode_kernel(
     col_mask = cols < HEAD_DIM
     release_downstream(USE_PDL)
     wait_upstream(USE_PDL)
+    first = tl.program_id(0)
+    stride = tl.num_programs(0)
     num_items = tl.load(num_records_ptr) * NUM_KV_HEADS
-    for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
+    # Records are read one item ahead: their latency hides behind the item before (or behind that of num_records).
+    row, token, kv_len, kv_start, kv_end, num_chunks = _load_record(records_ptr, first // NUM_KV_HEADS, capacity)
+    for item in range(first, num_items, stride):
         kv_head = item % NUM_KV_HEADS
         record_index = item // NUM_KV_HEADS
-        record = records_ptr + record_index * 8
-        row = tl.load(record + 1)
-        token = tl.load(record + 2).to(tl.int64)
-        kv_len = tl.load(record + 3)
-        kv_start = tl.load(record + 4)
-        kv_end = tl.load(record + 5)
-        num_chunks = tl.load(record + 7)
-
+        next_row, next_token, next_kv_len, next_kv_start, next_kv_end, next_num_chunks = _load_record(
+            records_ptr, (item + stride) // NUM_KV_HEADS, capacity
+        )
         head_start = kv_head * GROUP
         q_at = q_ptr + token * q_stride + (head_start + heads)[None, :] * HEAD_DIM + cols[:, None]
         q_mask = (heads < GROUP)[None, :] & col_mask[:, None]
@@ -250,6 +264,8 @@ def _decode_kernel(
             tl.store(partial_out_ptr + at[None, :] * HEAD_DIM + cols[:, None], chunk_acc, mask=q_mask)
             tl.store(partial_sums_ptr + at * 2, chunk_top, mask=heads < GROUP)
             tl.store(partial_sums_ptr + at * 2 + 1, chunk_total, mask=heads < GROUP)
+        row, token, kv_len = next_row, next_token, next_kv_len
+        kv_start, kv_end, num_chunks = next_kv_start, next_kv_end, next_num_chunks
 
 
 def check_attention_inputs(name: str, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
@@ -327,6 +343,7 @@ def decode_attention(
         q.stride(0),
         out.stride(0),
         block_tables.stride(0),
+        work.capacity,
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
         HEAD_DIM=head_dim,
@@ -354,7 +371,7 @@ def decode_attention(
         NUM_HEADS=num_heads,
         HEAD_DIM=head_dim,
         HAS_SINKS=sinks is not None,
-        BLOCK_CHUNKS=8,
+        BLOCK_CHUNKS=16,
         BLOCK_D=block_d,
         USE_PDL=pdl,
         num_warps=1,
@@ -366,5 +383,5 @@ def decode_attention(
 def default_decode_tuning(head_dim: int, block_size: int, cache_dtype: torch.dtype) -> DecodeTuning:
     """The launch shape measured best on an H200 for this head dimension and cache dtype."""
     if head_dim > 128 or cache_dtype == torch.float32:
-        return DecodeTuning(warp_tokens=16, num_warps=2, num_stages=2, programs_per_sm=3)
+        return DecodeTuning(num_warps=1, num_stages=2, programs_per_sm=6)
     return DecodeTuning()

@@ -17,8 +17,9 @@ its neighbours, its place in the batch, or what came before a restart. Log-proba
 l - logsumexp(l).
 
 logits: [num_runs, vocab_size] bf16 / f16 / f32. masks: int32 [num_masks, ceil(vocab_size / 32)], bit i of word w is
-token 32 w + i. Kernels: one over (vocabulary splits, runs); one program a run that finishes it (and searches the
-thresholds of the rows that filter, `threshold_search.py`); one for top log-probabilities, if asked for.
+token 32 w + i. Kernels: scores, over (vocabulary splits, runs); weights and candidates of the rows that filter, over the
+same grid, where other rows' programs end at once (`threshold_search.py`); one program a run that finishes it; and one
+for top log-probabilities, if asked for.
 
 Source: Gumbel-max trick: Maddison et al., "A* Sampling", 2014; nucleus: Holtzman et al., 2020; min-p: Nguyen et al., 2024;
 repetition penalty: Keskar et al., "CTRL", 2019.
@@ -40,11 +41,15 @@ from stepwire_kernels.threshold_search import (
     CAPACITY,
     LOWEST_KEY,
     PASS_TILE,
+    WEIGHTS_WIDTH,
+    collect_split,
     copy_candidates,
     float_to_key,
     key_to_float,
     narrow_interval,
     search_registers,
+    select_interval,
+    weigh_split,
 )
 
 FAULT_NAN_LOGITS = 2
@@ -59,6 +64,7 @@ class SamplerWorkspace:
     adjusted: torch.Tensor  # float32 [max_runs, vocab_size]: t of the rows that filter
     partial: torch.Tensor  # float32 [max_runs, num_splits, 4]: best score, raw maximum, raw exp sum, NaN count
     partial_ids: torch.Tensor  # int32 [max_runs, num_splits]
+    weights: torch.Tensor  # float32 [max_runs, num_splits, WEIGHTS_WIDTH]: the pivots' counts and masses
     candidate_values: torch.Tensor  # float32 [max_runs, CAPACITY]
     candidate_ids: torch.Tensor  # int32 [max_runs, CAPACITY]
 
@@ -87,6 +93,7 @@ def allocate_sampler_workspace(max_runs: int, vocab_size: int, device: torch.dev
         adjusted=torch.empty((max_runs, vocab_size), dtype=torch.float32, device=device),
         partial=torch.empty((max_runs, splits, 4), dtype=torch.float32, device=device),
         partial_ids=torch.empty((max_runs, splits), dtype=torch.int32, device=device),
+        weights=torch.empty((max_runs, splits, WEIGHTS_WIDTH), dtype=torch.float32, device=device),
         candidate_values=torch.empty((max_runs, CAPACITY), dtype=torch.float32, device=device),
         candidate_ids=torch.empty((max_runs, CAPACITY), dtype=torch.int32, device=device),
     )
@@ -164,6 +171,14 @@ def _adjust(
 
 
 @triton.jit
+def _load_raw(row_logits, tokens, vocab_size):
+    """Logits in float32 with NaN as -inf, and which were NaN."""
+    raw = tl.load(row_logits + tokens, mask=tokens < vocab_size, other=float("-inf")).to(tl.float32)
+    is_nan = raw != raw
+    return tl.where(is_nan, float("-inf"), raw), is_nan.to(tl.float32)
+
+
+@triton.jit
 def _score_kernel(
     logits_ptr,
     run_rows_ptr,
@@ -201,35 +216,43 @@ def _score_kernel(
         mask_row = tl.load(mask_rows_ptr + run)
     mask_words = masks_ptr + tl.maximum(mask_row, 0).to(tl.int64) * mask_stride
     offsets = tl.arange(0, LANE)
-    counter = split * LANE + offsets
-    w0, w1, w2, w3 = random_words(
-        tl.load(parameters + 7), tl.load(parameters + 8), tl.load(parameters + 9), position, counter
-    )
+    w0 = tl.zeros([LANE], dtype=tl.uint32)
+    w1 = w0
+    w2 = w0
+    w3 = w0
+    if random:
+        w0, w1, w2, w3 = random_words(
+            tl.load(parameters + 7), tl.load(parameters + 8), tl.load(parameters + 9), position, split * LANE + offsets
+        )
+    first = split * (4 * LANE)
+    row_logits = logits_ptr + run * logits_stride
+    raw0, nan0 = _load_raw(row_logits, first + offsets, vocab_size)
+    raw1, nan1 = _load_raw(row_logits, first + LANE + offsets, vocab_size)
+    raw2, nan2 = _load_raw(row_logits, first + 2 * LANE + offsets, vocab_size)
+    raw3, nan3 = _load_raw(row_logits, first + 3 * LANE + offsets, vocab_size)
+    num_nan = tl.sum(nan0 + nan1 + nan2 + nan3, axis=0)
+    split_max = tl.max(tl.maximum(tl.maximum(raw0, raw1), tl.maximum(raw2, raw3)), axis=0)
+    # All -inf: nothing is summed, and inf - inf must not enter.
+    shift = tl.where(split_max == float("-inf"), 0.0, split_max)
+    exps = tl.exp(raw0 - shift) + tl.exp(raw1 - shift) + tl.exp(raw2 - shift) + tl.exp(raw3 - shift)
+    split_sum = tl.sum(exps, axis=0)
     best = tl.full([LANE], float("-inf"), dtype=tl.float32)
     best_id = tl.full([LANE], 0x7FFFFFFF, dtype=tl.int32)
-    raw_max = tl.full([LANE], float("-inf"), dtype=tl.float32)
-    raw_sum = tl.zeros([LANE], dtype=tl.float32)
-    num_nan = tl.zeros([LANE], dtype=tl.float32)
     for lane in tl.static_range(4):
         if lane == 0:
             word = w0
+            raw = raw0
         elif lane == 1:
             word = w1
+            raw = raw1
         elif lane == 2:
             word = w2
+            raw = raw2
         else:
             word = w3
-        tokens = split * (4 * LANE) + lane * LANE + offsets
+            raw = raw3
+        tokens = first + lane * LANE + offsets
         in_vocab = tokens < vocab_size
-        raw = tl.load(logits_ptr + run * logits_stride + tokens, mask=in_vocab, other=float("-inf")).to(tl.float32)
-        is_nan = raw != raw
-        num_nan += tl.where(is_nan, 1.0, 0.0)
-        raw = tl.where(is_nan, float("-inf"), raw)
-        new_max = tl.maximum(raw_max, raw)
-        # Both -inf: nothing has been summed yet, and inf - inf must not enter.
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        raw_sum = raw_sum * tl.exp(raw_max - shift) + tl.exp(raw - shift)
-        raw_max = new_max
         z = _adjust(
             raw,
             tokens,
@@ -254,14 +277,11 @@ def _score_kernel(
         best_id = tl.where(better, tokens, best_id)
     top = tl.max(best, axis=0)
     top_id = tl.min(tl.where(best == top, best_id, 0x7FFFFFFF), axis=0)
-    split_max = tl.max(raw_max, axis=0)
-    shift = tl.where(split_max == float("-inf"), 0.0, split_max)
-    split_sum = tl.sum(raw_sum * tl.exp(raw_max - shift), axis=0)
     at = run * num_splits + split
     tl.store(partial_ptr + at * 4, top)
     tl.store(partial_ptr + at * 4 + 1, split_max)
     tl.store(partial_ptr + at * 4 + 2, split_sum)
-    tl.store(partial_ptr + at * 4 + 3, tl.sum(num_nan, axis=0))
+    tl.store(partial_ptr + at * 4 + 3, num_nan)
     tl.store(partial_ids_ptr + at, top_id)
 
 
@@ -293,25 +313,9 @@ def _best_of_row(
 
 
 @triton.jit
-def _filtered_token(
-    values_ptr,
-    candidate_values_ptr,
-    candidate_ids_ptr,
-    vocab_size,
-    top,
-    top_k,
-    top_p,
-    min_p,
-    seed_low,
-    seed_high,
-    sequence_index,
-    position,
-    TILE: tl.constexpr,
-    LIMIT: tl.constexpr,
-    LANE: tl.constexpr,
-    LOWEST: tl.constexpr,
-):
-    """Token of a row that filters; `top` is the maximum of its t."""
+def _search_bounds(parameters, vocab_size, top, LOWEST: tl.constexpr):
+    """(low, high, amount, by_mass, limits_k, limits_p, top_p) of a row that filters; `top` is its greatest t."""
+    _, top_k, top_p, min_p, _ = _filters(parameters, vocab_size)
     high = float_to_key(top)
     # The smallest finite key: masked tokens (-inf) are never candidates.
     low = tl.full([], LOWEST, tl.int32) + 1
@@ -319,24 +323,98 @@ def _filtered_token(
         low = tl.maximum(low, tl.minimum(float_to_key(top + tl.log(min_p)), high))
     limits_k = (top_k > 0) & (top_k < vocab_size)
     limits_p = top_p < 1.0
-    by_mass = limits_k == 0
-    # Neither (min-p alone): a fraction of 1 keeps what min-p kept.
+    # Neither (min-p alone): more than all the mass, which keeps what min-p kept.
     amount = tl.where(limits_k, top_k.to(tl.float32), tl.where(limits_p, top_p, 2.0))
-    low, high_left, count, target = narrow_interval(
-        values_ptr, vocab_size, top, low, high, amount, by_mass, TILE, LIMIT
+    return low, high, amount, limits_k == 0, limits_k, limits_p, top_p
+
+
+@triton.jit
+def _row_top(partial_ptr, run, num_splits, BLOCK_SPLITS: tl.constexpr):
+    """The greatest score of a row over its splits (t itself, for rows that filter)."""
+    splits = tl.arange(0, BLOCK_SPLITS)
+    best = tl.load(partial_ptr + (run * num_splits + splits) * 4, mask=splits < num_splits, other=float("-inf"))
+    return tl.max(best, axis=0)
+
+
+@triton.jit
+def _candidates_kernel(
+    run_rows_ptr,
+    parameters_ptr,
+    adjusted_ptr,
+    partial_ptr,
+    weights_ptr,
+    candidate_values_ptr,
+    candidate_ids_ptr,
+    vocab_size,
+    COLLECTS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    TILE: tl.constexpr,
+    LIMIT: tl.constexpr,
+    LOWEST: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    """For rows that filter: weigh each split at the pivots (first launch), then copy the candidates (second)."""
+    split = tl.program_id(0)
+    num_splits = tl.num_programs(0)
+    run = tl.program_id(1).to(tl.int64)
+    release_downstream(USE_PDL)
+    wait_upstream(USE_PDL)
+    row = tl.load(run_rows_ptr + run).to(tl.int64)
+    parameters = parameters_ptr + row * 16
+    _, _, _, _, restricts = _filters(parameters, vocab_size)
+    if restricts:
+        top = _row_top(partial_ptr, run, num_splits, BLOCK_SPLITS)
+        low, high, amount, by_mass, _, _, _ = _search_bounds(parameters, vocab_size, top, LOWEST)
+        values = adjusted_ptr + run * vocab_size
+        weights = weights_ptr + run * num_splits * 16
+        if COLLECTS:
+            low, _, count, _, before = select_interval(
+                weights, split, num_splits, top, low, high, amount, by_mass, BLOCK_SPLITS
+            )
+            if count <= LIMIT:
+                collect_split(
+                    values,
+                    split * TILE,
+                    vocab_size,
+                    low,
+                    high,
+                    before.to(tl.int32),
+                    candidate_values_ptr + run * LIMIT,
+                    candidate_ids_ptr + run * LIMIT,
+                    TILE,
+                )
+        else:
+            weigh_split(values, split * TILE, vocab_size, top, low, high, weights + split * 16, TILE)
+
+
+@triton.jit
+def _filtered_token(
+    values_ptr,
+    weights_ptr,
+    candidate_values_ptr,
+    candidate_ids_ptr,
+    parameters,
+    vocab_size,
+    num_splits,
+    top,
+    position,
+    BLOCK_SPLITS: tl.constexpr,
+    TILE: tl.constexpr,
+    LIMIT: tl.constexpr,
+    LANE: tl.constexpr,
+    LOWEST: tl.constexpr,
+):
+    """Token of a row that filters; `top` is the maximum of its t."""
+    seed_low = tl.load(parameters + 7)
+    seed_high = tl.load(parameters + 8)
+    sequence_index = tl.load(parameters + 9)
+    low, high, amount, by_mass, limits_k, limits_p, top_p = _search_bounds(parameters, vocab_size, top, LOWEST)
+    first_low = low
+    low, high_left, count, target, _ = select_interval(
+        weights_ptr, 0, num_splits, top, low, high, amount, by_mass, BLOCK_SPLITS
     )
     token = tl.full([], 0, tl.int32)
-    if (count > LIMIT) & limits_k & limits_p:
-        # More ties at the k-th value than candidates fit: `low` is exact, and top-p starts over above it.
-        low, high_left, count, target = narrow_interval(
-            values_ptr, vocab_size, top, low, high, top_p, limits_p, TILE, LIMIT
-        )
-        limits_k = limits_k & (count < 0.0)
     if count <= LIMIT:
-        none_yet = tl.full([], 0, tl.int32)
-        copy_candidates(
-            values_ptr, vocab_size, low, high, none_yet, candidate_values_ptr, candidate_ids_ptr, TILE, LIMIT
-        )
         offsets = tl.arange(0, LIMIT)
         present = offsets < count.to(tl.int32)
         values = tl.load(candidate_values_ptr + offsets, mask=present, other=float("-inf"))
@@ -356,6 +434,10 @@ def _filtered_token(
         best = tl.max(score, axis=0)
         token = tl.min(tl.where(score == best, ids, 0x7FFFFFFF), axis=0)
     else:
+        # A limit of one token: the passes go on until the threshold itself is found.
+        low, _, _, _ = narrow_interval(values_ptr, vocab_size, top, first_low, high, amount, by_mass, TILE, 1)
+        if limits_k & limits_p:
+            low, _, _, _ = narrow_interval(values_ptr, vocab_size, top, low, high, top_p, limits_p, TILE, 1)
         token = _best_of_row(values_ptr, vocab_size, low, seed_low, seed_high, sequence_index, position, LANE)
     return token
 
@@ -369,6 +451,7 @@ def _finish_kernel(
     adjusted_ptr,
     partial_ptr,
     partial_ids_ptr,
+    weights_ptr,
     candidate_values_ptr,
     candidate_ids_ptr,
     token_ids_ptr,
@@ -390,7 +473,7 @@ def _finish_kernel(
     row = tl.load(run_rows_ptr + run).to(tl.int64)
     position = tl.load(positions_ptr + run)
     parameters = parameters_ptr + row * 16
-    _, top_k, top_p, min_p, restricts = _filters(parameters, vocab_size)
+    _, _, _, _, restricts = _filters(parameters, vocab_size)
     splits = tl.arange(0, BLOCK_SPLITS)
     in_row = splits < num_splits
     partial = partial_ptr + (run * num_splits + splits) * 4
@@ -406,17 +489,15 @@ def _finish_kernel(
     if restricts & (top > float("-inf")) & (top < float("inf")):
         token = _filtered_token(
             adjusted_ptr + run * vocab_size,
+            weights_ptr + run * num_splits * 16,
             candidate_values_ptr + run * LIMIT,
             candidate_ids_ptr + run * LIMIT,
+            parameters,
             vocab_size,
+            num_splits,
             top,
-            top_k,
-            top_p,
-            min_p,
-            tl.load(parameters + 7),
-            tl.load(parameters + 8),
-            tl.load(parameters + 9),
             position,
+            BLOCK_SPLITS,
             TILE,
             LIMIT,
             LANE,
@@ -554,6 +635,25 @@ def sample(
         num_warps=4,
         **options,
     )
+    for collects in (False, True):
+        _candidates_kernel[(num_splits, num_runs)](
+            run_rows,
+            rows.parameters,
+            workspace.adjusted,
+            workspace.partial,
+            workspace.weights,
+            workspace.candidate_values,
+            workspace.candidate_ids,
+            vocab_size,
+            COLLECTS=collects,
+            BLOCK_SPLITS=block_splits,
+            TILE=philox.TILE_TOKENS,
+            LIMIT=CAPACITY,
+            LOWEST=LOWEST_KEY,
+            USE_PDL=pdl,
+            num_warps=4,
+            **options,
+        )
     _finish_kernel[(num_runs,)](
         logits,
         run_rows,
@@ -562,6 +662,7 @@ def sample(
         workspace.adjusted,
         workspace.partial,
         workspace.partial_ids,
+        workspace.weights,
         workspace.candidate_values,
         workspace.candidate_ids,
         out.token_ids,

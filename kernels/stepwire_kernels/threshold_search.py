@@ -4,8 +4,12 @@ Floats are compared as order-preserving int32 keys, so that a search ends at an 
 the largest key t for which weight(keys >= t) >= target, where a token weighs 1 (top-k: target k) or its probability
 (top-p: target p * Z). Ties at the threshold are all kept.
 
-Each pass over a row cuts the key interval into four; once at most CAPACITY tokens lie at or above its lower end, they
-are copied out and the search goes on in registers.
+Fast road, parallel over a row's splits: `weigh_split` weighs each split at six pivots a fixed distance below the row's
+maximum; `select_interval` adds them up and picks the interval that holds the threshold; `collect_split` copies the
+tokens from its lower end on, if there are at most CAPACITY; `search_registers` ends the search among them.
+
+Slow road, one program a row, for flat distributions that keep more than CAPACITY tokens: `narrow_interval` cuts the
+interval into four with each pass over the row.
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ import triton.language as tl
 CAPACITY = 4096
 LOWEST_KEY = -2139095041  # key of -inf
 PASS_TILE = 4096
+NUM_PIVOTS = 6
+WEIGHTS_WIDTH = 16  # floats a split: NUM_PIVOTS counts, padding to 8, NUM_PIVOTS masses, padding
 
 
 @triton.jit
@@ -164,3 +170,75 @@ def search_registers(keys, weights, low, high, target):
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle - 1)
     return low
+
+
+@triton.jit
+def pivot_key(top, low, high, INDEX: tl.constexpr):
+    """Pivot 0 is `low`, pivots 1 to 5 lie 16, 8, 4, 2 and 1 below the maximum."""
+    if INDEX == 0:
+        key = low
+    else:
+        key = tl.minimum(tl.maximum(float_to_key(top - tl.exp2(5.0 - INDEX)), low), high)
+    return key
+
+
+@triton.jit
+def weigh_split(values_ptr, offset, vocab_size, top, low, high, weights_ptr, TILE: tl.constexpr):
+    """Store one split's counts and masses at every pivot."""
+    at = offset + tl.arange(0, TILE)
+    inside = at < vocab_size
+    value = tl.load(values_ptr + at, mask=inside, other=float("-inf"))
+    key = float_to_key(value)
+    mass = tl.exp(value - top)
+    for index in tl.static_range(6):
+        above = inside & (key >= pivot_key(top, low, high, index))
+        tl.store(weights_ptr + index, tl.sum(above.to(tl.float32), axis=0))
+        tl.store(weights_ptr + 8 + index, tl.sum(tl.where(above, mass, 0.0), axis=0))
+
+
+@triton.jit
+def select_interval(weights_ptr, split, num_splits, top, low, high, amount, by_mass, BLOCK_SPLITS: tl.constexpr):
+    """The interval between pivots that holds the threshold.
+
+    Returns (low, high, tokens at or above low, target weight, tokens at or above low in the splits before `split`).
+    """
+    splits = tl.arange(0, BLOCK_SPLITS)
+    in_row = splits < num_splits
+    row = weights_ptr + splits * 16
+    first_mass = tl.sum(tl.load(row + 8, mask=in_row, other=0.0), axis=0)
+    counts = tl.load(row, mask=in_row, other=0.0)
+    target = tl.where(by_mass, amount * first_mass, amount)
+    new_low = low
+    new_high = high
+    count = tl.sum(counts, axis=0)
+    before = tl.sum(tl.where(splits < split, counts, 0.0), axis=0)
+    # Where even all tokens weigh too little, all are kept and there is nothing to search.
+    enough = tl.where(by_mass, first_mass, count) >= target
+    new_high = tl.where(enough, high, low)
+    for index in tl.static_range(1, 6):
+        counts = tl.load(row + index, mask=in_row, other=0.0)
+        masses = tl.load(row + 8 + index, mask=in_row, other=0.0)
+        total = tl.sum(counts, axis=0)
+        reaches = enough & (tl.where(by_mass, tl.sum(masses, axis=0), total) >= target)
+        pivot = pivot_key(top, low, high, index)
+        # Pivots rise with the index: the first that weighs too little is the interval's end.
+        new_high = tl.where(enough & (reaches == 0) & (pivot - 1 < new_high), tl.maximum(pivot - 1, new_low), new_high)
+        new_low = tl.where(reaches, pivot, new_low)
+        count = tl.where(reaches, total, count)
+        before = tl.where(reaches, tl.sum(tl.where(splits < split, counts, 0.0), axis=0), before)
+    return new_low, new_high, count, target, before
+
+
+@triton.jit
+def collect_split(
+    values_ptr, offset, vocab_size, low, high, found, scratch_values_ptr, scratch_ids_ptr, TILE: tl.constexpr
+):
+    """Copy one split's tokens with low <= key <= high, in token order, to the scratch row from place `found` on."""
+    at = offset + tl.arange(0, TILE)
+    inside = at < vocab_size
+    value = tl.load(values_ptr + at, mask=inside, other=float("-inf"))
+    key = float_to_key(value)
+    wanted = (inside & (key >= low) & (key <= high)).to(tl.int32)
+    place = found + tl.cumsum(wanted, axis=0) - wanted
+    tl.store(scratch_values_ptr + place, value, mask=wanted != 0)
+    tl.store(scratch_ids_ptr + place, at, mask=wanted != 0)

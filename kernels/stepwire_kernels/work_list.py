@@ -5,8 +5,8 @@ int32 [num_runs] how many tokens of KV it sees (context and this step's tokens),
 table it uses. A run with kv_len 0 is padding.
 
 Decode list (runs of one query token): the visible KV is cut into chunks at multiples of the chunk size. The chunk size
-is `min_chunk`, doubled until a run has at most MAX_CHUNKS chunks: it depends on the run's own length and on nothing
-else in the batch, so results do not either, and the partial results need a bounded buffer.
+is the policy's `min_chunk`, doubled until a run has at most `max_chunks`: it depends on the run's own length and on
+nothing else in the batch, so results do not either, and the partial results need a bounded buffer.
 Padding runs get one item per token, which makes the attention kernel write zeros there.
 
 Prefill list: tiles of `tile_tokens` query tokens, the last tile of a run (the one with most KV) first.
@@ -27,8 +27,32 @@ from stepwire_kernels.dependent_launch import launch_options, release_downstream
 RECORD_WORDS = 8
 DECODE_FIELDS = ("run", "row", "token", "kv_len", "kv_start", "kv_end", "first_item", "num_chunks")
 PREFILL_FIELDS = ("run", "row", "token", "num_queries", "position", "kv_len", "unused0", "unused1")
-MAX_CHUNKS = 32
-DEFAULT_MIN_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class ChunkPolicy:
+    """How finely a decode run's KV is split; both numbers are powers of two.
+
+    Two policies give results that differ in the last bits. A server whose results must not depend on the batch uses one
+    policy throughout; otherwise each captured bucket may take `chunk_policy_for`.
+    """
+
+    min_chunk: int = 256
+    max_chunks: int = 16
+
+    def __post_init__(self) -> None:
+        for name, value in (("min_chunk", self.min_chunk), ("max_chunks", self.max_chunks)):
+            if value < 1 or value & (value - 1):
+                raise ValueError(f"ChunkPolicy: {name} must be a power of two, got {value}")
+
+
+THROUGHPUT = ChunkPolicy()
+LATENCY = ChunkPolicy(min_chunk=64, max_chunks=64)
+
+
+def chunk_policy_for(max_runs: int, num_kv_heads: int) -> ChunkPolicy:
+    """The faster policy for a bucket: small batches need small chunks to reach every multiprocessor."""
+    return LATENCY if max_runs * num_kv_heads <= 64 else THROUGHPUT
 
 
 @dataclass(frozen=True)
@@ -38,29 +62,33 @@ class WorkList:
     records: torch.Tensor  # int32 [capacity, RECORD_WORDS]
     num_records: torch.Tensor  # int32 [1]
     runs: torch.Tensor  # int32 [max_runs, 4]: token, first record, number of chunks (0: not a decode run), unused
+    policy: ChunkPolicy = THROUGHPUT
 
     @property
     def capacity(self) -> int:
         return self.records.shape[0]
 
 
-def allocate_decode_list(max_runs: int, num_tokens: int, device: torch.device | str) -> WorkList:
+def allocate_decode_list(
+    max_runs: int, num_tokens: int, device: torch.device | str, *, policy: ChunkPolicy = THROUGHPUT
+) -> WorkList:
     """Room for `max_runs` decode runs and `num_tokens` padding tokens."""
-    # One chunk more than MAX_CHUNKS: a sliding window need not start at a chunk's edge.
-    capacity = max(1, max_runs * (MAX_CHUNKS + 1) + num_tokens)
-    return _allocate(capacity, max_runs, device)
+    # One chunk more than the policy's: a sliding window need not start at a chunk's edge.
+    capacity = max(1, max_runs * (policy.max_chunks + 1) + num_tokens)
+    return _allocate(capacity, max_runs, device, policy)
 
 
 def allocate_prefill_list(max_runs: int, num_tokens: int, tile_tokens: int, device: torch.device | str) -> WorkList:
     """Room for the tiles of any split of `num_tokens` query tokens over `max_runs` runs."""
-    return _allocate(max(1, triton.cdiv(num_tokens, tile_tokens) + max_runs), max_runs, device)
+    return _allocate(max(1, triton.cdiv(num_tokens, tile_tokens) + max_runs), max_runs, device, THROUGHPUT)
 
 
-def _allocate(capacity: int, max_runs: int, device: torch.device | str) -> WorkList:
+def _allocate(capacity: int, max_runs: int, device: torch.device | str, policy: ChunkPolicy) -> WorkList:
     return WorkList(
         records=torch.zeros((capacity, RECORD_WORDS), dtype=torch.int32, device=device),  # [capacity, 8]
         num_records=torch.zeros(1, dtype=torch.int32, device=device),  # [1]
         runs=torch.zeros((max_runs, 4), dtype=torch.int32, device=device),  # [max_runs, 4]
+        policy=policy,
     )
 
 
@@ -207,19 +235,16 @@ def build_decode_list(
     work: WorkList,
     *,
     window: int = 0,
-    min_chunk: int = DEFAULT_MIN_CHUNK,
     pdl: bool = False,
 ) -> None:
     """Fill `work` for the decode kernel. `window`: how many last tokens a query sees, 0 for all.
 
     Raises:
-        ValueError: array sizes or dtypes that do not fit, or a chunk size that is no power of two.
+        ValueError: array sizes or dtypes that do not fit.
     """
     num_runs = _check_runs(query_starts, kv_lens, run_rows)
     if work.runs.shape[0] != num_runs:
         raise ValueError(f"build_decode_list: the list was allocated for {work.runs.shape[0]} runs, got {num_runs}")
-    if min_chunk & (min_chunk - 1):
-        raise ValueError(f"build_decode_list: min_chunk must be a power of two, got {min_chunk}")
     _decode_list_kernel[(num_runs,)](
         query_starts,
         kv_lens,
@@ -229,8 +254,8 @@ def build_decode_list(
         work.runs,
         num_runs,
         WINDOW=window,
-        MIN_CHUNK=min_chunk,
-        CHUNK_LIMIT=MAX_CHUNKS,
+        MIN_CHUNK=work.policy.min_chunk,
+        CHUNK_LIMIT=work.policy.max_chunks,
         BLOCK_RUNS=triton.next_power_of_2(num_runs),
         BLOCK_ITEMS=32,
         USE_PDL=pdl,

@@ -95,7 +95,7 @@ def bench_decode(report: Report) -> None:
 
 def decode_row(report: Report, heads: Heads, batch: int, context: int, cache_dtype: torch.dtype) -> None:
     case = paged(heads, [1] * batch, [context] * batch, cache_dtype=cache_dtype)
-    work, workspace = case.decode_work(heads, work_list.DEFAULT_MIN_CHUNK)
+    work, workspace = case.decode_work(heads, work_list.chunk_policy_for(batch, heads.num_kv_heads))
     launches = [
         lambda c=c: decode_attention(
             case.q, c[0], c[1], case.block_tables, work, workspace, case.scale, case.out, pdl=True

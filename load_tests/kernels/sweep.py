@@ -23,6 +23,7 @@ from stepwire_kernels import gemm
 from stepwire_kernels.attention_decode import DecodeTuning, decode_attention
 from stepwire_kernels.attention_prefill import PrefillTuning, prefill_attention, prefill_tile_tokens
 from stepwire_kernels.gemm import GemvTuning, SkinnyTuning
+from stepwire_kernels.work_list import LATENCY, THROUGHPUT, ChunkPolicy
 
 from load_tests.kernels.bench import LLAMA_8B_LINEARS, copies
 from load_tests.kernels.cases import LLAMA_8B, QWEN3_06B, AttentionCase, Heads, causal_flop, paged
@@ -37,8 +38,7 @@ HEADS = {"llama-8b lm_head": (128256, 4096), "qwen3-0.6b lm_head": (151936, 1024
 DECODE = [
     DecodeTuning(tokens, warps, stages, per_sm)
     for tokens, warps, stages, per_sm in (
-        (16, 1, 4, 8), (16, 1, 4, 9), (16, 1, 3, 8), (16, 1, 3, 12), (16, 1, 5, 6), (16, 1, 6, 5), (32, 1, 3, 6),
-        (32, 1, 4, 4), (16, 2, 4, 4), (16, 2, 3, 4), (16, 4, 3, 2), (16, 4, 2, 2),
+        (16, 1, 3, 8), (16, 1, 4, 8), (16, 1, 3, 12), (32, 1, 3, 6), (16, 2, 3, 4), (16, 4, 3, 2)
     )
 ]  # fmt: skip
 PREFILL = [
@@ -63,9 +63,9 @@ SKINNY = [
 
 
 def _decode_launcher(
-    case: AttentionCase, heads: Heads, tuning: DecodeTuning, min_chunk: int
+    case: AttentionCase, heads: Heads, tuning: DecodeTuning, policy: ChunkPolicy
 ) -> list[Callable[[], object]]:
-    work, workspace = case.decode_work(heads, min_chunk)
+    work, workspace = case.decode_work(heads, policy)
     return [
         lambda c=c: decode_attention(
             case.q, c[0], c[1], case.block_tables, work, workspace, case.scale, case.out, tuning=tuning, pdl=True
@@ -88,7 +88,7 @@ def _compile(job: tuple[str, Any]) -> str | None:
     try:
         if kind == "decode":
             for heads in (LLAMA_8B, QWEN3_06B):
-                for launch in _decode_launcher(paged(heads, [1], [300], num_caches=1), heads, payload, 256):
+                for launch in _decode_launcher(paged(heads, [1], [300], num_caches=1), heads, payload, THROUGHPUT):
                     launch()
         elif kind == "prefill":
             for launch in _prefill_launcher(
@@ -123,16 +123,18 @@ def sweep_decode(top: int) -> None:
     candidates = compile_all("decode", DECODE)
     ceilings = measure_ceilings()
     print(f"read {ceilings.read_gb_s:.0f} GB/s")
-    for heads, batch, context, min_chunk in (
-        (LLAMA_8B, 32, 1024, 256), (LLAMA_8B, 32, 1024, 128), (LLAMA_8B, 32, 8192, 256), (QWEN3_06B, 32, 1024, 256),
-        (LLAMA_8B, 256, 1024, 256), (LLAMA_8B, 1, 1024, 256), (LLAMA_8B, 1, 1024, 64), (LLAMA_8B, 1, 8192, 256),
+    finer = ChunkPolicy(256, 32)
+    for heads, batch, context, policy in (
+        (LLAMA_8B, 32, 1024, THROUGHPUT), (LLAMA_8B, 32, 8192, THROUGHPUT), (LLAMA_8B, 32, 8192, finer),
+        (QWEN3_06B, 32, 1024, THROUGHPUT), (LLAMA_8B, 256, 1024, THROUGHPUT), (LLAMA_8B, 1, 1024, LATENCY),
+        (LLAMA_8B, 1, 8192, LATENCY), (LLAMA_8B, 8, 1024, LATENCY), (LLAMA_8B, 8, 1024, THROUGHPUT),
     ):  # fmt: skip
         case = paged(heads, [1] * batch, [context] * batch)
         timed = []
         for tuning in candidates:
-            ms = time_graph(_decode_launcher(case, heads, tuning, min_chunk), target_ms=8, repeats=3)
+            ms = time_graph(_decode_launcher(case, heads, tuning, policy), target_ms=8, repeats=3)
             timed.append((ms, tuning))
-        print(f"-- {heads.name} b{batch} ctx{context} chunk {min_chunk}")
+        print(f"-- {heads.name} b{batch} ctx{context} {policy}")
         for ms, tuning in sorted(timed, key=lambda item: item[0])[:top]:
             share = case.kv_bytes / ms / 1e6 / ceilings.read_gb_s
             print(f"{ms * 1e3:8.2f} us {100 * share:5.1f} %  {tuning}", flush=True)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from gpu_worker.assembly import attention_spec
 from gpu_worker.attention.api import StepMetadata
 from gpu_worker.attention.torch_backend import TorchAttention
 from gpu_worker.kv_cache import KVCache, KVCacheShape
@@ -19,7 +20,6 @@ from gpu_worker.layers.linear import BuildContext
 from gpu_worker.models.loader import load_weights, read_spec
 from gpu_worker.parallel import ParallelContext
 from gpu_worker.quant.none import Unquantized
-from gpu_worker.runner import _attention_spec
 
 TOKEN_IDS = [3, 141, 59, 26, 53, 58, 97, 93, 238, 46, 300, 0]
 
@@ -32,7 +32,7 @@ def prompt_logits(directory: Path, parallel: ParallelContext) -> torch.Tensor:
     model = family(spec, 64, build)
     load_weights(model, directory)
     cache = KVCache(KVCacheShape.of(spec, parallel, 4, torch.float32), 8, build.device)
-    attention = TorchAttention(_attention_spec(spec, parallel), cache.layers, torch.float32)
+    attention = TorchAttention(attention_spec(spec, parallel), cache.layers, torch.float32)
     table = np.array([[5, 2, 7, 1]])
     logits = []
     for start, stop in ((0, 10), (10, 11), (11, 12)):

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gpu_worker.device import DeviceError, cpu_computes_bfloat16, device_label, dtype_name, resolve_device, resolve_dtype
+from gpu_worker.device import (
+    DeviceError,
+    cpu_computes_bfloat16,
+    device_label,
+    dtype_name,
+    resolve_device,
+    resolve_dtype,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 

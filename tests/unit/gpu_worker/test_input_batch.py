@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpu_worker.input_batch import BatchLimits, InputBatch, StepInputs
+from gpu_worker.input_batch import InputBatch, StepInputs
+from gpu_worker.row_table import BatchLimits
 from gpu_worker.runner_api import RowAdd, RowFaultCode, RowSampling, StepBatch
 from load_tests.cpu_worker.step_driver import greedy, sampling
 

@@ -17,7 +17,6 @@ from gpu_worker.parallel import ParallelContext, ParallelError
 from tests.unit.gpu_worker import tensor_parallel_rank
 from tests.unit.gpu_worker.models.tiny_checkpoints import save_tiny
 
-
 ROOT = Path(__file__).resolve().parents[3]
 
 

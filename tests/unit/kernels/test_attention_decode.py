@@ -4,22 +4,21 @@ import pytest
 import torch
 from stepwire_kernels import work_list
 from stepwire_kernels.attention_decode import DecodeTuning, allocate_decode_workspace, decode_attention
+from stepwire_kernels.work_list import ChunkPolicy
 
 from tests.unit.kernels.checks import FLOAT_DTYPES, assert_close, poison
 from tests.unit.kernels.paged_case import PagedCase, make_case
 
 
 def run_decode(
-    case: PagedCase, *, min_chunk: int = 64, tuning: DecodeTuning | None = None, **options: object
+    case: PagedCase, *, policy: ChunkPolicy = ChunkPolicy(64, 32), tuning: DecodeTuning | None = None, **options: object
 ) -> torch.Tensor:
     device = str(case.q.device)
     num_runs = case.kv_lens.numel()
     num_heads, head_dim = case.q.shape[1], case.q.shape[2]
-    work = work_list.allocate_decode_list(num_runs, case.q.shape[0], device)
+    work = work_list.allocate_decode_list(num_runs, case.q.shape[0], device, policy=policy)
     window = int(options.get("window", 0))
-    work_list.build_decode_list(
-        case.query_starts, case.kv_lens, case.run_rows, work, window=window, min_chunk=min_chunk
-    )
+    work_list.build_decode_list(case.query_starts, case.kv_lens, case.run_rows, work, window=window)
     workspace = allocate_decode_workspace(work, num_heads, head_dim)
     workspace.partial_out.fill_(float("nan"))
     workspace.partial_sums.fill_(float("nan"))
@@ -100,7 +99,7 @@ def test_more_tokens_than_chunks_allow(device: str) -> None:
     # 32 chunks of 16 tokens do not reach 700: the chunk grows to 32.
     case = make_case([(1, 699), (1, 100)], 2, 1, 64, 32, torch.float32, device)
     tuning = DecodeTuning(num_warps=1, num_stages=1)
-    assert_close(run_decode(case, min_chunk=16, tuning=tuning), case.twin())
+    assert_close(run_decode(case, policy=ChunkPolicy(16, 32), tuning=tuning), case.twin())
 
 
 def test_unsupported_shapes_are_refused(device: str) -> None:

@@ -51,6 +51,7 @@ def run(
     workspace = allocate_sampler_workspace(num_runs, vocab_size, DEVICE)
     workspace.adjusted.fill_(float("nan"))
     workspace.partial.fill_(float("nan"))
+    workspace.weights.fill_(float("nan"))
     workspace.candidate_values.fill_(float("nan"))
     out = allocate_sampled(num_runs, max_top, DEVICE)
     out.token_ids.fill_(-9)

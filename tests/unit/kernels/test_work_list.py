@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stepwire_kernels import reference, work_list
-from stepwire_kernels.work_list import WorkList
+from stepwire_kernels.work_list import LATENCY, THROUGHPUT, ChunkPolicy, WorkList
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -35,13 +35,13 @@ def listed(work: WorkList) -> list[tuple[int, ...]]:
 
 
 @settings(max_examples=25, deadline=None)
-@given(runs=st.one_of(RUNS, DECODES), window=st.sampled_from([0, 1, 100, 4096]), min_chunk=st.sampled_from([64, 256]))
-def test_decode_list_matches_twin(runs: list[tuple[int, int | None]], window: int, min_chunk: int) -> None:
+@given(runs=st.one_of(RUNS, DECODES), window=st.sampled_from([0, 1, 100, 4096]), policy=st.sampled_from([LATENCY, THROUGHPUT, ChunkPolicy(16, 4)]))
+def test_decode_list_matches_twin(runs: list[tuple[int, int | None]], window: int, policy: ChunkPolicy) -> None:
     starts, lens, rows = arrays(runs)
-    work = work_list.allocate_decode_list(len(runs), starts[-1], DEVICE)
-    work_list.build_decode_list(*tensors(starts, lens, rows), work, window=window, min_chunk=min_chunk)
+    work = work_list.allocate_decode_list(len(runs), starts[-1], DEVICE, policy=policy)
+    work_list.build_decode_list(*tensors(starts, lens, rows), work, window=window)
     expected = reference.decode_records(
-        starts, lens, rows, window=window, min_chunk=min_chunk, max_chunks=work_list.MAX_CHUNKS
+        starts, lens, rows, window=window, min_chunk=policy.min_chunk, max_chunks=policy.max_chunks
     )
     assert listed(work) == expected
     assert len(expected) <= work.capacity
@@ -77,5 +77,5 @@ def test_mismatched_arrays_are_refused() -> None:
         work_list.build_decode_list(*tensors([0, 1], [5, 5], [0, 1]), work)
     with pytest.raises(ValueError, match="allocated for 2 runs, got 1"):
         work_list.build_decode_list(*tensors([0, 1], [5], [0]), work)
-    with pytest.raises(ValueError, match="power of two"):
-        work_list.build_decode_list(*tensors([0, 1, 2], [5, 5], [0, 1]), work, min_chunk=100)
+    with pytest.raises(ValueError, match="min_chunk must be a power of two, got 100"):
+        ChunkPolicy(min_chunk=100)

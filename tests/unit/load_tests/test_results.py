@@ -38,9 +38,9 @@ def test_keys_are_not_written_down() -> None:
     argv = ["nano", "--api-key", "sk-1", "--rest", "http://h", "--api-key=sk-2", "--label", "a b"]
     environment = {"STEPWIRE_SIM_STEP_MS": "5 0", "STEPWIRE_API_KEY": "sk-3", "HOME": "/root"}
     shown = command_line("load_tests", argv, environment)
-    assert (
-        shown
-        == "STEPWIRE_API_KEY=... STEPWIRE_SIM_STEP_MS='5 0' python -m load_tests nano --api-key ... --rest http://h --api-key=... --label 'a b'"
+    assert shown == (
+        "STEPWIRE_API_KEY=... STEPWIRE_SIM_STEP_MS='5 0' "
+        "python -m load_tests nano --api-key ... --rest http://h --api-key=... --label 'a b'"
     )
 
 

@@ -17,7 +17,7 @@ from transformers.models.qwen3 import Qwen3Config
 BASE: dict[str, Any] = {
     "vocab_size": 301,
     "hidden_size": 60,
-    "intermediate_size": 92,
+    "intermediate_size": 90,
     "num_hidden_layers": 3,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,

@@ -1,0 +1,192 @@
+"""What every runner of a real model is put together from: sizes, weights, memory plan and the facts to announce."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+import torch
+
+from gpu_worker.attention.api import AttentionSpec
+from gpu_worker.config import WorkerSettings
+from gpu_worker.device import available_host_bytes, device_label, dtype_name
+from gpu_worker.kv_cache import (
+    FIRST_BLOCK_ID,
+    KVCacheShape,
+    MemoryPlan,
+    activation_bytes,
+    longest_sequence,
+    plan_cpu_memory,
+    plan_cuda_memory,
+)
+from gpu_worker.layers.linear import BuildContext
+from gpu_worker.model_spec import ModelConfigError, ModelSpec
+from gpu_worker.models.family import ModelFamily
+from gpu_worker.models.loader import fill_random, load_weights
+from gpu_worker.parallel import ParallelContext
+from gpu_worker.row_table import BatchLimits
+from gpu_worker.runner_api import WorkerFacts
+
+log = structlog.get_logger(__name__)
+
+MAX_NUM_LOGPROBS = 20
+DEFAULT_BLOCK_SIZE = {"cpu": 16, "cuda": 64}
+DEFAULT_MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
+DEFAULT_MAX_NUM_BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """The limits of this worker, defaults filled in."""
+
+    block_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+
+def resolve_sizes(settings: WorkerSettings, spec: ModelSpec, device: torch.device) -> Sizes:
+    longest = spec.max_position_embeddings
+    if settings.max_model_len is not None and settings.max_model_len > longest:
+        raise ModelConfigError(
+            f"max_model_len {settings.max_model_len} is above the model's max_position_embeddings {longest}: "
+            f"set --max-model-len {longest} or less"
+        )
+    return Sizes(
+        block_size=settings.block_size or DEFAULT_BLOCK_SIZE[device.type],
+        max_model_len=settings.max_model_len or longest,
+        max_num_seqs=settings.max_num_seqs or DEFAULT_MAX_NUM_SEQS[device.type],
+        max_num_batched_tokens=settings.max_num_batched_tokens or DEFAULT_MAX_NUM_BATCHED_TOKENS[device.type],
+    )
+
+
+def resolve_kv_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """`kv_cache_dtype` as a dtype; `auto` is the model's, `fp8` is float8_e4m3fn."""
+    if name == "auto":
+        return dtype
+    return torch.float8_e4m3fn if name == "fp8" else getattr(torch, name)
+
+
+def batch_limits(facts: WorkerFacts) -> BatchLimits:
+    return BatchLimits(
+        max_num_seqs=facts.max_num_seqs,
+        max_model_len=facts.max_model_len,
+        block_size=facts.block_size,
+        num_blocks=facts.num_blocks,
+        first_block_id=facts.first_block_id,
+        vocab_size=facts.vocab_size,
+        max_num_logprobs=facts.max_num_logprobs,
+    )
+
+
+def load_model(
+    settings: WorkerSettings, family: type[ModelFamily], spec: ModelSpec, build: BuildContext, max_position: int
+) -> ModelFamily:
+    model = family(spec, max_position, build)
+    begun = time.monotonic()
+    if settings.load_format == "dummy":
+        fill_random(model, settings.seed)
+    elif settings.model is not None:
+        load_weights(model, settings.model)
+    log.info(
+        "weights are in place",
+        model=str(settings.model),
+        architecture=spec.architecture,
+        dtype=dtype_name(build.dtype),
+        load_format=settings.load_format,
+        seconds=round(time.monotonic() - begun, 2),
+    )
+    return model
+
+
+def plan_memory(
+    settings: WorkerSettings,
+    spec: ModelSpec,
+    parallel: ParallelContext,
+    shape: KVCacheShape,
+    sizes: Sizes,
+    weight_bytes: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    workspace_bytes: int = 0,
+) -> tuple[Sizes, MemoryPlan]:
+    """The KV pool; a max_model_len that nobody asked for is lowered to what the pool holds.
+
+    `workspace_bytes`: what the runner holds beside weights, activations and KV cache.
+    """
+    activations = activation_bytes(spec, parallel, sizes.max_num_batched_tokens, sizes.max_num_seqs, dtype)
+    activations += workspace_bytes
+    total_bytes = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    if settings.max_model_len is None:
+        budget = int(settings.cpu_kv_cache_gib * (1 << 30))
+        if device.type == "cuda":
+            budget = int(total_bytes * settings.gpu_memory_utilization) - weight_bytes - activations
+        fitting = longest_sequence(shape, budget)
+        if 0 < fitting < sizes.max_model_len:
+            log.warning("max_model_len is lowered to what the KV cache holds", model=sizes.max_model_len, now=fitting)
+            sizes = Sizes(sizes.block_size, fitting, sizes.max_num_seqs, sizes.max_num_batched_tokens)
+    if device.type == "cuda":
+        plan = plan_cuda_memory(
+            shape,
+            total_bytes=total_bytes,
+            utilization=settings.gpu_memory_utilization,
+            weight_bytes=weight_bytes,
+            activation_bytes=activations,
+            max_model_len=sizes.max_model_len,
+            max_num_seqs=sizes.max_num_seqs,
+            device=str(device),
+        )
+    else:
+        plan = plan_cpu_memory(
+            shape,
+            kv_cache_gib=settings.cpu_kv_cache_gib,
+            weight_bytes=weight_bytes,
+            activation_bytes=activations,
+            max_model_len=sizes.max_model_len,
+            max_num_seqs=sizes.max_num_seqs,
+            available_bytes=available_host_bytes(),
+        )
+    return sizes, plan
+
+
+def attention_spec(spec: ModelSpec, parallel: ParallelContext) -> AttentionSpec:
+    heads = parallel.heads(spec.num_heads, spec.num_kv_heads)
+    return AttentionSpec(
+        num_heads=heads.query.size,
+        num_kv_heads=heads.kv.size,
+        head_dim=spec.head_dim,
+        scale=spec.attention_scale,
+        windows=tuple(layer.sliding_window for layer in spec.layers),
+        softcap=spec.attention_softcap,
+    )
+
+
+def worker_facts(
+    model: Path,
+    spec: ModelSpec,
+    sizes: Sizes,
+    plan: MemoryPlan,
+    shape: KVCacheShape,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> WorkerFacts:
+    return WorkerFacts(
+        model=model.name or str(model),
+        architecture=spec.architecture,
+        dtype=dtype_name(dtype),
+        kv_cache_dtype=dtype_name(shape.dtype),
+        devices=(device_label(device),),
+        num_blocks=plan.num_blocks,
+        first_block_id=FIRST_BLOCK_ID,
+        block_size=sizes.block_size,
+        max_model_len=sizes.max_model_len,
+        max_num_seqs=sizes.max_num_seqs,
+        max_num_batched_tokens=sizes.max_num_batched_tokens,
+        buckets=(),
+        vocab_size=spec.vocab_size,
+        max_num_logprobs=MAX_NUM_LOGPROBS,
+        block_bytes=shape.block_bytes,
+        can_mask_tokens=True,
+    )
