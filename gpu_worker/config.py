@@ -2,70 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import ClassVar, Literal
 
-import yaml
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
+from pydantic import Field, model_validator
+from stepwire.process import settings as process_settings
+from stepwire.process.settings import PositiveInt, ProcessSettings, TokenCounts
 
 PROGRAM = "python -m gpu_worker"
 
 
-def _split_commas(value: object) -> object:
-    """Lists are written 8,16,32 in a flag or a variable, and as a list in YAML."""
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(",") if part.strip()]
-    if isinstance(value, list) and all(isinstance(part, str) for part in value):
-        return [piece for part in value for piece in part.replace(",", " ").split()]
-    return value
-
-
-PositiveInt = Annotated[int, Field(ge=1)]
-TokenCounts = Annotated[tuple[PositiveInt, ...], NoDecode, BeforeValidator(_split_commas)]
-
-
-class YamlFileSource(PydanticBaseSettingsSource):
-    """The file that `--config` or STEPWIRE_CONFIG names; keys are field names, with _ or - between words."""
-
-    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
-        raise NotImplementedError("the file is read as a whole")
-
-    def __call__(self) -> dict[str, Any]:
-        path = self.current_state.get("config")
-        if not path:
-            return {}
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError) as error:
-            raise SettingsError(f"--config: cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-        except yaml.YAMLError as error:
-            raise SettingsError(f"--config: {path} is not YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(values, dict):
-            raise SettingsError(f"--config: {path} must hold 'name: value' lines, not a {type(values).__name__}")
-        return {str(name).replace("-", "_"): value for name, value in values.items()}
-
-
-class WorkerSettings(BaseSettings):
+class WorkerSettings(ProcessSettings):
     """Serves one model to a control plane: runs its step batches and answers with the sampled tokens."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="STEPWIRE_",
-        env_ignore_empty=True,
-        extra="forbid",
-        frozen=True,
-        cli_exit_on_error=False,
-        cli_hide_none_type=True,
-        cli_parse_none_str="unset",
-        cli_implicit_flags=True,
-        cli_kebab_case=True,
-        protected_namespaces=(),
-    )
-
-    config: Path | None = Field(None, description="YAML file with these settings; flags and variables win over it")
+    program: ClassVar[str] = PROGRAM
 
     # What is served, and where.
     model: Path | None = Field(None, description="model directory: config.json and *.safetensors")
@@ -84,7 +35,6 @@ class WorkerSettings(BaseSettings):
     shutdown_grace_s: float = Field(
         10.0, ge=0, description="seconds that queued steps may still take after SIGTERM before the process ends anyway"
     )
-    exit_with_parent: bool = Field(False, description="end when the process that started this one is gone")
 
     # The model's numbers.
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is cuda where there is a device, else cpu")
@@ -120,11 +70,6 @@ class WorkerSettings(BaseSettings):
     )
     cpu_kv_cache_gib: float = Field(2.0, gt=0, description="size of the KV cache on device cpu, in GiB")
     num_threads: PositiveInt | None = Field(None, description="CPU threads of torch; default: one per physical core")
-
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
-    log_format: Literal["text", "json"] = Field(
-        "text", description="log lines on stderr: for people, or one JSON object each"
-    )
 
     # The simulated runner.
     sim_num_blocks: int = Field(4096, ge=2, description="simulated: KV blocks, block 0 (the worker's own) included")
@@ -194,44 +139,7 @@ class WorkerSettings(BaseSettings):
             raise ValueError("--sim-buckets must ascend, each count once, as 8,16,32")
         return self
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        # The flags' source is put in front of these by pydantic-settings.
-        return init_settings, env_settings, YamlFileSource(settings_cls)
-
 
 def parse_settings(argv: Sequence[str]) -> WorkerSettings:
-    """Settings from flags (without the program's name), variables and file; a mistake ends the process with code 2."""
-    known_flags = [f"--{name.replace('_', '-')}" for name in WorkerSettings.model_fields]
-    try:
-        return WorkerSettings(_cli_parse_args=list(argv), _cli_prog_name=PROGRAM)  # type: ignore[call-arg]
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = "_".join(str(part) for part in first["loc"][:1])
-        if not name:
-            _refuse(first["msg"].removeprefix("Value error, "))
-        flag = f"--{name.replace('_', '-')}"
-        if first["type"] == "extra_forbidden":
-            _refuse(f"{name} in the configuration file is not a setting{_suggest(flag, known_flags)}")
-        _refuse(f"{flag} (STEPWIRE_{name.upper()}): {first['msg']}, got {first['input']!r}")
-    except SettingsError as error:
-        message = " ".join(str(error).removeprefix("error parsing CLI: ").split())
-        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
-        _refuse(message + (_suggest(unknown, known_flags) if message.startswith("unrecognized") else ""))
-
-
-def _suggest(flag: str, known_flags: list[str]) -> str:
-    close = difflib.get_close_matches(flag.split("=")[0], known_flags, n=1)
-    return f": did you mean {close[0]}?" if close else ""
-
-
-def _refuse(message: str) -> NoReturn:
-    print(f"{PROGRAM}: {message} (--help explains every setting)", file=sys.stderr)
-    raise SystemExit(2)
+    """Settings from flags (without the program's name), environment and file; a mistake ends with exit code 2."""
+    return process_settings.parse_settings(WorkerSettings, argv)

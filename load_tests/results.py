@@ -13,7 +13,8 @@ import orjson
 
 from load_tests.machine import git_facts, machine_facts, version_facts
 
-RESULTS_DIRECTORY = Path(__file__).resolve().parent / "results"
+REPOSITORY_ROOT = Path(__file__).resolve().parents[1]
+RESULTS_DIRECTORY = REPOSITORY_ROOT / "load_tests" / "results"
 _SECRET_FLAGS = ("--api-key",)
 
 
@@ -47,7 +48,9 @@ def command_line(module: str, argv: Sequence[str], environment: Mapping[str, str
         else:
             shown.append(word)
             hide = word in _SECRET_FLAGS
-    return " ".join([*settings, shlex.join(["python", "-m", module, *shown])])
+    # Commands are given from the clone's root: where that stands is nobody's business.
+    command = shlex.join(["python", "-m", module, *shown]).replace(f"{REPOSITORY_ROOT}/", "")
+    return " ".join([*settings, command])
 
 
 def append_result(path: Path, result: dict[str, Any]) -> None:

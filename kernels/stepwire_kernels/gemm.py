@@ -326,7 +326,7 @@ def load_table(device_name: str) -> dict[tuple[int, int, int], GemvTuning | Skin
 
 
 def _bucket(num_tokens: int) -> int:
-    return num_tokens if num_tokens <= 4 else triton.next_power_of_2(num_tokens)
+    return triton.next_power_of_2(num_tokens)
 
 
 def linear(

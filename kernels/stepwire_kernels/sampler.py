@@ -53,6 +53,7 @@ from stepwire_kernels.threshold_search import (
 )
 
 FAULT_NAN_LOGITS = 2
+FAULT_NO_TOKEN = 4  # masks and biases exclude every token
 MAX_TOP_LOGPROBS = 32
 MAX_VOCAB_SIZE = 2**20
 
@@ -75,7 +76,7 @@ class Sampled:
 
     token_ids: torch.Tensor  # int32 [num_runs]
     logprobs: torch.Tensor  # float32 [num_runs]
-    faults: torch.Tensor  # int32 [num_runs]: FAULT_NAN_LOGITS or 0
+    faults: torch.Tensor  # int32 [num_runs]: FAULT_NAN_LOGITS, FAULT_NO_TOKEN or 0
     top_ids: torch.Tensor  # int32 [num_runs, max_top_logprobs]; -1 past the row's number
     top_logprobs: torch.Tensor  # float32 [num_runs, max_top_logprobs]
 
@@ -509,7 +510,9 @@ def _finish_kernel(
     chosen = tl.load(logits_ptr + run * logits_stride + token).to(tl.float32)
     tl.store(token_ids_ptr + run, token)
     tl.store(logprobs_ptr + run, chosen - log_total)
-    tl.store(faults_ptr + run, tl.where(drawable, 0, 2))
+    # Sound logits of which the masks leave nothing are the request's fault, anything else is the model's.
+    finite = (num_nan == 0.0) & (peak > float("-inf")) & (peak < float("inf"))
+    tl.store(faults_ptr + run, tl.where(drawable, 0, tl.where(finite, 4, 2)))
 
 
 @triton.jit
@@ -651,7 +654,7 @@ def sample(
             LIMIT=CAPACITY,
             LOWEST=LOWEST_KEY,
             USE_PDL=pdl,
-            num_warps=4,
+            num_warps=8,
             **options,
         )
     _finish_kernel[(num_runs,)](

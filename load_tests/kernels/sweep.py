@@ -175,7 +175,7 @@ def sweep_gemm(top: int, out: Path, token_counts: tuple[int, ...] = (1, 2, 4, 8,
         (num_tokens, k, tuning)
         for num_tokens in token_counts
         for k in (4096,)
-        for tuning in (GEMV if num_tokens <= gemm.MAX_GEMV_TOKENS else SKINNY)
+        for tuning in (GEMV if num_tokens == 1 else GEMV + SKINNY if num_tokens == 2 else SKINNY)
     ]
     works = compile_all("gemm", jobs)
     ceilings = measure_ceilings()

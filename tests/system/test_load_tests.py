@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from load_tests.stack import SHAPES_DIRECTORY
-from tests.system.conftest import ROOT, Stack
+from load_tests.control_plane import Rows
+from load_tests.stack import SHAPES_DIRECTORY, ControlPlaneStack
+from tests.system.conftest import ROOT, Stack, wait_until
 
 
 def run_driver(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -84,3 +85,16 @@ def test_a_target_is_needed() -> None:
     done = run_driver("nano")
     assert done.returncode == 2
     assert "--grpc HOST:PORT, --rest URL, or --serve" in done.stderr
+
+
+async def test_a_window_of_steady_decoding_counts_its_steps() -> None:
+    with ControlPlaneStack(["--sim-step-ms=1", "--sim-max-num-seqs=8"]) as running:
+        async with Rows(running, num_rows=8, max_tokens=4000) as rows:
+            window = await rows.window(0.5)
+            assert all(not record.ended_s and record.num_tokens > 0 for record in rows.records)
+        assert window.num_steps > 0
+        assert window.wall_s / window.num_steps >= 0.001  # no step is shorter than the worker's
+        assert 0 < window.control_plane.main_thread_s <= window.control_plane.total_s < window.wall_s * 8
+        assert window.worker_cpu_s > 0
+        # The rows were cancelled: their blocks come back.
+        wait_until(lambda: running.metric("stepwire_kv_blocks_in_use") == [0.0], 10, running.log)

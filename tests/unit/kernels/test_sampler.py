@@ -105,18 +105,19 @@ def test_filters_match_the_sorted_twin(shape: str) -> None:
 
 
 def test_filters_on_massive_ties() -> None:
-    vocab_size = 5200
+    vocab_size = 4500
     logits = torch.randint(0, 3, (len(FILTERS), vocab_size)).float()
     parameters = [dataclasses.replace(item, seed=index) for index, item in enumerate(FILTERS)]
-    assert_same(*run(logits, parameters, max_top=0))
-    assert_same(*run(torch.zeros(len(FILTERS), vocab_size), parameters))
+    assert_same(*run(logits, parameters))
+    equal = [RowParameters(top_k=40), RowParameters(top_p=0.9), RowParameters(top_k=20, top_p=0.8)]
+    assert_same(*run(torch.zeros(len(equal), vocab_size), equal))
 
 
 def test_kept_sets_are_exact() -> None:
     """Drawing many tokens from one distribution visits the twin's kept set and nothing else."""
-    logits = torch.randn(1, 300).repeat(64, 1) * 2
+    logits = torch.randn(1, 300).repeat(20, 1) * 2
     item = RowParameters(top_k=7, top_p=0.9, temperature=2.0)
-    out, twin = run(logits, [item] * 64, positions=list(range(64)))
+    out, twin = run(logits, [item] * 20, positions=list(range(20)))
     assert_same(out, twin)
     kept = reference.keep_tokens(logits[0].double() / 2.0, item).nonzero().flatten().tolist()
     assert set(out.token_ids.tolist()) <= set(kept) and len(set(out.token_ids.tolist())) > 2
@@ -216,8 +217,8 @@ def test_frequencies_follow_the_distribution() -> None:
     counts = np.bincount(drawn.argmax(axis=1), minlength=4) / 4000
     assert np.abs(counts - probabilities.numpy()).max() < 0.03
     # And the kernel draws from that same noise.
-    out, twin = run(probabilities.log().repeat(50, 1), [RowParameters(seed=42)] * 50, positions=list(range(50)))
-    assert out.token_ids.tolist() == drawn[:50].argmax(axis=1).tolist() == [item.token_id for item in twin]
+    out, twin = run(probabilities.log().repeat(20, 1), [RowParameters(seed=42)] * 20, positions=list(range(20)))
+    assert out.token_ids.tolist() == drawn[:20].argmax(axis=1).tolist() == [item.token_id for item in twin]
 
 
 def test_misfits_are_refused() -> None:

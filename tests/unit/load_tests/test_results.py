@@ -10,7 +10,7 @@ import pytest
 from load_tests.control_plane import Window, fitted_line, quieter_half
 from load_tests.process_cpu import CpuReading, read_cpu
 from load_tests.report import BEGIN, END, render, replace_tables
-from load_tests.results import append_result, command_line, read_results
+from load_tests.results import REPOSITORY_ROOT, append_result, command_line, read_results
 from load_tests.tables import remarks
 
 
@@ -42,6 +42,12 @@ def test_keys_are_not_written_down() -> None:
         "STEPWIRE_API_KEY=... STEPWIRE_SIM_STEP_MS='5 0' "
         "python -m load_tests nano --api-key ... --rest http://h --api-key=... --label 'a b'"
     )
+
+
+def test_paths_in_the_clone_are_given_from_its_root() -> None:
+    argv = ["--serve", f"{REPOSITORY_ROOT}/load_tests/shapes/qwen3-0.6b --seed 1", "--out", "/tmp/x"]
+    shown = command_line("load_tests", argv, {})
+    assert shown == "python -m load_tests --serve 'load_tests/shapes/qwen3-0.6b --seed 1' --out /tmp/x"
 
 
 def test_lines_are_appended_and_read_by_date(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from gpu_worker.assembly import attention_spec
 from gpu_worker.attention.api import StepMetadata
 from gpu_worker.attention.torch_backend import TorchAttention
 from gpu_worker.kv_cache import KVCache, KVCacheShape
@@ -17,7 +18,6 @@ from gpu_worker.models.family import ModelFamily
 from gpu_worker.models.loader import load_weights, read_spec
 from gpu_worker.parallel import ParallelContext
 from gpu_worker.quant.none import Unquantized
-from gpu_worker.runner import _attention_spec
 from tests.unit.gpu_worker.models.tiny_checkpoints import TINY, save_tiny
 
 BLOCK_SIZE = 4
@@ -33,7 +33,7 @@ class PagedModel:
         self.model: ModelFamily = family(spec, 256, build)
         load_weights(self.model, directory)
         cache = KVCache(KVCacheShape.of(spec, parallel, BLOCK_SIZE, dtype), 80, build.device)
-        self.attention = TorchAttention(_attention_spec(spec, parallel), cache.layers, dtype)
+        self.attention = TorchAttention(attention_spec(spec, parallel), cache.layers, dtype)
         self.table = np.random.default_rng(0).permutation(np.arange(1, 80))[None, :]
 
     @torch.inference_mode()

@@ -1,0 +1,183 @@
+"""Paged attention by the Triton kernels: everything a step needs to know of its runs is built on the device.
+
+One token a run goes to the split-KV decode kernel, several to the prefill kernel; a mixed step launches both on the same
+tensors. Which run belongs to which is found by the work lists' kernels, so that a captured graph serves any content.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from stepwire_kernels.attention_decode import SUPPORTED_HEAD_DIMS, allocate_decode_workspace, decode_attention
+from stepwire_kernels.attention_prefill import default_prefill_tuning, prefill_attention, prefill_tile_tokens
+from stepwire_kernels.rope_kv import rope_and_write_kv
+from stepwire_kernels.step_input import StepInput
+from stepwire_kernels.work_list import (
+    MAX_CHUNKS,
+    WorkList,
+    allocate_decode_list,
+    allocate_prefill_list,
+    build_decode_list,
+    build_prefill_list,
+)
+
+from gpu_worker.attention.api import AttentionSpec
+from gpu_worker.layers.ops import AttentionHeads, StepPositions
+
+MAX_GROUP_SIZE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceStep:
+    """A step whose lengths only the device knows; the host knows which kernels it needs."""
+
+    inputs: StepInput
+    block_tables: torch.Tensor  # int32 [max_num_seqs, max_blocks_per_row]
+    has_decodes: bool
+    """Whether runs of one token are possible."""
+    has_prefills: bool
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionLimits:
+    """The largest step."""
+
+    max_runs: int
+    max_tokens: int
+    max_padding_tokens: int
+
+
+def unsupported_attention(spec: AttentionSpec, block_size: int) -> str | None:
+    """Why the kernels cannot serve these heads; None: they can."""
+    if spec.head_dim not in SUPPORTED_HEAD_DIMS:
+        return f"head size {spec.head_dim} is not one of {', '.join(map(str, SUPPORTED_HEAD_DIMS))}"
+    if spec.num_heads % spec.num_kv_heads or spec.num_heads // spec.num_kv_heads > MAX_GROUP_SIZE:
+        return f"{spec.num_heads} query heads over {spec.num_kv_heads} KV heads"
+    if block_size < 16 or block_size & (block_size - 1):
+        return f"block_size {block_size} is not a power of two of at least 16"
+    return None
+
+
+class TritonAttention:
+    """Attention over `kv_caches`, one a layer: [2, num_blocks, num_kv_heads, block_size, head_dim], keys and values."""
+
+    def __init__(
+        self, spec: AttentionSpec, kv_caches: list[torch.Tensor], limits: AttentionLimits, *, pdl: bool
+    ) -> None:
+        self.spec = spec
+        self._pdl = pdl
+        self._block_size = kv_caches[0].shape[3]
+        self._keys = [cache[0] for cache in kv_caches]
+        self._values = [cache[1] for cache in kv_caches]
+        device = kv_caches[0].device
+        # Kernels write 0 for "all tokens".
+        self._windows = tuple(window or 0 for window in spec.windows)
+        self._prefill_tuning = default_prefill_tuning(spec.head_dim, self._block_size, kv_caches[0].dtype)
+        self._tile_tokens = prefill_tile_tokens(spec.num_heads, spec.num_kv_heads, self._prefill_tuning)
+        self._decode_lists = {
+            window: allocate_decode_list(limits.max_runs, limits.max_padding_tokens, device)
+            for window in sorted(set(self._windows))
+        }
+        self._prefill_list = allocate_prefill_list(limits.max_runs, limits.max_tokens, self._tile_tokens, device)
+        largest = next(iter(self._decode_lists.values()))
+        self._workspace = allocate_decode_workspace(largest, spec.num_heads, spec.head_dim)
+        self._limits = limits
+        self._step: DeviceStep | None = None
+        self._decode_work: dict[int, WorkList] = {}
+        self._prefill_work: WorkList | None = None
+
+    def supports(self, spec: AttentionSpec) -> str | None:
+        return unsupported_attention(spec, self._block_size)
+
+    def plan(self, step: DeviceStep) -> None:
+        """Build the work lists that all layers share. Launches kernels; captured with the rest of a graph."""
+        inputs = step.inputs
+        self._step = step
+        self._decode_work, self._prefill_work = {}, None
+        if step.has_decodes:
+            num_padding = min(inputs.max_tokens, self._limits.max_padding_tokens)
+            for window, whole in self._decode_lists.items():
+                work = _first_part(whole, inputs.max_runs * (MAX_CHUNKS + 1) + num_padding, inputs.max_runs)
+                build_decode_list(
+                    inputs.query_starts, inputs.kv_lens, inputs.run_rows, work, window=window, pdl=self._pdl
+                )
+                self._decode_work[window] = work
+        if step.has_prefills:
+            num_tiles = -(-inputs.max_tokens // self._tile_tokens) + inputs.max_runs
+            work = _first_part(self._prefill_list, num_tiles, inputs.max_runs)
+            build_prefill_list(
+                inputs.query_starts,
+                inputs.kv_lens,
+                inputs.run_rows,
+                work,
+                tile_tokens=self._tile_tokens,
+                pdl=self._pdl,
+            )
+            self._prefill_work = work
+
+    def plan_graph(self, bucket: int) -> None:
+        """Every buffer is allocated for the largest step: nothing is left to prepare."""
+
+    def rotate_and_write(self, qkv: torch.Tensor, heads: AttentionHeads, positions: StepPositions) -> torch.Tensor:
+        """Norms of heads, rotation, and this step's keys and values into the cache.
+
+        qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim] -> the queries, a view of it,
+        [num_tokens, num_heads, head_dim].
+        """
+        query_norm, key_norm = heads.query_norm, heads.key_norm
+        return rope_and_write_kv(
+            qkv,
+            self._keys[heads.layer],
+            self._values[heads.layer],
+            positions.positions,
+            self._planned().inputs.slots,
+            positions.tables.cos,
+            positions.tables.sin,
+            heads.num_heads,
+            q_norm=None if query_norm is None else query_norm.weight,
+            k_norm=None if key_norm is None else key_norm.weight,
+            norm_eps=1e-6 if query_norm is None else query_norm.eps,
+            pdl=self._pdl,
+        )
+
+    def run(self, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, layer: int) -> torch.Tensor:
+        if k is not None or v is not None:
+            raise ValueError("the triton attention backend reads keys and values from the cache: call rotate_and_write")
+        step, window = self._planned(), self._windows[layer]
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # [num_tokens, num_heads, head_dim]
+        arguments = (q, self._keys[layer], self._values[layer], step.block_tables)
+        soft_cap = self.spec.softcap or 0.0
+        if self._prefill_work is not None:
+            prefill_attention(
+                *arguments,
+                self._prefill_work,
+                self.spec.scale,
+                out,
+                window=window,
+                soft_cap=soft_cap,
+                tuning=self._prefill_tuning,
+                pdl=self._pdl,
+            )
+        if self._decode_work:
+            decode_attention(
+                *arguments,
+                self._decode_work[window],
+                self._workspace,
+                self.spec.scale,
+                out,
+                window=window,
+                soft_cap=soft_cap,
+                pdl=self._pdl,
+            )
+        return out.flatten(1)
+
+    def _planned(self) -> DeviceStep:
+        if self._step is None:
+            raise RuntimeError("plan() comes before the layers")
+        return self._step
+
+
+def _first_part(work: WorkList, num_records: int, num_runs: int) -> WorkList:
+    """A smaller step's view of the largest step's list."""
+    return WorkList(work.records[:num_records], work.num_records, work.runs[:num_runs])
