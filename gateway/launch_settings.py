@@ -62,7 +62,7 @@ class LaunchSettings(ProcessSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="element type of weights and activations", json_schema_extra=_passed_to(WORKER)
     )
-    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8"] = Field(
         "auto", description="element type of the KV cache", json_schema_extra=_passed_to(WORKER)
     )
     load_format: Literal["auto", "dummy"] = Field(

@@ -75,6 +75,13 @@ def _load_runner(settings: WorkerSettings) -> Runner:
         from gpu_worker.simulated import SimulatedRunner, SimulationSpec
 
         return SimulatedRunner(SimulationSpec.from_settings(settings))
+    from gpu_worker.device import resolve_device
+
+    device = resolve_device(settings.device)
+    if device.type == "cuda":
+        from gpu_worker.cuda.loading import load_cuda_runner
+
+        return load_cuda_runner(settings, device)
     from gpu_worker.runner import TorchRunner
 
     return TorchRunner.load(settings)

@@ -84,6 +84,11 @@ class TorchRunner:
         device = resolve_device(settings.device)
         spec, family = read_spec(settings.model)
         dtype = resolve_dtype(settings.dtype, device, spec.dtype)
+        if settings.kv_cache_dtype == "fp8":
+            raise ModelConfigError(
+                "kv_cache_dtype fp8 needs the CUDA kernels, and this model runs in plain torch: "
+                "set --kv-cache-dtype auto, bfloat16 or float16"
+            )
         kv_dtype = resolve_kv_dtype(settings.kv_cache_dtype, dtype)
         parallel = ParallelContext()
         build = BuildContext(parallel, Unquantized(), dtype, device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -160,6 +160,15 @@ class PendingStep(Protocol):
 
     def result(self) -> StepResult:
         """Block until the step's results are on the host. Called once, in launch order, on the completion thread."""
+        ...
+
+
+@runtime_checkable
+class UsesPauses(Protocol):
+    """A runner that has something to do while no step waits."""
+
+    def idle(self) -> bool:
+        """Do a little of it, on the main thread; True: there is more for this pause. An exception as in `execute`."""
         ...
 
 

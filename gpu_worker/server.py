@@ -34,7 +34,7 @@ from grpc_health.v1.health import aio as health_aio  # type: ignore[attr-defined
 from stepwire.v1 import worker_pb2, worker_pb2_grpc
 
 from gpu_worker.listen import ListenAddress, ListenError
-from gpu_worker.runner_api import PendingStep, Runner, SessionEnded, StepError, WorkerFacts
+from gpu_worker.runner_api import PendingStep, Runner, SessionEnded, StepError, UsesPauses, WorkerFacts
 from gpu_worker.session import QueuedStep, Session, StreamContext
 from gpu_worker.step_codec import PROTOCOL_VERSION, encode_facts, encode_result
 
@@ -141,7 +141,7 @@ class WorkerServer:
             signal.signal(number, _leave_to_the_loop)
         self._on_loop(self._set_serving())
         on_ready(self._facts)
-        while not isinstance(work := self._work.get(), _Stop):
+        while not isinstance(work := self._next_work(runner), _Stop):
             if isinstance(work, QueuedStep):
                 self._launch(runner, work)
             else:
@@ -162,6 +162,15 @@ class WorkerServer:
             self._on_loop(self._stop_grpc())
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._loop_thread.join(_LAST_RESORT_S)
+
+    def _next_work(self, runner: Runner) -> QueuedStep | _Reset | _Stop:
+        if isinstance(runner, UsesPauses):
+            try:
+                while self._work.empty() and not self._has_failed and runner.idle():
+                    pass
+            except Exception as error:
+                self._fail("preparing for steps to come", error)
+        return self._work.get()
 
     def _launch(self, runner: Runner, step: QueuedStep) -> None:
         session, step_id = step.session, step.batch.step_id

@@ -80,6 +80,7 @@ class RequestOutput:
         "_on_ready",
         "_sequences",
         "is_closed",
+        "sends_logprobs",
         "tag",
     )
 
@@ -95,6 +96,8 @@ class RequestOutput:
         tag: int = 0,
     ) -> None:
         self.tag = tag
+        # Whether its messages may be large.
+        self.sends_logprobs = built.output.sends_logprobs
         # Nothing more will come out: the last message was taken, or the request was cancelled.
         self.is_closed = False
         self._built = built
@@ -114,11 +117,6 @@ class RequestOutput:
     @property
     def request_id(self) -> str:
         return self._built.core.request_id
-
-    @property
-    def sends_logprobs(self) -> bool:
-        """Whether its messages may be large."""
-        return self._built.output.sends_logprobs
 
     def _start_sequence(self) -> _SequenceStream:
         plan = self._built.output

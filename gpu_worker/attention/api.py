@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -36,14 +36,20 @@ class StepMetadata:
     positions: npt.NDArray[np.int64]  # [num_tokens]
 
 
-class AttentionBackend(Protocol):
-    """Writes a step's keys and values into the cache and attends over it."""
+StepT_contra = TypeVar("StepT_contra", contravariant=True)
+
+
+class AttentionBackend(Protocol[StepT_contra]):
+    """Writes a step's keys and values into the cache and attends over it.
+
+    What it is told of a step is its own affair: `StepMetadata` where the host plans, less where the device does.
+    """
 
     def supports(self, spec: AttentionSpec) -> str | None:
         """None, or why this backend cannot do it."""
         ...
 
-    def plan(self, step: StepMetadata) -> None:
+    def plan(self, step: StepT_contra) -> None:
         """Prepare what all layers of the step share. Called once a step, before any `run`."""
         ...
 

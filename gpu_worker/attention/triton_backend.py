@@ -1,7 +1,8 @@
 """Paged attention by the Triton kernels: everything a step needs to know of its runs is built on the device.
 
-One token a run goes to the split-KV decode kernel, several to the prefill kernel; a mixed step launches both on the same
-tensors. Which run belongs to which is found by the work lists' kernels, so that a captured graph serves any content.
+One token a run goes to the split-KV decode kernel, several to the prefill kernel; a mixed step launches both on the
+same tensors. Which run belongs to which is found by the work lists' kernels, so that a captured graph serves any
+content.
 """
 
 from __future__ import annotations
@@ -86,6 +87,13 @@ class TritonAttention:
         self._step: DeviceStep | None = None
         self._decode_work: dict[int, WorkList] = {}
         self._prefill_work: WorkList | None = None
+
+    def num_bytes(self) -> int:
+        """Memory of the lists and of the scratch, KV cache aside."""
+        lists = [*self._decode_lists.values(), self._prefill_list]
+        tensors = [tensor for work in lists for tensor in vars(work).values()]
+        tensors += vars(self._workspace).values()
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def supports(self, spec: AttentionSpec) -> str | None:
         return unsupported_attention(spec, self._block_size)

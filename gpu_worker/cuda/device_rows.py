@@ -137,9 +137,7 @@ class DeviceRows(RowTable):
 
 
 def _penalises(sampling: RowSampling) -> bool:
-    return (
-        sampling.repetition_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
-    )
+    return sampling.repetition_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
 
 
 def _bias_words(sampling: RowSampling, suppresses: bool) -> Int32Array:

@@ -68,6 +68,10 @@ class CudaPendingStep:
                 self._taken = (self.timeline.results[self.slot].numpy().copy(), times)
             return self._taken
 
+    def times(self) -> StepTimes:
+        """Block until the step has ended; when it ran, on the device's clock."""
+        return self.collect()[1]
+
     def result(self) -> StepResult:
         slot, times = self.collect()
         records = slot[: self.layout.max_runs * RESULT_WORDS].reshape(-1, RESULT_WORDS)[self.sampled.records]
@@ -94,7 +98,11 @@ class CudaPendingStep:
         return result
 
     def _add_logprobs(
-        self, result: StepResult, slot: npt.NDArray[np.int32], records: npt.NDArray[np.int32], kept: npt.NDArray[np.bool_]
+        self,
+        result: StepResult,
+        slot: npt.NDArray[np.int32],
+        records: npt.NDArray[np.int32],
+        kept: npt.NDArray[np.bool_],
     ) -> None:
         layout, asked = self.layout, self.sampled.num_logprobs[kept]
         logprobs = np.ascontiguousarray(records[kept, RESULT_LOGPROB]).view(np.float32)

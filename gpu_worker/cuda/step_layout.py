@@ -42,10 +42,7 @@ class StepShape:
     is_decode: bool
     """Every run has one token; run r is token r."""
     has_decodes: bool
-
-    @property
-    def num_samples(self) -> int:
-        return self.num_logits
+    """Whether a run of one token is among them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +73,11 @@ class StepPlanner:
         self.max_tokens = _round_up(max(max_num_batched_tokens, max_num_seqs), TOKEN_MULTIPLE)
         self._num_runs = np.array([*(size for size in SMALL_NUM_RUNS if size < self.max_runs), self.max_runs])
 
+    @property
+    def small_num_runs(self) -> int:
+        """The least number of runs that a step with prefills is padded to."""
+        return int(self._num_runs[0])
+
     def lay_out(self, batch: StepBatch, sound: IntArray, rows: DeviceRows) -> StepLayout:
         """The device's view of the runs `sound` of a step; at least one."""
         counts = batch.run_num_tokens[sound].astype(np.int64)
@@ -83,11 +85,8 @@ class StepPlanner:
         run_rows = batch.run_rows[sound].astype(np.int64)
         is_decode = bool((counts == 1).all())
         num_sampled = int(samples.sum())
-        if is_decode or num_sampled == len(sound):
-            order = None
-        else:
-            # Runs that sample first: logits are computed for a leading part.
-            order = np.argsort(~samples, kind="stable")
+        # In a mixed step the runs that sample come first: logits are computed for a leading part.
+        is_ordered = is_decode or num_sampled == len(sound)
         runs = np.empty((len(sound), RUN_WORDS), dtype=np.int32)  # [num_runs, 4]
         runs[:, 0] = run_rows
         runs[:, 1] = batch.run_start_positions[sound]
@@ -95,8 +94,8 @@ class StepPlanner:
         runs[:, 3] = samples * (RUN_SAMPLES + RUN_COUNTS * rows.has_penalties[run_rows])
         sampled_rows = run_rows[samples]
         sampled_runs = np.flatnonzero(samples) if is_decode else np.arange(num_sampled)
-        if order is not None:
-            runs = runs[order]
+        if not is_ordered:
+            runs = runs[np.argsort(~samples, kind="stable")]
         return StepLayout(self._shape(counts, num_sampled, is_decode), runs, sampled_rows, sampled_runs)
 
     def _shape(self, counts: IntArray, num_sampled: int, is_decode: bool) -> StepShape:

@@ -9,7 +9,7 @@ have been read, and at two steps in flight nobody ever waits for that.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,7 +41,7 @@ class Timeline(Protocol):
         """The slot's buffer for the next step, once the device has taken what it held."""
         ...
 
-    def step(self, slot: int, num_words: int) -> Iterator[None]:
+    def step(self, slot: int, num_words: int) -> AbstractContextManager[None]:
         """Context in which a step's kernels are launched, its buffer in `packed`."""
         ...
 

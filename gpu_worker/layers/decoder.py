@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ from gpu_worker.parallel import Share
 class ForwardContext:
     """What a forward pass needs beside its hidden states; the attention backend has planned the step already."""
 
-    attention: AttentionBackend
+    attention: AttentionBackend[Any]
     positions: StepPositions
 
 
@@ -108,6 +109,7 @@ class Decoder:
     def __init__(self, spec: ModelSpec, max_position: int, build: BuildContext) -> None:
         self.spec = spec
         self.dtype = build.dtype
+        self.device = build.device
         self._ops = build.ops
         self.tables = RotaryTables.build(spec.rope, max_position, build.device)
         self.embedding = Embedding(spec.vocab_size, spec.hidden_size, build)
@@ -137,7 +139,7 @@ class Decoder:
         return sum(part.num_bytes() for _, part in self.weighted()) + self.head.num_bytes()
 
     def hidden_states(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, attention: AttentionBackend
+        self, token_ids: torch.Tensor, positions: torch.Tensor, attention: AttentionBackend[Any]
     ) -> HiddenStates:
         """token_ids, positions [num_tokens] -> what comes out of the blocks, before the final norm."""
         context = ForwardContext(attention, self._ops.prepare_positions(self.tables, positions, self.dtype))

@@ -7,7 +7,7 @@ reference; `gpu_worker.cuda.ops.TritonOps` does the same with one kernel each.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +57,7 @@ class LayerOps(Protocol):
     def prepare_positions(self, tables: RotaryTables, positions: torch.Tensor, dtype: torch.dtype) -> StepPositions: ...
 
     def attend(
-        self, qkv: torch.Tensor, heads: AttentionHeads, positions: StepPositions, attention: AttentionBackend
+        self, qkv: torch.Tensor, heads: AttentionHeads, positions: StepPositions, attention: AttentionBackend[Any]
     ) -> torch.Tensor:
         """Norms of query and key heads, rotation, write into the KV cache, attention.
 
@@ -107,7 +107,7 @@ class TorchOps:
         return StepPositions(tables, positions, tables.gather(positions, dtype))
 
     def attend(
-        self, qkv: torch.Tensor, heads: AttentionHeads, positions: StepPositions, attention: AttentionBackend
+        self, qkv: torch.Tensor, heads: AttentionHeads, positions: StepPositions, attention: AttentionBackend[Any]
     ) -> torch.Tensor:
         num_heads, num_rotated, rotation = heads.num_heads, heads.num_heads + heads.num_kv_heads, positions.rotation
         if rotation is None:

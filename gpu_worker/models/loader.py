@@ -133,24 +133,25 @@ class _RandomBlock:
     A block is repeated from another offset for every tensor: good enough to compute with, useless as a model.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self._block = torch.randn(RANDOM_BLOCK_SIZE, generator=generator)
+        # Drawn on the host, so that a seed means the same weights on every device; filled where the weights are.
+        self._block = torch.randn(RANDOM_BLOCK_SIZE, generator=generator).to(device)
         self._offset = 0
 
     def fill(self, target: torch.Tensor, std: float) -> None:
         flat = target.view(-1)
         # An odd stride through the block: no two tensors of a model begin at the same value.
         self._offset = (self._offset + 7919) % RANDOM_BLOCK_SIZE
-        block = (self._block.roll(-self._offset) * std).to(device=target.device, dtype=target.dtype)
-        for start in range(0, flat.numel(), RANDOM_BLOCK_SIZE):
-            piece = flat[start : start + RANDOM_BLOCK_SIZE]
-            piece.copy_(block[: piece.numel()])
+        block = (self._block.roll(-self._offset) * std).to(target.dtype)
+        num_whole = flat.numel() // RANDOM_BLOCK_SIZE * RANDOM_BLOCK_SIZE
+        flat[:num_whole].view(-1, RANDOM_BLOCK_SIZE).copy_(block)
+        flat[num_whole:].copy_(block[: flat.numel() - num_whole])
 
 
 def fill_random(model: ModelFamily, seed: int) -> None:
     """Random weights (load_format dummy), the same for the same seed."""
-    random = _RandomBlock(seed)
+    random = _RandomBlock(seed, model.device)
     for _, layer in model.weighted():
         layer.fill_random(random)
         layer.finish()

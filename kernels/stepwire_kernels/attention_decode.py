@@ -323,7 +323,7 @@ def decode_attention(
     _, num_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
     group = num_heads // num_kv_heads
-    tuning = tuning or default_decode_tuning(head_dim, block_size, k_cache.dtype)
+    tuning = tuning or default_decode_tuning(head_dim, k_cache.dtype, work.runs.shape[0] * num_kv_heads)
     block_d = triton.next_power_of_2(head_dim)
     grid = (num_multiprocessors(q.device) * tuning.programs_per_sm,)
     _decode_kernel[grid](
@@ -380,8 +380,9 @@ def decode_attention(
     return out
 
 
-def default_decode_tuning(head_dim: int, block_size: int, cache_dtype: torch.dtype) -> DecodeTuning:
+def default_decode_tuning(head_dim: int, cache_dtype: torch.dtype, runs_times_heads: int) -> DecodeTuning:
     """The launch shape measured best on an H200 for this head dimension and cache dtype."""
     if head_dim > 128 or cache_dtype == torch.float32:
         return DecodeTuning(num_warps=1, num_stages=2, programs_per_sm=6)
-    return DecodeTuning()
+    # A batch too small for two items a program is better spread over more programs.
+    return DecodeTuning(programs_per_sm=12 if runs_times_heads < 256 else 8)

@@ -483,6 +483,7 @@ def sample_row(
         score = z
     best = score.max()
     drawable = not has_nan and bool(torch.isfinite(best))
+    is_sound = not has_nan and bool(torch.isfinite(wide.max()))
     token = int((score == best).nonzero()[0]) if bool(best > float("-inf")) else 0
     count = min(parameters.num_logprobs, wide.numel())
     order = wide.sort(descending=True, stable=True).indices[:count].tolist()
@@ -490,7 +491,7 @@ def sample_row(
         token_id=token,
         logprob=float(logprobs[token]),
         top=tuple((index, float(logprobs[index])) for index in order),
-        fault=0 if drawable else 2,
+        fault=0 if drawable else 4 if is_sound else 2,
     )
 
 

@@ -414,6 +414,22 @@ def _filtered_token(
     low, high_left, count, target, _ = select_interval(
         weights_ptr, 0, num_splits, top, low, high, amount, by_mass, BLOCK_SPLITS
     )
+    if count > LIMIT:
+        # The pivots were too coarse, or the distribution is flat: narrow by passes over the row.
+        low, high_left, count, target = narrow_interval(
+            values_ptr, vocab_size, top, first_low, high, amount, by_mass, TILE, LIMIT
+        )
+        if (count > LIMIT) & limits_k & limits_p:
+            # `low` is the exact k-th value with more ties than fit; top-p starts over above it.
+            low, high_left, count, target = narrow_interval(
+                values_ptr, vocab_size, top, low, high, top_p, limits_p, TILE, LIMIT
+            )
+            limits_k = limits_k & (count < 0.0)
+        if count <= LIMIT:
+            none_yet = tl.full([], 0, tl.int32)
+            copy_candidates(
+                values_ptr, vocab_size, low, high, none_yet, candidate_values_ptr, candidate_ids_ptr, TILE, LIMIT
+            )
     token = tl.full([], 0, tl.int32)
     if count <= LIMIT:
         offsets = tl.arange(0, LIMIT)
@@ -435,10 +451,6 @@ def _filtered_token(
         best = tl.max(score, axis=0)
         token = tl.min(tl.where(score == best, ids, 0x7FFFFFFF), axis=0)
     else:
-        # A limit of one token: the passes go on until the threshold itself is found.
-        low, _, _, _ = narrow_interval(values_ptr, vocab_size, top, first_low, high, amount, by_mass, TILE, 1)
-        if limits_k & limits_p:
-            low, _, _, _ = narrow_interval(values_ptr, vocab_size, top, low, high, top_p, limits_p, TILE, 1)
         token = _best_of_row(values_ptr, vocab_size, low, seed_low, seed_high, sequence_index, position, LANE)
     return token
 

@@ -4,7 +4,7 @@ Floats are compared as order-preserving int32 keys, so that a search ends at an 
 the largest key t for which weight(keys >= t) >= target, where a token weighs 1 (top-k: target k) or its probability
 (top-p: target p * Z). Ties at the threshold are all kept.
 
-Fast road, parallel over a row's splits: `weigh_split` weighs each split at six pivots a fixed distance below the row's
+Fast road, parallel over a row's splits: `weigh_split` weighs each split at eight pivots a fixed distance below the row's
 maximum; `select_interval` adds them up and picks the interval that holds the threshold; `collect_split` copies the
 tokens from its lower end on, if there are at most CAPACITY; `search_registers` ends the search among them.
 
@@ -20,8 +20,8 @@ import triton.language as tl
 CAPACITY = 4096
 LOWEST_KEY = -2139095041  # key of -inf
 PASS_TILE = 4096
-NUM_PIVOTS = 6
-WEIGHTS_WIDTH = 16  # floats a split: NUM_PIVOTS counts, padding to 8, NUM_PIVOTS masses, padding
+NUM_PIVOTS = 8
+WEIGHTS_WIDTH = 2 * NUM_PIVOTS  # floats a split: the pivots' counts, then their masses
 
 
 @triton.jit
@@ -174,12 +174,17 @@ def search_registers(keys, weights, low, high, target):
 
 @triton.jit
 def pivot_key(top, low, high, INDEX: tl.constexpr):
-    """Pivot 0 is `low`, pivots 1 to 5 lie 16, 8, 4, 2 and 1 below the maximum."""
+    """Pivot 0 is `low`; pivots 1 to 7 lie 16, 11.3, 8, 5.7, 4, 2.8 and 2 below the maximum."""
     if INDEX == 0:
         key = low
     else:
-        key = tl.minimum(tl.maximum(float_to_key(top - tl.exp2(5.0 - INDEX)), low), high)
+        key = tl.minimum(tl.maximum(float_to_key(top - tl.exp2(4.5 - 0.5 * INDEX)), low), high)
     return key
+
+
+@triton.jit
+def _add_eight(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7
 
 
 @triton.jit
@@ -190,10 +195,35 @@ def weigh_split(values_ptr, offset, vocab_size, top, low, high, weights_ptr, TIL
     value = tl.load(values_ptr + at, mask=inside, other=float("-inf"))
     key = float_to_key(value)
     mass = tl.exp(value - top)
-    for index in tl.static_range(6):
-        above = inside & (key >= pivot_key(top, low, high, index))
-        tl.store(weights_ptr + index, tl.sum(above.to(tl.float32), axis=0))
-        tl.store(weights_ptr + 8 + index, tl.sum(tl.where(above, mass, 0.0), axis=0))
+    for half in tl.static_range(2):
+        in0 = inside & (key >= pivot_key(top, low, high, 4 * half))
+        in1 = inside & (key >= pivot_key(top, low, high, 4 * half + 1))
+        in2 = inside & (key >= pivot_key(top, low, high, 4 * half + 2))
+        in3 = inside & (key >= pivot_key(top, low, high, 4 * half + 3))
+        # One reduction of eight values: a barrier costs more than the additions.
+        c0, c1, c2, c3, m0, m1, m2, m3 = tl.reduce(
+            (
+                in0.to(tl.float32),
+                in1.to(tl.float32),
+                in2.to(tl.float32),
+                in3.to(tl.float32),
+                tl.where(in0, mass, 0.0),
+                tl.where(in1, mass, 0.0),
+                tl.where(in2, mass, 0.0),
+                tl.where(in3, mass, 0.0),
+            ),
+            0,
+            _add_eight,
+        )
+        counts = weights_ptr + 4 * half
+        tl.store(counts, c0)
+        tl.store(counts + 1, c1)
+        tl.store(counts + 2, c2)
+        tl.store(counts + 3, c3)
+        tl.store(counts + 8, m0)
+        tl.store(counts + 9, m1)
+        tl.store(counts + 10, m2)
+        tl.store(counts + 11, m3)
 
 
 @triton.jit
@@ -215,7 +245,7 @@ def select_interval(weights_ptr, split, num_splits, top, low, high, amount, by_m
     # Where even all tokens weigh too little, all are kept and there is nothing to search.
     enough = tl.where(by_mass, first_mass, count) >= target
     new_high = tl.where(enough, high, low)
-    for index in tl.static_range(1, 6):
+    for index in tl.static_range(1, 8):
         counts = tl.load(row + index, mask=in_row, other=0.0)
         masses = tl.load(row + 8 + index, mask=in_row, other=0.0)
         total = tl.sum(counts, axis=0)

@@ -137,7 +137,8 @@ def requirements_of_image(dockerfile: str, target: str | None) -> set[str]:
                 continue
             assert words[words.index("-c") + 1] == "constraints.txt", "versions are pinned"
             extras = [words[index + 1] for index, word in enumerate(words) if word == "--extra"]
-            wanted += project_requirements(*extras)
+            if "pyproject.toml" in words:
+                wanted += project_requirements(*extras)
             options = {index + 1 for index, word in enumerate(words) if word in ("-c", "-r", "--extra")}
             wanted += [
                 Requirement(word)

@@ -1,0 +1,162 @@
+"""Puts a `CudaRunner` together: what the GPU must be able to do, the model, the memory plan, the buffers."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import structlog
+import torch
+from stepwire_kernels.step_result import result_slot_words
+
+from gpu_worker.assembly import (
+    MAX_NUM_LOGPROBS,
+    Sizes,
+    attention_spec,
+    load_model,
+    plan_memory,
+    resolve_kv_dtype,
+    resolve_sizes,
+    worker_facts,
+)
+from gpu_worker.attention.triton_backend import AttentionLimits, TritonAttention, unsupported_attention
+from gpu_worker.config import WorkerSettings
+from gpu_worker.cuda.ops import TritonOps
+from gpu_worker.cuda.runner import CudaRunner
+from gpu_worker.cuda.step_graphs import StepGraphs
+from gpu_worker.cuda.step_layout import TOKEN_MULTIPLE, StepPlanner
+from gpu_worker.cuda.step_program import ProgramBuffers, ProgramLimits, StepProgram
+from gpu_worker.cuda.timeline import NUM_SLOTS, CudaTimeline
+from gpu_worker.device import resolve_dtype
+from gpu_worker.kv_cache import GIB, KVCache, KVCacheShape, MemoryBudgetError
+from gpu_worker.layers.linear import BuildContext
+from gpu_worker.model_spec import ModelConfigError, ModelSpec
+from gpu_worker.models.loader import read_spec
+from gpu_worker.parallel import ParallelContext
+from gpu_worker.quant.none import Unquantized
+from gpu_worker.runner import TorchRunner
+from gpu_worker.runner_api import Runner
+
+log = structlog.get_logger(__name__)
+
+MIN_CAPABILITY = (8, 0)
+PDL_CAPABILITY = (9, 0)
+# Words of a step buffer: prompts that are added together beyond this travel in several copies.
+BUFFER_WORDS = 1 << 20
+# Graphs' own memory and their intermediate tensors, which the pool keeps beside those of eager steps.
+GRAPH_BYTES = GIB
+WARM_UP_TOKENS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """Limits that follow from a worker's sizes."""
+
+    planner: StepPlanner
+    program: ProgramLimits
+    attention: AttentionLimits
+
+    @classmethod
+    def of(cls, sizes: Sizes, vocab_size: int) -> _Parts:
+        planner = StepPlanner(sizes.max_num_seqs, sizes.max_num_batched_tokens)
+        return cls(
+            planner,
+            ProgramLimits(
+                max_num_seqs=sizes.max_num_seqs,
+                max_model_len=sizes.max_model_len,
+                max_runs=planner.max_runs,
+                max_tokens=planner.max_tokens,
+                block_size=sizes.block_size,
+                vocab_size=vocab_size,
+                max_top=MAX_NUM_LOGPROBS,
+            ),
+            AttentionLimits(planner.max_runs, planner.max_tokens, TOKEN_MULTIPLE),
+        )
+
+
+def load_cuda_runner(settings: WorkerSettings, device: torch.device) -> Runner:
+    """The runner for a CUDA device; the plain torch runner, with a warning, where the kernels cannot serve the model.
+
+    Raises:
+        ModelConfigError, CheckpointError, MemoryBudgetError: as `TorchRunner.load`.
+    """
+    if settings.model is None:
+        raise ModelConfigError("no model is set: give the model's directory with --model")
+    spec, family = read_spec(settings.model)
+    parallel = ParallelContext()
+    dtype = resolve_dtype(settings.dtype, device, spec.dtype)
+    sizes = resolve_sizes(settings, spec, device)
+    reason = _unsupported(spec, parallel, sizes, device)
+    if reason is not None:
+        log.warning("the CUDA kernels cannot run this: plain torch does, many times slower", reason=reason)
+        return TorchRunner.load(settings)
+    begun = time.monotonic()
+    torch.cuda.set_device(device)
+    pdl = torch.cuda.get_device_capability(device) >= PDL_CAPABILITY
+    ops = TritonOps(device, pdl=pdl)
+    build = BuildContext(parallel, Unquantized(ops), dtype, device, ops)
+    shape = KVCacheShape.of(spec, parallel, sizes.block_size, resolve_kv_dtype(settings.kv_cache_dtype, dtype))
+    model = load_model(settings, family, spec, build, sizes.max_model_len)
+    sizes, plan = plan_memory(
+        settings, spec, parallel, shape, sizes, model.num_bytes(), device, dtype, _workspace_bytes(spec, sizes)
+    )
+    for line in plan.lines():
+        log.info(line)
+    _check_free(plan.kv_bytes + plan.activation_bytes, settings.gpu_memory_utilization, device)
+    kv_cache = KVCache(shape, plan.num_blocks, device)
+    parts = _Parts.of(sizes, spec.vocab_size)
+    attention = TritonAttention(attention_spec(spec, parallel), kv_cache.layers, parts.attention, pdl=pdl)
+    buffers = ProgramBuffers.allocate(parts.program, device)
+    timeline = CudaTimeline(device, BUFFER_WORDS, result_slot_words(parts.planner.max_runs, MAX_NUM_LOGPROBS))
+    program = StepProgram(model, attention, buffers, timeline.packed, timeline.results, parts.program, pdl=pdl)
+    graphs = None if settings.enforce_eager else StepGraphs(timeline.compute)
+    facts = worker_facts(settings.model, spec, sizes, plan, shape, device, dtype)
+    runner = CudaRunner(facts, program, parts.planner, timeline, graphs, device)
+    warm_begun = time.monotonic()
+    runner.warm_up(min(WARM_UP_TOKENS, parts.planner.max_tokens))
+    torch.cuda.synchronize(device)
+    log.info(
+        "kernels are warm",
+        seconds=round(time.monotonic() - warm_begun, 2),
+        since_load_began=round(time.monotonic() - begun, 2),
+    )
+    return runner
+
+
+def _unsupported(spec: ModelSpec, parallel: ParallelContext, sizes: Sizes, device: torch.device) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        have, need = (".".join(map(str, pair)) for pair in (capability, MIN_CAPABILITY))
+        return f"{torch.cuda.get_device_name(device)} has compute capability {have}, and the kernels need {need}"
+    return unsupported_attention(attention_spec(spec, parallel), sizes.block_size)
+
+
+def _workspace_bytes(spec: ModelSpec, sizes: Sizes) -> int:
+    """What the runner holds beside weights, activations and KV cache; counted on tensors without memory."""
+    meta = torch.device("meta")
+    parts = _Parts.of(sizes, spec.vocab_size)
+    buffers = ProgramBuffers.allocate(parts.program, meta)
+    held = sum(
+        tensor.numel() * tensor.element_size()
+        for part in (buffers.rows, buffers.inputs, buffers.sampler_workspace, buffers.sampled)
+        for tensor in vars(part).values()
+    )
+    no_cache = [torch.empty((2, 1, spec.num_kv_heads, sizes.block_size, spec.head_dim), device=meta)] * spec.num_layers
+    attention = TritonAttention(attention_spec(spec, ParallelContext()), no_cache, parts.attention, pdl=False)
+    step_buffers = (NUM_SLOTS + 1) * BUFFER_WORDS * 4
+    return held + attention.num_bytes() + step_buffers + GRAPH_BYTES
+
+
+def _check_free(needed: int, utilization: float, device: torch.device) -> None:
+    """The plan is made of the whole device's memory: another process may hold a part of it."""
+    free, total = torch.cuda.mem_get_info(device)
+    if needed <= free:
+        return
+    fitting = utilization - (needed - free) / total
+    advice = (
+        f"set --gpu-memory-utilization {fitting - 0.005:.2f}" if fitting > 0.01 else "free the device, or use another"
+    )
+    raise MemoryBudgetError(
+        f"{needed / GIB:.2f} GiB are planned beside the weights and {free / GIB:.2f} GiB of {device} are free: other "
+        f"processes use the rest; {advice}"
+    )

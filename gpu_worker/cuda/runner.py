@@ -1,0 +1,246 @@
+"""The CUDA runner: a step is one packed copy and one graph, launched without ever waiting for the device.
+
+`execute` checks the step against the host's mirror of the rows, packs what changed, and launches; the results are read
+by the completion thread. Tokens never visit the host on their way into the next step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from gpu_worker.assembly import batch_limits
+from gpu_worker.cuda.device_rows import DeviceRows, StagedChanges
+from gpu_worker.cuda.results import NO_RUNS, CudaPendingStep, RecordLayout, SampledRuns
+from gpu_worker.cuda.step_graphs import GraphKey, GraphKind, StepGraphs
+from gpu_worker.cuda.step_layout import StepLayout, StepPlanner, StepShape, pack, split_changes
+from gpu_worker.cuda.step_program import StepMasks, StepProgram
+from gpu_worker.cuda.timeline import NUM_SLOTS, Timeline
+from gpu_worker.runner_api import RowFault, StepBatch, TokenMask, WorkerFacts
+
+NO_RUN_RECORDS = np.zeros((0, 4), dtype=np.int32)
+
+
+class CudaRunner:
+    """Implements `runner_api.Runner`; `gpu_worker.cuda.loading` builds it.
+
+    Args:
+        graphs: None launches every kernel by itself.
+    """
+
+    def __init__(
+        self,
+        facts: WorkerFacts,
+        program: StepProgram,
+        planner: StepPlanner,
+        timeline: Timeline,
+        graphs: StepGraphs | None,
+        device: torch.device,
+    ) -> None:
+        self._facts = facts
+        self._program = program
+        self._planner = planner
+        self._timeline = timeline
+        self._graphs = graphs
+        self._device = device
+        self._rows = DeviceRows(batch_limits(facts))
+        self._layout = RecordLayout(planner.max_runs, facts.max_num_logprobs)
+        self._in_slot: list[CudaPendingStep | None] = [None] * NUM_SLOTS
+        self._next_slot = 0
+        self._to_capture: GraphKey | None = None
+        # (row, generation) of rows that got no token, found by the completion thread.
+        self._failed: SimpleQueue[tuple[int, int]] = SimpleQueue()
+
+    def describe(self) -> WorkerFacts:
+        return self._facts
+
+    def reset(self) -> None:
+        self._rows.clear()
+
+    def close(self) -> None:
+        self._rows.clear()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def idle(self) -> bool:
+        """Use a pause: capture the next graph, small first. True: there is more to do in the next pause."""
+        if self._graphs is None:
+            return False
+        key = next(self._graphs.missing(self._planner.buckets), None)
+        if key is None:
+            return False
+        shape = self._planner.decode_shape(key.bucket)
+        # Padding alone: it compiles what this bucket needs, and touches nobody's rows.
+        self._run_unseen(shape, NO_RUN_RECORDS)
+        self._capture(key, shape)
+        return True
+
+    def warm_up(self, num_tokens: int) -> None:
+        """Compile and load what the first requests need, before there are any.
+
+        A decode step of one row, and one of `num_tokens` tokens that has a prefill and a decode. They read and write
+        the scratch block only.
+        """
+        decode = self._planner.decode_shape(1)
+        self._run_unseen(decode, NO_RUN_RECORDS)
+        runs = np.array([(0, 0, num_tokens - 1, 0), (0, 0, 1, 0)], dtype=np.int32)
+        for has_decodes in (False, True):
+            shape = StepShape(self._planner.small_num_runs, num_tokens, 1, False, has_decodes)
+            self._run_unseen(shape, runs)
+        if self._graphs is not None:
+            self._capture(GraphKey(1, GraphKind.PLAIN), decode)
+
+    def _run_unseen(self, shape: StepShape, runs: npt.NDArray[np.int32]) -> None:
+        """A step whose results nobody reads."""
+        slot = self._free_slot()
+        with self._timeline.step(slot, pack(self._timeline.host_buffer(slot), (), runs, (), slot)):
+            self._launch_plain(shape)
+        self._in_slot[slot] = None
+
+    def _launch_plain(self, shape: StepShape) -> None:
+        logits = self._program.forward(shape)
+        if logits is not None:
+            self._program.sample(shape, logits, is_full=False)
+
+    def _capture(self, key: GraphKey, shape: StepShape) -> None:
+        if self._graphs is None:
+            return
+
+        def launch() -> torch.Tensor | None:
+            logits = self._program.forward(shape)
+            if logits is not None and key.kind is not GraphKind.FORWARD:
+                self._program.sample(shape, logits, is_full=key.kind is GraphKind.FULL)
+            return logits
+
+        self._graphs.capture(key, launch)
+
+    def execute(self, batch: StepBatch, wait_for_mask: Callable[[], TokenMask]) -> CudaPendingStep:
+        begun = time.perf_counter_ns()
+        self._forget_failed()
+        faults: list[RowFault] = []
+        sound = self._rows.take(batch, faults)
+        slot = self._free_slot()
+        layout = self._planner.lay_out(batch, sound, self._rows) if len(sound) else None
+        sampled = NO_RUNS
+        if layout is not None:
+            contexts = layout.runs[:, 1] + layout.runs[:, 2]
+            samples = (layout.runs[:, 3] & 1) != 0
+            self._rows.advance(layout.runs[:, 0].astype(np.int64), contexts.astype(np.int64), samples)
+            sampled = self._sampled_runs(layout)
+        num_words, recounts = self._pack(slot, layout)
+        packed = time.perf_counter_ns()
+        with self._timeline.step(slot, num_words):
+            if layout is None:
+                self._program.apply_changes()
+                if recounts:
+                    self._program.recount()
+            else:
+                self._launch(slot, layout, batch, wait_for_mask, recounts)
+        pending = CudaPendingStep(
+            batch.step_id,
+            slot,
+            sampled,
+            faults,
+            self._layout,
+            self._timeline,
+            lambda row, generation: self._failed.put((row, generation)),
+            packed - begun,
+        )
+        self._in_slot[slot] = pending
+        if self._to_capture is not None and layout is not None:
+            self._capture(self._to_capture, layout.shape)
+            self._to_capture = None
+        return pending
+
+    def _forget_failed(self) -> None:
+        while True:
+            try:
+                row, generation = self._failed.get_nowait()
+            except Empty:
+                return
+            if self._rows.generations[row] == generation:
+                # Its blocks need no cleaning: the kernels never let a masked key or value into the arithmetic.
+                self._rows.forget(row)
+
+    def _free_slot(self) -> int:
+        slot = self._next_slot
+        self._next_slot = (slot + 1) % NUM_SLOTS
+        former = self._in_slot[slot]
+        if former is not None:
+            former.collect()
+        return slot
+
+    def _sampled_runs(self, layout: StepLayout) -> SampledRuns:
+        rows = layout.sampled_rows
+        return SampledRuns(rows, layout.sampled_runs, self._rows.generations[rows], self._rows.num_logprobs[rows])
+
+    def _pack(self, slot: int, layout: StepLayout | None) -> tuple[int, bool]:
+        """Fill the slot's buffer; words used, and whether rows are to be recounted. What does not fit goes ahead."""
+        runs = NO_RUN_RECORDS if layout is None else layout.runs
+        out = self._timeline.host_buffer(slot)
+        parts = list(split_changes(self._rows.take_changes(), runs.size, len(out)))
+        for part in parts[:-1]:
+            with self._timeline.step(slot, pack(out, part.writes, NO_RUN_RECORDS, (), slot)):
+                self._program.apply_changes()
+            out = self._timeline.host_buffer(slot)
+        last: StagedChanges = parts[-1]
+        return pack(out, last.writes, runs, last.recounts, slot), bool(last.recounts)
+
+    def _launch(
+        self,
+        slot: int,
+        layout: StepLayout,
+        batch: StepBatch,
+        wait_for_mask: Callable[[], TokenMask],
+        recounts: bool,
+    ) -> None:
+        shape, rows = layout.shape, layout.sampled_rows
+        needs_masks = len(batch.mask_rows) > 0 or any(row in self._rows.allowed_bits for row in rows.tolist())
+        is_full = (
+            recounts
+            or bool(self._rows.has_penalties[layout.runs[:, 0]].any())
+            or bool((self._rows.num_logprobs[rows] > 0).any())
+        )
+        kind = GraphKind.FORWARD if needs_masks else GraphKind.FULL if is_full else GraphKind.PLAIN
+        captured = None
+        if self._graphs is not None and shape.is_decode:
+            captured = self._graphs.get(GraphKey(shape.num_runs, kind))
+        if captured is not None:
+            captured.graph.replay()
+            logits = captured.logits
+        else:
+            logits = self._program.forward(shape)
+        if captured is None or needs_masks:
+            self._timeline.mark_logits(slot)
+            if logits is not None:
+                masks = self._masks(layout, wait_for_mask() if len(batch.mask_rows) else None) if needs_masks else None
+                self._program.sample(shape, logits, is_full=is_full, masks=masks)
+            elif recounts:
+                self._program.recount()
+        if captured is None and self._graphs is not None and shape.is_decode:
+            # Its kernels have just been launched, so they are compiled; from the next such step on it is one launch.
+            self._to_capture = GraphKey(shape.num_runs, kind)
+
+    def _masks(self, layout: StepLayout, mask: TokenMask | None) -> StepMasks:
+        """The step's token masks on the device: a request's grammar, its allowed tokens, or what both allow."""
+        words: list[npt.NDArray[np.uint32]] = []
+        mask_rows = np.full(layout.shape.num_logits, -1, dtype=np.int32)  # [num_logits]
+        late = {} if mask is None else {int(row): mask.bitmask[index] for index, row in enumerate(mask.rows)}
+        for row, run in zip(layout.sampled_rows.tolist(), layout.sampled_runs.tolist(), strict=True):
+            asked = [bits for bits in (late.get(row), self._rows.allowed_bits.get(row)) if bits is not None]
+            if asked:
+                mask_rows[run] = len(words)
+                words.append(np.bitwise_and.reduce(asked))
+        on_host = np.stack(words) if words else np.zeros((1, -(-self._facts.vocab_size // 32)), dtype=np.uint32)
+        return StepMasks(self._to_device(on_host.view(np.int32)), self._to_device(mask_rows))
+
+    def _to_device(self, array: npt.NDArray[np.int32]) -> torch.Tensor:
+        host = torch.from_numpy(array)
+        if self._device.type == "cuda":
+            host = host.pin_memory()
+        return host.to(self._device, non_blocking=True)

@@ -1,0 +1,173 @@
+"""What a step launches, from the step buffer to the sampled tokens: the same for a capture as for eager launches.
+
+    apply the delta - build the inputs - work lists - decoder - logits  |  recount - sample - write back - results
+
+Every kernel reads shapes from the host and content from the device, so that a captured program serves any step of its
+shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from stepwire_kernels import sampler, step_input, step_result
+from stepwire_kernels.gather import gather_last_hidden
+from stepwire_kernels.sampler import Sampled
+from stepwire_kernels.step_input import RowState, StepInput
+
+from gpu_worker.attention.triton_backend import DeviceStep, TritonAttention
+from gpu_worker.cuda.device_rows import MAX_BIASES
+from gpu_worker.cuda.step_layout import StepShape
+from gpu_worker.layers.decoder import HiddenStates
+from gpu_worker.models.family import ModelFamily
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramLimits:
+    """What the program's buffers are allocated for."""
+
+    max_num_seqs: int
+    max_model_len: int
+    max_runs: int
+    max_tokens: int
+    block_size: int
+    vocab_size: int
+    max_top: int
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramBuffers:
+    """Everything that lives from step to step beside weights and KV cache."""
+
+    rows: RowState
+    inputs: StepInput
+    sampler_workspace: sampler.SamplerWorkspace
+    sampled: Sampled
+
+    @classmethod
+    def allocate(cls, limits: ProgramLimits, device: torch.device) -> ProgramBuffers:
+        rows = step_input.allocate_row_state(
+            limits.max_num_seqs,
+            limits.max_model_len,
+            limits.block_size,
+            limits.vocab_size,
+            device,
+            max_biases=MAX_BIASES,
+        )
+        return cls(
+            rows=rows,
+            inputs=step_input.allocate_step_input(limits.max_runs, limits.max_tokens, device),
+            sampler_workspace=sampler.allocate_sampler_workspace(limits.max_runs, limits.vocab_size, device),
+            sampled=sampler.allocate_sampled(limits.max_runs, limits.max_top, device),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StepMasks:
+    """Token masks of one step, on the device."""
+
+    words: torch.Tensor  # int32 [num_masks, ceil(vocab_size / 32)]
+    rows: torch.Tensor  # int32 [num_samples]: the run's row of `words`, or -1
+
+
+class StepProgram:
+    """Launches a step's kernels on the current stream."""
+
+    def __init__(
+        self,
+        model: ModelFamily,
+        attention: TritonAttention,
+        buffers: ProgramBuffers,
+        packed: torch.Tensor,
+        results: torch.Tensor,
+        limits: ProgramLimits,
+        *,
+        pdl: bool,
+    ) -> None:
+        self._model = model
+        self._attention = attention
+        self._buffers = buffers
+        self._packed = packed
+        self._results = results
+        self._limits = limits
+        self._pdl = pdl
+        rows = buffers.rows
+        # What the plain sampler sees: the same rows, without token counts.
+        self._rows_without_counts = RowState(
+            rows.tokens, rows.lengths, rows.block_tables, rows.parameters, rows.biases, rows.token_counts[:0]
+        )
+        sampled = buffers.sampled
+        self._sampled_without_top = Sampled(
+            sampled.token_ids, sampled.logprobs, sampled.faults, sampled.top_ids[:, :0], sampled.top_logprobs[:, :0]
+        )
+
+    def apply_changes(self) -> None:
+        """Only the delta, for changes that come without runs or do not fit one buffer."""
+        step_input.apply_delta(self._packed, self._buffers.rows)
+
+    def recount(self) -> None:
+        """Token counts of the rows that the step buffer names."""
+        step_input.recount_tokens(self._packed, self._buffers.rows)
+
+    @torch.inference_mode()
+    def forward(self, shape: StepShape) -> torch.Tensor | None:
+        """Delta, inputs and the model; logits [num_logits, vocab_size] of the first runs, None where none samples."""
+        rows, inputs = self._buffers.rows, self._inputs(shape)
+        self.apply_changes()
+        step_input.build_step_input(
+            self._packed, rows, inputs, self._limits.block_size, one_token_runs=shape.is_decode, pdl=self._pdl
+        )
+        self._attention.plan(DeviceStep(inputs, rows.block_tables, shape.has_decodes, not shape.is_decode))
+        hidden = self._model.hidden_states(inputs.input_ids, inputs.positions, self._attention)
+        if shape.num_logits == 0:
+            return None
+        if not shape.is_decode:
+            starts = inputs.query_starts[: shape.num_logits + 1]
+            hidden = HiddenStates(
+                gather_last_hidden(hidden.output, starts, pdl=self._pdl),
+                gather_last_hidden(hidden.residual, starts, pdl=self._pdl),
+            )
+        return self._model.logits(hidden)
+
+    @torch.inference_mode()
+    def sample(self, shape: StepShape, logits: torch.Tensor, *, is_full: bool, masks: StepMasks | None = None) -> None:
+        """Draw tokens, append them to their rows, and write the results for the host.
+
+        `is_full`: with penalties, top log-probabilities and recounting; what nobody asked for is not paid for.
+        """
+        inputs = self._inputs(shape)
+        rows = self._buffers.rows if is_full else self._rows_without_counts
+        sampled = self._buffers.sampled if is_full else self._sampled_without_top
+        if is_full:
+            self.recount()
+        sampler.sample(
+            logits,
+            inputs.run_rows,
+            inputs.sample_positions,
+            rows,
+            self._buffers.sampler_workspace,
+            sampled,
+            masks=None if masks is None else masks.words,
+            mask_rows=None if masks is None else masks.rows,
+            pdl=self._pdl,
+        )
+        step_input.write_back_tokens(sampled.token_ids[: shape.num_runs], inputs, rows, pdl=self._pdl)
+        step_result.pack_result(
+            self._packed, sampled, inputs, shape.num_logits, self._results, self._limits.max_runs, pdl=self._pdl
+        )
+
+    def _inputs(self, shape: StepShape) -> StepInput:
+        """The step's part of the input buffers."""
+        whole, num_runs, num_tokens = self._buffers.inputs, shape.num_runs, shape.num_tokens
+        return StepInput(
+            input_ids=whole.input_ids[:num_tokens],
+            positions=whole.positions[:num_tokens],
+            slots=whole.slots[:num_tokens],
+            query_starts=whole.query_starts[: num_runs + 1],
+            kv_lens=whole.kv_lens[:num_runs],
+            run_rows=whole.run_rows[:num_runs],
+            run_flags=whole.run_flags[:num_runs],
+            sample_positions=whole.sample_positions[:num_runs],
+            faults=whole.faults[:num_runs],
+        )
