@@ -15,12 +15,12 @@ from stepwire_kernels.attention_prefill import default_prefill_tuning, prefill_a
 from stepwire_kernels.rope_kv import rope_and_write_kv
 from stepwire_kernels.step_input import StepInput
 from stepwire_kernels.work_list import (
-    MAX_CHUNKS,
+    RECORD_WORDS,
     WorkList,
-    allocate_decode_list,
     allocate_prefill_list,
     build_decode_list,
     build_prefill_list,
+    chunk_policy_for,
 )
 
 from gpu_worker.attention.api import AttentionSpec
@@ -71,19 +71,26 @@ class TritonAttention:
         self._block_size = kv_caches[0].shape[3]
         self._keys = [cache[0] for cache in kv_caches]
         self._values = [cache[1] for cache in kv_caches]
+        self._limits = limits
         device = kv_caches[0].device
         # Kernels write 0 for "all tokens".
         self._windows = tuple(window or 0 for window in spec.windows)
         self._prefill_tuning = default_prefill_tuning(spec.head_dim, self._block_size, kv_caches[0].dtype)
         self._tile_tokens = prefill_tile_tokens(spec.num_heads, spec.num_kv_heads, self._prefill_tuning)
+        self._num_kv_heads = spec.num_kv_heads
+        # Small steps split finer, so that the most records need not be those of the most runs.
+        most = max(self._num_decode_records(num_runs) for num_runs in range(1, limits.max_runs + 1))
         self._decode_lists = {
-            window: allocate_decode_list(limits.max_runs, limits.max_padding_tokens, device)
+            window: WorkList(
+                records=torch.zeros((most, RECORD_WORDS), dtype=torch.int32, device=device),
+                num_records=torch.zeros(1, dtype=torch.int32, device=device),
+                runs=torch.zeros((limits.max_runs, 4), dtype=torch.int32, device=device),
+            )
             for window in sorted(set(self._windows))
         }
         self._prefill_list = allocate_prefill_list(limits.max_runs, limits.max_tokens, self._tile_tokens, device)
         largest = next(iter(self._decode_lists.values()))
         self._workspace = allocate_decode_workspace(largest, spec.num_heads, spec.head_dim)
-        self._limits = limits
         self._step: DeviceStep | None = None
         self._decode_work: dict[int, WorkList] = {}
         self._prefill_work: WorkList | None = None
@@ -91,8 +98,8 @@ class TritonAttention:
     def num_bytes(self) -> int:
         """Memory of the lists and of the scratch, KV cache aside."""
         lists = [*self._decode_lists.values(), self._prefill_list]
-        tensors = [tensor for work in lists for tensor in vars(work).values()]
-        tensors += vars(self._workspace).values()
+        tensors = [tensor for work in lists for tensor in (work.records, work.num_records, work.runs)]
+        tensors += (self._workspace.partial_out, self._workspace.partial_sums)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def supports(self, spec: AttentionSpec) -> str | None:
@@ -104,16 +111,18 @@ class TritonAttention:
         self._step = step
         self._decode_work, self._prefill_work = {}, None
         if step.has_decodes:
-            num_padding = min(inputs.max_tokens, self._limits.max_padding_tokens)
+            policy = chunk_policy_for(inputs.max_runs, self._num_kv_heads)
+            num_records = self._num_decode_records(inputs.max_runs)
             for window, whole in self._decode_lists.items():
-                work = _first_part(whole, inputs.max_runs * (MAX_CHUNKS + 1) + num_padding, inputs.max_runs)
+                work = WorkList(whole.records[:num_records], whole.num_records, whole.runs[: inputs.max_runs], policy)
                 build_decode_list(
                     inputs.query_starts, inputs.kv_lens, inputs.run_rows, work, window=window, pdl=self._pdl
                 )
                 self._decode_work[window] = work
         if step.has_prefills:
             num_tiles = -(-inputs.max_tokens // self._tile_tokens) + inputs.max_runs
-            work = _first_part(self._prefill_list, num_tiles, inputs.max_runs)
+            whole = self._prefill_list
+            work = WorkList(whole.records[:num_tiles], whole.num_records, whole.runs[: inputs.max_runs])
             build_prefill_list(
                 inputs.query_starts,
                 inputs.kv_lens,
@@ -123,6 +132,12 @@ class TritonAttention:
                 pdl=self._pdl,
             )
             self._prefill_work = work
+
+    def _num_decode_records(self, num_runs: int) -> int:
+        """Room for any content of a step of `num_runs` runs."""
+        policy = chunk_policy_for(num_runs, self._num_kv_heads)
+        # One chunk more than the policy's: a sliding window need not start at a chunk's edge.
+        return num_runs * (policy.max_chunks + 1) + self._limits.max_padding_tokens
 
     def plan_graph(self, bucket: int) -> None:
         """Every buffer is allocated for the largest step: nothing is left to prepare."""
@@ -184,8 +199,3 @@ class TritonAttention:
         if self._step is None:
             raise RuntimeError("plan() comes before the layers")
         return self._step
-
-
-def _first_part(work: WorkList, num_records: int, num_runs: int) -> WorkList:
-    """A smaller step's view of the largest step's list."""
-    return WorkList(work.records[:num_records], work.num_records, work.runs[:num_runs])

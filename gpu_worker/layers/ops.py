@@ -7,7 +7,7 @@ reference; `gpu_worker.cuda.ops.TritonOps` does the same with one kernel each.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
