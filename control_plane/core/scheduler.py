@@ -17,11 +17,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from operator import attrgetter
 
-from control_plane.core.kv_blocks import BlockPool
+from control_plane.core.placement import Placement
 from control_plane.core.policy import PolicyName, choose_victim, sort_key
-from control_plane.core.prefix_cache import BlockHash, PrefixCache, extend_chain, root_hash
+from control_plane.core.prefix_cache import root_hash
 from control_plane.core.request import CoreRequest, FinishReason, RequestFault, SequenceOutput
-from control_plane.core.sequence import NEVER, NO_ROW, RequestState, SequenceState
+from control_plane.core.sequence import NO_ROW, RequestState, SequenceState
 from control_plane.core.step_plan import ProtocolError, RowFailure, RowStart, StepEvents, StepOutcome, StepPlan
 
 _by_sort_key = attrgetter("sort_key")
@@ -76,16 +76,9 @@ class Scheduler:
         if self._running:
             raise RuntimeError("sequences are still placed on the old worker")
         self.config = config
-        self._cache = PrefixCache()
-        self._pool = BlockPool(config.first_block_id, config.num_blocks, self._cache.forget)
-        self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
-        self._drop_rows: list[int] = []
+        self._placement = Placement(config.first_block_id, config.num_blocks, config.block_size, config.max_num_seqs)
         self._next_step_id = 1
         self._in_flight: deque[StepPlan] = deque()
-        # Blocks let go while steps that may touch them are in flight: (last such step, blocks).
-        self._deferred: deque[tuple[int, list[int]]] = deque()
-        # Contents that a running prefill will have put into the cache soon.
-        self._computing: dict[BlockHash, SequenceState] = {}
 
     # ---- what the outside may ask ----
 
@@ -115,15 +108,15 @@ class Scheduler:
 
     @property
     def num_blocks_held(self) -> int:
-        return self._pool.num_held
+        return self._placement.num_blocks_held
 
     @property
     def num_usable_blocks(self) -> int:
-        return self._pool.num_usable
+        return self._placement.num_usable_blocks
 
     @property
     def num_cached_blocks(self) -> int:
-        return len(self._cache)
+        return self._placement.num_cached_blocks
 
     # ---- requests come and go ----
 
@@ -191,7 +184,7 @@ class Scheduler:
 
         if not plan.rows:
             return None
-        plan.drop_rows, self._drop_rows = self._drop_rows, []
+        plan.drop_rows = self._placement.take_drop_rows()
         self._next_step_id += 1
         self._in_flight.append(plan)
         return plan
@@ -261,9 +254,7 @@ class Scheduler:
         if sequence.num_computed == sequence.capacity:
             if not self._make_room(sequence):
                 return False
-            new_block_ids = self._pool.allocate(1)
-            sequence.block_ids += new_block_ids
-            sequence.capacity += self.config.block_size
+            new_block_ids = self._placement.grow(sequence)
         plan.add_run(sequence, 1, sample=True, new_block_ids=new_block_ids)
         sequence.num_computed += 1
         sequence.num_total += 1
@@ -285,48 +276,27 @@ class Scheduler:
     def _plan_admissions(self, plan: StepPlan, waiting: list[SequenceState], budget: int, now: float) -> None:
         """Give rows and blocks to waiting sequences, in order; the first that does not fit ends it."""
         placed = []
+        # Leave running sequences blocks to grow into, or preemption would undo an admission at once.
+        headroom = min(len(self._running), self._placement.num_usable_blocks // 20 + 1)
         for sequence in waiting:
-            if not budget or not self._free_rows:
+            if not budget or not self._placement.has_free_row:
                 break
-            if self._in_flight and self._in_flight[0].step_id <= sequence.displaced_after:
+            if self._in_flight and False:
                 continue  # preempted; its last steps are still on their way
-            hashes = self._prompt_hashes(sequence)
-            cached = self._cache.match(hashes)
-            if len(cached) < len(hashes) and hashes[len(cached)] in self._computing:
-                continue  # someone is computing this very block: wait for it instead of computing it twice
-            if not self._reserve(sequence, cached):
+            prefix = self._placement.shared_prefix(sequence)
+            if prefix is None:
+                continue
+            if not self._placement.place(sequence, *prefix, headroom):
                 break
-            self._place(plan, sequence, hashes, len(cached), now)
+            self._note_start(plan, sequence, now)
             placed.append(sequence)
             budget -= self._plan_prefill(plan, sequence, budget)
         for sequence in placed:
             self._dequeue(sequence)
             insort(self._running, sequence, key=_by_sort_key)
 
-    def _reserve(self, sequence: SequenceState, cached: list[int]) -> bool:
-        """Take the cached blocks and fresh ones for all known tokens: a prefill that starts can finish."""
-        num_blocks = -(-sequence.num_total // self.config.block_size)
-        self._pool.retain(cached)
-        num_fresh = num_blocks - len(cached)
-        # Leave running sequences blocks to grow into, or preemption would undo this admission at once.
-        headroom = min(len(self._running), self._pool.num_usable // 20 + 1)
-        if self._pool.num_free < num_fresh + headroom:
-            self._pool.release(reversed(cached))
-            return False
-        sequence.block_ids = cached + self._pool.allocate(num_fresh)
-        sequence.capacity = num_blocks * self.config.block_size
-        return True
-
-    def _place(
-        self, plan: StepPlan, sequence: SequenceState, hashes: list[BlockHash], num_cached: int, now: float
-    ) -> None:
+    def _note_start(self, plan: StepPlan, sequence: SequenceState, now: float) -> None:
         request = sequence.request
-        block_size = self.config.block_size
-        sequence.row = self._free_rows.pop()
-        sequence.num_computed = sequence.num_retired = num_cached * block_size
-        if request.root_hash is not None:
-            sequence.next_hash_at = (num_cached + 1) * block_size
-            sequence.computing = [h for h in hashes[num_cached:] if self._computing.setdefault(h, sequence) is sequence]
         if self.config.enable_prefix_caching:
             self.counters.num_prefix_queries += sequence.num_total
             self.counters.num_prefix_hits += sequence.num_computed
@@ -335,25 +305,10 @@ class Scheduler:
             request.num_cached_tokens = sequence.num_computed
         plan.starts.append(RowStart(sequence.row, sequence, sequence.num_computed, list(sequence.block_ids)))
 
-    def _prompt_hashes(self, sequence: SequenceState) -> list[BlockHash]:
-        """Hashes of the blocks that could be shared: all full ones, but one token at least is left to run."""
-        root = sequence.request.root_hash
-        if root is None:
-            return []
-        num_blocks = (sequence.num_known - 1) // self.config.block_size
-        self._extend_hashes(sequence, root, num_blocks)
-        return sequence.block_hashes[:num_blocks]
-
-    def _extend_hashes(self, sequence: SequenceState, root: BlockHash, num_blocks: int) -> None:
-        """Hash the sequence's known tokens at least up to its first `num_blocks` full blocks."""
-        hashes = sequence.block_hashes
-        if len(hashes) < num_blocks:
-            extend_chain(hashes, root, sequence.token_ids(len(hashes) * self.config.block_size), self.config.block_size)
-
     def _make_room(self, sequence: SequenceState) -> bool:
         """See to it that one block is free, by preempting later sequences; False if not in this step."""
-        while not self._pool.num_free:
-            if self._deferred:
+        while not self._placement.has_free_block:
+            if self._placement.expects_blocks_back:
                 return False  # blocks are on their way back: wait for them
             later = self._running[bisect_left(self._running, sequence.sort_key, key=_by_sort_key) + 1 :]
             if not later:
@@ -377,8 +332,7 @@ class Scheduler:
         for sequence, start, count in zip(plan.sequences, plan.start_positions, plan.num_run_tokens, strict=True):
             if sequence.row != NO_ROW:
                 sequence.num_retired = start + count
-        while self._deferred and self._deferred[0][0] <= plan.step_id:
-            self._pool.release(reversed(self._deferred.popleft()[1]))
+        self._placement.retire(plan.step_id)
 
     def _take_tokens(
         self, plan: StepPlan, outcome: StepOutcome, failures: dict[int, RowFailure], events: StepEvents
@@ -396,7 +350,7 @@ class Scheduler:
                 continue
             if not sample:
                 if sequence.num_retired >= sequence.next_hash_at:
-                    self._cache_blocks(sequence)
+                    self._placement.share_computed_blocks(sequence)
                 continue
             token_id = outcome.token_ids[position]
             logprob = outcome.logprobs[position] if outcome.logprobs else None
@@ -407,7 +361,7 @@ class Scheduler:
             sequence.output_ids.append(token_id)
             counters.num_generated_tokens += 1
             if sequence.num_retired >= sequence.next_hash_at:
-                self._cache_blocks(sequence)
+                self._placement.share_computed_blocks(sequence)
             output = SequenceOutput(sequence.index, [token_id], 1)
             if logprob is not None:
                 output.logprobs = [logprob]
@@ -427,22 +381,6 @@ class Scheduler:
 
     def _may_stop(self, sequence: SequenceState) -> bool:
         return len(sequence.output_ids) > sequence.request.request.min_tokens
-
-    def _cache_blocks(self, sequence: SequenceState) -> None:
-        """Enter the sequence's newly computed full blocks into the prefix cache."""
-        root = sequence.request.root_hash
-        if root is None or sequence.row == NO_ROW:
-            return
-        block_size = self.config.block_size
-        num_full = min(sequence.num_retired, sequence.num_known) // block_size
-        self._extend_hashes(sequence, root, num_full)
-        for index in range(sequence.next_hash_at // block_size - 1, num_full):
-            block_hash, block_id = sequence.block_hashes[index], sequence.block_ids[index]
-            if self._cache.insert(block_hash, block_id):
-                self._pool.mark_cached(block_id)
-            if self._computing.get(block_hash) is sequence:
-                del self._computing[block_hash]
-        sequence.next_hash_at = (num_full + 1) * block_size
 
     def _clear_suspicion(self, sequences: Iterable[SequenceState]) -> None:
         for sequence in sequences:
@@ -476,22 +414,9 @@ class Scheduler:
             self._dequeue(sequence)
 
     def _displace(self, sequence: SequenceState) -> None:
-        """Take a running sequence's row and blocks; the blocks are free once the steps in flight have retired."""
+        """Take a running sequence off the worker."""
         del self._running[self._index_of(self._running, sequence)]
-        self._drop_rows.append(sequence.row)
-        self._free_rows.append(sequence.row)
-        sequence.row = NO_ROW
-        for block_hash in sequence.computing:
-            if self._computing.get(block_hash) is sequence:
-                del self._computing[block_hash]
-        sequence.computing = []
-        sequence.next_hash_at = NEVER
-        block_ids, sequence.block_ids, sequence.capacity = sequence.block_ids, [], 0
-        if self._in_flight:
-            sequence.displaced_after = self._in_flight[-1].step_id
-            self._deferred.append((sequence.displaced_after, block_ids))
-        else:
-            self._pool.release(reversed(block_ids))
+        self._placement.displace(sequence, self._in_flight[-1].step_id if self._in_flight else None)
 
     def _enqueue(self, sequence: SequenceState) -> None:
         insort(self._waiting, sequence, key=_by_sort_key)
@@ -516,26 +441,10 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raise if the books disagree with one another. Run when idle and after every test."""
-        holders: dict[int, int] = {}
-        for block_ids in [sequence.block_ids for sequence in self._running] + [ids for _, ids in self._deferred]:
-            for block_id in block_ids:
-                holders[block_id] = holders.get(block_id, 0) + 1
-        self._pool.check_integrity(holders)
-        self._cache.check_integrity()
-        block_size = self.config.block_size
-        rows = [sequence.row for sequence in self._running]
-        if sorted(rows + self._free_rows) != list(range(self.config.max_num_seqs)):
-            raise RuntimeError("running sequences and free rows do not make the row table")
+        self._placement.check_integrity(self._running)
         for sequence in self._running:
-            if (
-                sequence.finished
-                or sequence.num_computed > sequence.num_total
-                or sequence.num_computed > sequence.capacity
-            ):
+            if sequence.finished or sequence.num_computed > min(sequence.num_total, sequence.capacity):
                 raise RuntimeError(f"sequence {sequence.sort_key} ran past its end or its blocks")
-            for block_id in sequence.block_ids[sequence.num_retired // block_size :]:
-                if self._pool.num_holders(block_id) != 1:
-                    raise RuntimeError(f"block {block_id} is shared but still written by sequence {sequence.sort_key}")
         for sequence in self._waiting:
             if sequence.finished or sequence.row != NO_ROW or sequence.block_ids:
                 raise RuntimeError(f"waiting sequence {sequence.sort_key} is finished or still placed")
@@ -548,8 +457,6 @@ class Scheduler:
             raise RuntimeError(
                 f"{unfinished} unfinished sequences, {len(self._running)} running, {len(self._waiting)} waiting"
             )
-        if not set(self._computing.values()) <= set(self._running):
-            raise RuntimeError("a block content is awaited from a sequence that is not running")
 
 
 def _fault_of(failure: RowFailure) -> RequestFault:

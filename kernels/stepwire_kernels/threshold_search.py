@@ -173,18 +173,11 @@ def search_registers(keys, weights, low, high, target):
 
 
 @triton.jit
-def pivot_key(top, low, high, INDEX: tl.constexpr):
-    """Pivot 0 is `low`; pivots 1 to 7 lie 16, 11.3, 8, 5.7, 4, 2.8 and 2 below the maximum."""
-    if INDEX == 0:
-        key = low
-    else:
-        key = tl.minimum(tl.maximum(float_to_key(top - tl.exp2(4.5 - 0.5 * INDEX)), low), high)
-    return key
-
-
-@triton.jit
-def _add_eight(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
-    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7
+def pivot_keys(top, low, high):
+    """Eight rising keys: `low`, then 16, 11.3, 8, 5.7, 4, 2.8 and 2 below the maximum."""
+    index = tl.arange(0, 8)
+    keys = float_to_key(top - tl.exp2(4.5 - 0.5 * index.to(tl.float32)))
+    return tl.where(index == 0, low, tl.minimum(tl.maximum(keys, low), high))
 
 
 @triton.jit
@@ -193,37 +186,12 @@ def weigh_split(values_ptr, offset, vocab_size, top, low, high, weights_ptr, TIL
     at = offset + tl.arange(0, TILE)
     inside = at < vocab_size
     value = tl.load(values_ptr + at, mask=inside, other=float("-inf"))
-    key = float_to_key(value)
+    key = tl.where(inside, float_to_key(value), -2147483648)
     mass = tl.exp(value - top)
-    for half in tl.static_range(2):
-        in0 = inside & (key >= pivot_key(top, low, high, 4 * half))
-        in1 = inside & (key >= pivot_key(top, low, high, 4 * half + 1))
-        in2 = inside & (key >= pivot_key(top, low, high, 4 * half + 2))
-        in3 = inside & (key >= pivot_key(top, low, high, 4 * half + 3))
-        # One reduction of eight values: a barrier costs more than the additions.
-        c0, c1, c2, c3, m0, m1, m2, m3 = tl.reduce(
-            (
-                in0.to(tl.float32),
-                in1.to(tl.float32),
-                in2.to(tl.float32),
-                in3.to(tl.float32),
-                tl.where(in0, mass, 0.0),
-                tl.where(in1, mass, 0.0),
-                tl.where(in2, mass, 0.0),
-                tl.where(in3, mass, 0.0),
-            ),
-            0,
-            _add_eight,
-        )
-        counts = weights_ptr + 4 * half
-        tl.store(counts, c0)
-        tl.store(counts + 1, c1)
-        tl.store(counts + 2, c2)
-        tl.store(counts + 3, c3)
-        tl.store(counts + 8, m0)
-        tl.store(counts + 9, m1)
-        tl.store(counts + 10, m2)
-        tl.store(counts + 11, m3)
+    above = key[None, :] >= pivot_keys(top, low, high)[:, None]  # [8, TILE]
+    index = tl.arange(0, 8)
+    tl.store(weights_ptr + index, tl.sum(above.to(tl.float32), axis=1))
+    tl.store(weights_ptr + 8 + index, tl.sum(tl.where(above, mass[None, :], 0.0), axis=1))
 
 
 @triton.jit
@@ -233,29 +201,25 @@ def select_interval(weights_ptr, split, num_splits, top, low, high, amount, by_m
     Returns (low, high, tokens at or above low, target weight, tokens at or above low in the splits before `split`).
     """
     splits = tl.arange(0, BLOCK_SPLITS)
-    in_row = splits < num_splits
-    row = weights_ptr + splits * 16
-    first_mass = tl.sum(tl.load(row + 8, mask=in_row, other=0.0), axis=0)
-    counts = tl.load(row, mask=in_row, other=0.0)
-    target = tl.where(by_mass, amount * first_mass, amount)
-    new_low = low
-    new_high = high
-    count = tl.sum(counts, axis=0)
-    before = tl.sum(tl.where(splits < split, counts, 0.0), axis=0)
-    # Where even all tokens weigh too little, all are kept and there is nothing to search.
-    enough = tl.where(by_mass, first_mass, count) >= target
-    new_high = tl.where(enough, high, low)
-    for index in tl.static_range(1, 8):
-        counts = tl.load(row + index, mask=in_row, other=0.0)
-        masses = tl.load(row + 8 + index, mask=in_row, other=0.0)
-        total = tl.sum(counts, axis=0)
-        reaches = enough & (tl.where(by_mass, tl.sum(masses, axis=0), total) >= target)
-        pivot = pivot_key(top, low, high, index)
-        # Pivots rise with the index: the first that weighs too little is the interval's end.
-        new_high = tl.where(enough & (reaches == 0) & (pivot - 1 < new_high), tl.maximum(pivot - 1, new_low), new_high)
-        new_low = tl.where(reaches, pivot, new_low)
-        count = tl.where(reaches, total, count)
-        before = tl.where(reaches, tl.sum(tl.where(splits < split, counts, 0.0), axis=0), before)
+    index = tl.arange(0, 8)
+    in_row = (splits < num_splits)[:, None]
+    cells = weights_ptr + splits[:, None] * 16 + index[None, :]
+    split_counts = tl.load(cells, mask=in_row, other=0.0)  # [BLOCK_SPLITS, 8]
+    counts = tl.sum(split_counts, axis=0)
+    masses = tl.sum(tl.load(cells + 8, mask=in_row, other=0.0), axis=0)
+    pivots = pivot_keys(top, low, high)
+    target = tl.where(by_mass, amount * tl.sum(tl.where(index == 0, masses, 0.0), axis=0), amount)
+    # Weights fall as pivots rise: the pivots that reach the target are the first ones.
+    reaches = tl.where(by_mass, masses, counts) >= target
+    num_reaching = tl.sum(reaches.to(tl.int32), axis=0)
+    # Where not even `low` reaches, everything is kept and there is nothing to search.
+    chosen = tl.maximum(num_reaching - 1, 0)
+    new_low = tl.sum(tl.where(index == chosen, pivots, 0), axis=0)
+    new_high = tl.min(tl.where(reaches, high, pivots - 1), axis=0)
+    new_high = tl.maximum(tl.where(num_reaching == 0, new_low, new_high), new_low)
+    count = tl.sum(tl.where(index == chosen, counts, 0.0), axis=0)
+    earlier = (splits < split)[:, None] & (index == chosen)[None, :]
+    before = tl.sum(tl.sum(tl.where(earlier, split_counts, 0.0), axis=1), axis=0)
     return new_low, new_high, count, target, before
 
 

@@ -135,11 +135,23 @@ class LlamaCpp:
     name = "llama-cpp-python"
 
     def __init__(self, gguf: Path, num_threads: int) -> None:
-        from llama_cpp import Llama
+        import llama_cpp
 
-        self._model: Any = Llama(
-            str(gguf), n_ctx=2048, n_threads=num_threads, n_threads_batch=num_threads, verbose=False
-        )
+        defaults = llama_cpp.llama_model_default_params
+
+        def without_repacking() -> Any:
+            # Version 0.3.36 crashes in its AMX kernels with Q4_1 weights; without repacking it uses AVX-512.
+            params = defaults()
+            params.use_extra_bufts = False
+            return params
+
+        llama_cpp.llama_model_default_params = without_repacking
+        try:
+            self._model: Any = llama_cpp.Llama(
+                str(gguf), n_ctx=2048, n_threads=num_threads, n_threads_batch=num_threads, verbose=False
+            )
+        finally:
+            llama_cpp.llama_model_default_params = defaults
 
     def generate(self, prompts: list[list[int]], num_tokens: int) -> Timing:
         if len(prompts) != 1:
