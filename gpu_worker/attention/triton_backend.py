@@ -95,6 +95,10 @@ class TritonAttention:
         self._decode_work: dict[int, WorkList] = {}
         self._prefill_work: WorkList | None = None
 
+    def kv_caches(self) -> list[torch.Tensor]:
+        """Keys and values of every layer: [num_blocks, num_kv_heads, block_size, head_dim]."""
+        return [*self._keys, *self._values]
+
     def num_bytes(self) -> int:
         """Memory of the lists and of the scratch, KV cache aside."""
         lists = [*self._decode_lists.values(), self._prefill_list]

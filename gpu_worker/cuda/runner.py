@@ -59,6 +59,10 @@ class CudaRunner:
     def describe(self) -> WorkerFacts:
         return self._facts
 
+    def kv_caches(self) -> list[torch.Tensor]:
+        """The KV cache's tensors, [num_blocks, num_kv_heads, block_size, head_dim] each: for measurements."""
+        return self._program.kv_caches()
+
     def reset(self) -> None:
         self._rows.clear()
 

@@ -102,6 +102,9 @@ class StepProgram:
             sampled.token_ids, sampled.logprobs, sampled.faults, sampled.top_ids[:, :0], sampled.top_logprobs[:, :0]
         )
 
+    def kv_caches(self) -> list[torch.Tensor]:
+        return self._attention.kv_caches()
+
     def apply_changes(self) -> None:
         """Only the delta, for changes that come without runs or do not fit one buffer."""
         step_input.apply_delta(self._packed, self._buffers.rows)

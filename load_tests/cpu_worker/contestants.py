@@ -135,7 +135,7 @@ class LlamaCpp:
     name = "llama-cpp-python"
 
     def __init__(self, gguf: Path, num_threads: int) -> None:
-        import llama_cpp
+        from llama_cpp import Llama, llama_cpp
 
         defaults = llama_cpp.llama_model_default_params
 
@@ -147,7 +147,7 @@ class LlamaCpp:
 
         llama_cpp.llama_model_default_params = without_repacking
         try:
-            self._model: Any = llama_cpp.Llama(
+            self._model: Any = Llama(
                 str(gguf), n_ctx=2048, n_threads=num_threads, n_threads_batch=num_threads, verbose=False
             )
         finally:

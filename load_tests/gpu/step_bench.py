@@ -1,0 +1,233 @@
+"""Times a CUDA runner's steps at two in flight, beside the floor, vLLM's figure and the goal.
+
+    python -m load_tests.gpu.step_bench [--shape llama-3.1-8b ...] [--profile] [--output FILE]
+
+Random weights, random keys and values; contexts of 1,024 tokens. What is measured is the worker alone: no control plane,
+no gRPC. The floor counts weights and KV read once at 4.3 TB/s, and matrix products at 790 TFLOP/s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from gpu_worker.config import WorkerSettings
+from gpu_worker.cuda.loading import load_cuda_runner
+from gpu_worker.cuda.runner import CudaRunner
+from load_tests.cpu_worker.step_driver import sampling
+from load_tests.gpu.pipeline import Pipeline
+from load_tests.results import RESULTS_DIRECTORY, append_result, measurement_facts
+from load_tests.stack import SHAPES_DIRECTORY
+
+CONTEXT = 1024
+DECODE_STEPS = 48
+WARM_STEPS = 12
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """What a row is compared with; vLLM 0.26.0 measured on one H200. None: not known."""
+
+    floor: float
+    vllm: float | None
+    goal: float | None
+
+
+ANCHORS: dict[tuple[str, str], Anchor] = {
+    ("llama-3.1-8b", "decode b1 ms"): Anchor(3.52, 4.99, 4.0),
+    ("llama-3.1-8b", "decode b32 ms"): Anchor(4.49, 6.24, 5.2),
+    ("llama-3.1-8b", "decode b128 ms"): Anchor(7.49, 11.05, 9.0),
+    ("llama-3.1-8b", "decode b256 ms"): Anchor(12.85, 18.27, 15.0),
+    ("llama-3.1-8b", "prefill 1x1024 ms"): Anchor(20.0, 34.1, 25.0),
+    ("llama-3.1-8b", "prefill 8x8192 tok/s"): Anchor(47000, 38757, 41000),
+    ("llama-3.2-1b", "decode b1 ms"): Anchor(0.58, 1.43, 0.75),
+    ("llama-3.2-1b", "decode b32 ms"): Anchor(0.82, 1.81, 1.1),
+    ("qwen3-0.6b", "decode b1 ms"): Anchor(0.30, 1.67, 0.60),
+    ("qwen3-0.6b", "decode b32 ms"): Anchor(1.15, 2.70, 1.6),
+    ("qwen3-0.6b", "decode b256 ms"): Anchor(7.38, 10.59, 8.7),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    shape: str
+    name: str
+    value: float
+    details: dict[str, float]
+
+
+def load(shape: str, max_model_len: int, extra: dict[str, Any]) -> tuple[CudaRunner, float]:
+    """The runner, and the seconds from nothing to ready."""
+    settings = WorkerSettings(
+        model=SHAPES_DIRECTORY / shape,
+        device="cuda",
+        load_format="dummy",
+        max_model_len=max_model_len,
+        **extra,
+    )
+    begun = time.perf_counter()
+    runner = load_cuda_runner(settings, torch.device("cuda", 0))
+    if not isinstance(runner, CudaRunner):
+        raise RuntimeError(f"{shape} runs in plain torch: there is nothing to measure")
+    return runner, time.perf_counter() - begun
+
+
+def fill_cache(runner: CudaRunner, num_blocks: int) -> None:
+    """Random keys and values in the first blocks: on zeros the card runs faster than on data."""
+    for cache in runner.kv_caches():
+        part = cache[: min(num_blocks, cache.shape[0])]
+        part.copy_(torch.randn(part.shape, device=part.device, dtype=torch.bfloat16))
+
+
+def occupy(pipeline: Pipeline, num_rows: int, vocab_size: int) -> None:
+    rng = np.random.default_rng(num_rows)
+    for row in range(num_rows):
+        tokens = rng.integers(0, vocab_size, CONTEXT + 1).tolist()
+        pipeline.add(row, tokens, sampling(temperature=0.6, seed=row), num_computed=CONTEXT)
+
+
+def measure_decode(runner: CudaRunner, shape: str, num_rows: int) -> Row:
+    pipeline = Pipeline(runner)
+    occupy(pipeline, num_rows, pipeline.facts.vocab_size)
+    runs = dict.fromkeys(range(num_rows), 1)
+    for _ in range(WARM_STEPS + DECODE_STEPS):
+        pipeline.launch(runs, samples=True)
+    pipeline.finish()
+    times = [pending.times() for pending in pipeline.pending[WARM_STEPS:]]  # type: ignore[attr-defined]
+    wall_ms = (pipeline.finished_s[-1] - pipeline.finished_s[WARM_STEPS - 1]) / DECODE_STEPS * 1e3
+    return Row(
+        shape,
+        f"decode b{num_rows} ms",
+        wall_ms,
+        {
+            "device_ms": median(t.forward_ns + t.sample_ns for t in times) / 1e6,
+            "idle_us": median(t.idle_ns for t in times) / 1e3,
+            "execute_ms": median(pipeline.execute_s[WARM_STEPS:]) * 1e3,
+        },
+    )
+
+
+def measure_prefill(runner: CudaRunner, shape: str, num_prompts: int, length: int) -> Row:
+    """One prompt: milliseconds from the step to its token. Several: prompt tokens per second, two steps in flight."""
+    vocab_size, budget = runner.describe().vocab_size, runner.describe().max_num_batched_tokens
+    rng = np.random.default_rng(length)
+    samples: list[float] = []
+    execute_ms: list[float] = []
+    for number in range(5 if num_prompts == 1 else 2):
+        pipeline = Pipeline(runner)
+        for row in range(num_prompts):
+            pipeline.add(row, rng.integers(0, vocab_size, length).tolist(), sampling(temperature=0.6, seed=number))
+        begun = time.perf_counter()
+        for row in range(num_prompts):
+            for start in range(0, length, budget):
+                chunk = min(budget, length - start)
+                pipeline.launch({row: chunk}, samples=start + chunk == length)
+        pipeline.finish()
+        samples.append(time.perf_counter() - begun)
+        execute_ms.append(median(pipeline.execute_s) * 1e3)
+    details = {"execute_ms": execute_ms[-1]}
+    if num_prompts == 1:
+        return Row(shape, f"prefill 1x{length} ms", median(samples[1:]) * 1e3, details)
+    return Row(shape, f"prefill {num_prompts}x{length} tok/s", num_prompts * length / samples[-1], details)
+
+
+def profile_decode(runner: CudaRunner, num_rows: int) -> list[tuple[str, float, int]]:
+    """(kernel, microseconds a step, launches a step), the longest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    pipeline = Pipeline(runner)
+    occupy(pipeline, num_rows, pipeline.facts.vocab_size)
+    runs = dict.fromkeys(range(num_rows), 1)
+    for _ in range(6):
+        pipeline.launch(runs, samples=True)
+    pipeline.finish()
+    num_steps = 4
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        for _ in range(num_steps):
+            pipeline.launch(runs, samples=True)
+        pipeline.finish()
+        torch.cuda.synchronize()
+    kernels = [event for event in recorded.key_averages() if event.self_device_time_total > 0]
+    kernels.sort(key=lambda event: -event.self_device_time_total)
+    return [(event.key[:60], event.self_device_time_total / num_steps, event.count // num_steps) for event in kernels]
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    print(f"{'shape':<14}{'work':<22}{'ours':>10}{'floor':>9}{'vLLM':>9}{'goal':>9}  {'':4} details")
+    for row in rows:
+        anchor = ANCHORS.get((row.shape, row.name))
+        columns = (
+            ["", "", ""]
+            if anchor is None
+            else [f"{v:g}" if v else "" for v in (anchor.floor, anchor.vllm, anchor.goal)]
+        )
+        met = ""
+        if anchor is not None and anchor.goal is not None:
+            is_met = row.value >= anchor.goal if row.name.endswith("tok/s") else row.value <= anchor.goal
+            met = "yes" if is_met else "no"
+        details = " ".join(f"{name}={value:.4g}" for name, value in row.details.items())
+        print(
+            f"{row.shape:<14}{row.name:<22}{row.value:>10.4g}{columns[0]:>9}{columns[1]:>9}{columns[2]:>9}  {met:<4} {details}"
+        )
+
+
+def measure_shape(shape: str, args: argparse.Namespace) -> list[Row]:
+    extra: dict[str, Any] = {"kv_cache_dtype": args.kv_cache_dtype, "enforce_eager": args.enforce_eager}
+    runner, ready_s = load(shape, 9216, extra)
+    rows = [Row(shape, "load s", ready_s, {})]
+    begun = time.perf_counter()
+    num_captures = 0
+    while runner.idle():
+        num_captures += 1
+    rows.append(Row(shape, "captures s", time.perf_counter() - begun, {"graphs": num_captures}))
+    fill_cache(runner, max(args.batch_sizes) * (CONTEXT // runner.describe().block_size + 2) + 2)
+    for num_rows in args.batch_sizes:
+        rows.append(measure_decode(runner, shape, num_rows))
+    if not args.no_prefill:
+        rows.append(measure_prefill(runner, shape, 1, 1024))
+        rows.append(measure_prefill(runner, shape, 8, 8192))
+    if args.profile:
+        for num_rows in (1, max(args.batch_sizes)):
+            print(f"--- {shape} b{num_rows}: microseconds a step, by kernel")
+            for name, us, count in profile_decode(runner, num_rows)[:14]:
+                print(f"{us:10.1f} {count:5d} {name}")
+    runner.close()
+    return rows
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m load_tests.gpu.step_bench", description=__doc__)
+    parser.add_argument("--shape", action="append", choices=sorted(path.name for path in SHAPES_DIRECTORY.iterdir()))
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 32, 128, 256])
+    parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument("--no-prefill", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="print each kernel's share for b1 and the largest batch")
+    parser.add_argument("--output", type=Path, default=RESULTS_DIRECTORY / "gpu_steps.jsonl")
+    args = parser.parse_args(argv)
+    facts = measurement_facts("load_tests.gpu.step_bench", argv)
+    rows: list[Row] = []
+    for shape in args.shape or ["llama-3.1-8b", "llama-3.2-1b", "qwen3-0.6b"]:
+        rows += measure_shape(shape, args)
+        torch.cuda.empty_cache()
+    for row in rows:
+        anchor = ANCHORS.get((row.shape, row.name))
+        result = {"shape": row.shape, "work": row.name, "value": row.value, **row.details}
+        if anchor is not None:
+            result |= {"floor": anchor.floor, "vllm": anchor.vllm, "goal": anchor.goal}
+        append_result(args.output, {**facts, **result})
+    print_table(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
