@@ -113,7 +113,6 @@ class Placement:
         if last_step_in_flight is None:
             self._pool.release(reversed(block_ids))
         else:
-            sequence.displaced_after = last_step_in_flight
             self._deferred.append((last_step_in_flight, block_ids))
 
     def retire(self, step_id: int) -> None:

@@ -281,8 +281,6 @@ class Scheduler:
         for sequence in waiting:
             if not budget or not self._placement.has_free_row:
                 break
-            if self._in_flight and False:
-                continue  # preempted; its last steps are still on their way
             prefix = self._placement.shared_prefix(sequence)
             if prefix is None:
                 continue
@@ -318,7 +316,11 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: SequenceState) -> None:
-        """Take a sequence off the worker; it is recomputed when there is room again."""
+        """Take a sequence off the worker; it is recomputed when there is room again.
+
+        Which is not before its last steps in flight have retired, and their tokens are known: there is no free block
+        now, and those given up here become free with those steps.
+        """
         self.counters.num_preemptions += 1
         self.counters.num_recomputed_tokens += sequence.num_retired
         self._displace(sequence)

@@ -52,7 +52,6 @@ class SequenceState:
         "block_ids",
         "capacity",
         "computing",
-        "displaced_after",
         "finished",
         "index",
         "max_tokens",
@@ -100,7 +99,6 @@ class SequenceState:
         self.samples_left = self.max_tokens - len(self.output_ids)
         self.next_hash_at = NEVER  # num_retired at which the next block of ours can enter the prefix cache
         self.computing: list[BlockHash] = []  # hashes that others may wait for
-        self.displaced_after = 0  # the last step that may run it from a row that it has lost
 
     @property
     def num_known(self) -> int:

@@ -666,7 +666,9 @@ def sample(
             LIMIT=CAPACITY,
             LOWEST=LOWEST_KEY,
             USE_PDL=pdl,
-            num_warps=8,
+            # Two programs a multiprocessor: these kernels wait on reductions, so occupancy is what they need.
+            num_warps=16,
+            maxnreg=64,
             **options,
         )
     _finish_kernel[(num_runs,)](

@@ -35,7 +35,11 @@ def listed(work: WorkList) -> list[tuple[int, ...]]:
 
 
 @settings(max_examples=25, deadline=None)
-@given(runs=st.one_of(RUNS, DECODES), window=st.sampled_from([0, 1, 100, 4096]), policy=st.sampled_from([LATENCY, THROUGHPUT, ChunkPolicy(16, 4)]))
+@given(
+    runs=st.one_of(RUNS, DECODES),
+    window=st.sampled_from([0, 1, 100, 4096]),
+    policy=st.sampled_from([LATENCY, THROUGHPUT, ChunkPolicy(16, 4)]),
+)
 def test_decode_list_matches_twin(runs: list[tuple[int, int | None]], window: int, policy: ChunkPolicy) -> None:
     starts, lens, rows = arrays(runs)
     work = work_list.allocate_decode_list(len(runs), starts[-1], DEVICE, policy=policy)
