@@ -21,14 +21,15 @@ from gpu_worker.assembly import (
 )
 from gpu_worker.attention.triton_backend import AttentionLimits, TritonAttention, unsupported_attention
 from gpu_worker.config import WorkerSettings
+from gpu_worker.cuda.compiling import compile_in_parallel
 from gpu_worker.cuda.ops import TritonOps
 from gpu_worker.cuda.runner import CudaRunner
 from gpu_worker.cuda.step_graphs import StepGraphs
-from gpu_worker.cuda.step_layout import TOKEN_MULTIPLE, StepPlanner
+from gpu_worker.cuda.step_layout import GRAPH_TOKENS, StepPlanner
 from gpu_worker.cuda.step_program import ProgramBuffers, ProgramLimits, StepProgram
 from gpu_worker.cuda.timeline import NUM_SLOTS, CudaTimeline
 from gpu_worker.device import resolve_dtype
-from gpu_worker.kv_cache import GIB, KVCache, KVCacheShape, MemoryBudgetError
+from gpu_worker.kv_cache import GIB, KVCache, KVCacheShape, MemoryBudgetError, activation_bytes
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.model_spec import ModelConfigError, ModelSpec
 from gpu_worker.models.loader import read_spec
@@ -43,7 +44,7 @@ MIN_CAPABILITY = (8, 0)
 PDL_CAPABILITY = (9, 0)
 # Words of a step buffer: prompts that are added together beyond this travel in several copies.
 BUFFER_WORDS = 1 << 20
-# Graphs' own memory and their intermediate tensors, which the pool keeps beside those of eager steps.
+# Graphs' own memory. Their intermediate tensors are counted beside it: the pool keeps them apart from eager steps'.
 GRAPH_BYTES = GIB
 WARM_UP_TOKENS = 256
 
@@ -57,8 +58,8 @@ class _Parts:
     attention: AttentionLimits
 
     @classmethod
-    def of(cls, sizes: Sizes, vocab_size: int) -> _Parts:
-        planner = StepPlanner(sizes.max_num_seqs, sizes.max_num_batched_tokens)
+    def of(cls, sizes: Sizes, vocab_size: int, *, with_graphs: bool) -> _Parts:
+        planner = StepPlanner(sizes.max_num_seqs, sizes.max_num_batched_tokens, with_graphs=with_graphs)
         return cls(
             planner,
             ProgramLimits(
@@ -70,7 +71,7 @@ class _Parts:
                 vocab_size=vocab_size,
                 max_top=MAX_NUM_LOGPROBS,
             ),
-            AttentionLimits(planner.max_runs, planner.max_tokens, TOKEN_MULTIPLE),
+            AttentionLimits(planner.max_runs, planner.max_tokens, planner.max_padding_tokens),
         )
 
 
@@ -97,21 +98,21 @@ def load_cuda_runner(settings: WorkerSettings, device: torch.device) -> Runner:
     build = BuildContext(parallel, Unquantized(ops), dtype, device, ops)
     shape = KVCacheShape.of(spec, parallel, sizes.block_size, resolve_kv_dtype(settings.kv_cache_dtype, dtype))
     model = load_model(settings, family, spec, build, sizes.max_model_len)
-    sizes, plan = plan_memory(
-        settings, spec, parallel, shape, sizes, model.num_bytes(), device, dtype, _workspace_bytes(spec, sizes)
-    )
+    with_graphs = not settings.enforce_eager
+    workspace = _workspace_bytes(spec, sizes, dtype, with_graphs=with_graphs)
+    sizes, plan = plan_memory(settings, spec, parallel, shape, sizes, model.num_bytes(), device, dtype, workspace)
     for line in plan.lines():
         log.info(line)
     _check_free(plan.kv_bytes + plan.activation_bytes, settings.gpu_memory_utilization, device)
     kv_cache = KVCache(shape, plan.num_blocks, device)
-    parts = _Parts.of(sizes, spec.vocab_size)
+    parts = _Parts.of(sizes, spec.vocab_size, with_graphs=with_graphs)
     attention = TritonAttention(attention_spec(spec, parallel), kv_cache.layers, parts.attention, pdl=pdl)
     buffers = ProgramBuffers.allocate(parts.program, device)
     timeline = CudaTimeline(device, BUFFER_WORDS, result_slot_words(parts.planner.max_runs, MAX_NUM_LOGPROBS))
     program = StepProgram(model, attention, buffers, timeline.packed, timeline.results, parts.program, pdl=pdl)
-    graphs = None if settings.enforce_eager else StepGraphs(timeline.compute)
+    graphs = StepGraphs(timeline.compute) if with_graphs else None
     facts = worker_facts(settings.model, spec, sizes, plan, shape, device, dtype)
-    runner = CudaRunner(facts, program, parts.planner, timeline, graphs, device)
+    runner = CudaRunner(facts, program, parts.planner, timeline, graphs, device, compile_in_parallel)
     warm_begun = time.monotonic()
     runner.warm_up(min(WARM_UP_TOKENS, parts.planner.max_tokens))
     torch.cuda.synchronize(device)
@@ -131,10 +132,10 @@ def _unsupported(spec: ModelSpec, parallel: ParallelContext, sizes: Sizes, devic
     return unsupported_attention(attention_spec(spec, parallel), sizes.block_size)
 
 
-def _workspace_bytes(spec: ModelSpec, sizes: Sizes) -> int:
+def _workspace_bytes(spec: ModelSpec, sizes: Sizes, dtype: torch.dtype, *, with_graphs: bool) -> int:
     """What the runner holds beside weights, activations and KV cache; counted on tensors without memory."""
     meta = torch.device("meta")
-    parts = _Parts.of(sizes, spec.vocab_size)
+    parts = _Parts.of(sizes, spec.vocab_size, with_graphs=with_graphs)
     buffers = ProgramBuffers.allocate(parts.program, meta)
     held = sum(
         tensor.numel() * tensor.element_size()
@@ -144,7 +145,11 @@ def _workspace_bytes(spec: ModelSpec, sizes: Sizes) -> int:
     no_cache = [torch.empty((2, 1, spec.num_kv_heads, sizes.block_size, spec.head_dim), device=meta)] * spec.num_layers
     attention = TritonAttention(attention_spec(spec, ParallelContext()), no_cache, parts.attention, pdl=False)
     step_buffers = (NUM_SLOTS + 1) * BUFFER_WORDS * 4
-    return held + attention.num_bytes() + step_buffers + GRAPH_BYTES
+    graph_bytes = 0
+    if with_graphs:
+        num_tokens = min(GRAPH_TOKENS[-1][0], sizes.max_num_batched_tokens)
+        graph_bytes = GRAPH_BYTES + activation_bytes(spec, ParallelContext(), num_tokens, sizes.max_num_seqs, dtype)
+    return held + attention.num_bytes() + step_buffers + graph_bytes
 
 
 def _check_free(needed: int, utilization: float, device: torch.device) -> None:

@@ -68,6 +68,11 @@ class CudaPendingStep:
                 self._taken = (self.timeline.results[self.slot].numpy().copy(), times)
             return self._taken
 
+    @property
+    def is_over(self) -> bool:
+        """Whether its results have been taken."""
+        return self._taken is not None
+
     def times(self) -> StepTimes:
         """Block until the step has ended; when it ran, on the device's clock."""
         return self.collect()[1]

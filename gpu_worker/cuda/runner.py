@@ -7,7 +7,9 @@ by the completion thread. Tokens never visit the host on their way into the next
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from queue import Empty, SimpleQueue
 
 import numpy as np
@@ -17,13 +19,14 @@ import torch
 from gpu_worker.assembly import batch_limits
 from gpu_worker.cuda.device_rows import DeviceRows, StagedChanges
 from gpu_worker.cuda.results import NO_RUNS, CudaPendingStep, RecordLayout, SampledRuns
-from gpu_worker.cuda.step_graphs import GraphKey, GraphKind, StepGraphs
+from gpu_worker.cuda.step_graphs import CapturedStep, GraphKey, GraphKind, StepGraphs
 from gpu_worker.cuda.step_layout import StepLayout, StepPlanner, StepShape, pack, split_changes
 from gpu_worker.cuda.step_program import StepMasks, StepProgram
 from gpu_worker.cuda.timeline import NUM_SLOTS, Timeline
 from gpu_worker.runner_api import RowFault, StepBatch, TokenMask, WorkerFacts
 
 NO_RUN_RECORDS = np.zeros((0, 4), dtype=np.int32)
+USES_BEFORE_CAPTURE = 2
 
 
 class CudaRunner:
@@ -31,6 +34,7 @@ class CudaRunner:
 
     Args:
         graphs: None launches every kernel by itself.
+        compiler: context in which launches only compile their kernels.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class CudaRunner:
         timeline: Timeline,
         graphs: StepGraphs | None,
         device: torch.device,
+        compiler: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._facts = facts
         self._program = program
@@ -48,11 +53,14 @@ class CudaRunner:
         self._timeline = timeline
         self._graphs = graphs
         self._device = device
+        self._compiler = compiler
         self._rows = DeviceRows(batch_limits(facts))
         self._layout = RecordLayout(planner.max_runs, facts.max_num_logprobs)
         self._in_slot: list[CudaPendingStep | None] = [None] * NUM_SLOTS
         self._next_slot = 0
         self._to_capture: GraphKey | None = None
+        self._eager_uses: Counter[GraphKey] = Counter()
+        self._uncaptured = deque(planner.graph_shapes())
         # (row, generation) of rows that got no token, found by the completion thread.
         self._failed: SimpleQueue[tuple[int, int]] = SimpleQueue()
 
@@ -72,38 +80,41 @@ class CudaRunner:
             torch.cuda.synchronize(self._device)
 
     def idle(self) -> bool:
-        """Use a pause: capture the next graph, small first. True: there is more to do in the next pause."""
-        if self._graphs is None:
+        """Use a pause: capture the next graph, small first. True: there is more to do in this pause."""
+        if self._graphs is None or any(pending is not None and not pending.is_over for pending in self._in_slot):
             return False
-        key = next(self._graphs.missing(self._planner.buckets), None)
-        if key is None:
-            return False
-        shape = self._planner.decode_shape(key.bucket)
-        # Padding alone: it compiles what this bucket needs, and touches nobody's rows.
-        self._run_unseen(shape, NO_RUN_RECORDS)
-        self._capture(key, shape)
-        return True
+        while self._uncaptured:
+            key = GraphKey(self._uncaptured.popleft(), GraphKind.PLAIN)
+            if self._graphs.get(key) is None and self._run_unseen([key.shape]):
+                self._capture(key)
+                return True
+        return False
 
     def warm_up(self, num_tokens: int) -> None:
-        """Compile and load what the first requests need, before there are any.
-
-        A decode step of one row, and one of `num_tokens` tokens that has a prefill and a decode. They read and write
-        the scratch block only.
-        """
-        decode = self._planner.decode_shape(1)
-        self._run_unseen(decode, NO_RUN_RECORDS)
-        runs = np.array([(0, 0, num_tokens - 1, 0), (0, 0, 1, 0)], dtype=np.int32)
-        for has_decodes in (False, True):
-            shape = StepShape(self._planner.small_num_runs, num_tokens, 1, False, has_decodes)
-            self._run_unseen(shape, runs)
+        """Compile and load what the first requests need, before there are any: a decode step and prefills."""
+        shapes = [self._planner.decode_shape(1), self._planner.prefill_shape(num_tokens)]
+        shapes += [shape for shape in self._planner.graph_shapes() if shape.num_tokens == num_tokens][-1:]
+        self._run_unseen(shapes)
         if self._graphs is not None:
-            self._capture(GraphKey(1, GraphKind.PLAIN), decode)
+            self._capture(GraphKey(shapes[0], GraphKind.PLAIN))
 
-    def _run_unseen(self, shape: StepShape, runs: npt.NDArray[np.int32]) -> None:
-        """A step whose results nobody reads."""
+    def _run_unseen(self, shapes: Sequence[StepShape]) -> bool:
+        """Compile what these shapes need, and run them on the scratch row for nobody; False: one cannot be."""
+        filled = [(shape, self._planner.unseen_runs(shape, self._facts.max_model_len)) for shape in shapes]
+        with self._unseen_step(NO_RUN_RECORDS), self._compiler():
+            for shape, _ in filled:
+                self._launch_plain(shape)
+        for shape, runs in filled:
+            if runs is not None:
+                with self._unseen_step(runs):
+                    self._launch_plain(shape)
+        return all(runs is not None for _, runs in filled)
+
+    @contextmanager
+    def _unseen_step(self, runs: npt.NDArray[np.int32]) -> Iterator[None]:
         slot = self._free_slot()
         with self._timeline.step(slot, pack(self._timeline.host_buffer(slot), (), runs, (), slot)):
-            self._launch_plain(shape)
+            yield
         self._in_slot[slot] = None
 
     def _launch_plain(self, shape: StepShape) -> None:
@@ -111,14 +122,14 @@ class CudaRunner:
         if logits is not None:
             self._program.sample(shape, logits, is_full=False)
 
-    def _capture(self, key: GraphKey, shape: StepShape) -> None:
+    def _capture(self, key: GraphKey) -> None:
         if self._graphs is None:
             return
 
         def launch() -> torch.Tensor | None:
-            logits = self._program.forward(shape)
+            logits = self._program.forward(key.shape)
             if logits is not None and key.kind is not GraphKind.FORWARD:
-                self._program.sample(shape, logits, is_full=key.kind is GraphKind.FULL)
+                self._program.sample(key.shape, logits, is_full=key.kind is GraphKind.FULL)
             return logits
 
         self._graphs.capture(key, launch)
@@ -156,8 +167,8 @@ class CudaRunner:
             packed - begun,
         )
         self._in_slot[slot] = pending
-        if self._to_capture is not None and layout is not None:
-            self._capture(self._to_capture, layout.shape)
+        if self._to_capture is not None:
+            self._capture(self._to_capture)
             self._to_capture = None
         return pending
 
@@ -211,9 +222,7 @@ class CudaRunner:
             or bool((self._rows.num_logprobs[rows] > 0).any())
         )
         kind = GraphKind.FORWARD if needs_masks else GraphKind.FULL if is_full else GraphKind.PLAIN
-        captured = None
-        if self._graphs is not None and shape.is_decode:
-            captured = self._graphs.get(GraphKey(shape.num_runs, kind))
+        captured = self._captured(GraphKey(shape, kind)) if self._graphs is not None and shape.has_graph else None
         if captured is not None:
             captured.graph.replay()
             logits = captured.logits
@@ -226,9 +235,15 @@ class CudaRunner:
                 self._program.sample(shape, logits, is_full=is_full, masks=masks)
             elif recounts:
                 self._program.recount()
-        if captured is None and self._graphs is not None and shape.is_decode:
-            # Its kernels have just been launched, so they are compiled; from the next such step on it is one launch.
-            self._to_capture = GraphKey(shape.num_runs, kind)
+
+    def _captured(self, key: GraphKey) -> CapturedStep | None:
+        """The step's graph; None at its first two uses, after which it is captured: its kernels are compiled then."""
+        captured = self._graphs.get(key) if self._graphs is not None else None
+        if captured is None:
+            self._eager_uses[key] += 1
+            if self._eager_uses[key] >= USES_BEFORE_CAPTURE:
+                self._to_capture = key
+        return captured
 
     def _masks(self, layout: StepLayout, mask: TokenMask | None) -> StepMasks:
         """The step's token masks on the device: a request's grammar, its allowed tokens, or what both allow."""

@@ -1,20 +1,22 @@
-"""CUDA graphs of decode-only steps, captured while the worker already serves.
+"""CUDA graphs of whole steps, captured while the worker already serves.
 
-A graph holds a whole step of one bucket. There are three kinds of each: `plain` (the common one), `full` (penalties
-and log-probabilities) and `forward`, which ends at the logits and leaves sampling to eager launches (token masks come
-late).
+A graph holds a step of one shape: a bucket of decodes, or of tokens of decodes and prefills. There are three kinds of
+each: `plain` (the common one), `full` (penalties and log-probabilities) and `forward`, which ends at the logits and
+leaves sampling to eager launches (token masks come late).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
 import structlog
 import torch
+
+from gpu_worker.cuda.step_layout import StepShape
 
 log = structlog.get_logger(__name__)
 
@@ -27,7 +29,7 @@ class GraphKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class GraphKey:
-    bucket: int
+    shape: StepShape
     kind: GraphKind
 
 
@@ -40,7 +42,7 @@ class CapturedStep:
     """A graph and what it leaves behind for eager launches."""
 
     graph: Replayable
-    logits: torch.Tensor | None  # [bucket, vocab_size], kind FORWARD only
+    logits: torch.Tensor | None  # [num_logits, vocab_size], kind FORWARD only
 
 
 class GraphCaptureError(RuntimeError):
@@ -61,13 +63,6 @@ class StepGraphs:
     def get(self, key: GraphKey) -> CapturedStep | None:
         return self._graphs.get(key)
 
-    def missing(self, buckets: tuple[int, ...]) -> Iterator[GraphKey]:
-        """Plain graphs that are not captured yet, small first."""
-        for bucket in buckets:
-            key = GraphKey(bucket, GraphKind.PLAIN)
-            if key not in self._graphs:
-                yield key
-
     def capture(self, key: GraphKey, launch: Callable[[], torch.Tensor | None]) -> CapturedStep:
         """Record what `launch` launches; its kernels must have run before, so that none is compiled here.
 
@@ -86,12 +81,16 @@ class StepGraphs:
                     graph.capture_end()
         except RuntimeError as error:
             raise GraphCaptureError(
-                f"a step of {key.bucket} rows ({key.kind.value}) cannot be captured as a CUDA graph: {error}; "
-                "--enforce-eager runs without graphs"
+                f"a step of {key.shape.num_tokens} tokens ({key.kind.value}) cannot be captured as a CUDA graph: "
+                f"{error}; --enforce-eager runs without graphs"
             ) from error
         captured = CapturedStep(graph, logits if key.kind is GraphKind.FORWARD else None)
         self._graphs[key] = captured
         log.debug(
-            "graph captured", bucket=key.bucket, kind=key.kind.value, ms=round((time.perf_counter() - begun) * 1e3, 1)
+            "graph captured",
+            num_tokens=key.shape.num_tokens,
+            num_runs=key.shape.num_runs,
+            kind=key.kind.value,
+            ms=round((time.perf_counter() - begun) * 1e3, 1),
         )
         return captured

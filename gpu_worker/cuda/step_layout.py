@@ -25,8 +25,12 @@ from gpu_worker.runner_api import StepBatch
 
 Int32Array = npt.NDArray[np.int32]
 
+# Steps with prefills: what their tokens are padded to where no graph holds them, and what their runs always are.
 TOKEN_MULTIPLE = 32
 SMALL_NUM_RUNS = (16, 64)
+# (up to, in steps of): token counts that have graphs. Padding costs a quarter at worst but for the smallest steps, and
+# beyond the last one the device needs longer for a step than the host for launching its kernels one by one.
+GRAPH_TOKENS = ((512, 64), (1024, 128), (2048, 256), (4096, 512))
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,9 @@ class StepShape:
     is_decode: bool
     """Every run has one token; run r is token r."""
     has_decodes: bool
-    """Whether a run of one token is among them."""
+    """Whether a run of one token may be among them."""
+    has_graph: bool
+    """Whether steps of this shape are worth a graph."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,21 +68,55 @@ def decode_buckets(max_num_seqs: int) -> tuple[int, ...]:
     return (*buckets, max_num_seqs)
 
 
-class StepPlanner:
-    """Lays steps out, within the largest shape."""
+def mixed_buckets(max_tokens: int) -> tuple[int, ...]:
+    """Token counts that graphs of steps with prefills are padded to."""
+    buckets: list[int] = []
+    for limit, multiple in GRAPH_TOKENS:
+        first = buckets[-1] + multiple if buckets else multiple
+        buckets += range(first, min(limit, max_tokens) + 1, multiple)
+    return tuple(buckets)
 
-    def __init__(self, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+
+class StepPlanner:
+    """Lays steps out, within the largest shape.
+
+    Args:
+        with_graphs: pad steps with prefills to the token counts that graphs are captured for.
+    """
+
+    def __init__(self, max_num_seqs: int, max_num_batched_tokens: int, *, with_graphs: bool) -> None:
         self.buckets = decode_buckets(max_num_seqs)
         self._buckets = np.array(self.buckets)
+        # A row that no sequence ever has: its blocks are all the scratch block.
+        self.scratch_row = max_num_seqs
         # One run more than rows: it covers the padding tokens.
         self.max_runs = max_num_seqs + 1
         self.max_tokens = _round_up(max(max_num_batched_tokens, max_num_seqs), TOKEN_MULTIPLE)
         self._num_runs = np.array([*(size for size in SMALL_NUM_RUNS if size < self.max_runs), self.max_runs])
+        self._mixed_buckets = np.array(mixed_buckets(self.max_tokens) if with_graphs else (), dtype=np.int64)
+        gaps = np.diff(self._mixed_buckets, prepend=0)
+        self.max_padding_tokens = max(TOKEN_MULTIPLE, int(gaps.max(initial=0)))
 
-    @property
-    def small_num_runs(self) -> int:
-        """The least number of runs that a step with prefills is padded to."""
-        return int(self._num_runs[0])
+    def graph_shapes(self) -> Iterator[StepShape]:
+        """Every shape that has a graph: decodes first, small first."""
+        for bucket in self.buckets:
+            yield self.decode_shape(bucket)
+        for num_runs in self._num_runs.tolist():
+            for num_tokens in self._mixed_buckets.tolist():
+                yield self._mixed_shape(num_runs, num_tokens)
+
+    def unseen_runs(self, shape: StepShape, max_model_len: int) -> Int32Array | None:
+        """Runs that fill a shape and touch the scratch row and block alone; None where too few runs would do it."""
+        if shape.is_decode:
+            return np.zeros((0, RUN_WORDS), dtype=np.int32)
+        num_runs = -(-shape.num_tokens // max_model_len)
+        if num_runs >= shape.num_runs:
+            return None
+        counts = np.full(num_runs, max_model_len, dtype=np.int32)
+        counts[-1] = shape.num_tokens - (num_runs - 1) * max_model_len
+        runs = np.zeros((num_runs, RUN_WORDS), dtype=np.int32)  # [num_runs, 4]
+        runs[:, 0], runs[:, 2] = self.scratch_row, counts
+        return runs
 
     def lay_out(self, batch: StepBatch, sound: IntArray, rows: DeviceRows) -> StepLayout:
         """The device's view of the runs `sound` of a step; at least one."""
@@ -102,16 +142,29 @@ class StepPlanner:
         if is_decode:
             bucket = self.bucket_of(len(counts))
             return self.decode_shape(bucket)
-        num_tokens = _round_up(int(counts.sum()), TOKEN_MULTIPLE)
+        num_tokens = int(counts.sum())
         num_runs = int(self._num_runs[np.searchsorted(self._num_runs, len(counts) + 1)])
-        return StepShape(num_runs, num_tokens, num_sampled, False, bool((counts == 1).any()))
+        index = int(np.searchsorted(self._mixed_buckets, num_tokens))
+        if index < len(self._mixed_buckets):
+            return self._mixed_shape(num_runs, int(self._mixed_buckets[index]))
+        return StepShape(
+            num_runs, _round_up(num_tokens, TOKEN_MULTIPLE), num_sampled, False, bool((counts == 1).any()), False
+        )
+
+    def _mixed_shape(self, num_runs: int, num_tokens: int) -> StepShape:
+        # Which runs sample and which have one token is content: a graph is ready for any.
+        return StepShape(num_runs, num_tokens, num_runs - 1, False, True, True)
+
+    def prefill_shape(self, num_tokens: int) -> StepShape:
+        """A step of few runs, none of one token, that is launched eagerly."""
+        return StepShape(int(self._num_runs[0]), _round_up(num_tokens, TOKEN_MULTIPLE), 1, False, False, False)
 
     def bucket_of(self, num_runs: int) -> int:
         """The bucket of a decode-only step."""
         return int(self._buckets[np.searchsorted(self._buckets, num_runs)])
 
     def decode_shape(self, bucket: int) -> StepShape:
-        return StepShape(bucket, bucket, bucket, True, True)
+        return StepShape(bucket, bucket, bucket, True, True, True)
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -48,7 +48,8 @@ class ProgramBuffers:
     @classmethod
     def allocate(cls, limits: ProgramLimits, device: torch.device) -> ProgramBuffers:
         rows = step_input.allocate_row_state(
-            limits.max_num_seqs,
+            # One more: the scratch row, for steps that are nobody's.
+            limits.max_num_seqs + 1,
             limits.max_model_len,
             limits.block_size,
             limits.vocab_size,

@@ -10,10 +10,6 @@ from gpu_worker.layers.weighted import Weighted
 from gpu_worker.quant import none
 from gpu_worker.quant.api import ExpectedTensors, RandomValues, StoredTensor
 
-# Most rows that one multiplication with the head takes: up to here a row's logits have the same bits at every row count
-# (oneDNN goes to another kernel, with another order of summation, somewhere above 32 rows of a wide output).
-MAX_HEAD_ROWS = 32
-
 
 class VocabTable(Weighted):
     """A [vocab_size, hidden] table, this rank's rows of it."""
@@ -69,8 +65,7 @@ class OutputHead:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [num_rows, hidden] -> [num_rows, vocab_size] in the model's dtype."""
         if self._packed is not None:
-            chunks = [none.packed_linear(rows, self._packed, None) for rows in hidden.split(MAX_HEAD_ROWS)]
-            local = chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+            local = none.packed_linear(hidden, self._packed, None)
         else:
             local = self._ops.linear(hidden, self.table.weight, None)
         logits = self._parallel.all_gather(local)

@@ -18,6 +18,7 @@ class RMSNorm(Weighted):
         self.eps = eps
         self.weight_offset = weight_offset
         self.weight = torch.empty(size, dtype=build.dtype, device=build.device)  # [size]
+        self._mirrored_weight: torch.Tensor | None = None
 
     def load(self, part: str, tensor: str, source: StoredTensor) -> None:
         self.weight.copy_(source.read().float() + self.weight_offset)
@@ -31,6 +32,17 @@ class RMSNorm(Weighted):
     def num_bytes(self) -> int:
         return self.weight.numel() * self.weight.element_size()
 
+    def finish(self) -> None:
+        if self.weight.device.type == "cpu":
+            self._mirrored_weight = torch.cat((self.weight, self.weight))  # [2 * size]
+
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., size] -> the same shape, a new tensor."""
-        return F.rms_norm(x, (self.size,), self.weight, self.eps)
+        if self._mirrored_weight is None:
+            return F.rms_norm(x, (self.size,), self.weight, self.eps)
+        # torch's RMSNorm is a chain of nine calls on a CPU, its LayerNorm one kernel. The mean of (x, -x) is zero and
+        # its variance is the mean square of x: the LayerNorm of the pair begins with the RMSNorm of x. Measured: 6 % of
+        # a whole decode step of one sequence, 1 to 3 % with more, nothing lost in a prefill.
+        mirrored = torch.cat((x, -x), dim=-1)  # [..., 2 * size]
+        normed = F.layer_norm(mirrored, (2 * self.size,), self._mirrored_weight, None, self.eps)
+        return normed[..., : self.size]

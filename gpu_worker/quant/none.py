@@ -8,8 +8,7 @@ from gpu_worker.layers.ops import TORCH_OPS, LayerOps
 from gpu_worker.quant.api import ExpectedTensors, LinearMethod, LinearShape, RandomValues, StoredTensor
 
 # oneDNN picks a blocked layout for a weight by the number of rows it expects. Measured on an AMX Xeon (torch 2.13): the
-# layout for 16 rows is within 5 % of the best at every count from 1 to 512, and with it a row's result has the same
-# bits at every count.
+# layout for 16 rows is within 5 % of the best at every count from 1 to 512.
 PACK_FOR_NUM_ROWS = 16
 
 
@@ -33,7 +32,8 @@ class UnquantizedLinear(LinearMethod):
         if tensor == "weight":
             self.weight[rows] = source.read((place.outputs.as_slice(), self.shape.inputs.as_slice()))
         elif tensor == "bias" and self.bias is not None:
-            # A rank that does not add the bias takes nothing of it, but takes note of it: the loader counts what is read.
+            # A rank that does not add the bias takes nothing of it, but takes note of it: the loader counts what is
+            # read.
             taken = place.outputs.as_slice() if self.shape.holds_bias else slice(0, 0)
             self.bias[rows][: taken.stop - taken.start] = source.read((taken,))
         else:

@@ -9,8 +9,8 @@ q, out: [num_tokens, num_heads, D]; caches: [num_blocks, num_kv_heads, block_siz
 block_tables: int32 [max_rows, max_blocks_per_row]; sinks: float32 [num_heads]. Scores and sums are float32.
 
 A fixed number of programs walks the device-built work list (`work_list.py`): item = (chunk of one run, KV head). The
-heads of a group share one tile, so KV is read once. A run of several chunks leaves partial results, which a second kernel
-adds in chunk order: the result does not depend on the batch, nor on how many programs there are.
+heads of a group share one tile, so KV is read once. A run of several chunks leaves partial results, which a second
+kernel adds in chunk order: the result does not depend on the batch, nor on how many programs there are.
 
 Source: Dao et al., "Flash-Decoding for long-context inference", 2023; Milakov and Gimelshein, "Online normalizer
 calculation for softmax", 2018; sinks: Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2024.
@@ -33,7 +33,7 @@ SUPPORTED_HEAD_DIMS = (64, 80, 96, 128, 256)
 
 @dataclass(frozen=True)
 class DecodeTuning:
-    """Launch shape of the decode kernel. Each warp takes `warp_tokens` of every tile of warp_tokens * num_warps tokens."""
+    """Launch shape of the decode kernel: a tile is warp_tokens * num_warps tokens, each warp with its own softmax."""
 
     warp_tokens: int = 16
     num_warps: int = 1

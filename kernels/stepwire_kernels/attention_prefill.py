@@ -3,7 +3,8 @@
 The formula of `attention_decode.py`, for every query token of a run: the token at absolute position p sees cache tokens
 max(0, p - window + 1) .. p. The run's K and V, this step's included, are in the paged cache already.
 
-q, out: [num_tokens, num_heads, D], the runs packed one after another; caches: [num_blocks, num_kv_heads, block_size, D].
+q, out: [num_tokens, num_heads, D], the runs packed one after another; caches:
+[num_blocks, num_kv_heads, block_size, D].
 
 One program = one tile of the device-built list (`work_list.build_prefill_list`) for one KV head. Its matrix rows are
 (query token, head of the group) pairs, so a short run still fills the tile; KV tiles outside the window or above the

@@ -4,14 +4,15 @@ x: [num_tokens, K]; weight: [N, K] row-major; bias: [N]; y: [num_tokens, N]; acc
 
 Decoding reads every weight once, so the job is to keep the memory busy:
 
-* `gemv` (1 to 4 tokens): a program owns a few rows of the weight and walks K; no matrix units. With PDL its first weight
-  tile is on the way before the previous kernel has ended.
-* `skinny_gemm` (up to 64 tokens): matrix units with the weight as the tall operand; K is split over programs where N alone
-  does not fill the device, and the last program of a tile adds the parts in order, so results do not vary between runs.
+* `gemv` (1 to 4 tokens): a program owns a few rows of the weight and walks K; no matrix units. With PDL its first
+  weight tile is on the way before the previous kernel has ended.
+* `skinny_gemm` (up to 64 tokens): matrix units with the weight as the tall operand; K is split over programs where N
+  alone does not fill the device, and the last program of a tile adds the parts in order, so that results do not vary
+  between runs.
 * anything else: torch (cuBLAS).
 
-`linear` looks the shape up in a table measured offline (`tuned/<device>.json`, made by `load_tests/kernels/tune_gemm.py`)
-and uses torch for what is not in it.
+`linear` looks the shape up in a table measured offline (`tuned/<device>.json`, made by
+`python -m load_tests.kernels.sweep gemm`) and uses torch for what is not in it.
 """
 
 from __future__ import annotations
@@ -309,7 +310,7 @@ def skinny_gemm(
 
 @functools.cache
 def load_table(device_name: str) -> dict[tuple[int, int, int], GemvTuning | SkinnyTuning]:
-    """The measured choices for a device name as torch reports it: (num_tokens bound, N, K) to ours; absent means torch."""
+    """The measured choices for a device name as torch reports it: (token bucket, N, K) to ours; absent means torch."""
     directory = resources.files("stepwire_kernels") / "tuned"
     for entry in directory.iterdir():
         if not entry.name.endswith(".json"):

@@ -3,8 +3,8 @@
     residual <- residual + x                                   (rounded to the residual's dtype)
     out      <- residual / sqrt(mean(residual^2) + eps) * (weight_offset + weight)
 
-x, residual, out: [num_tokens, hidden]; weight: [hidden]. All arithmetic in float32; the norm reads the *rounded* sum, as
-an unfused model would. `weight_offset` is 1 for Gemma, whose checkpoints store the weight minus one.
+x, residual, out: [num_tokens, hidden]; weight: [hidden]. All arithmetic in float32; the norm reads the *rounded* sum,
+as an unfused model would. `weight_offset` is 1 for Gemma, whose checkpoints store the weight minus one.
 
 Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
 """

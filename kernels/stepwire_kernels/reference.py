@@ -20,7 +20,7 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# --- norm.py -----------------------------------------------------------------------------------------------------------
+# --- norm.py -------------------------------------------------------------------------------------------------------
 
 
 def add_rms_norm(
@@ -41,7 +41,7 @@ def add_rms_norm(
     return (wide * scale * (weight.to(compute) + weight_offset)).to(x.dtype)
 
 
-# --- rope_kv.py --------------------------------------------------------------------------------------------------------
+# --- rope_kv.py ----------------------------------------------------------------------------------------------------
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
@@ -107,7 +107,7 @@ def rope_and_write_kv(
     return q.to(qkv.dtype)
 
 
-# --- attention_decode.py, attention_prefill.py -------------------------------------------------------------------------
+# --- attention_decode.py, attention_prefill.py ---------------------------------------------------------------------
 
 
 def gather_cache(cache: torch.Tensor, block_table: torch.Tensor, length: int, dtype: torch.dtype) -> torch.Tensor:
@@ -168,7 +168,7 @@ def paged_attention(
     return out
 
 
-# --- activation.py, gather.py ------------------------------------------------------------------------------------------
+# --- activation.py, gather.py --------------------------------------------------------------------------------------
 
 
 def gated_activation(packed: torch.Tensor, kind: str) -> torch.Tensor:
@@ -188,7 +188,7 @@ def gather_last_hidden(hidden: torch.Tensor, query_starts: torch.Tensor) -> torc
     return torch.where((ends > starts)[:, None], picked, torch.zeros_like(picked))
 
 
-# --- gemm.py -----------------------------------------------------------------------------------------------------------
+# --- gemm.py -------------------------------------------------------------------------------------------------------
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -198,7 +198,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return (out if bias is None else out + bias.to(compute)).to(x.dtype)
 
 
-# --- work_list.py ------------------------------------------------------------------------------------------------------
+# --- work_list.py --------------------------------------------------------------------------------------------------
 
 
 def decode_records(
@@ -239,7 +239,7 @@ def prefill_records(
     return records
 
 
-# --- step_input.py -----------------------------------------------------------------------------------------------------
+# --- step_input.py -------------------------------------------------------------------------------------------------
 
 
 def apply_delta(buffer: torch.Tensor, rows: steps.RowState) -> None:
@@ -316,7 +316,7 @@ def write_back_tokens(sampled: torch.Tensor, step: steps.StepInput, rows: steps.
             rows.token_counts[row, int(sampled[run])] += 1
 
 
-# --- philox.py, sampler.py ---------------------------------------------------------------------------------------------
+# --- philox.py, sampler.py -----------------------------------------------------------------------------------------
 
 _MASK32 = np.uint64(0xFFFFFFFF)
 

@@ -8,8 +8,8 @@ qkv[t] = [q heads | k heads | v heads], each head of D values:
     k_cache[slot // block_size, head, slot % block_size, :] = k / k_scale     with slot = slots[t]
     v_cache[...]                                            = v / v_scale
 
-(x1, x2) are the two halves of the first `rotary_dim` values ("neox"), or their even and odd members (interleaved); values
-from `rotary_dim` on pass through. cos, sin: float32 [max_position, rotary_dim / 2]; caches:
+(x1, x2) are the two halves of the first `rotary_dim` values ("neox"), or their even and odd members (interleaved);
+values from `rotary_dim` on pass through. cos, sin: float32 [max_position, rotary_dim / 2]; caches:
 [num_blocks, num_kv_heads, block_size, D] in the model's dtype or float8_e4m3fn (saturating). A negative slot writes
 nothing. Arithmetic in float32.
 
@@ -185,7 +185,7 @@ def rope_and_write_kv(
         )
     if rotary_dim > head_dim or sin.shape != cos.shape or cos.dtype != torch.float32 or sin.dtype != torch.float32:
         raise ValueError(
-            f"rope_and_write_kv: cos and sin must be float32 [max_position, rotary_dim / 2] with rotary_dim <= {head_dim}; "
+            f"rope_and_write_kv: cos and sin must be float32 [max_position, rotary_dim / 2], rotary_dim <= {head_dim}; "
             f"got {tuple(cos.shape)} {cos.dtype} and {tuple(sin.shape)} {sin.dtype}"
         )
     if (q_norm is None) != (k_norm is None):

@@ -12,17 +12,17 @@ For a run with parameters of its row (`step_input.PARAM_*`), raw logits l, token
     keep v if the kept mass above v is < p * Z       top-p over what is left, Z its mass (all ties kept)
     token = argmax over kept of t + gumbel           temperature 0: argmax of z (lowest id among ties)
 
-The noise is a function of (seed, sequence index, position, token id) alone (`philox.py`): a run's token never depends on
-its neighbours, its place in the batch, or what came before a restart. Log-probabilities are those of the raw logits:
+The noise is a function of (seed, sequence index, position, token id) alone (`philox.py`): a run's token never depends
+on its neighbours, its place in the batch, or what came before a restart. Log-probabilities are those of the raw logits:
 l - logsumexp(l).
 
 logits: [num_runs, vocab_size] bf16 / f16 / f32. masks: int32 [num_masks, ceil(vocab_size / 32)], bit i of word w is
-token 32 w + i. Kernels: scores, over (vocabulary splits, runs); weights and candidates of the rows that filter, over the
-same grid, where other rows' programs end at once (`threshold_search.py`); one program a run that finishes it; and one
-for top log-probabilities, if asked for.
+token 32 w + i. Kernels: scores, over (vocabulary splits, runs); weights and candidates of the rows that filter, over
+(stretches of the vocabulary, runs), where other rows' programs end at once (`threshold_search.py`); one program a run
+that finishes it; and one for top log-probabilities, if asked for.
 
-Source: Gumbel-max trick: Maddison et al., "A* Sampling", 2014; nucleus: Holtzman et al., 2020; min-p: Nguyen et al., 2024;
-repetition penalty: Keskar et al., "CTRL", 2019.
+Source: Gumbel-max trick: Maddison et al., "A* Sampling", 2014; nucleus: Holtzman et al., 2020; min-p: Nguyen et al.,
+2024; repetition penalty: Keskar et al., "CTRL", 2019.
 """
 
 from __future__ import annotations
@@ -41,15 +41,17 @@ from stepwire_kernels.threshold_search import (
     CAPACITY,
     LOWEST_KEY,
     PASS_TILE,
+    STRETCH_TOKENS,
+    WEIGH_WIDTH,
     WEIGHTS_WIDTH,
-    collect_split,
+    collect_stretch,
     copy_candidates,
     float_to_key,
     key_to_float,
     narrow_interval,
     search_registers,
     select_interval,
-    weigh_split,
+    weigh_stretch,
 )
 
 FAULT_NAN_LOGITS = 2
@@ -65,7 +67,7 @@ class SamplerWorkspace:
     adjusted: torch.Tensor  # float32 [max_runs, vocab_size]: t of the rows that filter
     partial: torch.Tensor  # float32 [max_runs, num_splits, 4]: best score, raw maximum, raw exp sum, NaN count
     partial_ids: torch.Tensor  # int32 [max_runs, num_splits]
-    weights: torch.Tensor  # float32 [max_runs, num_splits, WEIGHTS_WIDTH]: the pivots' counts and masses
+    weights: torch.Tensor  # float32 [max_runs, num_stretches, WEIGHTS_WIDTH]: the pivots' counts and masses
     candidate_values: torch.Tensor  # float32 [max_runs, CAPACITY]
     candidate_ids: torch.Tensor  # int32 [max_runs, CAPACITY]
 
@@ -94,7 +96,9 @@ def allocate_sampler_workspace(max_runs: int, vocab_size: int, device: torch.dev
         adjusted=torch.empty((max_runs, vocab_size), dtype=torch.float32, device=device),
         partial=torch.empty((max_runs, splits, 4), dtype=torch.float32, device=device),
         partial_ids=torch.empty((max_runs, splits), dtype=torch.int32, device=device),
-        weights=torch.empty((max_runs, splits, WEIGHTS_WIDTH), dtype=torch.float32, device=device),
+        weights=torch.empty(
+            (max_runs, triton.cdiv(vocab_size, STRETCH_TOKENS), WEIGHTS_WIDTH), dtype=torch.float32, device=device
+        ),
         candidate_values=torch.empty((max_runs, CAPACITY), dtype=torch.float32, device=device),
         candidate_ids=torch.empty((max_runs, CAPACITY), dtype=torch.int32, device=device),
     )
@@ -347,16 +351,19 @@ def _candidates_kernel(
     candidate_values_ptr,
     candidate_ids_ptr,
     vocab_size,
+    num_splits,
     COLLECTS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
+    BLOCK_STRETCHES: tl.constexpr,
+    STRETCH: tl.constexpr,
     TILE: tl.constexpr,
     LIMIT: tl.constexpr,
     LOWEST: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """For rows that filter: weigh each split at the pivots (first launch), then copy the candidates (second)."""
-    split = tl.program_id(0)
-    num_splits = tl.num_programs(0)
+    """For rows that filter: weigh each stretch at the pivots (first launch), then copy the candidates (second)."""
+    stretch = tl.program_id(0)
+    num_stretches = tl.num_programs(0)
     run = tl.program_id(1).to(tl.int64)
     release_downstream(USE_PDL)
     wait_upstream(USE_PDL)
@@ -367,15 +374,18 @@ def _candidates_kernel(
         top = _row_top(partial_ptr, run, num_splits, BLOCK_SPLITS)
         low, high, amount, by_mass, _, _, _ = _search_bounds(parameters, vocab_size, top, LOWEST)
         values = adjusted_ptr + run * vocab_size
-        weights = weights_ptr + run * num_splits * 16
+        weights = weights_ptr + run * num_stretches * 16
+        first = stretch * STRETCH
+        last = tl.minimum(first + STRETCH, vocab_size)
         if COLLECTS:
             low, _, count, _, before = select_interval(
-                weights, split, num_splits, top, low, high, amount, by_mass, BLOCK_SPLITS
+                weights, stretch, num_stretches, top, low, high, amount, by_mass, BLOCK_STRETCHES
             )
             if count <= LIMIT:
-                collect_split(
+                collect_stretch(
                     values,
-                    split * TILE,
+                    first,
+                    last,
                     vocab_size,
                     low,
                     high,
@@ -385,7 +395,7 @@ def _candidates_kernel(
                     TILE,
                 )
         else:
-            weigh_split(values, split * TILE, vocab_size, top, low, high, weights + split * 16, TILE)
+            weigh_stretch(values, first, last, vocab_size, top, low, high, weights + stretch * 16, TILE)
 
 
 @triton.jit
@@ -396,10 +406,10 @@ def _filtered_token(
     candidate_ids_ptr,
     parameters,
     vocab_size,
-    num_splits,
+    num_stretches,
     top,
     position,
-    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_STRETCHES: tl.constexpr,
     TILE: tl.constexpr,
     LIMIT: tl.constexpr,
     LANE: tl.constexpr,
@@ -412,7 +422,7 @@ def _filtered_token(
     low, high, amount, by_mass, limits_k, limits_p, top_p = _search_bounds(parameters, vocab_size, top, LOWEST)
     first_low = low
     low, high_left, count, target, _ = select_interval(
-        weights_ptr, 0, num_splits, top, low, high, amount, by_mass, BLOCK_SPLITS
+        weights_ptr, 0, num_stretches, top, low, high, amount, by_mass, BLOCK_STRETCHES
     )
     if count > LIMIT:
         # The pivots were too coarse, or the distribution is flat: narrow by passes over the row.
@@ -473,7 +483,9 @@ def _finish_kernel(
     logits_stride,
     vocab_size,
     num_splits,
+    num_stretches,
     BLOCK_SPLITS: tl.constexpr,
+    BLOCK_STRETCHES: tl.constexpr,
     TILE: tl.constexpr,
     LIMIT: tl.constexpr,
     LANE: tl.constexpr,
@@ -502,15 +514,15 @@ def _finish_kernel(
     if restricts & (top > float("-inf")) & (top < float("inf")):
         token = _filtered_token(
             adjusted_ptr + run * vocab_size,
-            weights_ptr + run * num_splits * 16,
+            weights_ptr + run * num_stretches * 16,
             candidate_values_ptr + run * LIMIT,
             candidate_ids_ptr + run * LIMIT,
             parameters,
             vocab_size,
-            num_splits,
+            num_stretches,
             top,
             position,
-            BLOCK_SPLITS,
+            BLOCK_STRETCHES,
             TILE,
             LIMIT,
             LANE,
@@ -647,11 +659,13 @@ def sample(
         HAS_COUNTS=has_counts,
         LANE=philox.LANE_TOKENS,
         USE_PDL=pdl,
-        num_warps=4,
+        num_warps=8,
         **options,
     )
+    num_stretches = triton.cdiv(vocab_size, STRETCH_TOKENS)
+    block_stretches = triton.next_power_of_2(num_stretches)
     for collects in (False, True):
-        _candidates_kernel[(num_splits, num_runs)](
+        _candidates_kernel[(num_stretches, num_runs)](
             run_rows,
             rows.parameters,
             workspace.adjusted,
@@ -660,15 +674,16 @@ def sample(
             workspace.candidate_values,
             workspace.candidate_ids,
             vocab_size,
+            num_splits,
             COLLECTS=collects,
             BLOCK_SPLITS=block_splits,
-            TILE=philox.TILE_TOKENS,
+            BLOCK_STRETCHES=block_stretches,
+            STRETCH=STRETCH_TOKENS,
+            TILE=PASS_TILE if collects else WEIGH_WIDTH,
             LIMIT=CAPACITY,
             LOWEST=LOWEST_KEY,
             USE_PDL=pdl,
-            # Two programs a multiprocessor: these kernels wait on reductions, so occupancy is what they need.
-            num_warps=16,
-            maxnreg=64,
+            num_warps=8 if collects else 4,
             **options,
         )
     _finish_kernel[(num_runs,)](
@@ -688,7 +703,9 @@ def sample(
         logits.stride(0),
         vocab_size,
         num_splits,
+        num_stretches,
         BLOCK_SPLITS=block_splits,
+        BLOCK_STRETCHES=block_stretches,
         TILE=PASS_TILE,
         LIMIT=CAPACITY,
         LANE=philox.LANE_TOKENS,

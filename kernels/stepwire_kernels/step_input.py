@@ -16,7 +16,8 @@ Buffer (int32 words):
 `pack_step` writes it. Row 0..max_num_seqs-1 are real; block 0 is the scratch block: padding tokens have input id 0,
 position 0 and slot 0, so what they write lands there and nobody reads it.
 
-A run whose start disagrees with the device (it would read tokens nobody wrote) gets `faults[run] = FAULT_UNKNOWN_TOKENS`.
+A run whose start disagrees with the device (it would read tokens nobody wrote) gets
+`faults[run] = FAULT_UNKNOWN_TOKENS`.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ Floats are compared as order-preserving int32 keys, so that a search ends at an 
 the largest key t for which weight(keys >= t) >= target, where a token weighs 1 (top-k: target k) or its probability
 (top-p: target p * Z). Ties at the threshold are all kept.
 
-Fast road, parallel over a row's splits: `weigh_split` weighs each split at eight pivots a fixed distance below the row's
-maximum; `select_interval` adds them up and picks the interval that holds the threshold; `collect_split` copies the
-tokens from its lower end on, if there are at most CAPACITY; `search_registers` ends the search among them.
+Fast road, parallel over stretches of a row: `weigh_stretch` weighs one at eight pivots a fixed distance below the
+row's maximum; `select_interval` adds them up and picks the interval that holds the threshold; `collect_stretch` copies
+the tokens from its lower end on, if there are at most CAPACITY; `search_registers` ends the search among them.
 
 Slow road, one program a row, for flat distributions that keep more than CAPACITY tokens: `narrow_interval` cuts the
 interval into four with each pass over the row.
@@ -21,7 +21,9 @@ CAPACITY = 4096
 LOWEST_KEY = -2139095041  # key of -inf
 PASS_TILE = 4096
 NUM_PIVOTS = 8
-WEIGHTS_WIDTH = 2 * NUM_PIVOTS  # floats a split: the pivots' counts, then their masses
+WEIGHTS_WIDTH = 2 * NUM_PIVOTS  # floats a stretch: the pivots' counts, then their masses
+STRETCH_TOKENS = 4 * PASS_TILE
+WEIGH_WIDTH = 512
 
 
 @triton.jit
@@ -181,31 +183,40 @@ def pivot_keys(top, low, high):
 
 
 @triton.jit
-def weigh_split(values_ptr, offset, vocab_size, top, low, high, weights_ptr, TILE: tl.constexpr):
-    """Store one split's counts and masses at every pivot."""
-    at = offset + tl.arange(0, TILE)
-    inside = at < vocab_size
-    value = tl.load(values_ptr + at, mask=inside, other=float("-inf"))
-    key = tl.where(inside, float_to_key(value), -2147483648)
-    mass = tl.exp(value - top)
-    above = key[None, :] >= pivot_keys(top, low, high)[:, None]  # [8, TILE]
+def weigh_stretch(values_ptr, first, last, vocab_size, top, low, high, weights_ptr, WIDTH: tl.constexpr):
+    """Store the counts and masses of tokens first .. last - 1 at every pivot."""
+    # Two dimensions from the load on: each thread then holds its tokens against all pivots, and nothing is exchanged
+    # before the one reduction at the end.
+    pivots = pivot_keys(top, low, high)[:, None]
+    offsets = tl.arange(0, WIDTH)[None, :]
+    counts = tl.zeros([8, WIDTH], dtype=tl.float32)
+    masses = tl.zeros([8, WIDTH], dtype=tl.float32)
+    for base in range(first, last, WIDTH):
+        at = base + offsets
+        value = tl.load(values_ptr + at, mask=at < vocab_size, other=float("-inf"))  # [1, WIDTH]
+        # Past the vocabulary: below every pivot, whose lowest is above the key of -inf.
+        above = float_to_key(value) >= pivots  # [8, WIDTH]
+        counts += above.to(tl.float32)
+        masses += tl.where(above, tl.exp(value - top), 0.0)
     index = tl.arange(0, 8)
-    tl.store(weights_ptr + index, tl.sum(above.to(tl.float32), axis=1))
-    tl.store(weights_ptr + 8 + index, tl.sum(tl.where(above, mass[None, :], 0.0), axis=1))
+    tl.store(weights_ptr + index, tl.sum(counts, axis=1))
+    tl.store(weights_ptr + 8 + index, tl.sum(masses, axis=1))
 
 
 @triton.jit
-def select_interval(weights_ptr, split, num_splits, top, low, high, amount, by_mass, BLOCK_SPLITS: tl.constexpr):
+def select_interval(
+    weights_ptr, stretch, num_stretches, top, low, high, amount, by_mass, BLOCK_STRETCHES: tl.constexpr
+):
     """The interval between pivots that holds the threshold.
 
-    Returns (low, high, tokens at or above low, target weight, tokens at or above low in the splits before `split`).
+    Returns (low, high, tokens at or above low, target weight, tokens at or above low in the stretches before this one).
     """
-    splits = tl.arange(0, BLOCK_SPLITS)
+    stretches = tl.arange(0, BLOCK_STRETCHES)
     index = tl.arange(0, 8)
-    in_row = (splits < num_splits)[:, None]
-    cells = weights_ptr + splits[:, None] * 16 + index[None, :]
-    split_counts = tl.load(cells, mask=in_row, other=0.0)  # [BLOCK_SPLITS, 8]
-    counts = tl.sum(split_counts, axis=0)
+    in_row = (stretches < num_stretches)[:, None]
+    cells = weights_ptr + stretches[:, None] * 16 + index[None, :]
+    stretch_counts = tl.load(cells, mask=in_row, other=0.0)  # [BLOCK_STRETCHES, 8]
+    counts = tl.sum(stretch_counts, axis=0)
     masses = tl.sum(tl.load(cells + 8, mask=in_row, other=0.0), axis=0)
     pivots = pivot_keys(top, low, high)
     target = tl.where(by_mass, amount * tl.sum(tl.where(index == 0, masses, 0.0), axis=0), amount)
@@ -218,21 +229,28 @@ def select_interval(weights_ptr, split, num_splits, top, low, high, amount, by_m
     new_high = tl.min(tl.where(reaches, high, pivots - 1), axis=0)
     new_high = tl.maximum(tl.where(num_reaching == 0, new_low, new_high), new_low)
     count = tl.sum(tl.where(index == chosen, counts, 0.0), axis=0)
-    earlier = (splits < split)[:, None] & (index == chosen)[None, :]
-    before = tl.sum(tl.sum(tl.where(earlier, split_counts, 0.0), axis=1), axis=0)
+    earlier = (stretches < stretch)[:, None] & (index == chosen)[None, :]
+    before = tl.sum(tl.sum(tl.where(earlier, stretch_counts, 0.0), axis=1), axis=0)
     return new_low, new_high, count, target, before
 
 
 @triton.jit
-def collect_split(
-    values_ptr, offset, vocab_size, low, high, found, scratch_values_ptr, scratch_ids_ptr, TILE: tl.constexpr
+def collect_stretch(
+    values_ptr, first, last, vocab_size, low, high, found, scratch_values_ptr, scratch_ids_ptr, TILE: tl.constexpr
 ):
-    """Copy one split's tokens with low <= key <= high, in token order, to the scratch row from place `found` on."""
-    at = offset + tl.arange(0, TILE)
-    inside = at < vocab_size
-    value = tl.load(values_ptr + at, mask=inside, other=float("-inf"))
-    key = float_to_key(value)
-    wanted = (inside & (key >= low) & (key <= high)).to(tl.int32)
-    place = found + tl.cumsum(wanted, axis=0) - wanted
-    tl.store(scratch_values_ptr + place, value, mask=wanted != 0)
-    tl.store(scratch_ids_ptr + place, at, mask=wanted != 0)
+    """Copy the tokens first .. last - 1 with low <= key <= high, in order, from the scratch row's place `found` on.
+
+    The caller has counted them: they fit.
+    """
+    for base in range(first, last, TILE):
+        at = base + tl.arange(0, TILE)
+        inside = at < vocab_size
+        value = tl.load(values_ptr + at, mask=inside, other=float("-inf"))
+        key = float_to_key(value)
+        wanted = (inside & (key >= low) & (key <= high)).to(tl.int32)
+        num_wanted = tl.sum(wanted, axis=0)
+        if num_wanted > 0:
+            place = found + tl.cumsum(wanted, axis=0) - wanted
+            tl.store(scratch_values_ptr + place, value, mask=wanted != 0)
+            tl.store(scratch_ids_ptr + place, at, mask=wanted != 0)
+        found += num_wanted

@@ -83,7 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5, help="the engines take turns this often; medians are shown")
-    parser.add_argument("--note", default="", help="said in the recorded lines, such as what else the machine was doing")
+    parser.add_argument(
+        "--note", default="", help="said in the recorded lines, such as what else the machine was doing"
+    )
     parser.add_argument("--no-record", action="store_true", help="print only, append nothing to load_tests/results")
     return parser
 

@@ -2,8 +2,8 @@
 
     python -m load_tests.gpu.step_bench [--shape llama-3.1-8b ...] [--profile] [--output FILE]
 
-Random weights, random keys and values; contexts of 1,024 tokens. What is measured is the worker alone: no control plane,
-no gRPC. The floor counts weights and KV read once at 4.3 TB/s, and matrix products at 790 TFLOP/s.
+Random weights, random keys and values; contexts of 1,024 tokens. What is measured is the worker alone: no control
+plane, no gRPC. The floor counts weights and KV read once at 4.3 TB/s, and matrix products at 790 TFLOP/s.
 """
 
 from __future__ import annotations
@@ -164,20 +164,17 @@ def profile_decode(runner: CudaRunner, num_rows: int) -> list[tuple[str, float, 
 def print_table(rows: Sequence[Row]) -> None:
     print(f"{'shape':<14}{'work':<22}{'ours':>10}{'floor':>9}{'vLLM':>9}{'goal':>9}  {'':4} details")
     for row in rows:
-        anchor = ANCHORS.get((row.shape, row.name))
-        columns = (
-            ["", "", ""]
-            if anchor is None
-            else [f"{v:g}" if v else "" for v in (anchor.floor, anchor.vllm, anchor.goal)]
-        )
-        met = ""
-        if anchor is not None and anchor.goal is not None:
-            is_met = row.value >= anchor.goal if row.name.endswith("tok/s") else row.value <= anchor.goal
-            met = "yes" if is_met else "no"
+        anchor = ANCHORS.get((row.shape, row.name), Anchor(0.0, None, None))
+        compared = "".join(f"{value:>9g}" if value else " " * 9 for value in (anchor.floor, anchor.vllm, anchor.goal))
         details = " ".join(f"{name}={value:.4g}" for name, value in row.details.items())
-        print(
-            f"{row.shape:<14}{row.name:<22}{row.value:>10.4g}{columns[0]:>9}{columns[1]:>9}{columns[2]:>9}  {met:<4} {details}"
-        )
+        print(f"{row.shape:<14}{row.name:<22}{row.value:>10.4g}{compared}  {_met(row, anchor):<4} {details}")
+
+
+def _met(row: Row, anchor: Anchor) -> str:
+    if anchor.goal is None:
+        return ""
+    is_met = row.value >= anchor.goal if row.name.endswith("tok/s") else row.value <= anchor.goal
+    return "yes" if is_met else "no"
 
 
 def measure_shape(shape: str, args: argparse.Namespace) -> list[Row]:
@@ -196,7 +193,7 @@ def measure_shape(shape: str, args: argparse.Namespace) -> list[Row]:
         rows.append(measure_prefill(runner, shape, 1, 1024))
         rows.append(measure_prefill(runner, shape, 8, 8192))
     if args.profile:
-        for num_rows in (1, max(args.batch_sizes)):
+        for num_rows in sorted({1, 32, max(args.batch_sizes)}):
             print(f"--- {shape} b{num_rows}: microseconds a step, by kernel")
             for name, us, count in profile_decode(runner, num_rows)[:14]:
                 print(f"{us:10.1f} {count:5d} {name}")

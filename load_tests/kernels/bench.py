@@ -1,7 +1,7 @@
 """Benchmark of every kernel: `python -m load_tests.kernels.bench [section ...]`.
 
-Prints each kernel's time and its share of the read bandwidth or of the bf16 matrix rate, both measured first in the same
-run, and appends JSON lines to load_tests/results/kernels.jsonl. Needs a CUDA device; PYTHONPATH must hold `.` and
+Prints each kernel's time and its share of the read bandwidth or of the bf16 matrix rate, both measured first in the
+same run, and appends JSON lines to load_tests/results/kernels.jsonl. Needs a CUDA device; PYTHONPATH must hold `.` and
 `kernels`. Launches are timed inside a CUDA graph, over inputs that together exceed the level-2 cache.
 """
 

@@ -198,7 +198,8 @@ def sweep_gemm(top: int, out: Path, token_counts: tuple[int, ...] = (1, 2, 4, 8,
             floor_ms = n * k * 2 / ceilings.read_gb_s / 1e6
             shown = " | ".join(f"{100 * floor_ms / ms:.0f}% {_short(tuning)}" for ms, tuning in timed[:top])
             print(
-                f"{name:20s} M={num_tokens:2d} torch {torch_ms * 1e3:7.2f} us {100 * floor_ms / torch_ms:3.0f}% | {shown}",
+                f"{name:20s} M={num_tokens:2d} torch {torch_ms * 1e3:7.2f} us "
+                f"{100 * floor_ms / torch_ms:3.0f}% | {shown}",
                 flush=True,
             )
             best_ms, best = timed[0]

@@ -1,4 +1,4 @@
-"""The CUDA runner on a GPU: the CPU worker's tokens in float32, transformers' numbers in bfloat16, graphs equal to eager."""
+"""The CUDA runner on a GPU: the CPU worker's tokens in float32, transformers' numbers in bfloat16, graphs as eager."""
 
 from __future__ import annotations
 

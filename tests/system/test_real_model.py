@@ -53,7 +53,9 @@ def test_streaming_gives_the_same_text(client: openai.OpenAI) -> None:
 
 def test_a_seed_repeats_and_another_does_not(client: openai.OpenAI) -> None:
     texts = [
-        client.completions.create(model=MODEL, prompt=PROMPTS[1], max_tokens=24, temperature=1.0, seed=seed).choices[0].text
+        client.completions.create(model=MODEL, prompt=PROMPTS[1], max_tokens=24, temperature=1.0, seed=seed)
+        .choices[0]
+        .text
         for seed in (7, 7, 8)
     ]
     assert texts[0] == texts[1] != texts[2]

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import structlog
+from stepwire.process.logs import set_up_logging
 
-from gpu_worker.__main__ import _configure_logging
 from gpu_worker.config import parse_settings
 from gpu_worker.runner_api import SessionEnded, StepBatch, StepError, StepResult, TokenMask, WorkerFacts
 from gpu_worker.server import WorkerServer
@@ -87,7 +87,7 @@ class ScriptedRunner:
 
 def main() -> int:
     settings = parse_settings(sys.argv[1:])
-    _configure_logging(settings)
+    set_up_logging(settings)
     server = WorkerServer(settings.listen, shutdown_grace_s=settings.shutdown_grace_s)
     address = server.start()
     process_logger.info("loading")

@@ -47,7 +47,7 @@ def test_every_rank_holds_the_kv_heads_that_its_query_heads_read(size: int, num_
 def test_what_cannot_be_split_is_named_with_both_numbers() -> None:
     with pytest.raises(ParallelError, match="intermediate_size 92 does not divide by tensor_parallel_size 8"):
         ParallelContext(0, 8).share(92, "intermediate_size")
-    with pytest.raises(ParallelError, match="num_key_value_heads 3 .* tensor_parallel_size 2"):
+    with pytest.raises(ParallelError, match=r"num_key_value_heads 3 .* tensor_parallel_size 2"):
         ParallelContext(0, 2).heads(6, 3)
 
 

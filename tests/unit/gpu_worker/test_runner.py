@@ -139,9 +139,9 @@ def test_forced_preemption_gives_the_same_tokens(alone: list[list[int]], smollm2
         driver.add(row, prompts()[row], greedy())
     blocks_before: dict[int, list[int]] = {}
     for number in range(NUM_TOKENS + 40):
-        if number and number % 10 == 0:
+        if number and number % 16 == 0:
             # Every third row is thrown out, and comes back from its tokens on other blocks, in the same step.
-            for row in [row for row in batch if (row + number // 10) % 3 == 0]:
+            for row in [row for row in batch if (row + number // 16) % 3 == 0]:
                 prompt_length = driver.rows[row].num_prompt_tokens
                 blocks_before[row] = list(driver.rows[row].blocks)
                 tokens = driver.drop(row)

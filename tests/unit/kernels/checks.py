@@ -42,8 +42,9 @@ def repair_interpreter() -> None:
 
     Its dot takes the bits of a bfloat16 for an integer.
 
-    NumPy 2.4 no longer turns one-element arrays into Python integers, which loops over a loaded bound need. Triton 3.6's interpreter truncates float32 -> bfloat16, and its float8 cast loses the carry of a mantissa that rounds
-    up (1.98 becomes 1.0). Casts go through torch instead, which rounds to nearest even.
+    NumPy 2.4 no longer turns one-element arrays into Python integers, which loops over a loaded bound need. Triton
+    3.6's interpreter truncates float32 -> bfloat16, and its float8 cast loses the carry of a mantissa that rounds up
+    (1.98 becomes 1.0). Casts go through torch instead, which rounds to nearest even.
     """
     import triton.language as tl
     from triton.runtime import interpreter

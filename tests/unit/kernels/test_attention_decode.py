@@ -9,9 +9,11 @@ from stepwire_kernels.work_list import ChunkPolicy
 from tests.unit.kernels.checks import FLOAT_DTYPES, assert_close, poison
 from tests.unit.kernels.paged_case import PagedCase, make_case
 
+FINE = ChunkPolicy(64, 32)
+
 
 def run_decode(
-    case: PagedCase, *, policy: ChunkPolicy = ChunkPolicy(64, 32), tuning: DecodeTuning | None = None, **options: object
+    case: PagedCase, *, policy: ChunkPolicy = FINE, tuning: DecodeTuning | None = None, **options: object
 ) -> torch.Tensor:
     device = str(case.q.device)
     num_runs = case.kv_lens.numel()

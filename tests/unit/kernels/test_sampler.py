@@ -183,6 +183,15 @@ def test_bad_logits_are_a_fault_of_their_own_row_only() -> None:
     assert out.token_ids[[1, 3]].tolist() == good.token_ids[[1, 3]].tolist()
 
 
+def test_a_mask_that_excludes_all_is_the_requests_fault() -> None:
+    masks = torch.zeros(1, 4, dtype=torch.int32)
+    parameters = [RowParameters(), RowParameters(temperature=0.0), RowParameters(top_k=5)]
+    out, twin = run(torch.randn(3, 100), parameters, masks=masks, mask_rows=[0, 0, -1])
+    assert out.faults.tolist() == [sampler.FAULT_NO_TOKEN, sampler.FAULT_NO_TOKEN, 0]
+    assert [item.fault for item in twin] == out.faults.tolist()
+    assert int(out.token_ids[2]) == twin[2].token_id
+
+
 def test_top_logprobs_are_sorted_and_exact() -> None:
     vocab_size = 4500
     logits = 3 * torch.randn(4, vocab_size)

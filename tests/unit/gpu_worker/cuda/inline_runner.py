@@ -17,7 +17,7 @@ from gpu_worker.attention.triton_backend import AttentionLimits, TritonAttention
 from gpu_worker.config import WorkerSettings
 from gpu_worker.cuda.ops import TritonOps
 from gpu_worker.cuda.runner import CudaRunner
-from gpu_worker.cuda.step_layout import TOKEN_MULTIPLE, StepPlanner
+from gpu_worker.cuda.step_layout import StepPlanner
 from gpu_worker.cuda.step_program import ProgramBuffers, ProgramLimits, StepProgram
 from gpu_worker.cuda.timeline import NUM_SLOTS, StepTimes
 from gpu_worker.kv_cache import KVCache, KVCacheShape, MemoryPlan
@@ -60,6 +60,7 @@ def load_inline(
     num_blocks: int = 40,
     kv_cache_dtype: str = "auto",
     buffer_words: int = 4096,
+    with_graphs: bool = False,
 ) -> CudaRunner:
     """float32 weights of `directory`, blocks of 16 tokens."""
     device, parallel = torch.device("cpu"), ParallelContext()
@@ -71,7 +72,7 @@ def load_inline(
     shape = KVCacheShape.of(spec, parallel, 16, resolve_kv_dtype(kv_cache_dtype, torch.float32))
     plan = MemoryPlan("cpu", None, 0, 0, 0, num_blocks, 16)
     model = load_model(settings, family, spec, build, sizes.max_model_len)
-    planner = StepPlanner(sizes.max_num_seqs, sizes.max_num_batched_tokens)
+    planner = StepPlanner(sizes.max_num_seqs, sizes.max_num_batched_tokens, with_graphs=with_graphs)
     limits = ProgramLimits(
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
@@ -84,7 +85,7 @@ def load_inline(
     attention = TritonAttention(
         attention_spec(spec, parallel),
         KVCache(shape, num_blocks, device).layers,
-        AttentionLimits(planner.max_runs, planner.max_tokens, TOKEN_MULTIPLE),
+        AttentionLimits(planner.max_runs, planner.max_tokens, planner.max_padding_tokens),
         pdl=False,
     )
     timeline = InlineTimeline(buffer_words, result_slot_words(planner.max_runs, MAX_NUM_LOGPROBS))

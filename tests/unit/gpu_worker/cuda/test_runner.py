@@ -85,7 +85,7 @@ def assert_same(ours: StepResult, theirs: StepResult) -> None:
 
 
 def test_chunked_prefill_beside_decodes_gives_the_same_tokens(model_dir: Path) -> None:
-    ours, theirs = both(model_dir)
+    ours, theirs = both(model_dir, with_graphs=True)
     steps: list[dict[int, int] | None] = [{0: 20, 2: 7}, {0: 13, 2: 1}, {2: 1, 1: 3, 0: 1}, None, None]
     for driver in (ours, theirs):
         driver.add(0, prompt(1, 33), greedy())

@@ -1,0 +1,107 @@
+"""The whole stack on a GPU: worker and control plane as processes, the load driver over gRPC with token ids.
+
+    python -m load_tests.gpu.stack_bench --shape llama-3.1-8b --run 'decode --batch-size 32' --run nano --output DIR
+
+Starts `python -m gpu_worker` (random weights) and `python -m control_plane`, says how long they took to be ready, runs
+the scenarios of `python -m load_tests` one after another, and prints the servers' log if something fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from load_tests.stack import REPOSITORY_ROOT, SHAPES_DIRECTORY, _Processes, free_port
+
+_READY_LIMIT_S = 120.0
+
+
+class WorkerStack(_Processes):
+    """One GPU worker and a control plane that takes and gives token ids. Ready when entered."""
+
+    def __init__(self, shape: str, worker_flags: Sequence[str]) -> None:
+        super().__init__()
+        self._shape, self._worker_flags = shape, worker_flags
+        self.grpc_address = f"unix:{self.directory}/public.sock"
+        # From the first process's start.
+        self.ready_s = 0.0
+
+    def __enter__(self) -> Self:
+        worker = f"unix:{self.directory}/worker.sock"
+        started_s = time.monotonic()
+        model = str(SHAPES_DIRECTORY / self._shape)
+        try:
+            self._start(
+                "gpu_worker",
+                ["gpu_worker", "--model", model, "--load-format", "dummy", "--listen", worker, *self._worker_flags],
+            )
+            self._start(
+                "control_plane",
+                [
+                    "control_plane",
+                    *("--workers", worker, "--listen", self.grpc_address),
+                    *("--grpc-port", "0", "--metrics-port", str(free_port())),
+                ],
+            )
+            self._wait_until(self._is_serving, _READY_LIMIT_S)
+        except BaseException:
+            self.stop()
+            raise
+        self.ready_s = time.monotonic() - started_s
+        return self
+
+    def _is_serving(self) -> bool:
+        with grpc.insecure_channel(self.grpc_address) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            try:
+                answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=5)
+            except grpc.RpcError:
+                return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def run_scenario(stack: WorkerStack, scenario: str, output: Path, timeout_s: float) -> int:
+    """One `python -m load_tests`; its exit code."""
+    command = [sys.executable, "-m", "load_tests", *shlex.split(scenario), "--grpc", stack.grpc_address]
+    command += ["--out", str(output), "--timeout-s", str(timeout_s), "--token-id-limit", "100000"]
+    environment = dict(os.environ, COLUMNS="150")
+    return subprocess.run(command, cwd=REPOSITORY_ROOT, env=environment, timeout=timeout_s + 30, check=False).returncode
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m load_tests.gpu.stack_bench", description=__doc__)
+    parser.add_argument("--shape", required=True, choices=sorted(path.name for path in SHAPES_DIRECTORY.iterdir()))
+    parser.add_argument("--worker-flags", default="--max-model-len 9216", help="for python -m gpu_worker")
+    parser.add_argument(
+        "--run", action="append", required=True, help="a scenario of python -m load_tests and its flags"
+    )
+    parser.add_argument("--timeout-s", type=float, default=90.0, help="for one scenario (default: %(default)s)")
+    parser.add_argument("--settle-s", type=float, default=0.0, help="pause before the first scenario")
+    parser.add_argument("--output", type=Path, required=True, help="file that results are appended to")
+    parser.add_argument("--log", action="store_true", help="print the end of the servers' log")
+    args = parser.parse_args(argv)
+    has_failed = False
+    with WorkerStack(args.shape, shlex.split(args.worker_flags)) as stack:
+        print(f"{args.shape}: ready {stack.ready_s:.1f} s after the start", flush=True)
+        time.sleep(args.settle_s)
+        for scenario in args.run:
+            print(f"--- {args.shape}: {scenario}", flush=True)
+            if run_scenario(stack, scenario, args.output, args.timeout_s):
+                has_failed = True
+        if has_failed or args.log:
+            print(stack.log())
+    return int(has_failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
