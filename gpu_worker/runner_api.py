@@ -1,8 +1,8 @@
 """What the worker's server and a runner say to each other: plain arrays, no protobuf, no torch.
 
-The server decodes a step into a `StepBatch`, hands it to `Runner.execute` on the main thread, and takes the `StepResult`
-from the returned `PendingStep` on another thread. A runner with a device returns as soon as the step is launched, so that
-the next step can be launched behind it; one without may compute everything in `execute`.
+The server decodes a step into a `StepBatch`, hands it to `Runner.execute` on the main thread, and takes the
+`StepResult` from the returned `PendingStep` on another thread. A runner with a device returns as soon as the step is
+launched, so that the next step can be launched behind it; one without may compute everything in `execute`.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ def compile_in_parallel() -> Iterator[None]:
     num_threads = min(MAX_THREADS, os.cpu_count() or 1)
     launch = KernelInterface.__getitem__
     with ThreadPoolExecutor(num_threads, thread_name_prefix="compile") as threads, triton.AsyncCompileMode(threads):
-        KernelInterface.__getitem__ = _compile_instead  # type: ignore[method-assign]
+        KernelInterface.__getitem__ = _compile_instead
         try:
             yield
         finally:
-            KernelInterface.__getitem__ = launch  # type: ignore[method-assign]
+            KernelInterface.__getitem__ = launch

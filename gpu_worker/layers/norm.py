@@ -41,8 +41,8 @@ class RMSNorm(Weighted):
         if self._mirrored_weight is None:
             return F.rms_norm(x, (self.size,), self.weight, self.eps)
         # torch's RMSNorm is a chain of nine calls on a CPU, its LayerNorm one kernel. The mean of (x, -x) is zero and
-        # its variance is the mean square of x: the LayerNorm of the pair begins with the RMSNorm of x. Measured: 6 % of
-        # a whole decode step of one sequence, 1 to 3 % with more, nothing lost in a prefill.
+        # its variance is the mean square of x: the LayerNorm of the pair begins with the RMSNorm of x. Measured on
+        # SmolLM2-135M in bfloat16: 6 % of a whole decode step with one row, 3 % with 16, 1 % with 64.
         mirrored = torch.cat((x, -x), dim=-1)  # [..., 2 * size]
         normed = F.layer_norm(mirrored, (2 * self.size,), self._mirrored_weight, None, self.eps)
         return normed[..., : self.size]

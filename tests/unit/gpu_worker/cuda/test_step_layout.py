@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -33,7 +35,7 @@ def test_token_buckets_ascend_within_the_budget(max_tokens: int) -> None:
     buckets = mixed_buckets(max_tokens)
     assert list(buckets) == sorted(set(buckets)) and buckets[0] == 64
     assert buckets[-1] <= max_tokens
-    assert all(bucket - below <= max(64, below / 4) for below, bucket in zip(buckets, buckets[1:], strict=False))
+    assert all(bucket - below <= max(64, below / 4) for below, bucket in pairwise(buckets))
 
 
 @given(st.integers(2, 300), st.integers(1, 300), st.integers(0, 5000))
