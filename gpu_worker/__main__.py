@@ -12,6 +12,7 @@ from stepwire.process.logs import set_up_logging
 from stepwire.process.parent import end_with_parent
 
 from gpu_worker.config import PROGRAM, WorkerSettings, parse_settings
+from gpu_worker.errors import LoadError
 from gpu_worker.listen import ListenError, read_server_credentials
 from gpu_worker.runner_api import Runner, WorkerFacts
 from gpu_worker.server import WorkerServer
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> int:
         return 1
     try:
         runner = _load_runner(settings)
-    except (ValueError, OSError) as error:
+    except (LoadError, ValueError, OSError) as error:
         # What a person can put right: the message says how. Anything else is a defect, and shows where.
         logger.debug("loading failed", exc_info=True)
         print(f"{PROGRAM}: {error}", file=sys.stderr)

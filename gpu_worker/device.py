@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 
+from gpu_worker.errors import LoadError
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class DeviceError(RuntimeError):
+class DeviceError(LoadError, RuntimeError):
     """The asked device cannot be used. The message says what to set instead."""
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from gpu_worker.errors import LoadError
 from gpu_worker.model_spec import ModelSpec
 from gpu_worker.parallel import ParallelContext
 
@@ -20,7 +21,7 @@ FIRST_BLOCK_ID = 1
 GIB = 1 << 30
 
 
-class MemoryBudgetError(RuntimeError):
+class MemoryBudgetError(LoadError, RuntimeError):
     """The memory does not suffice. The message names the setting to change and the value that would do."""
 
 

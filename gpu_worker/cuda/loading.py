@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import structlog
 import torch
@@ -32,6 +33,7 @@ from gpu_worker.device import resolve_dtype
 from gpu_worker.kv_cache import GIB, KVCache, KVCacheShape, MemoryBudgetError, activation_bytes
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.model_spec import ModelConfigError, ModelSpec
+from gpu_worker.models.family import ModelFamily
 from gpu_worker.models.loader import read_spec
 from gpu_worker.parallel import ParallelContext
 from gpu_worker.quant.none import Unquantized
@@ -91,6 +93,26 @@ def load_cuda_runner(settings: WorkerSettings, device: torch.device) -> Runner:
     if reason is not None:
         log.warning("the CUDA kernels cannot run this: plain torch does, many times slower", reason=reason)
         return TorchRunner.load(settings)
+    try:
+        return _load_supported(settings, settings.model, device, spec, family, sizes, dtype)
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info(device)
+        raise MemoryBudgetError(
+            f"{device} ran out of memory while loading, with {free / GIB:.2f} of {total / GIB:.2f} GiB free: other "
+            "processes use it, or the weights do not fit; free it, or set a lower --gpu-memory-utilization"
+        ) from error
+
+
+def _load_supported(
+    settings: WorkerSettings,
+    directory: Path,
+    device: torch.device,
+    spec: ModelSpec,
+    family: type[ModelFamily],
+    sizes: Sizes,
+    dtype: torch.dtype,
+) -> CudaRunner:
+    parallel = ParallelContext()
     begun = time.monotonic()
     torch.cuda.set_device(device)
     pdl = torch.cuda.get_device_capability(device) >= PDL_CAPABILITY
@@ -111,7 +133,7 @@ def load_cuda_runner(settings: WorkerSettings, device: torch.device) -> Runner:
     timeline = CudaTimeline(device, BUFFER_WORDS, result_slot_words(parts.planner.max_runs, MAX_NUM_LOGPROBS))
     program = StepProgram(model, attention, buffers, timeline.packed, timeline.results, parts.program, pdl=pdl)
     graphs = StepGraphs(timeline.compute) if with_graphs else None
-    facts = worker_facts(settings.model, spec, sizes, plan, shape, device, dtype)
+    facts = worker_facts(directory, spec, sizes, plan, shape, device, dtype)
     runner = CudaRunner(facts, program, parts.planner, timeline, graphs, device, compile_in_parallel)
     warm_begun = time.monotonic()
     runner.warm_up(min(WARM_UP_TOKENS, parts.planner.max_tokens))

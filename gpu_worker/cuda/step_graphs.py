@@ -17,6 +17,7 @@ import structlog
 import torch
 
 from gpu_worker.cuda.step_layout import StepShape
+from gpu_worker.errors import LoadError
 
 log = structlog.get_logger(__name__)
 
@@ -45,7 +46,7 @@ class CapturedStep:
     logits: torch.Tensor | None  # [num_logits, vocab_size], kind FORWARD only
 
 
-class GraphCaptureError(RuntimeError):
+class GraphCaptureError(LoadError, RuntimeError):
     """A step cannot be captured. The message says what to set."""
 
 

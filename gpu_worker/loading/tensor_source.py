@@ -10,11 +10,13 @@ from typing import Protocol
 
 import torch
 
+from gpu_worker.errors import LoadError
+
 TensorIndex = Sequence[slice]
 """One slice with step 1 for each leading dimension to cut; dimensions left out are taken whole."""
 
 
-class CheckpointError(Exception):
+class CheckpointError(LoadError):
     """A checkpoint that cannot be used. The message names the file, the tensor (where there is one) and the reason."""
 
     def __init__(self, file: Path, reason: str, *, tensor: str | None = None, advice: str | None = None) -> None:

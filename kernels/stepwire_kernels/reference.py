@@ -14,6 +14,7 @@ import torch
 
 from stepwire_kernels import step_input as steps
 from stepwire_kernels.philox import LANE_TOKENS, TILE_TOKENS
+from stepwire_kernels.sampler import Sampled
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -519,3 +520,24 @@ def sample(
             )
         )
     return results
+
+
+# --- step_result.py ------------------------------------------------------------------------------------------------
+
+
+def pack_result(
+    sampled: Sampled, step: steps.StepInput, num_runs: int, slot: torch.Tensor, max_runs: int
+) -> None:
+    """Write a step's results into `slot`, int32 [words] (the twin of `step_result.pack_result`)."""
+    records = slot[: max_runs * 4].view(max_runs, 4)  # [max_runs, 4]
+    for run in range(num_runs):
+        records[run, 0] = sampled.token_ids[run]
+        records[run, 1] = sampled.logprobs[run : run + 1].view(torch.int32)[0]
+        records[run, 2] = sampled.faults[run]
+        records[run, 3] = step.faults[run]
+    max_top = sampled.top_ids.shape[1]
+    size = max_runs * max_top
+    top_ids = slot[max_runs * 4 : max_runs * 4 + size].view(max_runs, max_top)  # [max_runs, max_top]
+    top_logprobs = slot[max_runs * 4 + size : max_runs * 4 + 2 * size].view(max_runs, max_top)
+    top_ids[:num_runs] = sampled.top_ids[:num_runs]
+    top_logprobs[:num_runs] = sampled.top_logprobs[:num_runs].view(torch.int32)

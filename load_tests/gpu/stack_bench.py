@@ -29,9 +29,9 @@ _READY_LIMIT_S = 120.0
 class WorkerStack(_Processes):
     """One GPU worker and a control plane that takes and gives token ids. Ready when entered."""
 
-    def __init__(self, shape: str, worker_flags: Sequence[str]) -> None:
+    def __init__(self, shape: str, worker_flags: Sequence[str], control_plane_flags: Sequence[str]) -> None:
         super().__init__()
-        self._shape, self._worker_flags = shape, worker_flags
+        self._shape, self._worker_flags, self._control_plane_flags = shape, worker_flags, control_plane_flags
         self.grpc_address = f"unix:{self.directory}/public.sock"
         # From the first process's start.
         self.ready_s = 0.0
@@ -51,6 +51,7 @@ class WorkerStack(_Processes):
                     "control_plane",
                     *("--workers", worker, "--listen", self.grpc_address),
                     *("--grpc-port", "0", "--metrics-port", str(free_port())),
+                    *self._control_plane_flags,
                 ],
             )
             self._wait_until(self._is_serving, _READY_LIMIT_S)
@@ -91,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--log", action="store_true", help="print the end of the servers' log")
     args = parser.parse_args(argv)
     has_failed = False
-    with WorkerStack(args.shape, shlex.split(args.worker_flags)) as stack:
+    with WorkerStack(args.shape, shlex.split(args.worker_flags), shlex.split(args.control_plane_flags)) as stack:
         print(f"{args.shape}: ready {stack.ready_s:.1f} s after the start", flush=True)
         time.sleep(args.settle_s)
         for scenario in args.run:

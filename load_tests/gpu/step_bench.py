@@ -185,7 +185,9 @@ def measure_shape(shape: str, args: argparse.Namespace) -> list[Row]:
     num_captures = 0
     while runner.idle():
         num_captures += 1
-    rows.append(Row(shape, "captures s", time.perf_counter() - begun, {"graphs": num_captures}))
+    captures_s = time.perf_counter() - begun
+    free_gib = torch.cuda.mem_get_info()[0] / 2**30
+    rows.append(Row(shape, "captures s", captures_s, {"graphs": num_captures, "free_gib": free_gib}))
     fill_cache(runner, max(args.batch_sizes) * (CONTEXT // runner.describe().block_size + 2) + 2)
     for num_rows in args.batch_sizes:
         rows.append(measure_decode(runner, shape, num_rows))
