@@ -82,6 +82,7 @@ def run_scenario(stack: WorkerStack, scenario: str, output: Path, timeout_s: flo
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m load_tests.gpu.stack_bench", description=__doc__)
     parser.add_argument("--shape", required=True, choices=sorted(path.name for path in SHAPES_DIRECTORY.iterdir()))
+    parser.add_argument("--control-plane-flags", default="", help="for python -m control_plane")
     parser.add_argument("--worker-flags", default="--max-model-len 9216", help="for python -m gpu_worker")
     parser.add_argument(
         "--run", action="append", required=True, help="a scenario of python -m load_tests and its flags"
