@@ -14,16 +14,19 @@ from queue import Empty, SimpleQueue
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 import torch
 
 from gpu_worker.assembly import batch_limits
 from gpu_worker.cuda.device_rows import DeviceRows, StagedChanges
 from gpu_worker.cuda.results import NO_RUNS, CudaPendingStep, RecordLayout, SampledRuns
-from gpu_worker.cuda.step_graphs import CapturedStep, GraphKey, GraphKind, StepGraphs
+from gpu_worker.cuda.step_graphs import CapturedStep, GraphCaptureError, GraphKey, GraphKind, StepGraphs
 from gpu_worker.cuda.step_layout import StepLayout, StepPlanner, StepShape, pack, split_changes
 from gpu_worker.cuda.step_program import StepMasks, StepProgram
 from gpu_worker.cuda.timeline import NUM_SLOTS, Timeline
 from gpu_worker.runner_api import RowFault, StepBatch, TokenMask, WorkerFacts
+
+log = structlog.get_logger(__name__)
 
 NO_RUN_RECORDS = np.zeros((0, 4), dtype=np.int32)
 USES_BEFORE_CAPTURE = 2
@@ -60,6 +63,7 @@ class CudaRunner:
         self._next_slot = 0
         self._to_capture: GraphKey | None = None
         self._eager_uses: Counter[GraphKey] = Counter()
+        self._capture_failed = False
         self._uncaptured = deque(planner.graph_shapes())
         # (row, generation) of rows that got no token, found by the completion thread.
         self._failed: SimpleQueue[tuple[int, int]] = SimpleQueue()
@@ -81,7 +85,11 @@ class CudaRunner:
 
     def idle(self) -> bool:
         """Use a pause: capture the next graph, small first. True: there is more to do in this pause."""
-        if self._graphs is None or any(pending is not None and not pending.is_over for pending in self._in_slot):
+        if (
+            self._graphs is None
+            or self._capture_failed
+            or any(pending is not None and not pending.is_over for pending in self._in_slot)
+        ):
             return False
         while self._uncaptured:
             key = GraphKey(self._uncaptured.popleft(), GraphKind.PLAIN)
@@ -123,7 +131,8 @@ class CudaRunner:
             self._program.sample(shape, logits, is_full=False)
 
     def _capture(self, key: GraphKey) -> None:
-        if self._graphs is None:
+        """Capture a step whose kernels are compiled. If that fails, steps without a graph stay eager from then on."""
+        if self._graphs is None or self._capture_failed:
             return
 
         def launch() -> torch.Tensor | None:
@@ -132,7 +141,13 @@ class CudaRunner:
                 self._program.sample(key.shape, logits, is_full=key.kind is GraphKind.FULL)
             return logits
 
-        self._graphs.capture(key, launch)
+        try:
+            self._graphs.capture(key, launch)
+        except GraphCaptureError as error:
+            self._capture_failed = True
+            log.warning(
+                "no more CUDA graphs are captured: such steps launch kernel by kernel, slower", reason=str(error)
+            )
 
     def execute(self, batch: StepBatch, wait_for_mask: Callable[[], TokenMask]) -> CudaPendingStep:
         begun = time.perf_counter_ns()

@@ -17,7 +17,6 @@ import structlog
 import torch
 
 from gpu_worker.cuda.step_layout import StepShape
-from gpu_worker.errors import LoadError
 
 log = structlog.get_logger(__name__)
 
@@ -46,7 +45,7 @@ class CapturedStep:
     logits: torch.Tensor | None  # [num_logits, vocab_size], kind FORWARD only
 
 
-class GraphCaptureError(LoadError, RuntimeError):
+class GraphCaptureError(RuntimeError):
     """A step cannot be captured. The message says what to set."""
 
 

@@ -71,10 +71,10 @@ class WorkerStack(_Processes):
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-def run_scenario(stack: WorkerStack, scenario: str, output: Path, timeout_s: float) -> int:
+def run_scenario(stack: WorkerStack, scenario: str, label: str, output: Path, timeout_s: float) -> int:
     """One `python -m load_tests`; its exit code."""
     command = [sys.executable, "-m", "load_tests", *shlex.split(scenario), "--grpc", stack.grpc_address]
-    command += ["--out", str(output), "--timeout-s", str(timeout_s), "--token-id-limit", "100000"]
+    command += ["--label", label, "--out", str(output), "--timeout-s", str(timeout_s), "--token-id-limit", "100000"]
     environment = dict(os.environ, COLUMNS="150")
     return subprocess.run(command, cwd=REPOSITORY_ROOT, env=environment, timeout=timeout_s + 30, check=False).returncode
 
@@ -93,12 +93,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--log", action="store_true", help="print the end of the servers' log")
     args = parser.parse_args(argv)
     has_failed = False
+    label = f"worker: {args.worker_flags}; control plane: {args.control_plane_flags or 'defaults'}"
     with WorkerStack(args.shape, shlex.split(args.worker_flags), shlex.split(args.control_plane_flags)) as stack:
         print(f"{args.shape}: ready {stack.ready_s:.1f} s after the start", flush=True)
         time.sleep(args.settle_s)
         for scenario in args.run:
             print(f"--- {args.shape}: {scenario}", flush=True)
-            if run_scenario(stack, scenario, args.output, args.timeout_s):
+            if run_scenario(stack, scenario, label, args.output, args.timeout_s):
                 has_failed = True
         if has_failed or args.log:
             print(stack.log())
