@@ -525,9 +525,7 @@ def sample(
 # --- step_result.py ------------------------------------------------------------------------------------------------
 
 
-def pack_result(
-    sampled: Sampled, step: steps.StepInput, num_runs: int, slot: torch.Tensor, max_runs: int
-) -> None:
+def pack_result(sampled: Sampled, step: steps.StepInput, num_runs: int, slot: torch.Tensor, max_runs: int) -> None:
     """Write a step's results into `slot`, int32 [words] (the twin of `step_result.pack_result`)."""
     records = slot[: max_runs * 4].view(max_runs, 4)  # [max_runs, 4]
     for run in range(num_runs):
