@@ -72,3 +72,10 @@ def _output(*command: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
+
+
+def machine_name(machine: dict[str, Any]) -> str:
+    """One phrase for a result's `machine`."""
+    gpus = machine.get("gpus")
+    cpu = f"{machine['num_cores']} cores of {machine['cpu']}"
+    return f"{len(gpus)} x {gpus[0].split(',')[0]}, {cpu}" if gpus else cpu

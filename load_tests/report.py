@@ -11,8 +11,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from load_tests.machine import machine_name
+from load_tests.report_engines import EngineResults
 from load_tests.results import RESULTS_DIRECTORY, read_results
-from load_tests.tables import short_number
+from load_tests.tables import markdown_table, short_number
 
 README = Path(__file__).resolve().parent / "README.md"
 BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
@@ -23,8 +25,9 @@ def render(results: Iterable[dict[str, Any]]) -> str:
     """All tables as Markdown; `results` oldest first."""
     runs: dict[tuple[Any, ...], dict[str, Any]] = {}
     sections: dict[tuple[str, str], dict[str, Any]] = {}
+    engines = EngineResults()
     for result in results:
-        if "scenario" in result:
+        if "scenario" in result and "parameters" in result:
             key = (
                 result["scenario"],
                 str(sorted(result["parameters"].items())),
@@ -37,7 +40,9 @@ def render(results: Iterable[dict[str, Any]]) -> str:
             runs[key] = result
         elif "section" in result:
             sections[result["section"], result["label"]] = result
-    parts = []
+        else:
+            engines.take(result)
+    parts = engines.tables()
     if runs:
         parts += ["### Scenarios", *_scenario_tables(list(runs.values()))]
     if sections:
@@ -47,12 +52,6 @@ def render(results: Iterable[dict[str, Any]]) -> str:
         ):
             parts += [_SECTIONS[name](result), _footnote(result)]
     return "\n\n".join(parts) if parts else "No results yet."
-
-
-def machine_name(machine: dict[str, Any]) -> str:
-    gpus = machine.get("gpus")
-    cpu = f"{machine['num_cores']} cores of {machine['cpu']}"
-    return f"{len(gpus)} x {gpus[0].split(',')[0]}, {cpu}" if gpus else cpu
 
 
 def _scenario_tables(runs: Sequence[dict[str, Any]]) -> list[str]:
@@ -82,7 +81,7 @@ def _scenario_tables(runs: Sequence[dict[str, Any]]) -> list[str]:
                 what = target = headline = ""
         columns = ["scenario", "target", "phase", "output tok/s"]
         columns += [f"{name[:-3].upper()} ms p50 / p99" for name in _LATENCIES]
-        tables += [f"On {machine}:", _table([*columns, "driver's core", "headline", "date"], rows)]
+        tables += [f"On {machine}:", markdown_table([*columns, "driver's core", "headline", "date"], rows)]
     return tables
 
 
@@ -92,12 +91,6 @@ def _flags(parameters: dict[str, Any]) -> str:
 
 def _spread(spread: dict[str, float] | None) -> str:
     return f"{short_number(spread['p50'])} / {short_number(spread['p99'])}" if spread else "-"
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    lines += [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
-    return "\n".join(lines)
 
 
 def _footnote(result: dict[str, Any]) -> str:
@@ -124,14 +117,14 @@ def _steps(result: dict[str, Any]) -> str:
     rows = [
         [*_case_row(case), f"<= {case['goal_wall_ms']:g}" if case["goal_wall_ms"] else "-"] for case in result["cases"]
     ]
-    return "Per step:\n\n" + _table(["rows", "step ms", *_CASE_COLUMNS.values(), "goal, wall ms"], rows)
+    return "Per step:\n\n" + markdown_table(["rows", "step ms", *_CASE_COLUMNS.values(), "goal, wall ms"], rows)
 
 
 def _rows(result: dict[str, Any]) -> str:
     line = result["control_plane_cpu_ms_by_rows"]
     return (
         "Per step, against rows:\n\n"
-        + _table(["rows", "step ms", *_CASE_COLUMNS.values()], map(_case_row, result["cases"]))
+        + markdown_table(["rows", "step ms", *_CASE_COLUMNS.values()], map(_case_row, result["cases"]))
         + f"\n\nControl plane CPU = {line['intercept']:.3g} ms + {line['slope'] * 1e3:.3g} us a row "
         f"(R^2 {line['r_squared']:.3f})."
     )
@@ -143,7 +136,7 @@ def _length(result: dict[str, Any]) -> str:
     rows = [[f"{point[name]:.4g}" for name in names] for point in result["points"]]
     return (
         f"Per step, {result['num_rows']} rows, against tokens generated so far:\n\n"
-        + _table([*names.values()], rows)
+        + markdown_table([*names.values()], rows)
         + f"\n\nControl plane CPU = {line['intercept']:.3g} ms + {line['slope'] * 1e6:.3g} us "
         "for each 1,000 tokens so far."
     )
@@ -166,7 +159,7 @@ def _profile(result: dict[str, Any]) -> str:
     line = result["core_cpu_ms_by_rows"]
     return (
         "CPU us per step in one process, without gRPC (goal for the core at 256 rows: 1,200):\n\n"
-        + _table(columns, rows)
+        + markdown_table(columns, rows)
         + f"\n\nCore = {line['intercept'] * 1e3:.3g} us + {line['slope'] * 1e3:.3g} us a row."
     )
 

@@ -1,0 +1,92 @@
+"""Tables of what the engine itself was measured at: a worker's steps on a GPU, the CPU worker beside other engines, the
+gateway's cost a token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from load_tests.machine import machine_name
+from load_tests.tables import markdown_table, short_number
+
+
+class EngineResults:
+    """Collects lines of gpu_steps, cpu_worker and gateway_cost, oldest first."""
+
+    def __init__(self) -> None:
+        self._gpu_steps: dict[tuple[str, str], dict[str, Any]] = {}
+        self._cpu_worker: list[dict[str, Any]] = []
+        self._gateway: list[dict[str, Any]] = []
+
+    def take(self, result: dict[str, Any]) -> None:
+        if "shape" in result and "work" in result:
+            self._gpu_steps[result["shape"], result["work"]] = result  # the newest counts
+        elif "stepwire_ratio_median" in result:
+            self._cpu_worker.append(result)
+        elif "gateway_cpu_us_per_token" in result:
+            self._gateway.append(result)
+
+    def tables(self) -> list[str]:
+        parts = []
+        if self._gpu_steps:
+            parts += ["### The worker on a GPU, without gRPC (`load_tests.gpu.step_bench`)", self._gpu_table()]
+        if self._cpu_worker:
+            parts += ["### The CPU worker beside other engines (`load_tests.cpu_worker`)", self._cpu_table()]
+        if self._gateway:
+            parts += ["### The gateway (`load_tests.gateway_cost`)", self._gateway_table()]
+        return parts
+
+    def _gpu_table(self) -> str:
+        columns = [
+            "shape",
+            "work",
+            "stepwire",
+            "floor",
+            "of the floor",
+            "vLLM 0.26",
+            "goal",
+            "GPU idle between steps, us",
+        ]
+        rows = []
+        for (shape, work), result in sorted(self._gpu_steps.items()):
+            value, floor = result["value"], result.get("floor")
+            share = "-"
+            if floor:
+                share = f"{(value / floor if work.endswith('tok/s') else floor / value):.0%}"
+            numbers = [short_number(result[name]) if name in result else "-" for name in ("vllm", "goal", "idle_us")]
+            rows.append([shape, work, short_number(value), short_number(floor) if floor else "-", share, *numbers])
+        machines = sorted({machine_name(result["machine"]) for result in self._gpu_steps.values()})
+        return (
+            "Random weights, bf16, contexts of 1,024 tokens, two steps in flight; the newest line of each. vLLM's\n"
+            "figures were measured on the same kind of GPU, not in the same run; floors and goals are the project's plan.\n\n"
+            + markdown_table(columns, rows)
+            + f"\n\nOn {'; '.join(machines)}."
+        )
+
+    def _cpu_table(self) -> str:
+        rows = []
+        for result in self._cpu_worker:
+            others = [
+                f"{name} {short_number(rate)} ({short_number(result['stepwire_ratio_median'][name])}x)"
+                for name, rate in result["tokens_per_s"].items()
+                if name != "stepwire"
+            ]
+            own = short_number(result["tokens_per_s"]["stepwire"])
+            rows.append([result["scenario"], own, ", ".join(others), result["note"], result["date"][:10]])
+        return (
+            "SmolLM2-135M in bf16, two threads, 64 tokens in and out, engines taking turns; medians of tokens/s, and\n"
+            "in brackets stepwire's multiple of the other within the same turn.\n\n"
+            + markdown_table(["work", "stepwire", "others", "note", "date"], rows)
+        )
+
+    def _gateway_table(self) -> str:
+        columns = {
+            "step_ms": "step ms",
+            "tokens_per_s": "tokens/s",
+            "tokens_per_event": "tokens an event",
+            "gateway_cpu_us_per_token": "gateway CPU us a token",
+            "control_plane_cpu_us_per_token": "control plane CPU us a token",
+        }
+        rows = [
+            [str(result["num_streams"]), *(short_number(result[name]) for name in columns)] for result in self._gateway
+        ]
+        return "SSE streams through one gateway process.\n\n" + markdown_table(["streams", *columns.values()], rows)

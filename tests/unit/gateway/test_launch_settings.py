@@ -1,0 +1,40 @@
+"""What `stepwire serve` passes on is what the processes take."""
+
+from __future__ import annotations
+
+import pytest
+
+from control_plane.config import ControlPlaneSettings
+from gateway.config import GatewaySettings
+from gateway.launch_settings import CONTROL_PLANE, GATEWAY, WORKER, LaunchSettings
+from gpu_worker.config import WorkerSettings
+
+SETTINGS = {GATEWAY: GatewaySettings, CONTROL_PLANE: ControlPlaneSettings, WORKER: WorkerSettings}
+
+PASSED_ON = [
+    (process, name)
+    for name, field in LaunchSettings.model_fields.items()
+    for process in (field.json_schema_extra or {}).get("takers", [])  # type: ignore[union-attr]
+]
+
+
+@pytest.mark.parametrize("process, name", PASSED_ON)
+def test_a_setting_means_the_same_to_the_process_that_takes_it(process: str, name: str) -> None:
+    ours, theirs = LaunchSettings.model_fields[name], SETTINGS[process].model_fields[name]
+    assert ours.annotation == theirs.annotation
+    assert ours.default == theirs.default, "unset flags are not passed on: the defaults must agree"
+
+
+def test_only_what_was_set_is_passed_on() -> None:
+    settings = LaunchSettings(
+        model="m", port=9000, enable_prefix_caching=False, served_model_name=("a", "b"), max_num_seqs=None
+    )
+    assert settings.flags_for(GATEWAY) == ["--port=9000"]
+    assert settings.flags_for(CONTROL_PLANE) == ["--served-model-name=a,b", "--no-enable-prefix-caching"]
+    assert settings.flags_for(WORKER) == []
+
+
+def test_every_setting_of_every_process_is_described() -> None:
+    for settings_class in (LaunchSettings, *SETTINGS.values()):
+        bare = [name for name, field in settings_class.model_fields.items() if not field.description]
+        assert not bare, f"{settings_class.__name__}: {bare}"
