@@ -57,7 +57,7 @@ class EngineResults:
         machines = sorted({machine_name(result["machine"]) for result in self._gpu_steps.values()})
         return (
             "Random weights, bf16, contexts of 1,024 tokens, two steps in flight; the newest line of each. vLLM's\n"
-            "figures were measured on the same kind of GPU, not in the same run; floors and goals are the project's plan.\n\n"
+            "figures were measured on the same kind of GPU, not in the same run.\n\n"
             + markdown_table(columns, rows)
             + f"\n\nOn {'; '.join(machines)}."
         )
