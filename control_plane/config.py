@@ -30,9 +30,7 @@ class ControlPlaneSettings(ProcessSettings):
     chat_template: Path | None = Field(None, description="jinja file to use instead of the model's own chat template")
 
     # The workers.
-    workers: Strings = Field(
-        ("127.0.0.1:50061",), description="where the workers listen, separated by commas: HOST:PORT or unix:/PATH"
-    )
+    workers: Strings = Field(("127.0.0.1:50061",), description="where the worker listens: HOST:PORT or unix:/PATH")
     worker_tls_ca: Path | None = Field(
         None, description="PEM roots that the workers' certificates are checked against; turns TLS on towards HOST:PORT"
     )
@@ -106,6 +104,8 @@ class ControlPlaneSettings(ProcessSettings):
             _, colon, port = worker.rpartition(":")
             if not worker.startswith("unix:/") and not (colon and port.isdecimal()):
                 raise ValueError(f"{worker} is neither HOST:PORT nor unix:/PATH")
+        if len(workers) > 1:
+            raise ValueError(f"names {len(workers)} workers; a control plane drives one: start another for the next")
         return workers
 
     @model_validator(mode="after")

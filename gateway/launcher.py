@@ -13,6 +13,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -118,6 +119,7 @@ async def _serve(settings: LaunchSettings) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    _check_ports(settings)
     model = await _unless(stop, _prepare(settings))
     if model is None:
         return
@@ -150,6 +152,23 @@ async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None
     with contextlib.suppress(asyncio.CancelledError):
         await task
     return None
+
+
+def _check_ports(settings: LaunchSettings) -> None:
+    """Before anything is started: whoever holds a port may well answer in our place."""
+    for flag, port in (
+        ("--port", settings.port),
+        ("--grpc-port", settings.grpc_port),
+        ("--metrics-port", settings.metrics_port),
+    ):
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(settings.host, port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+        except OSError as error:
+            what = f"port {port} on {settings.host} cannot be used ({error.strerror})"
+            raise LaunchError(f"{what}: stop what listens there, or choose another with {flag}") from error
 
 
 async def _prepare(settings: LaunchSettings) -> Path:

@@ -23,7 +23,7 @@ def machine_facts() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "num_cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "kernel": platform.release(),
+        "kernel": platform.release().partition("-")[0],
         "load_average_1min": round(os.getloadavg()[0], 2),
     }
     gpus = _gpus()

@@ -24,7 +24,7 @@ _LATENCIES = ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")
 def render(results: Iterable[dict[str, Any]]) -> str:
     """All tables as Markdown; `results` oldest first."""
     runs: dict[tuple[Any, ...], dict[str, Any]] = {}
-    sections: dict[tuple[str, str], dict[str, Any]] = {}
+    sections: dict[str, dict[str, Any]] = {}
     engines = EngineResults()
     for result in results:
         if "scenario" in result and "parameters" in result:
@@ -39,7 +39,7 @@ def render(results: Iterable[dict[str, Any]]) -> str:
             runs.pop(key, None)  # the newest stands last
             runs[key] = result
         elif "section" in result:
-            sections[result["section"], result["label"]] = result
+            sections[result["section"]] = result
         else:
             engines.take(result)
     parts = engines.tables()
@@ -47,10 +47,9 @@ def render(results: Iterable[dict[str, Any]]) -> str:
         parts += ["### Scenarios", *_scenario_tables(list(runs.values()))]
     if sections:
         parts += ["### Control plane against a simulated worker (`load_tests.control_plane`)"]
-        for (name, _), result in sorted(
-            sections.items(), key=lambda item: (list(_SECTIONS).index(item[0][0]), item[0])
-        ):
-            parts += [_SECTIONS[name](result), _footnote(result)]
+        for name in _SECTIONS:
+            if name in sections:
+                parts += [_SECTIONS[name](sections[name]), _footnote(sections[name])]
     return "\n\n".join(parts) if parts else "No results yet."
 
 

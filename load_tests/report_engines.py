@@ -14,14 +14,14 @@ class EngineResults:
 
     def __init__(self) -> None:
         self._gpu_steps: dict[tuple[str, str], dict[str, Any]] = {}
-        self._cpu_worker: list[dict[str, Any]] = []
+        self._cpu_worker: dict[str, dict[str, Any]] = {}
         self._gateway: list[dict[str, Any]] = []
 
     def take(self, result: dict[str, Any]) -> None:
         if "shape" in result and "work" in result:
             self._gpu_steps[result["shape"], result["work"]] = result  # the newest counts
         elif "stepwire_ratio_median" in result:
-            self._cpu_worker.append(result)
+            self._cpu_worker[result["scenario"]] = result
         elif "gateway_cpu_us_per_token" in result:
             self._gateway.append(result)
 
@@ -56,15 +56,15 @@ class EngineResults:
             rows.append([shape, work, short_number(value), short_number(floor) if floor else "-", share, *numbers])
         machines = sorted({machine_name(result["machine"]) for result in self._gpu_steps.values()})
         return (
-            "Random weights, bf16, contexts of 1,024 tokens, two steps in flight; the newest line of each. vLLM's\n"
-            "figures were measured on the same kind of GPU, not in the same run.\n\n"
+            "Random weights, bf16, contexts of 1,024 tokens, two steps in flight; newest lines. vLLM's\n"
+            "figures (0.26.0, torch 2.11, its defaults) were measured on the same kind of GPU, not in the same run.\n\n"
             + markdown_table(columns, rows)
             + f"\n\nOn {'; '.join(machines)}."
         )
 
     def _cpu_table(self) -> str:
         rows = []
-        for result in self._cpu_worker:
+        for result in self._cpu_worker.values():
             others = [
                 f"{name} {short_number(rate)} ({short_number(result['stepwire_ratio_median'][name])}x)"
                 for name, rate in result["tokens_per_s"].items()

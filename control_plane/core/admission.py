@@ -62,11 +62,12 @@ def check_admission(request: CoreRequest, limits: AdmissionLimits, load: QueueLo
     elif load.num_requests and load.num_tokens + num_prompt_tokens > limits.max_queued_tokens:
         full = f"{load.num_tokens} prompt tokens are waiting, the limit is {limits.max_queued_tokens}"
     if full:
+        wait_s = retry_after_s(load)
         raise AdmissionError(
             "queue_full",
-            f"the queue is full: {full}",
+            f"the queue is full: {full}; try again in {wait_s:.0f} s",
             code="RESOURCE_EXHAUSTED",
-            retry_after_s=retry_after_s(load),
+            retry_after_s=wait_s,
         )
 
 

@@ -149,7 +149,7 @@ class FieldChecks:
             return None
         before = len(self.violations)
         if not has_tokenizer:
-            self.add("stop.stop", "this model is served without a tokenizer; use stop.stop_token_ids")
+            self.add("stop.stop", "this model is served without a tokenizer; use stop_token_ids")
         if len(stop.stop) > MAX_STOP_STRINGS:
             self.add("stop.stop", f"has {len(stop.stop)} strings; at most {MAX_STOP_STRINGS} are taken")
         for index, string in enumerate(stop.stop):

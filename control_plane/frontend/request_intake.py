@@ -72,7 +72,7 @@ class RequestIntake:
                 "RESOURCE_EXHAUSTED",
                 "queue_full",
                 f"the queue is full: {self._num_preparing} requests are being tokenized, the limit is "
-                f"{self._max_preparing}",
+                f"{self._max_preparing}; try again in a second",
                 retry_after_s=1.0,
                 retryable=True,
             )

@@ -25,11 +25,11 @@ def _explain(error: OSError, directory: Path, num_bytes_needed: int) -> str:
     where = error.filename or directory
     need = f"; {format_size(num_bytes_needed)} are needed" if num_bytes_needed else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"{where}: {error.strerror}{need}: make room, or name another directory with --out"
+        return f"{where}: {error.strerror}{need}: make room, or name another directory with --cache-dir"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{where} cannot be written ({error.strerror}): name a writable directory with --out"
+        return f"{where} cannot be written ({error.strerror}): name a writable directory with --cache-dir"
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        return f"{where} cannot be made ({error.strerror}): name another directory with --out"
+        return f"{where} cannot be made ({error.strerror}): name another directory with --cache-dir"
     return f"{where}: {error.strerror or error}"
 
 

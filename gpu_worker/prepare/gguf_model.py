@@ -66,7 +66,7 @@ class _Conversion:
         if free < needed:
             raise PrepareError(
                 f"{directory} has {format_size(free)} of free space, {format_size(needed)} are needed: "
-                "make room, or name another directory with --out"
+                "make room, or name another directory with --cache-dir"
             )
 
     def fill(self, directory: Path) -> None:

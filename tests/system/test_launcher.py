@@ -182,6 +182,19 @@ def test_a_dead_control_plane_and_a_dead_gateway_are_started_again(bare_model: P
                     time.sleep(0.1)
 
 
+def test_a_second_stack_on_the_ports_of_the_first_is_refused(bare_model: Path) -> None:
+    with Launched(bare_model, *SIMULATED) as launched:
+        ports = [
+            f"--port={launched.port}",
+            f"--grpc-port={launched.grpc_port}",
+            f"--metrics-port={launched.metrics_port}",
+        ]
+        run = run_serve(str(bare_model), *SIMULATED, *ports)
+        assert run.returncode == 1 and "Traceback" not in run.stderr
+        assert f"port {launched.port}" in run.stderr and "--port" in run.stderr
+        assert "ready after" not in run.stdout
+
+
 def run_serve(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "gateway.cli", "serve", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
