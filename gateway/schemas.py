@@ -84,7 +84,9 @@ class GenerationBody(RequestModel):
     seed: Int64 | None = None
     presence_penalty: Finite | None = Field(None, description="-2 to 2.")
     frequency_penalty: Finite | None = Field(None, description="-2 to 2.")
-    logit_bias: dict[str, Finite] | None = Field(None, description="Token id (as a string) to a value in -100 to 100.")
+    logit_bias: dict[str, Finite] | None = Field(
+        None, max_length=1024, description="Token id (as a string) to a value in -100 to 100."
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -93,10 +95,10 @@ class GenerationBody(RequestModel):
     repetition_penalty: Finite | None = Field(None, description="Above 0; 1 is none.")
     min_tokens: UInt32 | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: list[UInt32] | None = None
+    stop_token_ids: list[UInt32] | None = Field(None, max_length=1024)
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
-    allowed_token_ids: list[UInt32] | None = None
+    allowed_token_ids: list[UInt32] | None = Field(None, max_length=16384)
     priority: Int32 | None = Field(None, description="Lower runs first.")
     cache_salt: str | None = Field(None, description="Share cached prefixes only with requests of the same salt.")
     return_token_ids: bool | None = None

@@ -45,6 +45,8 @@ MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 # The launching thread may hold the interpreter for most of a step; the default of 5 ms would add that to every result.
 SWITCH_INTERVAL_S = 1e-4
 # How long a thread that does not end may hold up the end of the process.
+# A session that cannot begin for so long waits behind a step that will never end: a hung worker is a dead worker.
+_STUCK_LIMIT_S = 30.0
 _LAST_RESORT_S = 3.0
 
 _LAST_CALLS_S = 0.5
@@ -118,6 +120,7 @@ class WorkerServer:
             end.setblocking(False)
         self._failure_lock = threading.Lock()
         self._has_failed = False
+        self._stuck_timer: asyncio.TimerHandle | None = None
 
     # Life, on the main thread.
 
@@ -203,7 +206,7 @@ class WorkerServer:
         except Exception as error:
             self._fail(f"the reset for session {reset.session.session_id}", error)
             return
-        self._loop.call_soon_threadsafe(_set_unless_done, reset.ready, self._instance_id)
+        self._loop.call_soon_threadsafe(self._note_reset, reset)
 
     def _end_session(self, session: Session, code: grpc.StatusCode, message: str) -> None:
         """For other threads than the loop's; returns once the session is over, so that none of its steps runs after."""
@@ -341,12 +344,25 @@ class WorkerServer:
         logger.info("session begins", session_id=hello.session_id, peer=context.peer())
         ready: asyncio.Future[str] = self._loop.create_future()
         self._work.put(_Reset(session, ready))
+        if self._stuck_timer is None:
+            # Over all attempts until one is served: whoever waits may give up and come again.
+            self._stuck_timer = self._loop.call_later(_STUCK_LIMIT_S, self._fail_stuck)
         try:
             await session.run(context, ready)
         finally:
             if self._session is session:
                 self._session = None
             logger.info("session ended", session_id=hello.session_id)
+
+    def _note_reset(self, reset: _Reset) -> None:
+        if self._stuck_timer is not None:
+            self._stuck_timer.cancel()
+            self._stuck_timer = None
+        _set_unless_done(reset.ready, self._instance_id)
+
+    def _fail_stuck(self) -> None:
+        message = f"the step before hangs: no new session could begin within {_STUCK_LIMIT_S:g} s"
+        self._fail("beginning a session", TimeoutError(message))
 
 
 class _Servicer(worker_pb2_grpc.WorkerServiceServicer):

@@ -17,7 +17,14 @@ from stepwire.v1 import worker_pb2
 from control_plane.core.admission import AdmissionLimits, QueueLoad, check_admission
 from control_plane.core.metrics import CoreMetrics
 from control_plane.core.policy import PolicyName
-from control_plane.core.request import AdmissionError, CoreRequest, ModelFacts, OutputSink, RequestFault
+from control_plane.core.request import (
+    AdmissionError,
+    CoreRequest,
+    ModelFacts,
+    OutputSink,
+    RequestFault,
+    SequenceOutput,
+)
 from control_plane.core.scheduler import Scheduler, SchedulerConfig
 from control_plane.core.step_codec import decode_result, encode_step
 from control_plane.core.step_deadline import StepDeadline
@@ -106,6 +113,7 @@ class Engine:
             self._scheduler.cancel(request_id)
             self._metrics.cancellations.inc()
             self._schedule_pump()
+            self._note_idle()
 
     def finish_sequence(self, request_id: str, index: int) -> None:
         if self._scheduler is None:
@@ -235,13 +243,22 @@ class Engine:
         for state, output in events.outputs:
             sink = sinks.get(state.request.request_id)
             if sink is not None:
-                sink.on_output(output)
+                self._deliver(state.request.request_id, sink, output)
         for state, fault in events.ended:
             sink = sinks.pop(state.request.request_id, None)
             if sink is not None:
                 sink.on_end(state.num_cached_tokens, fault)
         if events.ended:
             self._note_idle()
+
+    def _deliver(self, request_id: str, sink: OutputSink, output: SequenceOutput) -> None:
+        """One request's output; what goes wrong with it ends that request and no other."""
+        try:
+            sink.on_output(output)
+        except Exception:
+            log.exception("an output could not be delivered", request_id=request_id)
+            self.cancel(request_id)
+            sink.on_end(0, RequestFault("INTERNAL", "the output could not be delivered", retryable=False))
 
     def _note_idle(self) -> None:
         if not self._sinks:
@@ -315,7 +332,7 @@ class Engine:
             await asyncio.sleep(_WATCHDOG_PERIOD_S)
             is_idle = self._idle.is_set() and not self._in_flight
             if is_idle and not checked and self._scheduler is not None:
-                self._scheduler.check_integrity()
+                self._check_books()
             checked = is_idle
             if self._in_flight and self._link is not None:
                 step = self._in_flight[0]
@@ -326,3 +343,13 @@ class Engine:
                         f"step {step.plan.step_id} of {step.plan.num_tokens} tokens gave no result "
                         f"in {waited_s:.1f} s (limit {limit_s:.1f} s)"
                     )
+
+    def _check_books(self) -> None:
+        try:
+            if self._scheduler is not None:
+                self._scheduler.check_integrity()
+        except RuntimeError:
+            # A defect of ours. Nothing runs now, so nobody is harmed by looking; going on blindly would be worse.
+            log.exception("the books of rows and blocks disagree: starting a new session")
+            if self._link is not None:
+                self._link.lose("the control plane's books disagree")

@@ -81,6 +81,10 @@ class BlockPool:
         """The block's content is now in the prefix cache. It must be held."""
         self._cached[block_id] = 1
 
+    def mark_uncached(self, block_id: int) -> None:
+        """The prefix cache has forgotten the block's content. It must be held."""
+        self._cached[block_id] = 0
+
     def check_integrity(self, holders: dict[int, int]) -> None:
         """Raise if the books disagree with `holders`, a count of holders per block made by whoever holds them."""
         for block_id in range(self.first_block_id, self.num_blocks):

@@ -132,6 +132,13 @@ class Placement:
                 del self._computing[block_hash]
         sequence.next_hash_at = (num_full + 1) * self._block_size
 
+    def forget_contents(self, sequence: SequenceState) -> None:
+        """Take the contents of the sequence's blocks out of the prefix cache."""
+        for block_id in sequence.block_ids:
+            if self._cache.holds(block_id):
+                self._cache.forget(block_id)
+                self._pool.mark_uncached(block_id)
+
     def _sharable_hashes(self, sequence: SequenceState) -> list[BlockHash]:
         """Hashes of all full blocks, but one token at least is left to run."""
         if sequence.request.root_hash is None:

@@ -62,6 +62,9 @@ class PrefixCache:
         self._hash_of[block_id] = block_hash
         return True
 
+    def holds(self, block_id: int) -> bool:
+        return block_id in self._hash_of
+
     def forget(self, block_id: int) -> None:
         """The block is about to hold something else."""
         del self._block_of[self._hash_of.pop(block_id)]

@@ -28,6 +28,9 @@ _by_sort_key = attrgetter("sort_key")
 
 # A sequence that was in the batch of this many lost workers in a row is tried alone.
 _LOSSES_UNTIL_ALONE = 2
+# Starting sequences brings their token ids along: past this many, the next ones wait for the next step, so that a step
+# stays far below the size of a message.
+_MAX_START_TOKENS = 2**21
 # How many further tokens clear a sequence of suspicion.
 _TOKENS_THAT_CLEAR = 4
 
@@ -161,6 +164,8 @@ class Scheduler:
         plan = StepPlan(self._next_step_id)
         only = self._next_suspect()
         if only is not None:
+            if not self._make_alone(only):
+                return None
             running = [only] if only.row != NO_ROW else []
             waiting = [only] if only.row == NO_ROW else []
         else:
@@ -194,14 +199,22 @@ class Scheduler:
         if not self._in_flight or self._in_flight[0].step_id != outcome.step_id:
             expected = self._in_flight[0].step_id if self._in_flight else "none"
             raise ProtocolError(f"the worker answered step {outcome.step_id}, expected {expected}")
-        plan = self._in_flight.popleft()
+        plan = self._in_flight[0]
+        failures = {failure.row: failure for failure in outcome.failures}
+        rows = [row for row, sample in zip(plan.rows, plan.samples, strict=True) if sample and row not in failures]
+        if rows != outcome.rows:
+            raise ProtocolError(
+                f"step {plan.step_id} was to sample rows {rows[:8]}..., the worker sampled {outcome.rows[:8]}..."
+            )
+        self._in_flight.popleft()
         self._retire(plan)
         events = StepEvents()
-        failures = {failure.row: failure for failure in outcome.failures}
         self._take_tokens(plan, outcome, failures, events)
         if failures:
             for sequence, row in zip(plan.sequences, plan.rows, strict=True):
                 if row in failures and not sequence.finished:
+                    # What it computed may be as wrong as its logits: nobody is to share it from now on.
+                    self._placement.forget_contents(sequence)
                     self._fail(sequence.request, _fault_of(failures[row]), events)
         if self._marked:
             self._clear_suspicion(plan.sequences)
@@ -242,6 +255,18 @@ class Scheduler:
 
     # ---- planning ----
 
+    def _make_alone(self, suspect: SequenceState) -> bool:
+        """Clear the worker of every other sequence; False while steps of theirs are still in flight.
+
+        Alone in flight, so that a loss is the suspect's and nobody else's; alone on the worker, so that it has room.
+        """
+        if any(sequence is not suspect for step in self._in_flight for sequence in step.sequences):
+            return False
+        for sequence in list(self._running):
+            if sequence is not suspect:
+                self._preempt(sequence)
+        return True
+
     def _next_suspect(self) -> SequenceState | None:
         if not self._marked:
             return None
@@ -276,10 +301,11 @@ class Scheduler:
     def _plan_admissions(self, plan: StepPlan, waiting: list[SequenceState], budget: int, now: float) -> None:
         """Give rows and blocks to waiting sequences, in order; the first that does not fit ends it."""
         placed = []
+        num_start_tokens = 0
         # Leave running sequences blocks to grow into, or preemption would undo an admission at once.
         headroom = min(len(self._running), self._placement.num_usable_blocks // 20 + 1)
         for sequence in waiting:
-            if not budget or not self._placement.has_free_row:
+            if not budget or not self._placement.has_free_row or num_start_tokens > _MAX_START_TOKENS:
                 break
             prefix = self._placement.shared_prefix(sequence)
             if prefix is None:
@@ -288,6 +314,7 @@ class Scheduler:
                 break
             self._note_start(plan, sequence, now)
             placed.append(sequence)
+            num_start_tokens += sequence.num_known + len(sequence.request.request.sampling.allowed_token_ids)
             budget -= self._plan_prefill(plan, sequence, budget)
         for sequence in placed:
             self._dequeue(sequence)
@@ -339,11 +366,6 @@ class Scheduler:
     def _take_tokens(
         self, plan: StepPlan, outcome: StepOutcome, failures: dict[int, RowFailure], events: StepEvents
     ) -> None:
-        rows = [row for row, sample in zip(plan.rows, plan.samples, strict=True) if sample and row not in failures]
-        if rows != outcome.rows:
-            raise ProtocolError(
-                f"step {plan.step_id} was to sample rows {rows[:8]}..., the worker sampled {outcome.rows[:8]}..."
-            )
         counters = self.counters
         outputs = events.outputs
         position = 0

@@ -99,9 +99,12 @@ def decode_result(result: worker_pb2.StepResult, plan: StepPlan) -> StepOutcome:
     """Read a result. Raises `ProtocolError` if its arrays do not fit together or it answers another step."""
     if result.step_id != plan.step_id:
         raise ProtocolError(f"the worker answered step {result.step_id}, expected {plan.step_id}")
-    rows = np.frombuffer(result.rows, _UINT32).tolist()
-    offsets = np.frombuffer(result.offsets, _UINT32)
-    token_ids = np.frombuffer(result.token_ids, _UINT32).tolist()
+    try:
+        rows = np.frombuffer(result.rows, _UINT32).tolist()
+        offsets = np.frombuffer(result.offsets, _UINT32)
+        token_ids = np.frombuffer(result.token_ids, _UINT32).tolist()
+    except ValueError as error:
+        raise ProtocolError(f"step {plan.step_id}: an array is not made of whole 32-bit words") from error
     if len(offsets) != len(rows) + 1 or len(token_ids) != len(rows) or (np.diff(offsets) != 1).any():
         raise ProtocolError(
             f"step {plan.step_id}: {len(rows)} rows, {len(offsets)} offsets and "
@@ -112,13 +115,13 @@ def decode_result(result: worker_pb2.StepResult, plan: StepPlan) -> StepOutcome:
         rows=rows,
         token_ids=token_ids,
         logprobs=_decode_logprobs(result, rows, plan) if result.logprobs else None,
-        failures=[
-            RowFailure(
-                fault.row, worker_pb2.RowFaultCode.Name(fault.code).removeprefix("ROW_FAULT_CODE_"), fault.message
-            )
-            for fault in result.faults
-        ],
+        failures=[RowFailure(fault.row, _fault_name(fault.code), fault.message) for fault in result.faults],
     )
+
+
+def _fault_name(code: int) -> str:
+    value = worker_pb2.RowFaultCode.DESCRIPTOR.values_by_number.get(code)
+    return value.name.removeprefix("ROW_FAULT_CODE_") if value else f"unknown fault {code}"
 
 
 def _decode_logprobs(result: worker_pb2.StepResult, rows: Sequence[int], plan: StepPlan) -> list[TokenLogprobs | None]:

@@ -141,4 +141,8 @@ class WorkerLink:
             reason = f"{code.name}: {details}" if code is not grpc.StatusCode.OK else "the worker ended the session"
         except aio.AioRpcError as error:
             reason = f"{error.code().name}: {error.details()}"
+        except Exception as error:
+            # Without its reader a session would look alive and give nothing: end it where it can be seen.
+            log.exception("a result could not be taken")
+            reason = f"a result could not be taken: {error}"
         self.lose(reason)

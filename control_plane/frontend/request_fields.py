@@ -13,7 +13,9 @@ from control_plane.core.request import SamplingParams
 from control_plane.frontend.errors import RequestRefused, Violation
 from control_plane.frontend.stop import StopStrings
 
+MAX_VIOLATIONS = 16
 MAX_LOGPROBS = 20
+MAX_ALLOWED_TOKEN_IDS = 16384
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 1024
@@ -44,7 +46,9 @@ class FieldChecks:
         self.violations: list[Violation] = []
 
     def add(self, field: str, description: str) -> None:
-        self.violations.append(Violation(field, description))
+        # A person mends a few at a time, and an answer must not be longer than its request.
+        if len(self.violations) < MAX_VIOLATIONS:
+            self.violations.append(Violation(field, description))
 
     def raise_if_any(self) -> None:
         if self.violations:
@@ -112,6 +116,12 @@ class FieldChecks:
         return bias
 
     def _allowed_token_ids(self, params: pb.SamplingParams) -> tuple[int, ...]:
+        if len(params.allowed_token_ids) > MAX_ALLOWED_TOKEN_IDS:
+            self.add(
+                "sampling.allowed_token_ids",
+                f"has {len(params.allowed_token_ids)} ids; at most {MAX_ALLOWED_TOKEN_IDS} are taken",
+            )
+            return ()
         allowed = tuple(dict.fromkeys(params.allowed_token_ids))
         largest = max(allowed, default=0)
         if largest >= self.vocab_size:

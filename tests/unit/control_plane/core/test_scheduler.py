@@ -211,3 +211,69 @@ def test_duplicate_request_ids_are_refused() -> None:
     scheduler.add_request(make_request(0), 0.0)
     with pytest.raises(ValueError, match="r0"):
         scheduler.add_request(CoreRequest("r0", np.array([1], np.uint32), make_request(0).sampling, max_tokens=1), 0.0)
+
+
+def test_suspects_take_turns_on_a_pool_that_holds_few_of_them() -> None:
+    """Each is tried with the whole worker to itself, or the next in turn would never find room."""
+    driver = Driver(Scheduler(config(num_blocks=41)), depth=2)
+    for number in range(4):
+        driver.scheduler.add_request(make_request(number, 36, max_tokens=80), 0.0)
+    for _ in range(2):
+        driver.fill()
+        driver.answer()
+        driver.fill()
+        driver.lose_worker()
+    driver.plans.clear()
+    ended = [fault for events in driver.run() for _, fault in events.ended]
+    assert ended == [None] * 4
+
+
+def test_a_loss_is_blamed_on_nobody_who_was_not_alone() -> None:
+    """The next suspect starts only when nothing of the one before is in flight."""
+    driver = Driver(Scheduler(config()), depth=3)
+    for number in range(3):
+        driver.scheduler.add_request(make_request(number, 5, max_tokens=30), 0.0)
+    for _ in range(2):
+        driver.fill()
+        driver.lose_worker()
+    for _ in range(30):
+        driver.fill()
+        if not any(sequence.num_losses for plan in driver.in_flight for sequence in plan.sequences):
+            break
+        assert len({sequence for plan in driver.in_flight for sequence in plan.sequences}) == 1
+        driver.answer()
+
+
+def test_what_a_failed_row_computed_is_not_shared() -> None:
+    scheduler = Scheduler(config())
+    driver = Driver(scheduler, depth=1)
+    prompt = list(range(20))
+    scheduler.add_request(make_request(0, prompt, max_tokens=9), 0.0)
+    driver.fill()
+    driver.answer()
+    assert scheduler.num_cached_blocks == 5
+    driver.fill()
+    plan = driver.in_flight.popleft()
+    scheduler.apply(StepOutcome(plan.step_id, [], [], failures=[RowFailure(plan.rows[0], "NOT_FINITE", "nan")]))
+    scheduler.check_integrity()
+    assert scheduler.num_cached_blocks == 0 and scheduler.num_blocks_held == 0
+
+
+def test_a_step_does_not_grow_past_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("control_plane.core.scheduler._MAX_START_TOKENS", 50)
+    driver = Driver(Scheduler(config(max_num_batched_tokens=1000)), depth=1)
+    for number in range(6):
+        driver.scheduler.add_request(make_request(number, 30, max_tokens=2), 0.0)
+    driver.run()
+    assert [len(plan.starts) for plan in driver.plans[:4]] == [2, 2, 2, 0]
+
+
+def test_an_answer_that_does_not_fit_leaves_the_step_in_flight() -> None:
+    """Whoever was in the batch is known when the worker is given up."""
+    scheduler = Scheduler(config())
+    state = scheduler.add_request(make_request(0), 0.0)
+    scheduler.plan(0.0)
+    with pytest.raises(ProtocolError):
+        scheduler.apply(StepOutcome(1, [7], [5]))
+    scheduler.worker_lost()
+    assert state.sequences[0].num_losses == 1

@@ -1,0 +1,76 @@
+"""The engine with a real simulated worker: what goes wrong with one request stays with it."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry
+
+from control_plane.core.engine import Engine, EngineConfig
+from control_plane.core.metrics import CoreMetrics
+from control_plane.core.request import CoreRequest, RequestFault, SamplingParams, SequenceOutput
+from control_plane.core.worker_link import WorkerAddress
+
+from .launched import ROOT
+
+
+class Sink:
+    """Collects outputs; fails at the one whose number is given."""
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.token_ids: list[int] = []
+        self.fails_at = fails_at
+        self.end: asyncio.Future[RequestFault | None] = asyncio.get_running_loop().create_future()
+
+    def on_output(self, output: SequenceOutput) -> None:
+        if len(self.token_ids) == self.fails_at:
+            raise RuntimeError("planted")
+        self.token_ids += output.token_ids
+
+    def on_end(self, num_cached_tokens: int, fault: RequestFault | None) -> None:
+        self.end.set_result(fault)
+
+
+def request(number: int, max_tokens: int = 40) -> CoreRequest:
+    prompt = np.arange(number, number + 9, dtype=np.uint32)
+    return CoreRequest(f"r{number}", prompt, SamplingParams(seed=number), max_tokens=max_tokens)
+
+
+@pytest.fixture
+async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
+    flags = ["--runner=simulated", f"--listen=unix:{tmp_path}/w.sock", "--exit-with-parent"]
+    worker = subprocess.Popen([sys.executable, "-m", "gpu_worker", *flags], cwd=ROOT)
+    engine = Engine(WorkerAddress(f"unix:{tmp_path}/w.sock"), EngineConfig(), CoreMetrics(CollectorRegistry()))
+    running = asyncio.create_task(engine.run())
+    try:
+        async with asyncio.timeout(30):
+            await engine.wait_connected()
+        yield engine
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        worker.terminate()
+        worker.wait()
+
+
+async def test_an_output_that_cannot_be_delivered_ends_its_request_alone(engine: Engine) -> None:
+    sinks = [Sink(), Sink(fails_at=3), Sink()]
+    for number, sink in enumerate(sinks):
+        engine.submit(request(number), sink)
+    async with asyncio.timeout(30):
+        ends = [await sink.end for sink in sinks]
+    assert ends[0] is None and ends[2] is None
+    assert ends[1] is not None and ends[1].code == "INTERNAL"
+    assert [len(sink.token_ids) for sink in sinks] == [40, 3, 40]
+
+
+async def test_nothing_is_left_to_drain_after_the_last_cancel(engine: Engine, tmp_path: Path) -> None:
+    engine.submit(request(0, max_tokens=4000), Sink())
+    engine.cancel("r0")
+    assert await engine.drain(5.0)
