@@ -46,9 +46,8 @@ def test_results_of_a_step_are_in_the_slot_it_names(max_runs: int, num_runs: int
     assert (ring[:2] == UNWRITTEN).all()
 
 
+@pytest.mark.gpu
 def test_the_ring_may_be_page_locked_memory_of_the_host(device: str) -> None:
-    if device != "cuda":
-        pytest.skip("needs a CUDA device")
     sampled, step = random_sampled(20, 3, device), random_step(20, device)
     words = step_result.result_slot_words(20, 3)
     ring = torch.full((2, words), UNWRITTEN, dtype=torch.int32).pin_memory()
