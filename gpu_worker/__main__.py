@@ -67,7 +67,12 @@ def _make_server(settings: WorkerSettings) -> WorkerServer:
     credentials = None
     if settings.tls_cert is not None and settings.tls_key is not None:
         credentials = read_server_credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
-    return WorkerServer(settings.listen, credentials=credentials, shutdown_grace_s=settings.shutdown_grace_s)
+    return WorkerServer(
+        settings.listen,
+        credentials=credentials,
+        shutdown_grace_s=settings.shutdown_grace_s,
+        hang_limit_s=settings.hang_limit_s,
+    )
 
 
 def _load_runner(settings: WorkerSettings) -> Runner:

@@ -32,6 +32,11 @@ class WorkerSettings(ProcessSettings):
     tls_client_ca: Path | None = Field(
         None, description="PEM roots; only clients with a certificate by them may connect"
     )
+    hang_limit_s: float = Field(
+        30.0,
+        gt=0,
+        description="seconds that a new session may wait behind a step without end; then the process ends as hung",
+    )
     shutdown_grace_s: float = Field(
         10.0, ge=0, description="seconds that queued steps may still take after SIGTERM before the process ends anyway"
     )

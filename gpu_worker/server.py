@@ -45,8 +45,6 @@ MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 # The launching thread may hold the interpreter for most of a step; the default of 5 ms would add that to every result.
 SWITCH_INTERVAL_S = 1e-4
 # How long a thread that does not end may hold up the end of the process.
-# A session that cannot begin for so long waits behind a step that will never end: a hung worker is a dead worker.
-_STUCK_LIMIT_S = 30.0
 _LAST_RESORT_S = 3.0
 
 _LAST_CALLS_S = 0.5
@@ -95,14 +93,21 @@ class WorkerServer:
         listen: address as in `WorkerSettings.listen`.
         credentials: for TLS; None serves in clear.
         shutdown_grace_s: how long queued steps may take after a signal.
+        hang_limit_s: how long a new session may wait behind the step before; then the process ends, for it hangs.
     """
 
     def __init__(
-        self, listen: str, *, credentials: grpc.ServerCredentials | None = None, shutdown_grace_s: float = 10.0
+        self,
+        listen: str,
+        *,
+        credentials: grpc.ServerCredentials | None = None,
+        shutdown_grace_s: float = 10.0,
+        hang_limit_s: float = 30.0,
     ) -> None:
         self._listen = ListenAddress.parse(listen)
         self._credentials = credentials
         self._shutdown_grace_s = shutdown_grace_s
+        self._hang_limit_s = hang_limit_s
         self._instance_id = uuid.uuid4().hex
         self._facts: WorkerFacts | None = None
         self._loop = uvloop.new_event_loop()
@@ -346,7 +351,7 @@ class WorkerServer:
         self._work.put(_Reset(session, ready))
         if self._stuck_timer is None:
             # Over all attempts until one is served: whoever waits may give up and come again.
-            self._stuck_timer = self._loop.call_later(_STUCK_LIMIT_S, self._fail_stuck)
+            self._stuck_timer = self._loop.call_later(self._hang_limit_s, self._fail_stuck)
         try:
             await session.run(context, ready)
         finally:
@@ -361,7 +366,7 @@ class WorkerServer:
         _set_unless_done(reset.ready, self._instance_id)
 
     def _fail_stuck(self) -> None:
-        message = f"the step before hangs: no new session could begin within {_STUCK_LIMIT_S:g} s"
+        message = f"the step before hangs: no new session could begin within {self._hang_limit_s:g} s"
         self._fail("beginning a session", TimeoutError(message))
 
 

@@ -113,6 +113,19 @@ def test_a_hung_worker_is_replaced(bare_model: Path, monkeypatch: pytest.MonkeyP
         assert asyncio.run(run())[0][:40] == tokens[0]
 
 
+def test_a_step_that_never_ends_ends_its_worker(bare_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody kills it: the control plane gives the session up, and the worker sees that it cannot begin another."""
+    monkeypatch.setenv("STEPWIRE_SIM_HANG_AT_STEP", "20")
+    monkeypatch.setenv("STEPWIRE_STEP_TIMEOUT_S", "1")
+    monkeypatch.setenv("STEPWIRE_HANG_LIMIT_S", "1")
+    with Launched(bare_model, *SIMULATED) as launched:
+        first = launched.child("gpu_worker").pid
+        # 30 tokens: 19 steps of the first worker, the rest of the second.
+        assert len(asyncio.run(stream(launched.base_url, "sim", [1, 2, 3], 30, seed=1))[0]) == 30
+        assert launched.child("gpu_worker").pid != first
+        assert launched.metric("stepwire_worker_losses_total") == 1
+
+
 def test_a_request_that_crashes_every_worker_ends_alone(bare_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEPWIRE_SIM_POISON_TOKEN", "666")
     with Launched(bare_model, *SIMULATED) as launched:

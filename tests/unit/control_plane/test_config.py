@@ -19,12 +19,12 @@ def test_every_setting_is_described() -> None:
 
 def test_flags_win_over_variables_over_the_file_over_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "settings.yaml"
-    file.write_text("grpc-port: 1\nmetrics_port: 1\nmax_n: 1\nworkers: ['unix:/a', 'h:5']\n")
+    file.write_text("grpc-port: 1\nmetrics_port: 1\nmax_n: 1\nworkers: ['unix:/a']\n")
     monkeypatch.setenv("STEPWIRE_GRPC_PORT", "2")
     monkeypatch.setenv("STEPWIRE_METRICS_PORT", "2")
     settings = parse_settings(["--config", str(file), "--grpc-port", "3"])
     assert (settings.grpc_port, settings.metrics_port, settings.max_n) == (3, 2, 1)
-    assert settings.workers == ("unix:/a", "h:5")
+    assert settings.workers == ("unix:/a",)
     assert settings.max_queued_requests == 1024
 
 
@@ -53,6 +53,7 @@ def test_lists_flags_and_secrets() -> None:
         (["--grpc-port", "70000"], "--grpc-port"),
         (["--workers", "nowhere"], "neither HOST:PORT nor unix:/PATH"),
         (["--workers", ","], "at least one worker"),
+        (["--workers", "a:1,b:2"], "names 2 workers"),
         (["--listen", "relative.sock"], "--listen"),
         (["--steps-in-flight", "0"], "--steps-in-flight"),
         (["--scheduling-policy", "random"], "--scheduling-policy"),

@@ -235,7 +235,7 @@ def test_a_damaged_gguf_leaves_nothing_behind(source: Path, tmp_path: Path) -> N
 
 def test_directories_that_cannot_be_written(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    assert "name another directory with --out" in _error(source, tmp_path, out=tmp_path / "file" / "out")
+    assert "name another directory with --cache-dir" in _error(source, tmp_path, out=tmp_path / "file" / "out")
     message = _error(source, tmp_path, out=Path("/proc/stepwire/out"))
     assert message.startswith("/proc/stepwire")
     (tmp_path / "mine").mkdir()
