@@ -26,6 +26,11 @@ class GgmlType:
     block_bytes: int
     decode: BlockDecoder
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether elements share a block, or each stands for itself (floats)."""
+        return self.block_elements > 1
+
 
 def _half(blocks: Tensor, offset: int) -> Tensor:
     """The f16 at byte `offset` of every block, as float32."""
