@@ -178,7 +178,7 @@ class Float4Weight(QuantizedWeight):
     def group_scales(self) -> torch.Tensor:
         """float32 [N, K / group_size]."""
         if self.scales.dtype == torch.uint8:
-            scales = torch.ldexp(torch.ones((), device=self.scales.device), self.scales.int() - 127)
+            scales = torch.ldexp(torch.ones(self.scales.shape, device=self.device), self.scales.int() - 127)
         else:
             scales = self.scales.float()
         return scales / self.row_divisors[:, None]
