@@ -204,7 +204,7 @@ def _packed_kernel(
                     weight = code.to(tl.float32) * scale[:, None] - minimum[:, None]
                     acc = tl.dot(weight.to(x_type), x, acc, input_precision="ieee")
                 else:
-                    if USE_MAGIC:  # noqa: SIM108
+                    if USE_MAGIC:
                         value = (code | MAGIC).to(tl.int16).to(x_type, bitcast=True)
                     else:
                         value = code.to(tl.float32).to(x_type)
