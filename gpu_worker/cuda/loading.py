@@ -137,7 +137,9 @@ def _load_supported(
     _check_free(plan.kv_bytes + plan.activation_bytes, settings.gpu_memory_utilization, device)
     kv_cache = KVCache(shape, plan.num_blocks, device)
     parts = _Parts.of(sizes, spec.vocab_size, with_graphs=with_graphs)
-    attention = TritonAttention(attention_spec(spec, parallel), kv_cache.layers, parts.attention, pdl=pdl)
+    attention = TritonAttention(
+        attention_spec(spec, parallel), kv_cache.layers, parts.attention, pdl=pdl, kv_scales=model.kv_scales
+    )
     buffers = ProgramBuffers.allocate(parts.program, device)
     timeline = CudaTimeline(device, BUFFER_WORDS, result_slot_words(parts.planner.max_runs, MAX_NUM_LOGPROBS))
     program = StepProgram(model, attention, buffers, timeline.packed, timeline.results, parts.program, pdl=pdl)

@@ -57,7 +57,7 @@ def _quantize_kernel(
     cols = start + tl.arange(0, BLOCK)
     mask = cols < tl.minimum(num_cols, start + GROUP)
     x = tl.load(x_ptr + token * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    if IS_STATIC:
+    if IS_STATIC:  # noqa: SIM108
         scale = tl.load(static_ptr)
     else:
         scale = tl.maximum(tl.max(tl.abs(x), axis=0) / LIMIT, SMALLEST)
