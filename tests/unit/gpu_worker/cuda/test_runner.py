@@ -263,8 +263,9 @@ def test_an_fp8_cache_takes_the_scales_of_the_checkpoint(llama_dir: Path, tmp_pa
         return driver.step({0: 13}).logprobs
 
     exact = logprobs({}, "auto")
-    np.testing.assert_allclose(logprobs({"k_scale": 0.5, "v_scale": 1e4}), exact, atol=0.3)
-    assert np.abs(logprobs({}) - exact).max() > 0.3
+    with_scales, without = logprobs({"k_scale": 0.5, "v_scale": 1e4}), logprobs({})
+    # Without scales all values are clamped to one magnitude: attention's output is noise.
+    assert np.abs(with_scales - exact).max() < 0.4 * np.abs(without - exact).max(), (with_scales, without, exact)
 
 
 def test_reset_forgets_rows(llama_dir: Path) -> None:
