@@ -1,6 +1,7 @@
 """Loads a model in a process of its own and prints how far its memory rose; started by `test_loading_memory.py`.
 
-Arguments: the model directory, the quantization while loading (or `auto`). Prints a JSON object of bytes. Counts anonymous memory only: pages of the mapped
+Arguments: the model directory, the quantization while loading (or `auto`).
+Prints a JSON object of bytes. Counts anonymous memory only: pages of the mapped
 checkpoint belong to the system's cache and can be taken away at any time.
 """
 
