@@ -65,6 +65,11 @@ class LaunchSettings(ProcessSettings):
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8"] = Field(
         "auto", description="element type of the KV cache", json_schema_extra=_passed_to(WORKER)
     )
+    quantization: Literal["auto", "fp8", "int8"] = Field(
+        "auto",
+        description="fp8 or int8: quantize plain weights while they are loaded; auto takes them as they are",
+        json_schema_extra=_passed_to(WORKER),
+    )
     load_format: Literal["auto", "dummy"] = Field(
         "auto", description="dummy: random weights from config.json alone", json_schema_extra=_passed_to(WORKER)
     )

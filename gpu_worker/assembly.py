@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
@@ -24,7 +24,7 @@ from gpu_worker.kv_cache import (
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.model_spec import ModelConfigError, ModelSpec
 from gpu_worker.models.family import ModelFamily
-from gpu_worker.models.loader import fill_random, load_weights
+from gpu_worker.models.loader import check_weights, fill_random, load_weights
 from gpu_worker.parallel import ParallelContext
 from gpu_worker.row_table import BatchLimits
 from gpu_worker.runner_api import WorkerFacts
@@ -84,8 +84,11 @@ def batch_limits(facts: WorkerFacts) -> BatchLimits:
 def load_model(
     settings: WorkerSettings, family: type[ModelFamily], spec: ModelSpec, build: BuildContext, max_position: int
 ) -> ModelFamily:
-    model = family(spec, max_position, build)
     begun = time.monotonic()
+    if settings.load_format == "auto" and settings.model is not None:
+        # Whatever is wrong with the files shows on a model without memory, before the device holds anything.
+        check_weights(family(spec, max_position, replace(build, device=torch.device("meta"))), settings.model)
+    model = family(spec, max_position, build)
     if settings.load_format == "dummy":
         fill_random(model, settings.seed)
     elif settings.model is not None:

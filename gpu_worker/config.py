@@ -50,6 +50,11 @@ class WorkerSettings(ProcessSettings):
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8"] = Field(
         "auto", description="element type of the KV cache; auto is dtype, fp8 is float8_e4m3fn (half the memory)"
     )
+    quantization: Literal["auto", "fp8", "int8"] = Field(
+        "auto",
+        description="auto takes the weights as the checkpoint has them, quantized or not; fp8 and int8 quantize plain "
+        "ones while they are loaded (8 bits, a scale for every output; inputs per token)",
+    )
     load_format: Literal["auto", "dummy"] = Field(
         "auto", description="dummy: random weights from config.json alone, to try a shape without downloading it"
     )

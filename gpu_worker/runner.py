@@ -32,7 +32,7 @@ from gpu_worker.model_spec import ModelConfigError
 from gpu_worker.models.family import ModelFamily
 from gpu_worker.models.loader import read_spec
 from gpu_worker.parallel import ParallelContext
-from gpu_worker.quant.none import Unquantized
+from gpu_worker.quant.scheme import make_scheme
 from gpu_worker.runner_api import RowFault, RowFaultCode, StepBatch, StepResult, TokenMask, UInt32Array, WorkerFacts
 from gpu_worker.sampler import SampledTokens, sample
 
@@ -91,7 +91,13 @@ class TorchRunner:
             )
         kv_dtype = resolve_kv_dtype(settings.kv_cache_dtype, dtype)
         parallel = ParallelContext()
-        build = BuildContext(parallel, Unquantized(), dtype, device)
+        scheme = make_scheme(
+            settings.model,
+            family.name_rules,
+            setting=settings.quantization,
+            has_weights=settings.load_format == "auto",
+        )
+        build = BuildContext(parallel, scheme, dtype, device)
         sizes = resolve_sizes(settings, spec, device)
         shape = KVCacheShape.of(spec, parallel, sizes.block_size, kv_dtype)
         model = load_model(settings, family, spec, build, sizes.max_model_len)

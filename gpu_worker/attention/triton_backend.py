@@ -7,6 +7,7 @@ content.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,7 @@ from stepwire_kernels.work_list import (
 
 from gpu_worker.attention.api import AttentionSpec
 from gpu_worker.layers.ops import AttentionHeads, StepPositions
+from gpu_worker.loading.kv_scales import KVScales
 
 MAX_GROUP_SIZE = 64
 
@@ -64,9 +66,19 @@ class TritonAttention:
     """Attention over `kv_caches`, one a layer: [2, num_blocks, num_kv_heads, block_size, head_dim], keys and values."""
 
     def __init__(
-        self, spec: AttentionSpec, kv_caches: list[torch.Tensor], limits: AttentionLimits, *, pdl: bool
+        self,
+        spec: AttentionSpec,
+        kv_caches: list[torch.Tensor],
+        limits: AttentionLimits,
+        *,
+        pdl: bool,
+        kv_scales: Sequence[KVScales] | None = None,
     ) -> None:
+        """`kv_scales`: one entry a layer, of a float8 cache; None: values are cached as they are."""
         self.spec = spec
+        # A cache of 16 bits holds every value unscaled.
+        is_scaled = kv_scales is not None and kv_caches[0].dtype == torch.float8_e4m3fn
+        self._kv_scales = list(kv_scales) if is_scaled and kv_scales else [KVScales()] * len(kv_caches)
         self._pdl = pdl
         self._block_size = kv_caches[0].shape[3]
         self._keys = [cache[0] for cache in kv_caches]
@@ -165,13 +177,15 @@ class TritonAttention:
             q_norm=None if query_norm is None else query_norm.weight,
             k_norm=None if key_norm is None else key_norm.weight,
             norm_eps=1e-6 if query_norm is None else query_norm.eps,
+            k_scale=self._kv_scales[heads.layer].key,
+            v_scale=self._kv_scales[heads.layer].value,
             pdl=self._pdl,
         )
 
     def run(self, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, layer: int) -> torch.Tensor:
         if k is not None or v is not None:
             raise ValueError("the triton attention backend reads keys and values from the cache: call rotate_and_write")
-        step, window = self._planned(), self._windows[layer]
+        step, window, scales = self._planned(), self._windows[layer], self._kv_scales[layer]
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # [num_tokens, num_heads, head_dim]
         arguments = (q, self._keys[layer], self._values[layer], step.block_tables)
         soft_cap = self.spec.softcap or 0.0
@@ -183,6 +197,8 @@ class TritonAttention:
                 out,
                 window=window,
                 soft_cap=soft_cap,
+                k_scale=scales.key,
+                v_scale=scales.value,
                 tuning=self._prefill_tuning,
                 pdl=self._pdl,
             )
@@ -195,6 +211,8 @@ class TritonAttention:
                 out,
                 window=window,
                 soft_cap=soft_cap,
+                k_scale=scales.key,
+                v_scale=scales.value,
                 pdl=self._pdl,
             )
         return out.flatten(1)

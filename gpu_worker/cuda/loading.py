@@ -24,6 +24,7 @@ from gpu_worker.attention.triton_backend import AttentionLimits, TritonAttention
 from gpu_worker.config import WorkerSettings
 from gpu_worker.cuda.compiling import compile_in_parallel
 from gpu_worker.cuda.ops import TritonOps
+from gpu_worker.cuda.packed_linears import PackedLinears
 from gpu_worker.cuda.runner import CudaRunner
 from gpu_worker.cuda.step_graphs import StepGraphs
 from gpu_worker.cuda.step_layout import GRAPH_TOKENS, StepPlanner
@@ -36,7 +37,7 @@ from gpu_worker.model_spec import ModelConfigError, ModelSpec
 from gpu_worker.models.family import ModelFamily
 from gpu_worker.models.loader import read_spec
 from gpu_worker.parallel import ParallelContext
-from gpu_worker.quant.none import Unquantized
+from gpu_worker.quant.scheme import make_scheme
 from gpu_worker.runner import TorchRunner
 from gpu_worker.runner_api import Runner
 
@@ -117,7 +118,15 @@ def _load_supported(
     torch.cuda.set_device(device)
     pdl = torch.cuda.get_device_capability(device) >= PDL_CAPABILITY
     ops = TritonOps(device, pdl=pdl)
-    build = BuildContext(parallel, Unquantized(ops), dtype, device, ops)
+    scheme = make_scheme(
+        directory,
+        family.name_rules,
+        setting=settings.quantization,
+        has_weights=settings.load_format == "auto",
+        ops=ops,
+        kernels=PackedLinears(device, pdl=pdl),
+    )
+    build = BuildContext(parallel, scheme, dtype, device, ops)
     shape = KVCacheShape.of(spec, parallel, sizes.block_size, resolve_kv_dtype(settings.kv_cache_dtype, dtype))
     model = load_model(settings, family, spec, build, sizes.max_model_len)
     with_graphs = not settings.enforce_eager
@@ -128,7 +137,9 @@ def _load_supported(
     _check_free(plan.kv_bytes + plan.activation_bytes, settings.gpu_memory_utilization, device)
     kv_cache = KVCache(shape, plan.num_blocks, device)
     parts = _Parts.of(sizes, spec.vocab_size, with_graphs=with_graphs)
-    attention = TritonAttention(attention_spec(spec, parallel), kv_cache.layers, parts.attention, pdl=pdl)
+    attention = TritonAttention(
+        attention_spec(spec, parallel), kv_cache.layers, parts.attention, pdl=pdl, kv_scales=model.kv_scales
+    )
     buffers = ProgramBuffers.allocate(parts.program, device)
     timeline = CudaTimeline(device, BUFFER_WORDS, result_slot_words(parts.planner.max_runs, MAX_NUM_LOGPROBS))
     program = StepProgram(model, attention, buffers, timeline.packed, timeline.results, parts.program, pdl=pdl)

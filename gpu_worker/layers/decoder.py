@@ -16,6 +16,7 @@ from gpu_worker.layers.norm import RMSNorm
 from gpu_worker.layers.ops import AttentionHeads, StepPositions
 from gpu_worker.layers.rope import RotaryTables
 from gpu_worker.layers.weighted import Weighted
+from gpu_worker.loading.kv_scales import KVScales
 from gpu_worker.model_spec import ModelSpec
 from gpu_worker.parallel import Share
 
@@ -105,6 +106,9 @@ class DecoderBlock:
 
 class Decoder:
     """Embedding, blocks, final norm, output head."""
+
+    kv_scales: tuple[KVScales, ...] | None = None
+    """The checkpoint's scales for a float8 KV cache, one entry a layer; None: it has none."""
 
     def __init__(self, spec: ModelSpec, max_position: int, build: BuildContext) -> None:
         self.spec = spec

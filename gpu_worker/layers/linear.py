@@ -40,6 +40,12 @@ class Linear(Weighted):
     def expected(self) -> ExpectedTensors:
         return self.method.expected()
 
+    def optional(self) -> frozenset[tuple[str, str]]:
+        return self.method.optional()
+
+    def problem(self, part: str, tensor: str, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
+        return self.method.problem(part, tensor, shape, dtype)
+
     def fill_random(self, source: RandomValues) -> None:
         self.method.fill_random(source)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from gpu_worker.quant.api import ExpectedTensors, RandomValues, StoredTensor
+import torch
+
+from gpu_worker.quant.api import ExpectedTensors, RandomValues, StoredTensor, dtype_problem
 
 
 class Weighted(ABC):
@@ -25,6 +27,14 @@ class Weighted(ABC):
     @abstractmethod
     def expected(self) -> ExpectedTensors:
         """The checkpoint tensors that fill this layer."""
+
+    def optional(self) -> frozenset[tuple[str, str]]:
+        """Which of `expected` a checkpoint may lack."""
+        return frozenset()
+
+    def problem(self, part: str, tensor: str, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
+        """What is wrong with a stored tensor beside its name and shape; None: nothing. Nothing is allocated yet."""
+        return dtype_problem(dtype)
 
     @abstractmethod
     def fill_random(self, source: RandomValues) -> None:

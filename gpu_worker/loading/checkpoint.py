@@ -14,6 +14,8 @@ from gpu_worker.loading.gguf_reader import GgufReader
 from gpu_worker.loading.safetensors_reader import SafetensorsReader
 from gpu_worker.loading.tensor_source import CheckpointError, TensorIndex, TensorInfo, TensorSource
 
+GGUF_NAME = "model.gguf"
+"""A model directory may hold its weights as one GGUF file of this name."""
 TIED_HEAD = "lm_head.weight"
 MAX_NAMES_IN_MESSAGE = 5
 
@@ -32,7 +34,7 @@ class Checkpoint(TensorSource, Protocol):
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The reader for a model directory, a `.safetensors` file or a `.gguf` file, everything validated.
+    """The reader for a model directory (of safetensors, or with `model.gguf`) or for a file of these, all validated.
 
     Raises:
         CheckpointError: nothing there that can be read, or it is damaged.
@@ -41,6 +43,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(path, "does not exist", advice="check the path")
     if path.is_file() and path.suffix == ".gguf":
         return GgufReader(path)
+    if (path / GGUF_NAME).is_file():
+        return GgufReader(path / GGUF_NAME)
     return SafetensorsReader(path)
 
 
@@ -54,7 +58,8 @@ class StrictReader:
         source: the checkpoint.
         expected: the names the model loads, each with its whole (unsharded) shape, or None where the format decides it.
         tied_head: the output head shares the embedding's weights, so `lm_head.weight` may be there and is not needed.
-        optional: names that the model reads when they are there (such as scales of a quantized cache).
+        optional: names that the model reads when they are there.
+        ignored: names that somebody else reads.
 
     Raises:
         CheckpointError: tensors are missing, left over, or of another shape; the message names them.
@@ -67,12 +72,15 @@ class StrictReader:
         *,
         tied_head: bool = False,
         optional: Iterable[str] = (),
+        ignored: Iterable[str] = (),
     ) -> None:
         self._source = source
         self._optional = frozenset(optional)
-        ignored = {TIED_HEAD} if tied_head and TIED_HEAD not in expected else set()
+        left_out = set(ignored) | ({TIED_HEAD} if tied_head and TIED_HEAD not in expected else set())
         self._infos = {
-            info.name: info for info in source.names() if info.name not in ignored and not _IGNORED.fullmatch(info.name)
+            info.name: info
+            for info in source.names()
+            if info.name not in left_out and not _IGNORED.fullmatch(info.name)
         }
         self._unread = set(self._infos)
         self._check_names(expected)

@@ -26,6 +26,11 @@ class GgmlType:
     block_bytes: int
     decode: BlockDecoder
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether elements share a block, or each stands for itself (floats)."""
+        return self.block_elements > 1
+
 
 def _half(blocks: Tensor, offset: int) -> Tensor:
     """The f16 at byte `offset` of every block, as float32."""
@@ -243,3 +248,82 @@ def decode_rows(raw: Tensor, ggml_type: GgmlType) -> Tensor:
     num_rows, row_bytes = raw.shape
     blocks = raw.reshape(-1, ggml_type.block_bytes)  # [num_blocks, block_bytes]
     return ggml_type.decode(blocks).reshape(num_rows, row_bytes // ggml_type.block_bytes * ggml_type.block_elements)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCodes:
+    """A matrix of blocks as codes and scales, nothing rounded: for kernels that keep weights packed.
+
+    W[n, k] = scale * (codes[n, k] - offset) - minimum, where a K-type has two levels of each:
+    scale = outer_scales[n, k // 256] * scales[n, k // group_size].
+    """
+
+    codes: Tensor  # uint8 [N, K]
+    scales: Tensor  # float16 or 8-bit integers [N, K / group_size]; e8m0 exponents for e2m1 codes
+    group_size: int
+    bits: int
+    offset: int = 0
+    minima: Tensor | None = None
+    outer_scales: Tensor | None = None  # float16 [N, K / 256]
+    outer_minima: Tensor | None = None
+    is_e2m1: bool = False
+
+
+def _raw_half(blocks: Tensor, offset: int) -> Tensor:
+    return blocks[:, offset : offset + 2].contiguous().view(torch.float16)  # [num_blocks, 1]
+
+
+def codes_of(raw: Tensor, ggml_type: GgmlType) -> BlockCodes | None:
+    """`[N, row_bytes]` uint8 as codes and scales; None for a type that no kernel reads."""
+    num_rows = raw.shape[0]
+    blocks = raw.reshape(-1, ggml_type.block_bytes)
+
+    def rows(values: Tensor) -> Tensor:
+        return values.reshape(num_rows, -1)
+
+    match ggml_type.name:
+        case "Q4_0":
+            return BlockCodes(rows(_nibbles(blocks[:, 2:])), rows(_raw_half(blocks, 0)), 32, 4, offset=8)
+        case "Q4_1":
+            codes, lowest = _nibbles(blocks[:, 4:]), -_raw_half(blocks, 2)
+            return BlockCodes(rows(codes), rows(_raw_half(blocks, 0)), 32, 4, minima=rows(lowest))
+        case "Q5_0":
+            codes = _nibbles(blocks[:, 6:]) | (_fifth_bits(blocks[:, 2:6]) << 4)
+            return BlockCodes(rows(codes), rows(_raw_half(blocks, 0)), 32, 5, offset=16)
+        case "Q5_1":
+            codes, lowest = _nibbles(blocks[:, 8:]) | (_fifth_bits(blocks[:, 4:8]) << 4), -_raw_half(blocks, 2)
+            return BlockCodes(rows(codes), rows(_raw_half(blocks, 0)), 32, 5, minima=rows(lowest))
+        case "Q8_0":
+            codes = (blocks[:, 2:].view(torch.int8).short() + 128).to(torch.uint8)
+            return BlockCodes(rows(codes), rows(_raw_half(blocks, 0)), 32, 8, offset=128)
+        case "Q4_K" | "Q5_K":
+            return _k_codes(blocks, ggml_type.name, num_rows)
+        case "Q6_K":
+            low = _fields(blocks[:, :128].reshape(-1, 2, 64), 4).reshape(-1, 256)
+            high = _fields(blocks[:, 128:192].reshape(-1, 2, 32), 2).reshape(-1, 256)
+            scales = blocks[:, 192:208].contiguous().view(torch.int8)
+            return BlockCodes(
+                rows(low | (high << 4)), rows(scales), 16, 6, offset=32, outer_scales=rows(_raw_half(blocks, 208))
+            )
+        case "MXFP4":
+            return BlockCodes(rows(_nibbles(blocks[:, 1:])), rows(blocks[:, :1]), 32, 4, is_e2m1=True)
+        case _:
+            return None
+
+
+def _k_codes(blocks: Tensor, name: str, num_rows: int) -> BlockCodes:
+    """Q4_K and Q5_K: steps and minima of 6 bits under two halves a block."""
+    scales, minima = _k_scales(blocks[:, 4:16])
+    first_nibbles = 16 if name == "Q4_K" else 48
+    codes = _fields(blocks[:, first_nibbles:].reshape(-1, 4, 32), 4).reshape(-1, 256)
+    if name == "Q5_K":
+        codes = codes | (_fields(blocks[:, 16:48], 1).reshape(-1, 256) << 4)
+    return BlockCodes(
+        codes.reshape(num_rows, -1),
+        scales.to(torch.uint8).reshape(num_rows, -1),
+        32,
+        4 if name == "Q4_K" else 5,
+        minima=minima.to(torch.uint8).reshape(num_rows, -1),
+        outer_scales=_raw_half(blocks, 0).reshape(num_rows, -1),
+        outer_minima=_raw_half(blocks, 2).reshape(num_rows, -1),
+    )

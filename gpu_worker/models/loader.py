@@ -7,6 +7,7 @@ final layout as soon as its last tensor has come. Host memory peaks at the model
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,11 +21,16 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.layers.weighted import Weighted
 from gpu_worker.loading.checkpoint import CheckpointError, StrictReader, open_checkpoint
-from gpu_worker.loading.tensor_source import TensorIndex
+from gpu_worker.loading.dequantized import DequantizedSource
+from gpu_worker.loading.gguf_packed import PackedGgufSource
+from gpu_worker.loading.gguf_reader import GgufReader
+from gpu_worker.loading.kv_scales import is_kv_scale, read_kv_scales
+from gpu_worker.loading.tensor_source import TensorIndex, TensorInfo, TensorSource
 from gpu_worker.model_spec import ModelConfigError, ModelSpec
 from gpu_worker.models.family import ModelFamily
 from gpu_worker.models.hf_config import HfConfig
-from gpu_worker.models.registry import find_family
+from gpu_worker.models.registry import find_family, known_architectures
+from gpu_worker.quant.scheme import module_format, read_quantization
 
 log = structlog.get_logger(__name__)
 
@@ -38,14 +44,20 @@ def read_spec(directory: Path) -> tuple[ModelSpec, type[ModelFamily]]:
         ModelConfigError: not there, not supported, or contradicting itself.
     """
     config = HfConfig.open(directory)
+    _refuse_remote_code(config)
     architecture, family = find_family(config.architectures())
-    quantization = config.fields.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise config.error(
-            "quantization_config", f"names quant_method {method!r}; only unquantized weights are supported"
-        )
+    read_quantization(config)
     return family.read_config(config, architecture), family
+
+
+def _refuse_remote_code(config: HfConfig) -> None:
+    """Many repositories of architectures known here carry code for older transformers as well: that is not needed."""
+    if config.fields.get("auto_map") and not set(config.architectures()) & set(known_architectures()):
+        raise config.error(
+            "auto_map",
+            f"asks to run the repository's own code for {', '.join(config.architectures()) or 'its architecture'}, "
+            f"which is never done; architectures that need none: {', '.join(known_architectures())}",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,43 +97,97 @@ def _checkpoint_prefix(model: ModelFamily, path: str, part: str) -> str:
         ) from error
 
 
+@dataclass(frozen=True, slots=True)
+class _MatchedCheckpoint:
+    """A checkpoint whose tensors are all known to fit: names, shapes and element types."""
+
+    source: TensorSource
+    reader: StrictReader
+    places: dict[str, _Place]
+    kv_scale_infos: tuple[TensorInfo, ...]
+
+    def count_by_layer(self) -> dict[str, int]:
+        """Tensors that each layer gets; optional ones that the checkpoint lacks are not among them."""
+        return Counter(self.places[info.name].path for info in self.reader.names())
+
+
+@contextmanager
+def _matched(model: ModelFamily, path: Path) -> Iterator[_MatchedCheckpoint]:
+    """Open the checkpoint and hold every tensor against the model, before any is read."""
+    places = checkpoint_places(model)
+    checkpoint = open_checkpoint(path)
+    try:
+        source = _as_wanted(checkpoint, path, places)
+        infos = list(source.names())
+        scales = tuple(info for info in infos if is_kv_scale(info.name) and info.name not in places)
+        hidden = {info.name for info in scales}
+        expected = {name: place.shape for name, place in places.items()}
+        optional = {name for name, place in places.items() if (place.part, place.tensor) in place.layer.optional()}
+        reader = StrictReader(
+            source, expected, tied_head=model.spec.tie_word_embeddings, optional=optional, ignored=hidden
+        )
+        for info in reader.names():
+            place = places[info.name]
+            problem = place.layer.problem(place.part, place.tensor, info.shape, info.dtype)
+            if problem is not None:
+                raise CheckpointError(
+                    info.file, problem, tensor=info.name, advice="config.json and the weights are not of the same model"
+                )
+        yield _MatchedCheckpoint(source, reader, places, scales)
+    finally:
+        checkpoint.close()
+
+
+def _as_wanted(checkpoint: TensorSource, path: Path, places: dict[str, _Place]) -> TensorSource:
+    """The checkpoint as the model's layers ask for it: packed where they keep packed weights, plain elsewhere."""
+    if isinstance(checkpoint, GgufReader):
+        return PackedGgufSource(checkpoint, places.keys())
+    if not path.is_dir() or not (path / "config.json").exists():
+        return checkpoint
+    names = frozenset(info.name for info in checkpoint.names())
+    quant = read_quantization(HfConfig.open(path), names)
+    if quant is None:
+        return checkpoint
+    return DequantizedSource(checkpoint, lambda module: module_format(quant, module, names), places.keys())
+
+
+def check_weights(model: ModelFamily, path: Path) -> None:
+    """Whether the checkpoint at `path` fills `model`, which may be built on the meta device: nothing is read.
+
+    Raises:
+        CheckpointError: damaged, or its tensors are not those of the config; names file and tensor.
+    """
+    with _matched(model, path):
+        return
+
+
 def load_weights(model: ModelFamily, path: Path) -> None:
     """Fill `model` from the checkpoint at `path`.
 
     Raises:
         CheckpointError: damaged, or its tensors are not those of the config; names file and tensor.
     """
-    places = checkpoint_places(model)
-    left = _count_tensors(places)
-    checkpoint = open_checkpoint(path)
-    try:
-        expected = {name: place.shape for name, place in places.items()}
-        with StrictReader(checkpoint, expected, tied_head=model.spec.tie_word_embeddings) as reader:
+    with _matched(model, path) as matched:
+        left = matched.count_by_layer()
+        with matched.reader as reader:
             infos = list(reader.names())
             with _progress(sum(info.num_bytes for info in infos)) as progress:
                 for info in infos:
-                    place = places[info.name]
-                    place.layer.load(place.part, place.tensor, _StoredTensor(reader, info.name))
+                    place = matched.places[info.name]
+                    place.layer.load(place.part, place.tensor, _StoredTensor(reader, info.name, info.shape))
                     left[place.path] -= 1
                     if left[place.path] == 0:
                         place.layer.finish()
                     progress.advance(info.num_bytes)
-    finally:
-        checkpoint.close()
+        model.kv_scales = read_kv_scales(matched.source, matched.kv_scale_infos, model.spec.num_layers)
     model.finish()
-
-
-def _count_tensors(places: dict[str, _Place]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for place in places.values():
-        counts[place.path] = counts.get(place.path, 0) + 1
-    return counts
 
 
 @dataclass(frozen=True, slots=True)
 class _StoredTensor:
     reader: StrictReader
     name: str
+    shape: tuple[int, ...]
 
     def read(self, index: TensorIndex | None = None) -> torch.Tensor:
         return self.reader.read(self.name, index)
@@ -210,4 +276,12 @@ def _progress(total: int) -> Iterator[_Advance]:
         yield _BarProgress(progress, total)
 
 
-__all__ = ["CheckpointError", "build_model", "checkpoint_places", "fill_random", "load_weights", "read_spec"]
+__all__ = [
+    "CheckpointError",
+    "build_model",
+    "check_weights",
+    "checkpoint_places",
+    "fill_random",
+    "load_weights",
+    "read_spec",
+]

@@ -18,9 +18,25 @@ from gpu_worker.parallel import Share
 ExpectedTensors = dict[tuple[str, str], tuple[int, ...] | None]
 """`(part, tensor)` -> whole (unsplit) shape, or None where the format decides it."""
 
+PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""Element types of weights that are not quantized."""
+
+
+def dtype_problem(dtype: torch.dtype, allowed: tuple[torch.dtype, ...] = PLAIN_DTYPES) -> str | None:
+    """What is wrong with a stored tensor's element type; None: nothing."""
+    if dtype in allowed:
+        return None
+    names = " or ".join(str(one).removeprefix("torch.") for one in allowed)
+    return f"is stored as {str(dtype).removeprefix('torch.')}, the model's config asks for {names}"
+
 
 class StoredTensor(Protocol):
     """One tensor of a checkpoint, not read yet."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        ...
 
     def read(self, index: tuple[slice, ...] | None = None) -> torch.Tensor:
         """The tensor, or the part that `index` cuts out. May be a view of a mapped file."""
@@ -73,6 +89,17 @@ class LinearMethod(ABC):
     @abstractmethod
     def expected(self) -> ExpectedTensors:
         """The checkpoint tensors that this linear is made of."""
+
+    def optional(self) -> frozenset[tuple[str, str]]:
+        """Which of `expected` a checkpoint may lack."""
+        return frozenset()
+
+    def problem(self, part: str, tensor: str, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
+        """What is wrong with a tensor as the checkpoint stores it, as far as `expected` cannot say it; None: nothing.
+
+        Asked before anything is allocated or read.
+        """
+        return dtype_problem(dtype)
 
     @abstractmethod
     def fill_random(self, source: RandomValues) -> None:

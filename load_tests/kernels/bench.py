@@ -23,6 +23,7 @@ from stepwire_kernels.rope_kv import rope_and_write_kv
 
 from load_tests.kernels.cases import LLAMA_8B, QWEN3_06B, Heads, causal_flop, paged
 from load_tests.kernels.measure import Report, measure_ceilings, time_graph
+from load_tests.kernels.quantized import bench_packed, bench_scaled, bench_sweep
 
 BF16 = torch.bfloat16
 
@@ -212,16 +213,21 @@ SECTIONS: dict[str, Callable[[Report], None]] = {
     "sampler": bench_sampler,
     "step_input": bench_step_input,
     "linear": bench_linear,
+    "packed": bench_packed,
+    "scaled": bench_scaled,
 }
+# Long: only when named.
+EXTRA_SECTIONS: dict[str, Callable[[Report], None]] = {"quantized_sweep": bench_sweep}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", help=f"any of {', '.join(SECTIONS)}; all when none is named")
     arguments = parser.parse_args()
-    unknown = sorted(set(arguments.sections) - set(SECTIONS))
+    sections = SECTIONS | EXTRA_SECTIONS
+    unknown = sorted(set(arguments.sections) - set(sections))
     if unknown:
-        parser.error(f"unknown section {', '.join(unknown)}; choose from {', '.join(SECTIONS)}")
+        parser.error(f"unknown section {', '.join(unknown)}; choose from {', '.join(sections)}")
     if not torch.cuda.is_available():
         parser.error("the kernel benchmarks need a CUDA device")
     torch.manual_seed(0)
@@ -232,7 +238,7 @@ def main() -> None:
     )
     report = Report(ceilings)
     for name in arguments.sections or SECTIONS:
-        SECTIONS[name](report)
+        sections[name](report)
         torch.cuda.empty_cache()
     report.write()
 

@@ -40,7 +40,7 @@ def assert_close(
 def repair_interpreter() -> None:
     """Make the interpreter round casts to nearest, multiply bfloat16 matrices, and run on NumPy 2.4.
 
-    Its dot takes the bits of a bfloat16 for an integer.
+    Its dot takes the bits of a bfloat16 or a float8 for an integer.
 
     NumPy 2.4 no longer turns one-element arrays into Python integers, which loops over a loaded bound need. Triton
     3.6's interpreter truncates float32 -> bfloat16, and its float8 cast loses the carry of a mantissa that rounds up
@@ -79,7 +79,7 @@ def repair_interpreter() -> None:
 
     def dot_in_float32(self: object, a: object, b: object, d: object, precision: object, imprecise: object) -> object:
         def widened(handle: object) -> object:
-            if str(handle.dtype) != "bf16":
+            if str(handle.dtype) not in ("bf16", "fp8e4nv"):
                 return handle
             data = convert(handle.data, handle.dtype, tl.float32, None).view(np.float32)
             return interpreter.TensorHandle(data, tl.float32)

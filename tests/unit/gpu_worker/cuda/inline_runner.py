@@ -87,6 +87,7 @@ def load_inline(
         KVCache(shape, num_blocks, device).layers,
         AttentionLimits(planner.max_runs, planner.max_tokens, planner.max_padding_tokens),
         pdl=False,
+        kv_scales=model.kv_scales,
     )
     timeline = InlineTimeline(buffer_words, result_slot_words(planner.max_runs, MAX_NUM_LOGPROBS))
     program = StepProgram(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.models.llama import LlamaConfig
 from transformers.models.qwen3 import Qwen3Config
@@ -236,6 +238,34 @@ def test_an_fp8_cache_is_close(llama_dir: Path) -> None:
         driver.step({0: 17})
         tops.append(driver.step({0: 13}).logprobs)
     np.testing.assert_allclose(tops[0], tops[1], atol=0.3)
+
+
+@pytest.mark.slow
+def test_an_fp8_cache_takes_the_scales_of_the_checkpoint(llama_dir: Path, tmp_path: Path) -> None:
+    """Keys and values far outside float8's range fit with their scales, and do not without them."""
+
+    def logprobs(scales: dict[str, float], kv_cache_dtype: str = "fp8") -> Any:
+        directory = tmp_path / f"{len(scales)}-{kv_cache_dtype}"
+        directory.mkdir()
+        tensors = load_file(llama_dir / "model.safetensors")
+        for name, tensor in tensors.items():
+            if "v_proj" in name:  # values a million times larger, outputs as many times smaller
+                tensors[name] = tensor * 1e6
+            if "o_proj" in name:
+                tensors[name] = tensor / 1e6
+        for name, scale in scales.items():
+            tensors |= {f"model.layers.{layer}.self_attn.{name}": torch.tensor([scale]) for layer in (0, 1)}
+        save_file(tensors, directory / "model.safetensors")
+        shutil.copy(llama_dir / "config.json", directory)
+        driver = StepDriver(load_inline(directory, kv_cache_dtype=kv_cache_dtype))
+        driver.add(0, prompt(30, 30), greedy(num_logprobs=0))
+        driver.step({0: 17})
+        return driver.step({0: 13}).logprobs
+
+    exact = logprobs({}, "auto")
+    with_scales, without = logprobs({"k_scale": 0.5, "v_scale": 1e4}), logprobs({})
+    # Without scales all values are clamped to one magnitude: attention's output is noise.
+    assert np.abs(with_scales - exact).max() < 0.4 * np.abs(without - exact).max(), (with_scales, without, exact)
 
 
 def test_reset_forgets_rows(llama_dir: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import gguf.quants
 import numpy as np
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCABULARY = 64, 96, 4, 2, 16, 2, 40
@@ -94,12 +95,14 @@ def write_gguf(
     tied: bool = False,
     layers: int = LAYERS,
     seed: int = 0,
+    quantized: Mapping[str, gguf.GGMLQuantizationType] | None = None,
 ) -> dict[str, np.ndarray]:
     """Writes the file and gives its tensors as they are in it.
 
     Args:
         keys: metadata under the architecture's prefix, beside or instead of the usual.
         raw_keys: metadata by its whole name.
+        quantized: tensors to store in blocks, with their type.
     """
     sizes = ARCHITECTURES[architecture]
     writer = gguf.GGUFWriter(path, architecture)
@@ -129,7 +132,11 @@ def write_gguf(
     tensors |= extra_tensors or {}
     tensors = {name: values for name, values in tensors.items() if name not in left_out}
     for name, values in tensors.items():
-        writer.add_tensor(name, values)
+        kind = (quantized or {}).get(name)
+        if kind is None:
+            writer.add_tensor(name, values)
+        else:
+            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,6 +1,7 @@
 """Loads a model in a process of its own and prints how far its memory rose; started by `test_loading_memory.py`.
 
-Argument: the model directory. Prints a JSON object of bytes. Counts anonymous memory only: pages of the mapped
+Arguments: the model directory, the quantization while loading (or `auto`).
+Prints a JSON object of bytes. Counts anonymous memory only: pages of the mapped
 checkpoint belong to the system's cache and can be taken away at any time.
 """
 
@@ -16,7 +17,7 @@ import torch
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.models.loader import load_weights, read_spec
 from gpu_worker.parallel import ParallelContext
-from gpu_worker.quant.none import Unquantized
+from gpu_worker.quant.scheme import make_scheme
 
 SAMPLE_EVERY_S = 0.001
 
@@ -48,7 +49,8 @@ def main() -> None:
     before = anonymous_bytes()
     sampler = PeakSampler()
     sampler.start()
-    build = BuildContext(ParallelContext(), Unquantized(), torch.bfloat16, torch.device("cpu"))
+    scheme = make_scheme(directory, family.name_rules, setting=sys.argv[2])  # type: ignore[arg-type]
+    build = BuildContext(ParallelContext(), scheme, torch.bfloat16, torch.device("cpu"))
     model = family(spec, 512, build)
     load_weights(model, directory)
     sampler.finished.set()

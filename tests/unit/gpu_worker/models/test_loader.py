@@ -66,7 +66,7 @@ def test_the_first_known_architecture_is_taken() -> None:
         ({"dtype": "int8"}, ["dtype", "int8"]),
         ({"layer_types": ["full_attention"]}, ["layer_types", "num_hidden_layers"]),
         ({"layer_types": ["linear_attention"] * 3}, ["layer_types", "linear_attention"]),
-        ({"quantization_config": {"quant_method": "awq"}}, ["quantization_config", "awq"]),
+        ({"quantization_config": {"quant_method": "awq"}}, ["quantization_config.bits", "missing"]),
         ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings", "yes"]),
     ],
     ids=str,

@@ -21,9 +21,10 @@ OVERHEAD = 64 << 20
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_loading_peaks_at_the_model_and_about_one_tensor(smollm2_dir: Path) -> None:
+@pytest.mark.parametrize("quantization", ["auto", "int8"])
+def test_loading_peaks_at_the_model_and_about_one_tensor(quantization: str, smollm2_dir: Path) -> None:
     output = subprocess.run(
-        [sys.executable, "-m", loading_memory.__name__, str(smollm2_dir)],
+        [sys.executable, "-m", loading_memory.__name__, str(smollm2_dir), quantization],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "proto", "kernels"))},
         capture_output=True,

@@ -1,0 +1,136 @@
+"""Products of packed weights by the Triton kernels: implements `gpu_worker.quant.products.PackedKernels`."""
+
+from __future__ import annotations
+
+import torch
+from stepwire_kernels.gemm import LinearWorkspace, allocate_linear_workspace
+from stepwire_kernels.packed_linear import packed_linear
+from stepwire_kernels.quantize_input import quantize_input
+from stepwire_kernels.scaled_linear import scaled_linear
+
+from gpu_worker.quant.activations import ActivationQuant, StaticScale
+from gpu_worker.quant.products import Product
+from gpu_worker.quant.repack import Repacked, repack
+from gpu_worker.quant.weights import AffineWeight, QuantizedWeight, ScaledWeight
+
+MIN_GROUP = 16
+
+
+class PackedLinears:
+    """`pdl`: launch kernels before the ones ahead of them have drained (capability 9.0)."""
+
+    def __init__(self, device: torch.device, *, pdl: bool) -> None:
+        self._pdl = pdl
+        self._workspace = allocate_linear_workspace(device)
+
+    def product(
+        self,
+        weight: QuantizedWeight,
+        activations: ActivationQuant | None,
+        static: StaticScale | None,
+        dtype: torch.dtype,
+    ) -> Product | None:
+        if isinstance(weight, ScaledWeight) and activations is not None:
+            if not _has_kernel(weight, activations, static):
+                return None
+            return _EightBitProduct(weight, activations, static, self._workspace, pdl=self._pdl)
+        if activations is not None:
+            return None
+        if isinstance(weight, ScaledWeight):
+            integers = _as_integers(weight)
+            if integers is None:
+                return None
+            weight = integers
+        repacked = repack(weight)
+        return None if repacked is None else _PackedProduct(repacked, self._workspace, pdl=self._pdl)
+
+
+class _PackedProduct(Product):
+    """Weights of a few bits, inputs as they are."""
+
+    def __init__(self, repacked: Repacked, workspace: LinearWorkspace, *, pdl: bool) -> None:
+        self._weight, self._order = repacked.weight, repacked.order
+        self._workspace, self._pdl = workspace, pdl
+
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if self._order is not None:
+            if self._order.numel() > x.shape[1]:  # places that no input fills read the zero behind the last one
+                x = torch.nn.functional.pad(x, (0, 1))
+            x = x.index_select(1, self._order)
+        return packed_linear(x, self._weight, bias, self._workspace, pdl=self._pdl)
+
+    def num_bytes(self) -> int:
+        order = 0 if self._order is None else self._order.numel() * self._order.element_size()
+        return self._weight.num_bytes() + order
+
+
+class _EightBitProduct(Product):
+    """Inputs quantized on the way, 8-bit values multiplied by 8-bit values."""
+
+    def __init__(
+        self,
+        weight: ScaledWeight,
+        activations: ActivationQuant,
+        static: StaticScale | None,
+        workspace: LinearWorkspace,
+        *,
+        pdl: bool,
+    ) -> None:
+        self._values = weight.values
+        self._static = None if static is None else static.scale
+        self._workspace, self._pdl = workspace, pdl
+        self._input_group = activations.group_size if activations.granularity == "group" else None
+        num_inputs = weight.num_inputs
+        self._group: int | None = None
+        scales, self._scale_rows = weight.scales, weight.block_n
+        if not weight.is_per_output:
+            self._group = weight.block_k
+        elif self._input_group is not None:
+            self._group = self._input_group
+            scales = scales.expand(-1, -(-num_inputs // self._input_group))
+        self._scales = scales.contiguous()  # [N / scale_rows, groups]
+
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        values, scales = quantize_input(
+            x, self._values.dtype, group_size=self._input_group, static_scale=self._static, pdl=self._pdl
+        )
+        if self._group is not None and self._input_group is None:
+            scales = scales.expand(-1, self._scales.shape[1]).contiguous()
+        return scaled_linear(
+            values,
+            scales,
+            self._values,
+            self._scales,
+            bias,
+            self._workspace,
+            x.dtype,
+            scale_rows=self._scale_rows,
+            group_size=self._group,
+            pdl=self._pdl,
+        )
+
+    def num_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in (self._values, self._scales))
+
+
+def _has_kernel(weight: ScaledWeight, activations: ActivationQuant, static: StaticScale | None) -> bool:
+    is_float = weight.values.dtype == torch.float8_e4m3fn
+    if is_float != (activations.kind == "float8") or not activations.symmetric:
+        return False
+    if static is not None and static.zero is not None and bool(static.zero):
+        return False
+    groups = {group for group in (_weight_group(weight), activations.group_size or None) if group is not None}
+    return len(groups) <= 1 and all(group >= MIN_GROUP and group & (group - 1) == 0 for group in groups)
+
+
+def _weight_group(weight: ScaledWeight) -> int | None:
+    return None if weight.is_per_output else weight.block_k
+
+
+def _as_integers(weight: ScaledWeight) -> AffineWeight | None:
+    """int8 weights of an 8-bit linear whose inputs are not quantized, as the packed kernel reads them."""
+    if weight.values.dtype != torch.int8:
+        return None
+    codes = (weight.values.short() + 128).to(torch.uint8)
+    zeros = torch.full((1, 1), 128, dtype=torch.uint8, device=weight.device)
+    return AffineWeight(codes, zeros, weight.scales_by_output(), min(weight.block_k, weight.num_inputs), 8)

@@ -1,0 +1,63 @@
+"""Scales of a float8 KV cache that a checkpoint brings: a cached value is float8(x / scale).
+
+Keys are scaled after rotation, values as they are. The tensors have different names in different tools; all hold one
+number a layer. Without them the scale is 1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from gpu_worker.loading.tensor_source import CheckpointError, TensorInfo, TensorSource
+
+# compressed-tensors; AutoFP8 and ModelOpt; the same two before attention had scales of its own; one for both, long ago.
+_NAME = re.compile(
+    r".*\blayers\.(?P<layer>\d+)\.self_attn\."
+    r"(?:(?P<own>[kv])_scale|(?P<proj>[kv])_proj\.(?:[kv]_scale|output_scale)|qkv_proj\.(?P<fused>[kv])_scale"
+    r"|(?P<both>kv_scale))"
+)
+# Of queries and of probabilities: attention here multiplies in 16 bits.
+_UNUSED = re.compile(r".*\.self_attn\.(?:q_scale|prob_scale)")
+
+
+@dataclass(frozen=True, slots=True)
+class KVScales:
+    """One layer's."""
+
+    key: float = 1.0
+    value: float = 1.0
+
+
+def is_kv_scale(name: str) -> bool:
+    return _NAME.fullmatch(name) is not None or _UNUSED.fullmatch(name) is not None
+
+
+def read_kv_scales(source: TensorSource, infos: Iterable[TensorInfo], num_layers: int) -> tuple[KVScales, ...] | None:
+    """One entry a layer; None where the checkpoint has no scales.
+
+    Raises:
+        CheckpointError: a scale that is not one positive number, or of a layer that does not exist.
+    """
+    found: dict[tuple[int, str], float] = {}
+    for info in infos:
+        match = _NAME.fullmatch(info.name)
+        if match is None:
+            continue
+        layer = int(match["layer"])
+        if layer >= num_layers or info.num_elements != 1:
+            raise CheckpointError(
+                info.file,
+                f"has the shape {list(info.shape)} in a model of {num_layers} layers",
+                tensor=info.name,
+                advice="only one scale for a layer's keys and one for its values are supported",
+            )
+        scale = float(source.read(info.name).float().reshape(()))
+        if not 0 < scale < float("inf"):
+            raise CheckpointError(info.file, f"is {scale}, not a positive number", tensor=info.name)
+        for kind in "kv" if match["both"] else (match["own"] or match["proj"] or match["fused"]):
+            found[layer, kind] = scale
+    if not found:
+        return None
+    return tuple(KVScales(found.get((layer, "k"), 1.0), found.get((layer, "v"), 1.0)) for layer in range(num_layers))

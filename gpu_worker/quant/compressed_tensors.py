@@ -1,0 +1,177 @@
+"""`quant_method: compressed-tensors`, as llm-compressor writes it: groups of targets, each with its scheme and format.
+
+Source: https://github.com/vllm-project/compressed-tensors (`QuantizationConfig`).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from gpu_worker.quant.activations import ActivationQuant
+from gpu_worker.quant.affine_formats import PackQuantizedFormat
+from gpu_worker.quant.config import ConfigSection, QuantConfig, _compiled
+from gpu_worker.quant.float4_formats import Float4Format
+from gpu_worker.quant.formats import WeightFormat
+from gpu_worker.quant.scaled_formats import ScaledFormat
+
+LINEAR_CLASS = "Linear"
+
+
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """Module names, given exactly, as `re:` patterns or as the class that all linears have."""
+
+    exact: frozenset[str]
+    patterns: tuple[re.Pattern[str], ...]
+    any_linear: bool
+
+    @classmethod
+    def of(cls, section: ConfigSection, field: str, entries: list[str]) -> _Names:
+        patterns = [entry for entry in entries if entry.startswith("re:")]
+        return cls(
+            frozenset(entry for entry in entries if not entry.startswith("re:")),
+            tuple(_compiled(section, field, entry.removeprefix("re:")) for entry in patterns),
+            LINEAR_CLASS in entries,
+        )
+
+    def has(self, name: str) -> bool:
+        return name in self.exact or any(pattern.match(name) for pattern in self.patterns)
+
+
+def read_compressed_tensors(section: ConfigSection) -> QuantConfig:
+    status = section.text("quantization_status", "compressed")
+    if status not in ("compressed", "frozen"):
+        raise section.refuse(f"compressed-tensors with quantization_status {status!r}")
+    for field in ("sparsity_config", "transform_config"):
+        content = section.fields.get(field)
+        # Writers leave an empty object, or one whose format is dense.
+        if content and not (isinstance(content, dict) and content.get("format", "") == "dense"):
+            raise section.refuse(f"compressed-tensors with a {field}")
+    whole_format = section.text("format", "")
+    groups = section.fields.get("config_groups")
+    if not isinstance(groups, dict) or not groups:
+        raise section.error("config_groups", "is missing or empty")
+    schemes: list[tuple[_Names, WeightFormat]] = []
+    for group_name, group in groups.items():
+        if not isinstance(group, dict):
+            raise section.error(f"config_groups.{group_name}", "is no object")
+        inner = ConfigSection(group, section._error)
+        names = _Names.of(section, f"config_groups.{group_name}.targets", inner.names("targets"))
+        schemes.append((names, _read_group(section, group, inner.text("format", whole_format) or whole_format)))
+    ignored = _Names.of(section, "ignore", section.names("ignore"))
+
+    def format_of(name: str) -> WeightFormat | None:
+        if ignored.has(name):
+            return None
+        for names, stored in schemes:
+            if names.has(name):
+                return stored
+        return next((stored for names, stored in schemes if names.any_linear), None)
+
+    return QuantConfig("compressed-tensors", format_of, None, f"compressed-tensors {whole_format}")
+
+
+def _read_group(section: ConfigSection, group: dict[str, Any], kind: str) -> WeightFormat:
+    weights = group.get("weights")
+    if not isinstance(weights, dict):
+        raise section.refuse(f"compressed-tensors {kind!r} with quantized activations and plain weights")
+    if group.get("output_activations"):
+        raise section.refuse("compressed-tensors with output_activations")
+    match kind:
+        case "pack-quantized":
+            return _read_packed(section, weights, group.get("input_activations"))
+        case "nvfp4-pack-quantized":
+            return Float4Format("nvfp4")
+        case "mxfp4-pack-quantized":
+            return Float4Format("mxfp4")
+        case "int-quantized" | "float-quantized" | "naive-quantized":
+            return _read_scaled(section, weights, group.get("input_activations"), kind)
+        case _:
+            raise section.refuse(f"compressed-tensors with the format {kind!r}")
+
+
+def _strategy(section: ConfigSection, weights: dict[str, Any], known: tuple[str, ...]) -> str:
+    strategy = weights.get("strategy")
+    if strategy is None:
+        # Old files leave it to the group size.
+        strategy = "group" if weights.get("group_size") else "tensor"
+    if strategy not in known:
+        raise section.refuse(f"compressed-tensors weights with the strategy {strategy!r}")
+    return str(strategy)
+
+
+def _read_packed(section: ConfigSection, weights: dict[str, Any], inputs: Any) -> WeightFormat:
+    inner = ConfigSection(weights, section._error)
+    bits = inner.integer("num_bits")
+    if weights.get("type", "int") != "int" or not 2 <= bits <= 8:
+        raise section.refuse(f"compressed-tensors pack-quantized with {bits} bit {weights.get('type')}")
+    if inputs:
+        raise section.refuse("compressed-tensors pack-quantized with quantized activations")
+    strategy = _strategy(section, weights, ("group", "channel", "tensor"))
+    return PackQuantizedFormat(
+        bits,
+        inner.group_size() if strategy == "group" else -1,
+        symmetric=inner.boolean("symmetric", True),
+        may_have_group_index=str(weights.get("actorder")).lower().endswith(("group", "dynamic")),
+    )
+
+
+def _read_scaled(section: ConfigSection, weights: dict[str, Any], inputs: Any, kind: str) -> WeightFormat:
+    inner = ConfigSection(weights, section._error)
+    number = weights.get("type", "int")
+    is_float = number == "float"
+    bits = inner.integer("num_bits")
+    if number not in ("int", "float") or (is_float and bits != 8) or bits > 8:
+        raise section.refuse(f"compressed-tensors {kind} with {bits} bit {number}")
+    if not inner.boolean("symmetric", True):
+        raise section.refuse(f"compressed-tensors {kind} with asymmetric weights")
+    strategy = _strategy(section, weights, ("tensor", "channel", "block", "group"))
+    block = (0, 0)
+    if strategy == "block":
+        structure = weights.get("block_structure")
+        if isinstance(structure, str):  # "128x128" in early files
+            structure = [int(size) for size in structure.split("x")]
+        if not isinstance(structure, list) or len(structure) != 2:
+            raise section.error("block_structure", f"is {structure!r}, expected two sizes such as [128, 128]")
+        block = (int(structure[0]), int(structure[1]))
+    if strategy == "group":
+        block = (1, inner.group_size())
+    activations = _read_activations(section, inputs, "float8" if is_float else "int8")
+    is_static = activations is not None and not activations.dynamic
+    return ScaledFormat(
+        "float8" if is_float else "int8",
+        "tensor" if strategy == "tensor" else "channel" if strategy == "channel" else "block",
+        block,
+        input_scale_name="input_scale" if is_static else None,
+        input_zero_name="input_zero_point" if is_static else None,
+        activations=activations,
+        ignored=("weight_zero_point",),
+    )
+
+
+def _read_activations(section: ConfigSection, inputs: Any, kind: str) -> ActivationQuant | None:
+    if not inputs:
+        return None
+    if not isinstance(inputs, dict):
+        raise section.error("config_groups.input_activations", "is no object")
+    inner = ConfigSection(inputs, section._error)
+    number = "float" if kind == "float8" else "int"
+    if inputs.get("type", "int") != number or inner.integer("num_bits") != 8:
+        raise section.refuse(
+            f"compressed-tensors {number} weights with activations of {inputs.get('num_bits')} bit {inputs.get('type')}"
+        )
+    dynamic = inner.boolean("dynamic", False)
+    symmetric = inner.boolean("symmetric", True)
+    strategy = inputs.get("strategy") or ("token" if dynamic else "tensor")
+    if strategy in ("token", "tensor") and dynamic:
+        # A scale a token, whatever else is in the batch.
+        return ActivationQuant(kind, "token", True, symmetric=symmetric)  # type: ignore[arg-type]
+    if strategy == "tensor":
+        return ActivationQuant(kind, "tensor", False, symmetric=symmetric)  # type: ignore[arg-type]
+    if strategy in ("group", "block") and dynamic and symmetric:
+        group_size = inner.integer("group_size", 128)
+        return ActivationQuant(kind, "group", True, group_size)  # type: ignore[arg-type]
+    how = "dynamic" if dynamic else "static"
+    raise section.refuse(f"compressed-tensors with {how} activations of the strategy {strategy!r}")

@@ -1,0 +1,78 @@
+"""What a checkpoint format says about one linear: its tensors, which part of each a rank reads, what they mean.
+
+A format is a value: two linears of equal formats can be fused. It knows nothing of devices, kernels or models.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+from gpu_worker.parallel import Share
+from gpu_worker.quant.activations import ActivationQuant, StaticScale
+from gpu_worker.quant.api import PLAIN_DTYPES, RandomValues
+from gpu_worker.quant.weights import QuantizedWeight
+
+Shape = tuple[int, ...]
+SCALAR: tuple[Shape, ...] = ((), (1,))
+FLOAT_SCALES = PLAIN_DTYPES
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRule:
+    """One stored tensor, whole: the shapes and element types it may have."""
+
+    shapes: tuple[Shape, ...]
+    dtypes: tuple[torch.dtype, ...]
+    optional: bool = False
+
+
+Rules = dict[str, TensorRule]
+Tensors = dict[str, torch.Tensor]
+
+
+class WeightFormat(ABC):
+    """One way to store a linear. Implementations are frozen dataclasses."""
+
+    activations: ActivationQuant | None = None
+    """How the linear's input is quantized; None: it is not."""
+    may_have_stray_bias: bool = False
+    """Whether writers of this format store a bias (of zeros) for linears that have none."""
+
+    @abstractmethod
+    def rules(self, num_outputs: int, num_inputs: int) -> Rules:
+        """The stored tensors of a [num_outputs, num_inputs] weight, by name."""
+
+    @abstractmethod
+    def index(self, tensor: str, shape: Shape, rows: Share, cols: Share) -> tuple[slice, ...]:
+        """The part of a stored tensor that these rows and columns of the weight need (() for all of it)."""
+
+    @abstractmethod
+    def decode(self, tensors: Tensors, rows: Share, cols: Share) -> QuantizedWeight:
+        """The weight's share from the parts that `index` cut out."""
+
+    def static_scale(self, tensors: Tensors) -> StaticScale | None:
+        """The checkpoint's scale for the input."""
+        return None
+
+    @abstractmethod
+    def random(
+        self, num_outputs: int, num_inputs: int, std: float, source: RandomValues, device: torch.device
+    ) -> QuantizedWeight:
+        """Random values of about this standard deviation."""
+
+    @abstractmethod
+    def size_of(self, shapes: dict[str, Shape]) -> tuple[int, int]:
+        """[N, K] of the whole weight, by the shapes of its stored tensors."""
+
+
+def covering(share: Share, block: int) -> slice:
+    """The blocks that a share of a dimension touches."""
+    return slice(share.start // block, -(-share.stop // block))
+
+
+def as_scalar(tensor: torch.Tensor) -> torch.Tensor:
+    """A stored scalar, [] or [1], as float32 []."""
+    return tensor.float().reshape(())

@@ -1,0 +1,140 @@
+"""How finished weights multiply: dense ones by torch, packed ones by whatever kernels the device offers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Protocol
+
+import torch
+
+from gpu_worker.layers.ops import LayerOps
+from gpu_worker.quant import none
+from gpu_worker.quant.activations import ActivationQuant, StaticScale, quantize_input, simulate
+from gpu_worker.quant.weights import ROW_STEP, QuantizedWeight, ScaledWeight
+
+
+class Product(ABC):
+    """y = x W^T + b for one finished weight."""
+
+    @abstractmethod
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x [num_tokens, K] -> [num_tokens, N]."""
+
+    @abstractmethod
+    def num_bytes(self) -> int: ...
+
+
+class PackedKernels(Protocol):
+    """Kernels that multiply by packed weights (`gpu_worker.cuda.packed_linears`)."""
+
+    def product(
+        self,
+        weight: QuantizedWeight,
+        activations: ActivationQuant | None,
+        static: StaticScale | None,
+        dtype: torch.dtype,
+    ) -> Product | None:
+        """None: this form has no kernel; it is dequantized instead."""
+        ...
+
+
+class DenseProduct(Product):
+    """Dequantized into the model's dtype."""
+
+    def __init__(
+        self,
+        weight: QuantizedWeight,
+        activations: ActivationQuant | None,
+        static: StaticScale | None,
+        dtype: torch.dtype,
+        ops: LayerOps,
+    ) -> None:
+        self._ops, self._activations, self._static = ops, activations, static
+        dense = dequantized(weight, dtype)  # [N, K]
+        self._packed = none.pack(dense) if none.can_pack(dense) else None
+        self._weight = dense if self._packed is None else dense.new_empty(0)
+        self._num_bytes = weight.num_outputs * weight.num_inputs * dtype.itemsize
+
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if self._activations is not None:
+            x = simulate(x, self._activations, self._static)
+        if self._packed is not None:
+            return none.packed_linear(x, self._packed, bias)
+        return self._ops.linear(x, self._weight, bias)
+
+    def num_bytes(self) -> int:
+        return self._num_bytes
+
+
+class ScaledProduct(Product):
+    """8-bit values of inputs and weights multiplied as they are, the scales applied to the product.
+
+    The model's dtype holds every 8-bit value exactly, so nothing is rounded before the sum. For weights with one scale
+    an output and inputs with one scale a token.
+    """
+
+    def __init__(
+        self,
+        weight: ScaledWeight,
+        activations: ActivationQuant,
+        static: StaticScale | None,
+        dtype: torch.dtype,
+        ops: LayerOps,
+    ) -> None:
+        self._ops, self._activations, self._static = ops, activations, static
+        values = weight.values.to(dtype)  # [N, K]
+        self._scales = weight.scales_by_output()[:, 0].contiguous()  # [N]
+        self._sums = values.float().sum(1) if not activations.symmetric or static is not None else None  # [N]
+        self._packed = none.pack(values) if none.can_pack(values) else None
+        self._values = values if self._packed is None else values.new_empty(0)
+        self._num_bytes = weight.num_outputs * weight.num_inputs * dtype.itemsize + 4 * weight.num_outputs
+
+    @staticmethod
+    def serves(weight: QuantizedWeight, activations: ActivationQuant | None) -> bool:
+        return (
+            isinstance(weight, ScaledWeight)
+            and weight.is_per_output
+            and activations is not None
+            and activations.granularity != "group"
+        )
+
+    def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        quantized = quantize_input(x, self._activations, self._static)
+        if self._packed is not None:
+            product = none.packed_linear(quantized.values, self._packed, None).float()
+        else:
+            product = self._ops.linear(quantized.values, self._values, None).float()
+        if quantized.zeros is not None and self._sums is not None:
+            product = product - quantized.zeros * self._sums
+        product = product * quantized.scales * self._scales
+        return (product if bias is None else product + bias.float()).to(x.dtype)
+
+    def num_bytes(self) -> int:
+        return self._num_bytes
+
+
+def dequantized(weight: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """W [N, K] in `dtype`, some rows at a time: float32 of the whole would be the peak of loading."""
+    dense = torch.empty(weight.num_outputs, weight.num_inputs, dtype=dtype, device=weight.device)
+    for start in range(0, weight.num_outputs, ROW_STEP):
+        stop = min(start + ROW_STEP, weight.num_outputs)
+        dense[start:stop] = weight.rows(start, stop).dequantize()
+    return dense
+
+
+def make_product(
+    weight: QuantizedWeight,
+    activations: ActivationQuant | None,
+    static: StaticScale | None,
+    dtype: torch.dtype,
+    ops: LayerOps,
+    kernels: PackedKernels | None,
+) -> Product:
+    """The best that there is for a weight on its device."""
+    if kernels is not None:
+        packed = kernels.product(weight, activations, static, dtype)
+        if packed is not None:
+            return packed
+    if activations is not None and isinstance(weight, ScaledWeight) and ScaledProduct.serves(weight, activations):
+        return ScaledProduct(weight, activations, static, dtype, ops)
+    return DenseProduct(weight, activations, static, dtype, ops)

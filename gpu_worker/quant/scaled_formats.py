@@ -1,0 +1,124 @@
+"""8-bit floats and integers that are multiplied by a scale: native FP8 checkpoints, compressed-tensors' FP8 and INT8.
+
+W[n, k] = w[n, k] * s, with one scale for the tensor, one for each output, or one for each block of outputs and inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from gpu_worker.parallel import Share
+from gpu_worker.quant.activations import ActivationQuant, StaticScale
+from gpu_worker.quant.api import RandomValues
+from gpu_worker.quant.formats import (
+    FLOAT_SCALES,
+    SCALAR,
+    Rules,
+    Shape,
+    TensorRule,
+    Tensors,
+    WeightFormat,
+    as_scalar,
+    covering,
+)
+from gpu_worker.quant.weights import QuantizedWeight, ScaledWeight
+
+SCALE_DTYPES = (*FLOAT_SCALES, torch.float8_e8m0fnu)
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledFormat(WeightFormat):
+    """8-bit values `weight` and their scales, under the names of a dialect."""
+
+    kind: Literal["float8", "int8"]
+    granularity: Literal["tensor", "channel", "block"]
+    block: tuple[int, int] = (0, 0)
+    scale_name: str = "weight_scale"
+    input_scale_name: str | None = None
+    """The tensor of a static input scale."""
+    input_zero_name: str | None = None
+    activations: ActivationQuant | None = None
+    may_have_stray_bias: bool = False
+    ignored: tuple[str, ...] = ()
+    """Further tensors that may be there and say nothing, such as zero points of a symmetric format."""
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.float8_e4m3fn if self.kind == "float8" else torch.int8
+
+    def rules(self, num_outputs: int, num_inputs: int) -> Rules:
+        match self.granularity:
+            case "tensor":
+                shapes: tuple[Shape, ...] = (*SCALAR, (1, 1))
+            case "channel":
+                shapes = ((num_outputs, 1), (num_outputs,))
+            case _:
+                shapes = ((-(-num_outputs // self.block[0]), -(-num_inputs // self.block[1])),)
+        rules = {
+            "weight": TensorRule(((num_outputs, num_inputs),), (self._dtype,)),
+            self.scale_name: TensorRule(shapes, SCALE_DTYPES),
+        }
+        if self.input_scale_name is not None:
+            rules[self.input_scale_name] = TensorRule(SCALAR, FLOAT_SCALES)
+        if self.input_zero_name is not None:
+            rules[self.input_zero_name] = TensorRule(SCALAR, (*FLOAT_SCALES, torch.int8, torch.int32), optional=True)
+        for name in self.ignored:
+            rules[name] = TensorRule(
+                (*shapes, *SCALAR), (*FLOAT_SCALES, torch.int8, torch.int32, torch.float8_e4m3fn), optional=True
+            )
+        return rules
+
+    def size_of(self, shapes: dict[str, Shape]) -> tuple[int, int]:
+        num_outputs, num_inputs = shapes["weight"]
+        return num_outputs, num_inputs
+
+    def index(self, tensor: str, shape: Shape, rows: Share, cols: Share) -> tuple[slice, ...]:
+        if tensor == "weight":
+            return (rows.as_slice(), cols.as_slice())
+        if tensor != self.scale_name or self.granularity == "tensor":
+            return ()
+        if self.granularity == "channel":
+            return (rows.as_slice(),)
+        return (covering(rows, self.block[0]), covering(cols, self.block[1]))
+
+    def decode(self, tensors: Tensors, rows: Share, cols: Share) -> QuantizedWeight:
+        values, scales = tensors["weight"], tensors[self.scale_name].float()
+        if self.granularity == "tensor":
+            return ScaledWeight(values, scales.reshape(1, 1).expand(rows.size, 1), 1, cols.size)
+        if self.granularity == "channel":
+            return ScaledWeight(values, scales.reshape(-1, 1), 1, cols.size)
+        return _blockwise(values, scales, self.block, rows, cols)
+
+    def static_scale(self, tensors: Tensors) -> StaticScale | None:
+        if self.input_scale_name is None:
+            return None
+        zero = tensors.get(self.input_zero_name) if self.input_zero_name is not None else None
+        return StaticScale(as_scalar(tensors[self.input_scale_name]), None if zero is None else as_scalar(zero))
+
+    def random(
+        self, num_outputs: int, num_inputs: int, std: float, source: RandomValues, device: torch.device
+    ) -> QuantizedWeight:
+        values = torch.empty(num_outputs, num_inputs, device=device)
+        source.fill(values, std=32.0)
+        block_n, block_k = self.block if self.granularity == "block" else (1, num_inputs)
+        scales = torch.full((-(-num_outputs // block_n), -(-num_inputs // block_k)), std / 32.0, device=device)
+        return ScaledWeight(values.clamp_(-127, 127).to(self._dtype), scales, block_n, block_k)
+
+
+def _blockwise(
+    values: torch.Tensor, scales: torch.Tensor, block: tuple[int, int], rows: Share, cols: Share
+) -> ScaledWeight:
+    """Blocks counted from this rank's first row and column; a share that begins inside a block gets smaller ones."""
+    block_n, block_k = block
+    if rows.start % block_n:
+        of_row = torch.arange(rows.start, rows.stop, device=scales.device) // block_n - rows.start // block_n
+        scales, block_n = scales[of_row], 1
+    if cols.start % block_k:
+        smaller = math.gcd(block_k, cols.start)
+        begins = torch.arange(cols.start, cols.stop, smaller, device=scales.device)
+        scales, block_k = scales[:, begins // block_k - cols.start // block_k], smaller
+    return ScaledWeight(values, scales, block_n, block_k)

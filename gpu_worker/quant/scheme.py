@@ -1,0 +1,200 @@
+"""Which method each linear of a model gets, by what its checkpoint says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from gpu_worker.layers.ops import TORCH_OPS, LayerOps
+from gpu_worker.loading.checkpoint import GGUF_NAME, open_checkpoint
+from gpu_worker.loading.gguf_reader import GgufReader
+from gpu_worker.model_spec import ModelConfigError
+from gpu_worker.models.hf_config import HfConfig
+from gpu_worker.quant.api import LinearMethod, QuantScheme
+from gpu_worker.quant.compressed_tensors import read_compressed_tensors
+from gpu_worker.quant.config import (
+    FIELD,
+    SUPPORTED,
+    ConfigSection,
+    QuantConfig,
+    read_awq,
+    read_fp8,
+    read_gptq,
+    read_mxfp4,
+)
+from gpu_worker.quant.formats import WeightFormat
+from gpu_worker.quant.gguf_format import GgufFormat
+from gpu_worker.quant.none import Unquantized, UnquantizedLinear
+from gpu_worker.quant.on_load import QuantizingLinear
+from gpu_worker.quant.products import PackedKernels
+from gpu_worker.quant.stored import SplitLinear, StoredLinear
+
+QuantizationSetting = Literal["auto", "fp8", "int8"]
+ON_LOAD = ("fp8", "int8")
+
+
+def read_quantization(config: HfConfig, stored_names: Collection[str] = ()) -> QuantConfig | None:
+    """How a checkpoint is quantized, by its config.json (and by the names of its tensors, where they are known).
+
+    Raises:
+        ModelConfigError: a variant that is not supported, or a field that says nothing; the message has its name and
+            the list of what works.
+    """
+    fields = config.fields.get(FIELD)
+    if not fields:
+        return None
+    if not isinstance(fields, dict):
+        raise config.error(FIELD, f"is {fields!r:.60}, expected an object")
+    method = fields.get("quant_method")
+    if method is None and fields.get("config_groups"):
+        method = "compressed-tensors"
+    section = ConfigSection(fields, config.error)
+    match method:
+        case "gptq":
+            return read_gptq(section)
+        case "awq":
+            return read_awq(section)
+        case "fp8":
+            return read_fp8(section, stored_names)
+        case "compressed-tensors":
+            return read_compressed_tensors(section)
+        case "mxfp4":
+            return read_mxfp4(section)
+        case "gguf":
+            return QuantConfig("gguf", lambda name: None, None, "gguf")
+        case _:
+            raise config.error(FIELD, f"names quant_method {method!r}, which is not supported; supported: {SUPPORTED}")
+
+
+def stored_names(directory: Path) -> frozenset[str]:
+    """Names of the checkpoint's tensors; headers are read, no weights."""
+    checkpoint = open_checkpoint(directory)
+    try:
+        return frozenset(info.name for info in checkpoint.names())
+    finally:
+        checkpoint.close()
+
+
+def make_scheme(
+    directory: Path,
+    name_rules: Mapping[str, Mapping[str, str]],
+    *,
+    setting: QuantizationSetting = "auto",
+    has_weights: bool = True,
+    ops: LayerOps = TORCH_OPS,
+    kernels: PackedKernels | None = None,
+) -> QuantScheme:
+    """The scheme for the model in `directory`.
+
+    Args:
+        name_rules: the model family's: layer path -> part -> place of its tensors in the checkpoint.
+        setting: `fp8` or `int8` quantize a checkpoint that is not quantized while it is loaded.
+        has_weights: False for random weights from config.json alone.
+        kernels: what multiplies by packed weights; without them weights are dequantized.
+
+    Raises:
+        ModelConfigError: the checkpoint's variant is not supported, or `setting` contradicts it.
+        CheckpointError: the checkpoint is damaged.
+    """
+    config = HfConfig.open(directory)
+    names = stored_names(directory) if has_weights and config.fields.get(FIELD) else frozenset()
+    quant = read_quantization(config, names)
+    if setting != "auto" and quant is not None and quant.method != setting:
+        raise ModelConfigError(
+            f"quantization is set to {setting}, and the checkpoint is quantized already: "
+            f"{quant.label or quant.method}; leave --quantization out"
+        )
+    if quant is None:
+        return Unquantized(ops) if setting == "auto" else OnLoadScheme(setting, ops, kernels)
+    if quant.method == "gguf" and has_weights:
+        return GgufScheme(directory / GGUF_NAME, name_rules, ops, kernels)
+    return CheckpointScheme(quant, name_rules, names, ops, kernels)
+
+
+class _ByName:
+    """Finds a linear's modules in the checkpoint, and puts formats of its parts together."""
+
+    def __init__(
+        self, name_rules: Mapping[str, Mapping[str, str]], ops: LayerOps, kernels: PackedKernels | None
+    ) -> None:
+        self._name_rules, self._ops, self._kernels = name_rules, ops, kernels
+
+    def format_of(self, name: str) -> WeightFormat | None:
+        raise NotImplementedError
+
+    def linear_method(self, path: str) -> LinearMethod:
+        formats = {part: self.format_of(name) for part, name in modules_of(self._name_rules, path).items()}
+        kinds = list(formats.values())
+        if not kinds or all(kind == kinds[0] for kind in kinds):
+            return self._method(kinds[0] if kinds else None)
+        return SplitLinear({part: self._method(kind) for part, kind in formats.items()})
+
+    def _method(self, kind: WeightFormat | None) -> LinearMethod:
+        return UnquantizedLinear(self._ops) if kind is None else StoredLinear(kind, self._ops, self._kernels)
+
+
+class CheckpointScheme(_ByName):
+    """Linears as `quantization_config` describes them, each by its unfused name in the checkpoint."""
+
+    def __init__(
+        self,
+        quant: QuantConfig,
+        name_rules: Mapping[str, Mapping[str, str]],
+        names: Collection[str],
+        ops: LayerOps = TORCH_OPS,
+        kernels: PackedKernels | None = None,
+    ) -> None:
+        super().__init__(name_rules, ops, kernels)
+        self._quant, self._names = quant, names
+
+    def format_of(self, name: str) -> WeightFormat | None:
+        return module_format(self._quant, name, self._names)
+
+
+class GgufScheme(_ByName):
+    """Linears as a GGUF file stores each of them."""
+
+    def __init__(
+        self,
+        file: Path,
+        name_rules: Mapping[str, Mapping[str, str]],
+        ops: LayerOps = TORCH_OPS,
+        kernels: PackedKernels | None = None,
+    ) -> None:
+        super().__init__(name_rules, ops, kernels)
+        with GgufReader(file) as reader:
+            self._types = {info.name: reader.stored_type(info.name) for info in reader.names()}
+
+    def format_of(self, name: str) -> WeightFormat | None:
+        kind = self._types.get(f"{name}.weight")
+        return None if kind is None or not kind.is_packed else GgufFormat(kind.name)
+
+
+class OnLoadScheme:
+    """Quantizes plain weights while they are loaded."""
+
+    def __init__(self, kind: Literal["fp8", "int8"], ops: LayerOps, kernels: PackedKernels | None) -> None:
+        self._kind, self._ops, self._kernels = kind, ops, kernels
+
+    def linear_method(self, path: str) -> LinearMethod:
+        return QuantizingLinear(self._kind, self._ops, self._kernels)
+
+
+def module_format(quant: QuantConfig, name: str, names: Collection[str]) -> WeightFormat | None:
+    """How one module is stored. Where the config of a format is known to leave modules out that it does not list
+    (routers of GPTQ and AWQ mixtures), the stored tensors decide."""
+    stored = quant.format_of(name)
+    if stored is not None and quant.marker is not None and names:
+        is_plain = f"{name}.weight" in names and f"{name}.{quant.marker}" not in names
+        return None if is_plain else stored
+    return stored
+
+
+def modules_of(name_rules: Mapping[str, Mapping[str, str]], path: str) -> dict[str, str]:
+    """Part -> module name in the checkpoint, for a layer's path; empty for a layer that the rules do not name."""
+    pieces = path.split(".")
+    number = next((piece for piece in pieces if piece.isdigit()), "")
+    template = ".".join("{i}" if piece.isdigit() else piece for piece in pieces)
+    rules: Mapping[str, Any] = name_rules.get(template, {})
+    return {part: str(name).replace("{i}", number) for part, name in rules.items()}

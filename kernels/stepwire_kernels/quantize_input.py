@@ -1,0 +1,111 @@
+"""8-bit inputs for a linear: values and scales of every token, or of every 128 inputs of a token.
+
+    scale  = max(absmax / limit, 1e-12)             limit: 448 (float8_e4m3fn), 127.5 (int8)
+    values = cast(clamp(x / scale))                 int8: rounded to nearest even, clamped to -128 .. 127
+
+x: [num_tokens, K] in 16 or 32 bits; values: [num_tokens, K]; scales: float32 [num_tokens, ceil(K / group_size)]. With a
+static scale only the cast is done. Definition: compressed-tensors' dynamic activation quantization.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
+
+FLOAT8_LIMIT = 448.0
+INT8_LIMIT = 127.5
+MIN_SCALE = 1e-12
+# 1.5 * 2^23: adding it to a small float32 leaves no bits behind the point, rounded to nearest even.
+ROUNDING = 12582912.0
+
+
+@triton.jit
+def _cast(scaled, values_ptr, IS_INT: tl.constexpr, LIMIT: tl.constexpr, ROUND: tl.constexpr):
+    if IS_INT:
+        clamped = tl.minimum(tl.maximum(scaled, -200.0), 200.0)
+        whole = (clamped + ROUND) - ROUND
+        return tl.minimum(tl.maximum(whole, -128.0), 127.0).to(tl.int8)
+    return tl.minimum(tl.maximum(scaled, -LIMIT), LIMIT).to(values_ptr.dtype.element_ty)
+
+
+@triton.jit
+def _quantize_kernel(
+    x_ptr,
+    static_ptr,
+    values_ptr,
+    scales_ptr,
+    num_cols,
+    x_stride,
+    values_stride,
+    scales_stride,
+    IS_INT: tl.constexpr,
+    IS_STATIC: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    ROUND: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    start = tl.program_id(1) * GROUP
+    release_downstream(USE_PDL)
+    wait_upstream(USE_PDL)
+    cols = start + tl.arange(0, BLOCK)
+    mask = cols < tl.minimum(num_cols, start + GROUP)
+    x = tl.load(x_ptr + token * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    if IS_STATIC:  # noqa: SIM108
+        scale = tl.load(static_ptr)
+    else:
+        scale = tl.maximum(tl.max(tl.abs(x), axis=0) / LIMIT, SMALLEST)
+    tl.store(scales_ptr + token * scales_stride + tl.program_id(1), scale)
+    tl.store(values_ptr + token * values_stride + cols, _cast(x / scale, values_ptr, IS_INT, LIMIT, ROUND), mask=mask)
+
+
+def quantize_input(
+    x: torch.Tensor,
+    dtype: torch.dtype,
+    *,
+    group_size: int | None = None,
+    static_scale: torch.Tensor | None = None,
+    pdl: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(values [num_tokens, K] in `dtype`, scales float32 [num_tokens, groups]); `group_size` None: a scale a token.
+
+    Raises:
+        ValueError: columns of x are not contiguous, or `dtype` is neither float8_e4m3fn nor int8.
+    """
+    num_tokens, num_cols = x.shape
+    if x.stride(1) != 1 or dtype not in (torch.float8_e4m3fn, torch.int8):
+        raise ValueError(f"quantize_input: takes x with contiguous columns and float8_e4m3fn or int8, got {dtype}")
+    group = group_size or num_cols
+    groups = triton.cdiv(num_cols, group)
+    values = torch.empty((num_tokens, num_cols), dtype=dtype, device=x.device)  # [num_tokens, K]
+    scales = torch.empty((num_tokens, groups), dtype=torch.float32, device=x.device)  # [num_tokens, groups]
+    if num_tokens == 0:
+        return values, scales
+    block = triton.next_power_of_2(group)
+    _quantize_kernel[(num_tokens, groups)](
+        x,
+        scales if static_scale is None else static_scale,
+        values,
+        scales,
+        num_cols,
+        x.stride(0),
+        values.stride(0),
+        scales.stride(0),
+        IS_INT=dtype == torch.int8,
+        IS_STATIC=static_scale is not None,
+        LIMIT=INT8_LIMIT if dtype == torch.int8 else FLOAT8_LIMIT,
+        SMALLEST=MIN_SCALE,
+        ROUND=ROUNDING,
+        GROUP=group,
+        BLOCK=block,
+        USE_PDL=pdl,
+        num_warps=8 if block >= 4096 else 4 if block >= 512 else 1,
+        **launch_options(pdl),
+    )
+    return values, scales

@@ -1,0 +1,176 @@
+"""Benchmarks of quantized linears at Llama-8B's shapes: against the weights' own bytes and against bf16 cuBLAS.
+
+Sections `packed` (4-bit groups, GGUF types, MXFP4), `scaled` (FP8 and INT8 W8A8, the quantization of inputs included)
+and `quantized_sweep` (launch shapes tried one by one, the best of each printed) of `load_tests.kernels.bench`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+
+import torch
+from stepwire_kernels.gemm import LinearWorkspace, allocate_linear_workspace
+from stepwire_kernels.packed_linear import PackedTuning, PackedWeight, packed_linear
+from stepwire_kernels.quantize_input import quantize_input
+from stepwire_kernels.scaled_linear import ScaledTuning, scaled_linear
+
+from load_tests.kernels.measure import Report, time_graph
+
+LLAMA_8B_LINEARS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
+NUM_TOKENS = (1, 4, 16, 32, 64, 128, 256)
+L2_EVADING_BYTES = 240 << 20
+BF16 = torch.bfloat16
+
+Launch = Callable[[], torch.Tensor]
+
+
+def _copies(num_bytes: int) -> int:
+    return max(2, min(32, L2_EVADING_BYTES // max(num_bytes, 1)))
+
+
+def packed_weight(kind: str, n: int, k: int) -> PackedWeight:
+    """Random bits in the layout of a format; scales are small numbers."""
+    plane = 16 if kind == "Q6_K" else 32
+    bits = 8 if kind == "Q8_0" else 4
+    group = {"int4-g128": 128, "Q6_K": 16}.get(kind, 32)
+
+    def ints(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        limit = torch.iinfo(dtype)
+        return torch.randint(limit.min, limit.max, shape, dtype=dtype, device="cuda")
+
+    def halves(groups: int) -> torch.Tensor:
+        return torch.rand(groups, n, device="cuda").mul_(0.01).half()
+
+    tiles, is_k = k // (plane * 32 // bits), kind.endswith("_K")
+    scales = halves(k // group)
+    if is_k:
+        scales = ints(k // group, n, dtype=torch.int8 if kind == "Q6_K" else torch.uint8) // 4
+    if kind == "MXFP4":
+        scales = torch.full((k // group, n), 120, dtype=torch.uint8, device="cuda")
+    return PackedWeight(
+        words=ints(tiles, n, plane, dtype=torch.int32),
+        high_words=ints(tiles, n, plane, dtype=torch.int16) if kind == "Q6_K" else None,
+        scales=scales,
+        zeros=ints(k // group, n, dtype=torch.uint8) % 16 if kind == "int4-g128" else None,
+        minima=ints(k // group, n, dtype=torch.uint8) // 4 if kind == "Q4_K" else None,
+        outer_scales=halves(k // 256) if is_k else None,
+        outer_minima=halves(k // 256) if kind == "Q4_K" else None,
+        row_scales=torch.rand(n, device="cuda") if kind == "MXFP4" else None,
+        num_inputs=k,
+        group_size=group,
+        bits=bits,
+        high_bits=2 if kind == "Q6_K" else 0,
+        offset={"Q4_0": 8, "Q6_K": 32, "Q8_0": 128}.get(kind, 0),
+        is_e2m1=kind == "MXFP4",
+        exponents=kind == "MXFP4",
+    )
+
+
+def _bf16_ms(n: int, k: int, x: torch.Tensor) -> float:
+    weights = [torch.randn(n, k, device="cuda", dtype=BF16) for _ in range(_copies(n * k * 2))]
+    return time_graph([lambda w=w: torch.nn.functional.linear(x, w) for w in weights])
+
+
+def bench_packed(report: Report) -> None:
+    """Share of the read bandwidth by packed bytes; `of_bf16`: how many times faster than cuBLAS in bf16."""
+    workspace = allocate_linear_workspace("cuda")
+    for name, (n, k) in LLAMA_8B_LINEARS.items():
+        inputs = {count: torch.randn(count, k, device="cuda", dtype=BF16) for count in NUM_TOKENS}
+        plain = {count: _bf16_ms(n, k, x) for count, x in inputs.items()}
+        for kind in ("int4-g128", "Q4_0", "Q4_K", "Q6_K", "Q8_0", "MXFP4"):
+            num_bytes = packed_weight(kind, n, k).num_bytes()
+            weights = [packed_weight(kind, n, k) for _ in range(_copies(num_bytes))]
+            for count, x in inputs.items():
+                ms = time_graph([lambda w=w, x=x: packed_linear(x, w, None, workspace, pdl=True) for w in weights])
+                report.add(
+                    "packed_linear",
+                    f"{kind} {name} M={count}",
+                    ms,
+                    num_bytes=num_bytes,
+                    of_bf16=round(plain[count] / ms, 2),
+                )
+
+
+def _scaled_launch(
+    x: torch.Tensor, w: torch.Tensor, scales: torch.Tensor, blocks: bool, workspace: LinearWorkspace
+) -> Launch:
+    def launch() -> torch.Tensor:
+        values, x_scales = quantize_input(x, w.dtype, group_size=128 if blocks else None, pdl=True)
+        return scaled_linear(
+            values,
+            x_scales,
+            w,
+            scales,
+            None,
+            workspace,
+            BF16,
+            scale_rows=128 if blocks else 1,
+            group_size=128 if blocks else None,
+            pdl=True,
+        )
+
+    return launch
+
+
+def bench_scaled(report: Report) -> None:
+    """FP8 by channel and by 128-blocks, INT8 by channel; inputs are quantized in the measured time."""
+    workspace = allocate_linear_workspace("cuda")
+    for name, (n, k) in LLAMA_8B_LINEARS.items():
+        inputs = {count: torch.randn(count, k, device="cuda", dtype=BF16) for count in NUM_TOKENS}
+        plain = {count: _bf16_ms(n, k, x) for count, x in inputs.items()}
+        for kind, dtype in (("fp8", torch.float8_e4m3fn), ("fp8-block", torch.float8_e4m3fn), ("int8", torch.int8)):
+            blocks = kind == "fp8-block"
+            shape = (n // 128, k // 128) if blocks else (n, 1)
+            scales = torch.rand(shape, device="cuda") * 0.01
+            weights = [
+                torch.randn(n, k, device="cuda").mul_(30).clamp_(-127, 127).to(dtype) for _ in range(_copies(n * k))
+            ]
+            for count, x in inputs.items():
+                ms = time_graph([_scaled_launch(x, w, scales, blocks, workspace) for w in weights])
+                report.add(
+                    "scaled_linear",
+                    f"{kind} {name} M={count}",
+                    ms,
+                    num_bytes=n * k,
+                    of_bf16=round(plain[count] / ms, 2),
+                )
+
+
+def _sweep_packed(n: int, k: int, count: int, workspace: LinearWorkspace) -> tuple[float, str]:
+    x = torch.randn(count, k, device="cuda", dtype=BF16)
+    weights = [packed_weight("int4-g128", n, k) for _ in range(_copies(n * k // 2))]
+    timed: dict[PackedTuning, float] = {}
+    for shape in product((32, 64, 128), (1, 2, 4, 8, 16), (4, 8), (2, 3, 5)):
+        tuning = PackedTuning(*shape)
+        launches = [lambda w=w, t=tuning: packed_linear(x, w, None, workspace, tuning=t) for w in weights]
+        timed[tuning] = time_graph(launches, target_ms=5, repeats=3)
+    best = min(timed, key=lambda one: timed[one])
+    return timed[best], str(best)
+
+
+def _sweep_scaled(n: int, k: int, count: int, workspace: LinearWorkspace) -> tuple[float, str]:
+    values, x_scales = quantize_input(torch.randn(count, k, device="cuda", dtype=BF16), torch.float8_e4m3fn)
+    weights = [torch.randn(n, k, device="cuda").to(torch.float8_e4m3fn) for _ in range(_copies(n * k))]
+    w_scales, out = torch.rand(n, 1, device="cuda"), torch.empty(count, n, device="cuda", dtype=BF16)
+
+    def launch(weight: torch.Tensor, tuning: ScaledTuning) -> torch.Tensor:
+        return scaled_linear(values, x_scales, weight, w_scales, None, workspace, BF16, tuning=tuning, out=out)
+
+    timed: dict[ScaledTuning, float] = {}
+    for block_n, block_k, split, stages in product((32, 64, 128), (128, 256), (1, 2, 4, 8), (3, 5)):
+        tuning = ScaledTuning(block_n, block_k, split, 4 if block_n < 128 else 8, stages)
+        launches = [lambda w=w, t=tuning: launch(w, t) for w in weights]
+        timed[tuning] = time_graph(launches, target_ms=5, repeats=3)
+    best = min(timed, key=lambda one: timed[one])
+    return timed[best], str(best)
+
+
+def bench_sweep(report: Report) -> None:
+    """The best launch shape of `int4-g128` and of FP8 by channel for every shape and token count."""
+    workspace = allocate_linear_workspace("cuda")
+    for (name, (n, k)), count in product(LLAMA_8B_LINEARS.items(), NUM_TOKENS):
+        ms, tuning = _sweep_packed(n, k, count, workspace)
+        report.add("packed_sweep", f"{name} M={count}", ms, num_bytes=n * k * 0.515625, tuning=tuning)
+        ms, tuning = _sweep_scaled(n, k, count, workspace)
+        report.add("scaled_sweep", f"{name} M={count}", ms, num_bytes=n * k, tuning=tuning)

@@ -1,0 +1,71 @@
+"""A model with its checkpoint's own quantization and a KV cache, fed by hand."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+
+from gpu_worker.assembly import attention_spec
+from gpu_worker.attention.api import StepMetadata
+from gpu_worker.attention.torch_backend import TorchAttention
+from gpu_worker.kv_cache import KVCache, KVCacheShape
+from gpu_worker.layers.linear import BuildContext
+from gpu_worker.layers.ops import TORCH_OPS
+from gpu_worker.models.family import ModelFamily
+from gpu_worker.models.loader import load_weights, read_spec
+from gpu_worker.parallel import ParallelContext
+from gpu_worker.quant.products import PackedKernels
+from gpu_worker.quant.scheme import make_scheme
+
+BLOCK_SIZE = 16
+NUM_BLOCKS = 16
+ROOT = Path(__file__).resolve().parents[4]
+# Checkpoints that other projects' tools wrote; they lie beside the repository and are too large to be in it.
+FIXTURES = Path(os.environ.get("STEPWIRE_TEST_FIXTURES", ROOT.parent / "shared" / "fixtures"))
+
+
+def fixture(name: str) -> Path:
+    """The directory of a real quantized checkpoint."""
+    for base in (FIXTURES, *(parent / "shared" / "fixtures" for parent in ROOT.parents)):
+        if (base / name / "config.json").exists():
+            return base / name
+    pytest.skip(f"the checkpoint {name} is not there: {FIXTURES} (STEPWIRE_TEST_FIXTURES names another directory)")
+
+
+class QuantizedModel:
+    """One sequence; logits of its tokens."""
+
+    def __init__(
+        self,
+        directory: Path,
+        dtype: torch.dtype = torch.float32,
+        *,
+        parallel: ParallelContext | None = None,
+        setting: Literal["auto", "fp8", "int8"] = "auto",
+        kernels: PackedKernels | None = None,
+    ) -> None:
+        parallel = parallel or ParallelContext()
+        spec, family = read_spec(directory)
+        scheme = make_scheme(directory, family.name_rules, setting=setting, kernels=kernels)
+        build = BuildContext(parallel, scheme, dtype, torch.device("cpu"), TORCH_OPS)
+        self.model: ModelFamily = family(spec, BLOCK_SIZE * NUM_BLOCKS, build)
+        load_weights(self.model, directory)
+        cache = KVCache(KVCacheShape.of(spec, parallel, BLOCK_SIZE, dtype), NUM_BLOCKS + 1, build.device)
+        self.attention = TorchAttention(attention_spec(spec, parallel), cache.layers, dtype)
+        self.table = np.random.default_rng(0).permutation(np.arange(1, NUM_BLOCKS + 1))[None, :]
+
+    @torch.inference_mode()
+    def logits(self, token_ids: list[int], start: int = 0) -> torch.Tensor:
+        """[num_tokens, vocab_size] after every one of these tokens, those before `start` being in the cache."""
+        stop = start + len(token_ids)
+        positions = np.arange(start, stop)
+        self.attention.plan(
+            StepMetadata(int(len(token_ids) == 1), np.array([len(token_ids)]), np.array([stop]), self.table, positions)
+        )
+        hidden = self.model.hidden_states(torch.tensor(token_ids), torch.from_numpy(positions), self.attention)
+        return self.model.logits(hidden)

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from stepwire_kernels import reference
+from stepwire_kernels.gemm import allocate_linear_workspace
+from stepwire_kernels.packed_linear import PackedTuning, PackedWeight, packed_linear, unpack
+
+from gpu_worker.quant.repack import repack
+from tests.unit.gpu_worker.quant.test_repack import WEIGHTS, affine
+from tests.unit.kernels.checks import FLOAT_DTYPES, assert_close, poison
+
+
+def packed(name: str, device: str) -> PackedWeight:
+    repacked = repack(WEIGHTS[name]())
+    assert repacked is not None and repacked.order is None
+    return on_device(repacked.weight, device)
+
+
+def on_device(weight: PackedWeight, device: str) -> PackedWeight:
+    fields = {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in vars(weight).items()
+    }
+    return PackedWeight(**fields)
+
+
+def check(weight: PackedWeight, num_tokens: int, dtype: torch.dtype, device: str, **tuning: int) -> None:
+    torch.manual_seed(num_tokens)
+    x = torch.randn(num_tokens, weight.num_inputs, device=device).to(dtype)
+    bias = torch.randn(weight.num_outputs, device=device).to(dtype)
+    workspace = allocate_linear_workspace(device, partial_words=1 << 17)
+    workspace.partial.fill_(float("nan"))
+    out = poison(num_tokens, weight.num_outputs, dtype=dtype, device=device)
+    packed_linear(x, weight, bias, workspace, tuning=PackedTuning(**tuning) if tuning else None, out=out)
+    # Many tokens: weights are rounded to the activations' type, each by half a unit, which averages out.
+    assert_close(out, reference.linear(x.double(), unpack(weight), bias.double()), factor=2.0)
+    assert not workspace.counters.any()
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize(("num_tokens", "dtype"), [(3, torch.bfloat16), (35, torch.bfloat16)])
+def test_every_format_matches_its_twin(device: str, name: str, num_tokens: int, dtype: torch.dtype) -> None:
+    check(packed(name, device), num_tokens, dtype, device, block_n=16, split_k=1, num_stages=2)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("name", ["int4-g64-odd-k", "Q6_K"])
+@pytest.mark.parametrize("num_tokens", [1, 34])
+def test_every_activation_type(device: str, dtype: torch.dtype, name: str, num_tokens: int) -> None:
+    check(packed(name, device), num_tokens, dtype, device, block_n=16, split_k=1)
+
+
+@pytest.mark.parametrize("split_k", [2, 3, 16])
+@pytest.mark.parametrize("num_tokens", [1, 17])
+def test_split_inputs_add_up(device: str, split_k: int, num_tokens: int) -> None:
+    repacked = repack(affine(40, 1280, 64, 4))
+    assert repacked is not None
+    check(on_device(repacked.weight, device), num_tokens, torch.bfloat16, device, block_n=32, split_k=split_k)
+
+
+def test_more_tokens_than_a_block(device: str) -> None:
+    check(packed("int4-g64-odd-k", device), 150, torch.bfloat16, device, block_n=32, split_k=2)
+
+
+def test_the_default_launch(device: str) -> None:
+    check(packed("Q4_K", device), 2, torch.bfloat16, device)
+
+
+def test_a_workspace_that_is_too_small_means_fewer_parts(device: str) -> None:
+    weight = packed("int4-g64-odd-k", device)
+    x = torch.randn(2, 576, device=device)
+    workspace = allocate_linear_workspace(device, partial_words=16)
+    assert_close(packed_linear(x, weight, None, workspace), reference.linear(x.double(), unpack(weight)), factor=2.0)
+
+
+def test_misfits_are_refused(device: str) -> None:
+    workspace = allocate_linear_workspace(device, partial_words=16)
+    weight = packed("int4-g64-odd-k", device)
+    with pytest.raises(ValueError, match=r"takes x \[num_tokens, 576\]"):
+        packed_linear(torch.zeros(2, 512, device=device), weight, None, workspace)
+    with pytest.raises(ValueError, match="contiguous columns"):
+        packed_linear(torch.zeros(576, 2, device=device).T, weight, None, workspace)
