@@ -6,10 +6,11 @@ final layout as soon as its last tensor has come. Host memory peaks at the model
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -20,7 +21,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.layers.weighted import Weighted
 from gpu_worker.loading.checkpoint import CheckpointError, StrictReader, open_checkpoint
-from gpu_worker.loading.tensor_source import TensorIndex
+from gpu_worker.loading.tensor_source import TensorIndex, TensorInfo, TensorSource
 from gpu_worker.model_spec import ModelConfigError, ModelSpec
 from gpu_worker.models.family import ModelFamily
 from gpu_worker.models.hf_config import HfConfig
@@ -40,8 +41,8 @@ def read_spec(directory: Path) -> tuple[ModelSpec, type[ModelFamily]]:
     config = HfConfig.open(directory)
     architecture, family = find_family(config.architectures())
     quantization = config.fields.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if quantization and method not in family.quantized_storage:
         raise config.error(
             "quantization_config", f"names quant_method {method!r}; only unquantized weights are supported"
         )
@@ -50,39 +51,82 @@ def read_spec(directory: Path) -> tuple[ModelSpec, type[ModelFamily]]:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where one checkpoint tensor goes."""
+    """Where a checkpoint tensor, or a span of its rows, goes."""
 
     path: str
     layer: Weighted
     part: str
     tensor: str
     shape: tuple[int, ...] | None
+    first_row: int | None = None
+    """None: the whole tensor is this place's."""
 
 
-def checkpoint_places(model: ModelFamily) -> dict[str, _Place]:
-    """Checkpoint tensor name -> its place in the model, for every tensor that the model is made of.
+def checkpoint_places(model: ModelFamily) -> dict[str, list[_Place]]:
+    """Checkpoint tensor name -> its places in the model, for every tensor that the model is made of.
 
     Raises:
         ModelConfigError: the family's name rules lack a layer.
     """
-    places: dict[str, _Place] = {}
+    places: dict[str, list[_Place]] = {}
     for path, layer in model.weighted():
         for (part, tensor), shape in layer.expected().items():
-            prefix = _checkpoint_prefix(model, path, part)
-            places[f"{prefix}.{tensor}"] = _Place(path, layer, part, tensor, shape)
+            prefix, is_fused = _checkpoint_prefix(model, path, part)
+            shared = places.setdefault(f"{prefix}.{tensor}", [])
+            first_row = None
+            if is_fused:
+                first_row = sum(place.shape[0] for place in shared if place.shape is not None)
+            shared.append(_Place(path, layer, part, tensor, shape, first_row))
     return places
 
 
-def _checkpoint_prefix(model: ModelFamily, path: str, part: str) -> str:
+def _checkpoint_prefix(model: ModelFamily, path: str, part: str) -> tuple[str, bool]:
+    """The place's name in the checkpoint, and whether parts share it."""
+    numbers = iter(("{i}", "{e}"))
     pieces = path.split(".")
-    number = next((piece for piece in pieces if piece.isdigit()), "")
-    template = ".".join("{i}" if piece.isdigit() else piece for piece in pieces)
-    try:
-        return model.name_rules[template][part].replace("{i}", number)
-    except KeyError as error:
-        raise ModelConfigError(
-            f"{type(model).__name__} has no checkpoint name for {template!r} part {part!r}"
-        ) from error
+    template = ".".join(next(numbers) if piece.isdigit() else piece for piece in pieces)
+    found = [piece for piece in pieces if piece.isdigit()]
+    for parts, name in model.name_rules.get(template, {}).items():
+        if part in parts.split("+"):
+            for placeholder, number in zip(("{i}", "{e}"), found, strict=False):
+                name = name.replace(placeholder, number)
+            return name, "+" in parts
+    raise ModelConfigError(f"{type(model).__name__} has no checkpoint name for {template!r} part {part!r}")
+
+
+def _whole_shape(places: list[_Place]) -> tuple[int, ...] | None:
+    """What the checkpoint tensor behind these places must look like."""
+    first = places[0].shape
+    if first is None or places[0].first_row is None:
+        return first
+    return (sum(place.shape[0] for place in places if place.shape is not None), *first[1:])
+
+
+class _ServedTensors:
+    """A checkpoint by the names of the rules, without the tensors that serving text does not need."""
+
+    def __init__(self, source: TensorSource, family: type[ModelFamily]) -> None:
+        self._source = source
+        skipped = re.compile(family.skipped_tensors) if family.skipped_tensors else None
+        self._stored_names = {
+            family.canonical_name(info.name): info.name
+            for info in source.names()
+            if skipped is None or not skipped.match(info.name)
+        }
+
+    @property
+    def path(self) -> Path:
+        return self._source.path
+
+    def names(self) -> Iterable[TensorInfo]:
+        canonical = {stored: name for name, stored in self._stored_names.items()}
+        return [replace(info, name=canonical[info.name]) for info in self._source.names() if info.name in canonical]
+
+    def read(self, name: str, index: TensorIndex | None = None) -> torch.Tensor:
+        return self._source.read(self._stored_names[name], index)
+
+    def close(self) -> None:
+        self._source.close()
 
 
 def load_weights(model: ModelFamily, path: Path) -> None:
@@ -95,36 +139,52 @@ def load_weights(model: ModelFamily, path: Path) -> None:
     left = _count_tensors(places)
     checkpoint = open_checkpoint(path)
     try:
-        expected = {name: place.shape for name, place in places.items()}
-        with StrictReader(checkpoint, expected, tied_head=model.spec.tie_word_embeddings) as reader:
+        expected = {name: _whole_shape(shared) for name, shared in places.items()}
+        served = _ServedTensors(checkpoint, type(model))
+        with StrictReader(served, expected, tied_head=model.spec.tie_word_embeddings) as reader:
             infos = list(reader.names())
             with _progress(sum(info.num_bytes for info in infos)) as progress:
                 for info in infos:
-                    place = places[info.name]
-                    place.layer.load(place.part, place.tensor, _StoredTensor(reader, info.name))
-                    left[place.path] -= 1
-                    if left[place.path] == 0:
-                        place.layer.finish()
+                    for place in places[info.name]:
+                        place.layer.load(place.part, place.tensor, _StoredTensor.of(reader, info.name, place))
+                        left[place.path] -= 1
+                        if left[place.path] == 0:
+                            place.layer.finish()
                     progress.advance(info.num_bytes)
     finally:
         checkpoint.close()
     model.finish()
 
 
-def _count_tensors(places: dict[str, _Place]) -> dict[str, int]:
+def _count_tensors(places: dict[str, list[_Place]]) -> dict[str, int]:
     counts: dict[str, int] = {}
-    for place in places.values():
-        counts[place.path] = counts.get(place.path, 0) + 1
+    for shared in places.values():
+        for place in shared:
+            counts[place.path] = counts.get(place.path, 0) + 1
     return counts
 
 
 @dataclass(frozen=True, slots=True)
 class _StoredTensor:
+    """A checkpoint tensor, or the `num_rows` of it from `first_row` on."""
+
     reader: StrictReader
     name: str
+    first_row: int = 0
+    num_rows: int | None = None
+
+    @classmethod
+    def of(cls, reader: StrictReader, name: str, place: _Place) -> _StoredTensor:
+        if place.first_row is None or place.shape is None:
+            return cls(reader, name)
+        return cls(reader, name, place.first_row, place.shape[0])
 
     def read(self, index: TensorIndex | None = None) -> torch.Tensor:
-        return self.reader.read(self.name, index)
+        if self.num_rows is None:
+            return self.reader.read(self.name, index)
+        rows, *others = index or (slice(None),)
+        start, stop = rows.start or 0, self.num_rows if rows.stop is None else rows.stop
+        return self.reader.read(self.name, (slice(self.first_row + start, self.first_row + stop), *others))
 
 
 class _RandomBlock:
