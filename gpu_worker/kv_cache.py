@@ -1,8 +1,8 @@
 """The paged KV cache: its size computed from a memory budget, its tensors, and the table that says where memory goes.
 
-Layout of a layer: [2, num_blocks, num_kv_heads, block_size, head_dim], keys then values, so that one (block, head)
-tile is contiguous. Latent attention has one plane, whose vectors are keys and, but for their rotated end, values. Block 0 belongs to the worker: tables are padded with it and nothing of a sequence is ever stored
-there.
+Layout of a layer: [2, num_blocks, num_kv_heads, block_size, head_dim], keys then values, so that one (block, head) tile
+is contiguous. Latent attention has one plane, whose vectors are keys and, but for their rotated end, values. Block 0
+belongs to the worker: tables are padded with it and nothing of a sequence is ever stored there.
 """
 
 from __future__ import annotations

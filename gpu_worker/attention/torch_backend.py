@@ -3,7 +3,7 @@
 A row's keys and values are gathered from its blocks into one dense tensor, then go through torch's fused
 scaled-dot-product attention. Rows that run one token (decodes) are batched: one gather and one attention call for all
 rows of similar length. Query heads that share a KV head are treated as its query *positions*, so that keys and values
-are never repeated. With a soft-cap or sinks, which the fused kernel lacks, scores are computed by two matrix products in
+are never repeated. With a soft-cap or sinks, which the fused kernel lacks, scores are two matrix products in
 float32.
 """
 

@@ -71,8 +71,9 @@ class Attention:
             heads.query.size,
             heads.kv.size,
             spec.head_dim,
-            *self.head_norms,
-            None if self.sinks is None else self.sinks.logits,
+            query_norm=self.head_norms[0],
+            key_norm=self.head_norms[1],
+            sinks=None if self.sinks is None else self.sinks.logits,
         )
 
     def _add_norms(self, spec: ModelSpec, heads: HeadShare, build: BuildContext) -> None:

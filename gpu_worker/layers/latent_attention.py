@@ -1,7 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, 2024), computed on the compressed vectors themselves.
 
 A token's keys and values are linear in one vector c of `kv_rank` numbers, plus one rotated key part that all heads
-share. So a head's score q . (W_k c) is (W_k^T q) . c: the query is brought into c's space, attention runs over the cached
+share. So a head's score q . (W_k c) is (W_k^T q) . c: the query is brought into c's space, attention runs over cached
 [c | rotated part] as over one KV head, and the result is taken out by the head's W_v. Nothing is ever decompressed.
 """
 

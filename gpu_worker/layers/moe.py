@@ -26,7 +26,7 @@ CORRECTION = "e_score_correction_bias"
 
 
 class Router(Weighted):
-    """Scores every expert; the same on all ranks. Sigmoid scores are computed in float32, as such models were trained."""
+    """Scores every expert; the same on all ranks. Sigmoid scores are computed in float32, as in training."""
 
     def __init__(self, hidden_size: int, moe: MoeSpec, build: BuildContext) -> None:
         self._moe, self._ops = moe, build.ops

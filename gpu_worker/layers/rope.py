@@ -17,7 +17,7 @@ from gpu_worker.model_spec import RopeSpec
 def inverse_frequencies(rope: RopeSpec, max_position: int = 0) -> torch.Tensor:
     """Radians a position for each pair: float32 [rotary_dim / 2].
 
-    `max_position` is what longrope picks its factors by: once for a server, since keys in the cache are rotated already.
+    `max_position` is what longrope picks its factors by: once a server, since cached keys are rotated already.
     """
     exponents = torch.arange(0, rope.rotary_dim, 2, dtype=torch.float32) / rope.rotary_dim  # [rotary_dim / 2]
     base = 1.0 / (rope.theta**exponents)

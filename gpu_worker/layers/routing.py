@@ -51,10 +51,7 @@ def choose_experts(logits: torch.Tensor, spec: MoeSpec, correction: torch.Tensor
 
 def _within_best_groups(scores: torch.Tensor, spec: MoeSpec) -> torch.Tensor:
     grouped = scores.unflatten(-1, (spec.num_groups, -1))  # [num_tokens, num_groups, experts of a group]
-    if spec.group_score == "max":
-        group_scores = grouped.amax(-1)
-    else:
-        group_scores = grouped.topk(2, dim=-1).values.sum(-1)
+    group_scores = grouped.amax(-1) if spec.group_score == "max" else grouped.topk(2, dim=-1).values.sum(-1)
     best = group_scores.topk(spec.num_chosen_groups, dim=-1).indices
     hidden = torch.ones_like(group_scores, dtype=torch.bool).scatter_(-1, best, False)
     return grouped.masked_fill(hidden.unsqueeze(-1), float("-inf")).flatten(-2)

@@ -92,7 +92,9 @@ class HfConfig:
         inner = self.fields.get(field)
         if not isinstance(inner, dict):
             raise self.error(field, f"is {inner!r}, expected an object")
-        outer = {name: self.fields[name] for name in ("dtype", "torch_dtype", "eos_token_id") if name in self.fields}
+        outer: dict[str, Any] = {
+            name: self.fields[name] for name in ("dtype", "torch_dtype", "eos_token_id") if name in self.fields
+        }
         return HfConfig(outer | inner, f"{self.file}: {field}")
 
     def optional_number(self, field: str, default: float | None = None) -> float | None:

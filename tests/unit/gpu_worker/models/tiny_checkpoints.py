@@ -84,8 +84,12 @@ MLA = {
     "routed_scaling_factor": 1.7,
 }
 MLA_YARN = rope(
-    rope_type="yarn", factor=4.0, original_max_position_embeddings=64, mscale=1.0, mscale_all_dim=0.8,
-)  # fmt: skip
+    rope_type="yarn",
+    factor=4.0,
+    original_max_position_embeddings=64,
+    mscale=1.0,
+    mscale_all_dim=0.8,
+)
 
 TINY: dict[str, Tiny] = {
     "llama": Tiny(LlamaConfig, {"head_dim": 10, "tie_word_embeddings": False}),
@@ -117,7 +121,7 @@ TINY: dict[str, Tiny] = {
             "original_max_position_embeddings": 16,
             "rope_parameters": {"rope_theta": 5000.0, "partial_rotary_factor": 0.5} | LONG,
         },
-    ),  # fmt: skip
+    ),
     "smollm3": Tiny(SmolLM3Config, {"num_hidden_layers": 5}),
     "smollm3-v4-config": Tiny(SmolLM3Config, {"no_rope_layers": [0, 1, 1]}, rewrite_as_v4=True),
     "olmo2": Tiny(Olmo2Config),
