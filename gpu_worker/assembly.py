@@ -163,6 +163,8 @@ def attention_spec(spec: ModelSpec, parallel: ParallelContext) -> AttentionSpec:
         scale=spec.attention_scale,
         windows=tuple(layer.sliding_window for layer in spec.layers),
         softcap=spec.attention_softcap,
+        has_sinks=spec.attention_sinks,
+        value_dim=None if spec.latent is None else spec.latent.kv_rank,
     )
 
 

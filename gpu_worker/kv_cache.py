@@ -1,8 +1,8 @@
 """The paged KV cache: its size computed from a memory budget, its tensors, and the table that says where memory goes.
 
-Layout of a layer: [2, num_blocks, num_kv_heads, block_size, head_dim], keys then values, so that one (block, head)
-tile is contiguous. Block 0 belongs to the worker: tables are padded with it and nothing of a sequence is ever stored
-there.
+Layout of a layer: [2, num_blocks, num_kv_heads, block_size, head_dim], keys then values, so that one (block, head) tile
+is contiguous. Latent attention has one plane, whose vectors are keys and, but for their rotated end, values. Block 0
+belongs to the worker: tables are padded with it and nothing of a sequence is ever stored there.
 """
 
 from __future__ import annotations
@@ -34,16 +34,26 @@ class KVCacheShape:
     block_size: int
     head_dim: int
     dtype: torch.dtype
+    num_planes: int = 2
+    """Keys and values; 1: the same vectors serve as both."""
 
     @classmethod
     def of(cls, spec: ModelSpec, parallel: ParallelContext, block_size: int, dtype: torch.dtype) -> KVCacheShape:
         heads = parallel.heads(spec.num_heads, spec.num_kv_heads)
-        return cls(spec.num_layers, heads.kv.size, block_size, spec.head_dim, dtype)
+        num_planes = 2 if spec.latent is None else 1
+        return cls(spec.num_layers, heads.kv.size, block_size, spec.head_dim, dtype, num_planes)
 
     @property
     def block_bytes(self) -> int:
         """Keys and values of one block in all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.block_size * self.head_dim * self.dtype.itemsize
+        return (
+            self.num_planes
+            * self.num_layers
+            * self.num_kv_heads
+            * self.block_size
+            * self.head_dim
+            * self.dtype.itemsize
+        )
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -205,7 +215,7 @@ class KVCache:
     def __init__(self, shape: KVCacheShape, num_blocks: int, device: torch.device) -> None:
         self.shape = shape
         self.num_blocks = num_blocks
-        size = (2, num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
+        size = (shape.num_planes, num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
         # Zeros, not empty: a masked key or value still meets the arithmetic, and 0 * NaN would not be 0.
         self.layers = [_zeros(size, shape.dtype, device) for _ in range(shape.num_layers)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
@@ -19,7 +20,9 @@ class RopeSpec:
     rotary_dim: int
     """Leading dimensions of a head that are rotated; the rest passes through."""
     kind: str = "default"
-    """default | linear | llama3 | yarn"""
+    """default | linear | llama3 | yarn | longrope"""
+    interleaved: bool = False
+    """Pairs are neighbours (2i, 2i + 1), not (i, i + rotary_dim / 2)."""
     factor: float = 1.0
     original_max_position_embeddings: int = 0
     low_freq_factor: float = 1.0
@@ -29,14 +32,78 @@ class RopeSpec:
     truncate: bool = True
     attention_factor: float | None = None
     """Multiplies cos and sin; None: what the kind prescribes."""
+    short_factors: tuple[float, ...] = ()
+    """longrope: divisors of each frequency where sequences stay within the original length."""
+    long_factors: tuple[float, ...] = ()
+    """longrope: those for a server that takes longer ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
     """What may differ from layer to layer."""
 
+    rope: RopeSpec | None
+    """None: positions are not encoded in this layer (NoPE)."""
     sliding_window: int | None = None
     """Tokens a query sees, itself included; None: all before it."""
+    is_moe: bool = False
+    """The MLP is a mixture of experts, as `ModelSpec.moe` says."""
+
+
+@dataclass(frozen=True, slots=True)
+class MoeSpec:
+    """A mixture of experts: how a token's experts are chosen and weighted, and how large they are."""
+
+    num_experts: int
+    num_chosen: int
+    intermediate_size: int
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    """What the router's logits become."""
+    renormalize: bool = False
+    """The chosen experts' scores are divided by their sum."""
+    scale: float = 1.0
+    """Multiplies the weights at last."""
+    num_groups: int = 1
+    """Experts are chosen from the `num_chosen_groups` best of so many groups."""
+    num_chosen_groups: int = 1
+    group_score: Literal["max", "top2"] = "max"
+    """A group is as good as its best expert, or as the sum of its best two."""
+    has_correction_bias: bool = False
+    """A stored bias joins the scores for choosing, not for weighting."""
+    router_bias: bool = False
+    expert_bias: bool = False
+    storage: Literal["each", "fused"] = "each"
+    """In the checkpoint: expert by expert, or all of a layer in one tensor."""
+    activation: str = "silu"
+    shared_intermediate_size: int = 0
+    """An expert that every token takes; 0: there is none."""
+    has_shared_gate: bool = False
+    """The shared expert's output is multiplied by sigmoid of a learnt projection."""
+
+
+@dataclass(frozen=True, slots=True)
+class LatentSpec:
+    """Multi-head latent attention (DeepSeek-V2): what is cached is one compressed vector a token."""
+
+    query_rank: int | None
+    """Width of the compressed query; None: queries are projected at once."""
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+
+    @property
+    def cached_dim(self) -> int:
+        return self.kv_rank + self.rope_dim
+
+    @property
+    def query_dim(self) -> int:
+        return self.nope_dim + self.rope_dim
+
+
+QkNorm = Literal["head", "each_head", "projection"]
+"""RMSNorm over head_dim with one weight for all heads; LayerNorm over head_dim with each head's own weight; RMSNorm
+over all heads together. On queries and keys, before rope."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +119,40 @@ class ModelSpec:
     head_dim: int
     max_position_embeddings: int
     norm_eps: float
-    rope: RopeSpec
     layers: tuple[LayerSpec, ...]
     dtype: torch.dtype
     """The checkpoint's own, taken where a device is indifferent."""
     activation: str = "silu"
+    gated_mlp: bool = True
+    """down(act(gate) * up), else down(act(up))."""
     qkv_bias: bool = False
     attention_output_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
-    """RMSNorm over head_dim on every query and key head, before rope."""
+    qk_norm: QkNorm | None = None
+    norm_kind: Literal["rms", "layer"] = "rms"
+    norm_bias: bool = False
+    norm_weight_offset: float = 0.0
+    """1 where norms multiply by 1 + weight (Gemma)."""
+    pre_norms: bool = True
+    """Norms before attention and MLP."""
+    post_norms: bool = False
+    """Norms after attention and MLP, before their output joins the residual."""
+    parallel_block: bool = False
+    """Attention and MLP read the same norm, and their sum joins the residual."""
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    """Multiplies what attention and MLP add to the residual."""
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    """Logits become softcap * tanh(logits / softcap)."""
     tie_word_embeddings: bool = False
+    softmax_scale: float | None = None
+    """Multiplies attention scores; None: head_dim ** -0.5."""
     attention_softcap: float | None = None
+    attention_sinks: bool = False
+    """A learnt logit for every head joins the softmax's denominator."""
+    moe: MoeSpec | None = None
+    latent: LatentSpec | None = None
     eos_token_ids: tuple[int, ...] = field(default=())
 
     @property
@@ -72,4 +161,4 @@ class ModelSpec:
 
     @property
     def attention_scale(self) -> float:
-        return self.head_dim**-0.5
+        return self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale

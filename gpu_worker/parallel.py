@@ -43,12 +43,24 @@ class HeadShare:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertShare:
+    """What a rank holds of a layer's experts: a part of each, or some of them whole."""
+
+    experts: Share
+    intermediate: Share
+    adds_bias: bool
+    """Whether this rank adds the biases of the down projections that it holds."""
+
+
+@dataclass(frozen=True, slots=True)
 class ParallelContext:
     """This rank's place in its tensor-parallel group."""
 
     rank: int = 0
     size: int = 1
     group: ProcessGroup | None = None
+    splits_experts_whole: bool = False
+    """Expert parallel: ranks hold different experts, not parts of all."""
 
     def share(self, total: int, what: str) -> Share:
         """This rank's equal part of `total`.
@@ -80,6 +92,18 @@ class ParallelContext:
                 f"num_key_value_heads {num_kv_heads} neither divides by nor divides tensor_parallel_size {self.size}"
             )
         return HeadShare(query, Share(start=self.rank * num_kv_heads // self.size, size=1, total=num_kv_heads))
+
+    def experts(self, num_experts: int, intermediate_size: int) -> ExpertShare:
+        """This rank's part of a layer's experts.
+
+        Raises:
+            ParallelError: the experts (expert parallel) or their intermediate size do not divide by the ranks.
+        """
+        if self.splits_experts_whole:
+            whole = Share(0, intermediate_size, intermediate_size)
+            return ExpertShare(self.share(num_experts, "num_experts"), whole, adds_bias=True)
+        inner = self.share(intermediate_size, "moe_intermediate_size")
+        return ExpertShare(Share(0, num_experts, num_experts), inner, adds_bias=self.rank == 0)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of every rank's `x`, in place."""

@@ -22,6 +22,10 @@ class AttentionSpec:
     """One a layer: tokens that a query sees, itself included; None: all before it."""
     softcap: float | None = None
     """Scores become softcap * tanh(scores / softcap) before the mask."""
+    has_sinks: bool = False
+    """`run` is given a logit for every head that joins the softmax's denominator."""
+    value_dim: int | None = None
+    """Latent attention: a key's leading dimensions that are its value; None: values are vectors of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +57,20 @@ class AttentionBackend(Protocol[StepT_contra]):
         """Prepare what all layers of the step share. Called once a step, before any `run`."""
         ...
 
-    def run(self, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, layer: int) -> torch.Tensor:
+    def run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: int,
+        *,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Attention of one layer.
 
         q [num_tokens, num_heads, head_dim], k and v [num_tokens, num_kv_heads, head_dim], after rope; k and v are None
-        where the kernel that applied rope has written them into the cache. Returns [num_tokens, num_heads * head_dim].
+        where the kernel that applied rope has written them into the cache; v is None too where keys are values
+        (`value_dim`). sinks: float32 [num_heads]. Returns [num_tokens, num_heads * head_dim (or value_dim)].
         """
         ...
 

@@ -3,7 +3,7 @@
 A row's keys and values are gathered from its blocks into one dense tensor, then go through torch's fused
 scaled-dot-product attention. Rows that run one token (decodes) are batched: one gather and one attention call for all
 rows of similar length. Query heads that share a KV head are treated as its query *positions*, so that keys and values
-are never repeated. With a soft-cap, which the fused kernel lacks, scores are computed by two matrix products in
+are never repeated. With a soft-cap or sinks, which the fused kernel lacks, scores are two matrix products in
 float32.
 """
 
@@ -54,13 +54,17 @@ class _WindowPlan:
 
 
 class TorchAttention:
-    """Attention over `kv_caches`, one a layer: [2, num_blocks, num_kv_heads, block_size, head_dim], keys and values."""
+    """Attention over `kv_caches`, one a layer: [2, num_blocks, num_kv_heads, block_size, head_dim], keys and values.
+
+    Latent attention's caches have one plane: a value is the first `value_dim` numbers of its key.
+    """
 
     def __init__(self, spec: AttentionSpec, kv_caches: list[torch.Tensor], dtype: torch.dtype) -> None:
         self.spec = spec
         self._dtype = dtype
-        _, self._num_blocks, self._num_kv_heads, self._block_size, self._head_dim = kv_caches[0].shape
+        self._num_planes, self._num_blocks, self._num_kv_heads, self._block_size, self._head_dim = kv_caches[0].shape
         self._group_size = spec.num_heads // spec.num_kv_heads
+        self._value_dim = spec.value_dim or self._head_dim
         self._device = kv_caches[0].device
         self._cache_dtype = kv_caches[0].dtype
         # Two views of a layer's cache: a row for every token and head (written), a row for every block and head (read).
@@ -92,13 +96,14 @@ class TorchAttention:
         blocks = step.block_tables[row_of_token, step.positions // self._block_size]  # [num_tokens]
         rows = (blocks * self._num_kv_heads)[:, None] + self._head_ids  # [num_tokens, num_kv_heads]
         slots = rows * self._block_size + (step.positions % self._block_size)[:, None]
-        value_offset = self._num_blocks * self._num_kv_heads * self._block_size
-        return np.concatenate((slots, slots + value_offset)).ravel()
+        plane = self._num_blocks * self._num_kv_heads * self._block_size
+        return np.concatenate([slots + number * plane for number in range(self._num_planes)]).ravel()
 
     def _gather_rows(self, blocks: IntArray) -> IntArray:
-        """Rows of the by-block view: blocks [..., num_blocks] -> flat [2, ..., num_kv_heads, num_blocks]."""
+        """Rows of the by-block view: blocks [..., num_blocks] -> flat [num_planes, ..., num_kv_heads, num_blocks]."""
         rows = blocks[..., None, :] * self._num_kv_heads + self._head_ids[:, None]
-        return np.stack((rows, rows + self._num_blocks * self._num_kv_heads)).ravel()
+        plane = self._num_blocks * self._num_kv_heads
+        return np.stack([rows + number * plane for number in range(self._num_planes)]).ravel()
 
     def _first_blocks(self, first_positions: IntArray, window: int | None) -> IntArray:
         """The first block that a query at each position can see."""
@@ -177,35 +182,60 @@ class TorchAttention:
         gather = self._to_device(self._gather_rows(blocks)) if start else None
         return _Prefill(first_token, last_token, gather, self._additive(hidden))
 
-    def run(self, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, layer: int) -> torch.Tensor:
-        if k is None or v is None:
+    def run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: int,
+        *,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if k is None or (v is None) != (self._num_planes == 1):
             raise ValueError("the torch attention backend writes the cache itself: it needs k and v")
-        written = torch.cat((k, v)).to(self._cache_dtype)  # [2 * num_tokens, num_kv_heads, head_dim]
-        self._by_token[layer].index_copy_(0, self._slots, written.view(-1, self._head_dim))
+        # [num_planes * num_tokens, num_kv_heads, head_dim]
+        written = (k if v is None else torch.cat((k, v))).to(self._cache_dtype)
+        self._by_token[layer].index_copy_(0, self._slots, written.reshape(-1, self._head_dim))
+        if v is None:
+            v = k[..., : self._value_dim]
         plan = self._plans[self.spec.windows[layer]]
+        if sinks is not None:
+            sinks = sinks.view(self._num_kv_heads, self._group_size, 1)
         if not plan.prefills and len(plan.decodes) == 1:
-            return self._decode(q, plan.decodes[0], layer)
-        out = torch.empty(q.shape[0], q.shape[1] * self._head_dim, dtype=q.dtype, device=q.device)
+            return self._decode(q, plan.decodes[0], layer, sinks)
+        out = torch.empty(q.shape[0], q.shape[1] * self._value_dim, dtype=q.dtype, device=q.device)
         for group in plan.decodes:
             if group.rows is None:
-                out[: group.num_rows] = self._decode(q[: group.num_rows], group, layer)
+                out[: group.num_rows] = self._decode(q[: group.num_rows], group, layer, sinks)
             else:
-                out.index_copy_(0, group.rows, self._decode(q.index_select(0, group.rows), group, layer))
+                out.index_copy_(0, group.rows, self._decode(q.index_select(0, group.rows), group, layer, sinks))
         for prefill in plan.prefills:
-            self._prefill(q, k, v, prefill, layer, out)
+            self._prefill(q, k, v, prefill, layer, sinks, out)
         return out
 
-    def _decode(self, q: torch.Tensor, group: _DecodeGroup, layer: int) -> torch.Tensor:
-        """q [num_rows, num_heads, head_dim] -> [num_rows, num_heads * head_dim]."""
+    def _planes(self, gathered: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, `shape` each but for a value's size."""
+        planes = gathered.view(self._num_planes, *shape, self._head_dim)
+        return planes[0], planes[-1][..., : self._value_dim]
+
+    def _decode(self, q: torch.Tensor, group: _DecodeGroup, layer: int, sinks: torch.Tensor | None) -> torch.Tensor:
+        """q [num_rows, num_heads, head_dim] -> [num_rows, num_heads * value_dim]; sinks [kv_heads, group_size, 1]."""
         gathered = self._by_block[layer].index_select(0, group.gather).to(q.dtype)
-        keys_values = gathered.view(2, group.num_rows, self._num_kv_heads, -1, self._head_dim)
+        keys, values = self._planes(gathered, (group.num_rows, self._num_kv_heads, -1))
         # [num_rows, num_kv_heads, group_size, head_dim]: the heads of a group are positions of one query
         grouped = q.reshape(group.num_rows, self._num_kv_heads, self._group_size, self._head_dim)
-        attended = self._attend(grouped, keys_values[0], keys_values[1], group.mask, is_causal=False)
+        attended = self._attend(grouped, keys, values, group.mask, sinks, is_causal=False)
         return attended.reshape(group.num_rows, -1)
 
     def _prefill(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prefill: _Prefill, layer: int, out: torch.Tensor
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        prefill: _Prefill,
+        layer: int,
+        sinks: torch.Tensor | None,
+        out: torch.Tensor,
     ) -> None:
         tokens = slice(prefill.first_token, prefill.last_token)
         num_queries = prefill.last_token - prefill.first_token
@@ -214,32 +244,45 @@ class TorchAttention:
             values = v[tokens].transpose(0, 1)
         else:
             gathered = self._by_block[layer].index_select(0, prefill.gather).to(q.dtype)
-            keys, values = gathered.view(2, self._num_kv_heads, -1, self._head_dim).unbind(0)
+            keys, values = self._planes(gathered, (self._num_kv_heads, -1))
         # KV heads are the batch, a group's query heads its heads: [num_kv_heads, group_size, num_queries, head_dim].
-        grouped = q[tokens].view(num_queries, self._num_kv_heads, self._group_size, self._head_dim).permute(1, 2, 0, 3)
-        shape = (self._num_kv_heads, self._group_size, keys.shape[1], self._head_dim)
+        by_token = q[tokens].reshape(num_queries, self._num_kv_heads, self._group_size, self._head_dim)
+        shape = (self._num_kv_heads, self._group_size, keys.shape[1])
         attended = self._attend(
-            grouped,
-            keys.unsqueeze(1).expand(shape),
-            values.unsqueeze(1).expand(shape),
+            by_token.permute(1, 2, 0, 3),
+            keys.unsqueeze(1).expand(*shape, self._head_dim),
+            values.unsqueeze(1).expand(*shape, self._value_dim),
             prefill.mask,
+            None if sinks is None else sinks.unsqueeze(-1),
             is_causal=prefill.mask is None,
         )
         out[tokens] = attended.permute(2, 0, 1, 3).reshape(num_queries, -1)
 
     def _attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, *, is_causal: bool
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+        *,
+        is_causal: bool,
     ) -> torch.Tensor:
-        if self.spec.softcap is None:
+        """Scores [..., num_queries, num_keys]; sinks broadcast against [..., num_queries, 1]."""
+        if self.spec.softcap is None and sinks is None:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=self.spec.scale)
         scores = torch.matmul(q.float() * self.spec.scale, k.float().transpose(-1, -2))
-        scores = torch.tanh(scores / self.spec.softcap) * self.spec.softcap
+        if self.spec.softcap is not None:
+            scores = torch.tanh(scores / self.spec.softcap) * self.spec.softcap
         if is_causal:
             hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu_(1)
             scores.masked_fill_(hidden, float("-inf"))
         elif mask is not None:
             scores += mask
-        return torch.matmul(scores.softmax(-1), v.float()).to(q.dtype)
+        if sinks is not None:
+            scores = torch.cat((scores, sinks.expand(*scores.shape[:-1], 1)), dim=-1)
+        weights = scores.softmax(-1)[..., : k.shape[-2]]
+        return torch.matmul(weights, v.float()).to(q.dtype)
 
 
 def _group_by_length(num_blocks: IntArray, block_size: int) -> list[IntArray]:

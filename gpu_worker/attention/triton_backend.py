@@ -53,6 +53,8 @@ class AttentionLimits:
 
 def unsupported_attention(spec: AttentionSpec, block_size: int) -> str | None:
     """Why the kernels cannot serve these heads; None: they can."""
+    if spec.value_dim is not None:
+        return "latent attention has no kernel yet"
     if spec.head_dim not in SUPPORTED_HEAD_DIMS:
         return f"head size {spec.head_dim} is not one of {', '.join(map(str, SUPPORTED_HEAD_DIMS))}"
     if spec.num_heads % spec.num_kv_heads or spec.num_heads // spec.num_kv_heads > MAX_GROUP_SIZE:
@@ -179,10 +181,20 @@ class TritonAttention:
             norm_eps=1e-6 if query_norm is None else query_norm.eps,
             k_scale=self._kv_scales[heads.layer].key,
             v_scale=self._kv_scales[heads.layer].value,
+            norm_offset=0.0 if query_norm is None else query_norm.weight_offset,
+            interleaved=positions.tables.interleaved,
             pdl=self._pdl,
         )
 
-    def run(self, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, layer: int) -> torch.Tensor:
+    def run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: int,
+        *,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         if k is not None or v is not None:
             raise ValueError("the triton attention backend reads keys and values from the cache: call rotate_and_write")
         step, window, scales = self._planned(), self._windows[layer], self._kv_scales[layer]
@@ -199,6 +211,7 @@ class TritonAttention:
                 soft_cap=soft_cap,
                 k_scale=scales.key,
                 v_scale=scales.value,
+                sinks=sinks,
                 tuning=self._prefill_tuning,
                 pdl=self._pdl,
             )
@@ -213,6 +226,7 @@ class TritonAttention:
                 soft_cap=soft_cap,
                 k_scale=scales.key,
                 v_scale=scales.value,
+                sinks=sinks,
                 pdl=self._pdl,
             )
         return out.flatten(1)

@@ -162,6 +162,8 @@ def _unsupported(spec: ModelSpec, parallel: ParallelContext, sizes: Sizes, devic
     if capability < MIN_CAPABILITY:
         have, need = (".".join(map(str, pair)) for pair in (capability, MIN_CAPABILITY))
         return f"{torch.cuda.get_device_name(device)} has compute capability {have}, and the kernels need {need}"
+    if spec.moe is not None:
+        return "experts have no grouped kernel yet, and which of them have work is only known to the device"
     return unsupported_attention(attention_spec(spec, parallel), sizes.block_size)
 
 

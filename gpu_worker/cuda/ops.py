@@ -11,11 +11,13 @@ from stepwire_kernels.norm import add_rms_norm
 
 from gpu_worker.attention.api import AttentionBackend
 from gpu_worker.attention.triton_backend import TritonAttention
-from gpu_worker.layers.ops import AttentionHeads, StepPositions
+from gpu_worker.layers.ops import TORCH_OPS, AttentionHeads, StackedExpertWeights, StepPositions
 from gpu_worker.layers.rope import RotaryTables
+from gpu_worker.layers.routing import Routing
+from gpu_worker.model_spec import LatentSpec, MoeSpec
 
 if TYPE_CHECKING:
-    from gpu_worker.layers.norm import RMSNorm
+    from gpu_worker.layers.norm import Norm
 
 _KERNEL_ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -29,6 +31,8 @@ _KERNEL_ACTIVATIONS: dict[str, Activation] = {
 class TritonOps:
     """Implements `LayerOps`. `pdl`: launch kernels before the ones ahead of them have drained (capability 9.0)."""
 
+    stacks_experts = False
+
     def __init__(self, device: torch.device, *, pdl: bool) -> None:
         self.pdl = pdl
         self._workspace = allocate_linear_workspace(device)
@@ -36,14 +40,37 @@ class TritonOps:
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return linear(x, weight, bias, workspace=self._workspace, pdl=self.pdl)
 
-    def add_norm(self, x: torch.Tensor | None, residual: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+    def add_norm(self, x: torch.Tensor | None, residual: torch.Tensor, norm: Norm) -> torch.Tensor:
+        offset = getattr(norm, "weight_offset", None)
+        if offset is None:  # a LayerNorm
+            return TORCH_OPS.add_norm(x, residual, norm)
         if x is None:
-            return add_rms_norm(residual, None, norm.weight, norm.eps, pdl=self.pdl)
+            return add_rms_norm(residual, None, norm.weight, norm.eps, weight_offset=offset, pdl=self.pdl)
         # A sublayer's output is read here and nowhere else: its memory takes the norm.
-        return add_rms_norm(x, residual, norm.weight, norm.eps, out=x, pdl=self.pdl)
+        return add_rms_norm(x, residual, norm.weight, norm.eps, weight_offset=offset, out=x, pdl=self.pdl)
 
     def gated_activation(self, gate_up: torch.Tensor, kind: str) -> torch.Tensor:
         return gated_activation(gate_up, _KERNEL_ACTIVATIONS[kind], pdl=self.pdl)
+
+    def activation(self, x: torch.Tensor, kind: str) -> torch.Tensor:
+        return TORCH_OPS.activation(x, kind)
+
+    def choose_experts(self, logits: torch.Tensor, spec: MoeSpec, correction: torch.Tensor | None) -> Routing:
+        return TORCH_OPS.choose_experts(logits, spec, correction)
+
+    def mix_experts(self, x: torch.Tensor, routing: Routing, experts: StackedExpertWeights) -> torch.Tensor:
+        return TORCH_OPS.mix_experts(x, routing, experts)
+
+    def attend_latent(
+        self,
+        query: torch.Tensor,
+        cached: torch.Tensor,
+        latent: LatentSpec,
+        layer: int,
+        positions: StepPositions,
+        attention: AttentionBackend[Any],
+    ) -> torch.Tensor:
+        raise NotImplementedError("latent attention has no kernel: `unsupported_model` keeps it from here")
 
     def prepare_positions(self, tables: RotaryTables, positions: torch.Tensor, dtype: torch.dtype) -> StepPositions:
         return StepPositions(tables, positions, None)
@@ -54,4 +81,4 @@ class TritonOps:
         if not isinstance(attention, TritonAttention):
             raise TypeError(f"TritonOps writes KV through TritonAttention, not through {type(attention).__name__}")
         q = attention.rotate_and_write(qkv, heads, positions)
-        return attention.run(q, None, None, heads.layer)
+        return attention.run(q, None, None, heads.layer, sinks=heads.sinks)

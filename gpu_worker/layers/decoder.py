@@ -1,4 +1,4 @@
-"""The decoder that model families are composed from: attention, block, trunk. Flags are fields of `ModelSpec`."""
+"""The decoder that model families are composed from: block, trunk, logits. Flags are fields of `ModelSpec`."""
 
 from __future__ import annotations
 
@@ -9,24 +9,17 @@ from typing import Any
 import torch
 
 from gpu_worker.attention.api import AttentionBackend
+from gpu_worker.layers.attention import Attention, ForwardContext
 from gpu_worker.layers.embedding import Embedding, OutputHead, VocabTable
-from gpu_worker.layers.linear import BuildContext, RowParallelLinear, qkv_parallel
-from gpu_worker.layers.mlp import GatedMLP
-from gpu_worker.layers.norm import RMSNorm
-from gpu_worker.layers.ops import AttentionHeads, StepPositions
+from gpu_worker.layers.latent_attention import LatentAttention
+from gpu_worker.layers.linear import BuildContext
+from gpu_worker.layers.mlp import FeedForward, GatedMLP, PlainMLP
+from gpu_worker.layers.moe import MixtureOfExperts
+from gpu_worker.layers.norm import Norm, hidden_norm
 from gpu_worker.layers.rope import RotaryTables
 from gpu_worker.layers.weighted import Weighted
 from gpu_worker.loading.kv_scales import KVScales
 from gpu_worker.model_spec import ModelSpec
-from gpu_worker.parallel import Share
-
-
-@dataclass(frozen=True, slots=True)
-class ForwardContext:
-    """What a forward pass needs beside its hidden states; the attention backend has planned the step already."""
-
-    attention: AttentionBackend[Any]
-    positions: StepPositions
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,56 +34,36 @@ class HiddenStates:
         return HiddenStates(self.output.index_select(0, tokens), self.residual.index_select(0, tokens))
 
 
-class Attention:
-    """Grouped-query self-attention of one layer."""
-
-    def __init__(self, spec: ModelSpec, layer: int, path: str, build: BuildContext) -> None:
-        heads = build.parallel.heads(spec.num_heads, spec.num_kv_heads)
-        self.qkv = qkv_parallel(
-            spec.hidden_size, heads, spec.head_dim, bias=spec.qkv_bias, path=f"{path}.qkv", build=build
-        )
-        inputs = Share(
-            heads.query.start * spec.head_dim, heads.query.size * spec.head_dim, heads.query.total * spec.head_dim
-        )
-        self.output = RowParallelLinear(
-            inputs, spec.hidden_size, bias=spec.attention_output_bias, path=f"{path}.output", build=build
-        )
-        self.query_norm = RMSNorm(spec.head_dim, spec.norm_eps, build) if spec.qk_norm else None
-        self.key_norm = RMSNorm(spec.head_dim, spec.norm_eps, build) if spec.qk_norm else None
-        self._ops = build.ops
-        self._heads = AttentionHeads(
-            layer, heads.query.size, heads.kv.size, spec.head_dim, self.query_norm, self.key_norm
-        )
-
-    def weighted(self) -> Iterator[tuple[str, Weighted]]:
-        yield "qkv", self.qkv
-        yield "output", self.output
-        if self.query_norm is not None and self.key_norm is not None:
-            yield "query_norm", self.query_norm
-            yield "key_norm", self.key_norm
-
-    def apply(self, x: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-        """x [num_tokens, hidden] -> [num_tokens, hidden]."""
-        qkv = self.qkv.apply(x)  # [num_tokens, (heads + 2 * kv_heads) * head_dim]
-        return self.output.apply(self._ops.attend(qkv, self._heads, context.positions, context.attention))
-
-
 class DecoderBlock:
-    """x += attention(norm(x)); x += mlp(norm(x))."""
+    """x += attention(norm(x)); x += mlp(norm(x)), or x += attention(norm(x)) + mlp(norm(x)) for a parallel block."""
 
-    def __init__(self, spec: ModelSpec, layer: int, build: BuildContext) -> None:
+    def __init__(self, spec: ModelSpec, layer: int, rope: int, build: BuildContext) -> None:
         path = f"layers.{layer}"
-        self._ops = build.ops
-        self.attention_norm = RMSNorm(spec.hidden_size, spec.norm_eps, build)
-        self.attention = Attention(spec, layer, f"{path}.attention", build)
-        self.mlp_norm = RMSNorm(spec.hidden_size, spec.norm_eps, build)
-        self.mlp = GatedMLP(spec, f"{path}.mlp", build)
+        self._ops, self._is_parallel, self._residual_scale = build.ops, spec.parallel_block, spec.residual_scale
+        self.attention: Attention | LatentAttention
+        if spec.latent is None:
+            self.attention = Attention(spec, layer, rope, f"{path}.attention", build)
+        else:
+            self.attention = LatentAttention(spec, spec.latent, layer, rope, f"{path}.attention", build)
+        self.mlp: FeedForward
+        if spec.layers[layer].is_moe and spec.moe is not None:
+            self.mlp = MixtureOfExperts(spec, spec.moe, f"{path}.mlp", build)
+        else:
+            self.mlp = (GatedMLP if spec.gated_mlp else PlainMLP)(spec, f"{path}.mlp", build)
+        has_mlp_norm = spec.pre_norms and not spec.parallel_block
+        self.norms: dict[str, Norm | None] = {
+            "attention_norm": hidden_norm(spec, build) if spec.pre_norms else None,
+            "attention_post_norm": hidden_norm(spec, build) if spec.post_norms else None,
+            "mlp_norm": hidden_norm(spec, build) if has_mlp_norm else None,
+            "mlp_post_norm": hidden_norm(spec, build) if spec.post_norms else None,
+        }
 
     def weighted(self) -> Iterator[tuple[str, Weighted]]:
-        yield "attention_norm", self.attention_norm
+        for name, norm in self.norms.items():
+            if norm is not None:
+                yield name, norm
         for name, part in self.attention.weighted():
             yield f"attention.{name}", part
-        yield "mlp_norm", self.mlp_norm
         for name, part in self.mlp.weighted():
             yield f"mlp.{name}", part
 
@@ -99,9 +72,25 @@ class DecoderBlock:
 
         Returns this block's output; `residual` is updated in place and lacks only that.
         """
-        normed = self._ops.add_norm(output, residual, self.attention_norm)
-        attended = self.attention.apply(normed, context)
-        return self.mlp.apply(self._ops.add_norm(attended, residual, self.mlp_norm))
+        normed = self._enter(output, residual, "attention_norm")
+        if self._is_parallel:
+            return self._leave(self.attention.apply(normed, context).add_(self.mlp.apply(normed)), "mlp_post_norm")
+        attended = self._leave(self.attention.apply(normed, context), "attention_post_norm")
+        return self._leave(self.mlp.apply(self._enter(attended, residual, "mlp_norm")), "mlp_post_norm")
+
+    def _enter(self, output: torch.Tensor | None, residual: torch.Tensor, name: str) -> torch.Tensor:
+        """What a sublayer reads, once the output of the one before has joined the residual."""
+        norm = self.norms[name]
+        if norm is not None:
+            return self._ops.add_norm(output, residual, norm)
+        return residual if output is None else residual.add_(output)
+
+    def _leave(self, output: torch.Tensor, name: str) -> torch.Tensor:
+        """What a sublayer gives to the residual."""
+        norm = self.norms[name]
+        if norm is not None:
+            output = self._ops.add_norm(None, output, norm)
+        return output if self._residual_scale == 1.0 else output.mul_(self._residual_scale)
 
 
 class Decoder:
@@ -115,10 +104,15 @@ class Decoder:
         self.dtype = build.dtype
         self.device = build.device
         self._ops = build.ops
-        self.tables = RotaryTables.build(spec.rope, max_position, build.device)
+        ropes = list(dict.fromkeys(layer.rope for layer in spec.layers))
+        self.tables = [RotaryTables.build(rope, max_position, build.device) for rope in ropes]
         self.embedding = Embedding(spec.vocab_size, spec.hidden_size, build)
-        self.blocks = [DecoderBlock(spec, layer, build) for layer in range(spec.num_layers)]
-        self.final_norm = RMSNorm(spec.hidden_size, spec.norm_eps, build)
+        self.blocks = [
+            DecoderBlock(spec, number, ropes.index(layer.rope), build) for number, layer in enumerate(spec.layers)
+        ]
+        self.final_norm = hidden_norm(spec, build)
+        # As a value of the model's dtype, which is what it was trained with.
+        self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=build.dtype).item()
         table: VocabTable = self.embedding
         if not spec.tie_word_embeddings:
             table = VocabTable(spec.vocab_size, spec.hidden_size, build)
@@ -146,8 +140,11 @@ class Decoder:
         self, token_ids: torch.Tensor, positions: torch.Tensor, attention: AttentionBackend[Any]
     ) -> HiddenStates:
         """token_ids, positions [num_tokens] -> what comes out of the blocks, before the final norm."""
-        context = ForwardContext(attention, self._ops.prepare_positions(self.tables, positions, self.dtype))
+        prepared = tuple(self._ops.prepare_positions(tables, positions, self.dtype) for tables in self.tables)
+        context = ForwardContext(attention, prepared)
         residual = self.embedding.lookup(token_ids)  # [num_tokens, hidden]
+        if self._embedding_scale != 1.0:
+            residual.mul_(self._embedding_scale)
         output: torch.Tensor | None = None
         for block in self.blocks:
             output = block.apply(output, residual, context)
@@ -155,6 +152,15 @@ class Decoder:
             raise ValueError("a decoder needs at least one block: the config's num_hidden_layers is 0")
         return HiddenStates(output, residual)
 
+    def normed(self, hidden: HiddenStates) -> torch.Tensor:
+        """The model's last hidden states [num_tokens, hidden]; the residual of `hidden` is overwritten."""
+        return self._ops.add_norm(hidden.output, hidden.residual, self.final_norm)
+
     def logits(self, hidden: HiddenStates) -> torch.Tensor:
         """Of the rows to be sampled -> [num_rows, vocab_size]; their residual is overwritten."""
-        return self.head.logits(self._ops.add_norm(hidden.output, hidden.residual, self.final_norm))
+        logits = self.head.logits(self.normed(hidden))
+        if self.spec.logit_scale != 1.0:
+            logits = logits.mul_(self.spec.logit_scale)
+        if self.spec.logit_softcap is not None:
+            logits = logits.div_(self.spec.logit_softcap).tanh_().mul_(self.spec.logit_softcap)
+        return logits

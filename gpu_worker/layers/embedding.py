@@ -65,7 +65,7 @@ class OutputHead:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [num_rows, hidden] -> [num_rows, vocab_size] in the model's dtype."""
         if self._packed is not None:
-            local = self._packed.multiply(hidden)
+            local = self._packed.multiply(hidden, None)
         else:
             local = self._ops.linear(hidden, self.table.weight, None)
         logits = self._parallel.all_gather(local)

@@ -86,13 +86,20 @@ def qkv_parallel(
 
 
 class RowParallelLinear(Linear):
-    """Every rank holds a share of the *inputs*; the ranks' outputs are summed. Only rank 0 adds the bias."""
+    """Every rank holds a share of the *inputs*; the ranks' outputs are summed. Only rank 0 adds the bias.
 
-    def __init__(self, inputs: Share, num_outputs: int, *, bias: bool, path: str, build: BuildContext) -> None:
+    Without `reduce` the sum is left to the caller, who has more to add first.
+    """
+
+    def __init__(
+        self, inputs: Share, num_outputs: int, *, bias: bool, path: str, build: BuildContext, reduce: bool = True
+    ) -> None:
         part = LinearPart("", Share(0, num_outputs, num_outputs), 0)
         shape = LinearShape((part,), inputs=inputs, has_bias=bias, holds_bias=build.parallel.rank == 0)
         super().__init__(shape, path, build)
         self._parallel = build.parallel
+        self._reduce = reduce
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        return self._parallel.all_reduce(self.method.apply(x))
+        partial = self.method.apply(x)
+        return self._parallel.all_reduce(partial) if self._reduce else partial

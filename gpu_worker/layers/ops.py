@@ -6,6 +6,7 @@ reference; `gpu_worker.cuda.ops.TritonOps` does the same with one kernel each.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,21 +15,36 @@ import torch.nn.functional as F
 
 from gpu_worker.attention.api import AttentionBackend
 from gpu_worker.layers.rope import RotaryTables, StepRotation
+from gpu_worker.layers.routing import Routing, choose_experts
+from gpu_worker.model_spec import LatentSpec, MoeSpec
 
 if TYPE_CHECKING:
-    from gpu_worker.layers.norm import RMSNorm
+    from gpu_worker.layers.norm import Norm, RMSNorm
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionHeads:
-    """One layer's heads on this rank; the norms are those of a model with qk-norm."""
+    """One layer's heads on this rank; the norms are those that go over single heads with one weight for all."""
 
     layer: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    query_norm: RMSNorm | None
-    key_norm: RMSNorm | None
+    query_norm: RMSNorm | None = None
+    key_norm: RMSNorm | None = None
+    sinks: torch.Tensor | None = None  # float32 [num_heads]
+
+
+@dataclass(frozen=True, slots=True)
+class StackedExpertWeights:
+    """This rank's experts, one behind another: the `first_expert`-th of the model is the first here."""
+
+    gate_up: torch.Tensor  # [experts, 2 * intermediate, hidden]: gate's rows, then up's
+    down: torch.Tensor  # [experts, hidden, intermediate]
+    gate_up_bias: torch.Tensor | None  # [experts, 2 * intermediate]
+    down_bias: torch.Tensor | None  # [experts, hidden]
+    activation: str
+    first_expert: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +58,16 @@ class StepPositions:
 
 
 class LayerOps(Protocol):
+    @property
+    def stacks_experts(self) -> bool:
+        """Whether `mix_experts` is one launch over all experts: their weights are then held together."""
+        ...
+
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x [num_tokens, in], weight [out, in] -> [num_tokens, out]."""
         ...
 
-    def add_norm(self, x: torch.Tensor | None, residual: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+    def add_norm(self, x: torch.Tensor | None, residual: torch.Tensor, norm: Norm) -> torch.Tensor:
         """residual += x (None: nothing), in place; the norm of it as a new tensor [num_tokens, hidden]."""
         ...
 
@@ -54,7 +75,35 @@ class LayerOps(Protocol):
         """act(gate) * up: [num_tokens, 2 * intermediate] -> [num_tokens, intermediate]; `kind` as in `hidden_act`."""
         ...
 
+    def activation(self, x: torch.Tensor, kind: str) -> torch.Tensor:
+        """act(x), elementwise, as a new tensor."""
+        ...
+
+    def choose_experts(self, logits: torch.Tensor, spec: MoeSpec, correction: torch.Tensor | None) -> Routing:
+        """Router logits [num_tokens, num_experts] -> each token's experts and their weights."""
+        ...
+
+    def mix_experts(self, x: torch.Tensor, routing: Routing, experts: StackedExpertWeights) -> torch.Tensor:
+        """The weighted sum of each token's experts: x [num_tokens, hidden] -> [num_tokens, hidden]."""
+        ...
+
     def prepare_positions(self, tables: RotaryTables, positions: torch.Tensor, dtype: torch.dtype) -> StepPositions: ...
+
+    def attend_latent(
+        self,
+        query: torch.Tensor,
+        cached: torch.Tensor,
+        latent: LatentSpec,
+        layer: int,
+        positions: StepPositions,
+        attention: AttentionBackend[Any],
+    ) -> torch.Tensor:
+        """Rotation of the last rope_dim columns, write into the KV cache, attention over its compressed vectors.
+
+        query [num_tokens, heads, kv_rank + rope_dim] and cached [num_tokens, kv_rank + rope_dim] may be overwritten;
+        returns [num_tokens, heads, kv_rank].
+        """
+        ...
 
     def attend(
         self, qkv: torch.Tensor, heads: AttentionHeads, positions: StepPositions, attention: AttentionBackend[Any]
@@ -79,23 +128,57 @@ def _gelu_tanh_mul(gate_up: torch.Tensor, size: int) -> torch.Tensor:
     return F.gelu(gate_up[:, :size], approximate="tanh").mul_(gate_up[:, size:])
 
 
-# Names as `hidden_act` has them.
+SWIGLU_OAI_ALPHA = 1.702
+SWIGLU_OAI_LIMIT = 7.0
+
+
+def _swiglu_oai(gate_up: torch.Tensor, size: int) -> torch.Tensor:
+    """GPT-OSS: (up + 1) * gate * sigmoid(1.702 * gate), both clamped."""
+    gate = gate_up[:, :size].clamp(max=SWIGLU_OAI_LIMIT)
+    up = gate_up[:, size:].clamp(-SWIGLU_OAI_LIMIT, SWIGLU_OAI_LIMIT)
+    return torch.sigmoid(gate * SWIGLU_OAI_ALPHA).mul_(gate).mul_(up + 1)
+
+
+# Names as `hidden_act` has them, and one that has no name there.
 GATED_ACTIVATIONS = {
     "silu": _silu_mul,
     "swish": _silu_mul,
     "gelu": _gelu_mul,
     "gelu_pytorch_tanh": _gelu_tanh_mul,
     "gelu_new": _gelu_tanh_mul,
+    "swiglu_oai": _swiglu_oai,
 }
+
+
+def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "gelu_new": _gelu_tanh,
+    "relu": F.relu,
+}
+
+
+def _rotation_of(positions: StepPositions) -> StepRotation:
+    if positions.rotation is None:
+        raise ValueError("these positions were prepared by other operations: their rotation is missing")
+    return positions.rotation
 
 
 class TorchOps:
     """Plain torch, on any device."""
 
+    stacks_experts = False
+
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.linear(x, weight, bias)
 
-    def add_norm(self, x: torch.Tensor | None, residual: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+    def add_norm(self, x: torch.Tensor | None, residual: torch.Tensor, norm: Norm) -> torch.Tensor:
         if x is not None:
             residual.add_(x)
         return norm.apply(residual)
@@ -103,15 +186,45 @@ class TorchOps:
     def gated_activation(self, gate_up: torch.Tensor, kind: str) -> torch.Tensor:
         return GATED_ACTIVATIONS[kind](gate_up, gate_up.shape[1] // 2)
 
+    def activation(self, x: torch.Tensor, kind: str) -> torch.Tensor:
+        return ACTIVATIONS[kind](x)
+
+    def choose_experts(self, logits: torch.Tensor, spec: MoeSpec, correction: torch.Tensor | None) -> Routing:
+        return choose_experts(logits, spec, correction)
+
+    def mix_experts(self, x: torch.Tensor, routing: Routing, experts: StackedExpertWeights) -> torch.Tensor:
+        def apply(expert: int, rows: torch.Tensor) -> torch.Tensor:
+            bias = None if experts.gate_up_bias is None else experts.gate_up_bias[expert]
+            activated = self.gated_activation(F.linear(rows, experts.gate_up[expert], bias), experts.activation)
+            return F.linear(
+                activated, experts.down[expert], None if experts.down_bias is None else experts.down_bias[expert]
+            )
+
+        return routing.mix(x, range(experts.first_expert, experts.first_expert + len(experts.down)), apply)
+
     def prepare_positions(self, tables: RotaryTables, positions: torch.Tensor, dtype: torch.dtype) -> StepPositions:
         return StepPositions(tables, positions, tables.gather(positions, dtype))
+
+    def attend_latent(
+        self,
+        query: torch.Tensor,
+        cached: torch.Tensor,
+        latent: LatentSpec,
+        layer: int,
+        positions: StepPositions,
+        attention: AttentionBackend[Any],
+    ) -> torch.Tensor:
+        rotation = _rotation_of(positions)
+        key = cached.unsqueeze(1)  # [num_tokens, 1, kv_rank + rope_dim]
+        for x in (query, key):
+            x[..., latent.kv_rank :] = rotation.apply(x[..., latent.kv_rank :])
+        return attention.run(query, key, None, layer).unflatten(-1, (-1, latent.kv_rank))
 
     def attend(
         self, qkv: torch.Tensor, heads: AttentionHeads, positions: StepPositions, attention: AttentionBackend[Any]
     ) -> torch.Tensor:
-        num_heads, num_rotated, rotation = heads.num_heads, heads.num_heads + heads.num_kv_heads, positions.rotation
-        if rotation is None:
-            raise ValueError("these positions were prepared by other operations: their rotation is missing")
+        num_heads, num_rotated = heads.num_heads, heads.num_heads + heads.num_kv_heads
+        rotation = _rotation_of(positions)
         by_head = qkv.view(qkv.shape[0], -1, heads.head_dim)  # [num_tokens, heads + 2 * kv_heads, head_dim]
         if heads.query_norm is not None and heads.key_norm is not None:
             q = heads.query_norm.apply(by_head[:, :num_heads])
@@ -120,7 +233,7 @@ class TorchOps:
         else:
             rotated = rotation.apply(by_head[:, :num_rotated])  # [num_tokens, heads + kv_heads, head_dim]
         q, k, v = rotated[:, :num_heads], rotated[:, num_heads:], by_head[:, num_rotated:]
-        return attention.run(q, k, v, heads.layer)
+        return attention.run(q, k, v, heads.layer, sinks=heads.sinks)
 
 
 TORCH_OPS = TorchOps()

@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al., 2021): frequencies, tables, and the rotation.
 
-Pairs are (i, i + rotary_dim / 2), the "neox" order of Hugging Face checkpoints. Tables are computed in float32 and
-rounded to the model's dtype only when a step gathers its positions.
+Pairs are (i, i + rotary_dim / 2), the "neox" order of Hugging Face checkpoints, or neighbours where a model says so.
+Tables are computed in float32 and rounded to the model's dtype only when a step gathers its positions.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ import torch
 from gpu_worker.model_spec import RopeSpec
 
 
-def inverse_frequencies(rope: RopeSpec) -> torch.Tensor:
-    """Radians a position for each pair: float32 [rotary_dim / 2]."""
+def inverse_frequencies(rope: RopeSpec, max_position: int = 0) -> torch.Tensor:
+    """Radians a position for each pair: float32 [rotary_dim / 2].
+
+    `max_position` is what longrope picks its factors by: once a server, since cached keys are rotated already.
+    """
     exponents = torch.arange(0, rope.rotary_dim, 2, dtype=torch.float32) / rope.rotary_dim  # [rotary_dim / 2]
     base = 1.0 / (rope.theta**exponents)
     if rope.kind == "default":
@@ -26,7 +29,10 @@ def inverse_frequencies(rope: RopeSpec) -> torch.Tensor:
         return _llama3(base, rope)
     if rope.kind == "yarn":
         return _yarn(base, rope)
-    raise ValueError(f"rope kind {rope.kind!r} is not one of default, linear, llama3, yarn")
+    if rope.kind == "longrope":
+        is_long = max_position > rope.original_max_position_embeddings
+        return base / torch.tensor(rope.long_factors if is_long else rope.short_factors, dtype=torch.float32)
+    raise ValueError(f"rope kind {rope.kind!r} is not one of default, linear, llama3, yarn, longrope")
 
 
 def _llama3(base: torch.Tensor, rope: RopeSpec) -> torch.Tensor:
@@ -65,8 +71,15 @@ def attention_factor(rope: RopeSpec) -> float:
     if rope.attention_factor is not None:
         return rope.attention_factor
     if rope.kind == "yarn" and rope.factor > 1:
-        return 0.1 * math.log(rope.factor) + 1.0
+        return yarn_factor(rope.factor)
+    if rope.kind == "longrope" and rope.factor > 1:
+        return math.sqrt(1 + math.log(rope.factor) / math.log(rope.original_max_position_embeddings))
     return 1.0
+
+
+def yarn_factor(factor: float, weight: float = 1.0) -> float:
+    """YaRN's correction of attention scores for a context stretched by `factor`."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,30 +88,37 @@ class RotaryTables:
 
     cos: torch.Tensor
     sin: torch.Tensor
+    interleaved: bool = False
 
     @classmethod
-    def build(cls, rope: RopeSpec, max_position: int, device: torch.device) -> RotaryTables:
+    def build(cls, rope: RopeSpec | None, max_position: int, device: torch.device) -> RotaryTables:
+        """Without a `rope` nothing turns: one pair of angle 0, so that kernels need not know."""
+        if rope is None:
+            cos = torch.ones(max_position, 1, device=device)
+            return cls(cos=cos, sin=torch.zeros_like(cos))
         positions = torch.arange(max_position, dtype=torch.float32)
-        angles = torch.outer(positions, inverse_frequencies(rope))  # [max_position, rotary_dim / 2]
+        angles = torch.outer(positions, inverse_frequencies(rope, max_position))  # [max_position, rotary_dim / 2]
         scale = attention_factor(rope)
-        return cls(cos=(angles.cos() * scale).to(device), sin=(angles.sin() * scale).to(device))
+        return cls((angles.cos() * scale).to(device), (angles.sin() * scale).to(device), rope.interleaved)
 
     def gather(self, positions: torch.Tensor, dtype: torch.dtype) -> StepRotation:
         """The rotation of a step's tokens, once for all its layers and heads."""
         cos = self.cos[positions]  # [num_tokens, rotary_dim / 2]
         sin = self.sin[positions]
-        return StepRotation(
-            cos=torch.cat((cos, cos), -1).to(dtype).unsqueeze(1),
-            signed_sin=torch.cat((-sin, sin), -1).to(dtype).unsqueeze(1),
-        )
+        if self.interleaved:
+            cos, signed_sin = cos.repeat_interleave(2, -1), torch.stack((-sin, sin), -1).flatten(-2)
+        else:
+            cos, signed_sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        return StepRotation(cos.to(dtype).unsqueeze(1), signed_sin.to(dtype).unsqueeze(1), self.interleaved)
 
 
 @dataclass(frozen=True, slots=True)
 class StepRotation:
-    """cos: [num_tokens, 1, rotary_dim], [cos | cos]; signed_sin: the same shape, [-sin | sin]."""
+    """cos and signed_sin: [num_tokens, 1, rotary_dim], every pair's cosine twice, its sine as -sin and sin."""
 
     cos: torch.Tensor
     signed_sin: torch.Tensor
+    interleaved: bool = False
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """Rotate the leading rotary_dim of every head; x [num_tokens, num_heads, head_dim] may be overwritten."""
@@ -109,6 +129,9 @@ class StepRotation:
         return self._rotate(x)
 
     def _rotate(self, x: torch.Tensor) -> torch.Tensor:
-        half = x.shape[-1] // 2
-        swapped = torch.cat((x[..., half:], x[..., :half]), -1)  # [num_tokens, num_heads, rotary_dim]
+        if self.interleaved:
+            swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # [num_tokens, num_heads, rotary_dim]
+        else:
+            half = x.shape[-1] // 2
+            swapped = torch.cat((x[..., half:], x[..., :half]), -1)  # [num_tokens, num_heads, rotary_dim]
         return swapped.mul_(self.signed_sin).addcmul_(x, self.cos)

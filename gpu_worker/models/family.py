@@ -13,7 +13,8 @@ NameRules = dict[str, dict[str, str]]
 """Layer path -> part -> place of its tensors in the checkpoint; `{i}` stands for the layer's number.
 
 `"layers.{i}.attention.qkv": {"q": "model.layers.{i}.self_attn.q_proj", ...}`: the part `q` of the fused linear is
-filled from the tensors `model.layers.<i>.self_attn.q_proj.<tensor>`.
+filled from the tensors `model.layers.<i>.self_attn.q_proj.<tensor>`. `"q+k+v"` stands for parts that the checkpoint
+has in one tensor, one below the other; `{e}` for the number of an expert.
 """
 
 
@@ -21,6 +22,13 @@ class ModelFamily(Decoder):
     """One family of architectures. A file in this package that defines one and registers it is all a model needs."""
 
     name_rules: ClassVar[NameRules]
+    skipped_tensors: ClassVar[str] = ""
+    """A pattern of checkpoint tensors that serving text does not need (a vision tower, say)."""
+
+    @classmethod
+    def canonical_name(cls, name: str) -> str:
+        """A checkpoint tensor's name as the rules have it, where releases differ."""
+        return name
 
     @staticmethod
     @abstractmethod

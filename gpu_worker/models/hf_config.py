@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gpu_worker.model_spec import LayerSpec, ModelConfigError, RopeSpec
+from gpu_worker.layers.rope import yarn_factor
+from gpu_worker.model_spec import LayerSpec, ModelConfigError, ModelSpec, RopeSpec
+
+FULL = "full_attention"
+SLIDING = "sliding_attention"
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_ROPE_KINDS = ("default", "linear", "llama3", "yarn")
+_ROPE_KINDS = ("default", "linear", "llama3", "yarn", "longrope")
 
 
 class HfConfig:
@@ -81,6 +87,36 @@ class HfConfig:
             raise self.error("dtype", f"is {name!r}, expected one of {', '.join(_DTYPES)}")
         return _DTYPES[name]
 
+    def nested(self, field: str) -> HfConfig:
+        """An object inside, with this config's dtype and end tokens where it has none of its own."""
+        inner = self.fields.get(field)
+        if not isinstance(inner, dict):
+            raise self.error(field, f"is {inner!r}, expected an object")
+        outer: dict[str, Any] = {
+            name: self.fields[name] for name in ("dtype", "torch_dtype", "eos_token_id") if name in self.fields
+        }
+        return HfConfig(outer | inner, f"{self.file}: {field}")
+
+    def optional_number(self, field: str, default: float | None = None) -> float | None:
+        """A number; `default` where the field is missing, None where it is null."""
+        if field not in self.fields:
+            return default
+        return None if self.fields[field] is None else self.number(field)
+
+    def optional_integer(self, field: str, default: int | None = None) -> int | None:
+        """A positive integer; `default` where the field is missing, None where it is null."""
+        if field not in self.fields:
+            return default
+        return None if self.fields[field] is None else self.integer(field)
+
+    def refuse(self, field: str, *accepted: Any) -> None:
+        """Raise for a field with a value that asks for what is not done; missing and null are accepted."""
+        value = self.fields.get(field)
+        if value is not None and value not in accepted:
+            raise self.error(
+                field, f"is {value!r}, which is not supported (supported: {', '.join(map(repr, accepted))})"
+            )
+
     def eos_token_ids(self) -> tuple[int, ...]:
         value = self.fields.get("eos_token_id")
         if value is None:
@@ -106,13 +142,19 @@ class HfConfig:
             return num_heads, num_kv_heads, hidden_size // num_heads
         return num_heads, num_kv_heads, self.integer("head_dim")
 
-    def rope(self, head_dim: int, default_theta: float = 10000.0) -> RopeSpec:
-        """Rope from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (4)."""
+    def rope(self, head_dim: int, default_theta: float = 10000.0, *, layer_type: str | None = None) -> RopeSpec:
+        """Rope from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (4).
+
+        `layer_type`: the entry to take where `rope_parameters` has one for every kind of layer.
+        """
         parameters = self.fields.get("rope_parameters") or self.fields.get("rope_scaling") or {}
+        if isinstance(parameters, dict) and layer_type is not None and layer_type in parameters:
+            parameters = parameters[layer_type]
         if not isinstance(parameters, dict):
             raise self.error("rope_parameters", f"is {parameters!r}, expected an object")
         nested = HfConfig(parameters, f"{self.file}: rope_parameters")
         kind = str(parameters.get("rope_type") or parameters.get("type") or "default")
+        kind = "longrope" if kind == "su" else kind
         if kind not in _ROPE_KINDS:
             raise nested.error("rope_type", f"is {kind!r}, supported are {', '.join(_ROPE_KINDS)}")
         theta = nested.number("rope_theta", self.number("rope_theta", default_theta))
@@ -120,36 +162,89 @@ class HfConfig:
         original = nested.integer(
             "original_max_position_embeddings", self.integer("original_max_position_embeddings", 0)
         )
-        if kind in ("llama3", "yarn") and not original:
+        if kind in ("llama3", "yarn", "longrope") and not original:
             raise nested.error("original_max_position_embeddings", f"is missing, and rope_type {kind} needs it")
-        attention_factor = parameters.get("attention_factor")
-        return RopeSpec(
+        rope = RopeSpec(
             theta=theta,
             rotary_dim=int(head_dim * share),
             kind=kind,
-            factor=nested.number("factor") if kind != "default" else 1.0,
+            factor=nested.number("factor") if kind in ("linear", "llama3", "yarn") else 1.0,
             original_max_position_embeddings=original,
             low_freq_factor=nested.number("low_freq_factor", 1.0),
             high_freq_factor=nested.number("high_freq_factor", 4.0),
             beta_fast=nested.number("beta_fast", 32.0),
             beta_slow=nested.number("beta_slow", 1.0),
             truncate=nested.boolean("truncate", True),
-            attention_factor=None if attention_factor is None else float(attention_factor),
+            attention_factor=nested.optional_number("attention_factor"),
+        )
+        if kind == "longrope":
+            return self._longrope(nested, rope)
+        mscale, all_dims = nested.optional_number("mscale"), nested.optional_number("mscale_all_dim")
+        if kind == "yarn" and rope.attention_factor is None and mscale and all_dims:
+            return replace(rope, attention_factor=yarn_factor(rope.factor, mscale) / yarn_factor(rope.factor, all_dims))
+        return rope
+
+    def _longrope(self, nested: HfConfig, rope: RopeSpec) -> RopeSpec:
+        factors = {}
+        for name in ("short_factor", "long_factor"):
+            value = nested.fields.get(name)
+            if not isinstance(value, list) or len(value) != rope.rotary_dim // 2:
+                raise nested.error(
+                    name, f"must be a list of {rope.rotary_dim // 2} numbers, half of the rotated dimensions"
+                )
+            factors[name] = tuple(float(number) for number in value)
+        stretch = self.integer("max_position_embeddings") / rope.original_max_position_embeddings
+        return replace(
+            rope,
+            factor=nested.number("factor", stretch),
+            short_factors=factors["short_factor"],
+            long_factors=factors["long_factor"],
         )
 
-    def layers(self, sliding_window: int | None, first_windowed_layer: int = 0) -> tuple[LayerSpec, ...]:
-        """One entry a layer: `layer_types` where the config has it, else windows from `first_windowed_layer` on."""
+    def layer_types(self, is_windowed: Callable[[int], bool]) -> list[str]:
+        """`layer_types`, or what `is_windowed` says of each layer where the config has none."""
         num_layers = self.integer("num_hidden_layers")
         kinds = self.fields.get("layer_types")
         if kinds is None:
-            kinds = ["full_attention"] * num_layers
-            if sliding_window is not None:
-                kinds[first_windowed_layer:] = ["sliding_attention"] * (num_layers - first_windowed_layer)
+            return [SLIDING if is_windowed(layer) else FULL for layer in range(num_layers)]
         if not isinstance(kinds, list) or len(kinds) != num_layers:
             raise self.error("layer_types", f"must have one entry for each of num_hidden_layers {num_layers}")
-        unknown = set(kinds) - {"full_attention", "sliding_attention"}
+        unknown = set(kinds) - {FULL, SLIDING}
         if unknown:
-            raise self.error("layer_types", f"has {sorted(unknown)}, supported are full_attention, sliding_attention")
-        if sliding_window is None and "sliding_attention" in kinds:
-            raise self.error("sliding_window", "is missing, and layer_types has sliding_attention")
-        return tuple(LayerSpec(sliding_window if kind == "sliding_attention" else None) for kind in kinds)
+            raise self.error("layer_types", f"has {sorted(unknown)}, supported are {FULL}, {SLIDING}")
+        return [str(kind) for kind in kinds]
+
+    def layers(
+        self,
+        rope: RopeSpec | Mapping[str, RopeSpec | None],
+        sliding_window: int | None,
+        is_windowed: Callable[[int], bool] = lambda layer: True,
+    ) -> tuple[LayerSpec, ...]:
+        """One entry a layer. `rope` is the one of all layers, or one for each kind of layer."""
+        kinds = self.layer_types(lambda layer: sliding_window is not None and is_windowed(layer))
+        if sliding_window is None and SLIDING in kinds:
+            raise self.error("sliding_window", f"is missing, and layer_types has {SLIDING}")
+        ropes = rope if isinstance(rope, Mapping) else {FULL: rope, SLIDING: rope}
+        return tuple(LayerSpec(ropes[kind], sliding_window if kind == SLIDING else None) for kind in kinds)
+
+    def decoder(self, architecture: str, layers: tuple[LayerSpec, ...], **fields: Any) -> ModelSpec:
+        """A `ModelSpec` of the fields that every family reads alike; `fields` are the family's own, and win."""
+        num_heads, num_kv_heads, head_dim = (
+            (0, 0, 0) if "head_dim" in fields and "num_heads" in fields else self.heads()
+        )
+        common: dict[str, Any] = {
+            "vocab_size": self.integer("vocab_size"),
+            "hidden_size": self.integer("hidden_size"),
+            "intermediate_size": self.integer("intermediate_size"),
+            "num_heads": num_heads,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": head_dim,
+            "max_position_embeddings": self.integer("max_position_embeddings", 2048),
+            "dtype": self.dtype(),
+            "activation": self.text("hidden_act", "silu"),
+            "tie_word_embeddings": self.boolean("tie_word_embeddings", False),
+            "eos_token_ids": self.eos_token_ids(),
+        }
+        if "norm_eps" not in fields:
+            common["norm_eps"] = self.number("rms_norm_eps", 1e-6)
+        return ModelSpec(architecture=architecture, layers=layers, **(common | fields))

@@ -33,30 +33,16 @@ class Llama(ModelFamily):
 
     @staticmethod
     def read_config(config: HfConfig, architecture: str) -> ModelSpec:
-        num_heads, num_kv_heads, head_dim = config.heads()
-        attention_bias = config.boolean("attention_bias", False)
         # Llama has no windows; a Mistral without the field has one (its class default in transformers), null means
         # none.
         window = None
         if architecture == "MistralForCausalLM":
-            window = config.integer("sliding_window", 4096) if config.fields.get("sliding_window", 4096) else None
-        return ModelSpec(
-            architecture=architecture,
-            vocab_size=config.integer("vocab_size"),
-            hidden_size=config.integer("hidden_size"),
-            intermediate_size=config.integer("intermediate_size"),
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            max_position_embeddings=config.integer("max_position_embeddings", 2048),
-            norm_eps=config.number("rms_norm_eps", 1e-6),
-            rope=config.rope(head_dim),
-            layers=config.layers(window),
-            dtype=config.dtype(),
-            activation=config.text("hidden_act", "silu"),
+            window = config.optional_integer("sliding_window", 4096)
+        attention_bias = config.boolean("attention_bias", False)
+        return config.decoder(
+            architecture,
+            config.layers(config.rope(config.heads()[2]), window),
             qkv_bias=attention_bias,
             attention_output_bias=attention_bias,
             mlp_bias=config.boolean("mlp_bias", False),
-            tie_word_embeddings=config.boolean("tie_word_embeddings", False),
-            eos_token_ids=config.eos_token_ids(),
         )

@@ -6,11 +6,12 @@ final layout as soon as its last tensor has come. Host memory peaks at the model
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -35,6 +36,7 @@ from gpu_worker.quant.scheme import module_format, read_quantization
 log = structlog.get_logger(__name__)
 
 RANDOM_BLOCK_SIZE = 1 << 20
+_OTHER_MODEL = "config.json and the weights are not of the same model"
 
 
 def read_spec(directory: Path) -> tuple[ModelSpec, type[ModelFamily]]:
@@ -62,39 +64,82 @@ def _refuse_remote_code(config: HfConfig) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where one checkpoint tensor goes."""
+    """Where a checkpoint tensor, or a span of its rows, goes."""
 
     path: str
     layer: Weighted
     part: str
     tensor: str
     shape: tuple[int, ...] | None
+    first_row: int | None = None
+    """None: the whole tensor is this place's."""
 
 
-def checkpoint_places(model: ModelFamily) -> dict[str, _Place]:
-    """Checkpoint tensor name -> its place in the model, for every tensor that the model is made of.
+def checkpoint_places(model: ModelFamily) -> dict[str, list[_Place]]:
+    """Checkpoint tensor name -> its places in the model, for every tensor that the model is made of.
 
     Raises:
         ModelConfigError: the family's name rules lack a layer.
     """
-    places: dict[str, _Place] = {}
+    places: dict[str, list[_Place]] = {}
     for path, layer in model.weighted():
         for (part, tensor), shape in layer.expected().items():
-            prefix = _checkpoint_prefix(model, path, part)
-            places[f"{prefix}.{tensor}"] = _Place(path, layer, part, tensor, shape)
+            prefix, is_fused = _checkpoint_prefix(model, path, part)
+            shared = places.setdefault(f"{prefix}.{tensor}", [])
+            first_row = None
+            if is_fused:
+                first_row = sum(place.shape[0] for place in shared if place.shape is not None)
+            shared.append(_Place(path, layer, part, tensor, shape, first_row))
     return places
 
 
-def _checkpoint_prefix(model: ModelFamily, path: str, part: str) -> str:
+def _checkpoint_prefix(model: ModelFamily, path: str, part: str) -> tuple[str, bool]:
+    """The place's name in the checkpoint, and whether parts share it."""
+    numbers = iter(("{i}", "{e}"))
     pieces = path.split(".")
-    number = next((piece for piece in pieces if piece.isdigit()), "")
-    template = ".".join("{i}" if piece.isdigit() else piece for piece in pieces)
-    try:
-        return model.name_rules[template][part].replace("{i}", number)
-    except KeyError as error:
-        raise ModelConfigError(
-            f"{type(model).__name__} has no checkpoint name for {template!r} part {part!r}"
-        ) from error
+    template = ".".join(next(numbers) if piece.isdigit() else piece for piece in pieces)
+    found = [piece for piece in pieces if piece.isdigit()]
+    for parts, name in model.name_rules.get(template, {}).items():
+        if part in parts.split("+"):
+            for placeholder, number in zip(("{i}", "{e}"), found, strict=False):
+                name = name.replace(placeholder, number)
+            return name, "+" in parts
+    raise ModelConfigError(f"{type(model).__name__} has no checkpoint name for {template!r} part {part!r}")
+
+
+def _whole_shape(places: list[_Place]) -> tuple[int, ...] | None:
+    """What the checkpoint tensor behind these places must look like."""
+    first = places[0].shape
+    if first is None or places[0].first_row is None:
+        return first
+    return (sum(place.shape[0] for place in places if place.shape is not None), *first[1:])
+
+
+class _ServedTensors:
+    """A checkpoint by the names of the rules, without the tensors that serving text does not need."""
+
+    def __init__(self, source: TensorSource, family: type[ModelFamily]) -> None:
+        self._source = source
+        skipped = re.compile(family.skipped_tensors) if family.skipped_tensors else None
+        self._stored_names = {
+            family.canonical_name(info.name): info.name
+            for info in source.names()
+            if skipped is None or not skipped.match(info.name)
+        }
+
+    @property
+    def path(self) -> Path:
+        return self._source.path
+
+    def names(self) -> Iterable[TensorInfo]:
+        canonical = {stored: name for name, stored in self._stored_names.items()}
+        return [replace(info, name=canonical[info.name]) for info in self._source.names() if info.name in canonical]
+
+    def read(self, name: str, index: TensorIndex | None = None) -> torch.Tensor:
+        return self._source.read(self._stored_names[name], index)
+
+    def close(self) -> None:
+        self._source.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +148,12 @@ class _MatchedCheckpoint:
 
     source: TensorSource
     reader: StrictReader
-    places: dict[str, _Place]
+    places: dict[str, list[_Place]]
     kv_scale_infos: tuple[TensorInfo, ...]
 
     def count_by_layer(self) -> dict[str, int]:
         """Tensors that each layer gets; optional ones that the checkpoint lacks are not among them."""
-        return Counter(self.places[info.name].path for info in self.reader.names())
+        return Counter(place.path for info in self.reader.names() for place in self.places[info.name])
 
 
 @contextmanager
@@ -117,38 +162,43 @@ def _matched(model: ModelFamily, path: Path) -> Iterator[_MatchedCheckpoint]:
     places = checkpoint_places(model)
     checkpoint = open_checkpoint(path)
     try:
-        source = _as_wanted(checkpoint, path, places)
+        source = _as_wanted(_ServedTensors(checkpoint, type(model)), checkpoint, path, places)
         infos = list(source.names())
         scales = tuple(info for info in infos if is_kv_scale(info.name) and info.name not in places)
         hidden = {info.name for info in scales}
-        expected = {name: place.shape for name, place in places.items()}
-        optional = {name for name, place in places.items() if (place.part, place.tensor) in place.layer.optional()}
+        expected = {name: _whole_shape(shared) for name, shared in places.items()}
+        optional = {
+            name
+            for name, shared in places.items()
+            if all((place.part, place.tensor) in place.layer.optional() for place in shared)
+        }
         reader = StrictReader(
             source, expected, tied_head=model.spec.tie_word_embeddings, optional=optional, ignored=hidden
         )
         for info in reader.names():
-            place = places[info.name]
-            problem = place.layer.problem(place.part, place.tensor, info.shape, info.dtype)
-            if problem is not None:
-                raise CheckpointError(
-                    info.file, problem, tensor=info.name, advice="config.json and the weights are not of the same model"
-                )
+            for place in places[info.name]:
+                shape = info.shape if place.shape is None else place.shape
+                problem = place.layer.problem(place.part, place.tensor, shape, info.dtype)
+                if problem is not None:
+                    raise CheckpointError(info.file, problem, tensor=info.name, advice=_OTHER_MODEL)
         yield _MatchedCheckpoint(source, reader, places, scales)
     finally:
         checkpoint.close()
 
 
-def _as_wanted(checkpoint: TensorSource, path: Path, places: dict[str, _Place]) -> TensorSource:
+def _as_wanted(
+    served: TensorSource, checkpoint: TensorSource, path: Path, places: Mapping[str, object]
+) -> TensorSource:
     """The checkpoint as the model's layers ask for it: packed where they keep packed weights, plain elsewhere."""
     if isinstance(checkpoint, GgufReader):
         return PackedGgufSource(checkpoint, places.keys())
     if not path.is_dir() or not (path / "config.json").exists():
-        return checkpoint
-    names = frozenset(info.name for info in checkpoint.names())
+        return served
+    names = frozenset(info.name for info in served.names())
     quant = read_quantization(HfConfig.open(path), names)
     if quant is None:
-        return checkpoint
-    return DequantizedSource(checkpoint, lambda module: module_format(quant, module, names), places.keys())
+        return served
+    return DequantizedSource(served, lambda module: module_format(quant, module, names), places.keys())
 
 
 def check_weights(model: ModelFamily, path: Path) -> None:
@@ -173,11 +223,11 @@ def load_weights(model: ModelFamily, path: Path) -> None:
             infos = list(reader.names())
             with _progress(sum(info.num_bytes for info in infos)) as progress:
                 for info in infos:
-                    place = matched.places[info.name]
-                    place.layer.load(place.part, place.tensor, _StoredTensor(reader, info.name, info.shape))
-                    left[place.path] -= 1
-                    if left[place.path] == 0:
-                        place.layer.finish()
+                    for place in matched.places[info.name]:
+                        place.layer.load(place.part, place.tensor, _StoredTensor.of(reader, info, place))
+                        left[place.path] -= 1
+                        if left[place.path] == 0:
+                            place.layer.finish()
                     progress.advance(info.num_bytes)
         model.kv_scales = read_kv_scales(matched.source, matched.kv_scale_infos, model.spec.num_layers)
     model.finish()
@@ -185,12 +235,25 @@ def load_weights(model: ModelFamily, path: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _StoredTensor:
+    """A checkpoint tensor, or the rows of it from `first_row` on that `shape` counts."""
+
     reader: StrictReader
     name: str
     shape: tuple[int, ...]
+    first_row: int | None = None
+
+    @classmethod
+    def of(cls, reader: StrictReader, info: TensorInfo, place: _Place) -> _StoredTensor:
+        if place.first_row is None or place.shape is None:
+            return cls(reader, info.name, info.shape)
+        return cls(reader, info.name, place.shape, place.first_row)
 
     def read(self, index: TensorIndex | None = None) -> torch.Tensor:
-        return self.reader.read(self.name, index)
+        if self.first_row is None:
+            return self.reader.read(self.name, index)
+        rows, *others = index or (slice(None),)
+        start, stop = rows.start or 0, self.shape[0] if rows.stop is None else rows.stop
+        return self.reader.read(self.name, (slice(self.first_row + start, self.first_row + stop), *others))
 
 
 class _RandomBlock:

@@ -21,29 +21,19 @@ class Qwen(ModelFamily):
     @staticmethod
     def read_config(config: HfConfig, architecture: str) -> ModelSpec:
         is_qwen3 = architecture == "Qwen3ForCausalLM"
-        num_heads, num_kv_heads, head_dim = config.heads()
+        head_dim = config.heads()[2]
         if is_qwen3 and config.fields.get("head_dim") is None:
             head_dim = 128  # the class default in transformers, not hidden / heads
         # Without use_sliding_window the field sliding_window means nothing; with it, the lower layers stay full.
         window = config.integer("sliding_window", 4096) if config.boolean("use_sliding_window", False) else None
+        first_windowed = config.integer("max_window_layers", 28)
         attention_bias = config.boolean("attention_bias", False)
-        return ModelSpec(
-            architecture=architecture,
-            vocab_size=config.integer("vocab_size"),
-            hidden_size=config.integer("hidden_size"),
-            intermediate_size=config.integer("intermediate_size"),
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
+        return config.decoder(
+            architecture,
+            config.layers(config.rope(head_dim), window, lambda layer: layer >= first_windowed),
             head_dim=head_dim,
             max_position_embeddings=config.integer("max_position_embeddings", 32768),
-            norm_eps=config.number("rms_norm_eps", 1e-6),
-            rope=config.rope(head_dim),
-            layers=config.layers(window, first_windowed_layer=config.integer("max_window_layers", 28)),
-            dtype=config.dtype(),
-            activation=config.text("hidden_act", "silu"),
             qkv_bias=attention_bias if is_qwen3 else True,
             attention_output_bias=attention_bias and is_qwen3,
-            qk_norm=is_qwen3,
-            tie_word_embeddings=config.boolean("tie_word_embeddings", False),
-            eos_token_ids=config.eos_token_ids(),
+            qk_norm="head" if is_qwen3 else None,
         )

@@ -51,15 +51,15 @@ class DenseProduct(Product):
     ) -> None:
         self._ops, self._activations, self._static = ops, activations, static
         dense = dequantized(weight, dtype)  # [N, K]
-        self._packed = none.pack(dense) if none.can_pack(dense) else None
+        self._packed = none.PackedWeight(dense) if none.can_pack(dense) else None
         self._weight = dense if self._packed is None else dense.new_empty(0)
-        self._num_bytes = weight.num_outputs * weight.num_inputs * dtype.itemsize
+        self._num_bytes = dense.numel() * dense.element_size() if self._packed is None else self._packed.num_bytes()
 
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if self._activations is not None:
             x = simulate(x, self._activations, self._static)
         if self._packed is not None:
-            return none.packed_linear(x, self._packed, bias)
+            return self._packed.multiply(x, bias)
         return self._ops.linear(x, self._weight, bias)
 
     def num_bytes(self) -> int:
@@ -85,9 +85,10 @@ class ScaledProduct(Product):
         values = weight.values.to(dtype)  # [N, K]
         self._scales = weight.scales_by_output()[:, 0].contiguous()  # [N]
         self._sums = values.float().sum(1) if not activations.symmetric or static is not None else None  # [N]
-        self._packed = none.pack(values) if none.can_pack(values) else None
+        self._packed = none.PackedWeight(values) if none.can_pack(values) else None
         self._values = values if self._packed is None else values.new_empty(0)
-        self._num_bytes = weight.num_outputs * weight.num_inputs * dtype.itemsize + 4 * weight.num_outputs
+        stored = values.numel() * values.element_size() if self._packed is None else self._packed.num_bytes()
+        self._num_bytes = stored + 4 * weight.num_outputs
 
     @staticmethod
     def serves(weight: QuantizedWeight, activations: ActivationQuant | None) -> bool:
@@ -101,7 +102,7 @@ class ScaledProduct(Product):
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         quantized = quantize_input(x, self._activations, self._static)
         if self._packed is not None:
-            product = none.packed_linear(quantized.values, self._packed, None).float()
+            product = self._packed.multiply(quantized.values, None).float()
         else:
             product = self._ops.linear(quantized.values, self._values, None).float()
         if quantized.zeros is not None and self._sums is not None:

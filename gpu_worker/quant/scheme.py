@@ -197,4 +197,5 @@ def modules_of(name_rules: Mapping[str, Mapping[str, str]], path: str) -> dict[s
     number = next((piece for piece in pieces if piece.isdigit()), "")
     template = ".".join("{i}" if piece.isdigit() else piece for piece in pieces)
     rules: Mapping[str, Any] = name_rules.get(template, {})
-    return {part: str(name).replace("{i}", number) for part, name in rules.items()}
+    # "q+k+v" stands for parts that the checkpoint has in one module.
+    return {part: str(name).replace("{i}", number) for parts, name in rules.items() for part in parts.split("+")}

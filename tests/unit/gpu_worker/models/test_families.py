@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,49 @@ class PagedModel:
         return self.model.logits(hidden)
 
 
+@dataclass
+class _Row:
+    token_ids: list[int]
+    table: np.ndarray
+    done: int = 0
+
+
+class MixedBatch:
+    """Several rows in one step, as the runner lays them out: rows with one token first."""
+
+    def __init__(self, directory: Path, sequences: list[list[int]]) -> None:
+        self.paged = PagedModel(directory)
+        blocks = np.random.default_rng(1).permutation(np.arange(1, 80)).reshape(-1)
+        per_row = len(blocks) // len(sequences)
+        self.rows = [
+            _Row(ids, blocks[number * per_row : (number + 1) * per_row]) for number, ids in enumerate(sequences)
+        ]
+
+    @torch.inference_mode()
+    def step(self, counts: list[int]) -> list[torch.Tensor]:
+        """Run `counts[i]` tokens of row i; their logits."""
+        order = sorted((row for row in range(len(counts)) if counts[row]), key=lambda row: counts[row] != 1)
+        starts = {row: self.rows[row].done for row in order}
+        ids, positions = [], []
+        for row in order:
+            span = range(starts[row], starts[row] + counts[row])
+            ids += [self.rows[row].token_ids[position] for position in span]
+            positions += list(span)
+            self.rows[row].done += counts[row]
+        metadata = StepMetadata(
+            num_decodes=sum(counts[row] == 1 for row in order),
+            query_lengths=np.array([counts[row] for row in order]),
+            context_lengths=np.array([self.rows[row].done for row in order]),
+            block_tables=np.stack([self.rows[row].table for row in order]),
+            positions=np.array(positions),
+        )
+        self.paged.attention.plan(metadata)
+        hidden = self.paged.model.hidden_states(torch.tensor(ids), torch.tensor(positions), self.paged.attention)
+        parts = self.paged.model.logits(hidden).split([counts[row] for row in order])
+        by_row = dict(zip(order, parts, strict=True))
+        return [by_row.get(row, torch.empty(0, 301)) for row in range(len(counts))]
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
     reference: Any = save_tiny(name, tmp_path)
@@ -65,10 +109,11 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
         error = (got - expected[start : start + len(got)]).abs().max().item()
         assert error <= 1e-4 * scale, f"from position {start}: error {error} at scale {scale}"
 
-    prefill = PagedModel(tmp_path)
-    check(prefill.logits(token_ids[:40], 0), 0)
+    # 40 tokens at once, then 16 decodes beside a row that decodes too and one whose prompt comes in pieces of 3.
+    batch = MixedBatch(tmp_path, [token_ids, token_ids[::-1], token_ids])
+    check(batch.step([40, 5, 0])[0], 0)
     for position in range(40, 56):
-        check(prefill.logits([token_ids[position]], position), position)
+        check(batch.step([1, 1, 3])[0], position)
     chunked = PagedModel(tmp_path)
     for start, stop in ((0, 13), (13, 14), (14, 31), (31, 40)):
         check(chunked.logits(token_ids[start:stop], start), start)

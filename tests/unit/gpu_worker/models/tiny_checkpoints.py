@@ -9,10 +9,26 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.models.cohere import CohereConfig
+from transformers.models.cohere2 import Cohere2Config
+from transformers.models.deepseek_v2 import DeepseekV2Config
+from transformers.models.deepseek_v3 import DeepseekV3Config
+from transformers.models.gemma2 import Gemma2Config
+from transformers.models.gemma3 import Gemma3TextConfig
+from transformers.models.gpt_oss import GptOssConfig
+from transformers.models.granite import GraniteConfig
 from transformers.models.llama import LlamaConfig
 from transformers.models.mistral import MistralConfig
+from transformers.models.mixtral import MixtralConfig
+from transformers.models.olmo2 import Olmo2Config
+from transformers.models.olmo3 import Olmo3Config
+from transformers.models.phi3 import Phi3Config
 from transformers.models.qwen2 import Qwen2Config
+from transformers.models.qwen2_moe import Qwen2MoeConfig
 from transformers.models.qwen3 import Qwen3Config
+from transformers.models.qwen3_moe import Qwen3MoeConfig
+from transformers.models.smollm3 import SmolLM3Config
+from transformers.models.starcoder2 import Starcoder2Config
 
 BASE: dict[str, Any] = {
     "vocab_size": 301,
@@ -25,6 +41,10 @@ BASE: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
     "initializer_range": 0.15,
     "attn_implementation": "eager",
+    "experts_implementation": "eager",
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 
 
@@ -45,6 +65,32 @@ LLAMA3 = rope(
 )
 YARN = rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
 
+GEMMA = {"num_hidden_layers": 4, "head_dim": 16, "sliding_window": 11, "query_pre_attn_scalar": 20}
+LONG = {"rope_type": "longrope", "original_max_position_embeddings": 16} | {
+    f"{kind}_factor": [1.0 + 0.3 * i * weight for i in range(5)] for kind, weight in (("short", 1), ("long", 2))
+}
+MOE = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
+MLA = {
+    "num_key_value_heads": 6,
+    "kv_lora_rank": 24,
+    "q_lora_rank": 32,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 14,
+    "n_routed_experts": 12,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.7,
+}
+MLA_YARN = rope(
+    rope_type="yarn",
+    factor=4.0,
+    original_max_position_embeddings=64,
+    mscale=1.0,
+    mscale_all_dim=0.8,
+)
+
 TINY: dict[str, Tiny] = {
     "llama": Tiny(LlamaConfig, {"head_dim": 10, "tie_word_embeddings": False}),
     "llama-tied-bias": Tiny(
@@ -64,6 +110,46 @@ TINY: dict[str, Tiny] = {
     "qwen2-unused-window-v4-config": Tiny(Qwen2Config, {"sliding_window": 9}, rewrite_as_v4=True),
     "qwen3": Tiny(Qwen3Config, {"head_dim": 18, "tie_word_embeddings": False}),
     "qwen3-bias-v4-config": Tiny(Qwen3Config, {"head_dim": 18, "attention_bias": True}, rewrite_as_v4=True),
+    "gemma2": Tiny(Gemma2Config, GEMMA | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}),
+    "gemma3": Tiny(Gemma3TextConfig, GEMMA | {"sliding_window_pattern": 3}),
+    "phi3": Tiny(Phi3Config, {"sliding_window": 11, "hidden_act": "silu"}),
+    "phi3-longrope-partial": Tiny(
+        Phi3Config,
+        {
+            "num_attention_heads": 4,
+            "hidden_size": 80,
+            "original_max_position_embeddings": 16,
+            "rope_parameters": {"rope_theta": 5000.0, "partial_rotary_factor": 0.5} | LONG,
+        },
+    ),
+    "smollm3": Tiny(SmolLM3Config, {"num_hidden_layers": 5}),
+    "smollm3-v4-config": Tiny(SmolLM3Config, {"no_rope_layers": [0, 1, 1]}, rewrite_as_v4=True),
+    "olmo2": Tiny(Olmo2Config),
+    "olmo3": Tiny(Olmo3Config, {"num_hidden_layers": 5, "sliding_window": 11}),
+    "granite": Tiny(
+        GraniteConfig,
+        {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2, "logits_scaling": 0.7},
+    ),
+    "cohere": Tiny(CohereConfig, {"logit_scale": 0.6, "layer_norm_eps": 1e-4}),
+    "cohere-plus": Tiny(CohereConfig, {"use_qk_norm": True, "tie_word_embeddings": False, "logit_scale": 0.8}),
+    "cohere2": Tiny(Cohere2Config, {"num_hidden_layers": 5, "sliding_window": 11, "logit_scale": 0.6}),
+    "starcoder2": Tiny(Starcoder2Config, {"sliding_window": 11}),
+    "starcoder2-no-bias": Tiny(Starcoder2Config, {"use_bias": False, "tie_word_embeddings": False}),
+    "mixtral": Tiny(MixtralConfig, {"num_local_experts": 5, "sliding_window": 11}),
+    "qwen2-moe": Tiny(
+        Qwen2MoeConfig,
+        MOE | {"shared_expert_intermediate_size": 50, "mlp_only_layers": [1], "num_hidden_layers": 4},
+    ),
+    "qwen3-moe": Tiny(Qwen3MoeConfig, MOE | {"head_dim": 18, "norm_topk_prob": True, "decoder_sparse_step": 2}),
+    "qwen3-moe-not-normalised": Tiny(Qwen3MoeConfig, MOE | {"head_dim": 18}),
+    "gpt-oss": Tiny(GptOssConfig, {"num_local_experts": 6, "head_dim": 16, "sliding_window": 11}),
+    "deepseek-v2": Tiny(DeepseekV2Config, MLA | {"topk_method": "greedy", "n_shared_experts": 2} | MLA_YARN),
+    "deepseek-v2-groups": Tiny(
+        DeepseekV2Config,
+        MLA | {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "q_lora_rank": None},
+    ),
+    "deepseek-v3": Tiny(DeepseekV3Config, MLA | {"n_group": 4, "topk_group": 2} | MLA_YARN),
+    "deepseek-v3-plain-query": Tiny(DeepseekV3Config, MLA | {"n_group": 1, "topk_group": 1, "q_lora_rank": None}),
 }
 
 
@@ -75,8 +161,12 @@ def save_tiny(name: str, directory: Path, *, dtype: torch.dtype = torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             # Biases and norms start at constants: make every tensor matter.
-            if parameter.dim() == 1:
+            constant = parameter.dim() == 1 or parameter.std() == 0
+            if constant:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(torch.randn_like(buffer) * 0.2)
     model.save_pretrained(directory)
     if tiny.rewrite_as_v4:
         _rewrite_as_v4(directory / "config.json")

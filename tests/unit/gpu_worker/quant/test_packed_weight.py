@@ -26,7 +26,7 @@ def test_equals_the_product_in_float64(
     x = torch.randn(num_rows, 96).to(dtype)
     assert none.can_pack(weight)
 
-    got = none.PackedWeight(weight, bias).multiply(x)
+    got = none.PackedWeight(weight).multiply(x, bias)
 
     expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     assert got.dtype == dtype and got.shape == (num_rows, 50)

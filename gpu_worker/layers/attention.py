@@ -1,0 +1,112 @@
+"""Grouped-query self-attention of one layer, with the norms of queries and keys that models put before rope."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gpu_worker.attention.api import AttentionBackend
+from gpu_worker.layers.linear import BuildContext, RowParallelLinear, qkv_parallel
+from gpu_worker.layers.norm import EachHeadNorm, ProjectionNorm, RMSNorm
+from gpu_worker.layers.ops import AttentionHeads, StepPositions
+from gpu_worker.layers.weighted import Weighted
+from gpu_worker.model_spec import ModelSpec
+from gpu_worker.parallel import HeadShare, Share
+from gpu_worker.quant.api import ExpectedTensors, RandomValues, StoredTensor
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardContext:
+    """What a forward pass needs beside its hidden states; the attention backend has planned the step already."""
+
+    attention: AttentionBackend[Any]
+    positions: tuple[StepPositions, ...]
+    """One for each kind of rope that the model has."""
+
+
+class Sinks(Weighted):
+    """One logit for every query head of this rank."""
+
+    def __init__(self, heads: Share, build: BuildContext) -> None:
+        self._heads = heads
+        self.logits = torch.empty(heads.size, dtype=torch.float32, device=build.device)  # [num_heads]
+
+    def load(self, part: str, tensor: str, source: StoredTensor) -> None:
+        self.logits.copy_(source.read((self._heads.as_slice(),)))
+
+    def expected(self) -> ExpectedTensors:
+        return {("", "sinks"): (self._heads.total,)}
+
+    def fill_random(self, source: RandomValues) -> None:
+        source.fill(self.logits, std=1.0)
+
+    def num_bytes(self) -> int:
+        return self.logits.numel() * self.logits.element_size()
+
+
+class Attention:
+    """`rope` says which of the context's positions are this layer's."""
+
+    def __init__(self, spec: ModelSpec, layer: int, rope: int, path: str, build: BuildContext) -> None:
+        heads = build.parallel.heads(spec.num_heads, spec.num_kv_heads)
+        self.qkv = qkv_parallel(
+            spec.hidden_size, heads, spec.head_dim, bias=spec.qkv_bias, path=f"{path}.qkv", build=build
+        )
+        inputs = Share(
+            heads.query.start * spec.head_dim, heads.query.size * spec.head_dim, heads.query.total * spec.head_dim
+        )
+        self.output = RowParallelLinear(
+            inputs, spec.hidden_size, bias=spec.attention_output_bias, path=f"{path}.output", build=build
+        )
+        self.sinks = Sinks(heads.query, build) if spec.attention_sinks else None
+        self._rope = rope
+        self._ops = build.ops
+        self._num_query_columns, self._num_key_columns = inputs.size, heads.kv.size * spec.head_dim
+        self._add_norms(spec, heads, build)
+        self._heads = AttentionHeads(
+            layer,
+            heads.query.size,
+            heads.kv.size,
+            spec.head_dim,
+            query_norm=self.head_norms[0],
+            key_norm=self.head_norms[1],
+            sinks=None if self.sinks is None else self.sinks.logits,
+        )
+
+    def _add_norms(self, spec: ModelSpec, heads: HeadShare, build: BuildContext) -> None:
+        """Norms of single heads go with rope into one kernel, others come before."""
+        self.head_norms: tuple[RMSNorm, RMSNorm] | tuple[None, None] = (None, None)
+        self.wide_norms: tuple[ProjectionNorm | EachHeadNorm, ...] = ()
+        if spec.qk_norm == "head":
+            query, key = (
+                RMSNorm(spec.head_dim, spec.norm_eps, build, weight_offset=spec.norm_weight_offset) for _ in range(2)
+            )
+            self.head_norms = (query, key)
+        elif spec.qk_norm is not None:
+            kind = ProjectionNorm if spec.qk_norm == "projection" else EachHeadNorm
+            self.wide_norms = tuple(
+                kind(share.size, share.total, share.start, spec, build) for share in (heads.query, heads.kv)
+            )
+
+    def weighted(self) -> Iterator[tuple[str, Weighted]]:
+        yield "qkv", self.qkv
+        yield "output", self.output
+        norms = self.head_norms if self.head_norms[0] is not None else self.wide_norms
+        for name, norm in zip(("query_norm", "key_norm"), norms, strict=False):
+            if norm is not None:
+                yield name, norm
+        if self.sinks is not None:
+            yield "sinks", self.sinks
+
+    def apply(self, x: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+        """x [num_tokens, hidden] -> [num_tokens, hidden]."""
+        qkv = self.qkv.apply(x)  # [num_tokens, (heads + 2 * kv_heads) * head_dim]
+        if self.wide_norms:
+            query_norm, key_norm = self.wide_norms
+            query_norm.apply_(qkv[:, : self._num_query_columns])
+            key_norm.apply_(qkv[:, self._num_query_columns :][:, : self._num_key_columns])
+        attended = self._ops.attend(qkv, self._heads, context.positions[self._rope], context.attention)
+        return self.output.apply(attended)

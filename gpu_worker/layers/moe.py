@@ -1,0 +1,121 @@
+"""Mixture of experts: router, experts and the shared expert of one layer.
+
+Every rank holds a part of each expert (its share of the intermediate size), or, expert parallel, some experts whole; in
+both cases a rank's output is a summand, and one all-reduce adds them up. On a CPU, and for quantized weights, experts
+are linears of their own; the GPU's grouped kernel reads unquantized ones from two tensors that hold all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from gpu_worker.layers.experts import ExpertLinears, FusedExperts, StackedExperts
+from gpu_worker.layers.linear import BuildContext
+from gpu_worker.layers.mlp import GatedMLP
+from gpu_worker.layers.routing import Routing
+from gpu_worker.layers.weighted import Weighted
+from gpu_worker.model_spec import ModelSpec, MoeSpec
+from gpu_worker.quant.api import ExpectedTensors, RandomValues, StoredTensor
+from gpu_worker.quant.none import Unquantized
+
+CORRECTION = "e_score_correction_bias"
+
+
+class Router(Weighted):
+    """Scores every expert; the same on all ranks. Sigmoid scores are computed in float32, as in training."""
+
+    def __init__(self, hidden_size: int, moe: MoeSpec, build: BuildContext) -> None:
+        self._moe, self._ops = moe, build.ops
+        dtype = torch.float32 if moe.scoring == "sigmoid" else build.dtype
+        self.weight = torch.empty(moe.num_experts, hidden_size, dtype=dtype, device=build.device)  # [experts, hidden]
+        self.bias = self._vector(moe.router_bias, dtype, build.device)  # [experts]
+        self.correction = self._vector(moe.has_correction_bias, torch.float32, build.device)  # [experts]
+
+    def _vector(self, is_there: bool, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+        return torch.zeros(self._moe.num_experts, dtype=dtype, device=device) if is_there else None
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        named = {"weight": self.weight, "bias": self.bias, CORRECTION: self.correction}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def load(self, part: str, tensor: str, source: StoredTensor) -> None:
+        self._tensors()[tensor].copy_(source.read())
+
+    def expected(self) -> ExpectedTensors:
+        return {("", name): tuple(tensor.shape) for name, tensor in self._tensors().items()}
+
+    def fill_random(self, source: RandomValues) -> None:
+        source.fill(self.weight, std=self.weight.shape[1] ** -0.5)
+
+    def num_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors().values())
+
+    def apply(self, x: torch.Tensor) -> Routing:
+        """x [num_tokens, hidden]."""
+        logits = self._ops.linear(x.to(self.weight.dtype), self.weight, self.bias)  # [num_tokens, num_experts]
+        return self._ops.choose_experts(logits, self._moe, self.correction)
+
+
+class SharedGate(Weighted):
+    """How much of the shared expert a token gets: sigmoid(x . w)."""
+
+    def __init__(self, hidden_size: int, build: BuildContext) -> None:
+        self.weight = torch.empty(1, hidden_size, dtype=build.dtype, device=build.device)
+
+    def load(self, part: str, tensor: str, source: StoredTensor) -> None:
+        self.weight.copy_(source.read())
+
+    def expected(self) -> ExpectedTensors:
+        return {("", "weight"): tuple(self.weight.shape)}
+
+    def fill_random(self, source: RandomValues) -> None:
+        source.fill(self.weight, std=self.weight.shape[1] ** -0.5)
+
+    def num_bytes(self) -> int:
+        return self.weight.numel() * self.weight.element_size()
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """x [num_tokens, hidden] -> [num_tokens, 1]."""
+        return F.linear(x, self.weight).sigmoid()
+
+
+class MixtureOfExperts:
+    def __init__(self, spec: ModelSpec, moe: MoeSpec, path: str, build: BuildContext) -> None:
+        self._parallel = build.parallel
+        self.router = Router(spec.hidden_size, moe, build)
+        self.experts: ExpertLinears | StackedExperts
+        if moe.storage != "each":
+            self.experts = FusedExperts(spec.hidden_size, moe, build)
+        elif build.ops.stacks_experts and isinstance(build.quant, Unquantized):
+            self.experts = StackedExperts(spec.hidden_size, moe, build)
+        else:
+            self.experts = ExpertLinears(spec.hidden_size, moe, f"{path}.experts", build)
+        self.shared: GatedMLP | None = None
+        if moe.shared_intermediate_size:
+            shared = replace(spec, activation=moe.activation, intermediate_size=moe.shared_intermediate_size)
+            self.shared = GatedMLP(shared, f"{path}.shared", build, reduce=False)
+        self.shared_gate = SharedGate(spec.hidden_size, build) if moe.has_shared_gate else None
+
+    def weighted(self) -> Iterator[tuple[str, Weighted]]:
+        yield "router", self.router
+        for name, part in self.experts.weighted():
+            yield f"experts{name}", part
+        if self.shared is not None:
+            for name, part in self.shared.weighted():
+                yield f"shared.{name}", part
+        if self.shared_gate is not None:
+            yield "shared_gate", self.shared_gate
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """x [num_tokens, hidden] -> [num_tokens, hidden]."""
+        mixed = self.experts.apply(x, self.router.apply(x))
+        if self.shared is not None:
+            shared = self.shared.apply(x)
+            if self.shared_gate is not None:
+                shared = shared * self.shared_gate.apply(x)
+            mixed = mixed.add_(shared)
+        return self._parallel.all_reduce(mixed)
