@@ -63,19 +63,29 @@ class EngineResults:
         )
 
     def _cpu_table(self) -> str:
+        def beside(result: dict[str, Any], key: str) -> str:
+            ratios = result.get(key, {})
+            return ", ".join(f"{short_number(ratio)}x {name}" for name, ratio in ratios.items()) or "-"
+
         rows = []
         for result in self._cpu_worker.values():
-            others = [
-                f"{name} {short_number(rate)} ({short_number(result['stepwire_ratio_median'][name])}x)"
-                for name, rate in result["tokens_per_s"].items()
-                if name != "stepwire"
+            rates = result["tokens_per_s"]
+            rows += [
+                [
+                    result["scenario"],
+                    name,
+                    short_number(rates[name]) if name in rates else "-",
+                    beside(result, key),
+                    result["note"],
+                    result["date"][:10],
+                ]
+                for name, key in (("stepwire", "stepwire_ratio_median"), ("stepwire served", "served_ratio_median"))
             ]
-            own = short_number(result["tokens_per_s"]["stepwire"])
-            rows.append([result["scenario"], own, ", ".join(others), result["note"], result["date"][:10]])
         return (
             "SmolLM2-135M in bf16, two threads, 64 tokens in and out, engines taking turns; medians of tokens/s, and\n"
-            "in brackets stepwire's multiple of the other within the same turn.\n\n"
-            + markdown_table(["work", "stepwire", "others", "note", "date"], rows)
+            "stepwire's multiple of each other engine within the same turn. `stepwire` is the runner alone, `stepwire\n"
+            "served` the whole stack over REST.\n\n"
+            + markdown_table(["work", "engine", "tokens/s", "beside", "note", "date"], rows)
         )
 
     def _gateway_table(self) -> str:

@@ -53,19 +53,19 @@ class OutputHead:
         self.table = table
         self._parallel = build.parallel
         self._ops = build.ops
-        self._packed: torch.Tensor | None = None
+        self._packed: none.PackedWeight | None = None
 
     def finish(self) -> None:
         if none.can_pack(self.table.weight):
             # A tied table stays for the embedding lookup, so this is a copy; else it replaces the plain one.
-            self._packed = none.pack(self.table.weight)
+            self._packed = none.PackedWeight(self.table.weight)
             if not isinstance(self.table, Embedding):
                 self.table.weight = self.table.weight.new_empty(0, self.table.weight.shape[1])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [num_rows, hidden] -> [num_rows, vocab_size] in the model's dtype."""
         if self._packed is not None:
-            local = none.packed_linear(hidden, self._packed, None)
+            local = self._packed.multiply(hidden)
         else:
             local = self._ops.linear(hidden, self.table.weight, None)
         logits = self._parallel.all_gather(local)
@@ -73,4 +73,7 @@ class OutputHead:
 
     def num_bytes(self) -> int:
         """What the head holds beside its table."""
-        return 0 if self._packed is None else self._packed.shape[0] * self._packed.shape[1] * 2
+        if self._packed is None:
+            return 0
+        shared = self.table.num_bytes() if self._packed.holds(self.table.weight) else 0
+        return self._packed.num_bytes() - shared

@@ -18,6 +18,7 @@ from rich.table import Table
 from load_tests.cpu_worker.contestants import (
     Contestant,
     LlamaCpp,
+    ServedStepwire,
     Stepwire,
     Transformers,
     TransformersContinuous,
@@ -38,9 +39,12 @@ class Scenario:
 
 
 SCENARIOS = (
-    Scenario("one stream", 1, ("stepwire", "transformers generate", "llama-cpp-python")),
-    Scenario("16 concurrent", 16, ("stepwire", "transformers generate", "transformers generate_batch")),
+    Scenario("one stream", 1, ("stepwire", "stepwire served", "transformers generate", "llama-cpp-python")),
+    Scenario(
+        "16 concurrent", 16, ("stepwire", "stepwire served", "transformers generate", "transformers generate_batch")
+    ),
 )
+OURS = (Stepwire.name, ServedStepwire.name)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -53,7 +57,19 @@ def main(argv: Sequence[str]) -> int:
     }
     torch.set_num_threads(args.threads)
     model = args.model or _default_model()
-    contestants, absent = _contestants(args, model)
+    with ServedStepwire(model, args.dtype, args.threads) as served:
+        contestants, absent = _contestants(args, model, served)
+        _compare(contestants, absent, args, model.name, facts)
+    return 0
+
+
+def _compare(
+    contestants: dict[str, Contestant],
+    absent: dict[str, str],
+    args: argparse.Namespace,
+    model_name: str,
+    facts: dict[str, Any],
+) -> None:
     console = Console(width=110)
     for scenario in SCENARIOS:
         result = _run(scenario, contestants, args)
@@ -61,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
         if not args.no_record:
             numbers = {
                 "scenario": scenario.name,
-                "model": model.name,
+                "model": model_name,
                 "dtype": args.dtype,
                 "num_threads": args.threads,
                 "num_prompts": scenario.num_prompts,
@@ -71,7 +87,6 @@ def main(argv: Sequence[str]) -> int:
                 "note": args.note,
             }
             append_result(RESULTS, facts | numbers | result | {"absent": absent})
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -111,10 +126,13 @@ def _default_gguf() -> Path | None:
     return next((Path(str(file.locate())) for file in files if file.name.endswith(".gguf")), None)
 
 
-def _contestants(args: argparse.Namespace, model: Path) -> tuple[dict[str, Contestant], dict[str, str]]:
+def _contestants(
+    args: argparse.Namespace, model: Path, served: ServedStepwire
+) -> tuple[dict[str, Contestant], dict[str, str]]:
     """The engines by name, and why others are absent."""
     made: list[Contestant] = [
         Stepwire(model, args.dtype, args.threads),
+        served,
         Transformers(model, args.dtype),
         TransformersContinuous(model, args.dtype),
     ]
@@ -145,17 +163,21 @@ def _run(scenario: Scenario, contestants: dict[str, Contestant], args: argparse.
         # The order turns around each time: what one engine leaves behind in caches and clocks meets every other one.
         for name in names if turn % 2 == 0 else reversed(names):
             rates[name].append(contestants[name].generate(prompts, args.output_tokens).tokens_per_s)
+
     # Ratios are taken within a turn, where the machine was equally busy, and only then the median.
-    ratios = {
-        name: statistics.median(ours / theirs for ours, theirs in zip(rates["stepwire"], rates[name], strict=True))
-        for name in names
-        if name != "stepwire"
-    }
+    def ratios(own: str) -> dict[str, float]:
+        return {
+            name: round(statistics.median(o / t for o, t in zip(rates[own], rates[name], strict=True)), 2)
+            for name in names
+            if name not in OURS
+        }
+
     return {
         "tokens_per_s": {name: round(statistics.median(values), 1) for name, values in rates.items()},
         "tokens_per_s_best": {name: round(max(values), 1) for name, values in rates.items()},
         "tokens_per_s_turns": {name: [round(value, 1) for value in values] for name, values in rates.items()},
-        "stepwire_ratio_median": {name: round(value, 2) for name, value in ratios.items()},
+        "stepwire_ratio_median": ratios(Stepwire.name),
+        "served_ratio_median": ratios(ServedStepwire.name),
     }
 
 
@@ -164,12 +186,12 @@ def _print(
 ) -> None:
     title = f"{scenario.name}: {args.prompt_tokens} in, {args.output_tokens} out, {args.dtype}, {args.threads} threads"
     table = Table(title=title)
-    for column in ("engine", "tokens/s (median)", "best turn", "stepwire is (median of turns)"):
+    for column in ("engine", "tokens/s (median)", "best turn", "stepwire is", "stepwire served is"):
         table.add_column(column, justify="left" if column == "engine" else "right")
     for name, rate in result["tokens_per_s"].items():
-        ratio = result["stepwire_ratio_median"].get(name)
         best = f"{result['tokens_per_s_best'][name]:.1f}"
-        table.add_row(name, f"{rate:.1f}", best, "" if ratio is None else f"{ratio:.2f} x")
+        ratios = [result[key].get(name) for key in ("stepwire_ratio_median", "served_ratio_median")]
+        table.add_row(name, f"{rate:.1f}", best, *("" if ratio is None else f"{ratio:.2f} x" for ratio in ratios))
     console.print(table)
     for name, reason in absent.items():
         if name in scenario.contestants:

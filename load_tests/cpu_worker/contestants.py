@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 
 from gpu_worker.config import WorkerSettings
 from gpu_worker.runner import TorchRunner
 from load_tests.cpu_worker.step_driver import StepDriver, greedy
+from load_tests.records import RequestRecord
+from load_tests.stack import ServedStack
+from load_tests.target import TargetSpec, open_target
+from load_tests.workload import RequestSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +78,42 @@ def _prefill_chunk(driver: StepDriver, budget: int) -> dict[int, int]:
             runs[row] = min(left, budget)
             budget -= runs[row]
     return runs
+
+
+class ServedStepwire:
+    """The whole stack as `stepwire serve` starts it, asked over REST: gateway, control plane, gRPC, worker."""
+
+    name = "stepwire served"
+    _served_name = "served"
+
+    def __init__(self, model: Path, dtype: str, num_threads: int) -> None:
+        flags = ["--device", "cpu", "--dtype", dtype, "--num-threads", str(num_threads)]
+        self._stack = ServedStack(
+            [str(model), *flags, "--max-model-len", "2048", "--served-model-name", self._served_name]
+        )
+
+    def __enter__(self) -> Self:
+        self._stack.__enter__()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stack.stop()
+
+    def generate(self, prompts: list[list[int]], num_tokens: int) -> Timing:
+        return asyncio.run(self._generate(prompts, num_tokens))
+
+    async def _generate(self, prompts: list[list[int]], num_tokens: int) -> Timing:
+        spec = TargetSpec("rest", self._stack.url, model=self._served_name, temperature=0.0)
+        async with open_target(spec) as target:
+            encoded = [target.encode(RequestSpec(prompt, num_tokens)) for prompt in prompts]
+            records = [RequestRecord() for _ in prompts]
+            begun = time.perf_counter()
+            await asyncio.gather(*map(target.send, encoded, records))
+            seconds = time.perf_counter() - begun
+        for record in records:
+            if record.error is not None or record.num_tokens != num_tokens:
+                raise RuntimeError(f"{record.num_tokens} of {num_tokens} tokens came: {record.error}")
+        return Timing(len(prompts) * num_tokens, seconds)
 
 
 class Transformers:
