@@ -1,4 +1,4 @@
-"""The default model held to formats, through the official client: it is small, and what it says is valid all the same."""
+"""The default model held to formats, through the official client: it is small, and yet what it says is valid."""
 
 from __future__ import annotations
 
