@@ -78,13 +78,16 @@ class GrammarCompiler:
             )
         try:
             matcher = llguidance.LLMatcher(self._tokenizer, source, limits=_LIMITS, log_level=0)
+            probe = matcher
             if not matcher.is_error():
-                # What explodes does so with the first mask.
+                # What explodes does so with the first mask; copies share a lexer, which may say so only to the next one.
                 matcher.deep_copy().compute_bitmask()
+                probe = matcher.deep_copy()
+                probe.compute_bitmask()
         except BaseException as error:  # a panic of the library is none of Exception
             raise GrammarError(f"cannot be compiled: {type(error).__name__}") from error
-        if matcher.is_error():
-            raise GrammarError(_first_line(matcher.get_error()))
+        if probe.is_error():
+            raise GrammarError(_first_line(probe.get_error()))
         return _CompiledGrammar(matcher, self.vocab_size)
 
 
