@@ -80,7 +80,7 @@ class GrammarCompiler:
             matcher = llguidance.LLMatcher(self._tokenizer, source, limits=_LIMITS, log_level=0)
             probe = matcher
             if not matcher.is_error():
-                # What explodes does so with the first mask; copies share a lexer, which may say so only to the next one.
+                # What explodes does so with the first mask; copies share a lexer, which may tell only the next one.
                 matcher.deep_copy().compute_bitmask()
                 probe = matcher.deep_copy()
                 probe.compute_bitmask()
