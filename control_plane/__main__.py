@@ -55,6 +55,8 @@ async def _serve(settings: ControlPlaneSettings) -> None:
         names=settings.served_model_name,
         chat_template_file=settings.chat_template,
         num_tokenizer_threads=settings.tokenizer_threads,
+        tool_call_parser=settings.tool_call_parser,
+        reasoning_parser=settings.reasoning_parser,
     )
     registry = CollectorRegistry()
     engine = Engine(_worker_address(settings), _engine_config(settings), CoreMetrics(registry))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 from stepwire.process import settings as process_settings
 from stepwire.process.settings import Port, PositiveInt, ProcessSettings, Secrets, Strings
+
+from control_plane.frontend.parsers.registry import NONE, REASONING_FORMATS, TOOL_FORMATS
 
 PROGRAM = "python -m control_plane"
 
@@ -28,6 +30,13 @@ class ControlPlaneSettings(ProcessSettings):
         "default: the directory's name",
     )
     chat_template: Path | None = Field(None, description="jinja file to use instead of the model's own chat template")
+
+    tool_call_parser: str = Field(
+        "auto", description=f"how the model writes tool calls: auto, none, {', '.join(TOOL_FORMATS)}"
+    )
+    reasoning_parser: str = Field(
+        "auto", description=f"how the model marks its reasoning: auto, none, {', '.join(REASONING_FORMATS)}"
+    )
 
     # The workers.
     workers: Strings = Field(("127.0.0.1:50061",), description="where the worker listens: HOST:PORT or unix:/PATH")
@@ -95,6 +104,16 @@ class ControlPlaneSettings(ProcessSettings):
             raise ValueError("must be an absolute path, written unix:/PATH")
         return listen
 
+    @field_validator("tool_call_parser")
+    @classmethod
+    def _check_tool_call_parser(cls, name: str) -> str:
+        return _known("tool_call_parser", name, TOOL_FORMATS)
+
+    @field_validator("reasoning_parser")
+    @classmethod
+    def _check_reasoning_parser(cls, name: str) -> str:
+        return _known("reasoning_parser", name, REASONING_FORMATS)
+
     @field_validator("workers")
     @classmethod
     def _check_workers(cls, workers: tuple[str, ...]) -> tuple[str, ...]:
@@ -121,6 +140,12 @@ class ControlPlaneSettings(ProcessSettings):
         if self.worker_tls_cert is not None and self.worker_tls_ca is None:
             raise ValueError("--worker-tls-cert needs --worker-tls-ca: without it the connection is not encrypted")
         return self
+
+
+def _known(field: str, name: str, formats: Collection[str]) -> str:
+    if name not in ("auto", NONE, *formats):
+        raise ValueError(f"{field} {name} is not known; there are auto, none, {', '.join(formats)}")
+    return name
 
 
 def parse_settings(argv: Sequence[str]) -> ControlPlaneSettings:

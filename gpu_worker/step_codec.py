@@ -90,8 +90,8 @@ def _decode_sampling(message: worker_pb2.RowSampling, name: str) -> RowSampling:
 
 def decode_mask(message: worker_pb2.TokenMask, mask_rows: UInt32Array, vocab_size: int) -> TokenMask:
     """Read the mask of the step that named `mask_rows`. Raises `StepError`."""
-    rows = _uint32(message.rows, "TokenMask.rows", len(mask_rows))
-    if not np.array_equal(np.sort(rows), np.sort(mask_rows)):
+    rows = _uint32(message.rows, "TokenMask.rows")
+    if len(np.unique(rows)) != len(rows) or not np.isin(rows, mask_rows).all():
         unknown = np.setdiff1d(rows, mask_rows)
         what = f"holds row {unknown[0]}, which" if len(unknown) else "holds a row twice, so another"
         raise StepError(f"TokenMask.rows of step {message.step_id} {what} is not as in the step's mask_rows")

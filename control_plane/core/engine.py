@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import structlog
@@ -26,9 +27,10 @@ from control_plane.core.request import (
     SequenceOutput,
 )
 from control_plane.core.scheduler import Scheduler, SchedulerConfig
-from control_plane.core.step_codec import decode_result, encode_step
+from control_plane.core.step_codec import decode_result, encode_mask, encode_step
 from control_plane.core.step_deadline import StepDeadline
 from control_plane.core.step_plan import ProtocolError, StepEvents, StepPlan
+from control_plane.core.token_masks import FilledMasks, MaskFiller
 from control_plane.core.worker_link import WorkerAddress, WorkerLink, WorkerUnavailable
 
 log = structlog.get_logger(__name__)
@@ -55,6 +57,7 @@ class EngineConfig:
 class _StepInFlight:
     plan: StepPlan
     sent_s: float
+    is_masked: bool = False  # its mask was sent or is being made
 
 
 class Engine:
@@ -73,6 +76,7 @@ class Engine:
         self._sinks: dict[str, OutputSink] = {}
         self._in_flight: deque[_StepInFlight] = deque()
         self._deadline = StepDeadline(config.step_timeout_s)
+        self._masks = MaskFiller()
         self._pump_scheduled = False
         self._draining = False
         self._idle = asyncio.Event()
@@ -177,6 +181,7 @@ class Engine:
                 await link.close()
         finally:
             watchdog.cancel()
+            self._masks.close()
             if self._link is not None:
                 await self._link.close()
 
@@ -220,7 +225,38 @@ class Engine:
             self._link.send(encode_step(plan, self._buckets))
             self._in_flight.append(_StepInFlight(plan, now))
             self._metrics.note_plan(plan, now)
+        self._begin_mask()
         self._note_idle()
+
+    def _begin_mask(self) -> None:
+        """Make the mask of the oldest step in flight: every token before it is known."""
+        if not self._in_flight or self._facts is None or self._link is None:
+            return
+        step, link, loop = self._in_flight[0], self._link, asyncio.get_running_loop()
+        if step.is_masked or not step.plan.mask_rows:
+            return
+        step.is_masked = True
+
+        def done(filled: Future[FilledMasks]) -> None:
+            if not filled.cancelled():
+                loop.call_soon_threadsafe(self._on_masks, link, filled.result())
+
+        self._masks.begin(step.plan, self._facts.vocab_size, done)
+
+    def _on_masks(self, link: WorkerLink, filled: FilledMasks) -> None:
+        scheduler = self._scheduler
+        if scheduler is None:
+            return
+        if link is self._link:
+            link.send(encode_mask(filled.step_id, filled.rows, filled.bitmask))
+        for sequence in filled.over:
+            self._publish(scheduler.finish_matched(sequence))
+        for sequence, reason in filled.failed:
+            log.warning("a grammar gave up", request_id=sequence.request.request.request_id, reason=reason)
+            fault = RequestFault("INVALID_ARGUMENT", f"the structured output cannot go on: {reason}", retryable=False)
+            self._publish(scheduler.fail_sequence(sequence, fault))
+        if filled.over or filled.failed:
+            self._schedule_pump()
 
     def _on_result(self, result: worker_pb2.StepResult) -> None:
         if not self._in_flight or self._scheduler is None or self._link is None:
@@ -232,6 +268,7 @@ class Engine:
             self._in_flight.appendleft(step)
             self._link.lose(f"the worker broke the step protocol: {error}")
             return
+        self._begin_mask()
         now = time.monotonic()
         self._deadline.note(step.plan.num_tokens, now - step.sent_s)
         self._pump()

@@ -30,6 +30,36 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] = ()
 
 
+class TokenMatcher(Protocol):
+    """What one sequence may still say. Not safe for several threads at a time."""
+
+    def accept(self, token_ids: Sequence[int]) -> None:
+        """These were drawn; a token that was not allowed sets `error`."""
+        ...
+
+    def fill_mask(self, out: npt.NDArray[np.uint32]) -> None:
+        """Set the words of the next token's mask: [ceil(vocab_size / 32)], bit i of word w is token 32 * w + i."""
+        ...
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing may follow but the end of the sequence."""
+        ...
+
+    @property
+    def error(self) -> str:
+        """Why no further mask can be given; empty while all is well."""
+        ...
+
+
+class Grammar(Protocol):
+    """What a request's sequences may say."""
+
+    def start(self) -> TokenMatcher:
+        """A matcher of one sequence that has said nothing yet."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class CoreRequest:
     """One admitted-or-not request, as the frontend hands it to `EngineClient.submit`."""
@@ -46,6 +76,8 @@ class CoreRequest:
     priority: int = 0
     tenant: str = ""
     cache_salt: str = ""
+    # None: anything. Sequences end where it ends.
+    grammar: Grammar | None = None
 
 
 class FinishReason(Enum):

@@ -157,6 +157,25 @@ class Scheduler:
         self._end(state.sequences[index])
         return self._close_if_done(state)
 
+    def finish_matched(self, sequence: SequenceState) -> StepEvents:
+        """End a sequence whose grammar allows nothing more, as if the model had said so."""
+        events = StepEvents()
+        if not sequence.finished:
+            output = SequenceOutput(sequence.index, [], 0, finish_reason=FinishReason.STOP)
+            events.outputs.append((sequence.request, output))
+            self._end(sequence)
+            done = self._close_if_done(sequence.request)
+            if done is not None:
+                events.ended.append((done, None))
+        return events
+
+    def fail_sequence(self, sequence: SequenceState, fault: RequestFault) -> StepEvents:
+        """End a sequence's request with a fault."""
+        events = StepEvents()
+        if not sequence.finished:
+            self._fail(sequence.request, fault, events)
+        return events
+
     # ---- the step ----
 
     def plan(self, now: float) -> StepPlan | None:

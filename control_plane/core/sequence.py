@@ -54,10 +54,12 @@ class SequenceState:
         "computing",
         "finished",
         "index",
+        "matcher",
         "max_tokens",
         "next_hash_at",
         "num_computed",
         "num_losses",
+        "num_matched",
         "num_prompt_tokens",
         "num_retired",
         "num_total",
@@ -78,6 +80,11 @@ class SequenceState:
         self.stop_token_ids = request.request.stop_token_ids
         self.output_ids: list[int] = []
         self.finished = False
+        # Told of the first `num_matched` outputs, so that it stands where the token ids stand whatever happens to the
+        # worker.
+        grammar = request.request.grammar
+        self.matcher = None if grammar is None else grammar.start()
+        self.num_matched = 0
         # Order among sequences: lower runs first. Set by the scheduler's policy on arrival and never changed.
         self.sort_key: tuple[int, ...] = ()
 

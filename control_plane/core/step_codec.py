@@ -37,9 +37,19 @@ def encode_step(plan: StepPlan, buckets: Sequence[int]) -> worker_pb2.RunStepsRe
     )
     if plan.drop_rows:
         step.drop_rows = _pack(plan.drop_rows)
+    if plan.mask_rows:
+        step.mask_rows = _pack(plan.mask_rows)
     if plan.starts:
         step.add.extend([_encode_start(start) for start in plan.starts])
     return worker_pb2.RunStepsRequest(step=step)
+
+
+def encode_mask(step_id: int, rows: Sequence[int], bitmask: npt.NDArray[np.uint32]) -> worker_pb2.RunStepsRequest:
+    """bitmask: [num_rows, ceil(vocab_size / 32)]."""
+    mask = worker_pb2.TokenMask(
+        step_id=step_id, rows=_pack(rows), bitmask=bitmask.astype(_UINT32, copy=False).tobytes()
+    )
+    return worker_pb2.RunStepsRequest(mask=mask)
 
 
 def choose_bucket(num_tokens: int, buckets: Sequence[int]) -> int:

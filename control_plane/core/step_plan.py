@@ -34,6 +34,10 @@ class StepPlan:
     samples: list[bool] = field(default_factory=list)
     num_new_blocks: list[int] = field(default_factory=list)
     new_block_ids: list[int] = field(default_factory=list)
+    # Those of `sequences` that sample under a mask.
+    masked: list[SequenceState] = field(default_factory=list)
+    # Their rows in this step: a sequence may have lost its own by the time the mask is made.
+    mask_rows: list[int] = field(default_factory=list)
 
     def add_run(
         self, sequence: SequenceState, num_tokens: int, *, sample: bool, new_block_ids: Sequence[int] = ()
@@ -47,6 +51,9 @@ class StepPlan:
         if new_block_ids:
             self.new_block_ids.extend(new_block_ids)
         self.num_tokens += num_tokens
+        if sample and sequence.matcher is not None:
+            self.masked.append(sequence)
+            self.mask_rows.append(sequence.row)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jinja2
@@ -40,15 +41,31 @@ class ChatTemplate:
                 f"the chat template is not valid jinja, line {error.lineno}: {error.message}. "
                 "Correct it, or give another with --chat-template FILE."
             ) from error
+        self.source = source
         self._special_tokens = dict(special_tokens)
         self._time_limit_s = time_limit_s
         self._content_as_parts = self._wants_parts()
 
-    def render(self, messages: Sequence[Message], *, max_chars: int, continue_final_message: bool = False) -> str:
+    @property
+    def shows_tools(self) -> bool:
+        """Whether the template has a place for tools."""
+        return "tools" in self.source
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        max_chars: int,
+        continue_final_message: bool = False,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> str:
         """The prompt text, special tokens included as text.
 
         It ends where the assistant's answer begins; with `continue_final_message` it ends with the last message's text.
-        `content` of a message is one string; texts that came in several parts were joined before.
+        `content` of a message is one string; texts that came in several parts were joined before. `arguments` are
+        further variables of the template, which cannot take the place of its own.
 
         Raises:
             RequestRefused: INVALID_ARGUMENT, with the template's own message where it refused the conversation.
@@ -62,8 +79,11 @@ class ChatTemplate:
             # The blank tells whether the template trims the message's end.
             mark = f"\ue000{secrets.token_hex(8)}\ue001"
             last = messages[-1]
-            messages = [*messages[:-1], {**last, "content": f"{last['content']}{mark} "}]
-        text = self._run(messages, max_chars, add_generation_prompt=not continue_final_message)
+            messages = [*messages[:-1], {**last, "content": f"{last['content'] or ''}{mark} "}]
+        add_generation_prompt = add_generation_prompt and not continue_final_message
+        text = self._run(
+            messages, max_chars, add_generation_prompt=add_generation_prompt, tools=tools, arguments=arguments or {}
+        )
         if not mark:
             return text
         end = text.rfind(mark)
@@ -75,20 +95,29 @@ class ChatTemplate:
         keeps_blanks = text.startswith(" ", end + len(mark))
         return text[:end] if keeps_blanks else text[:end].rstrip()
 
-    def _run(self, messages: Sequence[Message], max_chars: int, *, add_generation_prompt: bool) -> str:
+    def _run(
+        self,
+        messages: Sequence[Message],
+        max_chars: int,
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        arguments: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
         if self._content_as_parts:
-            messages = [{**message, "content": _as_parts(message["content"])} for message in messages]
+            messages = [{**message, "content": _as_parts(message["content"] or "")} for message in messages]
+        own = {
+            "messages": [dict(message) for message in messages],
+            "tools": tools or None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **self._special_tokens,
+        }
         parts: list[str] = []
         num_chars = 0
         try:
             with time_limit(self._time_limit_s):
-                for part in self._template.generate(
-                    messages=[dict(message) for message in messages],
-                    tools=None,
-                    documents=None,
-                    add_generation_prompt=add_generation_prompt,
-                    **self._special_tokens,
-                ):
+                for part in self._template.generate({**arguments, **own}):
                     parts.append(part)
                     num_chars += len(part)
                     if num_chars > max_chars:

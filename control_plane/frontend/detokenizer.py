@@ -50,10 +50,12 @@ class Detokenization(Protocol):
 class _Pieces:
     """Token id -> the vocabulary's spelling of it, and which ids are special."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, shown: frozenset[int] = frozenset()) -> None:
         self.tokenizer = tokenizer
-        self.special_ids = frozenset(
-            token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
+        # Those in `shown` are text like any other.
+        self.special_ids = (
+            frozenset(token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+            - shown
         )
 
     def spelling(self, token_id: int, skip_special_tokens: bool) -> str | None:
@@ -335,9 +337,9 @@ class WindowDetokenization:
 # --- which one ------------------------------------------------------------------------------------------------------
 
 
-def create_detokenization(tokenizer: Tokenizer) -> Detokenization:
-    """Pick the kind by the tokenizer's `decoder`."""
-    pieces = _Pieces(tokenizer)
+def create_detokenization(tokenizer: Tokenizer, shown: frozenset[int] = frozenset()) -> Detokenization:
+    """Pick the kind by the tokenizer's `decoder`. `shown`: special tokens that are never skipped."""
+    pieces = _Pieces(tokenizer, shown)
     decoder = tokenizer.decoder
     if decoder is None:
         return WindowDetokenization(pieces)

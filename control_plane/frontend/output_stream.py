@@ -6,6 +6,7 @@ a stream whose reader is slow gets fewer and larger messages, and no step is eve
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 
 from stepwire.v1 import inference_pb2 as pb
@@ -14,6 +15,7 @@ from control_plane.core.request import EngineClient, FinishReason, RequestFault,
 from control_plane.frontend.detokenizer import Detokenization, Detokenizer
 from control_plane.frontend.errors import RequestRefused, to_request_error
 from control_plane.frontend.metrics import FrontendMetrics
+from control_plane.frontend.parsers.scanner import IncrementalParser
 from control_plane.frontend.request_builder import BuiltRequest
 from control_plane.frontend.stop import StopMatch, StopMatcher
 
@@ -27,8 +29,10 @@ class _SequenceStream:
     """One sequence: its way from ids to text, and what waits to be sent."""
 
     __slots__ = (
+        "calls",
         "detokenizer",
         "finish_reason",
+        "has_called",
         "has_ended",
         "has_news",
         "last_taken_s",
@@ -36,15 +40,24 @@ class _SequenceStream:
         "matcher",
         "num_new",
         "num_tokens",
+        "parser",
+        "reasoning",
         "stop_string",
         "stop_token_id",
         "texts",
         "token_ids",
     )
 
-    def __init__(self, detokenizer: Detokenizer | None, matcher: StopMatcher | None) -> None:
+    def __init__(
+        self, detokenizer: Detokenizer | None, matcher: StopMatcher | None, parser: IncrementalParser | None = None
+    ) -> None:
         self.detokenizer = detokenizer
         self.matcher = matcher
+        # Tells tool calls and reasoning from text.
+        self.parser = parser
+        self.reasoning: list[str] = []
+        self.calls: list[pb.ToolCallDelta] = []
+        self.has_called = False
         self.texts: list[str] = []
         self.token_ids: list[int] = []
         # (token id, its logprobs)
@@ -76,6 +89,7 @@ class RequestOutput:
         "_is_ready",
         "_metrics",
         "_num_cached_tokens",
+        "_num_reasoning_tokens",
         "_num_tokens",
         "_on_ready",
         "_sequences",
@@ -111,6 +125,7 @@ class RequestOutput:
         self._has_ended = False
         self._error: RequestRefused | None = None
         self._num_tokens = 0
+        self._num_reasoning_tokens = 0
         self._num_cached_tokens = 0
         self._sequences = [self._start_sequence() for _ in range(built.core.num_sequences)]
 
@@ -126,7 +141,8 @@ class RequestOutput:
         if plan.stop_strings is not None:
             matcher = StopMatcher(plan.stop_strings, include_stop_string=plan.include_stop_string)
         detokenizer = self._detokenization.start(skip_special_tokens=plan.skip_special_tokens)
-        return _SequenceStream(detokenizer, matcher)
+        parser = None if plan.start_parser is None else plan.start_parser()
+        return _SequenceStream(detokenizer, matcher, parser)
 
     # ---- in: from the core ----
 
@@ -139,19 +155,27 @@ class RequestOutput:
         sequence = self._sequences[output.index]
         if sequence.has_ended or self._has_ended:
             return
+        if self._built.output.generates_nothing:
+            self._end_with_nothing(sequence, output)
+            return
         sequence.num_new += output.num_tokens
         sequence.num_tokens += output.num_tokens
         finish_reason = output.finish_reason
         has_news = False
+        was_reasoning = sequence.parser is not None and sequence.parser.is_reasoning
         if sequence.detokenizer is not None:
             text = sequence.detokenizer.push(output.token_ids)
             if finish_reason is not None:
                 text += sequence.detokenizer.finish()
             if sequence.matcher is not None:
                 text = self._match(sequence, text, output)
-            if text:
+            if sequence.parser is not None:
+                has_news = self._parse(sequence, text, finish_reason is not None or sequence.has_ended)
+            elif text:
                 sequence.texts.append(text)
                 has_news = True
+        if was_reasoning:
+            self._num_reasoning_tokens += output.num_tokens
         if self._built.output.sends_token_ids:
             sequence.token_ids += output.token_ids
             has_news = True
@@ -168,6 +192,38 @@ class RequestOutput:
             sequence.has_news = True
             if not self._is_ready:
                 self._notify()
+
+    def _parse(self, sequence: _SequenceStream, text: str, is_last: bool) -> bool:
+        """Sort the text into what is said, thought and called; whether there is any news."""
+        parser = sequence.parser
+        if parser is None:
+            return False
+        deltas = [parser.push(text)] if text else []
+        if is_last:
+            deltas.append(parser.finish())
+        has_news = False
+        for delta in deltas:
+            if delta.text:
+                sequence.texts.append(delta.text)
+            if delta.reasoning and not self._built.output.omits_reasoning:
+                sequence.reasoning.append(delta.reasoning)
+            for piece in delta.calls:
+                call = pb.ToolCallDelta(index=piece.index, arguments=piece.arguments, complete=piece.complete)
+                if piece.name:
+                    call.name, call.id = piece.name, f"call_{uuid.uuid4().hex[:24]}"
+                sequence.calls.append(call)
+                sequence.has_called |= piece.complete
+            has_news |= bool(delta.text or delta.reasoning or delta.calls)
+        return has_news
+
+    def _end_with_nothing(self, sequence: _SequenceStream, output: SequenceOutput) -> None:
+        """Only the prompt was wanted: the token that the core drew is nobody's."""
+        sequence.has_ended = sequence.has_news = True
+        sequence.finish_reason = FinishReason.LENGTH
+        if output.finish_reason is None:
+            self._engine.finish_sequence(self.request_id, output.index)
+        if not self._is_ready:
+            self._notify()
 
     def _match(self, sequence: _SequenceStream, text: str, output: SequenceOutput) -> str:
         """The text that may be shown; a stop string in it ends the sequence here and in the core."""
@@ -231,6 +287,8 @@ class RequestOutput:
             accepted.request_id = self.request_id
             accepted.model = self._built.model
             accepted.num_prompt_tokens = len(self._built.core.prompt_ids)
+            if self._built.output.prompt is not None:
+                response.prompt.CopyFrom(self._built.output.prompt)
         for index, sequence in enumerate(self._sequences):
             if sequence.has_news:
                 self._take_sequence(index, sequence, response, now_s)
@@ -249,6 +307,12 @@ class RequestOutput:
         if texts:
             delta.text = texts[0] if len(texts) == 1 else "".join(texts)
             texts.clear()
+        if sequence.reasoning:
+            delta.reasoning = "".join(sequence.reasoning)
+            sequence.reasoning.clear()
+        if sequence.calls:
+            delta.tool_calls.extend(sequence.calls)
+            sequence.calls.clear()
         if sequence.token_ids:
             delta.token_ids.extend(sequence.token_ids)
             sequence.token_ids.clear()
@@ -261,6 +325,8 @@ class RequestOutput:
             self._observe(sequence, num_new, now_s)
         if sequence.finish_reason is not None:
             delta.finish_reason = _FINISH_REASON[sequence.finish_reason]
+            if sequence.has_called and sequence.finish_reason is FinishReason.STOP:
+                delta.finish_reason = pb.FINISH_REASON_TOOL_CALLS
             if sequence.stop_string is not None:
                 delta.stop_string = sequence.stop_string
             elif sequence.stop_token_id is not None:
@@ -295,6 +361,7 @@ class RequestOutput:
         usage.num_prompt_tokens = num_prompt_tokens
         usage.num_completion_tokens = self._num_tokens
         usage.num_cached_tokens = self._num_cached_tokens
+        usage.num_reasoning_tokens = self._num_reasoning_tokens
         reasons = {sequence.finish_reason for sequence in self._sequences}
         metrics.count_end("OK", "length" if FinishReason.LENGTH in reasons else "stop")
         metrics.e2e_latency.observe(now_s - self._arrival_s)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from stepwire.v1 import inference_pb2 as pb
 
-from control_plane.core.request import AdmissionError, CoreRequest, ModelFacts, TokenIdArray
-from control_plane.frontend.chat_template import Message
+from control_plane.core.request import AdmissionError, CoreRequest, Grammar, ModelFacts, TokenIdArray
+from control_plane.frontend.bad_words import BadWords
+from control_plane.frontend.conversation import read_conversation
 from control_plane.frontend.errors import RequestRefused, Violation
+from control_plane.frontend.grammar import GrammarCompiler, GrammarError
+from control_plane.frontend.output_rules import OutputRules
+from control_plane.frontend.parsers.registry import schemas_of
+from control_plane.frontend.parsers.scanner import IncrementalParser
 from control_plane.frontend.request_fields import MAX_CACHE_SALT_CHARS, FieldChecks, StopFields
 from control_plane.frontend.served_model import ServedModel
 from control_plane.frontend.stop import StopStrings
@@ -19,6 +25,15 @@ from control_plane.frontend.tokenizer import TextTokenizer
 CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
 # Text is refused unread beyond this many characters a token of context: no prose has nearly as many.
 MAX_CHARS_PER_TOKEN = 32
+MAX_BAD_WORDS = 256
+MAX_BAD_WORD_CHARS = 256
+# (before, after, here it goes): Qwen 2.5 Coder; StarCoder, Granite Code; DeepSeek Coder; Code Llama.
+_INFILL_MARKS = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # noqa: RUF001 - the model's own spelling
+    ("▁<PRE>", "▁<SUF>", "▁<MID>"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +50,20 @@ class OutputPlan:
     min_tokens: int
     # Stop tokens that are named to the client.
     extra_stop_token_ids: frozenset[int]
+    # Makes the parser of a sequence's text; None: text is text.
+    start_parser: Callable[[], IncrementalParser] | None = None
+    omits_reasoning: bool = False
+    # Only the prompt is wanted: what the core generates is thrown away.
+    generates_nothing: bool = False
+    # What of the prompt is sent.
+    prompt: pb.PromptOutput | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    ids: TokenIdArray  # [num_prompt_tokens]
+    # How a rendered conversation ends; empty for the other inputs.
+    end: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +78,8 @@ class RequestBuilder:
     def __init__(self, model: ServedModel, *, max_n: int = 128) -> None:
         self._model = model
         self._max_n = max_n
+        self._grammars: GrammarCompiler | None = None
+        self._rules = None if model.tokenizer is None else OutputRules(model.tokenizer, model.output_format)
 
     def check_model(self, name: str, facts: ModelFacts) -> None:
         """Raise NOT_FOUND for a name under which nothing is served."""
@@ -73,7 +104,15 @@ class RequestBuilder:
         num_logprobs = request.output.logprobs if request.output.HasField("logprobs") else None
         sampling = checks.sampling(request.sampling, self._model.sampling_defaults, num_logprobs)
         has_tokenizer = self._model.tokenizer is not None
-        stop = checks.stop(request.stop, self._model.eos_token_ids, has_tokenizer=has_tokenizer)
+        _check_prompt_outputs(request, checks)
+        is_prompt_wanted = request.output.prompt_text or request.output.prompt_token_ids
+        stop = checks.stop(
+            request.stop,
+            self._model.eos_token_ids,
+            has_tokenizer=has_tokenizer,
+            may_be_nothing=is_prompt_wanted,
+            is_held=request.HasField("structured_output"),
+        )
         num_sequences = request.n if request.HasField("n") else 1
         if not 1 <= num_sequences <= self._max_n:
             checks.add("n", f"must be from 1 to {self._max_n}, not {num_sequences}")
@@ -83,17 +122,19 @@ class RequestBuilder:
             )
         checks.raise_if_any()
 
-        prompt_ids = await self._prompt_ids(request, facts)
+        prompt = await self._prompt(request, facts)
+        prompt_ids = _truncated(prompt.ids, request, facts.max_model_len)
         core = CoreRequest(
             request_id=uuid.uuid4().hex,
             prompt_ids=prompt_ids,
             sampling=sampling,
-            max_tokens=_max_tokens(len(prompt_ids), stop, facts.max_model_len, _input_field(request)),
+            max_tokens=max(1, _max_tokens(len(prompt_ids), stop, facts.max_model_len, _input_field(request))),
             min_tokens=stop.min_tokens,
             stop_token_ids=stop.token_ids,
             num_sequences=num_sequences,
             priority=request.priority,
             cache_salt=request.cache_salt,
+            grammar=await self._grammar(request, prompt.end, facts),
         )
         output = OutputPlan(
             sends_text=has_tokenizer,
@@ -104,6 +145,10 @@ class RequestBuilder:
             include_stop_string=stop.include_stop_string,
             min_tokens=stop.min_tokens,
             extra_stop_token_ids=stop.extra_token_ids,
+            start_parser=self._parser(request, prompt.end),
+            omits_reasoning=request.output.omit_reasoning,
+            generates_nothing=stop.max_tokens == 0,
+            prompt=await self._prompt_output(request, prompt_ids),
         )
         return BuiltRequest(core, output, self._model.name(facts.model))
 
@@ -116,7 +161,7 @@ class RequestBuilder:
                     request.text, add_special_tokens=not request.no_special_tokens
                 )
             case "chat":
-                return await self._chat_ids(request.chat, facts)
+                return (await self._chat_prompt(request.chat, facts)).ids
             case _:
                 raise RequestRefused.invalid(Violation("input", "is missing: give text or chat"))
 
@@ -126,17 +171,91 @@ class RequestBuilder:
         _check_vocabulary("token_ids", np.array(request.token_ids, dtype=np.uint32), facts.vocab_size)
         return await tokenizer.decode(request.token_ids)
 
-    async def _prompt_ids(self, request: pb.GenerateRequest, facts: ModelFacts) -> TokenIdArray:
+    async def _grammar(self, request: pb.GenerateRequest, prompt_end: str, facts: ModelFacts) -> Grammar | None:
+        """What the request's text is held to, compiled; None: anything goes."""
+        source, field, is_needed = None, "structured_output", True
+        chat = request.chat
+        is_chat = request.WhichOneof("input") == "chat"
+        if request.HasField("structured_output"):
+            if is_chat and _forces_calls(chat):
+                raise RequestRefused.invalid(
+                    Violation(field, "cannot be combined with a tool_choice that forces a call")
+                )
+            field = f"{field}.{request.structured_output.WhichOneof('format')}"
+            source = self._output_rules(field).structured(request.structured_output, prompt_end if is_chat else None)
+        elif is_chat and chat.tools and chat.tool_choice.mode != pb.TOOL_CHOICE_MODE_NONE:
+            field = "chat.tools"
+            is_needed = _forces_calls(chat) or any(tool.function.strict for tool in chat.tools)
+            rules = self._output_rules(field)
+            if _forces_calls(chat):
+                source = rules.forced_calls(chat, prompt_end)
+            elif all(not tool.function.HasField("strict") or tool.function.strict for tool in chat.tools):
+                source = rules.optional_calls(chat)
+        grammar: Grammar | None = None
+        if source is not None and (facts.can_mask_tokens or is_needed):
+            try:
+                grammar = await self._compiler(field, facts).compile(source)
+            except GrammarError as error:
+                if is_needed:
+                    raise RequestRefused.invalid(Violation(field, str(error))) from error
+        if request.sampling.bad_words:
+            words = await self._tokenizer("sampling.bad_words").spellings(request.sampling.bad_words)
+            self._check_masks("sampling.bad_words", facts)
+            grammar = BadWords(words, grammar)
+        return grammar
+
+    def _output_rules(self, field: str) -> OutputRules:
+        self._tokenizer(field)
+        assert self._rules is not None
+        return self._rules
+
+    def _check_masks(self, field: str, facts: ModelFacts) -> None:
+        if not facts.can_mask_tokens:
+            raise RequestRefused.invalid(Violation(field, "this server's worker cannot restrict what is generated"))
+
+    def _compiler(self, field: str, facts: ModelFacts) -> GrammarCompiler:
+        self._check_masks(field, facts)
+        if self._grammars is None or self._grammars.vocab_size != facts.vocab_size:
+            self._grammars = GrammarCompiler(
+                self._tokenizer(field).to_json(), facts.vocab_size, list(self._model.eos_token_ids)
+            )
+        return self._grammars
+
+    def _parser(self, request: pb.GenerateRequest, prompt_end: str) -> Callable[[], IncrementalParser] | None:
+        if request.WhichOneof("input") != "chat" or self._model.tokenizer is None:
+            return None
+        chat = request.chat
+        has_tools = bool(chat.tools) and chat.tool_choice.mode != pb.TOOL_CHOICE_MODE_NONE
+        tools = [(tool.function.name, tool.function.parameters) for tool in chat.tools]
+        return self._model.output_format.start(schemas_of(tools) if has_tools else None, prompt_end)
+
+    async def _prompt_output(self, request: pb.GenerateRequest, ids: TokenIdArray) -> pb.PromptOutput | None:
+        wanted = request.output
+        if not (wanted.prompt_text or wanted.prompt_token_ids):
+            return None
+        output = pb.PromptOutput()
+        if wanted.prompt_text:
+            output.text = request.text or await self._tokenizer("output.prompt_text").decode(ids.tolist())
+        if wanted.prompt_token_ids:
+            output.token_ids.extend(ids.tolist())
+        return output
+
+    async def _prompt(self, request: pb.GenerateRequest, facts: ModelFacts) -> _Prompt:
+        end = ""
         match request.WhichOneof("input"):
             case "token_ids":
                 ids = np.array(request.token_ids.ids, dtype=np.uint32)  # [num_prompt_tokens]
                 _check_vocabulary("token_ids.ids", ids, facts.vocab_size)
             case "text":
                 self._check_num_chars("text", len(request.text), facts)
-                ids = await self._tokenizer("text").encode_text(request.text, add_special_tokens=True)
+                if request.HasField("suffix"):
+                    ids = await self._infill(request.text, request.suffix)
+                else:
+                    ids = await self._tokenizer("text").encode_text(request.text, add_special_tokens=True)
                 _check_vocabulary("text", ids, facts.vocab_size)
             case "chat":
-                ids = await self._chat_ids(request.chat, facts)
+                prompt = await self._chat_prompt(request.chat, facts)
+                ids, end = prompt.ids, prompt.end
                 _check_vocabulary("chat.messages", ids, facts.vocab_size)
             case _:
                 raise RequestRefused.invalid(Violation("input", "is missing: give text, token_ids or chat"))
@@ -144,23 +263,42 @@ class RequestBuilder:
             raise RequestRefused.invalid(
                 Violation(_input_field(request), "the prompt is empty: give at least one token")
             )
-        return ids
+        if request.HasField("suffix") and request.WhichOneof("input") != "text":
+            raise RequestRefused.invalid(Violation("suffix", "is only taken with a text prompt"))
+        return _Prompt(ids, end)
 
-    async def _chat_ids(self, chat: pb.ChatInput, facts: ModelFacts) -> TokenIdArray:
+    @property
+    def can_infill(self) -> bool:
+        return self._model.tokenizer is not None and _infill_marks(self._model.tokenizer) is not None
+
+    async def _infill(self, before: str, after: str) -> TokenIdArray:
+        """The prompt from which a model writes what stands between two texts."""
+        tokenizer = self._tokenizer("suffix")
+        marks = _infill_marks(tokenizer)
+        if marks is None:
+            raise RequestRefused.invalid(Violation("suffix", "this model does not define how to fill in; leave it out"))
+        prefix, suffix, middle = marks
+        return await tokenizer.encode_text(f"{prefix}{before}{suffix}{after}{middle}", add_special_tokens=True)
+
+    async def _chat_prompt(self, chat: pb.ChatInput, facts: ModelFacts) -> _Prompt:
         tokenizer = self._tokenizer("chat")
         template = self._model.chat_template
         if template is None:
             raise RequestRefused.invalid(
                 Violation("chat", "this model has no chat template; use text, or start the server with --chat-template")
             )
-        messages, num_chars = _messages(chat)
-        self._check_num_chars("chat.messages", num_chars, facts)
-        return await tokenizer.encode_chat(
+        conversation = read_conversation(chat, template)
+        self._check_num_chars("chat.messages", conversation.num_chars, facts)
+        ids, end = await tokenizer.encode_chat(
             template,
-            messages,
+            conversation.messages,
             max_chars=self._max_chars(facts),
             continue_final_message=chat.continue_final_message,
+            add_generation_prompt=not chat.no_generation_prompt,
+            tools=conversation.tools,
+            arguments=conversation.arguments,
         )
+        return _Prompt(ids, end)
 
     def _tokenizer(self, field: str) -> TextTokenizer:
         if self._model.tokenizer is None:
@@ -202,32 +340,45 @@ def _input_field(request: pb.GenerateRequest) -> str:
             return "text"
 
 
-def _messages(chat: pb.ChatInput) -> tuple[list[Message], int]:
-    """Messages as templates know them, and how many characters they have.
+def _infill_marks(tokenizer: TextTokenizer) -> tuple[str, str, str] | None:
+    known = (marks for marks in _INFILL_MARKS if all(tokenizer.token_id(mark) is not None for mark in marks))
+    return next(known, None)
 
-    Texts of one message that came in several parts are joined by line breaks.
-    """
-    if not chat.messages:
-        raise RequestRefused.invalid(Violation("chat.messages", "is empty: give at least one message"))
-    messages: list[Message] = []
-    num_chars = 0
-    violations: list[Violation] = []
-    for index, message in enumerate(chat.messages):
-        if not message.role:
-            violations.append(Violation(f"chat.messages[{index}].role", "is missing"))
-        for part_index, part in enumerate(message.content):
-            if part.WhichOneof("part") is None:
-                violations.append(
-                    Violation(f"chat.messages[{index}].content[{part_index}]", "is empty or of a kind not known here")
-                )
-        rendered: Message = {"role": message.role, "content": "\n".join(part.text for part in message.content)}
-        if message.name:
-            rendered["name"] = message.name
-        messages.append(rendered)
-        num_chars += sum(map(len, rendered.values()))
-    if violations:
-        raise RequestRefused.invalid(*violations)
-    return messages, num_chars
+
+def _forces_calls(chat: pb.ChatInput) -> bool:
+    choice = chat.tool_choice
+    return choice.WhichOneof("choice") == "function_name" or choice.mode == pb.TOOL_CHOICE_MODE_REQUIRED
+
+
+def _check_prompt_outputs(request: pb.GenerateRequest, checks: FieldChecks) -> None:
+    if request.output.HasField("prompt_logprobs"):
+        checks.add("output.prompt_logprobs", "is not supported by this server's worker; leave it out")
+    if request.HasField("truncate_prompt_tokens") and not (
+        request.truncate_prompt_tokens == -1 or request.truncate_prompt_tokens >= 1
+    ):
+        checks.add("truncate_prompt_tokens", f"must be at least 1, or -1, not {request.truncate_prompt_tokens}")
+    if len(request.sampling.bad_words) > MAX_BAD_WORDS:
+        checks.add(
+            "sampling.bad_words", f"has {len(request.sampling.bad_words)} words; at most {MAX_BAD_WORDS} are taken"
+        )
+    for index, word in enumerate(request.sampling.bad_words):
+        if not word or len(word) > MAX_BAD_WORD_CHARS:
+            checks.add(f"sampling.bad_words[{index}]", f"must have 1 to {MAX_BAD_WORD_CHARS} characters")
+
+
+def _truncated(ids: TokenIdArray, request: pb.GenerateRequest, max_model_len: int) -> TokenIdArray:
+    """The prompt's last tokens, if only they are wanted."""
+    if not request.HasField("truncate_prompt_tokens"):
+        return ids
+    wanted = request.truncate_prompt_tokens
+    if wanted > max_model_len:
+        raise RequestRefused.invalid(
+            Violation("truncate_prompt_tokens", f"is {wanted}, but this model's context holds {max_model_len} tokens")
+        )
+    if wanted == -1:
+        room = max(request.stop.max_tokens if request.stop.HasField("max_tokens") else 1, request.stop.min_tokens, 1)
+        wanted = max(1, max_model_len - room)
+    return ids[-wanted:]
 
 
 def _check_vocabulary(field: str, ids: TokenIdArray, vocab_size: int) -> None:

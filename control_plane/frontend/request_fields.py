@@ -129,9 +129,18 @@ class FieldChecks:
             self.token_id(f"sampling.allowed_token_ids[{index}]", largest)
         return allowed
 
-    def stop(self, stop: pb.StopConditions, eos_token_ids: frozenset[int], *, has_tokenizer: bool) -> StopFields:
+    def stop(
+        self,
+        stop: pb.StopConditions,
+        eos_token_ids: frozenset[int],
+        *,
+        has_tokenizer: bool,
+        may_be_nothing: bool = False,
+        is_held: bool = False,
+    ) -> StopFields:
+        """`may_be_nothing`: max_tokens 0 is allowed. `is_held`: a grammar says where the end may be."""
         max_tokens = stop.max_tokens if stop.HasField("max_tokens") else None
-        if max_tokens == 0:
+        if max_tokens == 0 and not may_be_nothing:
             self.add("stop.max_tokens", "must be at least 1")
         elif max_tokens is not None and stop.min_tokens > max_tokens:
             self.add("stop.min_tokens", f"is {stop.min_tokens}, more than stop.max_tokens, which is {max_tokens}")
@@ -150,7 +159,7 @@ class FieldChecks:
             min_tokens=stop.min_tokens,
             strings=self._stop_strings(stop, has_tokenizer=has_tokenizer),
             include_stop_string=stop.include_stop_string,
-            token_ids=extra if stop.ignore_eos else extra | known_eos,
+            token_ids=extra if stop.ignore_eos and not is_held else extra | known_eos,
             extra_token_ids=extra,
         )
 

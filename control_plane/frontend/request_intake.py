@@ -9,10 +9,11 @@ import structlog
 from stepwire.v1 import inference_pb2 as pb
 
 from control_plane.core.request import AdmissionError, EngineClient, ModelFacts
+from control_plane.frontend.detokenizer import Detokenization
 from control_plane.frontend.errors import RequestRefused, internal_error
 from control_plane.frontend.metrics import FrontendMetrics
 from control_plane.frontend.output_stream import RequestOutput
-from control_plane.frontend.request_builder import RequestBuilder, from_admission
+from control_plane.frontend.request_builder import BuiltRequest, RequestBuilder, from_admission
 from control_plane.frontend.served_model import ServedModel
 
 log = structlog.get_logger(__name__)
@@ -63,6 +64,12 @@ class RequestIntake:
             self.metrics.count_end("INTERNAL")
             raise internal_error() from error
 
+    def _detokenization(self, built: BuiltRequest) -> Detokenization | None:
+        """A parser has to see marks that are special tokens."""
+        if built.output.start_parser is not None and self.model.marked_detokenization is not None:
+            return self.model.marked_detokenization
+        return None if self.model.tokenizer is None else self.model.tokenizer.detokenization
+
     async def _submit(
         self, request: pb.GenerateRequest, on_ready: Callable[[RequestOutput], None], arrival_s: float, tag: int
     ) -> RequestOutput:
@@ -81,11 +88,10 @@ class RequestIntake:
             built = await self.builder.build(request, facts)
         finally:
             self._num_preparing -= 1
-        tokenizer = self.model.tokenizer
         output = RequestOutput(
             built,
             self.engine,
-            None if tokenizer is None else tokenizer.detokenization,
+            self._detokenization(built),
             self.metrics,
             on_ready,
             arrival_s=arrival_s,

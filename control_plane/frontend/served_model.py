@@ -10,7 +10,9 @@ from pathlib import Path
 import structlog
 
 from control_plane.frontend.chat_template import ChatTemplate
+from control_plane.frontend.detokenizer import Detokenization
 from control_plane.frontend.model_files import ModelFilesError, read_model_files
+from control_plane.frontend.parsers.registry import OutputFormat
 from control_plane.frontend.tokenizer import TextTokenizer
 
 log = structlog.get_logger(__name__)
@@ -27,6 +29,10 @@ class ServedModel:
     eos_token_ids: frozenset[int] = frozenset()
     # Subset of SamplingParams' fields, from generation_config.json.
     sampling_defaults: Mapping[str, float] = field(default_factory=dict)
+    # How tool calls and reasoning are read in what it writes.
+    output_format: OutputFormat = field(default_factory=lambda: OutputFormat("", ""))
+    # Detokenization that shows the marks of that.
+    marked_detokenization: Detokenization | None = None
     created_s: int = field(default_factory=lambda: int(time.time()))
 
     def name(self, worker_model: str) -> str:
@@ -43,6 +49,8 @@ def load_served_model(
     names: Sequence[str] = (),
     chat_template_file: Path | None = None,
     num_tokenizer_threads: int = 2,
+    tool_call_parser: str = "auto",
+    reasoning_parser: str = "auto",
 ) -> ServedModel:
     """Read the text side of a model directory.
 
@@ -70,4 +78,15 @@ def load_served_model(
         log.warning("no tokenizer.json: this server takes and gives token ids only")
     if tokenizer is not None and not eos_token_ids:
         log.warning("no eos_token_id in the model's files: sequences end at max_tokens or at the context's end")
-    return ServedModel(tuple(names), tokenizer, template, eos_token_ids, files.sampling_defaults)
+    output_format = OutputFormat("", "")
+    if template is not None:
+        output_format = OutputFormat.choose(template.source, tool_call_parser, reasoning_parser)
+    return ServedModel(
+        tuple(names),
+        tokenizer,
+        template,
+        eos_token_ids,
+        files.sampling_defaults,
+        output_format,
+        None if tokenizer is None else tokenizer.show(output_format.marks),
+    )

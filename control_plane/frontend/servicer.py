@@ -93,6 +93,10 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
             vocab_size=facts.vocab_size,
             has_tokenizer=model.tokenizer is not None,
             has_chat_template=model.chat_template is not None,
+            tool_call_parser=model.output_format.tool_parser,
+            reasoning_parser=model.output_format.reasoning_parser,
+            has_structured_output=model.tokenizer is not None and facts.can_mask_tokens,
+            has_infilling=self._intake.builder.can_infill,
         )
 
 

@@ -7,10 +7,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -23,6 +23,8 @@ from control_plane.frontend.special_text import SpecialTextGuard
 
 Result = TypeVar("Result")
 
+_END_CHARS = 256
+
 
 class TextTokenizer:
     """The model's tokenizer, read once. The coroutines may be awaited by any number of requests at a time."""
@@ -33,6 +35,9 @@ class TextTokenizer:
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._guard = SpecialTextGuard(tokenizer)
+        self._special_ids = frozenset(
+            token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
+        )
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenizer")
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
         self.detokenization: Detokenization = create_detokenization(tokenizer)
@@ -71,23 +76,32 @@ class TextTokenizer:
         messages: Sequence[Message],
         *,
         max_chars: int,
-        continue_final_message: bool,
-    ) -> TokenIdArray:
+        continue_final_message: bool = False,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> tuple[TokenIdArray, str]:
         """Ids of a rendered conversation; the text of special tokens inside a message stays text.
 
         Returns:
             ids  # [num_tokens], uint32
+            The rendered text's last characters, to see how the answer begins.
         """
 
-        def encode() -> TokenIdArray:
-            masked = [
-                {key: self._guard.mask(value) if isinstance(value, str) else value for key, value in message.items()}
-                for message in messages
-            ]
-            text = template.render(masked, max_chars=max_chars, continue_final_message=continue_final_message)
-            if self._guard.always or any(one != other for one, other in zip(masked, messages, strict=True)):
-                return _as_array(self._guard.encode(text))
-            return _as_array(self._encode(text, add_special_tokens=False))
+        def encode() -> tuple[TokenIdArray, str]:
+            given = [list(messages), list(tools or ()), dict(arguments or {})]
+            masked = self._masked(given)
+            text = template.render(
+                masked[0],
+                max_chars=max_chars,
+                continue_final_message=continue_final_message,
+                add_generation_prompt=add_generation_prompt,
+                tools=masked[1],
+                arguments=masked[2],
+            )
+            if self._guard.always or masked != given:
+                return _as_array(self._guard.encode(text)), text[-_END_CHARS:]
+            return _as_array(self._encode(text, add_special_tokens=False)), text[-_END_CHARS:]
 
         return await self._in_pool(encode)
 
@@ -99,6 +113,42 @@ class TextTokenizer:
             return text
 
         return await self._in_pool(decode)
+
+    def _masked(self, value: Any) -> Any:
+        """A JSON value with every text in it masked, keys included."""
+        if isinstance(value, str):
+            return self._guard.mask(value)
+        if isinstance(value, list | tuple):
+            return [self._masked(each) for each in value]
+        if isinstance(value, dict):
+            return {self._guard.mask(str(key)): self._masked(each) for key, each in value.items()}
+        return value
+
+    def to_json(self) -> str:
+        """The tokenizer as tokenizer.json has it."""
+        return str(self._tokenizer.to_str())
+
+    def special_id(self, text: str) -> int | None:
+        """The id of a special token by its text; None where the text is none."""
+        token_id = self.token_id(text)
+        return token_id if token_id in self._special_ids else None
+
+    def show(self, texts: Sequence[str]) -> Detokenization:
+        """A detokenization in which these special tokens are text."""
+        shown = frozenset(token_id for text in texts if (token_id := self.special_id(text)) is not None)
+        return create_detokenization(self._tokenizer, shown) if shown else self.detokenization
+
+    async def spellings(self, words: Sequence[str]) -> list[tuple[int, ...]]:
+        """Ids of each word, with and without a blank before it."""
+
+        def encode() -> list[tuple[int, ...]]:
+            found: dict[tuple[int, ...], None] = {}
+            for word in words:
+                for spelled in (word, " " + word.lstrip()):
+                    found[tuple(self._encode(spelled, add_special_tokens=False))] = None
+            return list(found)
+
+        return await self._in_pool(encode)
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids

@@ -161,7 +161,7 @@ def test_mask_round_trip(vocab_size: int, num_words: int) -> None:
 @pytest.mark.parametrize(
     ("rows", "num_words", "message"),
     [
-        ([3], 4, "TokenMask.rows has 1 entries where 2 are needed"),
+        ([3], 8, "TokenMask.bitmask has 8 entries where 4 are needed"),
         ([3, 6], 8, "holds row 6, which is not as in the step's mask_rows"),
         ([3, 3], 8, "holds a row twice"),
         ([3, 5], 7, "TokenMask.bitmask has 7 entries where 8 are needed"),

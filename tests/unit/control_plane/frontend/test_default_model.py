@@ -28,7 +28,7 @@ async def test_a_conversation_has_the_ids_that_transformers_gives(
     smollm2: ServedModel, smollm2_dir: Path, messages: list[dict[str, str]]
 ) -> None:
     assert smollm2.tokenizer is not None and smollm2.chat_template is not None
-    ids = await smollm2.tokenizer.encode_chat(
+    ids, _ = await smollm2.tokenizer.encode_chat(
         smollm2.chat_template, messages, max_chars=10_000, continue_final_message=False
     )
     reference = PreTrainedTokenizerFast.from_pretrained(smollm2_dir)

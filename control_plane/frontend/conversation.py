@@ -1,0 +1,180 @@
+"""A ChatInput as chat templates know conversations: plain dicts, in the shape that models' templates agree on."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+from stepwire.v1 import inference_pb2 as pb
+
+from control_plane.frontend.chat_template import ChatTemplate, Message
+from control_plane.frontend.errors import RequestRefused, Violation
+
+_TOOL_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
+_EFFORT_PREFIX = "REASONING_EFFORT_"
+# For templates that have no place for tools: the prompt that Hermes' models were trained with says it best.
+_TOOLS_PROMPT = """You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{tools}
+</tools>
+
+For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
+<tool_call>
+{{"name": <function-name>, "arguments": <args-json-object>}}
+</tool_call>"""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    messages: list[Message]
+    tools: list[dict[str, Any]]
+    # Further variables of the template.
+    arguments: dict[str, Any]
+    num_chars: int
+
+
+def read_conversation(chat: pb.ChatInput, template: ChatTemplate) -> Conversation:
+    """Texts of one message that came in several parts are joined by line breaks. Raises `RequestRefused`."""
+    if not chat.messages:
+        raise RequestRefused.invalid(Violation("chat.messages", "is empty: give at least one message"))
+    violations: list[Violation] = []
+    messages = [_message(index, message, violations) for index, message in enumerate(chat.messages)]
+    tools = _tools(chat, violations)
+    if violations:
+        raise RequestRefused.invalid(*violations)
+    if "developer" not in template.source:
+        for message in messages:
+            if message["role"] == "developer":
+                message["role"] = "system"
+    if tools and not template.shows_tools:
+        messages = _with_tools_prompt(messages, tools)
+    arguments = _arguments(chat)
+    num_chars = _num_chars(messages) + _num_chars(tools) + _num_chars(arguments)
+    return Conversation(messages, tools, arguments, num_chars)
+
+
+def _message(index: int, message: pb.ChatMessage, violations: list[Violation]) -> Message:
+    where = f"chat.messages[{index}]"
+    if not message.role:
+        violations.append(Violation(f"{where}.role", "is missing"))
+    for part_index, part in enumerate(message.content):
+        if part.WhichOneof("part") is None:
+            violations.append(Violation(f"{where}.content[{part_index}]", "is empty or of a kind not known here"))
+    text: str | None = "\n".join(part.text for part in message.content)
+    calls = [_tool_call(f"{where}.tool_calls[{at}]", call, violations) for at, call in enumerate(message.tool_calls)]
+    if calls and not message.content:
+        text = None
+    rendered: Message = {"role": message.role, "content": text}
+    if message.name:
+        rendered["name"] = message.name
+    if calls:
+        rendered["tool_calls"] = calls
+    if message.tool_call_id:
+        rendered["tool_call_id"] = message.tool_call_id
+    if message.reasoning:
+        rendered["reasoning"] = rendered["reasoning_content"] = rendered["thinking"] = message.reasoning
+    return rendered
+
+
+def _tool_call(where: str, call: pb.ToolCall, violations: list[Violation]) -> dict[str, Any]:
+    """Templates take the arguments as an object, not as its text."""
+    try:
+        arguments = json.loads(call.arguments or "{}")
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        violations.append(Violation(f"{where}.arguments", "must be a JSON object as text"))
+    if not call.name:
+        violations.append(Violation(f"{where}.name", "is missing"))
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+
+
+def _tools(chat: pb.ChatInput, violations: list[Violation]) -> list[dict[str, Any]]:
+    """What the model is shown: nothing where it must not call anything."""
+    tools = []
+    names = set()
+    for index, tool in enumerate(chat.tools):
+        function = tool.function
+        where = f"chat.tools[{index}].function"
+        if not _TOOL_NAME.fullmatch(function.name):
+            violations.append(
+                Violation(f"{where}.name", "must be 1 to 128 letters, digits, underscores, hyphens or dots")
+            )
+        elif function.name in names:
+            violations.append(Violation(f"{where}.name", f"{function.name!r} is the name of another tool already"))
+        names.add(function.name)
+        shown: dict[str, Any] = {"name": function.name, "description": function.description}
+        try:
+            parameters = json.loads(function.parameters) if function.parameters else {"type": "object"}
+        except (ValueError, RecursionError):
+            parameters = None
+        if not isinstance(parameters, dict):
+            violations.append(Violation(f"{where}.parameters", "must be a JSON Schema: an object as JSON text"))
+        shown["parameters"] = parameters
+        tools.append({"type": "function", "function": shown})
+    choice = chat.tool_choice
+    wanted = [choice.function_name] if choice.WhichOneof("choice") == "function_name" else []
+    for name in (*wanted, *choice.allowed_function_names):
+        if name not in names:
+            violations.append(Violation("chat.tool_choice", f"{name[:128]!r} is not the name of one of the tools"))
+    if choice.mode in (pb.TOOL_CHOICE_MODE_AUTO, pb.TOOL_CHOICE_MODE_REQUIRED) and not names:
+        violations.append(Violation("chat.tool_choice", "is only allowed together with tools"))
+    return [] if choice.mode == pb.TOOL_CHOICE_MODE_NONE else tools
+
+
+def _with_tools_prompt(messages: list[Message], tools: Sequence[Mapping[str, Any]]) -> list[Message]:
+    listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+    prompt = _TOOLS_PROMPT.format(tools=listed)
+    # Such templates know neither calls nor their results.
+    known: list[Message] = [{"role": "system", "content": prompt}]
+    for message in messages:
+        content = message["content"] or ""
+        if message["role"] == "system" and len(known) == 1:
+            known[0] = {"role": "system", "content": f"{content}\n\n{prompt}"}
+        elif message["role"] == "tool":
+            known.append({"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"})
+        elif "tool_calls" in message:
+            calls = [json.dumps(call["function"], ensure_ascii=False) for call in message["tool_calls"]]
+            text = "\n".join([content, *(f"<tool_call>\n{call}\n</tool_call>" for call in calls)]).strip()
+            known.append({"role": message["role"], "content": text})
+        else:
+            known.append(message)
+    return known
+
+
+def _arguments(chat: pb.ChatInput) -> dict[str, Any]:
+    arguments: dict[str, Any] = _whole_numbers(MessageToDict(chat.template_arguments))
+    if chat.reasoning_effort:
+        effort = pb.ReasoningEffort.Name(chat.reasoning_effort).removeprefix(_EFFORT_PREFIX).lower()
+        arguments.setdefault("reasoning_effort", effort)
+        if effort == "none":
+            arguments.setdefault("enable_thinking", False)
+            arguments.setdefault("thinking", False)
+    return arguments
+
+
+def _whole_numbers(value: Any) -> Any:
+    """A Struct has no integers."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, dict):
+        return {key: _whole_numbers(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_whole_numbers(each) for each in value]
+    return value
+
+
+def _num_chars(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(len(str(key)) + _num_chars(each) for key, each in value.items())
+    if isinstance(value, list):
+        return sum(map(_num_chars, value))
+    return 8

@@ -1,0 +1,218 @@
+"""Formats that generated text is held to, compiled to grammars by llguidance.
+
+Four methods are the seam: `GrammarCompiler.compile` makes a `Grammar` of a specification, off the event loop, within
+limits and once per specification; `start`, `accept` and `fill_mask` are what the core sees of it. The tokenizer is read
+from tokenizer.json; neither torch nor transformers is needed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import llguidance
+import numpy as np
+import numpy.typing as npt
+from llguidance import gbnf_to_lark
+
+from control_plane.core.request import Grammar, TokenMatcher
+
+# Of a specification, in characters.
+MAX_GRAMMAR_CHARS = 256 * 1024
+MAX_REGEX_CHARS = 16 * 1024
+MAX_CHOICES = 4096
+# Brackets within brackets: parsers recurse.
+MAX_NESTING = 64
+MAX_CACHED_GRAMMARS = 256
+COMPILE_TIMEOUT_S = 5.0
+# Blanks between the parts of a JSON text: a model that is held to a schema may otherwise say nothing else for ever.
+JSON_BLANKS = r"[\x20\x0A\x0D\x09]{1,16}"
+
+_LIMITS = llguidance.LLParserLimits(
+    max_grammar_size=200_000, max_lexer_states=50_000, step_lexer_fuel=100_000, verbose_errors=False
+)
+
+
+class GrammarError(Exception):
+    """A specification that cannot be enforced, or is too large; the message is for the client."""
+
+
+class GrammarCompiler:
+    """For one tokenizer and the ids that one model's logits have."""
+
+    def __init__(self, tokenizer_json: str, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        self.vocab_size = vocab_size
+        self._tokenizer_json = tokenizer_json
+        self._eos_token_ids = [token_id for token_id in sorted(eos_token_ids) if token_id < vocab_size]
+        self._tokenizer: llguidance.LLTokenizer | None = None
+        # Work on the tokenizer's table cannot be interrupted: one at a time keeps a core free for the steps.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self._cache: OrderedDict[str, Grammar] = OrderedDict()
+
+    async def compile(self, source: str) -> Grammar:
+        """`source` is what `lark_grammar` and its kin return. Raises `GrammarError`."""
+        grammar = self._cache.get(source)
+        if grammar is None:
+            compiling = asyncio.get_running_loop().run_in_executor(self._thread, self._compile, source)
+            try:
+                grammar = await asyncio.wait_for(asyncio.shield(compiling), COMPILE_TIMEOUT_S)
+            except TimeoutError:
+                compiling.add_done_callback(lambda late: late.cancelled() or late.exception())
+                raise GrammarError(f"took longer than {COMPILE_TIMEOUT_S:g} s to compile: make it simpler") from None
+        self._cache[source] = grammar
+        self._cache.move_to_end(source)
+        if len(self._cache) > MAX_CACHED_GRAMMARS:
+            self._cache.popitem(last=False)
+        return grammar
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _compile(self, source: str) -> Grammar:
+        if self._tokenizer is None:
+            self._tokenizer = llguidance.LLTokenizer(
+                self._tokenizer_json, n_vocab=self.vocab_size, eos_token=self._eos_token_ids or None
+            )
+        try:
+            matcher = llguidance.LLMatcher(self._tokenizer, source, limits=_LIMITS, log_level=0)
+            probe = matcher
+            if not matcher.is_error():
+                # What explodes does so with the first mask; copies share a lexer, which may tell only the next one.
+                matcher.deep_copy().compute_bitmask()
+                probe = matcher.deep_copy()
+                probe.compute_bitmask()
+        except BaseException as error:  # a panic of the library is none of Exception
+            raise GrammarError(f"cannot be compiled: {type(error).__name__}") from error
+        if probe.is_error():
+            raise GrammarError(_first_line(probe.get_error()))
+        return _CompiledGrammar(matcher, self.vocab_size)
+
+
+class _CompiledGrammar:
+    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+
+    def start(self) -> TokenMatcher:
+        return _Matcher(self._matcher.deep_copy(), self._vocab_size)
+
+
+class _Matcher:
+    __slots__ = ("_matcher", "_num_words")
+
+    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
+        self._matcher = matcher
+        self._num_words = -(-vocab_size // 32)
+
+    def accept(self, token_ids: Sequence[int]) -> None:
+        if token_ids:
+            self._matcher.consume_tokens(list(token_ids))
+
+    def fill_mask(self, out: npt.NDArray[np.uint32]) -> None:
+        self._matcher.unsafe_compute_mask_ptr(out.ctypes.data, out.nbytes)
+
+    @property
+    def is_over(self) -> bool:
+        return self._matcher.is_stopped() and not self._matcher.is_error()
+
+    @property
+    def error(self) -> str:
+        return _first_line(self._matcher.get_error()) if self._matcher.is_error() else ""
+
+
+def _first_line(message: str) -> str:
+    return message.strip().partition("\n")[0][:300] or "cannot be compiled"
+
+
+# ---- sources ----
+
+
+def json_schema_grammar(schema: str, *, compact: bool = False) -> str:
+    return llguidance.LLMatcher.grammar_from_json_schema(
+        checked_schema(schema), overrides=_json_options(compact=compact)
+    )
+
+
+def json_object_grammar(*, compact: bool = False) -> str:
+    return json_schema_grammar('{"type":"object"}', compact=compact)
+
+
+def regex_grammar(regex: str) -> str:
+    if len(regex) > MAX_REGEX_CHARS:
+        raise GrammarError(f"has {len(regex)} characters; at most {MAX_REGEX_CHARS} are taken")
+    _check_nesting(regex)
+    return llguidance.LLMatcher.grammar_from_regex(regex)
+
+
+def choice_grammar(texts: Sequence[str]) -> str:
+    if not texts or not all(texts):
+        raise GrammarError("must hold at least one text, and none that is empty")
+    if len(texts) > MAX_CHOICES or sum(map(len, texts)) > MAX_GRAMMAR_CHARS:
+        raise GrammarError(f"may hold at most {MAX_CHOICES} texts and {MAX_GRAMMAR_CHARS} characters together")
+    return lark_grammar("start: " + " | ".join(map(quoted, texts)))
+
+
+def context_free_grammar(text: str, syntax: str) -> str:
+    """syntax: "lark" or "gbnf"."""
+    _check_size(text)
+    _check_nesting(text)
+    if syntax == "gbnf":
+        try:
+            text = gbnf_to_lark.gbnf_to_lark(text)
+        except Exception as error:  # the converter raises what it likes
+            raise GrammarError(f"is not valid GBNF: {error}") from error
+    return lark_grammar(text)
+
+
+def lark_grammar(text: str) -> str:
+    return llguidance.LLMatcher.grammar_from_lark(text)
+
+
+def quoted(text: str) -> str:
+    """A text as a literal of Lark; nothing for the empty text."""
+    return json.dumps(text, ensure_ascii=False) if text else ""
+
+
+def json_rule(schema: str) -> str:
+    """A schema as part of a Lark rule."""
+    options = {"x-guidance": _json_options(compact=False)}
+    parsed = json.loads(checked_schema(schema))
+    return "%json " + json.dumps({**parsed, **options} if isinstance(parsed, dict) else options)
+
+
+def checked_schema(schema: str) -> str:
+    """The schema's text, if it is JSON of a bearable size."""
+    _check_size(schema)
+    _check_nesting(schema)
+    try:
+        parsed = json.loads(schema)
+    except (ValueError, RecursionError) as error:
+        raise GrammarError(f"is not valid JSON: {error}") from error
+    if parsed is True:
+        return "{}"
+    if not isinstance(parsed, dict):
+        raise GrammarError("must be a JSON object")
+    return schema
+
+
+def _json_options(*, compact: bool) -> llguidance._lib.JsonCompileOptions:
+    return {"whitespace_flexible": False} if compact else {"whitespace_pattern": JSON_BLANKS}
+
+
+def _check_size(text: str) -> None:
+    if len(text) > MAX_GRAMMAR_CHARS:
+        raise GrammarError(f"has {len(text)} characters; at most {MAX_GRAMMAR_CHARS} are taken")
+
+
+def _check_nesting(text: str) -> None:
+    depth = 0
+    for character in text:
+        if character in "([{":
+            depth += 1
+            if depth > MAX_NESTING:
+                raise GrammarError(f"nests brackets more than {MAX_NESTING} deep")
+        elif character in ")]}":
+            depth = max(0, depth - 1)

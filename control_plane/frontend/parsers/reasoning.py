@@ -1,0 +1,37 @@
+"""What a model thinks before it answers, between two marks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from control_plane.frontend.parsers.scanner import Parsing, Scanner
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningMarks:
+    begin: str
+    end: str
+    # The model thinks first, whether it writes the begin mark or not.
+    always: bool = False
+
+
+def with_reasoning(
+    marks: ReasoningMarks, rest: Callable[[Scanner], Parsing[None]], *, is_begun: bool
+) -> Callable[[Scanner], Parsing[None]]:
+    """`is_begun`: the prompt ends with the begin mark."""
+
+    def program(s: Scanner) -> Parsing[None]:
+        s.is_reasoning = is_begun
+        if (yield from s.blanks_then(marks.begin)) or is_begun:
+            s.is_reasoning = True
+            yield from s.until((marks.end,), s.think)
+            s.is_reasoning = False
+            yield from s.blanks()
+        yield from rest(s)
+
+    return program
+
+
+def only_text(s: Scanner) -> Parsing[None]:
+    yield from s.until((), s.say)

@@ -1,0 +1,209 @@
+"""Which parser reads which model: by name (vLLM's), or found in the model's chat template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from control_plane.frontend.parsers import json_calls, marked_calls
+from control_plane.frontend.parsers.reasoning import ReasoningMarks, only_text, with_reasoning
+from control_plane.frontend.parsers.scanner import IncrementalParser, Parsing, Scanner
+
+Program = Callable[[Scanner], Parsing[None]]
+NONE = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class CallSyntax:
+    """How a model writes calls, for holding it to that: section(call(name, arguments) separator ...)."""
+
+    before_name: str
+    after_name: str
+    end: str
+    begin_section: str = ""
+    separator: str = ""
+    end_section: str = ""
+    # What tells a call from text; empty where nothing does before its name.
+    trigger: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolFormat:
+    program: Callable[[Mapping[str, Mapping[str, Any]]], Program]
+    syntax: CallSyntax
+    # Tokens that must be seen although they are special.
+    marks: tuple[str, ...] = ()
+
+
+def _format(program: Program, syntax: CallSyntax, *marks: str) -> ToolFormat:
+    return ToolFormat(lambda schemas: program, syntax, marks)
+
+
+_HERMES = CallSyntax(
+    '<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", separator="\n", trigger="<tool_call>"
+)
+_PARAMETERS = CallSyntax('{"name": "', '", "parameters": ', "}", separator="; ")
+
+
+def _array(begin: str, end: str = "") -> CallSyntax:
+    return CallSyntax('{"name": "', '", "arguments": ', "}", begin + "[", ", ", "]" + end, trigger=begin)
+
+
+_DEEPSEEK_MARKS = (
+    "<｜tool▁calls▁begin｜>",
+    "<｜tool▁calls▁end｜>",
+    "<｜tool▁call▁begin｜>",
+    "<｜tool▁call▁end｜>",
+    "<｜tool▁sep｜>",
+)
+_HARMONY_MARKS = ("<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|return|>", "<|call|>", "<|constrain|>")
+
+
+def _deepseek(before_name: str, after_name: str, end: str) -> CallSyntax:
+    begin, finish = _DEEPSEEK_MARKS[:2]
+    return CallSyntax(before_name, after_name, end, begin, "\n", finish, begin)
+
+
+TOOL_FORMATS: Mapping[str, ToolFormat] = {
+    "hermes": _format(json_calls.hermes, _HERMES, "<tool_call>", "</tool_call>"),
+    "qwen3_coder": ToolFormat(marked_calls.qwen3_coder, _HERMES, ("<tool_call>", "</tool_call>")),
+    "llama3_json": _format(json_calls.llama3, _PARAMETERS, "<|python_tag|>"),
+    "pythonic": _format(json_calls.gemma3, CallSyntax('{"name": "', '", "parameters": ', "}", separator="\n")),
+    "gemma3": _format(json_calls.gemma3, CallSyntax('{"name": "', '", "parameters": ', "}", separator="\n")),
+    "mistral": _format(json_calls.mistral, _array("[TOOL_CALLS]"), "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
+    "granite": _format(json_calls.granite, _array("<|tool_call|>"), "<|tool_call|>", "<tool_call>"),
+    "phi4_mini_json": _format(
+        json_calls.phi4_mini, _array("<|tool_call|>", "<|/tool_call|>"), "<|tool_call|>", "<|/tool_call|>"
+    ),
+    "deepseek_v3": _format(
+        marked_calls.deepseek,
+        _deepseek("<｜tool▁call▁begin｜>function<｜tool▁sep｜>", "\n```json\n", "\n```<｜tool▁call▁end｜>"),
+        *_DEEPSEEK_MARKS,
+    ),
+    "deepseek_v31": _format(
+        marked_calls.deepseek,
+        _deepseek("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"),
+        *_DEEPSEEK_MARKS,
+    ),
+    "openai": _format(
+        marked_calls.harmony,
+        CallSyntax("<|channel|>commentary to=functions.", " <|constrain|>json<|message|>", ""),
+        *_HARMONY_MARKS,
+    ),
+}
+
+_THINK = ReasoningMarks("<think>", "</think>")
+# Harmony's reasoning is read together with its calls.
+REASONING_FORMATS: Mapping[str, ReasoningMarks | None] = {
+    "qwen3": _THINK,
+    "deepseek_r1": ReasoningMarks("<think>", "</think>", always=True),
+    "deepseek_v3": _THINK,
+    "granite": ReasoningMarks("Here is my thought process:", "Here is my response:"),
+    "mistral": ReasoningMarks("[THINK]", "[/THINK]"),
+    "openai_gptoss": None,
+}
+
+
+def find_tool_format(template: str) -> str:
+    """By the marks in the model's chat template; Hermes' format where there are none."""
+    if "<|channel|>" in template:
+        return "openai"
+    if "<function=" in template:
+        return "qwen3_coder"
+    if "[TOOL_CALLS]" in template:
+        return "mistral"
+    if _DEEPSEEK_MARKS[0] in template:
+        return "deepseek_v3" if "```json" in template else "deepseek_v31"
+    if "<tool_call>" in template:
+        return "hermes"
+    if "<|tool_call|>" in template:
+        return "phi4_mini_json" if "<|/tool_call|>" in template else "granite"
+    if "<|python_tag|>" in template or "<|start_header_id|>" in template:
+        return "llama3_json"
+    return "gemma3" if "<start_of_turn>" in template else "hermes"
+
+
+def find_reasoning_format(template: str) -> str:
+    """Empty where the template knows of no reasoning."""
+    if "<|channel|>" in template:
+        return "openai_gptoss"
+    if "[THINK]" in template:
+        return "mistral"
+    if "thought process" in template:
+        return "granite"
+    if "</think>" in template:
+        return "deepseek_r1" if "<｜Assistant｜>" in template and _DEEPSEEK_MARKS[0] in template else "qwen3"
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFormat:
+    """How one model's text is read."""
+
+    tool_parser: str
+    # Empty: no reasoning.
+    reasoning_parser: str
+
+    @classmethod
+    def choose(cls, template: str, tool_parser: str, reasoning_parser: str) -> OutputFormat:
+        """Names of parsers, "auto" or "none"."""
+        tool = find_tool_format(template) if tool_parser == "auto" else tool_parser
+        reasoning = find_reasoning_format(template) if reasoning_parser == "auto" else reasoning_parser
+        return cls("" if tool == NONE else tool, "" if reasoning == NONE else reasoning)
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """Special tokens that the parsers must see."""
+        marks: tuple[str, ...] = TOOL_FORMATS[self.tool_parser].marks if self.tool_parser else ()
+        reasoning = self.reasoning
+        if reasoning is not None:
+            marks += (reasoning.begin, reasoning.end)
+        return marks + (_HARMONY_MARKS if self.reasoning_parser == "openai_gptoss" else ())
+
+    @property
+    def reasoning(self) -> ReasoningMarks | None:
+        return REASONING_FORMATS[self.reasoning_parser] if self.reasoning_parser else None
+
+    @property
+    def syntax(self) -> CallSyntax | None:
+        return TOOL_FORMATS[self.tool_parser].syntax if self.tool_parser else None
+
+    def start(
+        self, schemas: Mapping[str, Mapping[str, Any]] | None, prompt_end: str
+    ) -> Callable[[], IncrementalParser] | None:
+        """Parsers of one request's sequences; None where text is text.
+
+        schemas: those of the tools, by name; None without tools. prompt_end: the rendered prompt's last characters.
+        """
+        is_harmony = "openai" in (self.tool_parser, self.reasoning_parser.removesuffix("_gptoss"))
+        reasoning = self.reasoning
+        if is_harmony:
+            return lambda: IncrementalParser(marked_calls.harmony)
+        has_tools = schemas is not None and bool(self.tool_parser)
+        if not has_tools and reasoning is None:
+            return None
+        program = TOOL_FORMATS[self.tool_parser].program(schemas or {}) if has_tools else only_text
+        if reasoning is not None:
+            program = with_reasoning(reasoning, program, is_begun=self.is_reasoning_begun(prompt_end))
+        return lambda: IncrementalParser(program)
+
+    def is_reasoning_begun(self, prompt_end: str) -> bool:
+        reasoning = self.reasoning
+        if reasoning is None:
+            return False
+        prompt_end = prompt_end.rstrip()
+        return prompt_end.endswith(reasoning.begin) or (reasoning.always and not prompt_end.endswith(reasoning.end))
+
+
+def schemas_of(tools: Sequence[tuple[str, str]]) -> dict[str, Mapping[str, Any]]:
+    """(name, schema text) to name -> schema; what is no schema is an empty one."""
+    schemas: dict[str, Mapping[str, Any]] = {}
+    for name, text in tools:
+        try:
+            schema = json.loads(text) if text else {}
+        except (ValueError, RecursionError):
+            schema = {}
+        schemas[name] = schema if isinstance(schema, dict) else {}
+    return schemas

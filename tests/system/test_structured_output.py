@@ -1,0 +1,278 @@
+"""The default model held to formats, through the official client: it is small, and yet what it says is valid."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import jsonschema
+import openai
+import pytest
+
+from .launched import Launched
+
+MODEL = "SmolLM2-135M-Instruct"
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 24},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "married": {"type": "boolean"},
+    },
+    "required": ["name", "age", "married"],
+    "additionalProperties": False,
+}
+NESTED = {
+    "type": "object",
+    "properties": {
+        "kind": {"enum": ["cat", "dog"]},
+        "tags": {"type": "array", "items": {"type": "string", "maxLength": 8}, "minItems": 1, "maxItems": 3},
+        "owner": {"$ref": "#/$defs/owner"},
+    },
+    "required": ["kind", "tags", "owner"],
+    "additionalProperties": False,
+    "$defs": {
+        "owner": {
+            "type": "object",
+            "properties": {"id": {"type": "string", "pattern": "^[A-Z]{2}[0-9]{3}$"}},
+            "required": ["id"],
+            "additionalProperties": False,
+        }
+    },
+}
+CHOICES = {"anyOf": [{"const": "yes"}, {"const": "no"}, {"type": "integer", "minimum": 0, "maximum": 9}]}
+SCHEMAS = {"person": PERSON, "nested": NESTED, "choices": CHOICES}
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "maxLength": 20}, "days": {"type": "integer", "maximum": 9}},
+            "required": ["city", "days"],
+            "additionalProperties": False,
+        },
+    },
+}
+CLOCK = {
+    "type": "function",
+    "function": {
+        "name": "get_time",
+        "parameters": {
+            "type": "object",
+            "properties": {"zone": {"enum": ["UTC", "CET"]}},
+            "required": ["zone"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def served(smollm2_dir: Path) -> Iterator[Launched]:
+    with Launched(smollm2_dir, "--dtype=float32", f"--served-model-name={MODEL}", "--cpu-kv-cache-gib=0.5") as launched:
+        yield launched
+
+
+@pytest.fixture
+def client(served: Launched) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=served.base_url, api_key="none", max_retries=0, timeout=120) as client:
+        yield client
+
+
+def ask(client: openai.OpenAI, text: str = "Tell me about Ann, who has a dog.", **fields: Any) -> Any:
+    messages = [{"role": "user", "content": text}]
+    return client.chat.completions.create(model=MODEL, messages=messages, max_tokens=200, **fields)
+
+
+def schema_format(name: str) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": name, "schema": SCHEMAS[name], "strict": True}}
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_json_is_valid_by_its_schema(client: openai.OpenAI, name: str, temperature: float) -> None:
+    answer = ask(client, response_format=schema_format(name), temperature=temperature, n=2, seed=3)
+    for choice in answer.choices:
+        assert choice.finish_reason == "stop"
+        jsonschema.validate(json.loads(choice.message.content), SCHEMAS[name])
+
+
+def test_a_stream_is_valid_as_well(client: openai.OpenAI) -> None:
+    fields = {"response_format": schema_format("person"), "temperature": 0}
+    streamed = "".join(
+        chunk.choices[0].delta.content or "" for chunk in ask(client, stream=True, **fields) if chunk.choices
+    )
+    jsonschema.validate(json.loads(streamed), PERSON)
+    assert streamed == ask(client, **fields).choices[0].message.content
+
+
+def test_a_json_object_is_one(client: openai.OpenAI) -> None:
+    extra = {"structured_outputs": {"json": {"type": "object", "maxProperties": 0}}}
+    assert json.loads(ask(client, extra_body=extra).choices[0].message.content) == {}
+
+
+@pytest.mark.parametrize(
+    ("constraint", "pattern"),
+    [
+        ({"regex": r"[0-9]{4}-[0-9]{2}"}, r"[0-9]{4}-[0-9]{2}"),
+        ({"choice": ["red", "green"]}, "red|green"),
+        ({"grammar": 'start: "a" NUM\nNUM: /[0-9]{1,3}/'}, "a[0-9]{1,3}"),
+        ({"grammar": 'root ::= "x" [0-9] "y"'}, "x[0-9]y"),
+    ],
+)
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_other_formats(client: openai.OpenAI, constraint: dict[str, Any], pattern: str, temperature: float) -> None:
+    answer = client.completions.create(
+        model=MODEL,
+        prompt="Once",
+        max_tokens=32,
+        temperature=temperature,
+        extra_body={"structured_outputs": constraint, "ignore_eos": True, "min_tokens": 30},
+    )
+    assert re.fullmatch(pattern, answer.choices[0].text), answer.choices[0].text
+    assert answer.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.slow
+def test_held_and_free_requests_run_beside_each_other(served: Launched) -> None:
+    async def run() -> None:
+        async with openai.AsyncOpenAI(base_url=served.base_url, api_key="none", max_retries=0, timeout=120) as client:
+
+            async def one(index: int) -> str:
+                fields: dict[str, Any] = {"response_format": schema_format("person")} if index % 2 else {}
+                answer = await client.chat.completions.create(
+                    model=MODEL,
+                    messages=[{"role": "user", "content": f"Number {index}."}],
+                    max_tokens=80,
+                    seed=index,
+                    **fields,
+                )
+                return answer.choices[0].message.content or ""
+
+            texts = await asyncio.gather(*(one(index) for index in range(8)))
+            for text in texts[1::2]:
+                jsonschema.validate(json.loads(text), PERSON)
+
+    asyncio.run(run())
+
+
+@pytest.mark.slow
+def test_a_held_stream_survives_the_death_of_the_worker(served: Launched) -> None:
+    long = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99}, "minItems": 40, "maxItems": 40}
+    fields: dict[str, Any] = {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": long}},
+        "temperature": 0,
+    }
+    with openai.OpenAI(base_url=served.base_url, api_key="none", max_retries=0, timeout=120) as client:
+        messages: Any = [{"role": "user", "content": "Numbers."}]
+        text, killed = "", False
+        for chunk in client.chat.completions.create(
+            model=MODEL, messages=messages, max_tokens=1000, stream=True, **fields
+        ):
+            text += chunk.choices[0].delta.content or ""
+            if not killed and len(text) > 40:
+                served.child("gpu_worker").kill()
+                killed = True
+        assert killed
+        jsonschema.validate(json.loads(text), long)
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_named_tool_is_called_with_valid_arguments(client: openai.OpenAI, temperature: float) -> None:
+    choice = {"type": "function", "function": {"name": "get_weather"}}
+    answer = ask(client, "Rome?", tools=[WEATHER, CLOCK], tool_choice=choice, temperature=temperature, n=2)
+    for each in answer.choices:
+        (call,) = each.message.tool_calls
+        assert each.finish_reason == "stop" and not each.message.content
+        assert call.function.name == "get_weather" and len(call.id) >= 9
+        jsonschema.validate(json.loads(call.function.arguments), WEATHER["function"]["parameters"])
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_required_call_streams_as_it_stands(client: openai.OpenAI, temperature: float) -> None:
+    fields: dict[str, Any] = {
+        "tools": [WEATHER, CLOCK],
+        "tool_choice": "required",
+        "temperature": temperature,
+        "seed": 5,
+        "parallel_tool_calls": False,
+    }
+    answer = ask(client, "What time is it?", **fields).choices[0]
+    (call,) = answer.message.tool_calls
+    assert answer.finish_reason == "tool_calls"
+    name, arguments, ids = "", "", []
+    for chunk in ask(client, "What time is it?", stream=True, **fields):
+        for piece in chunk.choices[0].delta.tool_calls or ():
+            assert piece.index == 0
+            name += piece.function.name or ""
+            arguments += piece.function.arguments or ""
+            ids += [piece.id] if piece.id else []
+        assert not chunk.choices[0].delta.content
+    assert (name, json.loads(arguments), len(ids)) == (call.function.name, json.loads(call.function.arguments), 1)
+    schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in (WEATHER, CLOCK)}
+    jsonschema.validate(json.loads(arguments), schemas[name])
+
+
+def test_a_call_that_is_cut_off_is_not_shown(client: openai.OpenAI) -> None:
+    messages: Any = [{"role": "user", "content": "Rome?"}]
+    answer = client.chat.completions.create(
+        model=MODEL,
+        messages=messages,
+        tools=[WEATHER],
+        tool_choice="required",
+        max_tokens=8,  # type: ignore[list-item]
+    )
+    assert answer.choices[0].finish_reason == "length" and answer.choices[0].message.tool_calls is None
+
+
+def test_results_of_calls_are_taken_back(client: openai.OpenAI) -> None:
+    call = {"id": "call_12345", "type": "function", "function": {"name": "get_time", "arguments": '{"zone": "UTC"}'}}
+    messages: Any = [
+        {"role": "user", "content": "Time?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_12345", "content": "noon"},
+    ]
+    tools: Any = [CLOCK]
+    answer = client.chat.completions.create(model=MODEL, messages=messages, tools=tools, max_tokens=24, temperature=0)
+    assert answer.choices[0].message.content is not None
+
+
+BOMB: dict[str, Any] = {"type": "string"}
+for _ in range(100):
+    BOMB = {"type": "array", "items": BOMB}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"guided_regex": "(?=a)b"}, "guided_regex"),
+        ({"guided_regex": "["}, "guided_regex"),
+        ({"guided_regex": "a" * 20_000}, "guided_regex"),
+        ({"guided_grammar": "start: missing"}, "guided_grammar"),
+        ({"guided_json": {"not": {"type": "string"}}}, "guided_json"),
+        ({"guided_json": BOMB}, "guided_json"),
+        ({"guided_json": "{"}, "guided_json"),
+        ({"guided_choice": [""]}, "guided_choice"),
+    ],
+)
+def test_what_cannot_be_enforced_is_refused(served: Launched, fields: dict[str, Any], param: str) -> None:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "max_tokens": 4, **fields}
+    answer = httpx.post(f"{served.base_url}/chat/completions", json=body, timeout=60)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"].startswith(param), answer.text
+
+
+def test_bad_words_are_not_said(client: openai.OpenAI) -> None:
+    def capital(**extra: Any) -> str:
+        answer = ask(client, "What is the capital of France?", temperature=0, extra_body=extra)
+        return str(answer.choices[0].message.content)
+
+    assert "Paris" in capital()
+    assert "Paris" not in capital(bad_words=["Paris"])

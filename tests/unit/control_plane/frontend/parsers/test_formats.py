@@ -1,0 +1,143 @@
+"""Every format: the whole text's parse, the same however the text is cut, and no exception whatever a model writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from control_plane.frontend.parsers.registry import REASONING_FORMATS, TOOL_FORMATS, OutputFormat
+
+SCHEMAS = {"weather": {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}}
+CALL = '{"city": "Rome", "days": 3}'
+Parsed = tuple[str, str, list[tuple[str, str, bool]]]
+
+
+def parse(output_format: OutputFormat, pieces: Iterable[str], prompt_end: str = "") -> Parsed:
+    """(text, reasoning, [(name, arguments, complete)]), joined over all deltas."""
+    start = output_format.start(SCHEMAS, prompt_end)
+    assert start is not None
+    parser = start()
+    text, reasoning, calls = "", "", {}
+    for delta in [*(parser.push(piece) for piece in pieces), parser.finish()]:
+        text += delta.text
+        reasoning += delta.reasoning
+        for piece in delta.calls:
+            name, arguments, complete = calls.get(piece.index, ("", "", False))
+            assert not (name and piece.name), "a name comes once"
+            calls[piece.index] = (name + piece.name, arguments + piece.arguments, complete or piece.complete)
+    assert list(calls) == list(range(len(calls)))
+    return text, reasoning, list(calls.values())
+
+
+EXAMPLES = [
+    ("hermes", f'Sure.\n<tool_call>\n{{"name": "weather", "arguments": {CALL}}}\n</tool_call>', "Sure.\n", 1),
+    ("hermes", f'<tool_call>{{"arguments": {CALL}, "name": "weather"}}</tool_call>' * 2, "", 2),
+    ("llama3_json", f'<|python_tag|>{{"name": "weather", "parameters": {CALL}}}', "", 1),
+    ("llama3_json", "; ".join([f'{{"name": "weather", "parameters": {CALL}}}'] * 2), "", 2),
+    ("mistral", f'[TOOL_CALLS][{{"name": "weather", "arguments": {CALL}}}]', "", 1),
+    ("mistral", f"[TOOL_CALLS]weather[ARGS]{CALL}[TOOL_CALLS]weather{CALL}", "", 2),
+    ("granite", f'<|tool_call|>[{{"name": "weather", "arguments": {CALL}}}]', "", 1),
+    ("phi4_mini_json", f'<|tool_call|>[{{"name": "weather", "arguments": {CALL}}}]<|/tool_call|>', "", 1),
+    ("gemma3", f'```json\n{{"name": "weather", "parameters": {CALL}}}\n```', "", 1),
+    ("gemma3", '[weather(city="Rome", days=3)]', "", 1),
+    (
+        "qwen3_coder",
+        "Ok\n<tool_call>\n<function=weather>\n<parameter=city>\nRome\n</parameter>\n<parameter=days>\n3\n</parameter>\n"
+        "</function>\n</tool_call>",
+        "Ok\n",
+        1,
+    ),
+    (
+        "deepseek_v3",
+        "Hm.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"
+        + CALL
+        + "\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+        "Hm.",
+        1,
+    ),
+    (
+        "deepseek_v31",
+        "<｜tool▁calls▁begin｜>"
+        + f"<｜tool▁call▁begin｜>weather<｜tool▁sep｜>{CALL}<｜tool▁call▁end｜>" * 2
+        + "<｜tool▁calls▁end｜>",
+        "",
+        2,
+    ),
+    ("openai", f"<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{CALL}", "", 1),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "said", "num_calls"), EXAMPLES)
+def test_calls_are_read_and_markup_is_not_shown(name: str, text: str, said: str, num_calls: int) -> None:
+    shown, _, calls = parse(OutputFormat(name, ""), [text])
+    assert (shown, len(calls)) == (said, num_calls)
+    for called, arguments, complete in calls:
+        assert (called, json.loads(arguments), complete) == ("weather", json.loads(CALL), True)
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, text, _, _ in EXAMPLES])
+def test_a_call_that_is_cut_off_is_never_complete(name: str, text: str) -> None:
+    whole = parse(OutputFormat(name, ""), [text])[2]
+    for end in range(len(text)):
+        for _, arguments, complete in parse(OutputFormat(name, ""), [text[:end]])[2]:
+            if complete:
+                json.loads(arguments)
+        assert len(parse(OutputFormat(name, ""), [text[:end]])[2]) <= len(whole)
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, text, _, _ in EXAMPLES])
+@given(data=st.data())
+def test_cuts_change_nothing(name: str, text: str, data: st.DataObject) -> None:
+    output_format = OutputFormat(name, "qwen3" if name != "openai" else "openai_gptoss")
+    whole = f"<think>Let me see.</think>\n{text}" if name != "openai" else text
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)), max_size=12)))
+    pieces = [whole[start:end] for start, end in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
+    assert parse(output_format, pieces) == parse(output_format, [whole]) == parse(output_format, whole)
+
+
+_MARKS = sorted({mark for each in TOOL_FORMATS.values() for mark in each.marks})
+_XML = ["<function=weather>", "<parameter=city>", "</parameter>", "</function>", "<think>", "</think>", "functools"]
+_JSON = ['{"name": "weather", ', '"arguments": ', CALL, "{", "}", "[", "]", '"', "\\", ",", ":", "3", "null"]
+_OTHER = ["weather", " ", "\n", "é", "[weather(city='a')", "analysis", " to=functions.x", "```json"]
+FRAGMENTS = st.sampled_from([*_MARKS, *_XML, *_JSON, *_OTHER])
+
+
+@pytest.mark.parametrize("name", TOOL_FORMATS)
+@given(fragments=st.lists(FRAGMENTS, max_size=16), data=st.data())
+def test_nothing_raises_and_cuts_change_nothing_in_nonsense(
+    name: str, fragments: list[str], data: st.DataObject
+) -> None:
+    reasoning = data.draw(st.sampled_from(["", *REASONING_FORMATS]))
+    output_format = OutputFormat(name, reasoning)
+    text = "".join(fragments)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
+    pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    whole = parse(output_format, [text])
+    assert parse(output_format, pieces) == whole
+    assert parse(output_format, text) == whole
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "prompt_end", "reasoning", "said"),
+    [
+        ("qwen3", "<think>\nHm.\n</think>\n\nParis", "", "\nHm.\n", "Paris"),
+        ("qwen3", "Hm.</think>Paris", "<think>\n", "Hm.", "Paris"),
+        ("qwen3", "Paris", "<think>\n\n</think>\n\n", "", "Paris"),
+        ("deepseek_r1", "Hm.</think>Paris", "", "Hm.", "Paris"),
+        ("granite", "Here is my thought process: hm\nHere is my response: Paris", "", " hm\n", "Paris"),
+        ("mistral", "[THINK]hm[/THINK]Paris", "", "hm", "Paris"),
+        (
+            "openai_gptoss",
+            "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>Paris",
+            "",
+            "hm",
+            "Paris",
+        ),
+    ],
+)
+def test_reasoning(name: str, text: str, prompt_end: str, reasoning: str, said: str) -> None:
+    assert parse(OutputFormat("", name), text, prompt_end) == (said, reasoning, [])
