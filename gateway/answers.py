@@ -8,11 +8,11 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict
 from stepwire.v1 import inference_pb2
 
-from gateway.logprobs import CompletionLogprobs, chat_content
-from gateway.mailbox import SequenceUpdate, UsageTotals
+from gateway.logprobs import CompletionLogprobs, chat_content, prompt_entries
+from gateway.mailbox import PromptOutput, SequenceUpdate, UsageTotals
 from gateway.sse import StreamShape, usage_object
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class AnswerModel(BaseModel):
@@ -23,17 +23,39 @@ class PromptTokensDetails(AnswerModel):
     cached_tokens: int
 
 
+class CompletionTokensDetails(AnswerModel):
+    reasoning_tokens: int
+
+
 class UsageObject(AnswerModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
+
+
+class FunctionCallObject(AnswerModel):
+    name: str
+    # A JSON object as text.
+    arguments: str
+
+
+class ToolCallObject(AnswerModel):
+    id: str
+    type: Literal["function"]
+    function: FunctionCallObject
 
 
 class ChatAnswerMessage(AnswerModel):
     role: Literal["assistant"]
-    content: str
+    # null where the answer is nothing but tool calls, or reasoning that was cut off.
+    content: str | None
     refusal: str | None
+    # The same text under both names in use.
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallObject] | None = None
 
 
 class _Choice(AnswerModel):
@@ -57,12 +79,14 @@ class ChatCompletion(AnswerModel):
     choices: list[ChatChoice]
     usage: UsageObject
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: list[dict[str, Any] | None] | None = None
 
 
 class CompletionChoice(_Choice):
     text: str
     logprobs: dict[str, Any] | None
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: list[dict[str, Any] | None] | None = None
 
 
 class Completion(AnswerModel):
@@ -107,12 +131,12 @@ def chat_completion(
     shape: StreamShape,
     updates: Sequence[SequenceUpdate],
     usage: UsageTotals,
-    prompt_token_ids: Sequence[int] | None = None,
+    prompts: Sequence[PromptOutput | None] = (None,),
 ) -> bytes:
     """The JSON of a `chat.completion`; one update a choice, in order."""
     choices = [
         ChatChoice(
-            message=ChatAnswerMessage(role="assistant", content=update.text, refusal=None),
+            message=_message(shape, update),
             logprobs=None
             if shape.num_top_logprobs is None
             else {"content": chat_content(update.logprobs, shape.num_top_logprobs), "refusal": None},
@@ -120,7 +144,6 @@ def chat_completion(
         )
         for update in updates
     ]
-    extra = {} if prompt_token_ids is None else {"prompt_token_ids": list(prompt_token_ids)}
     return _json(
         ChatCompletion(
             id=shape.id,
@@ -129,9 +152,28 @@ def chat_completion(
             model=shape.model,
             choices=choices,
             usage=_usage(usage),
-            **extra,
+            **_of_prompt(shape, prompts[0]),
         )
     )
+
+
+def _message(shape: StreamShape, update: SequenceUpdate) -> ChatAnswerMessage:
+    """A call that was cut off is left out: its arguments are no JSON."""
+    calls = [
+        ToolCallObject(
+            id=call.id, type="function", function=FunctionCallObject(name=call.name, arguments=call.arguments)
+        )
+        for call in update.tool_calls
+        if call.complete
+    ]
+    text = shape.echo_text + update.text
+    extra: dict[str, Any] = {}
+    if update.reasoning_parts:
+        extra["reasoning"] = extra["reasoning_content"] = update.reasoning
+    if calls:
+        extra["tool_calls"] = calls
+    has_other = bool(update.tool_calls or update.reasoning_parts)
+    return ChatAnswerMessage(role="assistant", content=text or (None if has_other else ""), refusal=None, **extra)
 
 
 def completion(
@@ -139,24 +181,23 @@ def completion(
     num_samples: int,
     updates: Sequence[SequenceUpdate],
     usage: UsageTotals,
-    echoes: Sequence[str] | None = None,
-    prompt_token_ids: Sequence[Sequence[int]] | None = None,
+    prompts: Sequence[PromptOutput | None] = (),
 ) -> bytes:
-    """The JSON of a `text_completion`; one update a choice, in order; `echoes` and ids are per prompt."""
+    """The JSON of a `text_completion`; one update a choice, in order."""
     choices = []
     for update in updates:
-        prompt = update.index // num_samples
-        extra: dict[str, Any] = {}
-        if prompt_token_ids is not None:
-            extra["prompt_token_ids"] = list(prompt_token_ids[prompt])
+        prompt = prompts[update.index // num_samples] if prompts else None
+        echo = prompt if shape.echo else None
         choices.append(
             CompletionChoice(
-                text=update.text if echoes is None else echoes[prompt] + update.text,
+                text=update.text if echo is None else echo.text + update.text,
                 logprobs=None
                 if shape.num_top_logprobs is None
-                else CompletionLogprobs(shape.num_top_logprobs).columns(update.logprobs),
+                else CompletionLogprobs(shape.num_top_logprobs).columns(
+                    update.logprobs if echo is None else [*echo.logprobs, *update.logprobs]
+                ),
                 **_common(shape, update),
-                **extra,
+                **_of_prompt(shape, prompt),
             )
         )
     return _json(
@@ -171,6 +212,15 @@ def completion(
     )
 
 
+def _of_prompt(shape: StreamShape, prompt: PromptOutput | None) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    if prompt is not None and shape.return_token_ids:
+        fields["prompt_token_ids"] = prompt.token_ids
+    if prompt is not None and shape.num_prompt_logprobs is not None:
+        fields["prompt_logprobs"] = prompt_entries(prompt.logprobs, shape.num_prompt_logprobs)
+    return fields
+
+
 def model_object(model: inference_pb2.Model) -> ModelObject:
     return ModelObject(id=model.id, created=model.created, root=model.id, max_model_len=model.max_model_len)
 
@@ -182,7 +232,7 @@ def model_list(models: Sequence[inference_pb2.Model]) -> ModelList:
 def _common(shape: StreamShape, update: SequenceUpdate) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "index": update.index,
-        "finish_reason": update.finish_reason,
+        "finish_reason": shape.finish_reason(update),
         "stop_reason": update.stop_reason,
     }
     # Ids come where they were asked for, and from a server without a tokenizer: then they are all there is.

@@ -9,9 +9,12 @@ from typing import Any, TypeVar, cast
 
 from stepwire.v1 import inference_pb2
 
+from gateway.chat_input import content_texts, read_chat_input
 from gateway.errors import ApiError
-from gateway.schemas import MAX_STOP_STRINGS, ChatCompletionBody, ChatMessage, CompletionBody, GenerationBody
-from gateway.unsupported import check_chat_fields, check_completion_fields, check_message_fields
+from gateway.json_types import type_name
+from gateway.schemas import MAX_STOP_STRINGS, ChatCompletionBody, CompletionBody, GenerationBody
+from gateway.structured_output import read_structured_output
+from gateway.unsupported import check_chat_fields, check_completion_fields
 
 # OpenAI's default for /v1/completions.
 DEFAULT_COMPLETION_TOKENS = 16
@@ -38,7 +41,14 @@ class GenerationPlan:
     # None: no logprobs; k: the token's own and those of the k best.
     num_top_logprobs: int | None
     return_token_ids: bool
+    # The prompt comes before the text, with its logprobs if the text's are sent.
     echo: bool = False
+    # Text before every choice of a chat: the message that is continued.
+    echo_text: str = ""
+    # How many alternatives `prompt_logprobs` lists; None: it is not sent.
+    num_prompt_logprobs: int | None = None
+    # A named tool was called on order: OpenAI then says that the model stopped, not that it called a tool.
+    is_named_tool: bool = False
     # Field paths of GenerateRequest whose OpenAI name depends on this request.
     renames: Mapping[str, str] = field(default_factory=dict)
 
@@ -48,13 +58,17 @@ def plan_chat(body: ChatCompletionBody, request_id: str) -> GenerationPlan:
     check_chat_fields(body.model_extra)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     num_top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    request = _generation(body, request_id, max_tokens, num_top_logprobs)
-    request.chat.messages.extend(_chat_message(index, message) for index, message in enumerate(body.messages))
-    request.chat.continue_final_message = bool(body.continue_final_message)
-    renames = {"output.logprobs": "top_logprobs"}
+    request, renames = _generation(body, request_id, max_tokens, num_top_logprobs)
+    request.chat.CopyFrom(read_chat_input(body))
+    request.output.omit_reasoning = body.include_reasoning is False
+    renames["output.logprobs"] = "top_logprobs"
     if body.max_completion_tokens is not None:
         renames["stop.max_tokens"] = "max_completion_tokens"
-    return _plan(body, [request], num_top_logprobs, renames)
+    echo_text = ""
+    if body.echo and body.continue_final_message:
+        echo_text = "\n".join(content_texts(len(body.messages) - 1, body.messages[-1]))
+    is_named_tool = request.chat.tool_choice.WhichOneof("choice") == "function_name"
+    return _plan(body, [request], num_top_logprobs, renames, echo_text=echo_text, is_named_tool=is_named_tool)
 
 
 def plan_completion(body: CompletionBody, request_id: str, max_prompts: int) -> GenerationPlan:
@@ -67,15 +81,24 @@ def plan_completion(body: CompletionBody, request_id: str, max_prompts: int) -> 
         )
     max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     requests = []
+    shared, renames = _generation(body, request_id, max_tokens, body.logprobs)
+    if body.suffix:
+        shared.suffix = body.suffix
+    if body.echo:
+        shared.output.prompt_text = True
+        if body.logprobs is not None and body.prompt_logprobs is None:
+            shared.output.prompt_logprobs = body.logprobs
     for index, prompt in enumerate(prompts):
-        own_id = request_id if len(prompts) == 1 else f"{request_id}-{index}"
-        request = _generation(body, own_id, max_tokens, body.logprobs)
+        request = inference_pb2.GenerateRequest()
+        request.CopyFrom(shared)
+        if len(prompts) > 1:
+            request.request_id = f"{request_id}-{index}"
         if isinstance(prompt, str):
             request.text = prompt
         else:
             request.token_ids.ids.extend(prompt)
         requests.append(request)
-    return _plan(body, requests, body.logprobs, {}, echo=bool(body.echo))
+    return _plan(body, requests, body.logprobs, renames, echo=bool(body.echo))
 
 
 def _plan(
@@ -85,6 +108,8 @@ def _plan(
     renames: Mapping[str, str],
     *,
     echo: bool = False,
+    echo_text: str = "",
+    is_named_tool: bool = False,
 ) -> GenerationPlan:
     options = body.stream_options
     include_usage = bool(options and options.include_usage)
@@ -98,15 +123,19 @@ def _plan(
         num_top_logprobs=num_top_logprobs,
         return_token_ids=bool(body.return_token_ids),
         echo=echo,
+        echo_text=echo_text,
+        num_prompt_logprobs=body.prompt_logprobs,
+        is_named_tool=is_named_tool,
         renames=renames,
     )
 
 
 def _generation(
     body: GenerationBody, request_id: str, max_tokens: int | None, num_top_logprobs: int | None
-) -> inference_pb2.GenerateRequest:
-    """Everything but the input."""
-    return inference_pb2.GenerateRequest(
+) -> tuple[inference_pb2.GenerateRequest, dict[str, str]]:
+    """Everything but the input, and the names that fields have in this body."""
+    structured_output, renames = read_structured_output(body)
+    request = inference_pb2.GenerateRequest(
         model=body.model or "",
         sampling=_with_set_fields(
             inference_pb2.SamplingParams,
@@ -121,6 +150,7 @@ def _generation(
             seed=body.seed,
             logit_bias=read_logit_bias(body.logit_bias),
             allowed_token_ids=body.allowed_token_ids,
+            bad_words=body.bad_words,
         ),
         stop=_with_set_fields(
             inference_pb2.StopConditions,
@@ -137,69 +167,35 @@ def _generation(
             logprobs=num_top_logprobs,
             token_ids=body.return_token_ids,
             special_tokens=None if body.skip_special_tokens is None else not body.skip_special_tokens,
+            prompt_logprobs=body.prompt_logprobs,
+            prompt_token_ids=body.return_token_ids,
         ),
         priority=body.priority or 0,
         cache_salt=body.cache_salt or "",
         request_id=request_id,
+        structured_output=structured_output,
+        truncate_prompt_tokens=body.truncate_prompt_tokens,
     )
+    return request, dict(renames)
 
 
 def _with_set_fields(message_type: type[_Message], **fields: Any) -> _Message:
     return message_type(**{name: value for name, value in fields.items() if value is not None})
 
 
-def _chat_message(index: int, message: ChatMessage) -> inference_pb2.ChatMessage:
-    check_message_fields(index, message.model_extra)
-    return inference_pb2.ChatMessage(
-        role=message.role,
-        name=message.name or "",
-        content=[inference_pb2.ContentPart(text=text) for text in _content_texts(index, message)],
-    )
-
-
-def _content_texts(index: int, message: ChatMessage) -> list[str]:
-    param, content = f"messages[{index}].content", message.content
-    if isinstance(content, str):
-        return [content]
-    if content is None:
-        if message.role != "assistant":
-            raise ApiError(400, f"{param}: needed in a message of role '{message.role}'.", param=param)
-        return []
-    if not isinstance(content, list):
-        raise ApiError(400, f"{param}: must be a string or a list of parts, not {_type_name(content)}.", param=param)
-    return [_part_text(f"{param}[{position}]", part) for position, part in enumerate(content)]
-
-
-def _part_text(param: str, part: Any) -> str:
-    if not isinstance(part, dict):
-        raise ApiError(400, f"{param}: must be an object with a type, not {_type_name(part)}.", param=param)
-    part_type = part.get("type")
-    if part_type != "text":
-        shown = f"'{part_type}'" if isinstance(part_type, str) else _type_name(part_type)
-        raise ApiError(
-            400,
-            f"{param}.type: {shown} is not supported; this server takes parts of type 'text'.",
-            param=f"{param}.type",
-        )
-    text = part.get("text")
-    if not isinstance(text, str):
-        raise ApiError(400, f"{param}.text: must be a string, not {_type_name(text)}.", param=f"{param}.text")
-    return text
-
-
 def read_stop(stop: Any) -> list[str] | None:
-    """One string or up to four; an empty one is for the control plane to refuse."""
+    """One string or several; an empty one is for the control plane to refuse."""
     if stop is None:
         return None
     stops = [stop] if isinstance(stop, str) else stop
     if not isinstance(stops, list):
-        raise ApiError(400, f"stop: must be a string or a list of strings, not {_type_name(stop)}.", param="stop")
+        raise ApiError(400, f"stop: must be a string or a list of strings, not {type_name(stop)}.", param="stop")
     if len(stops) > MAX_STOP_STRINGS:
         raise ApiError(400, f"stop: {len(stops)} strings, at most {MAX_STOP_STRINGS} are taken.", param="stop")
     for index, text in enumerate(stops):
         if not isinstance(text, str):
             param = f"stop[{index}]"
-            raise ApiError(400, f"{param}: must be a string, not {_type_name(text)}.", param=param)
+            raise ApiError(400, f"{param}: must be a string, not {type_name(text)}.", param=param)
     return stops
 
 
@@ -226,7 +222,7 @@ def read_prompts(prompt: Any) -> list[Prompt]:
         raise ApiError(400, "prompt: needed: a string, token ids, or a list of either.", param="prompt")
     if not isinstance(prompt, list):
         raise ApiError(
-            400, f"prompt: must be a string, token ids, or a list of either, not {_type_name(prompt)}.", param="prompt"
+            400, f"prompt: must be a string, token ids, or a list of either, not {type_name(prompt)}.", param="prompt"
         )
     if not prompt:
         raise ApiError(400, "prompt: must not be empty.", param="prompt")
@@ -256,7 +252,7 @@ def _checked_ids(param: str, ids: Any) -> list[int]:
         return cast("list[int]", ids)
     position, wrong = next(_wrong_ids(ids))
     where = f"{param}[{position}]"
-    shown = str(wrong) if type(wrong) is int else _type_name(wrong)
+    shown = str(wrong) if type(wrong) is int else type_name(wrong)
     raise ApiError(400, f"{where}: must be a token id (0 or above), not {shown[:40]}.", param=where)
 
 
@@ -283,10 +279,3 @@ def read_timeout(header: str | None) -> float | None:
             param="x-request-timeout",
         )
     return timeout_s
-
-
-def _type_name(value: Any) -> str:
-    if value is None:
-        return "null"
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
-    return names.get(type(value), "this")

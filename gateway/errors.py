@@ -90,6 +90,15 @@ _REFUSED_GATEWAY = (code_pb2.UNAUTHENTICATED, code_pb2.PERMISSION_DENIED)
 # Field paths of GenerateRequest -> parameters of OpenAI's bodies, where the names differ. Longest prefix first.
 _PARAM_NAMES: tuple[tuple[str, str], ...] = (
     ("stop.include_stop_string", "include_stop_str_in_output"),
+    ("output.omit_reasoning", "include_reasoning"),
+    ("output.prompt_token_ids", "return_token_ids"),
+    ("output.prompt_text", "echo"),
+    ("chat.template_arguments", "chat_template_kwargs"),
+    ("chat.parallel_tool_calls", "parallel_tool_calls"),
+    ("chat.reasoning_effort", "reasoning_effort"),
+    ("chat.no_generation_prompt", "add_generation_prompt"),
+    ("chat.tool_choice", "tool_choice"),
+    ("chat.tools", "tools"),
     ("output.special_tokens", "skip_special_tokens"),
     ("output.token_ids", "return_token_ids"),
     ("chat.messages", "messages"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from gateway.mailbox import TokenLogprob, TopLogprob
@@ -44,6 +44,26 @@ def _most_likely(top: Iterable[TopLogprob], num_top: int) -> list[TopLogprob]:
     return sorted(top, key=lambda entry: -floored(entry.logprob))[:num_top]
 
 
+def prompt_entries(entries: Sequence[TokenLogprob], num_top: int) -> list[dict[str, Any] | None]:
+    """vLLM's `prompt_logprobs`: per prompt token its own logprob and the best ones, by token id; null for the first."""
+    listed: list[dict[str, Any] | None] = []
+    for entry in entries:
+        if math.isnan(entry.logprob):
+            listed.append(None)
+            continue
+        candidates: dict[str, Any] = {}
+        for rank, top in enumerate(_most_likely(entry.top, num_top), 1):
+            candidates[str(top.token_id)] = _ranked(top.token, top.logprob, rank)
+        candidates.setdefault(str(entry.token_id), _ranked(entry.token, entry.logprob, None))
+        listed.append(candidates)
+    return listed
+
+
+def _ranked(token: bytes, logprob: float, rank: int | None) -> dict[str, Any]:
+    """The rank of a token outside the list is not known."""
+    return {"logprob": floored(logprob), "rank": rank, "decoded_token": token_text(token)}
+
+
 class CompletionLogprobs:
     """The columns of one completions choice: `tokens`, `token_logprobs`, `top_logprobs`, `text_offset`.
 
@@ -58,14 +78,16 @@ class CompletionLogprobs:
 
     def columns(self, entries: Iterable[TokenLogprob]) -> dict[str, Any]:
         tokens: list[str] = []
-        token_logprobs: list[float] = []
-        top_logprobs: list[dict[str, float]] = []
+        token_logprobs: list[float | None] = []
+        top_logprobs: list[dict[str, float] | None] = []
         text_offset: list[int] = []
         for entry in entries:
             text = token_text(entry.token)
             tokens.append(text)
-            token_logprobs.append(floored(entry.logprob))
-            top_logprobs.append(self._top(text, entry))
+            # Of an echoed prompt's first token nothing can be said.
+            is_known = not math.isnan(entry.logprob)
+            token_logprobs.append(floored(entry.logprob) if is_known else None)
+            top_logprobs.append(self._top(text, entry) if is_known else None)
             text_offset.append(self._num_chars)
             self._num_chars += len(self._decoder.decode(entry.token))
         return {

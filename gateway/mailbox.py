@@ -18,6 +18,7 @@ from gateway.errors import ApiError
 _FINISH_REASONS = {
     inference_pb2.FINISH_REASON_STOP: "stop",
     inference_pb2.FINISH_REASON_LENGTH: "length",
+    inference_pb2.FINISH_REASON_TOOL_CALLS: "tool_calls",
 }
 
 
@@ -25,6 +26,7 @@ _FINISH_REASONS = {
 class TopLogprob:
     token: bytes
     logprob: float
+    token_id: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,28 @@ class TokenLogprob:
     token: bytes
     logprob: float
     top: tuple[TopLogprob, ...]
+    token_id: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PromptOutput:
+    """What was asked for of one prompt; the rest is empty."""
+
+    text: str
+    token_ids: list[int]
+    # The first token's says nothing: NaN.
+    logprobs: list[TokenLogprob]
+
+
+@dataclass(slots=True)
+class ToolCallPiece:
+    """What has come of one call; `id` and `name` stand in its first piece."""
+
+    index: int
+    id: str
+    name: str
+    arguments: str
+    complete: bool
 
 
 @dataclass(slots=True)
@@ -48,17 +72,29 @@ class SequenceUpdate:
     finish_reason: str | None = None
     # The stop string or stop token id that ended it, where one did.
     stop_reason: str | int | None = None
+    reasoning_parts: list[str] = field(default_factory=list)
+    tool_calls: list[ToolCallPiece] = field(default_factory=list)
 
     @property
     def text(self) -> str:
         parts = self.text_parts
         return parts[0] if len(parts) == 1 else "".join(parts)
 
+    @property
+    def reasoning(self) -> str:
+        return "".join(self.reasoning_parts)
+
     def merge(self, delta: inference_pb2.SequenceDelta) -> None:
         """Add one delta of the same sequence."""
         text = delta.text
         if text:
             self.text_parts.append(text)
+        reasoning = delta.reasoning
+        if reasoning:
+            self.reasoning_parts.append(reasoning)
+        tool_calls = delta.tool_calls
+        if tool_calls:
+            self._merge_tool_calls(tool_calls)
         self.num_tokens += delta.num_tokens
         token_ids = delta.token_ids
         if token_ids:
@@ -73,10 +109,25 @@ class SequenceUpdate:
             if stopped_by is not None:
                 self.stop_reason = getattr(delta, stopped_by)
 
+    def _merge_tool_calls(self, pieces: Iterable[inference_pb2.ToolCallDelta]) -> None:
+        """Pieces of one call grow together, as its text does."""
+        calls = self.tool_calls
+        for piece in pieces:
+            if calls and calls[-1].index == piece.index and not piece.name:
+                calls[-1].arguments += piece.arguments
+                calls[-1].complete |= piece.complete
+            else:
+                calls.append(ToolCallPiece(piece.index, piece.id, piece.name, piece.arguments, piece.complete))
+
 
 def _copy_logprobs(entries: Iterable[inference_pb2.TokenLogprob]) -> list[TokenLogprob]:
     return [
-        TokenLogprob(entry.token, entry.logprob, tuple(TopLogprob(top.token, top.logprob) for top in entry.top))
+        TokenLogprob(
+            entry.token,
+            entry.logprob,
+            tuple(TopLogprob(top.token, top.logprob, top.token_id) for top in entry.top),
+            entry.token_id,
+        )
         for entry in entries
     ]
 
@@ -88,6 +139,7 @@ class UsageTotals:
     num_prompt_tokens: int = 0
     num_completion_tokens: int = 0
     num_cached_tokens: int = 0
+    num_reasoning_tokens: int = 0
 
 
 class Mailbox:
@@ -109,6 +161,8 @@ class Mailbox:
         self._poked = False
         self.disconnected = False
         self.usage = UsageTotals()
+        # Filled before a prompt's first update comes, where something of the prompts was asked for.
+        self.prompts: list[PromptOutput | None] = [None] * num_prompts
 
     @property
     def ended(self) -> bool:
@@ -128,6 +182,9 @@ class Mailbox:
             if update is None:
                 update = updates[index] = SequenceUpdate(index)
             update.merge(delta)
+        if response.HasField("prompt"):
+            output = response.prompt
+            self.prompts[prompt] = PromptOutput(output.text, list(output.token_ids), _copy_logprobs(output.logprobs))
         if response.HasField("accepted"):
             accepted = inference_pb2.Accepted()
             accepted.CopyFrom(response.accepted)
@@ -142,6 +199,7 @@ class Mailbox:
             self.usage.num_prompt_tokens += usage.num_prompt_tokens
             self.usage.num_completion_tokens += usage.num_completion_tokens
             self.usage.num_cached_tokens += usage.num_cached_tokens
+            self.usage.num_reasoning_tokens += usage.num_reasoning_tokens
             self._num_running -= 1
         if self._stream or self.ended:
             self._wake()

@@ -7,7 +7,7 @@ what the gRPC messages cannot carry, and OpenAI's own rules between fields. Fiel
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
@@ -17,14 +17,18 @@ Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 PositiveCount = Annotated[int, Field(ge=1, le=2**32 - 1)]
 
-MAX_STOP_STRINGS = 4
+MAX_STOP_STRINGS = 16
 MAX_LOGPROBS = 20
+MAX_TOOLS = 256
+
+_STRING_OR_STRINGS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]}
+_OBJECT_OR_STRING = {"anyOf": [{"type": "object"}, {"type": "string"}, {"type": "null"}]}
 
 # Checked by hand in convert.py, where a wrong element can be named better than a union of types names it.
 StopField = Annotated[
     Any,
     Field(description=f"Up to {MAX_STOP_STRINGS} strings; the text ends before the first match."),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}, {"type": "null"}]}),
+    WithJsonSchema(_STRING_OR_STRINGS),
 ]
 PromptField = Annotated[
     Any,
@@ -60,6 +64,32 @@ ContentField = Annotated[
         }
     ),
 ]
+# A JSON Schema, or its text.
+SchemaField = Annotated[Any, WithJsonSchema(_OBJECT_OR_STRING)]
+ToolChoiceField = Annotated[
+    Any,
+    Field(description="`auto`, `none`, `required`, or a function by name; auto where there are tools."),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"enum": ["auto", "none", "required"]},
+                {
+                    "type": "object",
+                    "properties": {
+                        "type": {"const": "function"},
+                        "function": {
+                            "type": "object",
+                            "properties": {"name": {"type": "string"}},
+                            "required": ["name"],
+                        },
+                    },
+                    "required": ["type", "function"],
+                },
+                {"type": "null"},
+            ]
+        }
+    ),
+]
 
 
 class RequestModel(BaseModel):
@@ -71,6 +101,43 @@ class StreamOptions(RequestModel):
     continuous_usage_stats: bool | None = Field(
         None, description="Send the usage so far in every chunk; needs include_usage."
     )
+
+
+class JsonSchemaFormat(RequestModel):
+    name: str | None = None
+    description: str | None = None
+    # `schema` is a method of pydantic's base class.
+    json_schema: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(RequestModel):
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(RequestModel):
+    """vLLM's field: exactly one of the first six."""
+
+    json_: SchemaField = Field(None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: SchemaField = None
+    disable_any_whitespace: bool | None = None
+
+
+class FunctionDefinition(RequestModel):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="A JSON Schema of the arguments.")
+    strict: bool | None = Field(None, description="false: do not hold the arguments to the schema under `auto`.")
+
+
+class ToolDefinition(RequestModel):
+    type: Literal["function"]
+    function: FunctionDefinition
 
 
 class GenerationBody(RequestModel):
@@ -89,6 +156,9 @@ class GenerationBody(RequestModel):
     )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = Field(
+        None, description="What the text must look like: any JSON object, or JSON by a schema."
+    )
 
     top_k: Annotated[int, Field(ge=-1, le=2**32 - 1)] | None = Field(None, description="0 or -1 keeps all.")
     min_p: Finite | None = Field(None, description="0 to 1.")
@@ -99,21 +169,55 @@ class GenerationBody(RequestModel):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     allowed_token_ids: list[UInt32] | None = Field(None, max_length=16384)
+    bad_words: list[str] | None = Field(None, max_length=256, description="Words that cannot be generated.")
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(
+        None, description="Logprobs of the prompt's tokens, with this many alternatives; not with stream."
+    )
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(
+        None, description="Keep only the prompt's last so many tokens; -1: what the context has room for."
+    )
+    structured_outputs: StructuredOutputs | None = Field(
+        None, description="What the text must look like: json, regex, choice, grammar or structural_tag."
+    )
+    guided_json: SchemaField = Field(None, description="Older name of structured_outputs.json.")
+    guided_regex: str | None = Field(None, description="Older name of structured_outputs.regex.")
+    guided_choice: list[str] | None = Field(None, description="Older name of structured_outputs.choice.")
+    guided_grammar: str | None = Field(None, description="Older name of structured_outputs.grammar.")
     priority: Int32 | None = Field(None, description="Lower runs first.")
     cache_salt: str | None = Field(None, description="Share cached prefixes only with requests of the same salt.")
     return_token_ids: bool | None = None
 
     @model_validator(mode="after")
-    def _check_stream_options(self) -> Self:
+    def _check_shared(self) -> Self:
         if "stream_options" in self.model_fields_set and self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: only allowed when stream is true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("prompt_logprobs: not allowed when stream is true")
+        if self.truncate_prompt_tokens == 0:
+            raise ValueError("truncate_prompt_tokens: must be at least 1, or -1 for what the context has room for")
         return self
+
+
+class FunctionCall(RequestModel):
+    name: str
+    # A JSON object as text; some clients send the object itself.
+    arguments: SchemaField = None
+
+
+class MessageToolCall(RequestModel):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
 
 
 class ChatMessage(RequestModel):
     role: Annotated[str, Field(min_length=1)]
     content: ContentField = None
     name: str | None = None
+    tool_calls: list[MessageToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning: str | None = Field(None, description="What an assistant's earlier turn thought.")
+    reasoning_content: str | None = Field(None, description="Another name of reasoning.")
 
 
 class ChatCompletionBody(GenerationBody):
@@ -122,8 +226,15 @@ class ChatCompletionBody(GenerationBody):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     max_completion_tokens: PositiveCount | None = Field(None, description="The rest of the context if left out.")
     max_tokens: PositiveCount | None = Field(None, description="Older name of max_completion_tokens.")
+    tools: Annotated[list[ToolDefinition], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoiceField = None
+    parallel_tool_calls: bool | None = Field(None, description="Whether one answer may hold several calls.")
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    include_reasoning: bool | None = Field(None, description="false leaves reasoning out of the answer.")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="Further variables of the chat template.")
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    echo: bool | None = Field(None, description="Put the message that is continued in front of the answer.")
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
@@ -131,22 +242,23 @@ class ChatCompletionBody(GenerationBody):
             raise ValueError("top_logprobs: only allowed when logprobs is true")
         if self.continue_final_message and self.add_generation_prompt:
             raise ValueError("continue_final_message: cannot be true together with add_generation_prompt")
-        if self.add_generation_prompt is False and not self.continue_final_message:
-            raise ValueError("add_generation_prompt: false is only supported together with continue_final_message")
         return self
 
 
 class CompletionBody(GenerationBody):
     prompt: PromptField = None
-    max_tokens: PositiveCount | None = Field(None, description="16 if left out.")
+    suffix: str | None = Field(None, description="Text after the completion, for models that know how to fill in.")
+    max_tokens: UInt32 | None = Field(None, description="16 if left out; 0 only with echo or prompt_logprobs.")
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = Field(None, description="Put the prompt in front of the text.")
     best_of: PositiveCount | None = None
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
-        if self.echo and self.logprobs is not None:
-            raise ValueError("logprobs: not supported together with echo yet; leave one of them out")
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise ValueError("best_of: not supported; leave it out or set it to n")
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            raise ValueError("max_tokens: must be at least 1, or 0 together with echo or prompt_logprobs")
+        if self.echo and self.suffix:
+            raise ValueError("echo: cannot be true together with suffix")
         return self

@@ -73,13 +73,13 @@ class Serving:
             if generation.mailbox.disconnected:
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
             shape = _shape("chatcmpl", plan, accepted)
-            prompt_ids = (await self._prompt_token_ids(plan))[0] if plan.return_token_ids else None
+            mailbox = generation.mailbox
             if plan.stream:
-                return self._stream(request, generation, ChatChunks(shape, prompt_ids))
-            updates = await generation.mailbox.take_all()
-            if generation.mailbox.disconnected:
+                return self._stream(request, generation, ChatChunks(shape, mailbox.prompts))
+            updates = await mailbox.take_all()
+            if mailbox.disconnected:
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
-            return _json_response(answers.chat_completion(shape, updates, generation.mailbox.usage, prompt_ids))
+            return _json_response(answers.chat_completion(shape, updates, mailbox.usage, mailbox.prompts))
 
     async def completion(self, request: Request) -> Response:
         body = await read_body(request, CompletionBody)
@@ -88,16 +88,14 @@ class Serving:
             if generation.mailbox.disconnected:
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
             shape = _shape("cmpl", plan, accepted)
-            echoes = await self._echoes(plan) if plan.echo else None
-            prompt_ids = await self._prompt_token_ids(plan) if plan.return_token_ids else None
+            mailbox = generation.mailbox
             if plan.stream:
-                chunks = CompletionChunks(shape, plan.num_samples, echoes, prompt_ids)
+                chunks = CompletionChunks(shape, plan.num_samples, mailbox.prompts)
                 return self._stream(request, generation, chunks)
-            updates = await generation.mailbox.take_all()
-            if generation.mailbox.disconnected:
+            updates = await mailbox.take_all()
+            if mailbox.disconnected:
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
-            usage = generation.mailbox.usage
-            return _json_response(answers.completion(shape, plan.num_samples, updates, usage, echoes, prompt_ids))
+            return _json_response(answers.completion(shape, plan.num_samples, updates, mailbox.usage, mailbox.prompts))
 
     @contextlib.asynccontextmanager
     async def _generating(
@@ -135,28 +133,6 @@ class Serving:
         generation.handed_over = True
         return SseResponse(generation, chunks, self.metrics, self.sse_keepalive_s, request.state.request_id)
 
-    async def _prompt_token_ids(self, plan: GenerationPlan) -> list[list[int]]:
-        """The prompts as the model sees them; asked for separately, as few clients want them."""
-        return list(await asyncio.gather(*(self._token_ids(request) for request in plan.requests)))
-
-    async def _token_ids(self, request: inference_pb2.GenerateRequest) -> list[int]:
-        kind = request.WhichOneof("input")
-        if kind == "token_ids":
-            return list(request.token_ids.ids)
-        if kind == "chat":
-            return await self.client.tokenize(inference_pb2.TokenizeRequest(model=request.model, chat=request.chat))
-        return await self.client.tokenize(inference_pb2.TokenizeRequest(model=request.model, text=request.text))
-
-    async def _echoes(self, plan: GenerationPlan) -> list[str]:
-        """Every prompt as text."""
-
-        async def text(request: inference_pb2.GenerateRequest) -> str:
-            if request.WhichOneof("input") == "text":
-                return request.text
-            return await self.client.detokenize(request.model, request.token_ids.ids)
-
-        return list(await asyncio.gather(*(text(request) for request in plan.requests)))
-
 
 def _shape(prefix: str, plan: GenerationPlan, accepted: Sequence[inference_pb2.Accepted]) -> StreamShape:
     return StreamShape(
@@ -168,6 +144,10 @@ def _shape(prefix: str, plan: GenerationPlan, accepted: Sequence[inference_pb2.A
         num_prompt_tokens=sum(each.num_prompt_tokens for each in accepted),
         num_top_logprobs=plan.num_top_logprobs,
         return_token_ids=plan.return_token_ids,
+        echo=plan.echo,
+        echo_text=plan.echo_text,
+        num_prompt_logprobs=plan.num_prompt_logprobs,
+        is_named_tool=plan.is_named_tool,
     )
 
 

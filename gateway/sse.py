@@ -17,7 +17,7 @@ import orjson
 
 from gateway.errors import ApiError
 from gateway.logprobs import CompletionLogprobs, chat_content
-from gateway.mailbox import SequenceUpdate, UsageTotals
+from gateway.mailbox import PromptOutput, SequenceUpdate, UsageTotals
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -34,6 +34,7 @@ def usage_object(usage: UsageTotals) -> dict[str, Any]:
         "completion_tokens": usage.num_completion_tokens,
         "total_tokens": usage.num_prompt_tokens + usage.num_completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.num_cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.num_reasoning_tokens},
     }
 
 
@@ -49,6 +50,17 @@ class StreamShape:
     num_prompt_tokens: int = 0
     num_top_logprobs: int | None = None
     return_token_ids: bool = False
+    # The prompt comes before the text of a completion.
+    echo: bool = False
+    # What comes before the text of a chat's choices.
+    echo_text: str = ""
+    num_prompt_logprobs: int | None = None
+    is_named_tool: bool = False
+
+    def finish_reason(self, update: SequenceUpdate) -> str | None:
+        """A tool that was named by the client: OpenAI says `stop` then."""
+        reason = update.finish_reason
+        return "stop" if reason == "tool_calls" and self.is_named_tool else reason
 
 
 class _Chunks:
@@ -73,6 +85,7 @@ class _Chunks:
         self._text_heads: dict[int, bytes] = {}
         self._text_tail = self._text_close + b',"logprobs":null,"finish_reason":null}]' + self._tail
         self._plain = shape.num_top_logprobs is None and not (shape.return_token_ids or shape.continuous_usage)
+        self._no_logprobs_tail = b',"logprobs":null,"finish_reason":null}]'
         self.num_events = 0
 
     def render(self, updates: Iterable[SequenceUpdate]) -> bytes:
@@ -84,7 +97,9 @@ class _Chunks:
                 head = self._open(update.index, events)
             # Ids come where they were asked for, and from a server without a tokenizer: then they are all there is.
             if self._plain and not update.token_ids:
-                if update.text_parts:
+                if update.reasoning_parts or update.tool_calls:
+                    self._render_parts(update, self._tail, events)
+                elif update.text_parts:
                     events.append(head + orjson.dumps(update.text) + self._text_tail)
                 if update.finish_reason is not None:
                     events.append(self._finish(update, self._tail))
@@ -104,6 +119,9 @@ class _Chunks:
     def _render_with_extras(self, update: SequenceUpdate, head: bytes, events: list[bytes]) -> None:
         self._num_completion_tokens += update.num_tokens
         tail = self._usage_so_far() if self._shape.continuous_usage else self._tail
+        if update.reasoning_parts or update.tool_calls:
+            self._render_parts(update, tail, events)
+            update.text_parts.clear()
         if update.text_parts or update.logprobs or update.token_ids:
             logprobs = orjson.dumps(self._logprobs(update)) if update.logprobs else b"null"
             middle = self._text_close + b',"logprobs":' + logprobs + b',"finish_reason":null'
@@ -132,9 +150,13 @@ class _Chunks:
 
     def _finish_reason(self, update: SequenceUpdate) -> bytes:
         return b'"logprobs":null,"finish_reason":%s,"stop_reason":%s}]' % (
-            orjson.dumps(update.finish_reason),
+            orjson.dumps(self._shape.finish_reason(update)),
             orjson.dumps(update.stop_reason),
         )
+
+    def _render_parts(self, update: SequenceUpdate, tail: bytes, events: list[bytes]) -> None:
+        """Reasoning, text and pieces of tool calls, an event each, in the order in which they were generated."""
+        raise NotImplementedError
 
     def _begin(self, index: int, events: list[bytes]) -> None:
         raise NotImplementedError
@@ -153,23 +175,46 @@ class ChatChunks(_Chunks):
     _text_open = b'"delta":{"content":'
     _text_close = b"}"
 
-    def __init__(self, shape: StreamShape, prompt_token_ids: Sequence[int] | None = None) -> None:
+    def __init__(self, shape: StreamShape, prompts: Sequence[PromptOutput | None] = (None,)) -> None:
         super().__init__(shape)
-        # Sent once, with the first chunk.
-        self._prompt_token_ids = prompt_token_ids
+        # Filled before the first update comes; the ids are sent once, with the first chunk.
+        self._prompts = prompts
+        self._has_sent_prompt = False
 
     def _begin(self, index: int, events: list[bytes]) -> None:
         prompt_ids = b""
-        if self._prompt_token_ids is not None:
-            prompt_ids = b',"prompt_token_ids":' + orjson.dumps(self._prompt_token_ids)
-            self._prompt_token_ids = None
+        prompt = self._prompts[0]
+        if self._shape.return_token_ids and prompt is not None and not self._has_sent_prompt:
+            self._has_sent_prompt = True
+            prompt_ids = b',"prompt_token_ids":' + orjson.dumps(prompt.token_ids)
         tail = self._usage_so_far() if self._shape.continuous_usage else self._tail
         events.append(
             self._choice_head(index)
-            + b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]'
+            + b'"delta":{"role":"assistant","content":'
+            + orjson.dumps(self._shape.echo_text)
+            + b'},"logprobs":null,"finish_reason":null}]'
             + prompt_ids
             + tail
         )
+
+    def _render_parts(self, update: SequenceUpdate, tail: bytes, events: list[bytes]) -> None:
+        head = self._choice_head(update.index) + b'"delta":'
+        end = self._no_logprobs_tail + tail
+        if update.reasoning_parts:
+            reasoning = update.reasoning
+            events.append(head + orjson.dumps({"reasoning": reasoning, "reasoning_content": reasoning}) + end)
+        if update.text_parts:
+            events.append(head + orjson.dumps({"content": update.text}) + end)
+        for piece in update.tool_calls:
+            if not piece.name and not piece.arguments:
+                continue  # says only that the call is complete
+            call: dict[str, Any] = {"index": piece.index}
+            if piece.name:
+                call |= {"id": piece.id, "type": "function"}
+                call["function"] = {"name": piece.name, "arguments": piece.arguments}
+            else:
+                call["function"] = {"arguments": piece.arguments}
+            events.append(head + orjson.dumps({"tool_calls": [call]}) + end)
 
     def _finish(self, update: SequenceUpdate, tail: bytes) -> bytes:
         return self._choice_head(update.index) + b'"delta":{},' + self._finish_reason(update) + tail
@@ -179,7 +224,7 @@ class ChatChunks(_Chunks):
 
 
 class CompletionChunks(_Chunks):
-    """`text_completion` objects. `echoes` and `prompt_token_ids` are per prompt, sent before a choice's own text."""
+    """`text_completion` objects. What was asked for of a prompt is sent before a choice's own text."""
 
     _object = "text_completion"
     _text_open = b'"text":'
@@ -189,23 +234,24 @@ class CompletionChunks(_Chunks):
         self,
         shape: StreamShape,
         num_samples: int,
-        echoes: Sequence[str] | None = None,
-        prompt_token_ids: Sequence[Sequence[int]] | None = None,
+        prompts: Sequence[PromptOutput | None] = (),
     ) -> None:
         super().__init__(shape)
         self._num_samples = num_samples
-        self._echoes = echoes
-        self._prompt_token_ids = prompt_token_ids
+        self._prompts = prompts
         self._columns: dict[int, CompletionLogprobs] = {}
 
     def _begin(self, index: int, events: list[bytes]) -> None:
-        if self._echoes is None and self._prompt_token_ids is None:
+        prompt = self._prompts[index // self._num_samples] if self._prompts else None
+        if prompt is None:
             return
-        prompt = index // self._num_samples
-        choice = b'"text":' + orjson.dumps(self._echoes[prompt] if self._echoes is not None else "")
-        choice += b',"logprobs":null,"finish_reason":null'
-        if self._prompt_token_ids is not None:
-            choice += b',"prompt_token_ids":' + orjson.dumps(self._prompt_token_ids[prompt])
+        logprobs: dict[str, Any] | None = None
+        if self._shape.echo and self._shape.num_top_logprobs is not None:
+            logprobs = self._columns_of(index).columns(prompt.logprobs)
+        choice = b'"text":' + orjson.dumps(prompt.text if self._shape.echo else "")
+        choice += b',"logprobs":' + orjson.dumps(logprobs) + b',"finish_reason":null'
+        if self._shape.return_token_ids:
+            choice += b',"prompt_token_ids":' + orjson.dumps(prompt.token_ids)
         tail = self._usage_so_far() if self._shape.continuous_usage else self._tail
         events.append(self._choice_head(index) + choice + b"}]" + tail)
 
@@ -213,7 +259,13 @@ class CompletionChunks(_Chunks):
         return self._choice_head(update.index) + b'"text":"",' + self._finish_reason(update) + tail
 
     def _logprobs(self, update: SequenceUpdate) -> dict[str, Any]:
-        columns = self._columns.get(update.index)
+        return self._columns_of(update.index).columns(update.logprobs)
+
+    def _columns_of(self, index: int) -> CompletionLogprobs:
+        columns = self._columns.get(index)
         if columns is None:
-            columns = self._columns[update.index] = CompletionLogprobs(self._shape.num_top_logprobs or 0)
-        return columns.columns(update.logprobs)
+            columns = self._columns[index] = CompletionLogprobs(self._shape.num_top_logprobs or 0)
+        return columns
+
+    def _render_parts(self, update: SequenceUpdate, tail: bytes, events: list[bytes]) -> None:
+        raise AssertionError("text completions have neither reasoning nor tool calls")

@@ -18,62 +18,40 @@ _log = structlog.get_logger(__name__)
 
 # Field -> values that ask for nothing; null always does.
 _BOTH: Mapping[str, tuple[Any, ...]] = {
-    "bad_words": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "length_penalty": (1, 1.0),
     "logits_processors": ([],),
-    "prompt_logprobs": (),
-    "structured_outputs": ({},),
-    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
-_TEXT_FORMAT = {"type": "text"}
 _CHAT: Mapping[str, tuple[Any, ...]] = {
     **_BOTH,
     "audio": (),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
     "documents": ([],),
-    "echo": (False,),
     "function_call": ("none",),
     "functions": ([],),
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
     "moderation": (),
-    "reasoning_effort": ("none",),
-    "response_format": (_TEXT_FORMAT,),
-    "tool_choice": ("none",),
-    "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
 _COMPLETION: Mapping[str, tuple[Any, ...]] = {
     **_BOTH,
     "prompt_embeds": (),
-    "response_format": (_TEXT_FORMAT,),
-    "suffix": ("",),
 }
 _MESSAGE: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": (),
     "refusal": ("",),
-    "tool_call_id": (),
-    "tool_calls": ([],),
 }
 # Without effect on the text of an answer: not worth a line in the log.
 _HARMLESS = frozenset(
     {
         "metadata",
-        "parallel_tool_calls",
         "prediction",
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
-        "reasoning",
-        "reasoning_content",
         "request_id",
         "safety_identifier",
         "service_tier",

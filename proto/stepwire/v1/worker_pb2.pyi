@@ -11,6 +11,7 @@ class Capability(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     CAPABILITY_UNSPECIFIED: _ClassVar[Capability]
     CAPABILITY_TOKEN_MASK: _ClassVar[Capability]
+    CAPABILITY_PROMPT_LOGPROBS: _ClassVar[Capability]
 
 class RowFaultCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -23,6 +24,7 @@ class RowFaultCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ROW_FAULT_CODE_UNSUPPORTED: _ClassVar[RowFaultCode]
 CAPABILITY_UNSPECIFIED: Capability
 CAPABILITY_TOKEN_MASK: Capability
+CAPABILITY_PROMPT_LOGPROBS: Capability
 ROW_FAULT_CODE_UNSPECIFIED: RowFaultCode
 ROW_FAULT_CODE_POSITION_MISMATCH: RowFaultCode
 ROW_FAULT_CODE_UNKNOWN_ROW: RowFaultCode
@@ -152,7 +154,7 @@ class RowAdd(_message.Message):
     def __init__(self, row: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., num_prompt_tokens: _Optional[int] = ..., num_computed_tokens: _Optional[int] = ..., block_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[RowSampling, _Mapping]] = ...) -> None: ...
 
 class RowSampling(_message.Message):
-    __slots__ = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "sequence_index", "num_logprobs", "bias_token_ids", "bias_values", "min_tokens", "suppressed_token_ids", "allowed_token_ids")
+    __slots__ = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "sequence_index", "num_logprobs", "bias_token_ids", "bias_values", "min_tokens", "suppressed_token_ids", "allowed_token_ids", "num_prompt_logprobs")
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
@@ -168,6 +170,7 @@ class RowSampling(_message.Message):
     MIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SUPPRESSED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     ALLOWED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     top_p: float
     top_k: int
@@ -183,7 +186,8 @@ class RowSampling(_message.Message):
     min_tokens: int
     suppressed_token_ids: bytes
     allowed_token_ids: bytes
-    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., sequence_index: _Optional[int] = ..., num_logprobs: _Optional[int] = ..., bias_token_ids: _Optional[bytes] = ..., bias_values: _Optional[bytes] = ..., min_tokens: _Optional[int] = ..., suppressed_token_ids: _Optional[bytes] = ..., allowed_token_ids: _Optional[bytes] = ...) -> None: ...
+    num_prompt_logprobs: int
+    def __init__(self, temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., sequence_index: _Optional[int] = ..., num_logprobs: _Optional[int] = ..., bias_token_ids: _Optional[bytes] = ..., bias_values: _Optional[bytes] = ..., min_tokens: _Optional[int] = ..., suppressed_token_ids: _Optional[bytes] = ..., allowed_token_ids: _Optional[bytes] = ..., num_prompt_logprobs: _Optional[int] = ...) -> None: ...
 
 class TokenMask(_message.Message):
     __slots__ = ("step_id", "rows", "bitmask")
@@ -196,7 +200,7 @@ class TokenMask(_message.Message):
     def __init__(self, step_id: _Optional[int] = ..., rows: _Optional[bytes] = ..., bitmask: _Optional[bytes] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("step_id", "rows", "offsets", "token_ids", "logprobs", "num_top", "top_token_ids", "top_logprobs", "faults", "timings")
+    __slots__ = ("step_id", "rows", "offsets", "token_ids", "logprobs", "num_top", "top_token_ids", "top_logprobs", "faults", "timings", "prompt_logprobs")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     OFFSETS_FIELD_NUMBER: _ClassVar[int]
@@ -207,6 +211,7 @@ class StepResult(_message.Message):
     TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     FAULTS_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     rows: bytes
     offsets: bytes
@@ -217,7 +222,24 @@ class StepResult(_message.Message):
     top_logprobs: bytes
     faults: _containers.RepeatedCompositeFieldContainer[RowFault]
     timings: StepTimings
-    def __init__(self, step_id: _Optional[int] = ..., rows: _Optional[bytes] = ..., offsets: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., num_top: _Optional[int] = ..., top_token_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ..., faults: _Optional[_Iterable[_Union[RowFault, _Mapping]]] = ..., timings: _Optional[_Union[StepTimings, _Mapping]] = ...) -> None: ...
+    prompt_logprobs: _containers.RepeatedCompositeFieldContainer[PromptLogprobs]
+    def __init__(self, step_id: _Optional[int] = ..., rows: _Optional[bytes] = ..., offsets: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., num_top: _Optional[int] = ..., top_token_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ..., faults: _Optional[_Iterable[_Union[RowFault, _Mapping]]] = ..., timings: _Optional[_Union[StepTimings, _Mapping]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PromptLogprobs, _Mapping]]] = ...) -> None: ...
+
+class PromptLogprobs(_message.Message):
+    __slots__ = ("row", "start_position", "logprobs", "num_top", "top_token_ids", "top_logprobs")
+    ROW_FIELD_NUMBER: _ClassVar[int]
+    START_POSITION_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOP_FIELD_NUMBER: _ClassVar[int]
+    TOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    row: int
+    start_position: int
+    logprobs: bytes
+    num_top: int
+    top_token_ids: bytes
+    top_logprobs: bytes
+    def __init__(self, row: _Optional[int] = ..., start_position: _Optional[int] = ..., logprobs: _Optional[bytes] = ..., num_top: _Optional[int] = ..., top_token_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ...) -> None: ...
 
 class RowFault(_message.Message):
     __slots__ = ("row", "code", "message")

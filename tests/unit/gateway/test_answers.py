@@ -10,10 +10,11 @@ from openai.types.chat import ChatCompletion
 from stepwire.v1 import inference_pb2
 
 from gateway import answers
-from gateway.mailbox import SequenceUpdate, TokenLogprob, TopLogprob, UsageTotals
+from gateway.mailbox import PromptOutput, SequenceUpdate, TokenLogprob, TopLogprob, UsageTotals
 from gateway.sse import StreamShape
 
 USAGE = UsageTotals(num_prompt_tokens=5, num_completion_tokens=3, num_cached_tokens=2)
+PROMPTS = [PromptOutput("P", [1], []), PromptOutput("Q", [2], [])]
 ENTRY = TokenLogprob("é".encode(), -0.5, (TopLogprob(b"b", -0.25),))
 
 
@@ -54,6 +55,7 @@ def test_chat() -> None:
             "completion_tokens": 3,
             "total_tokens": 8,
             "prompt_tokens_details": {"cached_tokens": 2},
+            "completion_tokens_details": {"reasoning_tokens": 0},
         },
     }
 
@@ -61,7 +63,9 @@ def test_chat() -> None:
 def test_chat_with_logprobs_and_ids() -> None:
     updates = [SequenceUpdate(0, ["é"], finish_reason="stop", logprobs=[ENTRY], token_ids=[4])]
     answer = json.loads(
-        answers.chat_completion(shape(num_top_logprobs=1, return_token_ids=True), updates, USAGE, [1, 2])
+        answers.chat_completion(
+            shape(num_top_logprobs=1, return_token_ids=True), updates, USAGE, [PromptOutput("", [1, 2], [])]
+        )
     )
     ChatCompletion.model_validate(answer, strict=True)
     (choice,) = answer["choices"]
@@ -76,7 +80,7 @@ def test_completions_of_a_batch() -> None:
         for index, text in enumerate(["a", "b", "c", "d"])
     ]
     answer = json.loads(
-        answers.completion(shape(num_top_logprobs=0, return_token_ids=True), 2, updates, USAGE, ["P", "Q"], [[1], [2]])
+        answers.completion(shape(num_top_logprobs=0, return_token_ids=True, echo=True), 2, updates, USAGE, PROMPTS)
     )
     Completion.model_validate(answer, strict=True)
     assert [choice["text"] for choice in answer["choices"]] == ["Pa", "Pb", "Qc", "Qd"]

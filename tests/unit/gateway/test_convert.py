@@ -17,6 +17,16 @@ from gateway.errors import ApiError
 from gateway.schemas import ChatCompletionBody, CompletionBody
 
 MESSAGES = [{"role": "user", "content": "hi"}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "The weather.",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
+    }
+]
 
 
 def chat(**fields: Any) -> GenerationPlan:
@@ -88,7 +98,9 @@ def test_a_bare_completion_has_openais_16_tokens() -> None:
         ({"include_stop_str_in_output": True}, "stop", {"include_stop_string": True}),
         ({"skip_special_tokens": False}, "output", {"special_tokens": True}),
         ({"skip_special_tokens": True}, "output", {}),
-        ({"return_token_ids": True}, "output", {"token_ids": True}),
+        ({"return_token_ids": True}, "output", {"token_ids": True, "prompt_token_ids": True}),
+        ({"prompt_logprobs": 3}, "output", {"prompt_logprobs": 3}),
+        ({"bad_words": ["a", " b"]}, "sampling", {"bad_words": ["a", " b"]}),
     ],
 )
 def test_shared_parameters(fields: dict[str, Any], section: str, expected: dict[str, Any]) -> None:
@@ -270,8 +282,8 @@ def test_a_batch_numbers_its_request_ids() -> None:
         (
             chat,
             {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
-            "messages[0].tool_calls",
-            "not supported",
+            "messages[0].tool_calls[0].function",
+            "required",
         ),
         (chat, {"temperature": "hot"}, "temperature", "number"),
         (chat, {"temperature": True}, "temperature", "number"),
@@ -285,14 +297,40 @@ def test_a_batch_numbers_its_request_ids() -> None:
         (chat, {"logprobs": False, "top_logprobs": 0}, "top_logprobs", "logprobs is true"),
         (chat, {"stream_options": {"include_usage": True}}, "stream_options", "stream is true"),
         (chat, {"stream_options": {"include_usage": None}}, "stream_options", "stream is true"),
-        (chat, {"stop": ["a", "b", "c", "d", "e"]}, "stop", "at most 4"),
+        (chat, {"stop": ["a"] * 17}, "stop", "at most 16"),
         (chat, {"stop": ["a", 1]}, "stop[1]", "a number"),
         (chat, {"stop": {"a": 1}}, "stop", "an object"),
         (chat, {"stop_token_ids": [-1]}, "stop_token_ids[0]", "greater than or equal to 0"),
         (chat, {"allowed_token_ids": ["a"]}, "allowed_token_ids[0]", "integer"),
         (chat, {"priority": 2**31}, "priority", "less than or equal"),
         (chat, {"top_k": -2}, "top_k", "greater than or equal to -1"),
-        (chat, {"add_generation_prompt": False}, "add_generation_prompt", "continue_final_message"),
+        (chat, {"tools": []}, "tools", "at least 1"),
+        (chat, {"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type", "function"),
+        (chat, {"tool_choice": "auto"}, "tool_choice", "together with tools"),
+        (chat, {"tool_choice": {}}, "tool_choice", "together with tools"),
+        (chat, {"tools": TOOLS, "tool_choice": {}}, "tool_choice", "must be 'auto'"),
+        (chat, {"tools": TOOLS, "tool_choice": "maybe"}, "tool_choice", "maybe"),
+        (
+            chat,
+            {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "other"}}},
+            "tool_choice",
+            "not the name of one of the tools",
+        ),
+        (chat, {"response_format": {"type": "json_schema"}}, "response_format.json_schema", "needed"),
+        (chat, {"response_format": {"type": "yaml"}}, "response_format.type", "json_schema"),
+        (chat, {"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "exactly one"),
+        (chat, {"guided_json": 3}, "guided_json", "JSON Schema"),
+        (
+            chat,
+            {"guided_regex": "a", "response_format": {"type": "json_object"}},
+            "guided_regex",
+            "together with response_format",
+        ),
+        (chat, {"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "at least 1"),
+        (chat, {"truncate_prompt_tokens": -2}, "truncate_prompt_tokens", "-1"),
+        (chat, {"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "stream"),
+        (chat, {"prompt_logprobs": -2}, "prompt_logprobs", "0"),
+        (chat, {"reasoning_effort": "huge"}, "reasoning_effort", "high"),
         (
             chat,
             {"add_generation_prompt": True, "continue_final_message": True},
@@ -314,10 +352,9 @@ def test_a_batch_numbers_its_request_ids() -> None:
         (complete, {"logprobs": 21}, "logprobs", "20"),
         (complete, {"logprobs": -1}, "logprobs", "0"),
         (complete, {"logprobs": True}, "logprobs", "integer"),
-        (complete, {"echo": True, "logprobs": 1}, "logprobs", "echo"),
         (complete, {"best_of": 3, "n": 2}, "best_of", "n"),
-        (complete, {"suffix": "x"}, "suffix", "not supported"),
-        (complete, {"max_tokens": 0, "echo": True}, "max_tokens", "1"),
+        (complete, {"suffix": "x", "echo": True}, "echo", "suffix"),
+        (complete, {"max_tokens": 0}, "max_tokens", "echo"),
     ],
 )
 def test_wrong_fields_are_named(make: Any, fields: dict[str, Any], param: str, needle: str) -> None:
@@ -347,21 +384,11 @@ def test_a_logit_bias_value_that_is_no_number() -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"tools": [{"type": "function", "function": {"name": "f"}}]},
-        {"tool_choice": "auto"},
         {"functions": [{}]},
-        {"response_format": {"type": "json_object"}},
-        {"response_format": {"type": "json_schema", "json_schema": {}}},
         {"audio": {"voice": "x"}},
         {"modalities": ["text", "audio"]},
         {"web_search_options": {}},
-        {"reasoning_effort": "high"},
-        {"prompt_logprobs": 0},
-        {"structured_outputs": {"regex": "a"}},
-        {"bad_words": ["x"]},
-        {"chat_template_kwargs": {"a": 1}},
         {"use_beam_search": True},
-        {"echo": True},
     ],
 )
 def test_unsupported_fields_are_refused_by_name(fields: dict[str, Any]) -> None:
@@ -374,13 +401,13 @@ def test_unsupported_fields_are_refused_by_name(fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"tools": None, "tool_choice": "none", "functions": []},
+        {"tools": None, "tool_choice": None, "functions": []},
         {"response_format": {"type": "text"}},
         {"modalities": ["text"], "audio": None},
-        {"parallel_tool_calls": True, "user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto"},
+        {"user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto"},
         {"prediction": {"type": "content", "content": "x"}, "safety_identifier": "x", "prompt_cache_key": "k"},
         {"something_nobody_knows": [1, 2]},
-        {"messages": [{"role": "user", "content": "hi", "reasoning_content": "x", "nobody": 1}]},
+        {"messages": [{"role": "user", "content": "hi", "nobody": 1}]},
         {"stop": None, "n": None, "temperature": None, "logit_bias": None, "stream_options": None},
     ],
 )
@@ -398,3 +425,117 @@ def test_wrong_timeout_header(header: str) -> None:
     with pytest.raises(ApiError) as caught:
         read_timeout(header)
     assert (caught.value.status, caught.value.param) == (400, "x-request-timeout")
+
+
+def test_tools_become_typed_messages() -> None:
+    fields = {
+        "parallel_tool_calls": False,
+        "reasoning_effort": "low",
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    request = only_request(chat(tools=TOOLS, tool_choice="required", include_reasoning=False, **fields))
+    assert request["output"] == {"omit_reasoning": True}
+    assert request["chat"] == {
+        "messages": [{"role": "user", "content": [{"text": "hi"}]}],
+        "tools": [
+            {
+                "function": {
+                    "name": "weather",
+                    "description": "The weather.",
+                    "parameters": '{"type": "object", "properties": {"city": {"type": "string"}}}',
+                }
+            }
+        ],
+        "tool_choice": {"mode": "TOOL_CHOICE_MODE_REQUIRED"},
+        "parallel_tool_calls": False,
+        "reasoning_effort": "REASONING_EFFORT_LOW",
+        "template_arguments": {"enable_thinking": False},
+    }
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected", "is_named"),
+    [
+        ("auto", {"mode": "TOOL_CHOICE_MODE_AUTO"}, False),
+        ("none", {"mode": "TOOL_CHOICE_MODE_NONE"}, False),
+        ({"type": "function", "function": {"name": "weather"}}, {"function_name": "weather"}, True),
+        (
+            {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": TOOLS}},
+            {"mode": "TOOL_CHOICE_MODE_REQUIRED", "allowed_function_names": ["weather"]},
+            False,
+        ),
+    ],
+)
+def test_tool_choices(choice: Any, expected: dict[str, Any], is_named: bool) -> None:
+    plan = chat(tools=TOOLS, tool_choice=choice)
+    assert only_request(plan)["chat"]["tool_choice"] == expected
+    assert plan.is_named_tool is is_named
+
+
+def test_a_conversation_with_calls_and_their_results() -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    messages = [
+        *MESSAGES,
+        {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": "hm"},
+        {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
+    ]
+    assert only_request(chat(messages=messages))["chat"]["messages"][1:] == [
+        {
+            "role": "assistant",
+            "tool_calls": [{"id": "call_1", "name": "weather", "arguments": '{"city": "Rome"}'}],
+            "reasoning": "hm",
+        },
+        {"role": "tool", "tool_call_id": "call_1", "content": [{"text": "sunny"}]},
+    ]
+
+
+SCHEMA = {"type": "object", "properties": {"b": {"type": "integer"}, "a": {}}}
+SCHEMA_TEXT = '{"type": "object", "properties": {"b": {"type": "integer"}, "a": {}}}'
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"response_format": {"type": "json_object"}}, {"json_object": {}}),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}},
+            {"json_schema": SCHEMA_TEXT},
+        ),
+        ({"structured_outputs": {"json": SCHEMA}}, {"json_schema": SCHEMA_TEXT}),
+        ({"structured_outputs": {"json": SCHEMA_TEXT}}, {"json_schema": SCHEMA_TEXT}),
+        (
+            {"structured_outputs": {"json_object": True, "disable_any_whitespace": True}},
+            {"json_object": {}, "compact_json": True},
+        ),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, {"choice": {"texts": ["a", "b"]}}),
+        ({"structured_outputs": {"grammar": 'start: "x"'}}, {"grammar": {"text": 'start: "x"'}}),
+        ({"guided_json": SCHEMA}, {"json_schema": SCHEMA_TEXT}),
+        ({"guided_regex": "[0-9]+"}, {"regex": "[0-9]+"}),
+        ({"guided_choice": ["a"]}, {"choice": {"texts": ["a"]}}),
+        ({"guided_grammar": 'root ::= "x"'}, {"grammar": {"text": 'root ::= "x"'}}),
+        (
+            {
+                "response_format": {
+                    "type": "structural_tag",
+                    "structures": [{"begin": "<f>", "schema": SCHEMA, "end": "</f>"}],
+                    "triggers": ["<f"],
+                }
+            },
+            {
+                "structural_tags": {
+                    "tags": [{"begin": "<f>", "json_schema": SCHEMA_TEXT, "end": "</f>"}],
+                    "triggers": ["<f"],
+                }
+            },
+        ),
+    ],
+)
+def test_structured_output_in_every_spelling(fields: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert only_request(chat(**fields))["structured_output"] == expected
+    assert only_request(complete(**fields))["structured_output"] == expected
+
+
+def test_echo_asks_for_the_prompt() -> None:
+    output = only_request(complete(echo=True, logprobs=2))["output"]
+    assert output == {"logprobs": 2, "prompt_logprobs": 2, "prompt_text": True}
+    assert only_request(complete(echo=True, max_tokens=0))["stop"] == {"max_tokens": 0}

@@ -12,7 +12,7 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletionChunk
 
 from gateway.errors import control_plane_lost
-from gateway.mailbox import SequenceUpdate, TokenLogprob, TopLogprob, UsageTotals
+from gateway.mailbox import PromptOutput, SequenceUpdate, TokenLogprob, TopLogprob, UsageTotals
 from gateway.sse import DONE, ChatChunks, CompletionChunks, StreamShape, error_event
 
 USAGE = UsageTotals(num_prompt_tokens=5, num_completion_tokens=3, num_cached_tokens=2)
@@ -90,6 +90,7 @@ def test_usage_comes_last_alone_and_is_null_before() -> None:
             "completion_tokens": 3,
             "total_tokens": 8,
             "prompt_tokens_details": {"cached_tokens": 2},
+            "completion_tokens_details": {"reasoning_tokens": 0},
         }
 
 
@@ -151,14 +152,16 @@ def test_logprobs_without_text_yet_are_sent() -> None:
 
 
 def test_token_ids_and_prompt_ids() -> None:
-    chunks = ChatChunks(shape(return_token_ids=True), prompt_token_ids=[9, 8])
+    chunks = ChatChunks(shape(return_token_ids=True), prompts=[PromptOutput("", [9, 8], [])])
     parsed = events(chunks.render([update(text="a", token_ids=[1]), update(1, token_ids=[2])]))
     assert [each.get("prompt_token_ids") for each in parsed] == [[9, 8], None, None, None]
     assert [each["choices"][0].get("token_ids") for each in parsed] == [None, [1], None, [2]]
 
 
 def test_echo_and_prompt_ids_of_a_batch() -> None:
-    chunks = CompletionChunks(shape(return_token_ids=True), 2, echoes=["P", "Q"], prompt_token_ids=[[1], [2]])
+    chunks = CompletionChunks(
+        shape(return_token_ids=True, echo=True), 2, prompts=[PromptOutput("P", [1], []), PromptOutput("Q", [2], [])]
+    )
     parsed = events(chunks.render([update(1, "x", token_ids=[7]), update(2, "y", token_ids=[8])]))
     assert [(each["choices"][0]["index"], each["choices"][0]["text"]) for each in parsed] == [
         (1, "P"),
