@@ -15,13 +15,14 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from gateway import errors, openapi
+from gateway.admin_client import AdminClient
 from gateway.auth import ApiKeyMiddleware, ApiKeys
 from gateway.client import ControlPlaneClient
 from gateway.config import GatewaySettings
 from gateway.errors import ApiError
 from gateway.metrics import GatewayMetrics
 from gateway.middleware import BodyLimitMiddleware, Lifecycle, RequestContextMiddleware
-from gateway.routes import chat, completions, models, ops
+from gateway.routes import chat, completions, console, models, ops, tokens
 from gateway.serving import Serving
 
 _log = structlog.get_logger(__name__)
@@ -32,6 +33,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     metrics = GatewayMetrics()
     lifecycle = Lifecycle()
     client = ControlPlaneClient(settings, metrics)
+    admin = AdminClient(settings)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -39,6 +41,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         try:
             yield
         finally:
+            await admin.close()
             await client.close()
 
     app = FastAPI(
@@ -55,10 +58,13 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     app.state.metrics = metrics
     app.state.lifecycle = lifecycle
     app.state.client = client
+    app.state.admin = admin
     app.state.serving = Serving(client, metrics, settings.max_batch_prompts, settings.sse_keepalive_s)
     app.openapi = functools.partial(openapi.describe, app)  # type: ignore[method-assign]
-    for resource in (chat, completions, models, ops):
+    for resource in (chat, completions, models, tokens, ops):
         app.include_router(resource.router)
+    if settings.console:
+        app.include_router(console.router)
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_exception_handler(Exception, _answer_unexpected)

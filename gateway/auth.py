@@ -11,8 +11,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway.errors import AUTHENTICATION, ApiError
 from gateway.middleware import header, send_error
 
-# Probes carry no keys, and tell nothing but whether the process lives.
-OPEN_PATHS = frozenset({"/health", "/ready"})
+# Probes carry no keys, and tell nothing but whether the process lives. The console's page asks for the key itself.
+OPEN_PATHS = frozenset({"/health", "/ready", "/"})
 
 
 class ApiKeys:

@@ -46,6 +46,16 @@ class GatewaySettings(ProcessSettings):
     )
     control_plane_tls_key: Path | None = Field(None, description="PEM private key of control_plane_tls_cert")
 
+    control_plane_admin: str | None = Field(
+        None,
+        description="the control plane's AdminService, HOST:PORT or unix:/PATH: the console's live view comes from "
+        "there; default: no live view",
+    )
+    control_plane_admin_api_key: SecretStr | None = Field(None, description="key that AdminService asks for")
+
+    # The console.
+    console: bool = Field(True, description="serve the web console at /")
+
     # Limits.
     max_body_bytes: PositiveInt = Field(8 * 2**20, description="largest request body, in bytes")
     max_concurrent_requests: PositiveInt = Field(
@@ -69,8 +79,12 @@ class GatewaySettings(ProcessSettings):
             )
         if self.control_plane_tls_cert is not None and self.control_plane_tls_ca is None:
             raise ValueError("--control-plane-tls-cert needs --control-plane-tls-ca: without it nothing is encrypted")
-        if not self.control_plane.startswith("unix:") and ":" not in self.control_plane:
-            raise ValueError(f"--control-plane must be HOST:PORT or unix:/PATH, got {self.control_plane!r}")
+        for flag, address in (
+            ("--control-plane", self.control_plane),
+            ("--control-plane-admin", self.control_plane_admin),
+        ):
+            if address is not None and not address.startswith("unix:") and ":" not in address:
+                raise ValueError(f"{flag} must be HOST:PORT or unix:/PATH, got {address!r}")
         return self
 
     @property

@@ -20,10 +20,38 @@ REQUEST_ID_HEADER = b"x-request-id"
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 # The client left before the answer began; never sent, only counted.
 CLIENT_CLOSED_REQUEST = 499
-_MODEL_PREFIX = "/v1/models/"
+# Route labels by path; where an id follows a prefix, by that. Bounded, whatever paths clients make up.
 _KNOWN_ROUTES = frozenset(
-    {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/ready", "/metrics", "/openapi.json"}
+    {
+        "/",
+        "/console/steps",
+        "/detokenize",
+        "/health",
+        "/load",
+        "/metrics",
+        "/openapi.json",
+        "/ready",
+        "/tokenize",
+        "/version",
+        "/v1/batches",
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/embeddings",
+        "/v1/files",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/v1/models",
+        "/v1/rerank",
+        "/v1/responses",
+        "/v1/score",
+    }
 )
+_ID_ROUTES = {
+    "/v1/models/": "/v1/models/{model}",
+    "/v1/responses/": "/v1/responses/{id}",
+    "/v1/files/": "/v1/files/{id}",
+    "/v1/batches/": "/v1/batches/{id}",
+}
 _PROBES = frozenset({"/health", "/ready", "/metrics"})
 
 
@@ -47,7 +75,7 @@ def route_label(path: str) -> str:
     """A route's name for metrics: a bounded set, whatever paths clients make up."""
     if path in _KNOWN_ROUTES:
         return path
-    return f"{_MODEL_PREFIX}{{model}}" if path.startswith(_MODEL_PREFIX) else "other"
+    return next((label for prefix, label in _ID_ROUTES.items() if path.startswith(prefix)), "other")
 
 
 class Lifecycle:
