@@ -20,9 +20,10 @@ from gateway.auth import ApiKeyMiddleware, ApiKeys
 from gateway.client import ControlPlaneClient
 from gateway.config import GatewaySettings
 from gateway.errors import ApiError
+from gateway.messages.errors import error_body
 from gateway.metrics import GatewayMetrics
 from gateway.middleware import BodyLimitMiddleware, Lifecycle, RequestContextMiddleware
-from gateway.routes import chat, completions, console, models, ops, tokens
+from gateway.routes import chat, completions, console, messages, models, ops, tokens
 from gateway.serving import Serving
 
 _log = structlog.get_logger(__name__)
@@ -61,7 +62,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     app.state.admin = admin
     app.state.serving = Serving(client, metrics, settings.max_batch_prompts, settings.sse_keepalive_s)
     app.openapi = functools.partial(openapi.describe, app)  # type: ignore[method-assign]
-    for resource in (chat, completions, models, tokens, ops):
+    for resource in (chat, completions, messages, models, tokens, ops):
         app.include_router(resource.router)
     if settings.console:
         app.include_router(console.router)
@@ -96,10 +97,11 @@ def _middleware(settings: GatewaySettings, lifecycle: Lifecycle, metrics: Gatewa
     return stack
 
 
-async def _answer_api_error(_: Request, error: Exception) -> Response:
+async def _answer_api_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, ApiError):
         raise error
-    return Response(error.body(), error.status, error.headers(), "application/json")
+    body = error_body(error, request.url.path, request.state.request_id)
+    return Response(body, error.status, error.headers(), "application/json")
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:

@@ -11,6 +11,7 @@ import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.errors import RATE_LIMIT, ApiError, draining
+from gateway.messages.errors import error_body
 from gateway.metrics import GatewayMetrics
 
 _access_log = structlog.get_logger("gateway.access")
@@ -63,8 +64,9 @@ def header(scope: Scope, name: bytes) -> bytes | None:
     return None
 
 
-async def send_error(send: Send, error: ApiError) -> None:
-    body = error.body()
+async def send_error(send: Send, error: ApiError, scope: Scope) -> None:
+    """In the shape that the clients of the scope's path know."""
+    body = error_body(error, scope["path"], scope.get("state", {}).get("request_id"))
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     headers += [(name.encode(), value.encode()) for name, value in error.headers().items()]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
@@ -135,7 +137,7 @@ class RequestContextMiddleware:
             if refusal is None:
                 await self._app(scope, receive, send_with_id)
             else:
-                await send_error(send_with_id, refusal)
+                await send_error(send_with_id, refusal, scope)
         except Exception:
             # Starlette's outer handler answers 500 if nothing was sent yet.
             status = 500 if status == CLIENT_CLOSED_REQUEST else status
@@ -200,13 +202,13 @@ class BodyLimitMiddleware:
             return
         announced = header(scope, b"content-length")
         if announced is not None and announced.isdigit() and int(announced) > self._max_body_bytes:
-            await send_error(send, self._error(f"{int(announced)} bytes"))
+            await send_error(send, self._error(f"{int(announced)} bytes"), scope)
             return
         try:
             await self._app(scope, self._counting(receive), send)
         except _TooLarge:
             # Raised while the body is read, so nothing was sent yet.
-            await send_error(send, self._error("larger"))
+            await send_error(send, self._error("larger"), scope)
 
     def _counting(self, receive: Receive) -> Receive:
         num_bytes = 0
