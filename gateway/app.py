@@ -10,6 +10,7 @@ from http import HTTPStatus
 import stepwire
 import structlog
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -23,8 +24,11 @@ from gateway.errors import ApiError
 from gateway.messages.errors import error_body
 from gateway.metrics import GatewayMetrics
 from gateway.middleware import BodyLimitMiddleware, Lifecycle, RequestContextMiddleware
-from gateway.routes import chat, completions, console, messages, models, ops, tokens
+from gateway.responses.serving import ResponsesServing
+from gateway.responses.store import ResponseStore
+from gateway.routes import chat, completions, console, messages, models, ops, responses, tokens
 from gateway.serving import Serving
+from gateway.store import Store
 
 _log = structlog.get_logger(__name__)
 
@@ -35,15 +39,19 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     lifecycle = Lifecycle()
     client = ControlPlaneClient(settings, metrics)
     admin = AdminClient(settings)
+    store = Store(settings.data_dir)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await client.start()
+        await app.state.responses.start()
         try:
             yield
         finally:
+            await app.state.responses.close()
             await admin.close()
             await client.close()
+            store.close()
 
     app = FastAPI(
         title="stepwire",
@@ -61,11 +69,14 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     app.state.client = client
     app.state.admin = admin
     app.state.serving = Serving(client, metrics, settings.max_batch_prompts, settings.sse_keepalive_s)
+    kept = ResponseStore(store, max_responses=settings.responses_max, ttl_s=settings.responses_ttl_s)
+    app.state.responses = ResponsesServing(app.state.serving, kept if settings.responses_store else None)
     app.openapi = functools.partial(openapi.describe, app)  # type: ignore[method-assign]
-    for resource in (chat, completions, messages, models, tokens, ops):
+    for resource in (chat, completions, messages, responses, models, tokens, ops):
         app.include_router(resource.router)
     if settings.console:
         app.include_router(console.router)
+    app.add_exception_handler(RequestValidationError, _answer_wrong_parameter)
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_exception_handler(Exception, _answer_unexpected)
@@ -102,6 +113,15 @@ async def _answer_api_error(request: Request, error: Exception) -> Response:
         raise error
     body = error_body(error, request.url.path, request.state.request_id)
     return Response(body, error.status, error.headers(), "application/json")
+
+
+async def _answer_wrong_parameter(request: Request, error: Exception) -> Response:
+    """A parameter of the query; bodies are read by ourselves."""
+    if not isinstance(error, RequestValidationError):
+        raise error
+    first = error.errors()[0]
+    name = str(first["loc"][-1])
+    return await _answer_api_error(request, ApiError(400, f"{name}: {first['msg']}.", param=name))
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:

@@ -53,6 +53,16 @@ class GatewaySettings(ProcessSettings):
     )
     control_plane_admin_api_key: SecretStr | None = Field(None, description="key that AdminService asks for")
 
+    # What it remembers.
+    data_dir: Path | None = Field(
+        None,
+        description="directory for stored responses, files and batches; one gateway each; default: a temporary one "
+        "that ends with the process",
+    )
+    responses_store: bool = Field(True, description="keep responses of /v1/responses unless a request says otherwise")
+    responses_max: PositiveInt = Field(10_000, description="responses kept; the oldest go first")
+    responses_ttl_s: float = Field(30 * 86400.0, gt=0, description="seconds that a response is kept")
+
     # The console.
     console: bool = Field(True, description="serve the web console at /")
 

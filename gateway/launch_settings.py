@@ -54,6 +54,12 @@ class LaunchSettings(ProcessSettings):
         json_schema_extra=_passed_to(CONTROL_PLANE),
     )
     admin_api_key: Secrets = Field((), description="key of AdminService; several separated by commas")
+    data_dir: Path | None = Field(
+        None,
+        description="directory for stored responses, files and batches; one gateway each; default: a temporary one "
+        "that ends with the process",
+        json_schema_extra=_passed_to(GATEWAY),
+    )
     console: bool = Field(True, description="serve the web console at /", json_schema_extra=_passed_to(GATEWAY))
 
     runner: Literal["torch", "simulated"] = Field(

@@ -137,8 +137,10 @@ class Serving:
 class EventWriter(Protocol):
     """What turns updates into the events of one kind of stream."""
 
-    # Events rendered so far.
-    num_events: int
+    @property
+    def num_events(self) -> int:
+        """Events rendered so far."""
+        ...
 
     def render(self, updates: Iterable[SequenceUpdate]) -> bytes: ...
 
