@@ -18,6 +18,8 @@ from starlette.middleware.cors import CORSMiddleware
 from gateway import errors, openapi
 from gateway.admin_client import AdminClient
 from gateway.auth import ApiKeyMiddleware, ApiKeys
+from gateway.batches.files import FileStore
+from gateway.batches.runner import BatchRunner
 from gateway.client import ControlPlaneClient
 from gateway.config import GatewaySettings
 from gateway.errors import ApiError
@@ -26,7 +28,7 @@ from gateway.metrics import GatewayMetrics
 from gateway.middleware import BodyLimitMiddleware, Lifecycle, RequestContextMiddleware
 from gateway.responses.serving import ResponsesServing
 from gateway.responses.store import ResponseStore
-from gateway.routes import chat, completions, console, messages, models, ops, responses, tokens
+from gateway.routes import batches, chat, completions, console, messages, models, ops, responses, tokens
 from gateway.serving import Serving
 from gateway.store import Store
 
@@ -45,9 +47,11 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await client.start()
         await app.state.responses.start()
+        await app.state.batches.start()
         try:
             yield
         finally:
+            await app.state.batches.close()
             await app.state.responses.close()
             await admin.close()
             await client.close()
@@ -71,8 +75,17 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     app.state.serving = Serving(client, metrics, settings.max_batch_prompts, settings.sse_keepalive_s)
     kept = ResponseStore(store, max_responses=settings.responses_max, ttl_s=settings.responses_ttl_s)
     app.state.responses = ResponsesServing(app.state.serving, kept if settings.responses_store else None)
+    app.state.files = FileStore(store, max_total_bytes=settings.files_max_total_bytes, ttl_s=settings.files_ttl_s)
+    app.state.batches = BatchRunner(
+        store,
+        app.state.files,
+        app.state.serving,
+        lifecycle,
+        concurrency=settings.batch_concurrency,
+        max_lines=settings.batch_max_requests,
+    )
     app.openapi = functools.partial(openapi.describe, app)  # type: ignore[method-assign]
-    for resource in (chat, completions, messages, responses, models, tokens, ops):
+    for resource in (chat, completions, messages, responses, batches, models, tokens, ops):
         app.include_router(resource.router)
     if settings.console:
         app.include_router(console.router)
@@ -104,7 +117,8 @@ def _middleware(settings: GatewaySettings, lifecycle: Lifecycle, metrics: Gatewa
             )
         )
     stack.append(Middleware(ApiKeyMiddleware, keys=ApiKeys(settings.api_keys)))
-    stack.append(Middleware(BodyLimitMiddleware, max_body_bytes=settings.max_body_bytes))
+    limits = {"/v1/files": settings.files_max_bytes}
+    stack.append(Middleware(BodyLimitMiddleware, max_body_bytes=settings.max_body_bytes, larger=limits))
     return stack
 
 

@@ -63,6 +63,14 @@ class GatewaySettings(ProcessSettings):
     responses_max: PositiveInt = Field(10_000, description="responses kept; the oldest go first")
     responses_ttl_s: float = Field(30 * 86400.0, gt=0, description="seconds that a response is kept")
 
+    files_max_bytes: PositiveInt = Field(200 * 2**20, description="largest file of /v1/files, in bytes")
+    files_max_total_bytes: PositiveInt = Field(4 * 2**30, description="all files together, in bytes")
+    files_ttl_s: float = Field(30 * 86400.0, gt=0, description="seconds that a file is kept")
+    batch_concurrency: PositiveInt = Field(
+        16, description="requests of batches that run at one time; fewer while other requests are being answered"
+    )
+    batch_max_requests: PositiveInt = Field(50_000, description="most requests in one batch")
+
     # The console.
     console: bool = Field(True, description="serve the web console at /")
 

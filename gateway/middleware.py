@@ -6,6 +6,7 @@ import asyncio
 import re
 import time
 import uuid
+from collections.abc import Mapping
 
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -192,41 +193,44 @@ class _TooLarge(Exception):
 class BodyLimitMiddleware:
     """Refuses a body above the limit: by its announced length, and while it is read."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, larger: Mapping[str, int] | None = None) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
+        # Paths with a limit of their own.
+        self._larger = larger or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        limit = self._larger.get(scope["path"], self._max_body_bytes)
         announced = header(scope, b"content-length")
-        if announced is not None and announced.isdigit() and int(announced) > self._max_body_bytes:
-            await send_error(send, self._error(f"{int(announced)} bytes"), scope)
+        if announced is not None and announced.isdigit() and int(announced) > limit:
+            await send_error(send, self._error(f"{int(announced)} bytes", limit), scope)
             return
         try:
-            await self._app(scope, self._counting(receive), send)
+            await self._app(scope, self._counting(receive, limit), send)
         except _TooLarge:
             # Raised while the body is read, so nothing was sent yet.
-            await send_error(send, self._error("larger"), scope)
+            await send_error(send, self._error("larger", limit), scope)
 
-    def _counting(self, receive: Receive) -> Receive:
+    def _counting(self, receive: Receive, limit: int) -> Receive:
         num_bytes = 0
 
         async def counted() -> Message:
             nonlocal num_bytes
             message = await receive()
             num_bytes += len(message.get("body", b""))
-            if num_bytes > self._max_body_bytes:
+            if num_bytes > limit:
                 raise _TooLarge
             return message
 
         return counted
 
-    def _error(self, what: str) -> ApiError:
+    def _error(self, what: str, limit: int) -> ApiError:
         return ApiError(
             413,
-            f"The request body is {what}, and at most {self._max_body_bytes} bytes are taken (--max-body-bytes).",
+            f"The request body is {what}, and at most {limit} bytes are taken (--max-body-bytes, --files-max-bytes).",
             code="request_too_large",
             # What is still coming of the body would be read as the next request.
             headers={"connection": "close"},
