@@ -28,7 +28,7 @@ from gateway.metrics import GatewayMetrics
 from gateway.middleware import BodyLimitMiddleware, Lifecycle, RequestContextMiddleware
 from gateway.responses.serving import ResponsesServing
 from gateway.responses.store import ResponseStore
-from gateway.routes import batches, chat, completions, console, messages, models, ops, responses, tokens
+from gateway.routes import batches, chat, completions, console, messages, models, ops, pooling, responses, tokens
 from gateway.serving import Serving
 from gateway.store import Store
 
@@ -85,7 +85,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         max_lines=settings.batch_max_requests,
     )
     app.openapi = functools.partial(openapi.describe, app)  # type: ignore[method-assign]
-    for resource in (chat, completions, messages, responses, batches, models, tokens, ops):
+    for resource in (chat, completions, messages, responses, batches, pooling, models, tokens, ops):
         app.include_router(resource.router)
     if settings.console:
         app.include_router(console.router)

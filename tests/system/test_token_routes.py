@@ -71,3 +71,10 @@ def test_load_counts_requests_and_version_is_ours(client: httpx.Client, stack: S
     listed = client.get("/v1/models").json()["data"]
     for model in listed:
         assert client.get(f"/v1/models/{model['id']}").json() == model
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/rerank", "/v1/score"])
+def test_a_model_that_generates_says_that_it_cannot_embed(client: httpx.Client, path: str) -> None:
+    refused = client.post(path, json={"model": "tiny", "input": "hello"})
+    assert refused.status_code == 400 and refused.json()["error"]["code"] == "model_cannot_embed"
+    assert client.post(path, json={"model": "nobody", "input": "hello"}).status_code == 404
