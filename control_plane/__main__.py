@@ -16,6 +16,8 @@ from prometheus_client import CollectorRegistry, start_http_server
 from stepwire.process.logs import set_up_logging
 from stepwire.process.parent import end_with_parent
 
+from control_plane.admin.server import create_admin_server
+from control_plane.admin.servicer import AdminServicer
 from control_plane.config import PROGRAM, ControlPlaneSettings, parse_settings
 from control_plane.core.engine import Engine, EngineConfig
 from control_plane.core.metrics import CoreMetrics
@@ -61,8 +63,20 @@ async def _serve(settings: ControlPlaneSettings) -> None:
     registry = CollectorRegistry()
     engine = Engine(_worker_address(settings), _engine_config(settings), CoreMetrics(registry))
     server = await create_server(settings, engine, model, registry)
+    admin = create_admin_server(
+        settings,
+        AdminServicer(
+            engine,
+            server.metrics,
+            drain_timeout_s=settings.drain_timeout_s,
+            begin_drain=server.begin_drain,
+            exit_process=stop.set,
+        ),
+    )
     _serve_metrics(settings, registry)
     await server.start()
+    if admin is not None:
+        await admin.start()
     # Nothing that lives now becomes garbage, and steps make none in cycles: collections only delay them.
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
@@ -74,6 +88,8 @@ async def _serve(settings: ControlPlaneSettings) -> None:
     await asyncio.wait([*tasks, stopped], return_when=asyncio.FIRST_COMPLETED)
     if stop.is_set():
         await _drain(settings, engine, server, stop)
+    if admin is not None:
+        await admin.stop(0)
     for task in tasks:
         task.cancel()
     # A task that ended by itself failed: its exception ends the process.

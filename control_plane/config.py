@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -71,6 +72,18 @@ class ControlPlaneSettings(ProcessSettings):
         None, description="PEM roots; only clients with a certificate by them may connect"
     )
 
+    # AdminService, for whoever runs the server.
+    admin_host: str = Field("127.0.0.1", description="address that AdminService listens on; with admin_port")
+    admin_port: Port | None = Field(
+        None, description="port of AdminService (drain, WatchSteps); 0: any free one; default: not served over TCP"
+    )
+    admin_listen: str | None = Field(None, description="serve AdminService on this unix socket, written unix:/PATH")
+    admin_api_key: Secrets = Field(
+        (),
+        description="key that AdminService's calls carry as metadata 'authorization: Bearer KEY'; several separated "
+        "by commas; needed once admin_host is not this machine",
+    )
+
     # Metrics.
     metrics_host: str = Field("127.0.0.1", description="address of the metrics page; 0.0.0.0 for every network")
     metrics_port: Port = Field(8001, description="port of the metrics page (/metrics); 0: any free one")
@@ -97,7 +110,7 @@ class ControlPlaneSettings(ProcessSettings):
         30.0, ge=0, description="seconds that running requests may still take after SIGTERM before they are cut off"
     )
 
-    @field_validator("listen")
+    @field_validator("listen", "admin_listen")
     @classmethod
     def _check_listen(cls, listen: str | None) -> str | None:
         if listen is not None and not listen.removeprefix("unix:").startswith("/"):
@@ -139,6 +152,11 @@ class ControlPlaneSettings(ProcessSettings):
             raise ValueError("--worker-tls-cert and --worker-tls-key belong together: give both, or neither")
         if self.worker_tls_cert is not None and self.worker_tls_ca is None:
             raise ValueError("--worker-tls-cert needs --worker-tls-ca: without it the connection is not encrypted")
+        if self.admin_port is not None and not self.admin_api_key and not _is_this_machine(self.admin_host):
+            raise ValueError(
+                f"--admin-host {self.admin_host} is reachable from elsewhere and AdminService can end this server: "
+                "set --admin-api-key, or leave --admin-host at 127.0.0.1"
+            )
         return self
 
 
@@ -146,6 +164,13 @@ def _known(field: str, name: str, formats: Collection[str]) -> str:
     if name not in ("auto", NONE, *formats):
         raise ValueError(f"{field} {name} is not known; there are auto, none, {', '.join(formats)}")
     return name
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def parse_settings(argv: Sequence[str]) -> ControlPlaneSettings:

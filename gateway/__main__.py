@@ -16,6 +16,7 @@ from gateway.app import create_app
 from gateway.client import CredentialsError
 from gateway.config import PROGRAM, parse_settings
 from gateway.server import ListenError, bind_socket, check_certificate, serve
+from gateway.store import StoreError
 
 
 def main() -> None:
@@ -29,7 +30,7 @@ def main() -> None:
         check_certificate(settings)
         app = create_app(settings)
         listener = bind_socket(settings)
-    except (ListenError, CredentialsError) as error:
+    except (ListenError, CredentialsError, StoreError) as error:
         sys.exit(f"{PROGRAM}: {error}")
     where = settings.uds or "{}:{}".format(*listener.getsockname()[:2])
     scheme = "unix:" if settings.uds else ("https://" if settings.tls_cert else "http://")

@@ -113,6 +113,26 @@ class ModelList(AnswerModel):
     data: list[ModelObject]
 
 
+class TokenizeAnswer(AnswerModel):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class DetokenizeAnswer(AnswerModel):
+    prompt: str
+
+
+class LoadAnswer(AnswerModel):
+    # Requests being answered by this gateway now.
+    server_load: int
+
+
+class VersionAnswer(AnswerModel):
+    version: str
+
+
 class ErrorObject(AnswerModel):
     message: str
     type: str

@@ -10,19 +10,27 @@ from http import HTTPStatus
 import stepwire
 import structlog
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from gateway import errors, openapi
+from gateway.admin_client import AdminClient
 from gateway.auth import ApiKeyMiddleware, ApiKeys
+from gateway.batches.files import FileStore
+from gateway.batches.runner import BatchRunner
 from gateway.client import ControlPlaneClient
 from gateway.config import GatewaySettings
 from gateway.errors import ApiError
+from gateway.messages.errors import error_body
 from gateway.metrics import GatewayMetrics
 from gateway.middleware import BodyLimitMiddleware, Lifecycle, RequestContextMiddleware
-from gateway.routes import chat, completions, models, ops
+from gateway.responses.serving import ResponsesServing
+from gateway.responses.store import ResponseStore
+from gateway.routes import batches, chat, completions, console, messages, models, ops, pooling, responses, tokens
 from gateway.serving import Serving
+from gateway.store import Store
 
 _log = structlog.get_logger(__name__)
 
@@ -32,14 +40,22 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     metrics = GatewayMetrics()
     lifecycle = Lifecycle()
     client = ControlPlaneClient(settings, metrics)
+    admin = AdminClient(settings)
+    store = Store(settings.data_dir)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await client.start()
+        await app.state.responses.start()
+        await app.state.batches.start()
         try:
             yield
         finally:
+            await app.state.batches.close()
+            await app.state.responses.close()
+            await admin.close()
             await client.close()
+            store.close()
 
     app = FastAPI(
         title="stepwire",
@@ -55,10 +71,25 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     app.state.metrics = metrics
     app.state.lifecycle = lifecycle
     app.state.client = client
+    app.state.admin = admin
     app.state.serving = Serving(client, metrics, settings.max_batch_prompts, settings.sse_keepalive_s)
+    kept = ResponseStore(store, max_responses=settings.responses_max, ttl_s=settings.responses_ttl_s)
+    app.state.responses = ResponsesServing(app.state.serving, kept if settings.responses_store else None)
+    app.state.files = FileStore(store, max_total_bytes=settings.files_max_total_bytes, ttl_s=settings.files_ttl_s)
+    app.state.batches = BatchRunner(
+        store,
+        app.state.files,
+        app.state.serving,
+        lifecycle,
+        concurrency=settings.batch_concurrency,
+        max_lines=settings.batch_max_requests,
+    )
     app.openapi = functools.partial(openapi.describe, app)  # type: ignore[method-assign]
-    for resource in (chat, completions, models, ops):
+    for resource in (chat, completions, messages, responses, batches, pooling, models, tokens, ops):
         app.include_router(resource.router)
+    if settings.console:
+        app.include_router(console.router)
+    app.add_exception_handler(RequestValidationError, _answer_wrong_parameter)
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_exception_handler(Exception, _answer_unexpected)
@@ -86,14 +117,25 @@ def _middleware(settings: GatewaySettings, lifecycle: Lifecycle, metrics: Gatewa
             )
         )
     stack.append(Middleware(ApiKeyMiddleware, keys=ApiKeys(settings.api_keys)))
-    stack.append(Middleware(BodyLimitMiddleware, max_body_bytes=settings.max_body_bytes))
+    limits = {"/v1/files": settings.files_max_bytes}
+    stack.append(Middleware(BodyLimitMiddleware, max_body_bytes=settings.max_body_bytes, larger=limits))
     return stack
 
 
-async def _answer_api_error(_: Request, error: Exception) -> Response:
+async def _answer_api_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, ApiError):
         raise error
-    return Response(error.body(), error.status, error.headers(), "application/json")
+    body = error_body(error, request.url.path, request.state.request_id)
+    return Response(body, error.status, error.headers(), "application/json")
+
+
+async def _answer_wrong_parameter(request: Request, error: Exception) -> Response:
+    """A parameter of the query; bodies are read by ourselves."""
+    if not isinstance(error, RequestValidationError):
+        raise error
+    first = error.errors()[0]
+    name = str(first["loc"][-1])
+    return await _answer_api_error(request, ApiError(400, f"{name}: {first['msg']}.", param=name))
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:

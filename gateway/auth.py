@@ -11,8 +11,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway.errors import AUTHENTICATION, ApiError
 from gateway.middleware import header, send_error
 
-# Probes carry no keys, and tell nothing but whether the process lives.
-OPEN_PATHS = frozenset({"/health", "/ready"})
+# Probes carry no keys, and tell nothing but whether the process lives. The console's page asks for the key itself.
+OPEN_PATHS = frozenset({"/health", "/ready", "/"})
 
 
 class ApiKeys:
@@ -30,7 +30,11 @@ class ApiKeys:
         scheme, _, key = (authorization or b"").partition(b" ")
         if scheme.lower() != b"bearer":
             return False
-        given = _digest(key.strip())
+        return self.knows(key)
+
+    def knows(self, key: bytes | None) -> bool:
+        """The key itself, as Anthropic's clients send it in `x-api-key`."""
+        given = _digest((key or b"").strip())
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]
         return any(matches)
 
@@ -53,10 +57,12 @@ class ApiKeyMiddleware:
             or scope["path"] in OPEN_PATHS
             or scope["method"] == "OPTIONS"
             or self._keys.accepts(header(scope, b"authorization"))
+            or self._keys.knows(header(scope, b"x-api-key"))
         ):
             await self._app(scope, receive, send)
             return
-        await send_error(send, _unauthorized(header(scope, b"authorization") is not None))
+        given = header(scope, b"authorization") is not None or header(scope, b"x-api-key") is not None
+        await send_error(send, _unauthorized(given), scope)
 
 
 def _unauthorized(given: bool) -> ApiError:

@@ -1,7 +1,9 @@
-"""The `stepwire` command: `serve` runs the whole stack on this machine; the other words start one process each."""
+"""The `stepwire` command: `serve` runs the whole stack on this machine, some words start one process each, the others
+ask a running server."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 
@@ -13,6 +15,15 @@ _PROCESSES = {
     "control-plane": ("control_plane", "the control plane alone"),
     "worker": ("gpu_worker", "one worker alone"),
     "prepare": ("gpu_worker.prepare", "turn a model source into what the services read"),
+    "bench": ("load_tests", "send a standard workload to a server and print what came of it"),
+}
+# Typer's: they are imported when one of them is asked for, for their --help too.
+_COMMANDS = {
+    "chat": "talk with a running server's model",
+    "complete": "have it continue a text",
+    "models": "list what it serves",
+    "run-batch": "run a file of requests: stepwire run-batch in.jsonl out.jsonl",
+    "doctor": "say what is installed, what this machine has, and what would go wrong",
 }
 
 
@@ -24,7 +35,17 @@ def main() -> int:
         return serve(arguments)
     if word in _PROCESSES:
         module, _ = _PROCESSES[word]
+        if importlib.util.find_spec(module.partition(".")[0]) is None:
+            print(
+                f"stepwire {word}: {module} is not installed here; it comes with a clone, not with a wheel",
+                file=sys.stderr,
+            )
+            return 1
         os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
+    if word in _COMMANDS:
+        from gateway.commands.app import run
+
+        return run([word, *arguments])
     if word in ("--version", "-V", "version"):
         print(f"stepwire {stepwire.__version__}")
         return 0
@@ -39,6 +60,7 @@ def _usage() -> str:
     lines = ["usage: stepwire COMMAND [flags]        (COMMAND --help explains every flag)", ""]
     lines.append("  serve MODEL     gateway, control plane and worker on this machine, ready to answer OpenAI clients")
     lines += [f"  {word:<15} {text}" for word, (_, text) in _PROCESSES.items()]
+    lines += [f"  {word:<15} {text}" for word, text in _COMMANDS.items()]
     lines.append("  version         print the version")
     return "\n".join(lines)
 

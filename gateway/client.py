@@ -75,7 +75,7 @@ class ControlPlaneClient:
         self._settings = settings
         self._metrics = metrics
         key = settings.key_for_control_plane
-        self._credentials = _read_credentials(settings)
+        self._credentials = read_credentials(settings)
         self._metadata: tuple[tuple[str, str], ...] = (("authorization", f"Bearer {key}"),) if key else ()
         # tag -> the generation and which of its prompts the tag is.
         self._running: dict[int, tuple[Generation, int]] = {}
@@ -85,7 +85,7 @@ class ControlPlaneClient:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        self._channel = _open_channel(self._settings.control_plane, self._credentials)
+        self._channel = open_channel(self._settings.control_plane, self._credentials)
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._health = health_pb2_grpc.HealthStub(self._channel)
         self._task = asyncio.create_task(self._keep_session(), name="control-plane-session")
@@ -146,9 +146,10 @@ class ControlPlaneClient:
         )
         return response.model
 
-    async def tokenize(self, request: inference_pb2.TokenizeRequest) -> list[int]:
+    async def tokenize(self, request: inference_pb2.TokenizeRequest) -> tuple[list[int], list[bytes]]:
+        """Ids, and the tokens' bytes if the request asks for them."""
         response: inference_pb2.TokenizeResponse = await self._unary(self._stub.Tokenize, request)
-        return list(response.token_ids)
+        return list(response.token_ids), list(response.tokens)
 
     async def detokenize(self, model: str, token_ids: Sequence[int]) -> str:
         request = inference_pb2.DetokenizeRequest(model=model, token_ids=token_ids)
@@ -274,7 +275,8 @@ def _duration(seconds: float) -> Duration:
     return Duration(seconds=int(whole), nanos=int(fraction * 1e9))
 
 
-def _open_channel(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
+def open_channel(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
+    """A channel to one of the control plane's services, which connects when it is used."""
     options = [
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -288,7 +290,7 @@ def _open_channel(address: str, credentials: grpc.ChannelCredentials | None) -> 
     return grpc.aio.secure_channel(address, credentials, options=options)
 
 
-def _read_credentials(settings: GatewaySettings) -> grpc.ChannelCredentials | None:
+def read_credentials(settings: GatewaySettings) -> grpc.ChannelCredentials | None:
     """TLS towards the control plane, where it is asked for. Raises `CredentialsError`."""
     if settings.control_plane_tls_ca is None:
         return None

@@ -46,6 +46,34 @@ class GatewaySettings(ProcessSettings):
     )
     control_plane_tls_key: Path | None = Field(None, description="PEM private key of control_plane_tls_cert")
 
+    control_plane_admin: str | None = Field(
+        None,
+        description="the control plane's AdminService, HOST:PORT or unix:/PATH: the console's live view comes from "
+        "there; default: no live view",
+    )
+    control_plane_admin_api_key: SecretStr | None = Field(None, description="key that AdminService asks for")
+
+    # What it remembers.
+    data_dir: Path | None = Field(
+        None,
+        description="directory for stored responses, files and batches; one gateway each; default: a temporary one "
+        "that ends with the process",
+    )
+    responses_store: bool = Field(True, description="keep responses of /v1/responses unless a request says otherwise")
+    responses_max: PositiveInt = Field(10_000, description="responses kept; the oldest go first")
+    responses_ttl_s: float = Field(30 * 86400.0, gt=0, description="seconds that a response is kept")
+
+    files_max_bytes: PositiveInt = Field(200 * 2**20, description="largest file of /v1/files, in bytes")
+    files_max_total_bytes: PositiveInt = Field(4 * 2**30, description="all files together, in bytes")
+    files_ttl_s: float = Field(30 * 86400.0, gt=0, description="seconds that a file is kept")
+    batch_concurrency: PositiveInt = Field(
+        16, description="requests of batches that run at one time; fewer while other requests are being answered"
+    )
+    batch_max_requests: PositiveInt = Field(50_000, description="most requests in one batch")
+
+    # The console.
+    console: bool = Field(True, description="serve the web console at /")
+
     # Limits.
     max_body_bytes: PositiveInt = Field(8 * 2**20, description="largest request body, in bytes")
     max_concurrent_requests: PositiveInt = Field(
@@ -69,8 +97,12 @@ class GatewaySettings(ProcessSettings):
             )
         if self.control_plane_tls_cert is not None and self.control_plane_tls_ca is None:
             raise ValueError("--control-plane-tls-cert needs --control-plane-tls-ca: without it nothing is encrypted")
-        if not self.control_plane.startswith("unix:") and ":" not in self.control_plane:
-            raise ValueError(f"--control-plane must be HOST:PORT or unix:/PATH, got {self.control_plane!r}")
+        for flag, address in (
+            ("--control-plane", self.control_plane),
+            ("--control-plane-admin", self.control_plane_admin),
+        ):
+            if address is not None and not address.startswith("unix:") and ":" not in address:
+                raise ValueError(f"{flag} must be HOST:PORT or unix:/PATH, got {address!r}")
         return self
 
     @property

@@ -48,6 +48,19 @@ class LaunchSettings(ProcessSettings):
         8001, description="port of the control plane's metrics page", json_schema_extra=_passed_to(CONTROL_PLANE)
     )
     api_key: Secrets = Field((), description="key that every request must carry; several separated by commas")
+    admin_port: Port | None = Field(
+        None,
+        description="port of AdminService (drain, WatchSteps) on this machine; default: not served over TCP",
+        json_schema_extra=_passed_to(CONTROL_PLANE),
+    )
+    admin_api_key: Secrets = Field((), description="key of AdminService; several separated by commas")
+    data_dir: Path | None = Field(
+        None,
+        description="directory for stored responses, files and batches; one gateway each; default: a temporary one "
+        "that ends with the process",
+        json_schema_extra=_passed_to(GATEWAY),
+    )
+    console: bool = Field(True, description="serve the web console at /", json_schema_extra=_passed_to(GATEWAY))
 
     runner: Literal["torch", "simulated"] = Field(
         "torch",

@@ -160,6 +160,7 @@ def _check_ports(settings: LaunchSettings) -> None:
         ("--port", settings.port),
         ("--grpc-port", settings.grpc_port),
         ("--metrics-port", settings.metrics_port),
+        *([] if settings.admin_port is None else [("--admin-port", settings.admin_port)]),
     ):
         try:
             family, kind, protocol, _, address = socket.getaddrinfo(settings.host, port, type=socket.SOCK_STREAM)[0]
@@ -193,6 +194,7 @@ async def _prepare(settings: LaunchSettings) -> Path:
 def _services(settings: LaunchSettings, model: Path, directory: Path) -> list[Service]:
     """The three processes, in the order in which they are to end: requests stop flowing first."""
     worker_socket, control_plane_socket = f"unix:{directory}/worker.sock", f"unix:{directory}/control-plane.sock"
+    admin_socket = f"unix:{directory}/admin.sock"
     # The settings file is the launcher's: what it says reaches the processes as flags.
     environment = {name: value for name, value in os.environ.items() if name != "STEPWIRE_CONFIG"}
     if settings.api_key:
@@ -200,14 +202,24 @@ def _services(settings: LaunchSettings, model: Path, directory: Path) -> list[Se
         # Not as flags: anybody on the machine can read those.
         environment["STEPWIRE_API_KEY"] = ",".join(keys)
         environment["STEPWIRE_CONTROL_PLANE_API_KEY"] = keys[0]
+    if settings.admin_api_key:
+        keys = [key.get_secret_value() for key in settings.admin_api_key]
+        environment["STEPWIRE_ADMIN_API_KEY"] = ",".join(keys)
+        environment["STEPWIRE_CONTROL_PLANE_ADMIN_API_KEY"] = keys[0]
     common = ["--exit-with-parent", f"--log-level={settings.log_level}", f"--log-format={settings.log_format}"]
     drain = f"--drain-timeout-s={settings.drain_timeout_s}"
     arguments = {
-        GATEWAY: [f"--host={settings.host}", f"--control-plane={control_plane_socket}", drain],
+        GATEWAY: [
+            f"--host={settings.host}",
+            f"--control-plane={control_plane_socket}",
+            f"--control-plane-admin={admin_socket}",
+            drain,
+        ],
         CONTROL_PLANE: [
             f"--model={model}",
             f"--workers={worker_socket}",
             f"--listen={control_plane_socket}",
+            f"--admin-listen={admin_socket}",
             f"--grpc-host={settings.host}",
             f"--metrics-host={settings.host}",
             drain,
@@ -298,6 +310,7 @@ def _banner(settings: LaunchSettings, model: Path, seconds: float) -> str:
     return f"""
 stepwire serves {name}, ready after {seconds:.1f} s (Ctrl-C stops it)
 
+  console      {base_url.removesuffix("v1")}
   OpenAI API   {base_url}
   gRPC         {host}:{settings.grpc_port}
   metrics      http://{host}:{settings.metrics_port}/metrics and http://{host}:{settings.port}/metrics

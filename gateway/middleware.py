@@ -6,11 +6,13 @@ import asyncio
 import re
 import time
 import uuid
+from collections.abc import Mapping
 
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.errors import RATE_LIMIT, ApiError, draining
+from gateway.messages.errors import error_body
 from gateway.metrics import GatewayMetrics
 
 _access_log = structlog.get_logger("gateway.access")
@@ -20,10 +22,38 @@ REQUEST_ID_HEADER = b"x-request-id"
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 # The client left before the answer began; never sent, only counted.
 CLIENT_CLOSED_REQUEST = 499
-_MODEL_PREFIX = "/v1/models/"
+# Route labels by path; where an id follows a prefix, by that. Bounded, whatever paths clients make up.
 _KNOWN_ROUTES = frozenset(
-    {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/ready", "/metrics", "/openapi.json"}
+    {
+        "/",
+        "/console/steps",
+        "/detokenize",
+        "/health",
+        "/load",
+        "/metrics",
+        "/openapi.json",
+        "/ready",
+        "/tokenize",
+        "/version",
+        "/v1/batches",
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/embeddings",
+        "/v1/files",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/v1/models",
+        "/v1/rerank",
+        "/v1/responses",
+        "/v1/score",
+    }
 )
+_ID_ROUTES = {
+    "/v1/models/": "/v1/models/{model}",
+    "/v1/responses/": "/v1/responses/{id}",
+    "/v1/files/": "/v1/files/{id}",
+    "/v1/batches/": "/v1/batches/{id}",
+}
 _PROBES = frozenset({"/health", "/ready", "/metrics"})
 
 
@@ -35,8 +65,9 @@ def header(scope: Scope, name: bytes) -> bytes | None:
     return None
 
 
-async def send_error(send: Send, error: ApiError) -> None:
-    body = error.body()
+async def send_error(send: Send, error: ApiError, scope: Scope) -> None:
+    """In the shape that the clients of the scope's path know."""
+    body = error_body(error, scope["path"], scope.get("state", {}).get("request_id"))
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     headers += [(name.encode(), value.encode()) for name, value in error.headers().items()]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
@@ -47,7 +78,7 @@ def route_label(path: str) -> str:
     """A route's name for metrics: a bounded set, whatever paths clients make up."""
     if path in _KNOWN_ROUTES:
         return path
-    return f"{_MODEL_PREFIX}{{model}}" if path.startswith(_MODEL_PREFIX) else "other"
+    return next((label for prefix, label in _ID_ROUTES.items() if path.startswith(prefix)), "other")
 
 
 class Lifecycle:
@@ -107,7 +138,7 @@ class RequestContextMiddleware:
             if refusal is None:
                 await self._app(scope, receive, send_with_id)
             else:
-                await send_error(send_with_id, refusal)
+                await send_error(send_with_id, refusal, scope)
         except Exception:
             # Starlette's outer handler answers 500 if nothing was sent yet.
             status = 500 if status == CLIENT_CLOSED_REQUEST else status
@@ -162,41 +193,44 @@ class _TooLarge(Exception):
 class BodyLimitMiddleware:
     """Refuses a body above the limit: by its announced length, and while it is read."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, larger: Mapping[str, int] | None = None) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
+        # Paths with a limit of their own.
+        self._larger = larger or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        limit = self._larger.get(scope["path"], self._max_body_bytes)
         announced = header(scope, b"content-length")
-        if announced is not None and announced.isdigit() and int(announced) > self._max_body_bytes:
-            await send_error(send, self._error(f"{int(announced)} bytes"))
+        if announced is not None and announced.isdigit() and int(announced) > limit:
+            await send_error(send, self._error(f"{int(announced)} bytes", limit), scope)
             return
         try:
-            await self._app(scope, self._counting(receive), send)
+            await self._app(scope, self._counting(receive, limit), send)
         except _TooLarge:
             # Raised while the body is read, so nothing was sent yet.
-            await send_error(send, self._error("larger"))
+            await send_error(send, self._error("larger", limit), scope)
 
-    def _counting(self, receive: Receive) -> Receive:
+    def _counting(self, receive: Receive, limit: int) -> Receive:
         num_bytes = 0
 
         async def counted() -> Message:
             nonlocal num_bytes
             message = await receive()
             num_bytes += len(message.get("body", b""))
-            if num_bytes > self._max_body_bytes:
+            if num_bytes > limit:
                 raise _TooLarge
             return message
 
         return counted
 
-    def _error(self, what: str) -> ApiError:
+    def _error(self, what: str, limit: int) -> ApiError:
         return ApiError(
             413,
-            f"The request body is {what}, and at most {self._max_body_bytes} bytes are taken (--max-body-bytes).",
+            f"The request body is {what}, and at most {limit} bytes are taken (--max-body-bytes, --files-max-bytes).",
             code="request_too_large",
             # What is still coming of the body would be read as the next request.
             headers={"connection": "close"},

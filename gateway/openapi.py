@@ -10,13 +10,15 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from gateway.answers import ErrorAnswer
-from gateway.schemas import ChatCompletionBody, CompletionBody
 
 _REFERENCE = "#/components/schemas/{model}"
+# Every body that a route has named.
+_BODIES: set[type[BaseModel]] = set()
 
 
 def body_schema(schema: type[BaseModel]) -> dict[str, Any]:
-    """A route's JSON body, which must be among the schemas that `describe` adds."""
+    """A route's JSON body; `describe` adds its schema to the document."""
+    _BODIES.add(schema)
     reference = {"$ref": _REFERENCE.format(model=schema.__name__)}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}}
 
@@ -30,7 +32,8 @@ def describe(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         _, bodies = models_json_schema(
-            [(ChatCompletionBody, "validation"), (CompletionBody, "validation")], ref_template=_REFERENCE
+            [(body, "validation") for body in sorted(_BODIES, key=lambda body: body.__name__)],
+            ref_template=_REFERENCE,
         )
         document["components"]["schemas"].update(bodies["$defs"])
         app.openapi_schema = document

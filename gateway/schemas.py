@@ -262,3 +262,28 @@ class CompletionBody(GenerationBody):
         if self.echo and self.suffix:
             raise ValueError("echo: cannot be true together with suffix")
         return self
+
+
+class TokenizeBody(RequestModel):
+    model: str | None = None
+    prompt: str | None = Field(None, description="A text; give this or messages.")
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    tools: Annotated[list[ToolDefinition], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = Field(None, description="Of a prompt; true if left out.")
+    return_token_strs: bool | None = Field(None, description="Send each token's text besides its id.")
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        if self.prompt is not None and self.messages is not None:
+            raise ValueError("prompt: cannot be given together with messages")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("continue_final_message: cannot be true together with add_generation_prompt")
+        return self
+
+
+class DetokenizeBody(RequestModel):
+    model: str | None = None
+    tokens: list[UInt32]

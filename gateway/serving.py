@@ -10,9 +10,9 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import structlog
 from pydantic import BaseModel, ValidationError
@@ -25,7 +25,7 @@ from gateway import answers, errors, sse
 from gateway.client import ControlPlaneClient, Generation
 from gateway.convert import GenerationPlan, plan_chat, plan_completion, read_timeout
 from gateway.errors import ApiError
-from gateway.mailbox import Mailbox
+from gateway.mailbox import Mailbox, SequenceUpdate, UsageTotals
 from gateway.metrics import GatewayMetrics
 from gateway.middleware import CLIENT_CLOSED_REQUEST
 from gateway.schemas import ChatCompletionBody, CompletionBody
@@ -69,13 +69,13 @@ class Serving:
     async def chat_completion(self, request: Request) -> Response:
         body = await read_body(request, ChatCompletionBody)
         plan = plan_chat(body, request.state.request_id)
-        async with self._generating(request, plan) as (generation, accepted):
+        async with self.generating(request, plan) as (generation, accepted):
             if generation.mailbox.disconnected:
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
-            shape = _shape("chatcmpl", plan, accepted)
+            shape = stream_shape("chatcmpl", plan, accepted)
             mailbox = generation.mailbox
             if plan.stream:
-                return self._stream(request, generation, ChatChunks(shape, mailbox.prompts))
+                return self.stream(request, generation, ChatChunks(shape, mailbox.prompts))
             updates = await mailbox.take_all()
             if mailbox.disconnected:
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
@@ -84,21 +84,21 @@ class Serving:
     async def completion(self, request: Request) -> Response:
         body = await read_body(request, CompletionBody)
         plan = plan_completion(body, request.state.request_id, self.max_batch_prompts)
-        async with self._generating(request, plan) as (generation, accepted):
+        async with self.generating(request, plan) as (generation, accepted):
             if generation.mailbox.disconnected:
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
-            shape = _shape("cmpl", plan, accepted)
+            shape = stream_shape("cmpl", plan, accepted)
             mailbox = generation.mailbox
             if plan.stream:
                 chunks = CompletionChunks(shape, plan.num_samples, mailbox.prompts)
-                return self._stream(request, generation, chunks)
+                return self.stream(request, generation, chunks)
             updates = await mailbox.take_all()
             if mailbox.disconnected:
                 return Response(status_code=CLIENT_CLOSED_REQUEST)
             return _json_response(answers.completion(shape, plan.num_samples, updates, mailbox.usage, mailbox.prompts))
 
     @contextlib.asynccontextmanager
-    async def _generating(
+    async def generating(
         self, request: Request, plan: GenerationPlan
     ) -> AsyncIterator[tuple[Generation, Sequence[inference_pb2.Accepted]]]:
         """A generation that all prompts of the plan were accepted for; none if the client left meanwhile.
@@ -129,12 +129,31 @@ class Serving:
                 generation.disconnect()
                 return
 
-    def _stream(self, request: Request, generation: Generation, chunks: ChatChunks | CompletionChunks) -> Response:
+    def stream(self, request: Request, generation: Generation, chunks: EventWriter) -> Response:
         generation.handed_over = True
         return SseResponse(generation, chunks, self.metrics, self.sse_keepalive_s, request.state.request_id)
 
 
-def _shape(prefix: str, plan: GenerationPlan, accepted: Sequence[inference_pb2.Accepted]) -> StreamShape:
+class EventWriter(Protocol):
+    """What turns updates into the events of one kind of stream."""
+
+    @property
+    def num_events(self) -> int:
+        """Events rendered so far."""
+        ...
+
+    def render(self, updates: Iterable[SequenceUpdate]) -> bytes: ...
+
+    def end(self, usage: UsageTotals) -> bytes:
+        """The last events of a stream that ended well."""
+        ...
+
+    def fail(self, error: ApiError) -> bytes:
+        """The last events of one that did not."""
+        ...
+
+
+def stream_shape(prefix: str, plan: GenerationPlan, accepted: Sequence[inference_pb2.Accepted]) -> StreamShape:
     return StreamShape(
         id=f"{prefix}-{uuid.uuid4().hex}",
         created=int(time.time()),
@@ -161,7 +180,7 @@ class SseResponse(Response):
     def __init__(
         self,
         generation: Generation,
-        chunks: ChatChunks | CompletionChunks,
+        chunks: EventWriter,
         metrics: GatewayMetrics,
         keepalive_s: float,
         request_id: str,
@@ -205,7 +224,7 @@ class SseResponse(Response):
         if error is None:
             return self._chunks.end(self._generation.mailbox.usage)
         _log.warning("stream ended with an error", request_id=self._request_id, code=error.code, message=error.message)
-        return sse.error_event(error) + sse.DONE
+        return self._chunks.fail(error)
 
     async def _write(self, send: Send, body: bytes, *, more_body: bool = True) -> None:
         totals = self._metrics.streams

@@ -116,6 +116,11 @@ class _Chunks:
         self.num_events += 1
         return self._head + b'"choices":[],"usage":' + orjson.dumps(usage_object(usage)) + b"}\n\n" + DONE
 
+    def fail(self, error: ApiError) -> bytes:
+        """The error, and `[DONE]`."""
+        self.num_events += 2
+        return error_event(error) + DONE
+
     def _render_with_extras(self, update: SequenceUpdate, head: bytes, events: list[bytes]) -> None:
         self._num_completion_tokens += update.num_tokens
         tail = self._usage_so_far() if self._shape.continuous_usage else self._tail

@@ -29,6 +29,7 @@ from control_plane.core.request import (
 from control_plane.core.scheduler import Scheduler, SchedulerConfig
 from control_plane.core.step_codec import decode_result, encode_mask, encode_step
 from control_plane.core.step_deadline import StepDeadline
+from control_plane.core.step_feed import StepFeed
 from control_plane.core.step_plan import ProtocolError, StepEvents, StepPlan
 from control_plane.core.token_masks import FilledMasks, MaskFiller
 from control_plane.core.worker_link import WorkerAddress, WorkerLink, WorkerUnavailable
@@ -79,6 +80,8 @@ class Engine:
         self._masks = MaskFiller()
         self._pump_scheduled = False
         self._draining = False
+        # What steps held, for AdminService.
+        self.steps = StepFeed()
         self._idle = asyncio.Event()
         self._idle.set()
         self._connected = asyncio.Event()
@@ -143,6 +146,14 @@ class Engine:
     @property
     def is_connected(self) -> bool:
         return self._connected.is_set()
+
+    @property
+    def is_draining(self) -> bool:
+        return self._draining
+
+    @property
+    def num_open_requests(self) -> int:
+        return len(self._sinks)
 
     async def wait_connected(self) -> None:
         await self._connected.wait()
@@ -274,6 +285,7 @@ class Engine:
         self._pump()
         self._publish(events)
         self._metrics.note_result(step.plan, result.timings, now - step.sent_s)
+        self.steps.note(step.plan, result.timings, now - step.sent_s, self._scheduler)
 
     def _publish(self, events: StepEvents) -> None:
         sinks = self._sinks

@@ -39,6 +39,14 @@ class LoopHistogram:
         self._counts[bisect_left(self._bounds, value)] += count
         self._total += value * count
 
+    @property
+    def bounds(self) -> tuple[float, ...]:
+        return self._bounds
+
+    def counts(self) -> list[int]:
+        """How many values each bucket has had so far; one more than there are bounds."""
+        return list(self._counts)
+
     def collect(self) -> Metric:
         counts = list(accumulate(self._counts))
         names = [*map(floatToGoString, self._bounds), "+Inf"]

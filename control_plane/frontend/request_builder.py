@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -164,6 +164,11 @@ class RequestBuilder:
                 return (await self._chat_prompt(request.chat, facts)).ids
             case _:
                 raise RequestRefused.invalid(Violation("input", "is missing: give text or chat"))
+
+    def token_bytes(self, token_ids: Sequence[int]) -> list[bytes]:
+        """Each token's own bytes, which need not be whole characters."""
+        detokenization = self._tokenizer("token_bytes").detokenization
+        return [detokenization.token_bytes(token_id) for token_id in token_ids]
 
     async def detokenize(self, request: pb.DetokenizeRequest, facts: ModelFacts) -> str:
         self.check_model(request.model, facts)

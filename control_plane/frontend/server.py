@@ -37,7 +37,7 @@ INFERENCE_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"
 _HEALTH_METHODS = f"/{health.SERVICE_NAME}/"
 
 MAX_MESSAGE_BYTES = 64 * 2**20
-_SERVER_OPTIONS = (
+SERVER_OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # With it two servers would share a port, and neither would say so.
@@ -59,9 +59,12 @@ class ListenError(Exception):
 class FrontendServer:
     """Owned by the process's main function: start, report whether work can be done, stop."""
 
-    def __init__(self, server: grpc.aio.Server, health_servicer: health_aio.HealthServicer, port: int) -> None:
+    def __init__(
+        self, server: grpc.aio.Server, health_servicer: health_aio.HealthServicer, port: int, metrics: FrontendMetrics
+    ) -> None:
         self._server = server
         self._health = health_servicer
+        self.metrics = metrics
         # The TCP port in use: the one asked for, or the one found where 0 was asked for.
         self.port = port
 
@@ -95,8 +98,8 @@ async def create_server(
     """
     metrics = FrontendMetrics(registry)
     intake = RequestIntake(engine, model, metrics, max_n=settings.max_n, max_preparing=settings.max_queued_requests)
-    interceptors = [_ApiKeyInterceptor(settings.api_key)] if settings.api_key else []
-    server = grpc.aio.server(options=_SERVER_OPTIONS, interceptors=interceptors)
+    interceptors = [ApiKeyInterceptor(settings.api_key)] if settings.api_key else []
+    server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=interceptors)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(  # type: ignore[no-untyped-call]
         InferenceServicer(intake), server
     )
@@ -105,11 +108,11 @@ async def create_server(
     reflection.enable_server_reflection((INFERENCE_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     port = _listen_on_port(server, settings)
     if settings.listen is not None:
-        _listen_on_socket(server, settings.listen)
-    return FrontendServer(server, health_servicer, port)
+        listen_on_socket(server, settings.listen, "--listen")
+    return FrontendServer(server, health_servicer, port, metrics)
 
 
-class _ApiKeyInterceptor(_ServerInterceptor):
+class ApiKeyInterceptor(_ServerInterceptor):
     """Once a key is set, every call needs one: those that are added later too. Health stays open, for load balancers.
 
     Runs once a call, not once a message.
@@ -155,7 +158,7 @@ _DENY = grpc.stream_stream_rpc_method_handler(_deny)
 def _listen_on_port(server: grpc.aio.Server, settings: ControlPlaneSettings) -> int:
     host, port = settings.grpc_host, settings.grpc_port
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    _check_port(host, port)
+    check_port(host, port, "--grpc-host", "--grpc-port")
     if settings.tls_cert is None or settings.tls_key is None:
         try:
             return server.add_insecure_port(address)
@@ -171,8 +174,11 @@ def _listen_on_port(server: grpc.aio.Server, settings: ControlPlaneSettings) -> 
         ) from error
 
 
-def _check_port(host: str, port: int) -> None:
-    """Try the address with a plain socket: gRPC says only that it failed, and logs several lines about it."""
+def check_port(host: str, port: int, host_flag: str, port_flag: str) -> None:
+    """Raise `ListenError` for a port that is in use.
+
+    Tries it with a plain socket: gRPC says only that it failed, and logs several lines about it.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -182,37 +188,45 @@ def _check_port(host: str, port: int) -> None:
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise ListenError(
-                f"port {port} on {host} is in use: stop what listens there, or choose another with --grpc-port"
+                f"port {port} on {host} is in use: stop what listens there, or choose another with {port_flag}"
             ) from error
-        raise ListenError(f"cannot listen on {host}:{port} (--grpc-host, --grpc-port): {error.strerror}") from error
+        raise ListenError(f"cannot listen on {host}:{port} ({host_flag}, {port_flag}): {error.strerror}") from error
 
 
-def _listen_on_socket(server: grpc.aio.Server, listen: str) -> None:
+def listen_on_socket(server: grpc.aio.Server, listen: str, flag: str) -> None:
+    """Raises `ListenError`."""
     path = Path(listen.removeprefix("unix:"))
     if len(str(path).encode()) > _MAX_SOCKET_PATH_BYTES:
         raise ListenError(
-            f"--listen {listen}: the path is longer than {_MAX_SOCKET_PATH_BYTES} bytes; choose a shorter one"
+            f"{flag} {listen}: the path is longer than {_MAX_SOCKET_PATH_BYTES} bytes; choose a shorter one"
         )
     if not path.parent.is_dir():
-        raise ListenError(f"--listen {listen}: its directory does not exist; create it, or choose another path")
+        raise ListenError(f"{flag} {listen}: its directory does not exist; create it, or choose another path")
     if path.exists():
-        _check_socket_is_free(path, listen)
+        _check_socket_is_free(path, listen, flag)
     try:
         server.add_insecure_port(f"unix:{path}")
     except RuntimeError as error:
-        raise ListenError(f"--listen {listen}: cannot create this socket; check the directory's permissions") from error
+        raise ListenError(f"{flag} {listen}: cannot create this socket; check the directory's permissions") from error
 
 
-def _check_socket_is_free(path: Path, listen: str) -> None:
+def _check_socket_is_free(path: Path, listen: str, flag: str) -> None:
     """gRPC replaces whatever is at the path, a socket in use as well."""
     if not stat.S_ISSOCK(path.stat().st_mode):
-        raise ListenError(f"--listen {listen}: there is a file of this name; remove it, or choose another path")
+        raise ListenError(f"{flag} {listen}: there is a file of this name; remove it, or choose another path")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         try:
             probe.connect(str(path))
         except OSError:
             return  # left behind by a process that is gone
-    raise ListenError(f"--listen {listen} is in use: stop the server that listens there, or choose another path")
+    raise ListenError(f"{flag} {listen} is in use: stop the server that listens there, or choose another path")
+
+
+def tls_credentials(settings: ControlPlaneSettings) -> grpc.ServerCredentials | None:
+    """None where the ports are not encrypted. Raises `ListenError`."""
+    if settings.tls_cert is None or settings.tls_key is None:
+        return None
+    return _credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
 
 
 def _credentials(cert: Path, key: Path, client_ca: Path | None) -> grpc.ServerCredentials:

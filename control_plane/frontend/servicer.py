@@ -55,7 +55,9 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         async def answer() -> pb.TokenizeResponse:
             ids = await self._intake.builder.tokenize(request, self._intake.facts())
-            return pb.TokenizeResponse(token_ids=ids.tolist())
+            token_ids = ids.tolist()
+            tokens = self._intake.builder.token_bytes(token_ids) if request.token_bytes else ()
+            return pb.TokenizeResponse(token_ids=token_ids, tokens=tokens)
 
         return await _answered(answer(), context)
 

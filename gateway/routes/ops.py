@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import stepwire
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from gateway.answers import LoadAnswer, VersionAnswer
 from gateway.client import ControlPlaneClient
 from gateway.errors import control_plane_unreachable, draining
 from gateway.metrics import GatewayMetrics
@@ -28,6 +30,27 @@ async def ready(request: Request) -> Response:
     if not await client.serving():
         raise control_plane_unreachable()
     return Response(b'{"status":"ready"}', media_type="application/json")
+
+
+@router.get(
+    "/load",
+    summary="Requests being answered now, this one left out",
+    responses={200: {"model": LoadAnswer}, **error_responses(401)},
+)
+async def load(request: Request) -> Response:
+    lifecycle: Lifecycle = request.app.state.lifecycle
+    return Response(
+        LoadAnswer(server_load=lifecycle.num_in_flight - 1).model_dump_json(), media_type="application/json"
+    )
+
+
+@router.get(
+    "/version",
+    summary="stepwire's version",
+    responses={200: {"model": VersionAnswer}, **error_responses(401)},
+)
+async def version() -> Response:
+    return Response(VersionAnswer(version=stepwire.__version__).model_dump_json(), media_type="application/json")
 
 
 @router.get("/metrics", summary="Metrics of this gateway, for Prometheus")

@@ -1,0 +1,153 @@
+"""AdminService: draining, and a live view of the steps."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Protocol
+
+import grpc
+import grpc.aio
+import structlog
+from google.protobuf.duration_pb2 import Duration
+from stepwire.v1 import admin_pb2 as pb
+from stepwire.v1 import admin_pb2_grpc as pb_grpc
+
+from control_plane.core.engine import Engine
+from control_plane.core.step_feed import StepWatcher
+from control_plane.frontend.errors import RequestRefused, Violation
+from control_plane.frontend.metrics import FrontendMetrics
+from control_plane.frontend.servicer import refuse
+
+log = structlog.get_logger(__name__)
+
+if TYPE_CHECKING:
+    Context = grpc.aio.ServicerContext[Any, Any]
+
+DEFAULT_INTERVAL_S = 0.2
+MIN_INTERVAL_S, MAX_INTERVAL_S = 0.01, 10.0
+DEFAULT_MAX_STEPS, MAX_MAX_STEPS = 512, 4096
+# Each watcher costs a little on every step.
+MAX_WATCHERS = 32
+
+
+class Histogram(Protocol):
+    """Of FrontendMetrics: counts that only grow."""
+
+    @property
+    def bounds(self) -> tuple[float, ...]: ...
+
+    def counts(self) -> list[int]: ...
+
+
+class _NewCounts:
+    """What a histogram has counted since it was asked last."""
+
+    def __init__(self, histogram: Histogram) -> None:
+        self._histogram = histogram
+        self._seen = histogram.counts()
+
+    def take(self) -> pb.LatencyCounts:
+        counts = self._histogram.counts()
+        new = [count - before for count, before in zip(counts, self._seen, strict=True)]
+        self._seen = counts
+        return pb.LatencyCounts(bounds_s=self._histogram.bounds, counts=new)
+
+
+class AdminServicer(pb_grpc.AdminServiceServicer):
+    """`begin_drain` tells health; `exit_process` ends the process as SIGTERM does, once."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        metrics: FrontendMetrics,
+        *,
+        drain_timeout_s: float,
+        begin_drain: Callable[[], Awaitable[None]],
+        exit_process: Callable[[], None],
+    ) -> None:
+        self._engine = engine
+        self._metrics = metrics
+        self._drain_timeout_s = drain_timeout_s
+        self._begin_drain = begin_drain
+        self._exit_process = exit_process
+
+    async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
+        timeout_s = self._drain_timeout_s
+        if request.HasField("timeout"):
+            timeout_s = _seconds(request.timeout)
+            if timeout_s < 0:
+                await refuse(context, RequestRefused.invalid(Violation("timeout", "must not be negative")))
+        log.info("drain asked for", limit_s=timeout_s, exit=request.exit)
+        await self._begin_drain()
+        is_drained = await self._engine.drain(timeout_s)
+        response = pb.DrainResponse(is_drained=is_drained, num_open_requests=self._engine.num_open_requests)
+        if request.exit:
+            if not is_drained:
+                self._engine.abort_all("the server is shutting down")
+            # The answer goes out first.
+            asyncio.get_running_loop().call_later(0.1, self._exit_process)
+        return response
+
+    async def WatchSteps(self, request: pb.WatchStepsRequest, context: Context) -> None:
+        interval_s = _seconds(request.interval) if request.HasField("interval") else DEFAULT_INTERVAL_S
+        max_steps = request.max_steps or DEFAULT_MAX_STEPS
+        violations = []
+        if not MIN_INTERVAL_S <= interval_s <= MAX_INTERVAL_S:
+            violations.append(Violation("interval", f"must be from {MIN_INTERVAL_S:g} to {MAX_INTERVAL_S:g} s"))
+        if max_steps > MAX_MAX_STEPS:
+            violations.append(Violation("max_steps", f"must be from 1 to {MAX_MAX_STEPS}, not {max_steps}"))
+        if violations:
+            await refuse(context, RequestRefused.invalid(*violations))
+        if self._engine.steps.num_watchers >= MAX_WATCHERS:
+            message = f"{MAX_WATCHERS} watchers are there already; try again when one has gone"
+            await refuse(
+                context,
+                RequestRefused("RESOURCE_EXHAUSTED", "too_many_watchers", message, retry_after_s=5.0, retryable=True),
+            )
+        with self._engine.steps.watch(max_steps) as watcher:
+            first_token, inter_token = (
+                _NewCounts(self._metrics.time_to_first_token),
+                _NewCounts(self._metrics.inter_token_latency),
+            )
+            while True:
+                # A write waits for a slow reader; the watcher forgets meanwhile what it cannot hold.
+                await context.write(self._response(watcher, first_token, inter_token))
+                await asyncio.sleep(interval_s)
+
+    def _response(
+        self, watcher: StepWatcher, first_token: _NewCounts, inter_token: _NewCounts
+    ) -> pb.WatchStepsResponse:
+        records, num_lost = watcher.take()
+        return pb.WatchStepsResponse(
+            steps=[pb.StepSample(**asdict(record)) for record in records],
+            num_lost_steps=num_lost,
+            state=self._state(),
+            time_to_first_token=first_token.take(),
+            inter_token_latency=inter_token.take(),
+        )
+
+    def _state(self) -> pb.ServerState:
+        engine, scheduler = self._engine, self._engine.scheduler
+        state = pb.ServerState(is_worker_connected=engine.is_connected, is_draining=engine.is_draining)
+        if scheduler is None:
+            return state
+        counters = scheduler.counters
+        state.num_running_sequences = scheduler.num_running
+        state.num_waiting_requests = scheduler.num_waiting_requests
+        state.num_waiting_tokens = scheduler.num_waiting_tokens
+        state.num_kv_blocks = scheduler.num_usable_blocks
+        state.num_kv_blocks_in_use = scheduler.num_blocks_held
+        state.num_kv_blocks_cached = scheduler.num_cached_blocks
+        state.num_prompt_tokens = counters.num_prompt_tokens
+        state.num_generated_tokens = counters.num_generated_tokens
+        state.num_preemptions = counters.num_preemptions
+        state.num_prefix_cache_queries = counters.num_prefix_queries
+        state.num_prefix_cache_hits = counters.num_prefix_hits
+        state.max_num_sequences = scheduler.config.max_num_seqs
+        return state
+
+
+def _seconds(duration: Duration) -> float:
+    return duration.seconds + duration.nanos / 1e9

@@ -1,0 +1,124 @@
+"""/v1/files: contents lie in the data directory under their ids, the rest in SQLite."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sqlite3
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from gateway.errors import ApiError
+from gateway.store import Store
+
+PURPOSES = ("batch", "user_data", "assistants", "fine-tune", "evals", "vision")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    id: str
+    created_s: float
+    expires_s: float | None
+    purpose: str
+    filename: str
+    num_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": "file",
+            "bytes": self.num_bytes,
+            "created_at": int(self.created_s),
+            "expires_at": None if self.expires_s is None else int(self.expires_s),
+            "filename": self.filename,
+            "purpose": self.purpose,
+            "status": "processed",
+        }
+
+
+def new_file_id() -> str:
+    return f"file-{uuid.uuid4().hex}"
+
+
+class FileStore:
+    """`max_total_bytes` bounds all files together; those that have expired make room."""
+
+    def __init__(self, store: Store, *, max_total_bytes: int, ttl_s: float) -> None:
+        self._store = store
+        self._max_total_bytes = max_total_bytes
+        self._ttl_s = ttl_s
+
+    def path(self, file_id: str) -> Path:
+        return self._store.files / file_id
+
+    async def create(self, content: BinaryIO, filename: str, purpose: str) -> StoredFile:
+        """Raises `ApiError` where there is no room."""
+        await self.expire()
+        file_id = new_file_id()
+        num_bytes = await asyncio.to_thread(_copy, content, self.path(file_id))
+        used = sum(file.num_bytes for file in await self.list_all())
+        if used + num_bytes > self._max_total_bytes:
+            self.path(file_id).unlink(missing_ok=True)
+            raise ApiError(
+                413,
+                f"The files would be {used + num_bytes} bytes together, and at most {self._max_total_bytes} are kept "
+                "(--files-max-total-bytes): delete some.",
+                code="files_full",
+            )
+        return await self.register(file_id, filename, purpose, num_bytes)
+
+    async def register(self, file_id: str, filename: str, purpose: str, num_bytes: int) -> StoredFile:
+        """A file whose content is there already."""
+        now = time.time()
+        file = StoredFile(file_id, now, now + self._ttl_s, purpose, filename, num_bytes)
+
+        def write(connection: sqlite3.Connection) -> None:
+            connection.execute(
+                "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)",
+                (file.id, file.created_s, file.expires_s, file.purpose, file.filename, file.num_bytes),
+            )
+
+        await self._store.run(write)
+        return file
+
+    async def list_all(self) -> list[StoredFile]:
+        """Newest first."""
+
+        def read(connection: sqlite3.Connection) -> list[StoredFile]:
+            rows = connection.execute("SELECT * FROM files ORDER BY created_s DESC, rowid DESC").fetchall()
+            return [StoredFile(*row) for row in rows]
+
+        now = time.time()
+        return [file for file in await self._store.run(read) if file.expires_s is None or file.expires_s > now]
+
+    async def get(self, file_id: str) -> StoredFile:
+        """Raises `ApiError` (404)."""
+        found = next((file for file in await self.list_all() if file.id == file_id), None)
+        if found is None:
+            raise ApiError(404, f"There is no file '{file_id[:80]}'.", code="file_not_found")
+        return found
+
+    async def delete(self, file_id: str) -> None:
+        def write(connection: sqlite3.Connection) -> None:
+            connection.execute("DELETE FROM files WHERE id = ?", (file_id,))
+
+        await self.get(file_id)
+        await self._store.run(write)
+        self.path(file_id).unlink(missing_ok=True)
+
+    async def expire(self) -> None:
+        def write(connection: sqlite3.Connection) -> list[str]:
+            rows = connection.execute("DELETE FROM files WHERE expires_s <= ? RETURNING id", (time.time(),)).fetchall()
+            return [row[0] for row in rows]
+
+        for file_id in await self._store.run(write):
+            self.path(file_id).unlink(missing_ok=True)
+
+
+def _copy(content: BinaryIO, path: Path) -> int:
+    with path.open("wb") as file:
+        shutil.copyfileobj(content, file, 1 << 20)
+        return file.tell()

@@ -1,0 +1,330 @@
+"""Running batches: one line after another, below interactive traffic, on from where it stopped after a restart.
+
+A result is one line in the output or error file, written whole; the lines that are there are the progress. So a process
+that dies loses nothing but the requests in flight, and those are sent again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sqlite3
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import orjson
+import structlog
+from pydantic import ValidationError
+
+from gateway import answers, errors
+from gateway.batch_lines import BatchLine, LineError, error_line, read_line, result_line
+from gateway.batches.files import FileStore, new_file_id
+from gateway.convert import GenerationPlan, plan_chat, plan_completion
+from gateway.errors import ApiError
+from gateway.middleware import Lifecycle
+from gateway.schemas import ChatCompletionBody, CompletionBody
+from gateway.serving import Serving, stream_shape
+from gateway.store import Store
+
+_log = structlog.get_logger(__name__)
+
+ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
+# Lower runs first: below every request that says nothing.
+BATCH_PRIORITY = 1_000_000
+WINDOW_S = 24 * 3600
+MAX_LISTED_ERRORS = 20
+_UNFINISHED = ("validating", "in_progress", "finalizing", "cancelling")
+_YIELD_S = 0.05
+_MAX_PAUSE_S = 10.0
+
+
+class BatchRunner:
+    def __init__(
+        self,
+        store: Store,
+        files: FileStore,
+        serving: Serving,
+        lifecycle: Lifecycle,
+        *,
+        concurrency: int,
+        max_lines: int,
+    ) -> None:
+        self._store = store
+        self._files = files
+        self._serving = serving
+        self._lifecycle = lifecycle
+        self._concurrency = concurrency
+        self._max_lines = max_lines
+        self._num_running = 0
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    async def start(self) -> None:
+        """Go on with what an earlier process has left."""
+        for batch in await self.list_all():
+            if batch["status"] in _UNFINISHED:
+                self._begin(batch)
+
+    async def close(self) -> None:
+        for task in tuple(self._tasks.values()):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    # ---- what the routes ask ----
+
+    async def create(self, input_file_id: str, endpoint: str, metadata: dict[str, str] | None) -> dict[str, Any]:
+        if endpoint not in ENDPOINTS:
+            raise ApiError(400, f"endpoint: must be one of {', '.join(ENDPOINTS)}.", param="endpoint")
+        file = await self._files.get(input_file_id)
+        if file.purpose != "batch":
+            raise ApiError(400, f"input_file_id: purpose is '{file.purpose}', not 'batch'.", param="input_file_id")
+        now = int(time.time())
+        batch: dict[str, Any] = {
+            "id": f"batch_{uuid.uuid4().hex}",
+            "object": "batch",
+            "endpoint": endpoint,
+            "errors": None,
+            "input_file_id": input_file_id,
+            "completion_window": "24h",
+            "status": "validating",
+            "output_file_id": None,
+            "error_file_id": None,
+            "created_at": now,
+            "in_progress_at": None,
+            "expires_at": now + WINDOW_S,
+            "finalizing_at": None,
+            "completed_at": None,
+            "failed_at": None,
+            "expired_at": None,
+            "cancelling_at": None,
+            "cancelled_at": None,
+            "request_counts": {"total": 0, "completed": 0, "failed": 0},
+            "metadata": metadata,
+            # Ours: where results are collected before they are files.
+            "_output": new_file_id(),
+            "_errors": new_file_id(),
+        }
+        await self._save(batch)
+        self._begin(batch)
+        return batch
+
+    async def get(self, batch_id: str) -> dict[str, Any]:
+        def read(connection: sqlite3.Connection) -> bytes | None:
+            row = connection.execute("SELECT object FROM batches WHERE id = ?", (batch_id,)).fetchone()
+            return None if row is None else row[0]
+
+        found = await self._store.run(read)
+        if found is None:
+            raise ApiError(404, f"There is no batch '{batch_id[:80]}'.", code="batch_not_found")
+        batch: dict[str, Any] = orjson.loads(found)
+        return batch
+
+    async def list_all(self) -> list[dict[str, Any]]:
+        """Newest first."""
+
+        def read(connection: sqlite3.Connection) -> list[bytes]:
+            rows = connection.execute("SELECT object FROM batches ORDER BY created_s DESC, rowid DESC").fetchall()
+            return [row[0] for row in rows]
+
+        return [orjson.loads(found) for found in await self._store.run(read)]
+
+    async def cancel(self, batch_id: str) -> dict[str, Any]:
+        batch = await self.get(batch_id)
+        if batch["status"] not in _UNFINISHED:
+            raise ApiError(409, f"The batch is {batch['status']}; only one that runs can be cancelled.")
+        task = self._tasks.pop(batch_id, None)
+        if task is not None:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+            batch = await self.get(batch_id)
+        if batch["status"] in _UNFINISHED:
+            batch["cancelling_at"] = int(time.time())
+            await self._end(batch, "cancelled")
+        return batch
+
+    # ---- the work ----
+
+    def _begin(self, batch: dict[str, Any]) -> None:
+        task = asyncio.create_task(self._run(batch), name=batch["id"])
+        self._tasks[batch["id"]] = task
+        task.add_done_callback(lambda _: self._tasks.pop(batch["id"], None))
+
+    async def _run(self, batch: dict[str, Any]) -> None:
+        try:
+            lines = await asyncio.to_thread(self._read_lines, batch)
+            if lines is None:
+                batch["failed_at"] = int(time.time())
+                batch["status"] = "failed"
+                await self._save(batch)
+                return
+            await self._run_lines(batch, lines)
+        except Exception:
+            _log.exception("a batch failed", batch=batch["id"])
+            batch["errors"] = _errors([("internal_error", "The server failed to run this batch.", None)])
+            batch["failed_at"] = int(time.time())
+            batch["status"] = "failed"
+            await self._save(batch)
+
+    def _read_lines(self, batch: dict[str, Any]) -> list[BatchLine] | None:
+        """All requests, or None with the batch's `errors` set."""
+        lines: list[BatchLine] = []
+        wrong: list[tuple[str, str, int | None]] = []
+        seen: set[str] = set()
+        try:
+            with self._files.path(batch["input_file_id"]).open("rb") as file:
+                for number, text in enumerate(file, 1):
+                    if not text.strip():
+                        continue
+                    try:
+                        line = read_line(text, batch["endpoint"])
+                    except LineError as error:
+                        wrong.append(("invalid_request", str(error), number))
+                    else:
+                        if line.custom_id in seen:
+                            wrong.append(("duplicate_custom_id", f"'{line.custom_id[:80]}' is used twice", number))
+                        seen.add(line.custom_id)
+                        lines.append(line)
+                    if len(wrong) >= MAX_LISTED_ERRORS or len(lines) > self._max_lines:
+                        break
+        except OSError:
+            wrong.append(("missing_file", "the input file is gone", None))
+        if len(lines) > self._max_lines:
+            wrong.append(("too_many_requests", f"more than {self._max_lines} requests (--batch-max-requests)", None))
+        elif not lines and not wrong:
+            wrong.append(("empty_file", "the input file holds no requests", None))
+        if wrong:
+            batch["errors"] = _errors(wrong)
+            return None
+        return lines
+
+    async def _run_lines(self, batch: dict[str, Any], lines: list[BatchLine]) -> None:
+        output, failures = self._files.path(batch["_output"]), self._files.path(batch["_errors"])
+        good, bad = [await asyncio.to_thread(_whole_lines, path) for path in (output, failures)]
+        counts = batch["request_counts"] = {"total": len(lines), "completed": len(good), "failed": len(bad)}
+        batch["in_progress_at"] = batch["in_progress_at"] or int(time.time())
+        batch["status"] = "in_progress"
+        await self._save(batch)
+        queue = iter([line for line in lines if line.custom_id not in good and line.custom_id not in bad])
+        saved_at = time.monotonic()
+
+        async def work() -> None:
+            nonlocal saved_at
+            for line in queue:
+                if time.time() > batch["expires_at"]:
+                    return
+                is_ok, result = await self._answer(line, batch)
+                # Writing is one call: a line is there whole, or not at all but for a crash, which `_whole_lines` mends.
+                with (output if is_ok else failures).open("ab") as file:
+                    file.write(result)
+                counts["completed" if is_ok else "failed"] += 1
+                if time.monotonic() - saved_at > 0.2:
+                    saved_at = time.monotonic()
+                    await self._save(batch)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(self._concurrency, len(lines))):
+                group.create_task(work())
+        is_whole = counts["completed"] + counts["failed"] >= counts["total"]
+        await self._end(batch, "completed" if is_whole else "expired")
+
+    async def _end(self, batch: dict[str, Any], status: str) -> None:
+        """Results become files; those that there are, also of a batch that was cut short."""
+        batch["status"] = "finalizing"
+        batch["finalizing_at"] = int(time.time())
+        await self._save(batch)
+        for own, public, name in (("_output", "output_file_id", "output"), ("_errors", "error_file_id", "errors")):
+            path = self._files.path(batch[own])
+            if path.exists() and path.stat().st_size:
+                filename = f"{batch['id']}_{name}.jsonl"
+                await self._files.register(batch[own], filename, "batch_output", path.stat().st_size)
+                batch[public] = batch[own]
+        batch[f"{status}_at"] = int(time.time())
+        batch["status"] = status
+        await self._save(batch)
+
+    async def _save(self, batch: dict[str, Any]) -> None:
+        row = (batch["id"], batch["created_at"], batch["status"], orjson.dumps(batch))
+
+        def write(connection: sqlite3.Connection) -> None:
+            connection.execute("INSERT OR REPLACE INTO batches VALUES (?, ?, ?, ?)", row)
+
+        await self._store.run(write)
+
+    # ---- one request ----
+
+    async def _answer(self, line: BatchLine, batch: dict[str, Any]) -> tuple[bool, bytes]:
+        """Its result line, and whether it went well. A server that is full or restarting is asked again."""
+        request_id = f"{batch['id']}-{uuid.uuid4().hex[:12]}"
+        pause_s = 0.1
+        while True:
+            await self._wait_for_turn()
+            self._num_running += 1
+            try:
+                return True, result_line(line.custom_id, 200, request_id, await self._generate(line, request_id))
+            except ApiError as error:
+                if error.status not in (429, 503):
+                    return False, result_line(line.custom_id, error.status, request_id, error.body())
+                if time.time() + pause_s > batch["expires_at"]:
+                    return False, error_line(line.custom_id, "batch_expired", "The batch expired before this request.")
+            finally:
+                self._num_running -= 1
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, _MAX_PAUSE_S)
+
+    async def _wait_for_turn(self) -> None:
+        """Each interactive request that is being answered takes one of the batches' places; one always remains."""
+        while self._num_running >= max(1, self._concurrency - self._lifecycle.num_in_flight):
+            await asyncio.sleep(_YIELD_S)
+
+    async def _generate(self, line: BatchLine, request_id: str) -> bytes:
+        plan = self._plan(line, request_id)
+        for request in plan.requests:
+            request.priority = BATCH_PRIORITY
+        generation = self._serving.client.generate(
+            plan.requests, num_samples=plan.num_samples, stream=False, renames=plan.renames
+        )
+        try:
+            mailbox = generation.mailbox
+            accepted = await mailbox.accepted()
+            updates = await mailbox.take_all()
+        finally:
+            generation.cancel()
+        if line.url == "/v1/chat/completions":
+            shape = stream_shape("chatcmpl", plan, accepted)
+            return answers.chat_completion(shape, updates, mailbox.usage, mailbox.prompts)
+        shape = stream_shape("cmpl", plan, accepted)
+        return answers.completion(shape, plan.num_samples, updates, mailbox.usage, mailbox.prompts)
+
+    def _plan(self, line: BatchLine, request_id: str) -> GenerationPlan:
+        text = orjson.dumps(line.body)
+        try:
+            if line.url == "/v1/chat/completions":
+                return plan_chat(ChatCompletionBody.model_validate_json(text), request_id)
+            body = CompletionBody.model_validate_json(text)
+        except ValidationError as error:
+            raise errors.from_validation_error(error) from error
+        return plan_completion(body, request_id, self._serving.max_batch_prompts)
+
+
+def public_batch(batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in batch.items() if not name.startswith("_")}
+
+
+def _errors(wrong: list[tuple[str, str, int | None]]) -> dict[str, Any]:
+    data = [{"code": code, "message": message, "line": line, "param": None} for code, message, line in wrong]
+    return {"object": "list", "data": data}
+
+
+def _whole_lines(path: Path) -> set[str]:
+    """custom_ids of the results that are there; half a line at the end is cut off."""
+    if not path.exists():
+        return set()
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        with path.open("r+b") as file:
+            file.truncate(end)
+    return {orjson.loads(line)["custom_id"] for line in content[:end].splitlines()}

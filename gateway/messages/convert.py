@@ -1,0 +1,158 @@
+"""Anthropic's messages to a chat body: pure functions that raise `ApiError` with the field named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+from pydantic import ValidationError
+
+from gateway.errors import ApiError, from_validation_error
+from gateway.json_types import type_name
+from gateway.messages.schemas import CountTokensBody, InputMessage, MessagesBody, MessageToolChoice
+from gateway.schemas import ChatCompletionBody
+
+_MODES = {"auto": "auto", "any": "required", "none": "none"}
+
+
+def chat_body(body: CountTokensBody) -> ChatCompletionBody:
+    """The same conversation as OpenAI writes it; of a `MessagesBody` the sampling parameters as well."""
+    messages: list[dict[str, Any]] = []
+    system = block_texts("system", body.system) if body.system is not None else []
+    if system:
+        messages.append({"role": "system", "content": "\n".join(system)})
+    for index, message in enumerate(body.messages):
+        messages += _messages(f"messages[{index}]", message)
+    fields: dict[str, Any] = {"model": body.model, "messages": messages}
+    if messages[-1]["role"] == "assistant":
+        # What the client has begun, the model goes on with.
+        fields["continue_final_message"] = True
+    if body.tools:
+        fields["tools"] = [
+            {
+                "type": "function",
+                "function": {
+                    "name": tool.name,
+                    "description": tool.description,
+                    "parameters": tool.input_schema,
+                    "strict": tool.strict,
+                },
+            }
+            for tool in body.tools
+        ]
+    if body.tool_choice is not None:
+        fields |= _tool_choice(body.tool_choice)
+    shows_thinking = body.thinking is not None and body.thinking.type != "disabled"
+    arguments = {} if body.thinking is None else {"enable_thinking": shows_thinking}
+    fields["include_reasoning"] = shows_thinking
+    if isinstance(body, MessagesBody):
+        arguments |= body.chat_template_kwargs or {}
+        fields |= {
+            "max_completion_tokens": body.max_tokens,
+            "stream": body.stream,
+            "stop": body.stop_sequences,
+            "temperature": body.temperature,
+            "top_p": body.top_p,
+            "top_k": body.top_k,
+            "seed": body.seed,
+            "priority": body.priority,
+            "cache_salt": body.cache_salt,
+            "ignore_eos": body.ignore_eos,
+        }
+    fields["chat_template_kwargs"] = arguments or None
+    try:
+        return ChatCompletionBody.model_validate(fields)
+    except ValidationError as error:
+        raise from_validation_error(error) from error
+
+
+def _tool_choice(choice: MessageToolChoice) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    if choice.type == "tool":
+        if not choice.name:
+            raise ApiError(400, "tool_choice.name: needed when type is 'tool'.", param="tool_choice.name")
+        fields["tool_choice"] = {"type": "function", "function": {"name": choice.name}}
+    else:
+        fields["tool_choice"] = _MODES[choice.type]
+    if choice.disable_parallel_tool_use:
+        fields["parallel_tool_calls"] = False
+    return fields
+
+
+def block_texts(param: str, content: Any) -> list[str]:
+    """The texts of a string or of a list of text blocks."""
+    if isinstance(content, str):
+        return [content]
+    texts = []
+    for where, kind, block in _blocks(param, content):
+        if kind != "text":
+            raise _unsupported(where, kind)
+        texts.append(_string(where, block, "text"))
+    return texts
+
+
+def _messages(param: str, message: InputMessage) -> list[dict[str, Any]]:
+    """One of Anthropic's messages is several of OpenAI's where it holds results of tools."""
+    content = message.content
+    if isinstance(content, str):
+        return [{"role": message.role, "content": content}]
+    texts: list[str] = []
+    results: list[dict[str, Any]] = []
+    calls: list[dict[str, Any]] = []
+    thoughts: list[str] = []
+    for where, kind, block in _blocks(f"{param}.content", content):
+        if kind == "text":
+            texts.append(_string(where, block, "text"))
+        elif kind == "tool_result" and message.role == "user":
+            results.append(_tool_result(where, block))
+        elif kind == "tool_use" and message.role == "assistant":
+            calls.append(_tool_use(where, block))
+        elif kind == "thinking" and message.role == "assistant":
+            thoughts.append(_string(where, block, "thinking"))
+        elif kind != "redacted_thinking":
+            raise _unsupported(where, kind)
+    said: dict[str, Any] = {"role": message.role, "content": "\n".join(texts) if texts or not calls else None}
+    if calls:
+        said["tool_calls"] = calls
+    if thoughts:
+        said["reasoning"] = "\n".join(thoughts)
+    return results if results and not texts else [*results, said]
+
+
+def _tool_use(where: str, block: dict[str, Any]) -> dict[str, Any]:
+    arguments = block.get("input", {})
+    if not isinstance(arguments, dict):
+        raise ApiError(400, f"{where}.input: must be an object, not {type_name(arguments)}.", param=f"{where}.input")
+    function = {"name": _string(where, block, "name"), "arguments": orjson.dumps(arguments).decode()}
+    return {"id": _string(where, block, "id"), "type": "function", "function": function}
+
+
+def _tool_result(where: str, block: dict[str, Any]) -> dict[str, Any]:
+    content = block.get("content")
+    text = "" if content is None else "\n".join(block_texts(f"{where}.content", content))
+    return {"role": "tool", "tool_call_id": _string(where, block, "tool_use_id"), "content": text}
+
+
+def _blocks(param: str, content: Any) -> list[tuple[str, str, dict[str, Any]]]:
+    """(where, type, block) of every block of a list."""
+    if not isinstance(content, list):
+        raise ApiError(400, f"{param}: must be a string or a list of blocks, not {type_name(content)}.", param=param)
+    blocks = []
+    for index, block in enumerate(content):
+        where = f"{param}[{index}]"
+        kind = block.get("type") if isinstance(block, dict) else None
+        if not isinstance(kind, str):
+            raise ApiError(400, f"{where}: must be an object with a type.", param=where)
+        blocks.append((where, kind, block))
+    return blocks
+
+
+def _string(where: str, block: dict[str, Any], name: str) -> str:
+    value = block.get(name)
+    if not isinstance(value, str):
+        raise ApiError(400, f"{where}.{name}: must be a string, not {type_name(value)}.", param=f"{where}.{name}")
+    return value
+
+
+def _unsupported(where: str, kind: str) -> ApiError:
+    return ApiError(400, f"{where}.type: '{kind[:40]}' is not supported here.", param=f"{where}.type")

@@ -1,0 +1,31 @@
+"""Errors in Anthropic's shape, for the routes that have it (https://docs.anthropic.com/en/api/errors)."""
+
+from __future__ import annotations
+
+import orjson
+
+from gateway.errors import ApiError
+
+PREFIX = "/v1/messages"
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+def message_error(error: ApiError, request_id: str | None = None) -> dict[str, object]:
+    kind = _TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message}, "request_id": request_id}
+
+
+def error_body(error: ApiError, path: str, request_id: str | None = None) -> bytes:
+    """The body of an error answer to `path`, in the shape that its clients know."""
+    if path.startswith(PREFIX):
+        return orjson.dumps(message_error(error, request_id))
+    return error.body()

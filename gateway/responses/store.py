@@ -1,0 +1,124 @@
+"""Stored responses: bounded in number and age."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from gateway.store import Store
+
+# A conversation is read back by its chain of responses; no longer chain is followed.
+MAX_CHAIN = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class StoredResponse:
+    """`answer` is the response object, `input` the items that were given for it alone."""
+
+    answer: dict[str, Any]
+    input: list[dict[str, Any]]
+    previous_id: str | None
+
+
+class ResponseStore:
+    def __init__(self, store: Store, *, max_responses: int, ttl_s: float) -> None:
+        self._store = store
+        self._max_responses = max_responses
+        self._ttl_s = ttl_s
+
+    async def put(self, stored: StoredResponse) -> None:
+        """Write or overwrite; the oldest go where there are too many."""
+        answer = stored.answer
+        row = (
+            answer["id"],
+            answer["created_at"],
+            stored.previous_id,
+            answer["status"],
+            orjson.dumps(answer),
+            orjson.dumps(stored.input),
+        )
+
+        def write(connection: sqlite3.Connection) -> None:
+            connection.execute("INSERT OR REPLACE INTO responses VALUES (?, ?, ?, ?, ?, ?)", row)
+            connection.execute("DELETE FROM responses WHERE created_s < ?", (time.time() - self._ttl_s,))
+            connection.execute(
+                "DELETE FROM responses WHERE id IN "
+                "(SELECT id FROM responses ORDER BY created_s DESC, rowid DESC LIMIT -1 OFFSET ?)",
+                (self._max_responses,),
+            )
+
+        await self._store.run(write)
+
+    async def update(self, answer: dict[str, Any], *, unless: str | None = None) -> bool:
+        """Replace the answer of a response that is still there, and whose status is not `unless`."""
+
+        def write(connection: sqlite3.Connection) -> bool:
+            changed = connection.execute(
+                "UPDATE responses SET answer = ?, status = ? WHERE id = ? AND status IS NOT ?",
+                (orjson.dumps(answer), answer["status"], answer["id"], unless),
+            )
+            return changed.rowcount > 0
+
+        return await self._store.run(write)
+
+    async def get(self, response_id: str) -> StoredResponse | None:
+        oldest_s = time.time() - self._ttl_s
+
+        def read(connection: sqlite3.Connection) -> StoredResponse | None:
+            return _read(connection, response_id, oldest_s)
+
+        return await self._store.run(read)
+
+    async def chain(self, response_id: str) -> list[StoredResponse] | None:
+        """The response and those before it, oldest first; None if one of them is gone."""
+        oldest_s = time.time() - self._ttl_s
+
+        def read(connection: sqlite3.Connection) -> list[StoredResponse] | None:
+            found: list[StoredResponse] = []
+            wanted: str | None = response_id
+            while wanted is not None and len(found) < MAX_CHAIN:
+                stored = _read(connection, wanted, oldest_s)
+                if stored is None:
+                    return None
+                found.append(stored)
+                wanted = stored.previous_id
+            return found[::-1]
+
+        return await self._store.run(read)
+
+    async def delete(self, response_id: str) -> bool:
+        def write(connection: sqlite3.Connection) -> bool:
+            return connection.execute("DELETE FROM responses WHERE id = ?", (response_id,)).rowcount > 0
+
+        return await self._store.run(write)
+
+    async def fail_interrupted(self) -> int:
+        """Those that an earlier process was at; how many."""
+
+        def write(connection: sqlite3.Connection) -> int:
+            rows = connection.execute(
+                "SELECT id, answer FROM responses WHERE status IN ('queued', 'in_progress')"
+            ).fetchall()
+            for response_id, answer in rows:
+                failed = orjson.loads(answer) | {
+                    "status": "failed",
+                    "error": {"code": "server_error", "message": "The server was restarted meanwhile."},
+                }
+                connection.execute(
+                    "UPDATE responses SET status = 'failed', answer = ? WHERE id = ?",
+                    (orjson.dumps(failed), response_id),
+                )
+            return len(rows)
+
+        return await self._store.run(write)
+
+
+def _read(connection: sqlite3.Connection, response_id: str, oldest_s: float) -> StoredResponse | None:
+    row = connection.execute(
+        "SELECT answer, input, previous_id FROM responses WHERE id = ? AND created_s >= ?", (response_id, oldest_s)
+    ).fetchone()
+    return None if row is None else StoredResponse(orjson.loads(row[0]), orjson.loads(row[1]), row[2])

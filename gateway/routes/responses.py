@@ -1,0 +1,61 @@
+"""/v1/responses"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query, Request, Response
+
+from gateway.openapi import body_schema, error_responses
+from gateway.responses.schemas import ResponsesBody
+from gateway.responses.serving import ResponsesServing
+
+router = APIRouter(tags=["responses"])
+_STORED = error_responses(401, 404)
+
+
+@router.post(
+    "/v1/responses",
+    summary="Continue a conversation, and keep it",
+    responses=error_responses(400, 401, 404, 413, 415, 429, 503, 504),
+    openapi_extra=body_schema(ResponsesBody),
+)
+async def create_response(request: Request) -> Response:
+    return await _serving(request).create(request)
+
+
+@router.get("/v1/responses/{response_id}", summary="A stored response", responses=_STORED)
+async def get_response(request: Request, response_id: str) -> Response:
+    return await _serving(request).get(response_id)
+
+
+@router.delete("/v1/responses/{response_id}", summary="Forget a stored response", responses=_STORED)
+async def delete_response(request: Request, response_id: str) -> Response:
+    return await _serving(request).delete(response_id)
+
+
+@router.post(
+    "/v1/responses/{response_id}/cancel",
+    summary="Stop a response that runs in the background",
+    responses=error_responses(400, 401, 404),
+)
+async def cancel_response(request: Request, response_id: str) -> Response:
+    return await _serving(request).cancel(response_id)
+
+
+@router.get(
+    "/v1/responses/{response_id}/input_items", summary="What was given for it", responses=error_responses(400, 401, 404)
+)
+async def list_input_items(
+    request: Request,
+    response_id: str,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Literal["asc", "desc"] = "desc",
+    after: str | None = None,
+) -> Response:
+    return await _serving(request).input_items(response_id, limit=limit, order=order, after=after)
+
+
+def _serving(request: Request) -> ResponsesServing:
+    serving: ResponsesServing = request.app.state.responses
+    return serving

@@ -1,0 +1,80 @@
+"""The gateway's only memory: one SQLite file in its data directory, for stored responses and batches.
+
+Everything else of the gateway is stateless. Without `--data-dir` the directory is a temporary one and ends with the
+process. A directory belongs to one process at a time: a lock says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+_Result = TypeVar("_Result")
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS responses (
+    id TEXT PRIMARY KEY, created_s REAL NOT NULL, previous_id TEXT, status TEXT NOT NULL,
+    answer BLOB NOT NULL, input BLOB NOT NULL
+);
+CREATE INDEX IF NOT EXISTS responses_by_age ON responses (created_s);
+CREATE TABLE IF NOT EXISTS files (
+    id TEXT PRIMARY KEY, created_s REAL NOT NULL, expires_s REAL, purpose TEXT NOT NULL,
+    filename TEXT NOT NULL, num_bytes INTEGER NOT NULL
+);
+CREATE TABLE IF NOT EXISTS batches (
+    id TEXT PRIMARY KEY, created_s REAL NOT NULL, status TEXT NOT NULL, object BLOB NOT NULL
+);
+"""
+
+
+class StoreError(Exception):
+    """The data directory cannot be used; the message says what to do."""
+
+
+class Store:
+    """`run` executes one function at a time, on a thread of its own, in the order of the calls.
+
+    Raises:
+        StoreError: the directory cannot be used, or another gateway uses it.
+    """
+
+    def __init__(self, directory: Path | None) -> None:
+        self._is_temporary = directory is None
+        self.directory = Path(tempfile.mkdtemp(prefix="stepwire-gateway-")) if directory is None else directory
+        try:
+            (self.directory / "files").mkdir(parents=True, exist_ok=True)
+            self._lock = (self.directory / "lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._connection = sqlite3.connect(
+                self.directory / "stepwire.sqlite", check_same_thread=False, isolation_level=None
+            )
+            self._connection.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;" + _SCHEMA)
+        except BlockingIOError as error:
+            raise StoreError(
+                f"--data-dir {self.directory} is in use by another gateway: give each a directory of its own"
+            ) from error
+        except (OSError, sqlite3.Error) as error:
+            raise StoreError(f"--data-dir {self.directory} cannot be used: {error}") from error
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
+
+    @property
+    def files(self) -> Path:
+        """Where the contents of files lie, each under its id."""
+        return self.directory / "files"
+
+    async def run(self, work: Callable[[sqlite3.Connection], _Result]) -> _Result:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, self._connection)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True)
+        self._connection.close()
+        self._lock.close()
+        if self._is_temporary:
+            shutil.rmtree(self.directory, ignore_errors=True)

@@ -1,0 +1,174 @@
+"""/v1/files and /v1/batches with the official client against the real stack."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai import AsyncOpenAI
+
+from tests.system.conftest import Stack
+
+CHAT = "/v1/chat/completions"
+ENDED = ("completed", "failed", "expired", "cancelled")
+
+
+@pytest.fixture(scope="module")
+def batching(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    data = tmp_path_factory.mktemp("data")
+    flags = ["--data-dir", str(data), "--batch-concurrency", "4", "--files-max-bytes", "1000000"]
+    with Stack(tiny_model, gateway_flags=flags, worker_flags=["--sim-step-ms", "2"]) as running:
+        yield running
+
+
+@pytest.fixture
+async def client(batching: Stack) -> AsyncIterator[AsyncOpenAI]:
+    async with AsyncOpenAI(base_url=f"{batching.url}/v1", api_key="any", max_retries=0, timeout=30) as opened:
+        yield opened
+
+
+def line(number: int, url: str = CHAT, **body: Any) -> dict[str, Any]:
+    made: dict[str, Any] = {"max_tokens": 8, "seed": number, **body}
+    if url == CHAT:
+        made.setdefault("messages", [{"role": "user", "content": f"question {number}"}])
+    return {"custom_id": f"r{number}", "method": "POST", "url": url, "body": made}
+
+
+async def begin(client: AsyncOpenAI, lines: list[dict[str, Any]], endpoint: str = CHAT) -> Any:
+    content = "\n".join(map(json.dumps, lines)).encode()
+    file = await client.files.create(file=("in.jsonl", content), purpose="batch")
+    assert (file.bytes, file.filename, file.purpose) == (len(content), "in.jsonl", "batch")
+    return await client.batches.create(
+        input_file_id=file.id,
+        endpoint=endpoint,  # type: ignore[arg-type]
+        completion_window="24h",
+        metadata={"who": "test"},
+    )
+
+
+async def ended(client: AsyncOpenAI, batch_id: str, limit_s: float = 60) -> Any:
+    async with asyncio.timeout(limit_s):
+        while (batch := await client.batches.retrieve(batch_id)).status not in ENDED:
+            await asyncio.sleep(0.05)
+    return batch
+
+
+async def results(client: AsyncOpenAI, file_id: str | None) -> dict[str, Any]:
+    assert file_id is not None
+    text = (await client.files.content(file_id)).text
+    lines = [json.loads(line) for line in text.splitlines()]
+    made = {line["custom_id"]: line for line in lines}
+    assert len(made) == len(lines), "one result a request"
+    return made
+
+
+async def test_a_batch_gives_what_the_requests_give(client: AsyncOpenAI) -> None:
+    lines = [line(number) for number in range(6)] + [line(6, messages=[]), line(7, model="nobody")]
+    batch = await begin(client, lines)
+    assert batch.status == "validating" and batch.metadata == {"who": "test"}
+    batch = await ended(client, batch.id)
+    assert batch.status == "completed", batch
+    assert (batch.request_counts.total, batch.request_counts.completed, batch.request_counts.failed) == (8, 6, 2)
+    good, bad = await results(client, batch.output_file_id), await results(client, batch.error_file_id)
+    assert good.keys() == {f"r{number}" for number in range(6)}
+    assert {key: value["response"]["status_code"] for key, value in bad.items()} == {"r6": 400, "r7": 404}
+    alone = await client.chat.completions.create(**lines[3]["body"], model="tiny")
+    told = good["r3"]["response"]["body"]
+    assert told["choices"][0]["message"]["content"] == alone.choices[0].message.content
+    listed = [item.id async for item in client.batches.list()]
+    assert batch.id in listed
+    purposes = {file.id: file.purpose async for file in client.files.list()}
+    assert purposes[batch.output_file_id] == "batch_output"
+
+    texts = await begin(client, [line(0, "/v1/completions", prompt="The capital")], "/v1/completions")
+    texts = await ended(client, texts.id)
+    assert (await results(client, texts.output_file_id))["r0"]["response"]["body"]["object"] == "text_completion"
+
+
+async def test_wrong_input_files_fail_with_the_lines_named(client: AsyncOpenAI) -> None:
+    wrong = [line(1), line(1), {**line(2), "url": "/v1/completions"}, {"custom_id": "x"}]
+    batch = await ended(client, (await begin(client, wrong)).id)
+    assert batch.status == "failed" and batch.output_file_id is None
+    assert [problem.line for problem in batch.errors.data] == [2, 3, 4]
+    with pytest.raises(openai.NotFoundError):
+        await client.batches.create(input_file_id="file-none", endpoint=CHAT, completion_window="24h")
+    with pytest.raises(openai.BadRequestError, match="endpoint"):
+        await begin(client, [line(1)], "/v1/moderations")
+
+
+async def test_a_cancelled_batch_keeps_what_was_answered(client: AsyncOpenAI, batching: Stack) -> None:
+    lines = [line(number, max_tokens=4 if number < 4 else 3000, ignore_eos=True) for number in range(40)]
+    batch = await begin(client, lines)
+    async with asyncio.timeout(30):
+        while (await client.batches.retrieve(batch.id)).request_counts.completed < 4:
+            await asyncio.sleep(0.02)
+    # Bounded: four run at a time, and fewer while others are being answered.
+    assert batching.control_plane_metric("stepwire_requests_running") <= 4
+    cancelled = await client.batches.cancel(batch.id)
+    assert cancelled.status == "cancelled"
+    assert len(await results(client, cancelled.output_file_id)) >= 4
+    batching.wait_idle()
+    with pytest.raises(openai.ConflictError):
+        await client.batches.cancel(batch.id)
+
+
+async def test_a_batch_survives_the_death_of_the_gateway_and_of_the_control_plane(
+    client: AsyncOpenAI, batching: Stack
+) -> None:
+    """Each request is answered once, with the text that it would have had."""
+    lines = [line(number, max_tokens=40, ignore_eos=True) for number in range(60)]
+    batch = await begin(client, lines)
+    for name in ("gateway", "control_plane"):
+        async with asyncio.timeout(30):
+            before = (await client.batches.retrieve(batch.id)).request_counts.completed
+            while (await client.batches.retrieve(batch.id)).request_counts.completed < before + 5:
+                await asyncio.sleep(0.02)
+        batching.kill(name)
+        batching.start(name)
+        batching.wait_ready()
+        assert (await client.batches.retrieve(batch.id)).status == "in_progress"
+    batch = await ended(client, batch.id)
+    assert (batch.status, batch.request_counts.completed) == ("completed", 60), batching.logs()
+    assert (await results(client, batch.output_file_id)).keys() == {f"r{number}" for number in range(60)}
+
+
+async def test_files_are_kept_deleted_and_bounded(client: AsyncOpenAI, batching: Stack) -> None:
+    file = await client.files.create(file=("a.txt", b"\x00\xffabc"), purpose="user_data")
+    assert (await client.files.content(file.id)).content == b"\x00\xffabc"
+    assert (await client.files.retrieve(file.id)).bytes == 5
+    assert (await client.files.delete(file.id)).deleted
+    with pytest.raises(openai.NotFoundError):
+        await client.files.content(file.id)
+    # Refused by its announced length, before any of it is read.
+    connection = http.client.HTTPConnection("127.0.0.1", batching.port)
+    connection.putrequest("POST", "/v1/files")
+    connection.putheader("content-type", "multipart/form-data; boundary=x")
+    connection.putheader("content-length", "2000000")
+    connection.endheaders()
+    assert connection.getresponse().status == 413
+    connection.close()
+    async with httpx.AsyncClient(base_url=batching.url) as raw:
+        for answer in (
+            await raw.post("/v1/files", json={}),
+            await raw.post("/v1/files", files={"file": ("a", b"a")}, data={"purpose": "nothing"}),
+            await raw.post("/v1/files", data={"purpose": "batch", "file": "no file"}),
+            await raw.post("/v1/files", content=b"broken", headers={"content-type": "multipart/form-data; boundary=x"}),
+            await raw.get("/v1/files", params={"limit": "many"}),
+            await raw.get("/v1/files/..%2F..%2Fetc%2Fpasswd/content"),
+        ):
+            assert 400 <= answer.status_code < 500 and "message" in answer.json()["error"], answer.text
+
+
+def test_a_directory_belongs_to_one_gateway(batching: Stack) -> None:
+    from gateway.store import Store, StoreError
+
+    directory = Path(batching.gateway_flags[1])
+    with pytest.raises(StoreError, match="another gateway"):
+        Store(directory)

@@ -1,0 +1,95 @@
+"""The web console in a real browser, against the real stack: chat, probabilities, the key, the live view."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.system.browser import CHROMIUM, Page
+from tests.system.conftest import ROOT, Stack
+
+KEY = "console-key"
+# Kept by CI; ignored by git.
+ARTIFACTS = ROOT / ".stepwire" / "artifacts"
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here (Debian: apt-get install chromium)")
+
+
+@pytest.fixture(scope="module")
+def watched(tiny_model: Path) -> Iterator[Stack]:
+    """A stack with a key, and with an AdminService behind another one."""
+    stack = Stack(tiny_model, worker_flags=["--sim-step-ms", "5"], api_key=KEY)
+    admin = f"unix:{stack.directory}/admin.sock"
+    stack.control_plane_flags = ["--api-key", KEY, "--admin-listen", admin, "--admin-api-key", "admin-key"]
+    stack.gateway_flags = ["--control-plane-admin", admin, "--control-plane-admin-api-key", "admin-key"]
+    with stack:
+        yield stack
+
+
+def test_the_page_is_closed_to_everything_but_itself(watched: Stack) -> None:
+    page = httpx.get(watched.url)
+    assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+    # Nothing is fetched from anywhere else, and nothing of the server is told without the key.
+    assert "https://" not in page.text and "//" not in page.text.replace("http://www.w3.org", "").split("<script>")[0]
+    assert "tiny" not in page.text
+    assert httpx.get(f"{watched.url}/console/steps").status_code == 401
+
+
+def test_a_gateway_without_an_admin_service_says_so(stack: Stack) -> None:
+    answer = httpx.get(f"{stack.url}/console/steps")
+    assert answer.status_code == 404
+    assert "--control-plane-admin" in answer.json()["error"]["message"]
+
+
+@needs_chromium
+async def test_chat_probabilities_and_live_view(watched: Stack) -> None:
+    async with Page() as page:
+        await page.open(watched.url)
+        await page.wait_for("document.getElementById('key-dialog').open")
+        await page.evaluate(
+            f"document.getElementById('key').value = '{KEY}'; document.getElementById('key-form').requestSubmit()"
+        )
+        await page.wait_for("document.getElementById('models').value === 'tiny'")
+        # Asking without a key was answered 401: the browser notes that, and it is no problem of the page.
+        assert all("401" in problem for problem in page.problems), page.problems
+        page.problems.clear()
+
+        await page.evaluate(
+            "document.getElementById('max_tokens').value = 200;"
+            "document.getElementById('seed').value = 7;"
+            "document.getElementById('prompt').value = 'What is the capital of France?';"
+            "document.getElementById('ask').requestSubmit()"
+        )
+        await page.wait_for("document.querySelectorAll('.turn.assistant .token').length > 10")
+        await page.wait_for("Number(document.getElementById('v-running').textContent) > 0")
+        await page.wait_for("document.querySelector('.turn.assistant .meta').textContent.includes('200 tokens')")
+        # Token probabilities appear under the pointer.
+        await page.evaluate(
+            "document.querySelector('.turn.assistant .token')"
+            ".dispatchEvent(new MouseEvent('mousemove', {bubbles: true, clientX: 80, clientY: 80}))"
+        )
+        tip = await page.evaluate("document.getElementById('tip').textContent")
+        assert tip.count("%") >= 5 and ">" in tip
+        # What the steps held has arrived, over the gateway, from the control plane.
+        await page.wait_for("document.querySelectorAll('#steps tr').length === 6")
+        await page.wait_for("document.getElementById('v-ttft').textContent.includes('ms')")
+        await page.wait_for("document.getElementById('v-itl').textContent.includes('ms')")
+        await page.screenshot(ARTIFACTS / "console.png")
+        assert (ARTIFACTS / "console.png").stat().st_size > 20_000
+        assert page.problems == [], page.problems
+
+        # A second question stops when it is told to.
+        await page.evaluate(
+            "document.getElementById('max_tokens').value = 3000;"
+            "document.getElementById('prompt').value = 'And of Spain?';"
+            "document.getElementById('ask').requestSubmit()"
+        )
+        await page.wait_for("document.querySelectorAll('.turn.assistant').length === 2")
+        await page.wait_for("document.querySelectorAll('.turn.assistant')[1].querySelector('.token') !== null")
+        await page.evaluate("document.getElementById('stop').click()")
+        await page.wait_for("document.querySelectorAll('.turn.assistant .meta')[1].textContent.includes('stopped')")
+    watched.wait_idle()
