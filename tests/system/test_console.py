@@ -59,14 +59,14 @@ async def test_chat_probabilities_and_live_view(watched: Stack) -> None:
         page.problems.clear()
 
         await page.evaluate(
-            "document.getElementById('max_tokens').value = 200;"
+            "document.getElementById('max_tokens').value = 500;"
             "document.getElementById('seed').value = 7;"
             "document.getElementById('prompt').value = 'What is the capital of France?';"
             "document.getElementById('ask').requestSubmit()"
         )
         await page.wait_for("document.querySelectorAll('.turn.assistant .token').length > 10")
         await page.wait_for("Number(document.getElementById('v-running').textContent) > 0")
-        await page.wait_for("document.querySelector('.turn.assistant .meta').textContent.includes('200 tokens')")
+        await page.wait_for("document.querySelector('.turn.assistant .meta').textContent.includes('500 tokens')")
         # Token probabilities appear under the pointer.
         await page.evaluate(
             "document.querySelector('.turn.assistant .token')"
@@ -84,7 +84,7 @@ async def test_chat_probabilities_and_live_view(watched: Stack) -> None:
 
         # A second question stops when it is told to.
         await page.evaluate(
-            "document.getElementById('max_tokens').value = 3000;"
+            "document.getElementById('max_tokens').value = 1000;"
             "document.getElementById('prompt').value = 'And of Spain?';"
             "document.getElementById('ask').requestSubmit()"
         )

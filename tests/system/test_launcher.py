@@ -73,11 +73,11 @@ async def eight_streams(launched: Launched, model: str, max_tokens: int) -> list
 def test_streams_survive_the_death_of_the_worker(bare_model: Path) -> None:
     """kill -9 in the middle of eight streams: every one goes on, token for token as if nothing had happened."""
     with Launched(bare_model, *SIMULATED) as launched:
-        undisturbed = asyncio.run(eight_streams(launched, "sim", 400))
-        assert all(len(tokens) == 400 for choices in undisturbed for tokens in choices.values())
+        undisturbed = asyncio.run(eight_streams(launched, "sim", 1000))
+        assert all(len(tokens) == 1000 for choices in undisturbed for tokens in choices.values())
 
         async def disturbed() -> list[dict[int, list]]:
-            streams = asyncio.create_task(eight_streams(launched, "sim", 400))
+            streams = asyncio.create_task(eight_streams(launched, "sim", 1000))
             for _ in range(2):
                 before = launched.metric("stepwire_generation_tokens_total")
                 while launched.metric("stepwire_generation_tokens_total") < before + 500:
