@@ -95,7 +95,7 @@ def schema_format(name: str) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": name, "schema": SCHEMAS[name], "strict": True}}
 
 
-@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("temperature", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_json_is_valid_by_its_schema(client: openai.OpenAI, name: str, temperature: float) -> None:
     answer = ask(client, response_format=schema_format(name), temperature=temperature, n=2, seed=3)
@@ -184,7 +184,7 @@ def test_a_held_stream_survives_the_death_of_the_worker(served: Launched) -> Non
         jsonschema.validate(json.loads(text), long)
 
 
-@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("temperature", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_named_tool_is_called_with_valid_arguments(client: openai.OpenAI, temperature: float) -> None:
     choice = {"type": "function", "function": {"name": "get_weather"}}
     answer = ask(client, "Rome?", tools=[WEATHER, CLOCK], tool_choice=choice, temperature=temperature, n=2)
@@ -195,7 +195,7 @@ def test_a_named_tool_is_called_with_valid_arguments(client: openai.OpenAI, temp
         jsonschema.validate(json.loads(call.function.arguments), WEATHER["function"]["parameters"])
 
 
-@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("temperature", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_required_call_streams_as_it_stands(client: openai.OpenAI, temperature: float) -> None:
     fields: dict[str, Any] = {
         "tools": [WEATHER, CLOCK],
