@@ -70,7 +70,7 @@ class TritonOps:
         positions: StepPositions,
         attention: AttentionBackend[Any],
     ) -> torch.Tensor:
-        raise NotImplementedError("latent attention has no kernel: `unsupported_model` keeps it from here")
+        raise NotImplementedError("latent attention has no kernel: `unsupported_attention` keeps it from here")
 
     def prepare_positions(self, tables: RotaryTables, positions: torch.Tensor, dtype: torch.dtype) -> StepPositions:
         return StepPositions(tables, positions, None)
