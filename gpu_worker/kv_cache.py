@@ -97,11 +97,15 @@ def activation_bytes(
 
     A layer's live tensors at their widest point, the MLP: residual, norm's output, gate-up, activation; attention's
     qkv, rotated copy, output and the gathered keys and values are counted too, since the allocator keeps both sets.
+    With experts, a token has inner values and an output for every expert that it goes to.
     Logits are held in the model's dtype and, for sampling, twice in float32.
     """
     heads = parallel.heads(spec.num_heads, spec.num_kv_heads)
     qkv = (heads.query.size + 2 * heads.kv.size) * spec.head_dim
     mlp = 3 * spec.intermediate_size // parallel.size
+    if spec.moe is not None:
+        inner = parallel.experts(spec.moe.num_experts, spec.moe.intermediate_size).intermediate.size
+        mlp = max(mlp, spec.moe.num_chosen * (inner + spec.hidden_size) + 3 * spec.moe.shared_intermediate_size)
     per_token = (3 * spec.hidden_size + 3 * qkv + mlp) * dtype.itemsize
     per_row = spec.vocab_size * (dtype.itemsize + 2 * torch.float32.itemsize)
     return max_num_batched_tokens * per_token + max_num_seqs * per_row

@@ -35,9 +35,10 @@ from gpu_worker.kv_cache import GIB, KVCache, KVCacheShape, MemoryBudgetError, a
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.model_spec import ModelConfigError, ModelSpec
 from gpu_worker.models.family import ModelFamily
+from gpu_worker.models.hf_config import HfConfig
 from gpu_worker.models.loader import read_spec
 from gpu_worker.parallel import ParallelContext
-from gpu_worker.quant.scheme import make_scheme
+from gpu_worker.quant.scheme import make_scheme, read_quantization
 from gpu_worker.runner import TorchRunner
 from gpu_worker.runner_api import Runner
 
@@ -90,7 +91,7 @@ def load_cuda_runner(settings: WorkerSettings, device: torch.device) -> Runner:
     parallel = ParallelContext()
     dtype = resolve_dtype(settings.dtype, device, spec.dtype)
     sizes = resolve_sizes(settings, spec, device)
-    reason = _unsupported(spec, parallel, sizes, device)
+    reason = _unsupported(spec, parallel, sizes, device) or _packed_experts(settings, settings.model, spec)
     if reason is not None:
         log.warning("the CUDA kernels cannot run this: plain torch does, many times slower", reason=reason)
         return TorchRunner.load(settings)
@@ -162,9 +163,16 @@ def _unsupported(spec: ModelSpec, parallel: ParallelContext, sizes: Sizes, devic
     if capability < MIN_CAPABILITY:
         have, need = (".".join(map(str, pair)) for pair in (capability, MIN_CAPABILITY))
         return f"{torch.cuda.get_device_name(device)} has compute capability {have}, and the kernels need {need}"
-    if spec.moe is not None:
-        return "experts have no grouped kernel yet, and which of them have work is only known to the device"
     return unsupported_attention(attention_spec(spec, parallel), sizes.block_size)
+
+
+def _packed_experts(settings: WorkerSettings, directory: Path, spec: ModelSpec) -> str | None:
+    """Why a mixture's experts cannot be computed; None: they can."""
+    if spec.moe is None or spec.moe.storage != "each":
+        return None
+    quant = read_quantization(HfConfig.open(directory))
+    kind = settings.quantization if quant is None else quant.label or quant.method
+    return None if kind == "auto" else f"experts in {kind} have no grouped kernel yet, those in 16 or 32 bits have one"
 
 
 def _workspace_bytes(spec: ModelSpec, sizes: Sizes, dtype: torch.dtype, *, with_graphs: bool) -> int:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from stepwire_kernels.activation import Activation, gated_activation
+from stepwire_kernels.expert_routing import choose_experts
+from stepwire_kernels.experts import ExpertWeights, mix_experts
 from stepwire_kernels.gemm import allocate_linear_workspace, linear
 from stepwire_kernels.norm import add_rms_norm
 
@@ -13,7 +15,7 @@ from gpu_worker.attention.api import AttentionBackend
 from gpu_worker.attention.triton_backend import TritonAttention
 from gpu_worker.layers.ops import TORCH_OPS, AttentionHeads, StackedExpertWeights, StepPositions
 from gpu_worker.layers.rope import RotaryTables
-from gpu_worker.layers.routing import Routing
+from gpu_worker.layers.routing import SIGMOID_SUM_EPS, Routing
 from gpu_worker.model_spec import LatentSpec, MoeSpec
 
 if TYPE_CHECKING:
@@ -25,13 +27,14 @@ _KERNEL_ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "swiglu_oai": "swiglu_oai",
 }
 
 
 class TritonOps:
     """Implements `LayerOps`. `pdl`: launch kernels before the ones ahead of them have drained (capability 9.0)."""
 
-    stacks_experts = False
+    stacks_experts = True
 
     def __init__(self, device: torch.device, *, pdl: bool) -> None:
         self.pdl = pdl
@@ -56,10 +59,33 @@ class TritonOps:
         return TORCH_OPS.activation(x, kind)
 
     def choose_experts(self, logits: torch.Tensor, spec: MoeSpec, correction: torch.Tensor | None) -> Routing:
-        return TORCH_OPS.choose_experts(logits, spec, correction)
+        is_sigmoid = spec.scoring == "sigmoid"
+        weights, experts = choose_experts(
+            logits,
+            spec.num_chosen,
+            sigmoid=is_sigmoid,
+            renormalize=spec.renormalize,
+            scale=spec.scale,
+            sum_eps=SIGMOID_SUM_EPS if is_sigmoid else 0.0,
+            correction=correction,
+            num_groups=spec.num_groups,
+            num_chosen_groups=spec.num_chosen_groups,
+            top_two=spec.group_score == "top2",
+            pdl=self.pdl,
+        )
+        return Routing(weights, experts)
 
     def mix_experts(self, x: torch.Tensor, routing: Routing, experts: StackedExpertWeights) -> torch.Tensor:
-        return TORCH_OPS.mix_experts(x, routing, experts)
+        return mix_experts(
+            x,
+            routing.weights,
+            routing.experts,
+            ExpertWeights(experts.gate_up, experts.down, experts.gate_up_bias, experts.down_bias),
+            _KERNEL_ACTIVATIONS[experts.activation],
+            num_experts=experts.num_experts,
+            first_expert=experts.first_expert,
+            pdl=self.pdl,
+        )
 
     def attend_latent(
         self,

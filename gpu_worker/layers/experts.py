@@ -135,6 +135,7 @@ class StackedExperts:
             gate_up_bias=zeros(held, 2 * inner) if moe.expert_bias else None,
             down_bias=zeros(held, hidden_size) if moe.expert_bias else None,
             activation=moe.activation,
+            num_experts=moe.num_experts,
             first_expert=self.share.experts.start,
         )
 

@@ -44,6 +44,8 @@ class StackedExpertWeights:
     gate_up_bias: torch.Tensor | None  # [experts, 2 * intermediate]
     down_bias: torch.Tensor | None  # [experts, hidden]
     activation: str
+    num_experts: int
+    """Of the whole model."""
     first_expert: int = 0
 
 

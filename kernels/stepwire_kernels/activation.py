@@ -3,9 +3,12 @@
     out[t, i] = act(packed[t, i]) * packed[t, I + i]
 
 packed: [num_tokens, 2 * I] (gate first, then up); out: [num_tokens, I]; act is SiLU, GELU (erf) or GELU (tanh).
-Arithmetic in float32.
+Arithmetic in float32. GPT-OSS clamps both: gate to at most 7, up to -7 .. 7, and
 
-Source: Shazeer, "GLU Variants Improve Transformer", 2020; Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016.
+    out[t, i] = gate * sigmoid(1.702 * gate) * (up + 1)                                              ("swiglu_oai")
+
+Source: Shazeer, "GLU Variants Improve Transformer", 2020; Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016;
+GPT-OSS model card, 2025.
 """
 
 from __future__ import annotations
@@ -18,8 +21,24 @@ import triton.language as tl
 
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
 
-Activation = Literal["silu", "gelu", "gelu_tanh"]
-ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh")
+Activation = Literal["silu", "gelu", "gelu_tanh", "swiglu_oai"]
+ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "swiglu_oai")
+
+
+@triton.jit
+def activate(gate, up, KIND: tl.constexpr):
+    """act(gate) * up of float32 tensors."""
+    if KIND == "silu":
+        return gate * tl.sigmoid(gate) * up
+    elif KIND == "gelu":
+        return 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
+    elif KIND == "gelu_tanh":
+        # 0.5 * (1 + tanh(u)) is sigmoid(2u), which saturates without overflow.
+        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+        return gate * tl.sigmoid(2.0 * inner) * up
+    else:
+        clamped = tl.where(gate > 7.0, 7.0, gate)
+        return clamped * tl.sigmoid(1.702 * clamped) * (tl.where(up > 7.0, 7.0, tl.where(up < -7.0, -7.0, up)) + 1.0)
 
 
 @triton.jit
@@ -41,15 +60,7 @@ def _gated_activation_kernel(
     gate_at = packed_ptr + token * packed_stride + cols
     gate = tl.load(gate_at, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_at + num_cols, mask=mask, other=0.0).to(tl.float32)
-    if KIND == "silu":
-        activated = gate * tl.sigmoid(gate)
-    elif KIND == "gelu":
-        activated = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
-    else:
-        # 0.5 * (1 + tanh(u)) is sigmoid(2u), which saturates without overflow.
-        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        activated = gate * tl.sigmoid(2.0 * inner)
-    tl.store(out_ptr + token * out_stride + cols, (activated * up).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + token * out_stride + cols, activate(gate, up, KIND).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def gated_activation(

@@ -17,7 +17,8 @@ from stepwire_kernels.philox import LANE_TOKENS, TILE_TOKENS
 from stepwire_kernels.sampler import Sampled
 
 
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a twin computes in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -33,7 +34,7 @@ def add_rms_norm(
     weight_offset: float = 0.0,
 ) -> torch.Tensor:
     """Normalised hidden states [num_tokens, hidden]; `residual` is updated in place."""
-    compute = _compute_dtype(x.dtype)
+    compute = compute_dtype(x.dtype)
     if residual is not None:
         residual.copy_(x.to(compute) + residual.to(compute))
         x = residual
@@ -94,7 +95,7 @@ def rope_and_write_kv(
 ) -> torch.Tensor:
     """Write K and V into the cache; return the rotated queries [num_tokens, num_heads, D]."""
     num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
-    compute = _compute_dtype(qkv.dtype)
+    compute = compute_dtype(qkv.dtype)
     heads = qkv.to(compute).unflatten(1, (num_heads + 2 * num_kv_heads, head_dim))
     q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     if q_norm is not None and k_norm is not None:
@@ -139,7 +140,7 @@ def paged_attention(
     v_scale: float = 1.0,
 ) -> torch.Tensor:
     """Attention of every run, decode and prefill alike: [num_tokens, num_heads, D]. Padding tokens get zeros."""
-    compute = _compute_dtype(q.dtype)
+    compute = compute_dtype(q.dtype)
     num_heads, num_kv_heads = q.shape[1], k_cache.shape[1]
     out = torch.zeros_like(q)
     starts, lens, row_ids = query_starts.tolist(), kv_lens.tolist(), run_rows.tolist()
@@ -174,9 +175,12 @@ def paged_attention(
 
 def gated_activation(packed: torch.Tensor, kind: str) -> torch.Tensor:
     """act(gate) * up, [num_tokens, I]."""
-    gate, up = packed.to(_compute_dtype(packed.dtype)).chunk(2, dim=-1)
+    gate, up = packed.to(compute_dtype(packed.dtype)).chunk(2, dim=-1)
     if kind == "silu":
         activated = torch.nn.functional.silu(gate)
+    elif kind == "swiglu_oai":
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0) + 1
+        activated = gate * torch.sigmoid(1.702 * gate)
     else:
         activated = torch.nn.functional.gelu(gate, approximate="tanh" if kind == "gelu_tanh" else "none")
     return (activated * up).to(packed.dtype)
@@ -194,7 +198,7 @@ def gather_last_hidden(hidden: torch.Tensor, query_starts: torch.Tensor) -> torc
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x @ weight^T + bias, accumulated in float32 (float64 for float64 inputs)."""
-    compute = _compute_dtype(x.dtype)
+    compute = compute_dtype(x.dtype)
     out = x.to(compute) @ weight.to(compute).T
     return (out if bias is None else out + bias.to(compute)).to(x.dtype)
 
@@ -417,7 +421,7 @@ def adjust_logits(
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Bias, grammar mask and penalties of one row's logits [vocab_size], before temperature."""
-    z = logits.to(_compute_dtype(logits.dtype)).clone()
+    z = logits.to(compute_dtype(logits.dtype)).clone()
     for token, value in parameters.biases:
         z[token] += value
     if mask is not None:
@@ -470,7 +474,7 @@ def sample_row(
     mask: torch.Tensor | None = None,
 ) -> SampledToken:
     """Draw one token from one row of logits [vocab_size]."""
-    wide = logits.to(_compute_dtype(logits.dtype))
+    wide = logits.to(compute_dtype(logits.dtype))
     has_nan = bool(wide.isnan().any())
     wide = wide.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
     logprobs = wide - wide.logsumexp(0)

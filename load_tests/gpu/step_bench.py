@@ -54,6 +54,9 @@ ANCHORS: dict[tuple[str, str], Anchor] = {
     ("qwen3-0.6b", "decode b1 ms"): Anchor(0.30, 1.67, 0.60),
     ("qwen3-0.6b", "decode b32 ms"): Anchor(1.15, 2.70, 1.6),
     ("qwen3-0.6b", "decode b256 ms"): Anchor(7.38, 10.59, 8.7),
+    ("qwen3-30b-a3b", "decode b1 ms"): Anchor(1.44, 4.20, 2.0),
+    ("qwen3-30b-a3b", "decode b32 ms"): Anchor(13.1, 16.2, 14.5),
+    ("qwen3-30b-a3b", "decode b256 ms"): Anchor(20.1, 26.9, 23.0),
 }
 
 

@@ -1,4 +1,4 @@
-"""Sweep of launch shapes: `python -m load_tests.kernels.sweep decode|prefill|gemm [--top N]`.
+"""Sweep of launch shapes: `python -m load_tests.kernels.sweep decode|prefill|gemm|experts [--top N]`.
 
 Times every candidate on the shapes that matter and prints the best. Candidates compile in parallel worker processes
 first (their only effect is Triton's disk cache). `gemm` also writes kernels/stepwire_kernels/tuned/<device>.json: for
@@ -28,6 +28,7 @@ from stepwire_kernels.work_list import LATENCY, THROUGHPUT, ChunkPolicy
 from load_tests.kernels.bench import LLAMA_8B_LINEARS, copies
 from load_tests.kernels.cases import LLAMA_8B, QWEN3_06B, AttentionCase, Heads, causal_flop, paged
 from load_tests.kernels.measure import measure_ceilings, time_graph
+from load_tests.kernels.mixtures import MANY_TOKENS, QWEN3_30B, MixtureCase, candidates, short_name, two_layers
 
 TUNED = Path(__file__).resolve().parents[2] / "kernels" / "stepwire_kernels" / "tuned"
 BF16 = torch.bfloat16
@@ -95,6 +96,9 @@ def _compile(job: tuple[str, Any]) -> str | None:
                 paged(LLAMA_8B, [300], [300], block_size=max(64, payload.tile_tokens), num_caches=1), payload
             ):
                 launch()
+        elif kind == "experts":
+            num_tokens, tuning = payload
+            MixtureCase.make(QWEN3_30B, num_tokens, [QWEN3_30B.weights()]).launches(tuning)[0]()
         else:
             num_tokens, k, tuning = payload
             x, weight = (
@@ -156,6 +160,24 @@ def sweep_prefill(top: int) -> None:
         for ms, block_size, tuning in sorted(timed, key=lambda item: item[0])[:top]:
             rate = causal_flop(LLAMA_8B, queries, lens) / ms / 1e9
             print(f"{ms * 1e3:9.1f} us {rate:6.1f} TFLOP/s  block {block_size} {tuning}", flush=True)
+
+
+def sweep_experts(top: int, token_counts: tuple[int, ...] = (1, 4, 32, 256, 8192)) -> None:
+    """Launch shapes of Qwen3-30B-A3B's experts."""
+    jobs = [(count, tuning) for count in token_counts for tuning in candidates(count, QWEN3_30B)]
+    works = compile_all("experts", jobs)
+    ceilings = measure_ceilings()
+    layers = two_layers(QWEN3_30B)
+    for num_tokens in token_counts:
+        case = MixtureCase.make(QWEN3_30B, num_tokens, layers)
+        tunings = [tuning for count, tuning in works if count == num_tokens]
+        timed = [(time_graph(case.launches(tuning), target_ms=4, repeats=3), tuning) for tuning in tunings]
+        print(f"-- {QWEN3_30B.name} {num_tokens} tokens, default {timed[0][0] * 1e3:.2f} us")
+        for ms, tuning in sorted(timed, key=lambda item: item[0])[:top]:
+            rate = f"{100 * case.num_bytes() / ms / 1e6 / ceilings.read_gb_s:5.1f} % of read"
+            if num_tokens >= MANY_TOKENS:
+                rate = f"{case.flop() / ms / 1e9:6.1f} TFLOP/s"
+            print(f"{ms * 1e3:9.2f} us {rate}  {short_name(tuning)}", flush=True)
 
 
 def _linear_launch(
@@ -235,7 +257,7 @@ def _fits(n: int, k: int, num_tokens: int, tuning: SkinnyTuning, workspace: gemm
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["decode", "prefill", "gemm"])
+    parser.add_argument("what", choices=["decode", "prefill", "gemm", "experts"])
     parser.add_argument("--out", type=Path, default=TUNED, help="where `gemm` writes its table")
     parser.add_argument("--top", type=int, default=4, help="how many of the best candidates to print")
     arguments = parser.parse_args()
@@ -243,7 +265,7 @@ def main() -> None:
     if arguments.what == "gemm":
         sweep_gemm(arguments.top, arguments.out)
     else:
-        {"decode": sweep_decode, "prefill": sweep_prefill}[arguments.what](arguments.top)
+        {"decode": sweep_decode, "prefill": sweep_prefill, "experts": sweep_experts}[arguments.what](arguments.top)
 
 
 if __name__ == "__main__":

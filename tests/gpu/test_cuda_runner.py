@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.models.gpt_oss import GptOssConfig
 from transformers.models.llama import LlamaConfig
 from transformers.models.qwen3 import Qwen3Config
+from transformers.models.qwen3_moe import Qwen3MoeConfig
 
 from gpu_worker.config import WorkerSettings
 from gpu_worker.runner import TorchRunner
@@ -24,7 +26,7 @@ pytestmark = [
 ]
 
 VOCAB_SIZE = 2000
-KINDS = ("llama", "qwen3", "window")
+KINDS = ("llama", "qwen3", "window", "qwen3-moe", "gpt-oss")
 
 
 def save_model(directory: Path, kind: str) -> None:
@@ -44,6 +46,13 @@ def save_model(directory: Path, kind: str) -> None:
         config: Any = Qwen3Config(**fields)
     elif kind == "window":
         config = Qwen3Config(**fields, use_sliding_window=True, sliding_window=100, max_window_layers=2)
+    elif kind == "qwen3-moe":
+        config = Qwen3MoeConfig(
+            **fields, num_experts=16, num_experts_per_tok=4, moe_intermediate_size=192, norm_topk_prob=True
+        )
+    elif kind == "gpt-oss":
+        fields |= {"head_dim": 64, "intermediate_size": 256}
+        config = GptOssConfig(**fields, num_local_experts=8, num_experts_per_tok=2, sliding_window=100)
     else:
         config = LlamaConfig(**fields)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)

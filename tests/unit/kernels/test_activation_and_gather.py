@@ -22,6 +22,9 @@ def test_gated_activation_matches_twin(device: str, dtype: torch.dtype, kind: st
 def test_large_gates_stay_finite(device: str, kind: str) -> None:
     packed = torch.tensor([[-1e4, 1e4, -60.0, 60.0, 1.0, 1.0, 1.0, 1.0]], device=device)
     out = gated_activation(packed, kind)
+    if kind == "swiglu_oai":
+        torch.testing.assert_close(out, reference.gated_activation(packed.double(), kind).float())
+        return
     assert torch.equal(out.cpu(), torch.tensor([[0.0, 1e4, 0.0, 60.0]])) or torch.allclose(
         out.cpu(), torch.tensor([[0.0, 1e4, 0.0, 60.0]]), atol=1e-20
     )

@@ -1,0 +1,143 @@
+"""A mixture's experts from chosen experts to the tokens' sums: which kernels, and their launch shapes.
+
+    mixed[t] = sum over j of weights[t, j] * down[e] @ act(gate_up[e] @ x[t])     with e = experts[t, j]
+
+Formulas with biases: `expert_gemm.py`. Two roads: products of pairs (`expert_gemv.py`) as long as two tokens seldom
+meet at one expert, grouped products (`expert_tiles.py`, `expert_gemm.py`) from there on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import triton
+
+from stepwire_kernels.activation import ACTIVATIONS, Activation
+from stepwire_kernels.expert_gemm import TileTuning, expert_down, expert_gate_up, sum_experts
+from stepwire_kernels.expert_gemv import PairTuning, pair_down, pair_gate_up
+from stepwire_kernels.expert_tiles import build_expert_tiles
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """Experts, one behind another; all contiguous."""
+
+    gate_up: torch.Tensor  # [experts, 2 * I, H]: gate's rows, then up's
+    down: torch.Tensor  # [experts, H, I]
+    gate_up_bias: torch.Tensor | None = None  # [experts, 2 * I]
+    down_bias: torch.Tensor | None = None  # [experts, H]
+
+
+@dataclass(frozen=True)
+class ExpertTuning:
+    """Launch shapes of one mixture. `tile_rows` 0: the road of pairs, and only `pair_*` count."""
+
+    tile_rows: int
+    gate_up: TileTuning = field(default_factory=TileTuning)
+    down: TileTuning = field(default_factory=TileTuning)
+    pair_gate_up: PairTuning = field(default_factory=PairTuning)
+    pair_down: PairTuning = field(default_factory=PairTuning)
+
+
+PAIRS = ExpertTuning(tile_rows=0)
+# By the rows of a tile. To be measured: `python -m load_tests.kernels.sweep experts`.
+TILES = {
+    16: ExpertTuning(16, TileTuning(64, 128, 4, 3), TileTuning(64, 128, 4, 4)),
+    32: ExpertTuning(32, TileTuning(64, 128, 4, 3), TileTuning(64, 128, 4, 4)),
+    64: ExpertTuning(64, TileTuning(64, 64, 4, 4), TileTuning(128, 64, 4, 4)),
+    128: ExpertTuning(128, TileTuning(64, 64, 8, 3), TileTuning(128, 64, 8, 3)),
+}
+# Pairs for each expert up to which they are computed by themselves: every eighth meets another at its expert.
+MAX_LONE_PAIRS = 0.25
+# A tile holds twice the mean number of an expert's pairs: one that reads an expert's weights again costs as much as the
+# first.
+ROWS_OF_MEAN = 2
+
+
+def default_expert_tuning(num_tokens: int, num_chosen: int, num_experts: int, dtype: torch.dtype) -> ExpertTuning:
+    """The launch shapes for so many tokens, as if they chose evenly."""
+    num_pairs = num_tokens * num_chosen
+    if num_tokens == 1 or num_pairs <= MAX_LONE_PAIRS * num_experts:
+        return PAIRS
+    rows = triton.next_power_of_2(triton.cdiv(num_pairs * ROWS_OF_MEAN, num_experts))
+    rows = min(128, max(16, rows))
+    if dtype == torch.float32:
+        # Without matrix units, and with words twice as wide, large tiles spill.
+        small = TileTuning(32, 32, 4, 2)
+        return ExpertTuning(min(32, rows), small, small)
+    return TILES[rows]
+
+
+def mix_experts(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    experts: torch.Tensor,
+    held: ExpertWeights,
+    kind: Activation,
+    *,
+    num_experts: int | None = None,
+    first_expert: int = 0,
+    tuning: ExpertTuning | None = None,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """This rank's summand of the mixture, [num_tokens, H].
+
+    Args:
+        weights: float32 [num_tokens, num_chosen]; experts: int32 of the same shape, numbers of the whole model.
+        num_experts: of the whole model; None: all are held.
+        first_expert: the number of `held`'s first expert.
+
+    Raises:
+        ValueError: shapes, types or strides that do not fit together.
+    """
+    _check(x, weights, experts, held, kind)
+    num_held = held.down.shape[0]
+    num_tokens, num_chosen = experts.shape
+    if num_tokens == 0:
+        return torch.empty_like(x)
+    tuning = tuning or default_expert_tuning(num_tokens, num_chosen, num_experts or num_held, x.dtype)
+    if tuning.tile_rows == 0:
+        inner = pair_gate_up(
+            x,
+            experts,
+            held.gate_up,
+            held.gate_up_bias,
+            kind,
+            first_expert=first_expert,
+            tuning=tuning.pair_gate_up,
+            pdl=pdl,
+        )
+        return pair_down(
+            inner,
+            weights,
+            experts,
+            held.down,
+            held.down_bias,
+            first_expert=first_expert,
+            tuning=tuning.pair_down,
+            pdl=pdl,
+        )
+    tiles = build_expert_tiles(experts, num_held, tuning.tile_rows, first_expert=first_expert, pdl=pdl)
+    inner = expert_gate_up(x, held.gate_up, held.gate_up_bias, tiles, num_chosen, kind, tuning=tuning.gate_up, pdl=pdl)
+    pair_out = expert_down(inner, held.down, held.down_bias, tiles, tuning=tuning.down, pdl=pdl)
+    return sum_experts(pair_out, weights, experts, num_held, first_expert=first_expert, pdl=pdl)
+
+
+def _check(x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, held: ExpertWeights, kind: str) -> None:
+    if kind not in ACTIVATIONS:
+        raise ValueError(f"mix_experts: unknown activation {kind!r}; choose one of {', '.join(ACTIVATIONS)}")
+    count, hidden, inner = held.down.shape
+    if x.ndim != 2 or x.shape[1] != hidden or held.gate_up.shape != (count, 2 * inner, hidden) or x.stride(1) != 1:
+        raise ValueError(
+            f"mix_experts: takes x [num_tokens, H] with contiguous columns, gate_up [experts, 2 * I, H] and down "
+            f"[experts, H, I], got {tuple(x.shape)}, {tuple(held.gate_up.shape)} and {tuple(held.down.shape)}"
+        )
+    if weights.shape != experts.shape or experts.shape[0] != x.shape[0] or experts.dtype != torch.int32:
+        raise ValueError(
+            f"mix_experts: takes weights and int32 experts [{x.shape[0]}, num_chosen], got {tuple(weights.shape)} and "
+            f"{tuple(experts.shape)} {experts.dtype}"
+        )
+    tensors = (weights, experts, *(tensor for tensor in vars(held).values() if tensor is not None))
+    if not all(tensor.is_contiguous() for tensor in tensors) or weights.dtype != torch.float32:
+        raise ValueError("mix_experts: weights must be float32, and they, experts and all of `held` contiguous")
