@@ -360,12 +360,28 @@ def decode_attention(
         num_warps=tuning.num_warps,
         **launch_options(pdl),
     )
+    combine_chunks(work, workspace, out, sinks=sinks, v_scale=v_scale, pdl=pdl)
+    return out
+
+
+def combine_chunks(
+    work: WorkList,
+    workspace: DecodeWorkspace,
+    out: torch.Tensor,
+    *,
+    sinks: torch.Tensor | None = None,
+    v_scale: float = 1.0,
+    pdl: bool = False,
+) -> None:
+    """Add up the partial results of every run of several chunks into its token's row of out [num_tokens, heads, D]."""
+    _, num_heads, head_dim = workspace.partial_out.shape
+    block_d = triton.next_power_of_2(head_dim)
     _combine_kernel[(num_heads, work.runs.shape[0])](
         workspace.partial_out,
         workspace.partial_sums,
         out,
         work.runs,
-        q if sinks is None else sinks,
+        workspace.partial_sums if sinks is None else sinks,
         v_scale,
         out.stride(0),
         NUM_HEADS=num_heads,
@@ -374,10 +390,9 @@ def decode_attention(
         BLOCK_CHUNKS=16,
         BLOCK_D=block_d,
         USE_PDL=pdl,
-        num_warps=1,
+        num_warps=max(1, block_d // 256),
         **launch_options(pdl),
     )
-    return out
 
 
 def default_decode_tuning(head_dim: int, cache_dtype: torch.dtype, runs_times_heads: int) -> DecodeTuning:

@@ -170,6 +170,50 @@ def paged_attention(
     return out
 
 
+# --- latent_kv.py, attention_latent.py -----------------------------------------------------------------------------
+
+
+def rotate_and_write_latent(
+    query: torch.Tensor,
+    cached: torch.Tensor,
+    cache: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    interleaved: bool = False,
+    scale: float = 1.0,
+) -> None:
+    """Rotate the queries' ends in place; write the cached vectors, their ends rotated too."""
+    start = query.shape[2] - 2 * cos.shape[1]
+    token_cos, token_sin = cos[positions.long()], sin[positions.long()]
+    vectors = cached.unsqueeze(1).to(compute_dtype(cached.dtype)).clone()  # [num_tokens, 1, D]
+    for x in (query, vectors):
+        x[..., start:] = rotate(x[..., start:].to(vectors.dtype), token_cos, token_sin, interleaved).to(x.dtype)
+    write_cache(cache, vectors, slots, scale)
+
+
+def latent_attention(
+    q: torch.Tensor,
+    cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_starts: torch.Tensor,
+    kv_lens: torch.Tensor,
+    run_rows: torch.Tensor,
+    softmax_scale: float,
+    kv_rank: int,
+    *,
+    cache_scale: float = 1.0,
+) -> torch.Tensor:
+    """Attention of every run, decode and prefill alike: [num_tokens, num_heads, kv_rank]. Padding gets zeros."""
+    whole = paged_attention(
+        q, cache, cache, block_tables, query_starts, kv_lens, run_rows, softmax_scale, k_scale=cache_scale,
+        v_scale=cache_scale,
+    )  # fmt: skip
+    return whole[..., :kv_rank].contiguous()
+
+
 # --- activation.py, gather.py --------------------------------------------------------------------------------------
 
 

@@ -28,7 +28,8 @@ FP8_MAX = 448.0  # the largest finite float8_e4m3fn
 
 
 @triton.jit
-def _to_cache(value, inverse_scale, cache_ptr, IS_FP8: tl.constexpr, FP8_LIMIT: tl.constexpr):
+def to_cache(value, inverse_scale, cache_ptr, IS_FP8: tl.constexpr, FP8_LIMIT: tl.constexpr):
+    """float32 values in the cache's type."""
     if IS_FP8:
         value = tl.minimum(tl.maximum(value * inverse_scale, -FP8_LIMIT), FP8_LIMIT)
     return value.to(cache_ptr.dtype.element_ty)
@@ -86,7 +87,7 @@ def _rope_kv_kernel(
     if is_value:
         cols = tl.arange(0, BLOCK_D)[None, :]
         v = tl.load(source + cols, mask=token_mask[:, None] & (cols < HEAD_DIM), other=0.0).to(tl.float32)
-        stored = _to_cache(v, inverse_v_scale, v_cache_ptr, IS_FP8, FP8_LIMIT)
+        stored = to_cache(v, inverse_v_scale, v_cache_ptr, IS_FP8, FP8_LIMIT)
         tl.store(v_cache_ptr + cache_offset + cols, stored, mask=write_mask & (cols < HEAD_DIM))
     else:
         half = tl.arange(0, HALF_COLS)
@@ -131,16 +132,17 @@ def _rope_kv_kernel(
                 tl.store(target + rest_cols[None, :], rest.to(q_out_ptr.dtype.element_ty), mask=rest_mask)
         else:
             cache_at = k_cache_ptr + cache_offset
-            k1 = _to_cache(y1, inverse_k_scale, k_cache_ptr, IS_FP8, FP8_LIMIT)
-            k2 = _to_cache(y2, inverse_k_scale, k_cache_ptr, IS_FP8, FP8_LIMIT)
+            k1 = to_cache(y1, inverse_k_scale, k_cache_ptr, IS_FP8, FP8_LIMIT)
+            k2 = to_cache(y2, inverse_k_scale, k_cache_ptr, IS_FP8, FP8_LIMIT)
             tl.store(cache_at + cols1[None, :], k1, mask=tile_mask & write_mask)
             tl.store(cache_at + cols2[None, :], k2, mask=tile_mask & write_mask)
             if HEAD_DIM > ROTARY_DIM:
-                k_rest = _to_cache(rest, inverse_k_scale, k_cache_ptr, IS_FP8, FP8_LIMIT)
+                k_rest = to_cache(rest, inverse_k_scale, k_cache_ptr, IS_FP8, FP8_LIMIT)
                 tl.store(cache_at + rest_cols[None, :], k_rest, mask=rest_mask & write_mask)
 
 
-def _tokens_per_program(num_tokens: int) -> int:
+def tokens_per_program(num_tokens: int) -> int:
+    """Tokens whose head one program moves."""
     # Few tokens: one each, for parallelism. Many: enough of them that a program moves some kilobytes.
     if num_tokens <= 64:
         return 1
@@ -196,7 +198,7 @@ def rope_and_write_kv(
         q_out = qkv[:, : num_heads * head_dim].unflatten(1, (num_heads, head_dim))  # [num_tokens, num_heads, D]
     if num_tokens == 0:
         return q_out
-    tokens = _tokens_per_program(num_tokens)
+    tokens = tokens_per_program(num_tokens)
     is_fp8 = k_cache.dtype == torch.float8_e4m3fn
     _rope_kv_kernel[(num_heads + 2 * num_kv_heads, triton.cdiv(num_tokens, tokens))](
         qkv,
