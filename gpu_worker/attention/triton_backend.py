@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from stepwire_kernels.attention_decode import SUPPORTED_HEAD_DIMS, allocate_decode_workspace, decode_attention
+from stepwire_kernels.attention_latent import unsupported_latent
 from stepwire_kernels.attention_prefill import default_prefill_tuning, prefill_attention, prefill_tile_tokens
 from stepwire_kernels.rope_kv import rope_and_write_kv
 from stepwire_kernels.step_input import StepInput
@@ -54,7 +55,9 @@ class AttentionLimits:
 def unsupported_attention(spec: AttentionSpec, block_size: int) -> str | None:
     """Why the kernels cannot serve these heads; None: they can."""
     if spec.value_dim is not None:
-        return "latent attention has no kernel yet"
+        if spec.softcap is not None or spec.has_sinks or any(spec.windows):
+            return "latent attention with windows, sinks or a soft cap"
+        return unsupported_latent(spec.value_dim, spec.head_dim - spec.value_dim, block_size)
     if spec.head_dim not in SUPPORTED_HEAD_DIMS:
         return f"head size {spec.head_dim} is not one of {', '.join(map(str, SUPPORTED_HEAD_DIMS))}"
     if spec.num_heads % spec.num_kv_heads or spec.num_heads // spec.num_kv_heads > MAX_GROUP_SIZE:
@@ -64,8 +67,12 @@ def unsupported_attention(spec: AttentionSpec, block_size: int) -> str | None:
     return None
 
 
-class TritonAttention:
-    """Attention over `kv_caches`, one a layer: [2, num_blocks, num_kv_heads, block_size, head_dim], keys and values."""
+class PlannedAttention:
+    """What the kernels of every kind of attention share: the step's work lists, built on the device, and scratch.
+
+    A subclass computes with them; `tile_tokens` is what its prefill kernel takes at once, `value_dim` the size of one
+    head's result.
+    """
 
     def __init__(
         self,
@@ -73,8 +80,10 @@ class TritonAttention:
         kv_caches: list[torch.Tensor],
         limits: AttentionLimits,
         *,
+        tile_tokens: int,
+        value_dim: int,
         pdl: bool,
-        kv_scales: Sequence[KVScales] | None = None,
+        kv_scales: Sequence[KVScales] | None,
     ) -> None:
         """`kv_scales`: one entry a layer, of a float8 cache; None: values are cached as they are."""
         self.spec = spec
@@ -83,14 +92,12 @@ class TritonAttention:
         self._kv_scales = list(kv_scales) if is_scaled and kv_scales else [KVScales()] * len(kv_caches)
         self._pdl = pdl
         self._block_size = kv_caches[0].shape[3]
-        self._keys = [cache[0] for cache in kv_caches]
-        self._values = [cache[1] for cache in kv_caches]
+        self._kv_caches = kv_caches
         self._limits = limits
         device = kv_caches[0].device
         # Kernels write 0 for "all tokens".
         self._windows = tuple(window or 0 for window in spec.windows)
-        self._prefill_tuning = default_prefill_tuning(spec.head_dim, self._block_size, kv_caches[0].dtype)
-        self._tile_tokens = prefill_tile_tokens(spec.num_heads, spec.num_kv_heads, self._prefill_tuning)
+        self._tile_tokens = tile_tokens
         self._num_kv_heads = spec.num_kv_heads
         # Small steps split finer, so that the most records need not be those of the most runs.
         most = max(self._num_decode_records(num_runs) for num_runs in range(1, limits.max_runs + 1))
@@ -104,14 +111,14 @@ class TritonAttention:
         }
         self._prefill_list = allocate_prefill_list(limits.max_runs, limits.max_tokens, self._tile_tokens, device)
         largest = next(iter(self._decode_lists.values()))
-        self._workspace = allocate_decode_workspace(largest, spec.num_heads, spec.head_dim)
+        self._workspace = allocate_decode_workspace(largest, spec.num_heads, value_dim)
         self._step: DeviceStep | None = None
         self._decode_work: dict[int, WorkList] = {}
         self._prefill_work: WorkList | None = None
 
     def kv_caches(self) -> list[torch.Tensor]:
-        """Keys and values of every layer: [num_blocks, num_kv_heads, block_size, head_dim]."""
-        return [*self._keys, *self._values]
+        """Every plane of every layer: [num_blocks, num_kv_heads, block_size, head_dim]."""
+        return [plane for cache in self._kv_caches for plane in cache]
 
     def num_bytes(self) -> int:
         """Memory of the lists and of the scratch, KV cache aside."""
@@ -159,6 +166,37 @@ class TritonAttention:
 
     def plan_graph(self, bucket: int) -> None:
         """Every buffer is allocated for the largest step: nothing is left to prepare."""
+
+    def _planned(self) -> DeviceStep:
+        if self._step is None:
+            raise RuntimeError("plan() comes before the layers")
+        return self._step
+
+
+class TritonAttention(PlannedAttention):
+    """Attention over `kv_caches`, one a layer: [2, num_blocks, num_kv_heads, block_size, head_dim], keys and values."""
+
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        kv_caches: list[torch.Tensor],
+        limits: AttentionLimits,
+        *,
+        pdl: bool,
+        kv_scales: Sequence[KVScales] | None = None,
+    ) -> None:
+        self._keys = [cache[0] for cache in kv_caches]
+        self._values = [cache[1] for cache in kv_caches]
+        self._prefill_tuning = default_prefill_tuning(spec.head_dim, kv_caches[0].shape[3], kv_caches[0].dtype)
+        super().__init__(
+            spec,
+            kv_caches,
+            limits,
+            tile_tokens=prefill_tile_tokens(spec.num_heads, spec.num_kv_heads, self._prefill_tuning),
+            value_dim=spec.head_dim,
+            pdl=pdl,
+            kv_scales=kv_scales,
+        )
 
     def rotate_and_write(self, qkv: torch.Tensor, heads: AttentionHeads, positions: StepPositions) -> torch.Tensor:
         """Norms of heads, rotation, and this step's keys and values into the cache.
@@ -230,8 +268,3 @@ class TritonAttention:
                 pdl=self._pdl,
             )
         return out.flatten(1)
-
-    def _planned(self) -> DeviceStep:
-        if self._step is None:
-            raise RuntimeError("plan() comes before the layers")
-        return self._step

@@ -20,7 +20,8 @@ from gpu_worker.assembly import (
     resolve_sizes,
     worker_facts,
 )
-from gpu_worker.attention.triton_backend import AttentionLimits, TritonAttention, unsupported_attention
+from gpu_worker.attention.triton_backend import AttentionLimits, unsupported_attention
+from gpu_worker.attention.triton_latent import make_attention
 from gpu_worker.config import WorkerSettings
 from gpu_worker.cuda.compiling import compile_in_parallel
 from gpu_worker.cuda.ops import TritonOps
@@ -138,8 +139,13 @@ def _load_supported(
     _check_free(plan.kv_bytes + plan.activation_bytes, settings.gpu_memory_utilization, device)
     kv_cache = KVCache(shape, plan.num_blocks, device)
     parts = _Parts.of(sizes, spec.vocab_size, with_graphs=with_graphs)
-    attention = TritonAttention(
-        attention_spec(spec, parallel), kv_cache.layers, parts.attention, pdl=pdl, kv_scales=model.kv_scales
+    attention = make_attention(
+        attention_spec(spec, parallel),
+        kv_cache.layers,
+        parts.attention,
+        dtype=dtype,
+        pdl=pdl,
+        kv_scales=model.kv_scales,
     )
     buffers = ProgramBuffers.allocate(parts.program, device)
     timeline = CudaTimeline(device, BUFFER_WORDS, result_slot_words(parts.planner.max_runs, MAX_NUM_LOGPROBS))
@@ -185,8 +191,10 @@ def _workspace_bytes(spec: ModelSpec, sizes: Sizes, dtype: torch.dtype, *, with_
         for part in (buffers.rows, buffers.inputs, buffers.sampler_workspace, buffers.sampled)
         for tensor in vars(part).values()
     )
-    no_cache = [torch.empty((2, 1, spec.num_kv_heads, sizes.block_size, spec.head_dim), device=meta)] * spec.num_layers
-    attention = TritonAttention(attention_spec(spec, ParallelContext()), no_cache, parts.attention, pdl=False)
+    no_cache = KVCache(KVCacheShape.of(spec, ParallelContext(), sizes.block_size, dtype), 1, meta).layers
+    attention = make_attention(
+        attention_spec(spec, ParallelContext()), no_cache, parts.attention, dtype=dtype, pdl=False
+    )
     step_buffers = (NUM_SLOTS + 1) * BUFFER_WORDS * 4
     graph_bytes = 0
     if with_graphs:

@@ -13,6 +13,7 @@ from stepwire_kernels.norm import add_rms_norm
 
 from gpu_worker.attention.api import AttentionBackend
 from gpu_worker.attention.triton_backend import TritonAttention
+from gpu_worker.attention.triton_latent import TritonLatentAttention
 from gpu_worker.layers.ops import TORCH_OPS, AttentionHeads, StackedExpertWeights, StepPositions
 from gpu_worker.layers.rope import RotaryTables
 from gpu_worker.layers.routing import SIGMOID_SUM_EPS, Routing
@@ -96,7 +97,10 @@ class TritonOps:
         positions: StepPositions,
         attention: AttentionBackend[Any],
     ) -> torch.Tensor:
-        raise NotImplementedError("latent attention has no kernel: `unsupported_attention` keeps it from here")
+        if not isinstance(attention, TritonLatentAttention):
+            raise TypeError(f"TritonOps attends latently through TritonLatentAttention, not {type(attention).__name__}")
+        attention.rotate_and_write(query, cached, layer, positions)
+        return attention.run(query, None, None, layer).unflatten(-1, (-1, latent.kv_rank))
 
     def prepare_positions(self, tables: RotaryTables, positions: torch.Tensor, dtype: torch.dtype) -> StepPositions:
         return StepPositions(tables, positions, None)

@@ -17,6 +17,7 @@ from stepwire_kernels.sampler import Sampled
 from stepwire_kernels.step_input import RowState, StepInput
 
 from gpu_worker.attention.triton_backend import DeviceStep, TritonAttention
+from gpu_worker.attention.triton_latent import TritonLatentAttention
 from gpu_worker.cuda.device_rows import MAX_BIASES
 from gpu_worker.cuda.step_layout import StepShape
 from gpu_worker.layers.decoder import HiddenStates
@@ -78,7 +79,7 @@ class StepProgram:
     def __init__(
         self,
         model: ModelFamily,
-        attention: TritonAttention,
+        attention: TritonAttention | TritonLatentAttention,
         buffers: ProgramBuffers,
         packed: torch.Tensor,
         results: torch.Tensor,

@@ -212,7 +212,7 @@ def _prefill_kernel(
     NUM_STAGES: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """`HEADS_EACH` heads of some query tokens a program: matrix row m is head m % HEADS_EACH of query m / HEADS_EACH."""
+    """`HEADS_EACH` heads of some query tokens: matrix row m is head m % HEADS_EACH of query m // HEADS_EACH."""
     index = tl.program_id(1)
     release_downstream(USE_PDL)
     wait_upstream(USE_PDL)

@@ -118,7 +118,9 @@ def rotate_and_write_latent(
             f"head of {dim} and a rotation of fewer, got {tuple(cached.shape)}, {tuple(cache.shape)} and {rope_dim}"
         )
     if query.stride()[1:] != (dim, 1) or cached.stride(1) != 1 or not cache.is_contiguous() or cos.stride(1) != 1:
-        raise ValueError("rotate_and_write_latent: query's heads, cached's columns, the cache and cos must be contiguous")
+        raise ValueError(
+            "rotate_and_write_latent: query's heads, cached's columns, the cache and cos must be contiguous"
+        )
     if num_tokens == 0:
         return
     tokens = tokens_per_program(num_tokens)

@@ -1,4 +1,4 @@
-"""Sweep of launch shapes: `python -m load_tests.kernels.sweep decode|prefill|gemm|experts [--top N]`.
+"""Sweep of launch shapes: `python -m load_tests.kernels.sweep decode|prefill|gemm|experts|latent [--top N]`.
 
 Times every candidate on the shapes that matter and prints the best. Candidates compile in parallel worker processes
 first (their only effect is Triton's disk cache). `gemm` also writes kernels/stepwire_kernels/tuned/<device>.json: for
@@ -27,6 +27,15 @@ from stepwire_kernels.work_list import LATENCY, THROUGHPUT, ChunkPolicy
 
 from load_tests.kernels.bench import LLAMA_8B_LINEARS, copies
 from load_tests.kernels.cases import LLAMA_8B, QWEN3_06B, AttentionCase, Heads, causal_flop, paged
+from load_tests.kernels.latent import (
+    DECODE_TUNINGS,
+    FULL,
+    LITE,
+    PREFILL_TUNINGS,
+    decode_launches,
+    prefill_flop,
+    prefill_launches,
+)
 from load_tests.kernels.measure import measure_ceilings, time_graph
 from load_tests.kernels.mixtures import MANY_TOKENS, QWEN3_30B, MixtureCase, candidates, short_name, two_layers
 
@@ -96,6 +105,11 @@ def _compile(job: tuple[str, Any]) -> str | None:
                 paged(LLAMA_8B, [300], [300], block_size=max(64, payload.tile_tokens), num_caches=1), payload
             ):
                 launch()
+        elif kind == "latent decode":
+            heads, tuning = payload
+            decode_launches(heads, paged(heads, [1], [300], num_caches=1), tuning)[0]()
+        elif kind == "latent prefill":
+            prefill_launches(LITE, paged(LITE, [300], [300], num_caches=1), payload)[0]()
         elif kind == "experts":
             num_tokens, tuning = payload
             MixtureCase.make(QWEN3_30B, num_tokens, [QWEN3_30B.weights()]).launches(tuning)[0]()
@@ -180,6 +194,29 @@ def sweep_experts(top: int, token_counts: tuple[int, ...] = (1, 4, 32, 256, 8192
             print(f"{ms * 1e3:9.2f} us {rate}  {short_name(tuning)}", flush=True)
 
 
+def sweep_latent(top: int) -> None:
+    """Launch shapes of latent attention, decode and prefill."""
+    jobs = [(heads, tuning) for heads, tunings in DECODE_TUNINGS.items() for tuning in tunings]
+    works = compile_all("latent decode", jobs)
+    prefills = compile_all("latent prefill", PREFILL_TUNINGS)
+    ceilings = measure_ceilings()
+    for heads, batch, context in ((LITE, 1, 1024), (LITE, 32, 1024), (LITE, 32, 8192), (FULL, 32, 1024)):
+        case = paged(heads, [1] * batch, [context] * batch)
+        tunings = [tuning for of, tuning in works if of == heads]
+        timed = [
+            (time_graph(decode_launches(heads, case, tuning), target_ms=8, repeats=3), tuning) for tuning in tunings
+        ]
+        print(f"-- {heads.name} b{batch} ctx{context}")
+        for ms, tuning in sorted(timed, key=lambda item: item[0])[:top]:
+            share = case.kv_bytes / 2 / ms / 1e6 / ceilings.read_gb_s
+            print(f"{ms * 1e3:8.2f} us {100 * share:5.1f} %  {tuning}", flush=True)
+    case = paged(LITE, [8192], [8192], num_caches=1)
+    timed = [(time_graph(prefill_launches(LITE, case, tuning), target_ms=15, repeats=3), tuning) for tuning in prefills]
+    print(f"-- {LITE.name} prefill 1 x 8192")
+    for ms, tuning in sorted(timed, key=lambda item: item[0])[:top]:
+        print(f"{ms * 1e3:8.2f} us {prefill_flop(LITE, 8192) / ms / 1e9:6.1f} TFLOP/s  {tuning}", flush=True)
+
+
 def _linear_launch(
     x: torch.Tensor, weight: torch.Tensor, tuning: GemvTuning | SkinnyTuning, workspace: gemm.LinearWorkspace
 ) -> Callable[[], object]:
@@ -257,7 +294,7 @@ def _fits(n: int, k: int, num_tokens: int, tuning: SkinnyTuning, workspace: gemm
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["decode", "prefill", "gemm", "experts"])
+    parser.add_argument("what", choices=["decode", "prefill", "gemm", "experts", "latent"])
     parser.add_argument("--out", type=Path, default=TUNED, help="where `gemm` writes its table")
     parser.add_argument("--top", type=int, default=4, help="how many of the best candidates to print")
     arguments = parser.parse_args()
@@ -265,7 +302,13 @@ def main() -> None:
     if arguments.what == "gemm":
         sweep_gemm(arguments.top, arguments.out)
     else:
-        {"decode": sweep_decode, "prefill": sweep_prefill, "experts": sweep_experts}[arguments.what](arguments.top)
+        sweeps = {
+            "decode": sweep_decode,
+            "prefill": sweep_prefill,
+            "experts": sweep_experts,
+            "latent": sweep_latent,
+        }
+        sweeps[arguments.what](arguments.top)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.models.deepseek_v2 import DeepseekV2Config
+from transformers.models.deepseek_v3 import DeepseekV3Config
 from transformers.models.gpt_oss import GptOssConfig
 from transformers.models.llama import LlamaConfig
 from transformers.models.qwen3 import Qwen3Config
@@ -26,7 +28,7 @@ pytestmark = [
 ]
 
 VOCAB_SIZE = 2000
-KINDS = ("llama", "qwen3", "window", "qwen3-moe", "gpt-oss")
+KINDS = ("llama", "qwen3", "window", "qwen3-moe", "gpt-oss", "deepseek-v2", "deepseek-v3")
 
 
 def save_model(directory: Path, kind: str) -> None:
@@ -53,6 +55,15 @@ def save_model(directory: Path, kind: str) -> None:
     elif kind == "gpt-oss":
         fields |= {"head_dim": 64, "intermediate_size": 256}
         config = GptOssConfig(**fields, num_local_experts=8, num_experts_per_tok=2, sliding_window=100)
+    elif kind.startswith("deepseek"):
+        fields |= {"num_key_value_heads": 8, "kv_lora_rank": 128, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32}
+        fields |= {"v_head_dim": 64, "n_routed_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 192}
+        fields |= {"first_k_dense_replace": 1, "n_group": 4, "topk_group": 2}
+        del fields["head_dim"]
+        if kind == "deepseek-v2":
+            config = DeepseekV2Config(**fields, topk_method="group_limited_greedy", q_lora_rank=None)
+        else:
+            config = DeepseekV3Config(**fields, q_lora_rank=128)
     else:
         config = LlamaConfig(**fields)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)

@@ -20,7 +20,13 @@ FINE = ChunkPolicy(64, 32)
 
 
 def make(
-    runs: list[tuple[int, int]], heads: int, dim: int, block_size: int, dtype: torch.dtype, device: str, **options: object
+    runs: list[tuple[int, int]],
+    heads: int,
+    dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+    device: str,
+    **options: object,
 ) -> PagedCase:
     return make_case(runs, heads, 1, dim, block_size, dtype, device, **options)  # type: ignore[arg-type]
 
@@ -79,7 +85,9 @@ SIZES = [
 def test_decode_matches_twin(
     device: str, dtype: torch.dtype, heads: int, kv_rank: int, rope_dim: int, block_size: int
 ) -> None:
-    case = make([(1, length - 1) for length in (1, 64, 65, 200, 17)], heads, kv_rank + rope_dim, block_size, dtype, device)
+    case = make(
+        [(1, length - 1) for length in (1, 64, 65, 200, 17)], heads, kv_rank + rope_dim, block_size, dtype, device
+    )
     assert_close(run_decode(case, kv_rank), twin(case, kv_rank))
 
 

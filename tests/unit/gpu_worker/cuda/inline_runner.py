@@ -13,7 +13,8 @@ import torch
 from stepwire_kernels.step_result import result_slot_words
 
 from gpu_worker.assembly import MAX_NUM_LOGPROBS, Sizes, attention_spec, load_model, resolve_kv_dtype, worker_facts
-from gpu_worker.attention.triton_backend import AttentionLimits, TritonAttention
+from gpu_worker.attention.triton_backend import AttentionLimits
+from gpu_worker.attention.triton_latent import make_attention
 from gpu_worker.config import WorkerSettings
 from gpu_worker.cuda.ops import TritonOps
 from gpu_worker.cuda.runner import CudaRunner
@@ -82,10 +83,11 @@ def load_inline(
         vocab_size=spec.vocab_size,
         max_top=MAX_NUM_LOGPROBS,
     )
-    attention = TritonAttention(
+    attention = make_attention(
         attention_spec(spec, parallel),
         KVCache(shape, num_blocks, device).layers,
         AttentionLimits(planner.max_runs, planner.max_tokens, planner.max_padding_tokens),
+        dtype=torch.float32,
         pdl=False,
         kv_scales=model.kv_scales,
     )

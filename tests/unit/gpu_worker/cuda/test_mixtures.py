@@ -1,4 +1,7 @@
-"""Mixtures of experts on the CUDA runner against the CPU runner: every router and both roads of the experts."""
+"""Mixtures of experts and latent attention on the CUDA runner against the CPU runner.
+
+Every router, both roads of the experts, and compressed keys and values in steps of prefills and decodes.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.models.deepseek_v2 import DeepseekV2Config
+from transformers.models.deepseek_v3 import DeepseekV3Config
 from transformers.models.gpt_oss import GptOssConfig
 from transformers.models.mixtral import MixtralConfig
 from transformers.models.qwen2_moe import Qwen2MoeConfig
@@ -30,11 +35,29 @@ BASE: dict[str, Any] = {
     "experts_implementation": "eager",
 }
 EIGHT = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+LATENT = {
+    "num_key_value_heads": 2,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 14,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "first_k_dense_replace": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.7,
+}
 KINDS: dict[str, Any] = {
     "mixtral": lambda: MixtralConfig(**BASE, num_local_experts=4, num_experts_per_tok=2),
     "qwen2-moe": lambda: Qwen2MoeConfig(**BASE | {"hidden_size": 128}, **EIGHT, shared_expert_intermediate_size=24),
     "qwen3-moe": lambda: Qwen3MoeConfig(**BASE, **EIGHT, norm_topk_prob=True),
     "gpt-oss": lambda: GptOssConfig(**BASE, num_local_experts=4, num_experts_per_tok=2, sliding_window=11),
+    "deepseek-v2": lambda: DeepseekV2Config(
+        **BASE | LATENT, topk_method="group_limited_greedy", q_lora_rank=None, n_shared_experts=2
+    ),
+    "deepseek-v3": lambda: DeepseekV3Config(**BASE | LATENT, q_lora_rank=32),
 }
 
 
@@ -45,11 +68,15 @@ def save_mixture(directory: Path, kind: str) -> None:
         for parameter in model.parameters():
             if parameter.dim() == 1 or parameter.std() == 0:  # biases, norms and sinks start at constants
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(torch.randn_like(buffer) * 0.2)
     model.save_pretrained(directory)
 
 
 @pytest.mark.parametrize(
-    "kind", [kind if kind == "gpt-oss" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+    "kind",
+    [kind if kind in ("gpt-oss", "deepseek-v3") else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS],
 )
 def test_prefills_and_decodes_give_the_same_tokens(tmp_path: Path, kind: str) -> None:
     save_mixture(tmp_path, kind)

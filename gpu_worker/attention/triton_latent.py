@@ -1,0 +1,121 @@
+"""Latent attention by the Triton kernels: one compressed vector a token in the paged cache, shared by all heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from stepwire_kernels.attention_latent import (
+    default_latent_prefill_tuning,
+    latent_decode_attention,
+    latent_prefill_attention,
+    latent_tile_tokens,
+)
+from stepwire_kernels.latent_kv import rotate_and_write_latent
+
+from gpu_worker.attention.api import AttentionSpec
+from gpu_worker.attention.triton_backend import AttentionLimits, PlannedAttention, TritonAttention
+from gpu_worker.layers.ops import StepPositions
+from gpu_worker.loading.kv_scales import KVScales
+
+
+class TritonLatentAttention(PlannedAttention):
+    """Attention over `kv_caches`, one a layer: [1, num_blocks, 1, block_size, kv_rank + rope_dim].
+
+    A float8 cache's values are its keys, so their scale is the keys'.
+    """
+
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        kv_caches: list[torch.Tensor],
+        limits: AttentionLimits,
+        *,
+        dtype: torch.dtype,
+        pdl: bool,
+        kv_scales: Sequence[KVScales] | None = None,
+    ) -> None:
+        """`dtype`: of the queries."""
+        if spec.value_dim is None:
+            raise ValueError("keys are no values here: TritonAttention serves this model")
+        self._kv_rank = spec.value_dim
+        self._prefill_tuning = default_latent_prefill_tuning(dtype)
+        super().__init__(
+            spec,
+            kv_caches,
+            limits,
+            tile_tokens=latent_tile_tokens(spec.num_heads, self._prefill_tuning),
+            value_dim=spec.value_dim,
+            pdl=pdl,
+            kv_scales=kv_scales,
+        )
+
+    def rotate_and_write(self, query: torch.Tensor, cached: torch.Tensor, layer: int, positions: StepPositions) -> None:
+        """Rotate the queries' ends in place, and write this step's vectors into the cache.
+
+        query [num_tokens, num_heads, kv_rank + rope_dim], cached [num_tokens, kv_rank + rope_dim].
+        """
+        rotate_and_write_latent(
+            query,
+            cached,
+            self._kv_caches[layer][0],
+            positions.positions,
+            self._planned().inputs.slots,
+            positions.tables.cos,
+            positions.tables.sin,
+            interleaved=positions.tables.interleaved,
+            scale=self._kv_scales[layer].key,
+            pdl=self._pdl,
+        )
+
+    def run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: int,
+        *,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if k is not None or v is not None or sinks is not None:
+            raise ValueError("latent attention reads the cache, and knows no sinks: call rotate_and_write")
+        step, scale = self._planned(), self._kv_scales[layer].key
+        # [num_tokens, num_heads, kv_rank]
+        out = torch.empty((*q.shape[:2], self._kv_rank), dtype=q.dtype, device=q.device)
+        arguments = (q, self._kv_caches[layer][0], step.block_tables)
+        if self._prefill_work is not None:
+            latent_prefill_attention(
+                *arguments,
+                self._prefill_work,
+                self.spec.scale,
+                out,
+                cache_scale=scale,
+                tuning=self._prefill_tuning,
+                pdl=self._pdl,
+            )
+        if self._decode_work:
+            latent_decode_attention(
+                *arguments,
+                self._decode_work[0],
+                self._workspace,
+                self.spec.scale,
+                out,
+                cache_scale=scale,
+                pdl=self._pdl,
+            )
+        return out.flatten(1)
+
+
+def make_attention(
+    spec: AttentionSpec,
+    kv_caches: list[torch.Tensor],
+    limits: AttentionLimits,
+    *,
+    dtype: torch.dtype,
+    pdl: bool,
+    kv_scales: Sequence[KVScales] | None = None,
+) -> TritonAttention | TritonLatentAttention:
+    """The attention of a model; `dtype` is that of its activations, `kv_scales` as in `PlannedAttention`."""
+    if spec.value_dim is None:
+        return TritonAttention(spec, kv_caches, limits, pdl=pdl, kv_scales=kv_scales)
+    return TritonLatentAttention(spec, kv_caches, limits, dtype=dtype, pdl=pdl, kv_scales=kv_scales)
