@@ -4,8 +4,9 @@
 
 x: [num_tokens, K]; w: [N, K]; both 8-bit. Either one scale a token and one an output (group = K), applied to the whole
 sum, or scales for every `group` inputs (a multiple of 16 that is a power of two), applied to the sums of each. Sums are
-float32 (int32 within a step for int8); float8 products leave the matrix units every step, whose accumulators would
-round them.
+float32 (int32 within a step for int8). The matrix units round sums of float8 products to some 14 bits: products leave
+them every step, and few tokens with group scales, for which memory is the limit, are multiplied as float16, which holds
+every float8 exactly.
 
 Decoding reads every weight once: the weight is the tall operand, K is split over programs where N does not fill the
 device, and the last program of a tile adds the parts in order. Large steps of per-token scales on a GPU go to
@@ -25,6 +26,8 @@ from stepwire_kernels.gemm import LinearWorkspace
 
 # From here on cuBLAS's float8 product with row-wise scales is faster than ours (to be measured per device).
 SCALED_MM_FROM_TOKENS = 65
+# Up to here the matrix units have time for float16.
+MAX_WIDENED_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ def _scaled_kernel(
     GROUPED: tl.constexpr,
     GROUP: tl.constexpr,
     SCALE_ROWS: tl.constexpr,
+    WIDEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -90,8 +94,10 @@ def _scaled_kernel(
             weight_rows + k[None, :], mask=row_mask[:, None] & k_mask[None, :], other=0.0, eviction_policy="evict_first"
         )  # [BLOCK_N, BLOCK_K]
         x = tl.load(x_rows + k[:, None], mask=k_mask[:, None] & token_mask[None, :], other=0.0)  # [BLOCK_K, BLOCK_M]
-        if IS_INT:  # noqa: SIM108
+        if IS_INT:
             product = tl.dot(w, x, out_dtype=tl.int32).to(tl.float32)
+        elif WIDEN:
+            product = tl.dot(w.to(tl.float16), x.to(tl.float16))
         else:
             product = tl.dot(w, x)
         if GROUPED:
@@ -212,6 +218,7 @@ def scaled_linear(
         GROUPED=group_size is not None,
         GROUP=group_size or 1,
         SCALE_ROWS=scale_rows,
+        WIDEN=group_size is not None and num_tokens <= MAX_WIDENED_TOKENS,
         HAS_BIAS=bias is not None,
         SPLIT_K=splits,
         BLOCK_M=block_m,

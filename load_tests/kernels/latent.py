@@ -36,7 +36,9 @@ DECODE_TUNINGS = {
     ],
     FULL: [
         LatentTuning(rows, tile, warps, stages, 1)
-        for rows, tile, warps, stages in ((64, 32, 8, 2), (64, 32, 8, 3), (64, 64, 8, 1), (64, 16, 8, 3), (32, 32, 4, 2))
+        for rows, tile, warps, stages in (
+            (64, 32, 8, 2), (64, 32, 8, 3), (64, 64, 8, 1), (64, 16, 8, 3), (32, 32, 4, 2)
+        )
     ],
 }  # fmt: skip
 PREFILL_TUNINGS = [

@@ -97,6 +97,16 @@ def test_scales_by_group(device: str, kind: torch.dtype, scale_rows: int, num_to
     assert_close(out, twin_of(x, x_scales, w, w_scales, group, scale_rows), factor=5)
 
 
+@pytest.mark.parametrize("kind", EIGHT_BITS)
+def test_scales_by_group_of_many_tokens(device: str, kind: torch.dtype) -> None:
+    """Here float8 products are those of the matrix units."""
+    x, x_scales, w, w_scales = operands(70, 48, 256, kind, 2, 32, device)
+    workspace = allocate_linear_workspace(device, partial_words=1 << 16)
+    options = {"scale_rows": 32, "group_size": 128}
+    out = scaled_linear(x, x_scales, w, w_scales, None, workspace, torch.bfloat16, **options)
+    assert_close(out, twin_of(x, x_scales, w, w_scales, 128, 32))
+
+
 def test_misfits_are_refused(device: str) -> None:
     x, x_scales, w, w_scales = operands(2, 32, 64, torch.int8, 1, 1, device)
     workspace = allocate_linear_workspace(device, partial_words=16)
