@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
+from stepwire_kernels.split_k import add_up_parts
 
 MAX_GEMV_TOKENS = 4
 MAX_SKINNY_TOKENS = 64
@@ -181,21 +182,7 @@ def _skinny_kernel(
         acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
     out_at = out_ptr + tokens[None, :] * out_stride + rows[:, None]
     out_mask = row_mask[:, None] & token_mask[None, :]
-    finishes = True
-    if SPLIT_K > 1:
-        offsets = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tokens[None, :]
-        tile_words = BLOCK_N * BLOCK_M
-        base = partial_ptr + tile.to(tl.int64) * (SPLIT_K * tile_words)
-        tl.store(base + split * tile_words + offsets, acc)
-        # Every thread's stores must precede the one atomic that publishes them.
-        tl.debug_barrier()
-        arrived = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel", scope="gpu")
-        finishes = arrived == SPLIT_K - 1
-        if finishes:
-            acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-            for part in tl.static_range(SPLIT_K):
-                acc += tl.load(base + part * tile_words + offsets, cache_modifier=".cg")
-            tl.store(counters_ptr + tile, 0)
+    acc, finishes = add_up_parts(acc, partial_ptr, counters_ptr, tile, split, SPLIT_K)
     if finishes:
         if HAS_BIAS:
             acc += tl.load(bias_ptr + rows, mask=row_mask, other=0.0).to(tl.float32)[:, None]

@@ -29,6 +29,7 @@ import triton.language as tl
 
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
 from stepwire_kernels.gemm import LinearWorkspace
+from stepwire_kernels.split_k import add_up_parts
 
 OUTER_GROUP = 256
 # From this many tokens on, scaling every partial sum costs more than scaling every weight.
@@ -214,22 +215,8 @@ def _packed_kernel(
                 if USE_MAGIC:
                     minimum += scale * MAGIC_OFFSET
                 acc += scale[:, None] * part - minimum[:, None] * total[None, :]
-    finishes = True
-    if SPLIT_K > 1:
-        offsets = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-        tile_words = BLOCK_N * BLOCK_M
-        place = tl.program_id(2) * tl.num_programs(0) + column
-        base = partial_ptr + place.to(tl.int64) * (SPLIT_K * tile_words)
-        tl.store(base + split * tile_words + offsets, acc)
-        # Every thread's stores must precede the one atomic that publishes them.
-        tl.debug_barrier()
-        arrived = tl.atomic_add(counters_ptr + place, 1, sem="acq_rel", scope="gpu")
-        finishes = arrived == SPLIT_K - 1
-        if finishes:
-            acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-            for other in tl.static_range(SPLIT_K):
-                acc += tl.load(base + other * tile_words + offsets, cache_modifier=".cg")
-            tl.store(counters_ptr + place, 0)
+    place = tl.program_id(2) * tl.num_programs(0) + column
+    acc, finishes = add_up_parts(acc, partial_ptr, counters_ptr, place, split, SPLIT_K)
     if finishes:
         if HAS_ROW_SCALES:
             acc *= tl.load(row_scales_ptr + rows, mask=row_mask, other=0.0)[:, None]

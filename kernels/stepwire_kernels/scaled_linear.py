@@ -23,6 +23,7 @@ import triton.language as tl
 
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
 from stepwire_kernels.gemm import LinearWorkspace
+from stepwire_kernels.split_k import add_up_parts
 
 # From here on cuBLAS's float8 product with row-wise scales is faster than ours (to be measured per device).
 SCALED_MM_FROM_TOKENS = 65
@@ -108,22 +109,8 @@ def _scaled_kernel(
             x_scale = tl.load(x_scales_ptr + tokens * x_scales_stride + group, mask=token_mask, other=0.0)
             product = product * w_scale[:, None] * x_scale[None, :]
         acc += product
-    finishes = True
-    if SPLIT_K > 1:
-        offsets = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-        tile_words = BLOCK_N * BLOCK_M
-        place = tl.program_id(2) * tl.num_programs(0) + column
-        base = partial_ptr + place.to(tl.int64) * (SPLIT_K * tile_words)
-        tl.store(base + split * tile_words + offsets, acc)
-        # Every thread's stores must precede the one atomic that publishes them.
-        tl.debug_barrier()
-        arrived = tl.atomic_add(counters_ptr + place, 1, sem="acq_rel", scope="gpu")
-        finishes = arrived == SPLIT_K - 1
-        if finishes:
-            acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-            for other in tl.static_range(SPLIT_K):
-                acc += tl.load(base + other * tile_words + offsets, cache_modifier=".cg")
-            tl.store(counters_ptr + place, 0)
+    place = tl.program_id(2) * tl.num_programs(0) + column
+    acc, finishes = add_up_parts(acc, partial_ptr, counters_ptr, place, split, SPLIT_K)
     if finishes:
         if not GROUPED:
             w_scale = tl.load(w_scales_ptr + (rows // SCALE_ROWS) * w_scales_stride, mask=row_mask, other=0.0)
