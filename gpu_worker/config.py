@@ -106,6 +106,11 @@ class WorkerSettings(ProcessSettings):
     enforce_eager: bool = Field(
         False, description="cuda: launch every kernel by itself instead of replaying CUDA graphs (slow; to debug)"
     )
+    deterministic: bool = Field(
+        False,
+        description="a prompt gives the same tokens and log-probabilities, to the bit, alone and in any batch, however "
+        "it is cut into steps; slower",
+    )
     cpu_kv_cache_gib: float = Field(2.0, gt=0, description="size of the KV cache on device cpu, in GiB")
     num_threads: PositiveInt | None = Field(None, description="CPU threads of torch; default: one per physical core")
 

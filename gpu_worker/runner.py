@@ -26,12 +26,19 @@ from gpu_worker.attention.torch_backend import TorchAttention
 from gpu_worker.config import WorkerSettings
 from gpu_worker.device import resolve_device, resolve_dtype
 from gpu_worker.input_batch import InputBatch, StepInputs
+from gpu_worker.invariant.logits import TiledLogits
+from gpu_worker.invariant.row_tiles import TiledScheme
+from gpu_worker.invariant.torch_attention import TiledTorchAttention
+from gpu_worker.invariant.torch_ops import PiecewiseOps, refuse_uncovered
 from gpu_worker.kv_cache import KVCache, KVCacheShape
+from gpu_worker.layers.decoder import HiddenStates
 from gpu_worker.layers.linear import BuildContext
+from gpu_worker.layers.ops import TORCH_OPS
 from gpu_worker.model_spec import ModelConfigError
 from gpu_worker.models.family import ModelFamily
 from gpu_worker.models.loader import read_spec
 from gpu_worker.parallel import ParallelContext
+from gpu_worker.quant.api import QuantScheme
 from gpu_worker.quant.scheme import make_scheme
 from gpu_worker.runner_api import RowFault, RowFaultCode, StepBatch, StepResult, TokenMask, UInt32Array, WorkerFacts
 from gpu_worker.sampler import SampledTokens, sample
@@ -59,8 +66,10 @@ class TorchRunner:
         attention: TorchAttention,
         facts: WorkerFacts,
         device: torch.device,
+        logits: Callable[[HiddenStates], torch.Tensor] | None = None,
     ) -> None:
         self._model = model
+        self._logits = logits or model.logits
         self._kv_cache = kv_cache
         self._attention = attention
         self._facts = facts
@@ -91,13 +100,19 @@ class TorchRunner:
             )
         kv_dtype = resolve_kv_dtype(settings.kv_cache_dtype, dtype)
         parallel = ParallelContext()
-        scheme = make_scheme(
+        if settings.deterministic:
+            refuse_uncovered(spec)
+            _refuse_other_devices(device)
+        ops = PiecewiseOps() if settings.deterministic else TORCH_OPS
+        scheme: QuantScheme = make_scheme(
             settings.model,
             family.name_rules,
             setting=settings.quantization,
             has_weights=settings.load_format == "auto",
         )
-        build = BuildContext(parallel, scheme, dtype, device)
+        if settings.deterministic:
+            scheme = TiledScheme(scheme)
+        build = BuildContext(parallel, scheme, dtype, device, ops)
         sizes = resolve_sizes(settings, spec, device)
         shape = KVCacheShape.of(spec, parallel, sizes.block_size, kv_dtype)
         model = load_model(settings, family, spec, build, sizes.max_model_len)
@@ -106,9 +121,10 @@ class TorchRunner:
         for line in plan.lines():
             log.info(line)
         kv_cache = KVCache(shape, plan.num_blocks, device)
-        attention = TorchAttention(attention_spec(spec, parallel), kv_cache.layers, dtype)
+        backend = TiledTorchAttention if settings.deterministic else TorchAttention
+        attention = backend(attention_spec(spec, parallel), kv_cache.layers, dtype)
         facts = worker_facts(settings.model, spec, sizes, plan, shape, device, dtype)
-        return cls(model, kv_cache, attention, facts, device)
+        return cls(model, kv_cache, attention, facts, device, TiledLogits(model) if settings.deterministic else None)
 
     def describe(self) -> WorkerFacts:
         return self._facts
@@ -156,7 +172,7 @@ class TorchRunner:
             return None
         if num_sampled != len(inputs.token_ids) or (np.diff(inputs.sampled_tokens) != 1).any():
             hidden = hidden.select(torch.from_numpy(inputs.sampled_tokens).to(self._device))
-        return self._model.logits(hidden)
+        return self._logits(hidden)
 
     def _sample(self, inputs: StepInputs, logits: torch.Tensor, mask: TokenMask | None, result: StepResult) -> None:
         rows = inputs.sampled_rows.tolist()
@@ -174,6 +190,14 @@ class TorchRunner:
             if index not in failed:
                 self._rows.append(row, int(sampled.token_ids[index]))
         _write_tokens(result, inputs, sampled, failed)
+
+
+def _refuse_other_devices(device: torch.device) -> None:
+    if device.type != "cpu":
+        raise ModelConfigError(
+            f"--deterministic needs the kernels on {device}, and this model or device runs in plain torch there: "
+            "leave it out, or set --device cpu"
+        )
 
 
 def _write_tokens(result: StepResult, inputs: StepInputs, sampled: SampledTokens, failed: set[int]) -> None:
