@@ -26,10 +26,11 @@ from gpu_worker.attention.torch_backend import TorchAttention
 from gpu_worker.config import WorkerSettings
 from gpu_worker.device import resolve_device, resolve_dtype
 from gpu_worker.input_batch import InputBatch, StepInputs
+from gpu_worker.invariant.coverage import CoveredScheme, refuse_uncovered
 from gpu_worker.invariant.logits import TiledLogits
 from gpu_worker.invariant.row_tiles import TiledScheme
 from gpu_worker.invariant.torch_attention import TiledTorchAttention
-from gpu_worker.invariant.torch_ops import PiecewiseOps, refuse_uncovered
+from gpu_worker.invariant.torch_ops import PiecewiseOps
 from gpu_worker.kv_cache import KVCache, KVCacheShape
 from gpu_worker.layers.decoder import HiddenStates
 from gpu_worker.layers.linear import BuildContext
@@ -68,10 +69,10 @@ class TorchRunner:
         device: torch.device,
         logits: Callable[[HiddenStates], torch.Tensor] | None = None,
     ) -> None:
-        self._model = model
-        self._logits = logits or model.logits
+        self.model = model
+        self._logits = logits
         self._kv_cache = kv_cache
-        self._attention = attention
+        self.attention = attention
         self._facts = facts
         self._device = device
         self._rows = InputBatch(batch_limits(facts))
@@ -111,7 +112,7 @@ class TorchRunner:
             has_weights=settings.load_format == "auto",
         )
         if settings.deterministic:
-            scheme = TiledScheme(scheme)
+            scheme = TiledScheme(CoveredScheme(scheme))
         build = BuildContext(parallel, scheme, dtype, device, ops)
         sizes = resolve_sizes(settings, spec, device)
         shape = KVCacheShape.of(spec, parallel, sizes.block_size, kv_dtype)
@@ -138,7 +139,7 @@ class TorchRunner:
 
     def execute(self, batch: StepBatch, wait_for_mask: Callable[[], TokenMask]) -> FinishedStep:
         begun = time.perf_counter_ns()
-        inputs, faults = self._rows.apply(batch)
+        inputs, faults = self.build_inputs(batch)
         built = time.perf_counter_ns()
         logits = None
         if inputs is not None:
@@ -154,27 +155,32 @@ class TorchRunner:
             faults=faults,
         )
         if inputs is not None and logits is not None:
-            self._sample(inputs, logits, mask, result)
+            self.draw(inputs, logits, mask, result)
         result.input_ns = built - begun
         result.forward_ns = computed - built
         result.sample_ns = time.perf_counter_ns() - masked
         return FinishedStep(result)
 
+    def build_inputs(self, batch: StepBatch) -> tuple[StepInputs | None, list[RowFault]]:
+        """What the forward pass reads, and the rows that are not as the step says."""
+        return self._rows.apply(batch)
+
     @torch.inference_mode()
     def _forward(self, inputs: StepInputs) -> torch.Tensor | None:
         """Logits of the runs that sample: [num_sampled, vocab_size]; None where none does."""
-        self._attention.plan(inputs.metadata)
+        self.attention.plan(inputs.metadata)
         token_ids = torch.from_numpy(inputs.token_ids).to(self._device)
         positions = torch.from_numpy(inputs.metadata.positions).to(self._device)
-        hidden = self._model.hidden_states(token_ids, positions, self._attention)  # [num_tokens, hidden]
+        hidden = self.model.hidden_states(token_ids, positions, self.attention)  # [num_tokens, hidden]
         num_sampled = len(inputs.sampled_tokens)
         if num_sampled == 0:
             return None
         if num_sampled != len(inputs.token_ids) or (np.diff(inputs.sampled_tokens) != 1).any():
             hidden = hidden.select(torch.from_numpy(inputs.sampled_tokens).to(self._device))
-        return self._logits(hidden)
+        return self.model.logits(hidden) if self._logits is None else self._logits(hidden)
 
-    def _sample(self, inputs: StepInputs, logits: torch.Tensor, mask: TokenMask | None, result: StepResult) -> None:
+    def draw(self, inputs: StepInputs, logits: torch.Tensor, mask: TokenMask | None, result: StepResult) -> None:
+        """Sample into `result`, and into the rows. logits [num_sampled, vocab_size]."""
         rows = inputs.sampled_rows.tolist()
         bitmasks = None if mask is None else _bitmasks_of(rows, mask)
         samplers = [self._rows.sampler(row) for row in rows]

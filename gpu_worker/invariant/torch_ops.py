@@ -13,21 +13,11 @@ import torch
 
 from gpu_worker.layers.ops import AttentionHeads, TorchOps
 from gpu_worker.layers.rope import StepRotation
-from gpu_worker.model_spec import ModelConfigError, ModelSpec
 
 # A loop's stride at its widest: two vectors of 512 bits of 16-bit elements.
 VECTOR_ELEMENTS = 64
 # at::internal::GRAIN_SIZE: from so many elements on torch spreads a call over threads.
 THREADED_ELEMENTS = 32768
-
-
-def refuse_uncovered(spec: ModelSpec) -> None:
-    """Raises `ModelConfigError` for models with parts that have no fixed shapes yet."""
-    what = "experts" if spec.moe is not None else "latent attention" if spec.latent is not None else None
-    if what is not None:
-        raise ModelConfigError(
-            f"--deterministic does not cover {what} yet, which {spec.architecture} has: leave it out"
-        )
 
 
 def rows_per_call(row_elements: int, vector_row: int) -> int:

@@ -67,7 +67,28 @@ def main(argv: list[str]) -> int:
         print(f"stepwire replay: {error}", file=sys.stderr)
         return 1
     replay = Replay(path, settings)
-    code = replay.run(runner)
+    if settings.profile:
+        return _run_profiled(replay, runner, settings)
+    return _finish(replay, replay.run(runner))
+
+
+def _run_profiled(replay: Replay, runner: Runner, settings: ReplaySettings) -> int:
+    # torch comes with it, which the simulated runner does without.
+    from gpu_worker.replay.profile import ProfiledRunner, summarize, to_json, to_table
+
+    profiled = ProfiledRunner(runner, settings.trace)
+    code = replay.run(profiled)
+    summary = summarize(profiled.steps, profiled.classes, profiled.num_tokens)
+    if replay.comparison is None or not settings.json_output:
+        if replay.comparison is not None:
+            print(to_table(summary), end="\n\n")
+        return _finish(replay, code)
+    print(to_json(summary, replay.comparison.summary()))
+    return 1 if replay.comparison.difference is not None else code
+
+
+def _finish(replay: Replay, code: int) -> int:
+    """Say how it went; the exit code."""
     if replay.error is not None:
         print(f"stepwire replay: {replay.error}", file=sys.stderr)
         return 1

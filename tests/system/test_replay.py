@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from stepwire.v1.recording_pb2 import RecordingEntry
 from gpu_worker.recording import read_recording, write_entry
 from gpu_worker.runner_api import TokenMask
 from tests.system.worker_process import REPOSITORY, WorkerClient, WorkerProcess, WorkerSession
+from tests.unit.gpu_worker.models.tiny_checkpoints import save_tiny
 from tests.unit.gpu_worker.step_builder import Run, row_add, step, uint32
 
 FLAGS = ["--runner=simulated", "--log-format=json", "--sim-step-ms=0", "--sim-vocab-size=64"]
@@ -172,3 +174,59 @@ def test_unanswered_steps_are_left_out(tmp_path: Path) -> None:
     num_results = sum(entry.WhichOneof("entry") == "result" for entry in read_recording(path))
     assert 1 <= num_results <= 3 and f"all {num_results} steps agree" in done.stdout
     assert isinstance(next(read_recording(path)).header.worker, worker_pb2.DescribeResponse)
+
+
+@pytest.fixture(scope="module")
+def model_recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a worker that computes a small model: a prefill, decodes of one and of two rows, a mixed step."""
+    directory = tmp_path_factory.mktemp("model")
+    save_tiny("qwen3", directory / "tiny")
+    listen, path = f"unix:{directory}/w.sock", directory / "steps"
+    flags = ["--log-format=json", f"--model={directory}/tiny", "--device=cpu", "--dtype=float32", "--num-threads=1"]
+    flags += ["--cpu-kv-cache-gib=0.01", f"--listen={listen}", f"--record={path}"]
+    with WorkerProcess(flags) as worker, WorkerClient(listen) as client:
+        worker.wait_for_event("worker ready")
+        session = client.start()
+        session.step(step(1, [Run(0, 0, 12)], adds=[row_add(0, range(12), [1, 2], num_logprobs=1)]))
+        for step_id in range(2, 6):
+            session.step(step(step_id, [Run(0, 10 + step_id)]))
+            session.result()
+        session.step(step(6, [Run(0, 16), Run(1, 0, 9)], adds=[row_add(1, range(9), [3], seed=3)]))
+        for step_id in range(7, 10):
+            session.step(step(step_id, [Run(0, 10 + step_id), Run(1, 2 + step_id)]))
+            session.result()
+        for _ in range(2):
+            session.result()
+        worker.send_signal(signal.SIGTERM)
+        worker.wait_for_exit()
+    return path
+
+
+def test_a_profile_of_a_model(model_recording: Path, tmp_path: Path) -> None:
+    done = replay(model_recording, "--profile", "--json", f"--trace={tmp_path}/trace.json")
+    assert done.returncode == 0, done.stderr
+    profile = json.loads(done.stdout)
+    assert profile["replay"].startswith("all 9 steps agree")
+    assert "same to the bit" in profile["replay"]
+    classes = {one["class"]: one for one in profile["classes"]}
+    assert {name: one["steps"] for name, one in classes.items()} == {
+        "decode 1": 4,
+        "decode 2": 3,
+        "mixed": 1,
+        "prefill": 1,
+    }
+    for one in classes.values():
+        times = one["us_per_step"]
+        parts = [times[name] for name in ("input", "attention", "linears", "sampler", "other")]
+        assert all(part > 0 for part in parts)
+        # Each number is rounded to 0.01.
+        assert sum(parts) + times["gaps"] == pytest.approx(times["wall"], abs=0.1)
+        assert "layer layers.mlp.gate_up" in one["operations_us"]
+    assert len(json.loads((tmp_path / "trace.json").read_text())["traceEvents"]) > 100
+    table = replay(model_recording, "--profile")
+    assert table.returncode == 0 and "decode 2" in table.stdout and "all 9 steps agree" in table.stdout
+
+
+def test_a_profile_needs_its_flag(model_recording: Path) -> None:
+    done = replay(model_recording, "--json")
+    assert done.returncode == 2 and "--profile" in done.stderr
