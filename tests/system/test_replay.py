@@ -29,7 +29,7 @@ def replay(path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("STEPWIRE_")}
     environment["PYTHONPATH"] = os.pathsep.join([".", "proto", "kernels"])
     command = [sys.executable, "-m", "gateway.cli", "replay", str(path), *flags]
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=150)
 
 
 def drive(session: WorkerSession, *, read_all: bool = True) -> None:
@@ -185,7 +185,8 @@ def model_recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags = ["--log-format=json", f"--model={directory}/tiny", "--device=cpu", "--dtype=float32", "--num-threads=1"]
     flags += ["--cpu-kv-cache-gib=0.01", f"--listen={listen}", f"--record={path}"]
     with WorkerProcess(flags) as worker, WorkerClient(listen) as client:
-        worker.wait_for_event("worker ready")
+        # It imports torch.
+        worker.wait_for_event("worker ready", timeout_s=120)
         session = client.start()
         session.step(step(1, [Run(0, 0, 12)], adds=[row_add(0, range(12), [1, 2], num_logprobs=1)]))
         for step_id in range(2, 6):

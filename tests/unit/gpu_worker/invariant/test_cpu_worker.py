@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.llama import LlamaConfig
 
 from gpu_worker.config import WorkerSettings
 from gpu_worker.model_spec import ModelConfigError
@@ -58,14 +61,30 @@ def test_other_families(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_real_model_on_two_threads(dtype: str, smollm2_dir: Path) -> None:
-    """Sizes at which torch cuts operations into a piece a thread."""
-    check(load(smollm2_dir, dtype, num_threads=2, max_model_len=256), num_tokens=4)
+def test_sizes_that_torch_cuts_into_a_piece_a_thread(dtype: str, tmp_path: Path) -> None:
+    save_wide(tmp_path)
+    check(load(tmp_path, dtype, num_threads=2, max_model_len=256), num_tokens=4)
 
 
-def test_without_it_results_follow_the_batch(smollm2_dir: Path) -> None:
+def save_wide(directory: Path) -> None:
+    """Few layers, but more than 32,768 elements in an activation of 16 rows, and none in the vectors' rest."""
+    config = LlamaConfig(
+        vocab_size=3000,
+        hidden_size=576,
+        intermediate_size=2560,
+        num_hidden_layers=2,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=256,
+    )
+    torch.manual_seed(3)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
+
+
+def test_without_it_results_follow_the_batch(tmp_path: Path) -> None:
     """Or the tests above would prove nothing."""
-    runner = load(smollm2_dir, "bfloat16", deterministic=False, max_model_len=256)
+    save_wide(tmp_path)
+    runner = load(tmp_path, "bfloat16", deterministic=False, max_model_len=256)
     one, other = alone(runner, 3, 2), batch_with_shared_prefixes(runner, 2)[3]
     assert one.bits[:2] != other.bits[:2]
 
