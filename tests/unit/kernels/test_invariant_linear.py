@@ -9,7 +9,7 @@ from stepwire_kernels.invariant_linear import BLOCK_M, MAX_SPLITS, invariant_lin
 from tests.unit.kernels.checks import FLOAT_DTYPES, assert_close, poison
 from tests.unit.kernels.test_gemm import operands
 
-SHAPES = [(1, 37, 300), (64, 70, 1030), (130, 129, 520)]
+SHAPES = [(1, 37, 300), *(pytest.param(*shape, marks=pytest.mark.slow) for shape in ((64, 70, 1030), (130, 129, 520)))]
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
@@ -27,7 +27,9 @@ def test_matches_twin(device: str, dtype: torch.dtype, num_tokens: int, n: int, 
     assert not workspace.counters.any()
 
 
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, *(pytest.param(one, marks=pytest.mark.slow) for one in (torch.float32, torch.float16))]
+)
 def test_a_row_has_the_same_bits_in_any_batch(device: str, dtype: torch.dtype) -> None:
     """Alone and spread over programs, among many and not spread; compiled, at another place of its tile too.
 

@@ -27,6 +27,7 @@ def tokens_of(driver: StepDriver, schedule: list[dict[int, int] | None]) -> list
     return driver.rows[0].tokens[len(PROMPT) :]
 
 
+@pytest.mark.slow
 def test_chunks_and_neighbours_give_the_tokens_of_the_usual_kernels(directory: Path) -> None:
     usual = StepDriver(load_inline(directory))
     usual.add(0, PROMPT, greedy())
