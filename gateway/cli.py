@@ -14,6 +14,7 @@ _PROCESSES = {
     "gateway": ("gateway", "the REST gateway alone"),
     "control-plane": ("control_plane", "the control plane alone"),
     "worker": ("gpu_worker", "one worker alone"),
+    "replay": ("gpu_worker.replay", "run recorded steps (--record FILE) through a worker again; compare, or profile"),
     "prepare": ("gpu_worker.prepare", "turn a model source into what the services read"),
     "bench": ("load_tests", "send a standard workload to a server and print what came of it"),
 }

@@ -117,6 +117,17 @@ class LaunchSettings(ProcessSettings):
     )
     seed: int = Field(0, ge=0, description="seed of dummy weights", json_schema_extra=_passed_to(WORKER))
 
+    deterministic: bool = Field(
+        False,
+        description="a prompt gives the same tokens and log-probabilities, to the bit, alone and in any batch; slower",
+        json_schema_extra=_passed_to(WORKER),
+    )
+    record: Path | None = Field(
+        None,
+        description="file that the worker appends every step and its result to, for `stepwire replay FILE`",
+        json_schema_extra=_passed_to(WORKER),
+    )
+
     chat_template: Path | None = Field(
         None,
         description="jinja file to use instead of the model's own chat template",

@@ -14,6 +14,7 @@ from stepwire.process.parent import end_with_parent
 from gpu_worker.config import PROGRAM, WorkerSettings, parse_settings
 from gpu_worker.errors import LoadError
 from gpu_worker.listen import ListenError, read_server_credentials
+from gpu_worker.recording import Recorder, RecordingError
 from gpu_worker.runner_api import Runner, WorkerFacts
 from gpu_worker.server import WorkerServer
 
@@ -31,11 +32,11 @@ def main(argv: list[str]) -> int:
     try:
         server = _make_server(settings)
         address = server.start()
-    except ListenError as error:
+    except (ListenError, RecordingError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 1
     try:
-        runner = _load_runner(settings)
+        runner = load_runner(settings)
     except (LoadError, ValueError, OSError) as error:
         # What a person can put right: the message says how. Anything else is a defect, and shows where.
         logger.debug("loading failed", exc_info=True)
@@ -67,15 +68,19 @@ def _make_server(settings: WorkerSettings) -> WorkerServer:
     credentials = None
     if settings.tls_cert is not None and settings.tls_key is not None:
         credentials = read_server_credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+    recorder = None
+    if settings.record is not None:
+        recorder = Recorder(settings.record, model=str(settings.model or ""), flags=settings.replayable_flags())
     return WorkerServer(
         settings.listen,
         credentials=credentials,
         shutdown_grace_s=settings.shutdown_grace_s,
         hang_limit_s=settings.hang_limit_s,
+        recorder=recorder,
     )
 
 
-def _load_runner(settings: WorkerSettings) -> Runner:
+def load_runner(settings: WorkerSettings) -> Runner:
     """The runner that the settings name. torch is imported only where it computes."""
     if settings.runner == "simulated":
         from gpu_worker.simulated import SimulatedRunner, SimulationSpec

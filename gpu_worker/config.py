@@ -12,6 +12,30 @@ from stepwire.process.settings import PositiveInt, ProcessSettings, TokenCounts
 
 PROGRAM = "python -m gpu_worker"
 
+# Settings of this one process: how it is reached, what it says, and failures that were planted.
+_NOT_REPLAYED = frozenset(
+    {
+        "config",
+        "log_level",
+        "log_format",
+        "exit_with_parent",
+        "listen",
+        "tls_cert",
+        "tls_key",
+        "tls_client_ca",
+        "hang_limit_s",
+        "shutdown_grace_s",
+        "record",
+        "sim_crash_at_step",
+        "sim_hang_at_step",
+        "sim_drop_stream_at_step",
+        "sim_delay_at_step",
+        "sim_delay_s",
+        "sim_out_of_order_at_step",
+        "sim_poison_token",
+    }
+)
+
 
 class WorkerSettings(ProcessSettings):
     """Serves one model to a control plane: runs its step batches and answers with the sampled tokens."""
@@ -39,6 +63,10 @@ class WorkerSettings(ProcessSettings):
     )
     shutdown_grace_s: float = Field(
         10.0, ge=0, description="seconds that queued steps may still take after SIGTERM before the process ends anyway"
+    )
+    record: Path | None = Field(
+        None,
+        description="file that every step and its result is appended to, for `stepwire replay FILE`; holds token ids",
     )
 
     # The model's numbers.
@@ -77,6 +105,11 @@ class WorkerSettings(ProcessSettings):
     )
     enforce_eager: bool = Field(
         False, description="cuda: launch every kernel by itself instead of replaying CUDA graphs (slow; to debug)"
+    )
+    deterministic: bool = Field(
+        False,
+        description="a prompt gives the same tokens and log-probabilities, to the bit, alone and in any batch, however "
+        "it is cut into steps; slower",
     )
     cpu_kv_cache_gib: float = Field(2.0, gt=0, description="size of the KV cache on device cpu, in GiB")
     num_threads: PositiveInt | None = Field(None, description="CPU threads of torch; default: one per physical core")
@@ -130,6 +163,19 @@ class WorkerSettings(ProcessSettings):
         None, ge=0, description="simulated: a row that runs this token id fails, the rest of the step goes on"
     )
     sim_poison_token: int | None = Field(None, ge=0, description="simulated: running this token id fails the process")
+
+    def replayable_flags(self) -> list[str]:
+        """What somebody set of that which decides what a step gives, as flags: what a recording keeps of it."""
+        flags: list[str] = []
+        for name in sorted(self.model_fields_set - _NOT_REPLAYED):
+            value, flag = getattr(self, name), name.replace("_", "-")
+            if isinstance(value, bool):
+                flags.append(f"--{flag}" if value else f"--no-{flag}")
+            elif isinstance(value, tuple):
+                flags.append(f"--{flag}={','.join(str(part) for part in value)}")
+            elif value is not None:
+                flags.append(f"--{flag}={value.absolute() if isinstance(value, Path) else value}")
+        return flags
 
     @model_validator(mode="after")
     def _check_together(self) -> WorkerSettings:

@@ -26,12 +26,20 @@ from gpu_worker.attention.torch_backend import TorchAttention
 from gpu_worker.config import WorkerSettings
 from gpu_worker.device import resolve_device, resolve_dtype
 from gpu_worker.input_batch import InputBatch, StepInputs
+from gpu_worker.invariant.coverage import CoveredScheme, refuse_uncovered
+from gpu_worker.invariant.logits import TiledLogits
+from gpu_worker.invariant.row_tiles import TiledScheme
+from gpu_worker.invariant.torch_attention import TiledTorchAttention
+from gpu_worker.invariant.torch_ops import PiecewiseOps
 from gpu_worker.kv_cache import KVCache, KVCacheShape
+from gpu_worker.layers.decoder import HiddenStates
 from gpu_worker.layers.linear import BuildContext
+from gpu_worker.layers.ops import TORCH_OPS
 from gpu_worker.model_spec import ModelConfigError
 from gpu_worker.models.family import ModelFamily
 from gpu_worker.models.loader import read_spec
 from gpu_worker.parallel import ParallelContext
+from gpu_worker.quant.api import QuantScheme
 from gpu_worker.quant.scheme import make_scheme
 from gpu_worker.runner_api import RowFault, RowFaultCode, StepBatch, StepResult, TokenMask, UInt32Array, WorkerFacts
 from gpu_worker.sampler import SampledTokens, sample
@@ -59,10 +67,12 @@ class TorchRunner:
         attention: TorchAttention,
         facts: WorkerFacts,
         device: torch.device,
+        logits: Callable[[HiddenStates], torch.Tensor] | None = None,
     ) -> None:
-        self._model = model
+        self.model = model
+        self._logits = logits
         self._kv_cache = kv_cache
-        self._attention = attention
+        self.attention = attention
         self._facts = facts
         self._device = device
         self._rows = InputBatch(batch_limits(facts))
@@ -91,13 +101,19 @@ class TorchRunner:
             )
         kv_dtype = resolve_kv_dtype(settings.kv_cache_dtype, dtype)
         parallel = ParallelContext()
-        scheme = make_scheme(
+        if settings.deterministic:
+            refuse_uncovered(spec)
+            _refuse_other_devices(device)
+        ops = PiecewiseOps() if settings.deterministic else TORCH_OPS
+        scheme: QuantScheme = make_scheme(
             settings.model,
             family.name_rules,
             setting=settings.quantization,
             has_weights=settings.load_format == "auto",
         )
-        build = BuildContext(parallel, scheme, dtype, device)
+        if settings.deterministic:
+            scheme = TiledScheme(CoveredScheme(scheme))
+        build = BuildContext(parallel, scheme, dtype, device, ops)
         sizes = resolve_sizes(settings, spec, device)
         shape = KVCacheShape.of(spec, parallel, sizes.block_size, kv_dtype)
         model = load_model(settings, family, spec, build, sizes.max_model_len)
@@ -106,9 +122,10 @@ class TorchRunner:
         for line in plan.lines():
             log.info(line)
         kv_cache = KVCache(shape, plan.num_blocks, device)
-        attention = TorchAttention(attention_spec(spec, parallel), kv_cache.layers, dtype)
+        backend = TiledTorchAttention if settings.deterministic else TorchAttention
+        attention = backend(attention_spec(spec, parallel), kv_cache.layers, dtype)
         facts = worker_facts(settings.model, spec, sizes, plan, shape, device, dtype)
-        return cls(model, kv_cache, attention, facts, device)
+        return cls(model, kv_cache, attention, facts, device, TiledLogits(model) if settings.deterministic else None)
 
     def describe(self) -> WorkerFacts:
         return self._facts
@@ -122,7 +139,7 @@ class TorchRunner:
 
     def execute(self, batch: StepBatch, wait_for_mask: Callable[[], TokenMask]) -> FinishedStep:
         begun = time.perf_counter_ns()
-        inputs, faults = self._rows.apply(batch)
+        inputs, faults = self.build_inputs(batch)
         built = time.perf_counter_ns()
         logits = None
         if inputs is not None:
@@ -138,27 +155,32 @@ class TorchRunner:
             faults=faults,
         )
         if inputs is not None and logits is not None:
-            self._sample(inputs, logits, mask, result)
+            self.draw(inputs, logits, mask, result)
         result.input_ns = built - begun
         result.forward_ns = computed - built
         result.sample_ns = time.perf_counter_ns() - masked
         return FinishedStep(result)
 
+    def build_inputs(self, batch: StepBatch) -> tuple[StepInputs | None, list[RowFault]]:
+        """What the forward pass reads, and the rows that are not as the step says."""
+        return self._rows.apply(batch)
+
     @torch.inference_mode()
     def _forward(self, inputs: StepInputs) -> torch.Tensor | None:
         """Logits of the runs that sample: [num_sampled, vocab_size]; None where none does."""
-        self._attention.plan(inputs.metadata)
+        self.attention.plan(inputs.metadata)
         token_ids = torch.from_numpy(inputs.token_ids).to(self._device)
         positions = torch.from_numpy(inputs.metadata.positions).to(self._device)
-        hidden = self._model.hidden_states(token_ids, positions, self._attention)  # [num_tokens, hidden]
+        hidden = self.model.hidden_states(token_ids, positions, self.attention)  # [num_tokens, hidden]
         num_sampled = len(inputs.sampled_tokens)
         if num_sampled == 0:
             return None
         if num_sampled != len(inputs.token_ids) or (np.diff(inputs.sampled_tokens) != 1).any():
             hidden = hidden.select(torch.from_numpy(inputs.sampled_tokens).to(self._device))
-        return self._model.logits(hidden)
+        return self.model.logits(hidden) if self._logits is None else self._logits(hidden)
 
-    def _sample(self, inputs: StepInputs, logits: torch.Tensor, mask: TokenMask | None, result: StepResult) -> None:
+    def draw(self, inputs: StepInputs, logits: torch.Tensor, mask: TokenMask | None, result: StepResult) -> None:
+        """Sample into `result`, and into the rows. logits [num_sampled, vocab_size]."""
         rows = inputs.sampled_rows.tolist()
         bitmasks = None if mask is None else _bitmasks_of(rows, mask)
         samplers = [self._rows.sampler(row) for row in rows]
@@ -174,6 +196,14 @@ class TorchRunner:
             if index not in failed:
                 self._rows.append(row, int(sampled.token_ids[index]))
         _write_tokens(result, inputs, sampled, failed)
+
+
+def _refuse_other_devices(device: torch.device) -> None:
+    if device.type != "cpu":
+        raise ModelConfigError(
+            f"--deterministic needs the kernels on {device}, and this model or device runs in plain torch there: "
+            "leave it out, or set --device cpu"
+        )
 
 
 def _write_tokens(result: StepResult, inputs: StepInputs, sampled: SampledTokens, failed: set[int]) -> None:

@@ -34,6 +34,7 @@ from grpc_health.v1.health import aio as health_aio  # type: ignore[attr-defined
 from stepwire.v1 import worker_pb2, worker_pb2_grpc
 
 from gpu_worker.listen import ListenAddress, ListenError
+from gpu_worker.recording import Recorder
 from gpu_worker.runner_api import PendingStep, Runner, SessionEnded, StepError, UsesPauses, WorkerFacts
 from gpu_worker.session import QueuedStep, Session, StreamContext
 from gpu_worker.step_codec import PROTOCOL_VERSION, encode_facts, encode_result
@@ -94,6 +95,7 @@ class WorkerServer:
         credentials: for TLS; None serves in clear.
         shutdown_grace_s: how long queued steps may take after a signal.
         hang_limit_s: how long a new session may wait behind the step before; then the process ends, for it hangs.
+        recorder: is told of everything that the control plane sends and is answered.
     """
 
     def __init__(
@@ -103,7 +105,9 @@ class WorkerServer:
         credentials: grpc.ServerCredentials | None = None,
         shutdown_grace_s: float = 10.0,
         hang_limit_s: float = 30.0,
+        recorder: Recorder | None = None,
     ) -> None:
+        self._recorder = recorder
         self._listen = ListenAddress.parse(listen)
         self._credentials = credentials
         self._shutdown_grace_s = shutdown_grace_s
@@ -139,7 +143,10 @@ class WorkerServer:
 
     def serve(self, runner: Runner, on_ready: Callable[[WorkerFacts], None]) -> int:
         """Run the sessions' steps until a signal comes or the runner fails; gives the process's exit code."""
-        self._facts = runner.describe()
+        facts = runner.describe()
+        if self._recorder is not None:
+            self._recorder.begin(encode_facts(facts, self._instance_id, stepwire.__version__))
+        self._facts = facts
         self._completion_thread.start()
         self._on_loop(self._watch_signals())
         # A Python handler alone runs when the main thread next runs Python, which may be never: a signal that comes in
@@ -156,13 +163,21 @@ class WorkerServer:
                 self._reset(runner, work)
         self._launched.put(_Stop())
         self._completion_thread.join(_LAST_RESORT_S)
-        if self._completion_thread.is_alive():
+        is_hung = self._completion_thread.is_alive()
+        if is_hung:
             logger.error("a launched step has not ended: the process ends without it")
-            return 1
-        if not self._has_failed:
-            runner.close()
-        self.stop()
-        return 1 if self._has_failed else 0
+        else:
+            if not self._has_failed:
+                runner.close()
+            self.stop()
+        if self._recorder is not None:
+            # After the loop's end: nothing is delivered any more.
+            self._recorder.close()
+        return 1 if is_hung or self._has_failed else 0
+
+    def shut_down(self, message: str) -> None:
+        """End as after a signal: queued steps are answered first. Any thread."""
+        self._loop.call_soon_threadsafe(self._begin_end, message)
 
     def stop(self) -> None:
         """Stop listening and end the gRPC thread. `serve` does it; needed where `serve` is never reached."""
@@ -342,10 +357,12 @@ class WorkerServer:
         if self._ending is not None:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the worker is shutting down")
             return
-        session = Session(hello.session_id, self._facts, self._work.put)
+        session = Session(hello.session_id, self._facts, self._work.put, self._recorder)
         former, self._session = self._session, session
         if former is not None:
             former.end(grpc.StatusCode.ABORTED, f"session {hello.session_id} has taken the place of this one")
+        if self._recorder is not None:
+            self._recorder.hello(hello)
         logger.info("session begins", session_id=hello.session_id, peer=context.peer())
         ready: asyncio.Future[str] = self._loop.create_future()
         self._work.put(_Reset(session, ready))

@@ -18,6 +18,7 @@ import structlog
 from grpc.aio import EOF  # type: ignore[attr-defined]  # the stubs lack it
 from stepwire.v1 import worker_pb2
 
+from gpu_worker.recording import Recorder
 from gpu_worker.runner_api import SessionEnded, StepBatch, StepError, TokenMask, UInt32Array, WorkerFacts
 from gpu_worker.step_codec import decode_mask, decode_step
 
@@ -50,7 +51,14 @@ class QueuedStep:
 class Session:
     """The life of a stream after its hello. `is_over` may be read on any thread."""
 
-    def __init__(self, session_id: str, facts: WorkerFacts, submit: Callable[[QueuedStep], None]) -> None:
+    def __init__(
+        self,
+        session_id: str,
+        facts: WorkerFacts,
+        submit: Callable[[QueuedStep], None],
+        recorder: Recorder | None = None,
+    ) -> None:
+        self._recorder = recorder
         self.session_id = session_id
         self.is_over = False
         self.finished = asyncio.Event()  # the stream is closed
@@ -83,6 +91,8 @@ class Session:
     def deliver(self, response: worker_pb2.RunStepsResponse) -> None:
         """Send a step's result."""
         if not self.is_over:
+            if self._recorder is not None:
+                self._recorder.result(response.result)
             self._outbox.put_nowait(response)
 
     async def run(self, context: StreamContext, wait_until_ready: asyncio.Future[str]) -> None:
@@ -161,6 +171,8 @@ class Session:
         if len(batch.mask_rows):
             mask = Future()
             self._masks[batch.step_id] = (batch.mask_rows, mask)
+        if self._recorder is not None:
+            self._recorder.step(message)
         self._next_step_id += 1
         self._num_unanswered += 1
         logger.debug("step queued", step_id=batch.step_id, num_runs=len(batch.run_rows), num_tokens=batch.num_tokens)
@@ -177,6 +189,8 @@ class Session:
             )
         mask_rows, mask = waiting
         decoded = decode_mask(message, mask_rows, self._facts.vocab_size)
+        if self._recorder is not None:
+            self._recorder.mask(message)
         del self._masks[message.step_id]
         mask.set_result(decoded)
 

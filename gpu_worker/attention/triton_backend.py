@@ -84,8 +84,14 @@ class PlannedAttention:
         value_dim: int,
         pdl: bool,
         kv_scales: Sequence[KVScales] | None,
+        deterministic: bool = False,
     ) -> None:
-        """`kv_scales`: one entry a layer, of a float8 cache; None: values are cached as they are."""
+        """`kv_scales`: one entry a layer, of a float8 cache; None: values are cached as they are.
+
+        `deterministic`: the prefill kernel serves runs of one token too. Its sums for a query follow the query's
+        position alone, and the decode kernel's are others.
+        """
+        self._deterministic = deterministic
         self.spec = spec
         # A cache of 16 bits holds every value unscaled.
         is_scaled = kv_scales is not None and kv_caches[0].dtype == torch.float8_e4m3fn
@@ -135,7 +141,7 @@ class PlannedAttention:
         inputs = step.inputs
         self._step = step
         self._decode_work, self._prefill_work = {}, None
-        if step.has_decodes:
+        if step.has_decodes and not self._deterministic:
             policy = chunk_policy_for(inputs.max_runs, self._num_kv_heads)
             num_records = self._num_decode_records(inputs.max_runs)
             for window, whole in self._decode_lists.items():
@@ -144,7 +150,7 @@ class PlannedAttention:
                     inputs.query_starts, inputs.kv_lens, inputs.run_rows, work, window=window, pdl=self._pdl
                 )
                 self._decode_work[window] = work
-        if step.has_prefills:
+        if step.has_prefills or self._deterministic:
             num_tiles = -(-inputs.max_tokens // self._tile_tokens) + inputs.max_runs
             whole = self._prefill_list
             work = WorkList(whole.records[:num_tiles], whole.num_records, whole.runs[: inputs.max_runs])
@@ -154,6 +160,7 @@ class PlannedAttention:
                 inputs.run_rows,
                 work,
                 tile_tokens=self._tile_tokens,
+                min_queries=1 if self._deterministic else 2,
                 pdl=self._pdl,
             )
             self._prefill_work = work
@@ -184,6 +191,7 @@ class TritonAttention(PlannedAttention):
         *,
         pdl: bool,
         kv_scales: Sequence[KVScales] | None = None,
+        deterministic: bool = False,
     ) -> None:
         self._keys = [cache[0] for cache in kv_caches]
         self._values = [cache[1] for cache in kv_caches]
@@ -196,6 +204,7 @@ class TritonAttention(PlannedAttention):
             value_dim=spec.head_dim,
             pdl=pdl,
             kv_scales=kv_scales,
+            deterministic=deterministic,
         )
 
     def rotate_and_write(self, qkv: torch.Tensor, heads: AttentionHeads, positions: StepPositions) -> torch.Tensor:
@@ -236,7 +245,9 @@ class TritonAttention(PlannedAttention):
         if k is not None or v is not None:
             raise ValueError("the triton attention backend reads keys and values from the cache: call rotate_and_write")
         step, window, scales = self._planned(), self._windows[layer], self._kv_scales[layer]
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # [num_tokens, num_heads, head_dim]
+        # Padding tokens are written by the decode kernel; without it nobody does.
+        allocate = torch.zeros if self._deterministic else torch.empty
+        out = allocate(q.shape, dtype=q.dtype, device=q.device)  # [num_tokens, num_heads, head_dim]
         arguments = (q, self._keys[layer], self._values[layer], step.block_tables)
         soft_cap = self.spec.softcap or 0.0
         if self._prefill_work is not None:

@@ -114,8 +114,11 @@ def make_attention(
     dtype: torch.dtype,
     pdl: bool,
     kv_scales: Sequence[KVScales] | None = None,
+    deterministic: bool = False,
 ) -> TritonAttention | TritonLatentAttention:
-    """The attention of a model; `dtype` is that of its activations, `kv_scales` as in `PlannedAttention`."""
+    """The attention of a model; `dtype` is that of its activations, the rest as in `PlannedAttention`."""
     if spec.value_dim is None:
-        return TritonAttention(spec, kv_caches, limits, pdl=pdl, kv_scales=kv_scales)
+        return TritonAttention(spec, kv_caches, limits, pdl=pdl, kv_scales=kv_scales, deterministic=deterministic)
+    if deterministic:
+        raise ValueError("latent attention has no fixed shapes yet")
     return TritonLatentAttention(spec, kv_caches, limits, dtype=dtype, pdl=pdl, kv_scales=kv_scales)

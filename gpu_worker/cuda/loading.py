@@ -24,6 +24,7 @@ from gpu_worker.attention.triton_backend import AttentionLimits, unsupported_att
 from gpu_worker.attention.triton_latent import make_attention
 from gpu_worker.config import WorkerSettings
 from gpu_worker.cuda.compiling import compile_in_parallel
+from gpu_worker.cuda.invariant_ops import InvariantTritonOps
 from gpu_worker.cuda.ops import TritonOps
 from gpu_worker.cuda.packed_linears import PackedLinears
 from gpu_worker.cuda.runner import CudaRunner
@@ -32,6 +33,7 @@ from gpu_worker.cuda.step_layout import GRAPH_TOKENS, StepPlanner
 from gpu_worker.cuda.step_program import ProgramBuffers, ProgramLimits, StepProgram
 from gpu_worker.cuda.timeline import NUM_SLOTS, CudaTimeline
 from gpu_worker.device import resolve_dtype
+from gpu_worker.invariant.coverage import CoveredScheme, refuse_uncovered
 from gpu_worker.kv_cache import GIB, KVCache, KVCacheShape, MemoryBudgetError, activation_bytes
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.model_spec import ModelConfigError, ModelSpec
@@ -39,6 +41,7 @@ from gpu_worker.models.family import ModelFamily
 from gpu_worker.models.hf_config import HfConfig
 from gpu_worker.models.loader import read_spec
 from gpu_worker.parallel import ParallelContext
+from gpu_worker.quant.api import QuantScheme
 from gpu_worker.quant.scheme import make_scheme, read_quantization
 from gpu_worker.runner import TorchRunner
 from gpu_worker.runner_api import Runner
@@ -92,6 +95,8 @@ def load_cuda_runner(settings: WorkerSettings, device: torch.device) -> Runner:
     parallel = ParallelContext()
     dtype = resolve_dtype(settings.dtype, device, spec.dtype)
     sizes = resolve_sizes(settings, spec, device)
+    if settings.deterministic:
+        refuse_uncovered(spec)
     reason = _unsupported(spec, parallel, sizes, device) or _packed_experts(settings, settings.model, spec)
     if reason is not None:
         log.warning("the CUDA kernels cannot run this: plain torch does, many times slower", reason=reason)
@@ -119,15 +124,18 @@ def _load_supported(
     begun = time.monotonic()
     torch.cuda.set_device(device)
     pdl = torch.cuda.get_device_capability(device) >= PDL_CAPABILITY
-    ops = TritonOps(device, pdl=pdl)
-    scheme = make_scheme(
+    ops = (InvariantTritonOps if settings.deterministic else TritonOps)(device, pdl=pdl)
+    scheme: QuantScheme = make_scheme(
         directory,
         family.name_rules,
         setting=settings.quantization,
         has_weights=settings.load_format == "auto",
         ops=ops,
-        kernels=PackedLinears(device, pdl=pdl),
+        # The packed kernels pick their tiles by the number of tokens.
+        kernels=None if settings.deterministic else PackedLinears(device, pdl=pdl),
     )
+    if settings.deterministic:
+        scheme = CoveredScheme(scheme)
     build = BuildContext(parallel, scheme, dtype, device, ops)
     shape = KVCacheShape.of(spec, parallel, sizes.block_size, resolve_kv_dtype(settings.kv_cache_dtype, dtype))
     model = load_model(settings, family, spec, build, sizes.max_model_len)
@@ -146,6 +154,7 @@ def _load_supported(
         dtype=dtype,
         pdl=pdl,
         kv_scales=model.kv_scales,
+        deterministic=settings.deterministic,
     )
     buffers = ProgramBuffers.allocate(parts.program, device)
     timeline = CudaTimeline(device, BUFFER_WORDS, result_slot_words(parts.planner.max_runs, MAX_NUM_LOGPROBS))

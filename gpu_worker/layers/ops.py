@@ -226,16 +226,22 @@ class TorchOps:
         self, qkv: torch.Tensor, heads: AttentionHeads, positions: StepPositions, attention: AttentionBackend[Any]
     ) -> torch.Tensor:
         num_heads, num_rotated = heads.num_heads, heads.num_heads + heads.num_kv_heads
-        rotation = _rotation_of(positions)
         by_head = qkv.view(qkv.shape[0], -1, heads.head_dim)  # [num_tokens, heads + 2 * kv_heads, head_dim]
-        if heads.query_norm is not None and heads.key_norm is not None:
-            q = heads.query_norm.apply(by_head[:, :num_heads])
-            k = heads.key_norm.apply(by_head[:, num_heads:num_rotated])
-            rotated = rotation.apply(torch.cat((q, k), dim=1))
-        else:
-            rotated = rotation.apply(by_head[:, :num_rotated])  # [num_tokens, heads + kv_heads, head_dim]
+        rotated = self.rotate_heads(by_head, heads, _rotation_of(positions))
         q, k, v = rotated[:, :num_heads], rotated[:, num_heads:], by_head[:, num_rotated:]
         return attention.run(q, k, v, heads.layer, sinks=heads.sinks)
+
+    def rotate_heads(self, by_head: torch.Tensor, heads: AttentionHeads, rotation: StepRotation) -> torch.Tensor:
+        """Norms and rotation of by_head [num_tokens, heads + 2 * kv_heads, head_dim], which may be overwritten.
+
+        Returns queries and keys, [num_tokens, heads + kv_heads, head_dim].
+        """
+        num_heads, num_rotated = heads.num_heads, heads.num_heads + heads.num_kv_heads
+        if heads.query_norm is None or heads.key_norm is None:
+            return rotation.apply(by_head[:, :num_rotated])
+        q = heads.query_norm.apply(by_head[:, :num_heads])
+        k = heads.key_norm.apply(by_head[:, num_heads:num_rotated])
+        return rotation.apply(torch.cat((q, k), dim=1))
 
 
 TORCH_OPS = TorchOps()

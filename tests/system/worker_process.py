@@ -60,9 +60,9 @@ class WorkerProcess:
         """Those that were logged so far are no longer found."""
         self._num_seen = len(self.lines)
 
-    def wait_for_event(self, text: str, *, then_forget: bool = False) -> dict[str, Any]:
+    def wait_for_event(self, text: str, *, then_forget: bool = False, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
         """The first log entry whose event contains `text`; with `then_forget` the next call looks after it."""
-        deadline = time.monotonic() + TIMEOUT_S
+        deadline = time.monotonic() + timeout_s
         seen = self._num_seen
         while True:
             for line in self.lines[seen:]:

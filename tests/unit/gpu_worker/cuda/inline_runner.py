@@ -16,6 +16,7 @@ from gpu_worker.assembly import MAX_NUM_LOGPROBS, Sizes, attention_spec, load_mo
 from gpu_worker.attention.triton_backend import AttentionLimits
 from gpu_worker.attention.triton_latent import make_attention
 from gpu_worker.config import WorkerSettings
+from gpu_worker.cuda.invariant_ops import InvariantTritonOps
 from gpu_worker.cuda.ops import TritonOps
 from gpu_worker.cuda.runner import CudaRunner
 from gpu_worker.cuda.step_layout import StepPlanner
@@ -62,13 +63,14 @@ def load_inline(
     kv_cache_dtype: str = "auto",
     buffer_words: int = 4096,
     with_graphs: bool = False,
+    deterministic: bool = False,
 ) -> CudaRunner:
     """float32 weights of `directory`, blocks of 16 tokens."""
     device, parallel = torch.device("cpu"), ParallelContext()
     settings = WorkerSettings(model=directory, device="cpu")
     spec, family = read_spec(directory)
     sizes = Sizes(block_size=16, max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_num_batched_tokens=128)
-    ops = TritonOps(device, pdl=False)
+    ops = (InvariantTritonOps if deterministic else TritonOps)(device, pdl=False)
     build = BuildContext(parallel, Unquantized(ops), torch.float32, device, ops)
     shape = KVCacheShape.of(spec, parallel, 16, resolve_kv_dtype(kv_cache_dtype, torch.float32))
     plan = MemoryPlan("cpu", None, 0, 0, 0, num_blocks, 16)
@@ -90,6 +92,7 @@ def load_inline(
         dtype=torch.float32,
         pdl=False,
         kv_scales=model.kv_scales,
+        deterministic=deterministic,
     )
     timeline = InlineTimeline(buffer_words, result_slot_words(planner.max_runs, MAX_NUM_LOGPROBS))
     program = StepProgram(

@@ -1,0 +1,36 @@
+"""Which part of a step an operation belongs to, by its name: the one table of the profile.
+
+On a GPU names are those of kernels and copies; on a CPU those of the ranges that `annotations` puts around layers.
+"""
+
+from __future__ import annotations
+
+import re
+
+INPUT, ATTENTION, LINEARS, SAMPLER, OTHER = "input", "attention", "linears", "sampler", "other"
+PARTS = (INPUT, ATTENTION, LINEARS, SAMPLER, OTHER)
+
+# The first that matches. Kernels of stepwire_kernels first, then those of the libraries that torch calls.
+_TABLE = tuple(
+    (part, re.compile(pattern))
+    for part, pattern in (
+        (INPUT, r"_apply_delta_|_build_input_|_list_kernel|memcpy|memset|^input\b"),
+        (SAMPLER, r"_score_kernel|_candidates_|_finish_kernel|_top_logprobs_|_recount_|_write_back_|_pack_result_"),
+        (SAMPLER, r"^sampler$"),
+        (ATTENTION, r"_decode_kernel|_prefill_kernel|_combine_kernel|_rope_kv_|_latent_|^attention\.run$|flash"),
+        (LINEARS, r"_gemv_|_skinny_|_invariant_|_packed_kernel|_scaled_kernel|_quantize_kernel"),
+        # Experts: products that are grouped, and their sum.
+        (LINEARS, r"_gate_up_kernel|_down_kernel|_sum_kernel"),
+        (LINEARS, r"gemm|gemv|cutlass|cublas|nvjet|splitk|xmma"),
+        (LINEARS, r"^layer (.*\.)?(qkv|output|gate_up|up|down|head)$"),
+    )
+)
+
+
+def part_of(name: str) -> str:
+    """One of `PARTS`."""
+    lowered = name.lower()
+    for part, pattern in _TABLE:
+        if pattern.search(lowered):
+            return part
+    return OTHER
