@@ -8,6 +8,7 @@ import gc
 import signal
 import sys
 import time
+from collections.abc import Callable
 
 import grpc
 import structlog
@@ -19,7 +20,8 @@ from stepwire.process.parent import end_with_parent
 from control_plane.admin.server import create_admin_server
 from control_plane.admin.servicer import AdminServicer
 from control_plane.config import PROGRAM, ControlPlaneSettings, parse_settings
-from control_plane.core.engine import Engine, EngineConfig
+from control_plane.core.engine import Engine
+from control_plane.core.engine_config import EngineConfig
 from control_plane.core.metrics import CoreMetrics
 from control_plane.core.worker_link import WorkerAddress
 from control_plane.frontend.model_files import ModelFilesError
@@ -61,7 +63,9 @@ async def _serve(settings: ControlPlaneSettings) -> None:
         reasoning_parser=settings.reasoning_parser,
     )
     registry = CollectorRegistry()
-    engine = Engine(_worker_address(settings), _engine_config(settings), CoreMetrics(registry))
+    address_of = _worker_addresses(settings)
+    addresses = [address_of(worker) for worker in settings.workers]
+    engine = Engine(addresses, _engine_config(settings), CoreMetrics(registry))
     server = await create_server(settings, engine, model, registry)
     admin = create_admin_server(
         settings,
@@ -71,6 +75,7 @@ async def _serve(settings: ControlPlaneSettings) -> None:
             drain_timeout_s=settings.drain_timeout_s,
             begin_drain=server.begin_drain,
             exit_process=stop.set,
+            address_of=address_of,
         ),
     )
     _serve_metrics(settings, registry)
@@ -81,7 +86,7 @@ async def _serve(settings: ControlPlaneSettings) -> None:
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
     log.info(
-        "listening", grpc=f"{settings.grpc_host}:{server.port}", socket=settings.listen, worker=settings.workers[0]
+        "listening", grpc=f"{settings.grpc_host}:{server.port}", socket=settings.listen, workers=list(settings.workers)
     )
     tasks = [asyncio.create_task(engine.run()), asyncio.create_task(_follow_worker(engine, server, started_s))]
     stopped = asyncio.create_task(stop.wait())
@@ -99,7 +104,7 @@ async def _serve(settings: ControlPlaneSettings) -> None:
 
 
 async def _follow_worker(engine: Engine, server: FrontendServer, started_s: float) -> None:
-    """Health says what is true: SERVING while a worker is there."""
+    """Health says what is true: SERVING while a worker is there, whichever group's it is."""
     while True:
         await engine.wait_connected()
         await server.set_serving(True)
@@ -139,18 +144,17 @@ def _engine_config(settings: ControlPlaneSettings) -> EngineConfig:
     )
 
 
-def _worker_address(settings: ControlPlaneSettings) -> WorkerAddress:
+def _worker_addresses(settings: ControlPlaneSettings) -> Callable[[str], WorkerAddress]:
+    """What makes an address of where a worker listens: all workers are spoken to alike."""
     if settings.worker_tls_ca is None:
-        return WorkerAddress(settings.workers[0])
+        return WorkerAddress
     client = settings.worker_tls_cert is not None and settings.worker_tls_key is not None
-    return WorkerAddress(
-        settings.workers[0],
-        grpc.ssl_channel_credentials(
-            root_certificates=settings.worker_tls_ca.read_bytes(),
-            private_key=settings.worker_tls_key.read_bytes() if client and settings.worker_tls_key else None,
-            certificate_chain=settings.worker_tls_cert.read_bytes() if client and settings.worker_tls_cert else None,
-        ),
+    credentials = grpc.ssl_channel_credentials(
+        root_certificates=settings.worker_tls_ca.read_bytes(),
+        private_key=settings.worker_tls_key.read_bytes() if client and settings.worker_tls_key else None,
+        certificate_chain=settings.worker_tls_cert.read_bytes() if client and settings.worker_tls_cert else None,
     )
+    return lambda worker: WorkerAddress(worker, credentials)
 
 
 def _serve_metrics(settings: ControlPlaneSettings, registry: CollectorRegistry) -> None:

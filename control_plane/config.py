@@ -40,7 +40,10 @@ class ControlPlaneSettings(ProcessSettings):
     )
 
     # The workers.
-    workers: Strings = Field(("127.0.0.1:50061",), description="where the worker listens: HOST:PORT or unix:/PATH")
+    workers: Strings = Field(
+        ("127.0.0.1:50061",),
+        description="where the workers listen: HOST:PORT or unix:/PATH, one a worker group, separated by commas",
+    )
     worker_tls_ca: Path | None = Field(
         None, description="PEM roots that the workers' certificates are checked against; turns TLS on towards HOST:PORT"
     )
@@ -133,11 +136,9 @@ class ControlPlaneSettings(ProcessSettings):
         if not workers:
             raise ValueError("must name at least one worker, as HOST:PORT or unix:/PATH")
         for worker in workers:
-            _, colon, port = worker.rpartition(":")
-            if not worker.startswith("unix:/") and not (colon and port.isdecimal()):
-                raise ValueError(f"{worker} is neither HOST:PORT nor unix:/PATH")
-        if len(workers) > 1:
-            raise ValueError(f"names {len(workers)} workers; a control plane drives one: start another for the next")
+            check_worker_address(worker)
+        if len(set(workers)) < len(workers):
+            raise ValueError("names a worker twice: each group has a worker of its own")
         return workers
 
     @model_validator(mode="after")
@@ -158,6 +159,13 @@ class ControlPlaneSettings(ProcessSettings):
                 "set --admin-api-key, or leave --admin-host at 127.0.0.1"
             )
         return self
+
+
+def check_worker_address(worker: str) -> None:
+    """Raise `ValueError` for what is not an address."""
+    _, colon, port = worker.rpartition(":")
+    if not worker.startswith("unix:/") and not (colon and port.isdecimal()):
+        raise ValueError(f"{worker} is neither HOST:PORT nor unix:/PATH")
 
 
 def _known(field: str, name: str, formats: Collection[str]) -> str:

@@ -40,6 +40,7 @@ _STEP_FIELDS = (
     "input_ns",
     "forward_ns",
     "sample_ns",
+    "group",
 )
 
 
@@ -127,7 +128,8 @@ class _Reader:
 def sample_json(response: admin_pb2.WatchStepsResponse) -> bytes:
     """What a page needs of one response: field names as in admin.proto."""
     state = response.state
-    shown: dict[str, Any] = {field.name: getattr(state, field.name) for field in state.DESCRIPTOR.fields}
+    shown: dict[str, Any] = _fields(state)
+    shown["groups"] = [_fields(group) for group in state.groups]
     return orjson.dumps(
         {
             "connected": True,
@@ -138,6 +140,10 @@ def sample_json(response: admin_pb2.WatchStepsResponse) -> bytes:
             "inter_token_latency": _counts(response.inter_token_latency),
         }
     )
+
+
+def _fields(message: admin_pb2.ServerState | admin_pb2.GroupState) -> dict[str, Any]:
+    return {field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields if field.name != "groups"}
 
 
 def _counts(counts: admin_pb2.LatencyCounts) -> dict[str, list[Any]]:

@@ -115,6 +115,9 @@ class LaunchSettings(ProcessSettings):
         description="CPU threads of the worker; default: one per physical core",
         json_schema_extra=_passed_to(WORKER),
     )
+    data_parallel_size: PositiveInt = Field(
+        1, description="worker groups, each with a copy of the model; on GPUs each group takes the next ones"
+    )
     seed: int = Field(0, ge=0, description="seed of dummy weights", json_schema_extra=_passed_to(WORKER))
 
     deterministic: bool = Field(
@@ -152,6 +155,11 @@ class LaunchSettings(ProcessSettings):
         description="seconds that running requests may still take after Ctrl-C or SIGTERM; a second one ends them",
     )
     ready_timeout_s: float = Field(600.0, gt=0, description="seconds that loading the model may take")
+
+    @property
+    def num_gpus_per_group(self) -> int:
+        """Ranks of one group."""
+        return 1
 
     def flags_for(self, process: str) -> list[str]:
         """The flags that one process gets from these settings; only those that were set by somebody."""

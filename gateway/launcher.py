@@ -1,4 +1,4 @@
-"""`stepwire serve`: gateway, control plane and worker as subprocesses over unix sockets, kept running as one.
+"""`stepwire serve`: gateway, control plane and workers as subprocesses over unix sockets, kept running as one.
 
 The launcher imports none of them. It waits until the gateway says that everything behind it is ready, restarts a
 process that dies, and ends them in the order in which requests flow, so that what is running can finish. Each of them
@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -27,6 +28,7 @@ from stepwire.process.logs import set_up_logging
 from stepwire.process.settings import parse_settings
 
 from gateway.launch_settings import CONTROL_PLANE, GATEWAY, WORKER, LaunchSettings
+from gateway.worker_processes import TooFewDevices, WorkerStart, worker_starts
 
 log = structlog.get_logger("stepwire")
 
@@ -48,8 +50,9 @@ class LaunchError(Exception):
 
 @dataclass(slots=True)
 class Service:
-    """One of the three processes, over all its lives."""
+    """One of the processes, over all its lives."""
 
+    name: str
     module: str
     arguments: list[str]
     environment: dict[str, str]
@@ -75,10 +78,10 @@ class Service:
             code = await self.process.wait()
             how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             if not self.was_ready:
-                raise LaunchError(f"{self.module} ended before it was ready ({how}): its own message above says why")
+                raise LaunchError(f"{self.name} ended before it was ready ({how}): its own message above says why")
             num_deaths = 1 if time.monotonic() - started_s > _STABLE_S else num_deaths + 1
             pause_s = _RESTART_PAUSES_S[min(num_deaths, len(_RESTART_PAUSES_S)) - 1]
-            log.error("a process died, starting it again", process=self.module, how=how, pause_s=pause_s)
+            log.error("a process died, starting it again", process=self.name, how=how, pause_s=pause_s)
             await asyncio.sleep(pause_s)
 
     async def stop(self, hurry: asyncio.Event) -> None:
@@ -91,7 +94,7 @@ class Service:
         await asyncio.wait([ended, hurried], timeout=self.stop_timeout_s, return_when=asyncio.FIRST_COMPLETED)
         hurried.cancel()
         if not ended.done():
-            log.warning("still running, killing it", process=self.module)
+            log.warning("still running, killing it", process=self.name)
             self.process.kill()
         await ended
 
@@ -192,8 +195,8 @@ async def _prepare(settings: LaunchSettings) -> Path:
 
 
 def _services(settings: LaunchSettings, model: Path, directory: Path) -> list[Service]:
-    """The three processes, in the order in which they are to end: requests stop flowing first."""
-    worker_socket, control_plane_socket = f"unix:{directory}/worker.sock", f"unix:{directory}/control-plane.sock"
+    """The processes, in the order in which they are to end: requests stop flowing first."""
+    control_plane_socket = f"unix:{directory}/control-plane.sock"
     admin_socket = f"unix:{directory}/admin.sock"
     # The settings file is the launcher's: what it says reaches the processes as flags.
     environment = {name: value for name, value in os.environ.items() if name != "STEPWIRE_CONFIG"}
@@ -206,6 +209,10 @@ def _services(settings: LaunchSettings, model: Path, directory: Path) -> list[Se
         keys = [key.get_secret_value() for key in settings.admin_api_key]
         environment["STEPWIRE_ADMIN_API_KEY"] = ",".join(keys)
         environment["STEPWIRE_CONTROL_PLANE_ADMIN_API_KEY"] = keys[0]
+    try:
+        workers = worker_starts(settings, directory, environment)
+    except TooFewDevices as error:
+        raise LaunchError(str(error)) from None
     common = ["--exit-with-parent", f"--log-level={settings.log_level}", f"--log-format={settings.log_format}"]
     drain = f"--drain-timeout-s={settings.drain_timeout_s}"
     arguments = {
@@ -217,25 +224,31 @@ def _services(settings: LaunchSettings, model: Path, directory: Path) -> list[Se
         ],
         CONTROL_PLANE: [
             f"--model={model}",
-            f"--workers={worker_socket}",
+            f"--workers={','.join(worker.socket for worker in workers)}",
             f"--listen={control_plane_socket}",
             f"--admin-listen={admin_socket}",
             f"--grpc-host={settings.host}",
             f"--metrics-host={settings.host}",
             drain,
         ],
-        WORKER: [f"--model={model}", f"--listen={worker_socket}"],
     }
     if not settings.served_model_name:
         arguments[CONTROL_PLANE].append(f"--served-model-name={_source_name(settings.model)}")
+    stop_timeout_s = settings.drain_timeout_s + _STOP_MARGIN_S
+
+    def service(module: str, own: Sequence[str], name: str = "", extra: dict[str, str] | None = None) -> Service:
+        flags = [*own, *settings.flags_for(module), *common]
+        return Service(name or module, module, flags, environment | (extra or {}), stop_timeout_s)
+
+    def worker_service(number: int, worker: WorkerStart) -> Service:
+        own = [f"--model={model}", f"--listen={worker.socket}", *worker.flags]
+        name = f"{WORKER} {number}" if len(workers) > 1 else WORKER
+        return service(WORKER, own, name, worker.environment)
+
     return [
-        Service(
-            module,
-            [*arguments[module], *settings.flags_for(module), *common],
-            environment,
-            stop_timeout_s=settings.drain_timeout_s + _STOP_MARGIN_S,
-        )
-        for module in (GATEWAY, CONTROL_PLANE, WORKER)
+        service(GATEWAY, arguments[GATEWAY]),
+        service(CONTROL_PLANE, arguments[CONTROL_PLANE]),
+        *(worker_service(number, worker) for number, worker in enumerate(workers)),
     ]
 
 
@@ -251,7 +264,7 @@ async def _wait_ready(settings: LaunchSettings, keepers: Sequence[asyncio.Task[N
     """Until the gateway says that it and everything behind it can serve."""
     try:
         async with asyncio.timeout(settings.ready_timeout_s):
-            while await _get_status(_reachable(settings.host), settings.port, "/ready") != 200:
+            while not await _is_ready(settings):
                 _raise_failure(keepers)
                 await asyncio.sleep(_POLL_S)
             # Whoever answered: if a process of ours has ended meanwhile, it was not ours.
@@ -262,6 +275,18 @@ async def _wait_ready(settings: LaunchSettings, keepers: Sequence[asyncio.Task[N
             "--ready-timeout-s gives it longer"
         ) from None
     return True
+
+
+async def _is_ready(settings: LaunchSettings) -> bool:
+    """The gateway can serve once one group is there; a person who started several waits for all of them."""
+    host = _reachable(settings.host)
+    if (await _get(host, settings.port, "/ready"))[0] != 200:
+        return False
+    if settings.data_parallel_size == 1 or not settings.metrics_port:
+        return True
+    _, page = await _get(host, settings.metrics_port, "/metrics")
+    connected = re.findall(r"^stepwire_worker_connected{.*} 1\.0$", page, re.MULTILINE)
+    return len(connected) == settings.data_parallel_size
 
 
 async def _first_failure(keepers: Sequence[asyncio.Task[None]]) -> None:
@@ -275,17 +300,18 @@ def _raise_failure(keepers: Sequence[asyncio.Task[None]]) -> None:
             keeper.result()
 
 
-async def _get_status(host: str, port: int, path: str) -> int | None:
-    """The status of a GET; None if nobody answers, at least not in time: the port may be somebody else's."""
+async def _get(host: str, port: int, path: str) -> tuple[int | None, str]:
+    """Status and body of a GET; no status if nobody answers, at least not in time: the port may be somebody else's."""
     writer = None
     try:
         async with asyncio.timeout(_ANSWER_TIMEOUT_S):
             reader, writer = await asyncio.open_connection(host, port)
             writer.write(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
             words = (await reader.readline()).split()
-            return int(words[1]) if len(words) > 1 and words[1].isdigit() else None
+            body = (await reader.read()).decode(errors="replace")
+            return int(words[1]) if len(words) > 1 and words[1].isdigit() else None, body
     except (OSError, TimeoutError):
-        return None
+        return None, ""
     finally:
         if writer is not None:
             writer.close()

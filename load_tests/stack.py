@@ -158,28 +158,34 @@ class ServedStack(_Processes):
 
 
 class ControlPlaneStack(_Processes):
-    """A simulated worker and a control plane that takes and gives token ids."""
+    """Simulated workers, one a group, and a control plane that takes and gives token ids."""
 
-    def __init__(self, worker_flags: Sequence[str] = (), control_plane_flags: Sequence[str] = ()) -> None:
+    def __init__(
+        self, worker_flags: Sequence[str] = (), control_plane_flags: Sequence[str] = (), num_groups: int = 1
+    ) -> None:
         super().__init__()
+        self._num_groups = num_groups
         self._worker_flags, self._control_plane_flags = worker_flags, control_plane_flags
         self.grpc_address = f"unix:{self.directory}/public.sock"
         self.metrics_port = free_port()
 
     def __enter__(self) -> Self:
-        worker = f"unix:{self.directory}/worker.sock"
+        workers = [f"unix:{self.directory}/worker-{number}.sock" for number in range(self._num_groups)]
+        command = ["gpu_worker", "--runner", "simulated", *self._worker_flags]
         try:
-            self._start("gpu_worker", ["gpu_worker", "--runner", "simulated", "--listen", worker, *self._worker_flags])
+            for number, worker in enumerate(workers):
+                self._start(f"gpu_worker {number}" if number else "gpu_worker", [*command, "--listen", worker])
             self._start(
                 "control_plane",
                 [
                     "control_plane",
-                    *("--workers", worker, "--listen", self.grpc_address),
+                    *("--workers", ",".join(workers), "--listen", self.grpc_address),
                     *("--grpc-port", "0", "--metrics-port", str(self.metrics_port)),
                     *self._control_plane_flags,
                 ],
             )
             self._wait_until(self._is_serving, 60.0)
+            self._wait_until(lambda: self.metric("stepwire_worker_connected") == [self._num_groups], 60.0)
         except BaseException:
             self.stop()
             raise
@@ -195,13 +201,19 @@ class ControlPlaneStack(_Processes):
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     def metric(self, *samples: str) -> list[float]:
-        """Samples of the control plane's metrics page, by name and labels as they stand there."""
+        """Samples of the control plane's metrics page: by name and labels as they stand there, or by name alone for
+        the sum over all labels."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=10) as answer:
-            values = dict(line.rsplit(" ", 1) for line in answer.read().decode().splitlines() if line[:1] not in "#")
+            lines = [line for line in answer.read().decode().splitlines() if line[:1] not in "#"]
+        values: dict[str, float] = {}
+        for line in lines:
+            sample, _, value = line.rpartition(" ")
+            for name in {sample, sample.partition("{")[0]}:
+                values[name] = values.get(name, 0.0) + float(value)
         missing = [sample for sample in samples if sample not in values]
         if missing:
             raise StackError(f"the control plane's metrics have no {', '.join(missing)}")
-        return [float(values[sample]) for sample in samples]
+        return [values[sample] for sample in samples]
 
 
 def free_port() -> int:

@@ -1,11 +1,11 @@
-"""AdminService: draining, and a live view of the steps."""
+"""AdminService: draining, a live view of the steps, and worker groups that come and go."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import grpc
 import grpc.aio
@@ -14,8 +14,11 @@ from google.protobuf.duration_pb2 import Duration
 from stepwire.v1 import admin_pb2 as pb
 from stepwire.v1 import admin_pb2_grpc as pb_grpc
 
-from control_plane.core.engine import Engine
+from control_plane.config import check_worker_address
+from control_plane.core.engine import Engine, GroupError
 from control_plane.core.step_feed import StepWatcher
+from control_plane.core.worker_group import WorkerGroup
+from control_plane.core.worker_link import WorkerAddress
 from control_plane.frontend.errors import RequestRefused, Violation
 from control_plane.frontend.metrics import FrontendMetrics
 from control_plane.frontend.servicer import refuse
@@ -30,6 +33,7 @@ MIN_INTERVAL_S, MAX_INTERVAL_S = 0.01, 10.0
 DEFAULT_MAX_STEPS, MAX_MAX_STEPS = 512, 4096
 # Each watcher costs a little on every step.
 MAX_WATCHERS = 32
+DEFAULT_JOIN_TIMEOUT_S = 30.0
 
 
 class Histogram(Protocol):
@@ -39,6 +43,15 @@ class Histogram(Protocol):
     def bounds(self) -> tuple[float, ...]: ...
 
     def counts(self) -> list[int]: ...
+
+
+class _WithTimeout(Protocol):
+    """Requests that say how long they are willing to wait."""
+
+    @property
+    def timeout(self) -> Duration: ...
+
+    def HasField(self, name: Any, /) -> bool: ...
 
 
 class _NewCounts:
@@ -56,7 +69,8 @@ class _NewCounts:
 
 
 class AdminServicer(pb_grpc.AdminServiceServicer):
-    """`begin_drain` tells health; `exit_process` ends the process as SIGTERM does, once."""
+    """`begin_drain` tells health; `exit_process` ends the process as SIGTERM does, once; `address_of` adds to where a
+    worker listens how it is spoken to."""
 
     def __init__(
         self,
@@ -66,19 +80,17 @@ class AdminServicer(pb_grpc.AdminServiceServicer):
         drain_timeout_s: float,
         begin_drain: Callable[[], Awaitable[None]],
         exit_process: Callable[[], None],
+        address_of: Callable[[str], WorkerAddress],
     ) -> None:
         self._engine = engine
         self._metrics = metrics
         self._drain_timeout_s = drain_timeout_s
         self._begin_drain = begin_drain
         self._exit_process = exit_process
+        self._address_of = address_of
 
     async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.DrainResponse:
-        timeout_s = self._drain_timeout_s
-        if request.HasField("timeout"):
-            timeout_s = _seconds(request.timeout)
-            if timeout_s < 0:
-                await refuse(context, RequestRefused.invalid(Violation("timeout", "must not be negative")))
+        timeout_s = await self._timeout_s(request, context, self._drain_timeout_s)
         log.info("drain asked for", limit_s=timeout_s, exit=request.exit)
         await self._begin_drain()
         is_drained = await self._engine.drain(timeout_s)
@@ -129,24 +141,104 @@ class AdminServicer(pb_grpc.AdminServiceServicer):
         )
 
     def _state(self) -> pb.ServerState:
-        engine, scheduler = self._engine, self._engine.scheduler
+        engine = self._engine
         state = pb.ServerState(is_worker_connected=engine.is_connected, is_draining=engine.is_draining)
-        if scheduler is None:
-            return state
-        counters = scheduler.counters
-        state.num_running_sequences = scheduler.num_running
-        state.num_waiting_requests = scheduler.num_waiting_requests
-        state.num_waiting_tokens = scheduler.num_waiting_tokens
-        state.num_kv_blocks = scheduler.num_usable_blocks
-        state.num_kv_blocks_in_use = scheduler.num_blocks_held
-        state.num_kv_blocks_cached = scheduler.num_cached_blocks
-        state.num_prompt_tokens = counters.num_prompt_tokens
-        state.num_generated_tokens = counters.num_generated_tokens
-        state.num_preemptions = counters.num_preemptions
-        state.num_prefix_cache_queries = counters.num_prefix_queries
-        state.num_prefix_cache_hits = counters.num_prefix_hits
-        state.max_num_sequences = scheduler.config.max_num_seqs
+        for group in engine.groups:
+            entry = group_state(group)
+            state.groups.append(entry)
+            for name in _SUMMED:
+                setattr(state, name, getattr(state, name) + getattr(entry, name))
         return state
+
+    # ---- groups ----
+
+    async def ListGroups(self, request: pb.ListGroupsRequest, context: Context) -> pb.ListGroupsResponse:
+        return pb.ListGroupsResponse(groups=[_describe(group) for group in self._engine.groups])
+
+    async def AddGroup(self, request: pb.AddGroupRequest, context: Context) -> pb.AddGroupResponse:
+        try:
+            check_worker_address(request.worker)
+        except ValueError as error:
+            await refuse(context, RequestRefused.invalid(Violation("worker", str(error))))
+        timeout_s = await self._timeout_s(request, context, DEFAULT_JOIN_TIMEOUT_S)
+        log.info("group asked for", worker=request.worker)
+        try:
+            group = await self._engine.add_group(self._address_of(request.worker), timeout_s)
+        except GroupError as error:
+            await _refuse_group(context, error)
+        return pb.AddGroupResponse(group=group.number)
+
+    async def DrainGroup(self, request: pb.DrainGroupRequest, context: Context) -> pb.DrainGroupResponse:
+        timeout_s = await self._timeout_s(request, context, self._drain_timeout_s)
+        log.info("drain of a group asked for", group=request.group, limit_s=timeout_s)
+        try:
+            return pb.DrainGroupResponse(is_drained=await self._engine.drain_group(request.group, timeout_s))
+        except GroupError as error:
+            await _refuse_group(context, error)
+
+    async def ResumeGroup(self, request: pb.ResumeGroupRequest, context: Context) -> pb.ResumeGroupResponse:
+        try:
+            self._engine.resume_group(request.group)
+        except GroupError as error:
+            await _refuse_group(context, error)
+        return pb.ResumeGroupResponse()
+
+    async def RemoveGroup(self, request: pb.RemoveGroupRequest, context: Context) -> pb.RemoveGroupResponse:
+        timeout_s = await self._timeout_s(request, context, self._drain_timeout_s)
+        log.info("removal of a group asked for", group=request.group, limit_s=timeout_s)
+        try:
+            await self._engine.remove_group(request.group, timeout_s)
+        except GroupError as error:
+            await _refuse_group(context, error)
+        return pb.RemoveGroupResponse()
+
+    @staticmethod
+    async def _timeout_s(request: _WithTimeout, context: Context, default_s: float) -> float:
+        timeout_s = _seconds(request.timeout) if request.HasField("timeout") else default_s
+        if timeout_s < 0:
+            await refuse(context, RequestRefused.invalid(Violation("timeout", "must not be negative")))
+        return timeout_s
+
+
+# What a ServerState has in common with its groups' states.
+_SUMMED = tuple(
+    field.name
+    for field in pb.GroupState.DESCRIPTOR.fields
+    if field.name.startswith(("num_", "max_num_")) and field.name in pb.ServerState.DESCRIPTOR.fields_by_name
+)
+
+
+def group_state(group: WorkerGroup) -> pb.GroupState:
+    scheduler = group.scheduler
+    state = pb.GroupState(group=group.number, is_worker_connected=group.is_connected, is_draining=group.is_draining)
+    if scheduler is None:
+        return state
+    counters = scheduler.counters
+    state.num_running_sequences = scheduler.num_running
+    state.num_waiting_requests = scheduler.num_waiting_requests
+    state.num_waiting_tokens = scheduler.num_waiting_tokens
+    state.num_kv_blocks = scheduler.num_usable_blocks
+    state.num_kv_blocks_in_use = scheduler.num_blocks_held
+    state.num_kv_blocks_cached = scheduler.num_cached_blocks
+    state.num_prompt_tokens = counters.num_prompt_tokens
+    state.num_generated_tokens = counters.num_generated_tokens
+    state.num_preemptions = counters.num_preemptions
+    state.num_prefix_cache_queries = counters.num_prefix_queries
+    state.num_prefix_cache_hits = counters.num_prefix_hits
+    state.max_num_sequences = scheduler.config.max_num_seqs
+    return state
+
+
+def _describe(group: WorkerGroup) -> pb.Group:
+    described = pb.Group(state=group_state(group), worker=group.address.target, trouble=group.trouble)
+    if group.worker is not None:
+        described.model, described.version = group.worker.model, group.worker.version
+        described.devices.extend(group.worker.devices)
+    return described
+
+
+async def _refuse_group(context: Context, error: GroupError) -> NoReturn:
+    await refuse(context, RequestRefused("FAILED_PRECONDITION", "group", str(error)))
 
 
 def _seconds(duration: Duration) -> float:

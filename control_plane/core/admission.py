@@ -29,6 +29,12 @@ class QueueLoad:
 
 def check_admission(request: CoreRequest, limits: AdmissionLimits, load: QueueLoad) -> None:
     """Raise `AdmissionError` with a reason, and with a retry time where waiting helps."""
+    check_fits(request, limits)
+    check_queue(request, limits, load)
+
+
+def check_fits(request: CoreRequest, limits: AdmissionLimits) -> None:
+    """Raise `AdmissionError` for what a worker with these limits could not run even if it had nothing else to do."""
     num_prompt_tokens = len(request.prompt_ids)
     num_tokens = num_prompt_tokens + request.max_tokens
     if num_tokens > limits.max_model_len:
@@ -56,6 +62,11 @@ def check_admission(request: CoreRequest, limits: AdmissionLimits, load: QueueLo
             code="INVALID_ARGUMENT",
             field="n",
         )
+
+
+def check_queue(request: CoreRequest, limits: AdmissionLimits, load: QueueLoad) -> None:
+    """Raise `AdmissionError` while the queue is full; `load` is that of all groups together."""
+    num_prompt_tokens = len(request.prompt_ids)
     full = None
     if load.num_requests >= limits.max_queued_requests:
         full = f"{load.num_requests} requests are waiting, the limit is {limits.max_queued_requests}"

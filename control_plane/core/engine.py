@@ -1,23 +1,27 @@
-"""The loop around the scheduler: arrivals in, steps out, results in, outputs out. The one place that awaits both sides.
+"""The core as the frontend sees it: who is let in, which worker group runs a request, and where its outputs go.
 
-Everything runs on one event loop and nothing here blocks. The order within a turn is chosen for the worker: when a
-result comes, the next step is planned and sent first, and only then are the outputs handed to the frontend.
+Each group plans its own steps (`worker_group`); the engine owns the requests. A request has one home at a time. It gets
+another when its group is lost, drained or taken away: it then goes on from its token ids, and because sampling is keyed
+by seed and position it goes on as it would have.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections import deque
-from concurrent.futures import Future
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import structlog
 from stepwire.v1 import worker_pb2
 
-from control_plane.core.admission import AdmissionLimits, QueueLoad, check_admission
+from control_plane.core.admission import QueueLoad, check_fits, check_queue
+from control_plane.core.engine_config import EngineConfig
+from control_plane.core.group_facts import admission_limits, check_may_serve, model_facts, scheduler_config
 from control_plane.core.metrics import CoreMetrics
-from control_plane.core.policy import PolicyName
+from control_plane.core.prefix_cache import BlockHash, extend_chain, root_hash
 from control_plane.core.request import (
     AdmissionError,
     CoreRequest,
@@ -26,59 +30,41 @@ from control_plane.core.request import (
     RequestFault,
     SequenceOutput,
 )
-from control_plane.core.scheduler import Scheduler, SchedulerConfig
-from control_plane.core.step_codec import decode_result, encode_mask, encode_step
-from control_plane.core.step_deadline import StepDeadline
+from control_plane.core.router import GroupLoad, RequestNeeds, choose_group
+from control_plane.core.scheduler import Scheduler
+from control_plane.core.sequence import RequestState
 from control_plane.core.step_feed import StepFeed
-from control_plane.core.step_plan import ProtocolError, StepEvents, StepPlan
+from control_plane.core.step_plan import StepEvents
 from control_plane.core.token_masks import FilledMasks, MaskFiller
-from control_plane.core.worker_link import WorkerAddress, WorkerLink, WorkerUnavailable
+from control_plane.core.worker_group import WorkerGroup
+from control_plane.core.worker_link import WorkerAddress, WorkerRefused, WorkerUnavailable
 
 log = structlog.get_logger(__name__)
 
-_CONNECT_TIMEOUT_S = 5.0
-_RECONNECT_PAUSE_S = 0.1
-_WATCHDOG_PERIOD_S = 0.25
+_DRAIN_POLL_S = 0.02
 
 
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """Policy of the core; what the worker has comes from the worker."""
-
-    max_num_batched_tokens: int | None = None
-    max_queued_requests: int = 1024
-    max_queued_tokens: int = 1 << 20
-    scheduling_policy: PolicyName = "fcfs"
-    enable_prefix_caching: bool = True
-    steps_in_flight: int = 2
-    step_timeout_s: float = 60.0
+class GroupError(Exception):
+    """What was asked of a group cannot be done; one line that says why."""
 
 
 @dataclass(slots=True)
-class _StepInFlight:
-    plan: StepPlan
-    sent_s: float
-    is_masked: bool = False  # its mask was sent or is being made
+class _OpenRequest:
+    sink: OutputSink
+    home: WorkerGroup
 
 
 class Engine:
-    """Drives one worker group. Implements `EngineClient`; every method on the event loop that runs `run`."""
+    """Drives worker groups. Implements `EngineClient` and `GroupHost`; everything on the event loop that runs `run`."""
 
-    def __init__(self, address: WorkerAddress, config: EngineConfig, metrics: CoreMetrics) -> None:
-        self._address = address
+    def __init__(self, addresses: Sequence[WorkerAddress], config: EngineConfig, metrics: CoreMetrics) -> None:
         self._config = config
         self._metrics = metrics
-        self._scheduler: Scheduler | None = None
-        self._worker: worker_pb2.DescribeResponse | None = None
         self._facts: ModelFacts | None = None
-        self._limits: AdmissionLimits | None = None
-        self._buckets: list[int] = []
-        self._link: WorkerLink | None = None
-        self._sinks: dict[str, OutputSink] = {}
-        self._in_flight: deque[_StepInFlight] = deque()
-        self._deadline = StepDeadline(config.step_timeout_s)
+        self._open: dict[str, _OpenRequest] = {}
+        self._arrivals = count()
+        self._group_numbers = count()
         self._masks = MaskFiller()
-        self._pump_scheduled = False
         self._draining = False
         # What steps held, for AdminService.
         self.steps = StepFeed()
@@ -86,6 +72,9 @@ class Engine:
         self._idle.set()
         self._connected = asyncio.Event()
         self._lost = asyncio.Event()
+        self._tasks: dict[WorkerGroup, asyncio.Task[None]] = {}
+        self._failure: asyncio.Future[None] | None = None
+        self._groups = [self._new_group(address) for address in addresses]
         metrics.watch(self)
 
     # ---- what the frontend may ask (EngineClient) ----
@@ -93,58 +82,56 @@ class Engine:
     @property
     def facts(self) -> ModelFacts:
         if self._facts is None:
-            raise AdmissionError("no_worker", "no worker is ready yet", code="UNAVAILABLE", retry_after_s=2.0)
+            raise _no_worker()
         return self._facts
 
     def submit(self, request: CoreRequest, sink: OutputSink) -> None:
         if self._draining:
             raise AdmissionError("draining", "this server is shutting down", code="UNAVAILABLE", retry_after_s=5.0)
-        if self._scheduler is None or self._limits is None:
-            raise AdmissionError("no_worker", "no worker is ready yet", code="UNAVAILABLE", retry_after_s=2.0)
-        scheduler = self._scheduler
-        load = QueueLoad(
-            scheduler.num_waiting_requests, scheduler.num_waiting_tokens, self._metrics.prompt_tokens_per_s()
-        )
+        if request.request_id in self._open:
+            raise ValueError(f"request id {request.request_id} is already in use")
         try:
-            check_admission(request, self._limits, load)
+            groups = self._admit(request)
         except AdmissionError as error:
-            self._metrics.rejections.labels(reason=error.reason).inc()
+            if error.reason != "no_worker":
+                self._metrics.rejections.labels(reason=error.reason).inc()
             raise
-        scheduler.add_request(request, time.monotonic())
-        self._sinks[request.request_id] = sink
+        needs = RequestNeeds(len(request.prompt_ids), request.num_sequences)
+        hashes = self._prompt_hashes(request, groups)
+        group = self._choose(needs, hashes, groups)
+        self._scheduler_of(group).add_request(request, time.monotonic(), hashes)
+        self._open[request.request_id] = _OpenRequest(sink, group)
         self._idle.clear()
-        self._schedule_pump()
+        group.schedule_pump()
 
     def cancel(self, request_id: str) -> None:
-        if self._sinks.pop(request_id, None) is not None and self._scheduler is not None:
-            self._scheduler.cancel(request_id)
+        entry = self._open.pop(request_id, None)
+        if entry is not None:
+            self._scheduler_of(entry.home).cancel(request_id)
             self._metrics.cancellations.inc()
-            self._schedule_pump()
+            entry.home.schedule_pump()
             self._note_idle()
 
     def finish_sequence(self, request_id: str, index: int) -> None:
-        if self._scheduler is None:
+        entry = self._open.get(request_id)
+        if entry is None:
             return
-        ended = self._scheduler.finish_sequence(request_id, index)
+        ended = self._scheduler_of(entry.home).finish_sequence(request_id, index)
         if ended is not None:
             # The caller may be inside on_output: its on_end comes on its own turn.
-            asyncio.get_running_loop().call_soon(self._publish, StepEvents(ended=[(ended, None)]))
-        self._schedule_pump()
+            asyncio.get_running_loop().call_soon(self.publish, StepEvents(ended=[(ended, None)]))
+        entry.home.schedule_pump()
 
     # ---- life ----
 
     @property
-    def scheduler(self) -> Scheduler | None:
-        """For metrics and tests: look, do not touch."""
-        return self._scheduler
-
-    @property
-    def worker(self) -> worker_pb2.DescribeResponse | None:
-        """What the worker in use says of itself."""
-        return self._worker
+    def groups(self) -> Sequence[WorkerGroup]:
+        """For metrics, AdminService and tests: look, do not touch."""
+        return self._groups
 
     @property
     def is_connected(self) -> bool:
+        """Whether there is a worker."""
         return self._connected.is_set()
 
     @property
@@ -153,48 +140,29 @@ class Engine:
 
     @property
     def num_open_requests(self) -> int:
-        return len(self._sinks)
+        return len(self._open)
 
     async def wait_connected(self) -> None:
+        """Returns once a worker is there."""
         await self._connected.wait()
 
     async def wait_lost(self) -> None:
-        """Returns when a connected worker is lost."""
+        """Returns when the last connected worker is lost."""
         await self._lost.wait()
 
     async def run(self) -> None:
-        """Keep a session with the worker until cancelled: connect, work, and on loss connect again."""
-        watchdog = asyncio.create_task(self._watch())
-        last_complaint = ""
+        """Keep a session with every group's worker until cancelled. Raises what a group's own loop raised."""
+        self._failure = asyncio.get_running_loop().create_future()
         try:
-            while True:
-                link = WorkerLink(self._address, self._on_result, self._on_lost)
-                try:
-                    facts = await link.connect(_CONNECT_TIMEOUT_S)
-                    self._adopt(facts)
-                except WorkerUnavailable as error:
-                    if str(error) != last_complaint:
-                        log.warning("worker not available, trying again", reason=str(error))
-                        last_complaint = str(error)
-                    await link.close()
-                    await asyncio.sleep(_RECONNECT_PAUSE_S)
-                    continue
-                last_complaint = ""
-                self._link = link
-                self._lost.clear()
-                self._connected.set()
-                self._metrics.worker_connections.inc()
-                log.info(
-                    "worker connected", model=facts.model, devices=list(facts.devices), num_blocks=facts.num_blocks
-                )
-                self._schedule_pump()
-                await self._lost.wait()
-                await link.close()
+            for group in self._groups:
+                self._start(group)
+            await self._failure
         finally:
-            watchdog.cancel()
+            tasks = list(self._tasks.values())
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             self._masks.close()
-            if self._link is not None:
-                await self._link.close()
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait for those admitted; False if some were still running after `timeout_s`."""
@@ -208,95 +176,233 @@ class Engine:
 
     def abort_all(self, message: str) -> None:
         """End every request with a fault: the time to drain is over."""
-        sinks, self._sinks = self._sinks, {}
-        for request_id, sink in sinks.items():
-            if self._scheduler is not None:
-                self._scheduler.cancel(request_id)
-            sink.on_end(0, RequestFault("UNAVAILABLE", message, retryable=True))
+        entries, self._open = self._open, {}
+        for request_id, entry in entries.items():
+            self._scheduler_of(entry.home).cancel(request_id)
+            entry.sink.on_end(0, RequestFault("UNAVAILABLE", message, retryable=True))
         self._note_idle()
 
-    # ---- the step loop ----
+    # ---- groups join, drain and leave ----
 
-    def _schedule_pump(self) -> None:
-        """Plan in the next turn of the loop, so that arrivals of one turn share a step."""
-        if not self._pump_scheduled:
-            self._pump_scheduled = True
-            asyncio.get_running_loop().call_soon(self._pump)
-
-    def _pump(self) -> None:
-        """Fill the window of steps in flight."""
-        self._pump_scheduled = False
-        if self._scheduler is None or self._link is None or not self._connected.is_set():
-            return
-        while len(self._in_flight) < self._config.steps_in_flight:
-            now = time.monotonic()
-            plan = self._scheduler.plan(now)
-            if plan is None:
-                break
-            self._link.send(encode_step(plan, self._buckets))
-            self._in_flight.append(_StepInFlight(plan, now))
-            self._metrics.note_plan(plan, now)
-        self._begin_mask()
-        self._note_idle()
-
-    def _begin_mask(self) -> None:
-        """Make the mask of the oldest step in flight: every token before it is known."""
-        if not self._in_flight or self._facts is None or self._link is None:
-            return
-        step, link, loop = self._in_flight[0], self._link, asyncio.get_running_loop()
-        if step.is_masked or not step.plan.mask_rows:
-            return
-        step.is_masked = True
-
-        def done(filled: Future[FilledMasks]) -> None:
-            if not filled.cancelled():
-                loop.call_soon_threadsafe(self._on_masks, link, filled.result())
-
-        self._masks.begin(step.plan, self._facts.vocab_size, done)
-
-    def _on_masks(self, link: WorkerLink, filled: FilledMasks) -> None:
-        scheduler = self._scheduler
-        if scheduler is None:
-            return
-        if link is self._link:
-            link.send(encode_mask(filled.step_id, filled.rows, filled.bitmask))
-        for sequence in filled.over:
-            self._publish(scheduler.finish_matched(sequence))
-        for sequence, reason in filled.failed:
-            log.warning("a grammar gave up", request_id=sequence.request.request.request_id, reason=reason)
-            fault = RequestFault("INVALID_ARGUMENT", f"the structured output cannot go on: {reason}", retryable=False)
-            self._publish(scheduler.fail_sequence(sequence, fault))
-        if filled.over or filled.failed:
-            self._schedule_pump()
-
-    def _on_result(self, result: worker_pb2.StepResult) -> None:
-        if not self._in_flight or self._scheduler is None or self._link is None:
-            return
-        step = self._in_flight.popleft()
+    async def add_group(self, address: WorkerAddress, timeout_s: float) -> WorkerGroup:
+        """Take another worker into service. Raises `GroupError` if it does not fit or is not there in time."""
+        if self._failure is None:
+            raise GroupError("this control plane is not running yet")
+        if any(group.address.target == address.target for group in self._groups):
+            raise GroupError(f"{address.target} is the worker of a group already")
+        group = self._new_group(address)
+        self._groups.append(group)
+        self._start(group)
+        joined = False
         try:
-            events = self._scheduler.apply(decode_result(result, step.plan))
-        except ProtocolError as error:
-            self._in_flight.appendleft(step)
-            self._link.lose(f"the worker broke the step protocol: {error}")
-            return
-        self._begin_mask()
-        now = time.monotonic()
-        self._deadline.note(step.plan.num_tokens, now - step.sent_s)
-        self._pump()
-        self._publish(events)
-        self._metrics.note_result(step.plan, result.timings, now - step.sent_s)
-        self.steps.note(step.plan, result.timings, now - step.sent_s, self._scheduler)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await group.settled.wait()
+            joined = group.is_connected
+        finally:
+            if not joined:
+                await self._discard(group)
+        if not joined:
+            raise GroupError(group.trouble or f"no answer from {address.target} within {timeout_s:g} s")
+        return group
 
-    def _publish(self, events: StepEvents) -> None:
-        sinks = self._sinks
+    async def drain_group(self, number: int, timeout_s: float) -> bool:
+        """Give the group nothing new, and what waits there to others; False if it still runs requests after
+        `timeout_s`. Raises `GroupError`."""
+        group = self._group(number)
+        self._check_others_remain(group)
+        group.is_draining = True
+        self._move_waiting(group)
+        deadline = time.monotonic() + timeout_s
+        while group.num_requests and group.is_draining and time.monotonic() < deadline:
+            await asyncio.sleep(_DRAIN_POLL_S)
+        return not group.num_requests
+
+    def resume_group(self, number: int) -> None:
+        """A drained group takes requests again. Raises `GroupError`."""
+        group = self._group(number)
+        group.is_draining = False
+        self._share_waiting()
+
+    async def remove_group(self, number: int, timeout_s: float) -> None:
+        """Drain the group, move what still runs there after `timeout_s`, and forget it. Raises `GroupError`."""
+        await self.drain_group(number, timeout_s)
+        group = self._group(number)
+        self._check_others_remain(group)
+        group.leave()
+        self._move_waiting(group)
+        await self._discard(group)
+
+    def _new_group(self, address: WorkerAddress) -> WorkerGroup:
+        number = next(self._group_numbers)
+        metrics = self._metrics.of_group(number)
+        return WorkerGroup(number, address, self._config, self, metrics, self._masks, self.steps)
+
+    def _start(self, group: WorkerGroup) -> None:
+        task = asyncio.create_task(group.run())
+        self._tasks[group] = task
+
+        def ended(task: asyncio.Task[None]) -> None:
+            error = None if task.cancelled() else task.exception()
+            if error is not None and self._failure is not None and not self._failure.done():
+                self._failure.set_exception(error)
+
+        task.add_done_callback(ended)
+
+    async def _discard(self, group: WorkerGroup) -> None:
+        if group.is_connected:
+            group.leave()
+            self._move_waiting(group)
+        self._groups.remove(group)
+        self._metrics.forget_group(group.number)
+        self._note_connections()
+        task = self._tasks.pop(group)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    def _group(self, number: int) -> WorkerGroup:
+        for group in self._groups:
+            if group.number == number:
+                return group
+        raise GroupError(f"there is no group {number}; there are {', '.join(str(g.number) for g in self._groups)}")
+
+    def _check_others_remain(self, group: WorkerGroup) -> None:
+        if not any(other.takes_requests for other in self._groups if other is not group):
+            raise GroupError(
+                f"no other group takes requests: group {group.number} stays; add one first, or drain the server"
+            )
+
+    # ---- who runs what ----
+
+    def _admit(self, request: CoreRequest) -> list[WorkerGroup]:
+        """The groups that could take the request. Raises `AdmissionError`."""
+        groups = [group for group in self._groups if group.takes_requests]
+        if not groups:
+            # Nothing is lost while the workers are away: what they served before they will serve again.
+            groups = [group for group in self._groups if group.limits is not None and not group.is_draining]
+        if not groups:
+            raise _no_worker()
+        fitting = [group for group in groups if group.limits is not None and _fits(request, group)]
+        if not fitting:
+            roomiest = max(groups, key=lambda group: group.limits.num_usable_blocks if group.limits else 0)
+            assert roomiest.limits is not None
+            check_fits(request, roomiest.limits)
+        assert fitting[0].limits is not None
+        check_queue(request, fitting[0].limits, self._queue_load())
+        return fitting
+
+    def _queue_load(self) -> QueueLoad:
+        schedulers = [group.scheduler for group in self._groups if group.scheduler is not None]
+        return QueueLoad(
+            sum(scheduler.num_waiting_requests for scheduler in schedulers),
+            sum(scheduler.num_waiting_tokens for scheduler in schedulers),
+            self._metrics.prompt_tokens_per_s(),
+        )
+
+    def _prompt_hashes(self, request: CoreRequest, groups: Sequence[WorkerGroup]) -> list[BlockHash]:
+        """Names of the prompt's full blocks; none where there is nothing to choose."""
+        hashes: list[BlockHash] = []
+        if len(groups) > 1 and self._config.enable_prefix_caching:
+            block_size = self._scheduler_of(groups[0]).config.block_size
+            extend_chain(hashes, root_hash(request.tenant, request.cache_salt), request.prompt_ids, block_size)
+        return hashes
+
+    def _choose(self, needs: RequestNeeds, hashes: list[BlockHash], groups: Sequence[WorkerGroup]) -> WorkerGroup:
+        if len(groups) == 1:
+            return groups[0]
+        return groups[choose_group(needs, [_load(self._scheduler_of(group), needs, hashes) for group in groups])]
+
+    def _move_waiting(self, home: WorkerGroup) -> None:
+        """Give what waits at a group to the groups that take requests; it stays where there is none."""
+        if home.scheduler is None or not any(group.takes_requests for group in self._groups if group is not home):
+            return
+        for state in home.scheduler.take_waiting():
+            self._rehome(state, home)
+
+    def _share_waiting(self) -> None:
+        """There is a group more: choose anew for everything that waits."""
+        waiting: list[tuple[RequestState, WorkerGroup]] = []
+        for group in self._groups:
+            if group.scheduler is not None and group.scheduler.num_waiting:
+                waiting += [(state, group) for state in group.scheduler.take_waiting()]
+        for state, home in sorted(waiting, key=lambda entry: entry[0].arrival):
+            self._rehome(state, home)
+
+    def _rehome(self, state: RequestState, home: WorkerGroup) -> None:
+        groups = [group for group in self._groups if group.takes_requests and _fits(state.request, group)]
+        sequences = [sequence for sequence in state.sequences if not sequence.finished]
+        if groups:
+            needs = RequestNeeds(
+                sum(sequence.num_known for sequence in sequences),
+                len(sequences),
+                is_suspect=any(sequence.is_suspect for sequence in sequences),
+            )
+            home = self._choose(needs, sequences[0].block_hashes, groups)
+        self._scheduler_of(home).adopt(state)
+        entry = self._open.get(state.request.request_id)
+        if entry is not None:
+            entry.home = home
+        home.schedule_pump()
+
+    @staticmethod
+    def _scheduler_of(group: WorkerGroup) -> Scheduler:
+        if group.scheduler is None:
+            raise RuntimeError(f"group {group.number} has never had a worker")
+        return group.scheduler
+
+    # ---- what groups report (GroupHost) ----
+
+    def adopt(self, group: WorkerGroup, worker: worker_pb2.DescribeResponse) -> None:
+        others = [other for other in self._groups if other is not group and other.is_connected]
+        if any(other.worker is not None and other.worker.instance_id == worker.instance_id for other in others):
+            raise WorkerRefused(f"the worker at {group.address.target} is another group's already")
+        check_may_serve(worker, self._facts, [other.worker for other in others if other.worker is not None])
+        config = scheduler_config(worker, self._config)
+        if group.scheduler is not None and group.scheduler.num_requests:
+            was = group.scheduler.config
+            smaller = config.num_blocks - config.first_block_id < was.num_blocks - was.first_block_id
+            if smaller or config.block_size != was.block_size:
+                raise WorkerUnavailable("the worker came back smaller while requests are waiting for it")
+        if self._facts is None:
+            self._facts = model_facts(worker)
+        group.limits = admission_limits(worker, self._facts, self._config)
+        if group.scheduler is None:
+            group.scheduler = Scheduler(config, self._arrivals)
+        else:
+            group.scheduler.reset(config)
+
+    def on_connected(self, group: WorkerGroup) -> None:
+        self._note_connections()
+        self._share_waiting()
+
+    def on_lost(self, group: WorkerGroup, events: StepEvents) -> None:
+        self._note_connections()
+        self._move_waiting(group)
+        self.publish(events)
+
+    def on_masks(self, filled: FilledMasks) -> None:
+        for sequence in filled.over:
+            entry = self._open.get(sequence.request.request.request_id)
+            if entry is not None:
+                self.publish(self._scheduler_of(entry.home).finish_matched(sequence))
+        for sequence, reason in filled.failed:
+            request_id = sequence.request.request.request_id
+            log.warning("a grammar gave up", request_id=request_id, reason=reason)
+            fault = RequestFault("INVALID_ARGUMENT", f"the structured output cannot go on: {reason}", retryable=False)
+            entry = self._open.get(request_id)
+            if entry is not None:
+                self.publish(self._scheduler_of(entry.home).fail_sequence(sequence, fault))
+
+    def publish(self, events: StepEvents) -> None:
+        entries = self._open
         for state, output in events.outputs:
-            sink = sinks.get(state.request.request_id)
-            if sink is not None:
-                self._deliver(state.request.request_id, sink, output)
+            entry = entries.get(state.request.request_id)
+            if entry is not None:
+                self._deliver(state.request.request_id, entry.sink, output)
         for state, fault in events.ended:
-            sink = sinks.pop(state.request.request_id, None)
-            if sink is not None:
-                sink.on_end(state.num_cached_tokens, fault)
+            entry = entries.pop(state.request.request_id, None)
+            if entry is not None:
+                entry.sink.on_end(state.num_cached_tokens, fault)
         if events.ended:
             self._note_idle()
 
@@ -309,96 +415,42 @@ class Engine:
             self.cancel(request_id)
             sink.on_end(0, RequestFault("INTERNAL", "the output could not be delivered", retryable=False))
 
+    def _note_connections(self) -> None:
+        if any(group.is_connected for group in self._groups):
+            self._lost.clear()
+            self._connected.set()
+        else:
+            self._connected.clear()
+            self._lost.set()
+
     def _note_idle(self) -> None:
-        if not self._sinks:
+        if not self._open:
             self._idle.set()
 
-    # ---- the worker comes and goes ----
 
-    def _adopt(self, worker: worker_pb2.DescribeResponse) -> None:
-        """Take up a worker's facts. Raises `WorkerUnavailable` if requests in hand could not go on with it."""
-        budget = self._config.max_num_batched_tokens or worker.max_num_batched_tokens
-        budget = min(budget, worker.max_num_batched_tokens)
-        if worker.buckets:
-            # A full step fills its bucket: more would be padded up to the next.
-            budget = max((bucket for bucket in worker.buckets if bucket <= budget), default=worker.buckets[0])
-        config = SchedulerConfig(
-            first_block_id=worker.first_block_id,
-            num_blocks=worker.num_blocks,
-            block_size=worker.block_size,
-            max_num_seqs=worker.max_num_seqs,
-            max_num_batched_tokens=budget,
-            policy=self._config.scheduling_policy,
-            enable_prefix_caching=self._config.enable_prefix_caching,
-        )
-        # A sequence has to fit the pool as well as the context.
-        max_model_len = min(worker.max_model_len, (worker.num_blocks - worker.first_block_id) * worker.block_size)
-        facts = ModelFacts(
-            model=worker.model,
-            max_model_len=max_model_len,
-            vocab_size=worker.vocab_size,
-            max_num_logprobs=worker.max_num_logprobs,
-            can_mask_tokens=worker_pb2.CAPABILITY_TOKEN_MASK in worker.capabilities,
-        )
-        if self._facts is not None and facts != self._facts:
-            raise WorkerUnavailable(f"the worker now serves {facts}, this control plane was started for {self._facts}")
-        if self._scheduler is not None and config != self._scheduler.config and self._scheduler.num_requests:
-            smaller = config.num_blocks - config.first_block_id < self._scheduler.num_usable_blocks
-            if smaller or config.block_size != self._scheduler.config.block_size:
-                raise WorkerUnavailable("the worker came back smaller while requests are waiting for it")
-        self._worker, self._facts, self._buckets = worker, facts, list(worker.buckets)
-        self._limits = AdmissionLimits(
-            max_queued_requests=self._config.max_queued_requests,
-            max_queued_tokens=self._config.max_queued_tokens,
-            max_model_len=max_model_len,
-            max_num_seqs=worker.max_num_seqs,
-            block_size=worker.block_size,
-            num_usable_blocks=worker.num_blocks - worker.first_block_id,
-            vocab_size=worker.vocab_size,
-        )
-        if self._scheduler is None:
-            self._scheduler = Scheduler(config)
-        else:
-            self._scheduler.reset(config)
+def _no_worker() -> AdmissionError:
+    return AdmissionError("no_worker", "no worker is ready yet", code="UNAVAILABLE", retry_after_s=2.0)
 
-    def _on_lost(self, reason: str) -> None:
-        """Every request waits for the next worker, but for those that have cost too many."""
-        self._connected.clear()
-        self._lost.set()
-        self._link = None
-        self._in_flight.clear()
-        self._deadline.forget()
-        self._metrics.worker_losses.inc()
-        num_requests = len(self._sinks)
-        log.error("worker lost", reason=reason, num_requests=num_requests)
-        if self._scheduler is not None:
-            self._publish(self._scheduler.worker_lost())
 
-    async def _watch(self) -> None:
-        """A hung worker is a dead worker; and an idle moment is one to check the books in."""
-        checked = True
-        while True:
-            await asyncio.sleep(_WATCHDOG_PERIOD_S)
-            is_idle = self._idle.is_set() and not self._in_flight
-            if is_idle and not checked and self._scheduler is not None:
-                self._check_books()
-            checked = is_idle
-            if self._in_flight and self._link is not None:
-                step = self._in_flight[0]
-                limit_s = self._deadline.limit_s(step.plan.num_tokens)
-                waited_s = time.monotonic() - step.sent_s
-                if waited_s > limit_s:
-                    self._link.lose(
-                        f"step {step.plan.step_id} of {step.plan.num_tokens} tokens gave no result "
-                        f"in {waited_s:.1f} s (limit {limit_s:.1f} s)"
-                    )
+def _fits(request: CoreRequest, group: WorkerGroup) -> bool:
+    if group.limits is None:
+        return False
+    try:
+        check_fits(request, group.limits)
+    except AdmissionError:
+        return False
+    return True
 
-    def _check_books(self) -> None:
-        try:
-            if self._scheduler is not None:
-                self._scheduler.check_integrity()
-        except RuntimeError:
-            # A defect of ours. Nothing runs now, so nobody is harmed by looking; going on blindly would be worse.
-            log.exception("the books of rows and blocks disagree: starting a new session")
-            if self._link is not None:
-                self._link.lose("the control plane's books disagree")
+
+def _load(scheduler: Scheduler, needs: RequestNeeds, hashes: list[BlockHash]) -> GroupLoad:
+    return GroupLoad(
+        # One token at least is run, whatever is cached.
+        num_cached_tokens=min(scheduler.num_cached_tokens(hashes), needs.num_tokens - 1),
+        num_queued_tokens=scheduler.num_waiting_tokens + scheduler.num_prefill_tokens,
+        num_sequences=scheduler.num_running + scheduler.num_waiting,
+        max_num_seqs=scheduler.config.max_num_seqs,
+        num_free_blocks=scheduler.num_usable_blocks - scheduler.num_blocks_held,
+        num_blank_blocks=scheduler.num_blank_blocks,
+        block_size=scheduler.config.block_size,
+        num_suspects=scheduler.num_suspects,
+    )

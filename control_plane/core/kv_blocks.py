@@ -35,6 +35,11 @@ class BlockPool:
         return len(self._plain_free) + len(self._cached_free)
 
     @property
+    def num_blank(self) -> int:
+        """Free blocks without a cached content."""
+        return len(self._plain_free)
+
+    @property
     def num_held(self) -> int:
         return self.num_usable - self.num_free
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -12,7 +13,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 from stepwire.v1 import worker_pb2
 
-from control_plane.core.step_plan import StepPlan
+from control_plane.core.scheduler import Scheduler
+from control_plane.core.step_plan import RowStart, StepPlan
 
 if TYPE_CHECKING:
     from control_plane.core.engine import Engine
@@ -21,9 +23,12 @@ _STEP_BUCKETS_S = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 
 _QUEUE_BUCKETS_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 40, 60, 120, 300)
 _TOKEN_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _RATE_WINDOW_S = 10.0
+_STAGES = ("queue", "input", "forward", "sample")
 
 
 class CoreMetrics:
+    """What describes a worker group has its number as the label `group`."""
+
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
         self.rejections = Counter(
@@ -32,32 +37,31 @@ class CoreMetrics:
         self.cancellations = Counter(
             "stepwire_cancelled_requests", "Requests forgotten because their client went away.", registry=registry
         )
-        self.worker_connections = Counter(
-            "stepwire_worker_connections", "Sessions opened with a worker.", registry=registry
+        self._connections = Counter(
+            "stepwire_worker_connections", "Sessions opened with a worker.", ["group"], registry=registry
         )
-        self.worker_losses = Counter(
+        self._losses = Counter(
             "stepwire_worker_losses",
             "Sessions that ended because the worker died, hung or broke the protocol.",
+            ["group"],
             registry=registry,
         )
         self._step_seconds = Histogram(
             "stepwire_step_duration_seconds",
             "From sending a step to its result.",
+            ["group"],
             buckets=_STEP_BUCKETS_S,
             registry=registry,
         )
         self._worker_seconds = Histogram(
             "stepwire_worker_step_seconds",
             "Where a step's time went on the worker.",
-            ["stage"],
+            ["group", "stage"],
             buckets=_STEP_BUCKETS_S,
             registry=registry,
         )
-        self._stages = {
-            stage: self._worker_seconds.labels(stage=stage) for stage in ("queue", "input", "forward", "sample")
-        }
         self._step_tokens = Histogram(
-            "stepwire_step_tokens", "Tokens run by one step.", buckets=_TOKEN_BUCKETS, registry=registry
+            "stepwire_step_tokens", "Tokens run by one step.", ["group"], buckets=_TOKEN_BUCKETS, registry=registry
         )
         self._queue_seconds = Histogram(
             "stepwire_request_queue_seconds",
@@ -72,79 +76,130 @@ class CoreMetrics:
         """Export the engine's own counts whenever somebody scrapes."""
         self._registry.register(_EngineCollector(engine))
 
-    def note_plan(self, plan: StepPlan, now: float) -> None:
-        self._step_tokens.observe(plan.num_tokens)
-        for start in plan.starts:
-            request = start.sequence.request
-            if start.sequence.index == 0 and not start.sequence.output_ids:
-                self._queue_seconds.observe(now - request.arrival_s)
-                self._started.append((now, start.sequence.num_prompt_tokens))
+    def of_group(self, number: int) -> GroupMetrics:
+        group = str(number)
+        return GroupMetrics(
+            connections=self._connections.labels(group),
+            losses=self._losses.labels(group),
+            step_seconds=self._step_seconds.labels(group),
+            step_tokens=self._step_tokens.labels(group),
+            stages=tuple(self._worker_seconds.labels(group, stage) for stage in _STAGES),
+            note_start=self._note_start,
+        )
 
-    def note_result(self, plan: StepPlan, timings: worker_pb2.StepTimings, duration_s: float) -> None:
-        self._step_seconds.observe(duration_s)
-        stages = self._stages
-        stages["queue"].observe(timings.queue_ns * 1e-9)
-        stages["input"].observe(timings.input_ns * 1e-9)
-        stages["forward"].observe(timings.forward_ns * 1e-9)
-        stages["sample"].observe(timings.sample_ns * 1e-9)
+    def forget_group(self, number: int) -> None:
+        """The group has left for good: its series end."""
+        group = str(number)
+        for metric in (self._connections, self._losses, self._step_seconds, self._step_tokens):
+            metric.remove(group)
+        for stage in _STAGES:
+            self._worker_seconds.remove(group, stage)
+
+    def _note_start(self, start: RowStart, now: float) -> None:
+        request = start.sequence.request
+        if start.sequence.index == 0 and not start.sequence.output_ids:
+            self._queue_seconds.observe(now - request.arrival_s)
+            self._started.append((now, start.sequence.num_prompt_tokens))
 
     def prompt_tokens_per_s(self) -> float:
-        """Prompt tokens taken up per second, over the last seconds."""
+        """Prompt tokens taken up per second, over the last seconds, by all groups together."""
         horizon = time.monotonic() - _RATE_WINDOW_S
         while self._started and self._started[0][0] < horizon:
             self._started.popleft()
         return sum(num_tokens for _, num_tokens in self._started) / _RATE_WINDOW_S
 
 
+@dataclass(frozen=True, slots=True)
+class GroupMetrics:
+    """One group's share of `CoreMetrics`, with the labels looked up once."""
+
+    connections: Counter
+    losses: Counter
+    step_seconds: Histogram
+    step_tokens: Histogram
+    stages: tuple[Histogram, ...]  # in the order of _STAGES
+    note_start: Callable[[RowStart, float], None]
+
+    def note_plan(self, plan: StepPlan, now: float) -> None:
+        self.step_tokens.observe(plan.num_tokens)
+        for start in plan.starts:
+            self.note_start(start, now)
+
+    def note_result(self, timings: worker_pb2.StepTimings, duration_s: float) -> None:
+        self.step_seconds.observe(duration_s)
+        queue, load, forward, sample = self.stages
+        queue.observe(timings.queue_ns * 1e-9)
+        load.observe(timings.input_ns * 1e-9)
+        forward.observe(timings.forward_ns * 1e-9)
+        sample.observe(timings.sample_ns * 1e-9)
+
+
 class _EngineCollector(Collector):
+    """Reads the groups when somebody scrapes. `_GAUGES` and `_TOTALS` say what of their schedulers is exported."""
+
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
     def collect(self) -> Iterable[Metric]:
-        engine, scheduler = self._engine, self._engine.scheduler
-        yield GaugeMetricFamily(
-            "stepwire_worker_connected", "Whether a worker is connected.", float(engine.is_connected)
+        groups = self._engine.groups
+        connected = GaugeMetricFamily("stepwire_worker_connected", "Whether a worker is connected.", labels=["group"])
+        draining = GaugeMetricFamily(
+            "stepwire_group_draining", "Whether a group finishes what it has and gets nothing new.", labels=["group"]
         )
-        if engine.worker is not None:
-            worker = engine.worker
-            info = InfoMetricFamily("stepwire_worker", "The worker in use.")
-            info.add_metric(
-                [],
-                {
-                    "model": worker.model,
-                    "architecture": worker.architecture,
-                    "dtype": worker.dtype,
-                    "devices": ", ".join(worker.devices),
-                    "version": worker.version,
-                },
-            )
+        info = InfoMetricFamily("stepwire_worker", "The worker in use.", labels=["group"])
+        for group in groups:
+            label = [str(group.number)]
+            connected.add_metric(label, float(group.is_connected))
+            draining.add_metric(label, float(group.is_draining))
+            if group.worker is not None:
+                info.add_metric(label, _describe(group.worker))
+        yield connected
+        yield draining
+        if info.samples:
             yield info
-        if scheduler is None:
-            return
-        counters = scheduler.counters
-        gauges = {
-            "requests_running": ("Sequences that hold a row.", scheduler.num_running),
-            "requests_waiting": ("Requests in the queue.", scheduler.num_waiting_requests),
-            "queued_tokens": ("Prompt tokens in the queue.", scheduler.num_waiting_tokens),
-            "kv_blocks": ("KV blocks there are.", scheduler.num_usable_blocks),
-            "kv_blocks_in_use": ("KV blocks held by running sequences.", scheduler.num_blocks_held),
-            "kv_blocks_cached": ("KV blocks whose content the prefix cache knows.", scheduler.num_cached_blocks),
-            "kv_usage_ratio": ("Share of KV blocks in use.", scheduler.num_blocks_held / scheduler.num_usable_blocks),
-            "steps_in_flight": ("Steps sent and not answered.", scheduler.num_in_flight),
-        }
-        for name, (help_text, value) in gauges.items():
-            yield GaugeMetricFamily(f"stepwire_{name}", help_text, value)
-        totals = {
-            "prompt_tokens": ("Prompt tokens admitted.", counters.num_prompt_tokens),
-            "generation_tokens": ("Tokens generated.", counters.num_generated_tokens),
-            "discarded_tokens": ("Tokens sampled after their sequence had ended.", counters.num_discarded_tokens),
-            "recomputed_tokens": (
-                "Tokens computed again after a preemption or a lost worker.",
-                counters.num_recomputed_tokens,
-            ),
-            "preemptions": ("Sequences taken off the worker for want of blocks.", counters.num_preemptions),
-            "prefix_cache_queries": ("Tokens looked up in the prefix cache.", counters.num_prefix_queries),
-            "prefix_cache_hits": ("Tokens found in the prefix cache.", counters.num_prefix_hits),
-        }
-        for name, (help_text, value) in totals.items():
-            yield CounterMetricFamily(f"stepwire_{name}", help_text, value)
+        schedulers = [(str(group.number), group.scheduler) for group in groups if group.scheduler is not None]
+        for family, tables in ((GaugeMetricFamily, _GAUGES), (CounterMetricFamily, _TOTALS)):
+            for name, (help_text, read) in tables.items() if schedulers else ():
+                metric = family(f"stepwire_{name}", help_text, labels=["group"])
+                for label_value, scheduler in schedulers:
+                    metric.add_metric([label_value], read(scheduler))
+                yield metric
+
+
+def _describe(worker: worker_pb2.DescribeResponse) -> dict[str, str]:
+    return {
+        "model": worker.model,
+        "architecture": worker.architecture,
+        "dtype": worker.dtype,
+        "devices": ", ".join(worker.devices),
+        "version": worker.version,
+    }
+
+
+_Table = dict[str, tuple[str, Callable[[Scheduler], float]]]
+
+_GAUGES: _Table = {
+    "requests_running": ("Sequences that hold a row.", lambda s: s.num_running),
+    "requests_waiting": ("Requests in the queue.", lambda s: s.num_waiting_requests),
+    "queued_tokens": ("Prompt tokens in the queue.", lambda s: s.num_waiting_tokens),
+    "kv_blocks": ("KV blocks there are.", lambda s: s.num_usable_blocks),
+    "kv_blocks_in_use": ("KV blocks held by running sequences.", lambda s: s.num_blocks_held),
+    "kv_blocks_cached": ("KV blocks whose content the prefix cache knows.", lambda s: s.num_cached_blocks),
+    "kv_usage_ratio": ("Share of KV blocks in use.", lambda s: s.num_blocks_held / s.num_usable_blocks),
+    "steps_in_flight": ("Steps sent and not answered.", lambda s: s.num_in_flight),
+}
+_TOTALS: _Table = {
+    "prompt_tokens": ("Prompt tokens admitted.", lambda s: s.counters.num_prompt_tokens),
+    "generation_tokens": ("Tokens generated.", lambda s: s.counters.num_generated_tokens),
+    "discarded_tokens": (
+        "Tokens sampled after their sequence had ended.",
+        lambda s: s.counters.num_discarded_tokens,
+    ),
+    "recomputed_tokens": (
+        "Tokens computed again after a preemption or a lost worker.",
+        lambda s: s.counters.num_recomputed_tokens,
+    ),
+    "preemptions": ("Sequences taken off the worker for want of blocks.", lambda s: s.counters.num_preemptions),
+    "prefix_cache_queries": ("Tokens looked up in the prefix cache.", lambda s: s.counters.num_prefix_queries),
+    "prefix_cache_hits": ("Tokens found in the prefix cache.", lambda s: s.counters.num_prefix_hits),
+}

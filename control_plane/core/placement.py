@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from itertools import takewhile
 
 from control_plane.core.kv_blocks import BlockPool
 from control_plane.core.prefix_cache import BlockHash, PrefixCache, extend_chain
@@ -41,6 +42,15 @@ class Placement:
     @property
     def num_cached_blocks(self) -> int:
         return len(self._cache)
+
+    @property
+    def num_blank_blocks(self) -> int:
+        return self._pool.num_blank
+
+    def num_known_blocks(self, hashes: Sequence[BlockHash]) -> int:
+        """Length of the longest prefix of the chain whose contents are here, or will be when a running prefill ends."""
+        num_cached = len(self._cache.match(hashes))
+        return num_cached + sum(1 for _ in takewhile(self._computing.__contains__, hashes[num_cached:]))
 
     @property
     def has_free_row(self) -> bool:

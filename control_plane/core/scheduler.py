@@ -13,21 +13,20 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import count as counting_up
 from operator import attrgetter
 
 from control_plane.core.placement import Placement
 from control_plane.core.policy import PolicyName, choose_victim, sort_key
-from control_plane.core.prefix_cache import root_hash
+from control_plane.core.prefix_cache import BlockHash, root_hash
 from control_plane.core.request import CoreRequest, FinishReason, RequestFault, SequenceOutput
 from control_plane.core.sequence import NO_ROW, RequestState, SequenceState
 from control_plane.core.step_plan import ProtocolError, RowFailure, RowStart, StepEvents, StepOutcome, StepPlan
 
 _by_sort_key = attrgetter("sort_key")
 
-# A sequence that was in the batch of this many lost workers in a row is tried alone.
-_LOSSES_UNTIL_ALONE = 2
 # Starting sequences brings their token ids along: past this many, the next ones wait for the next step, so that a step
 # stays far below the size of a message.
 _MAX_START_TOKENS = 2**21
@@ -62,9 +61,10 @@ class SchedulerCounters:
 
 
 class Scheduler:
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, arrivals: Iterator[int] | None = None) -> None:
+        """`arrivals` numbers the requests; schedulers that hand requests to one another share it."""
         self.counters = SchedulerCounters()
-        self._num_arrivals = 0
+        self._arrivals = counting_up() if arrivals is None else arrivals
         self._requests: dict[str, RequestState] = {}
         self._waiting: list[SequenceState] = []  # by sort_key
         self._running: list[SequenceState] = []  # by sort_key
@@ -82,6 +82,7 @@ class Scheduler:
         self._placement = Placement(config.first_block_id, config.num_blocks, config.block_size, config.max_num_seqs)
         self._next_step_id = 1
         self._in_flight: deque[StepPlan] = deque()
+        self._num_prefill_tokens = 0
 
     # ---- what the outside may ask ----
 
@@ -106,6 +107,16 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def num_prefill_tokens(self) -> int:
+        """Tokens that running prefills had left when the last step was planned."""
+        return self._num_prefill_tokens
+
+    @property
+    def num_suspects(self) -> int:
+        """Sequences that are to be tried alone."""
+        return sum(sequence.is_suspect for sequence in self._marked)
+
+    @property
     def num_in_flight(self) -> int:
         return len(self._in_flight)
 
@@ -121,26 +132,64 @@ class Scheduler:
     def num_cached_blocks(self) -> int:
         return self._placement.num_cached_blocks
 
+    @property
+    def num_blank_blocks(self) -> int:
+        """Free blocks with nothing in them that the prefix cache knows."""
+        return self._placement.num_blank_blocks
+
+    def num_cached_tokens(self, block_hashes: list[BlockHash]) -> int:
+        """How many tokens of a prompt with these block hashes are cached, or being computed by a running prefill."""
+        return self._placement.num_known_blocks(block_hashes) * self.config.block_size
+
     # ---- requests come and go ----
 
-    def add_request(self, request: CoreRequest, now: float) -> RequestState:
-        """Queue an admitted request."""
+    def add_request(
+        self, request: CoreRequest, now: float, block_hashes: list[BlockHash] | None = None
+    ) -> RequestState:
+        """Queue an admitted request. `block_hashes` are those of its prompt, if the caller has them."""
         if request.request_id in self._requests:
             raise ValueError(f"request id {request.request_id} is already in use")
-        root = None
+        root, arrival = None, next(self._arrivals)
         if self.config.enable_prefix_caching:
             root = root_hash(request.tenant, request.cache_salt)
         elif request.num_sequences > 1:
             # No caching, but siblings share their prompt: a chain that nobody else can start.
-            root = root_hash(f"fork {self._num_arrivals}", request.request_id)
-        state = RequestState(request, self._num_arrivals, now, root)
-        self._num_arrivals += 1
-        self._requests[request.request_id] = state
+            root = root_hash(f"fork {arrival}", request.request_id)
+        state = RequestState(request, arrival, now, root)
+        if block_hashes:
+            state.sequences[0].block_hashes = list(block_hashes)
         self.counters.num_prompt_tokens += len(request.prompt_ids)
-        for sequence in state.sequences:
-            sequence.sort_key = sort_key(self.config.policy, sequence)
-            self._enqueue(sequence)
+        self.adopt(state)
         return state
+
+    def adopt(self, state: RequestState) -> None:
+        """Queue a request that another scheduler has let go, at the place that its arrival gives it.
+
+        Both must have the same block size: the names of block contents come along. So does suspicion.
+        """
+        self._requests[state.request.request_id] = state
+        for sequence in state.sequences:
+            if not sequence.finished:
+                sequence.sort_key = sort_key(self.config.policy, sequence)
+                self._enqueue(sequence)
+                if sequence.num_losses:
+                    self._marked.add(sequence)
+
+    def take_waiting(self) -> list[RequestState]:
+        """Let go of the requests that have nothing on the worker, in order of arrival, for others to adopt."""
+        in_flight = {sequence for plan in self._in_flight for sequence in plan.sequences}
+        taken = []
+        for state in list(self._requests.values()):
+            # A sequence preempted a moment ago may still get tokens from the steps in flight.
+            if any(sequence.row != NO_ROW or sequence in in_flight for sequence in state.sequences):
+                continue
+            del self._requests[state.request.request_id]
+            for sequence in state.sequences:
+                if not sequence.finished:
+                    self._dequeue(sequence)
+                    self._marked.discard(sequence)
+            taken.append(state)
+        return sorted(taken, key=attrgetter("arrival"))
 
     def cancel(self, request_id: str) -> None:
         """Forget a request. Unknown ids are ignored: it may have ended by itself."""
@@ -205,6 +254,11 @@ class Scheduler:
                 budget -= self._plan_prefill(plan, sequence, budget)
         if waiting and self.counters.num_preemptions == num_preemptions:
             self._plan_admissions(plan, waiting, budget, now)
+        self._num_prefill_tokens = sum(
+            sequence.num_total - sequence.num_computed
+            for sequence in (*prefills, *(start.sequence for start in plan.starts))
+            if sequence.row != NO_ROW and sequence.num_total - sequence.num_computed > 1
+        )
 
         if not plan.rows:
             return None
@@ -248,15 +302,7 @@ class Scheduler:
         events = StepEvents()
         in_batch = {sequence for plan in self._in_flight for sequence in plan.sequences if not sequence.finished}
         was_alone = self._next_suspect()
-        self._in_flight.clear()
-        running, self._running = self._running, []
-        for sequence in running:
-            self.counters.num_recomputed_tokens += sequence.num_retired
-            sequence.forget_placement()
-            self._enqueue(sequence)
-        for sequence in self._waiting:
-            # Preempted while its last samples were in flight: those are lost with the step.
-            sequence.forget_placement()
+        self.vacate()
         for sequence in in_batch:
             sequence.num_losses += 1
             sequence.progress_mark = len(sequence.output_ids) + _TOKENS_THAT_CLEAR
@@ -269,8 +315,20 @@ class Scheduler:
                 retryable=False,
             )
             self._fail(was_alone.request, fault, events)
-        self.reset(self.config)
         return events
+
+    def vacate(self) -> None:
+        """Give the worker up, steps in flight included: every sequence waits again, to be recomputed."""
+        self._in_flight.clear()
+        running, self._running = self._running, []
+        for sequence in running:
+            self.counters.num_recomputed_tokens += sequence.num_retired
+            sequence.forget_placement()
+            self._enqueue(sequence)
+        for sequence in self._waiting:
+            # Preempted while its last samples were in flight: those are lost with the step.
+            sequence.forget_placement()
+        self.reset(self.config)
 
     # ---- planning ----
 
@@ -289,7 +347,7 @@ class Scheduler:
     def _next_suspect(self) -> SequenceState | None:
         if not self._marked:
             return None
-        suspects = [sequence for sequence in self._marked if sequence.num_losses >= _LOSSES_UNTIL_ALONE]
+        suspects = [sequence for sequence in self._marked if sequence.is_suspect]
         return min(suspects, key=_by_sort_key, default=None)
 
     def _plan_decode(self, plan: StepPlan, sequence: SequenceState) -> bool:

@@ -10,6 +10,8 @@ from control_plane.core.request import CoreRequest, TokenIdArray
 NO_ROW = -1
 # A count of tokens that no sequence reaches.
 NEVER = 1 << 62
+# A sequence that was in the batch of this many lost workers in a row is tried alone.
+LOSSES_UNTIL_ALONE = 2
 
 
 class RequestState:
@@ -106,6 +108,10 @@ class SequenceState:
         self.samples_left = self.max_tokens - len(self.output_ids)
         self.next_hash_at = NEVER  # num_retired at which the next block of ours can enter the prefix cache
         self.computing: list[BlockHash] = []  # hashes that others may wait for
+
+    @property
+    def is_suspect(self) -> bool:
+        return self.num_losses >= LOSSES_UNTIL_ALONE
 
     @property
     def num_known(self) -> int:

@@ -32,6 +32,7 @@ class StepRecord:
     num_running_sequences: int
     num_waiting_requests: int
     num_kv_blocks_in_use: int
+    group: int
 
 
 class StepWatcher:
@@ -72,15 +73,19 @@ class StepFeed:
         finally:
             self._watchers.remove(watcher)
 
-    def note(self, plan: StepPlan, timings: worker_pb2.StepTimings, duration_s: float, scheduler: Scheduler) -> None:
+    def note(
+        self, plan: StepPlan, timings: worker_pb2.StepTimings, duration_s: float, scheduler: Scheduler, group: int
+    ) -> None:
         if not self._watchers:
             return
-        record = _record(plan, timings, duration_s, scheduler)
+        record = _record(plan, timings, duration_s, scheduler, group)
         for watcher in self._watchers:
             watcher.put(record)
 
 
-def _record(plan: StepPlan, timings: worker_pb2.StepTimings, duration_s: float, scheduler: Scheduler) -> StepRecord:
+def _record(
+    plan: StepPlan, timings: worker_pb2.StepTimings, duration_s: float, scheduler: Scheduler, group: int
+) -> StepRecord:
     # A row that runs one token behind its prompt decodes; everything else computes what is known already.
     prefills = [
         num_tokens
@@ -103,4 +108,5 @@ def _record(plan: StepPlan, timings: worker_pb2.StepTimings, duration_s: float, 
         num_running_sequences=scheduler.num_running,
         num_waiting_requests=scheduler.num_waiting_requests,
         num_kv_blocks_in_use=scheduler.num_blocks_held,
+        group=group,
     )

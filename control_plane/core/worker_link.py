@@ -34,6 +34,10 @@ class WorkerUnavailable(Exception):
     """The worker cannot be reached, or refuses to work with this control plane."""
 
 
+class WorkerRefused(WorkerUnavailable):
+    """This control plane refuses to work with the worker; the message names what does not fit."""
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerAddress:
     """`target` as gRPC writes it; `credentials` for TCP with TLS, none for a unix socket or a trusted network."""

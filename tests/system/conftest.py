@@ -228,10 +228,12 @@ class Stack:
 
 
 def read_sample(text: str, sample: str) -> float:
-    for line in text.splitlines():
-        if line.startswith(f"{sample} "):
-            return float(line.rpartition(" ")[2])
-    raise LookupError(f"no sample {sample} in:\n{text}")
+    """A sample by name and labels as they stand there; by its name alone, the sum over all labels."""
+    starts = (f"{sample} ",) if "{" in sample else (f"{sample} ", f"{sample}{{")
+    values = [float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(starts)]
+    if not values:
+        raise LookupError(f"no sample {sample} in:\n{text}")
+    return sum(values)
 
 
 def wait_until(condition: Callable[[], bool], limit_s: float, explain: Callable[[], str] = str) -> None:

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from control_plane.core.engine import Engine, EngineConfig
+from control_plane.core.engine import Engine
+from control_plane.core.engine_config import EngineConfig
 from control_plane.core.metrics import CoreMetrics
 from control_plane.core.request import CoreRequest, RequestFault, SamplingParams, SequenceOutput
 from control_plane.core.worker_link import WorkerAddress
@@ -46,7 +47,7 @@ def request(number: int, max_tokens: int = 40) -> CoreRequest:
 async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
     flags = ["--runner=simulated", f"--listen=unix:{tmp_path}/w.sock", "--exit-with-parent"]
     worker = subprocess.Popen([sys.executable, "-m", "gpu_worker", *flags], cwd=ROOT)
-    engine = Engine(WorkerAddress(f"unix:{tmp_path}/w.sock"), EngineConfig(), CoreMetrics(CollectorRegistry()))
+    engine = Engine([WorkerAddress(f"unix:{tmp_path}/w.sock")], EngineConfig(), CoreMetrics(CollectorRegistry()))
     running = asyncio.create_task(engine.run())
     try:
         async with asyncio.timeout(30):

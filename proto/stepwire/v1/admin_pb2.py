@@ -25,27 +25,51 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17stepwire/v1/admin.proto\x12\x0bstepwire.v1\x1a\x1egoogle/protobuf/duration.proto\"H\n\x0c\x44rainRequest\x12*\n\x07timeout\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0c\n\x04\x65xit\x18\x02 \x01(\x08\">\n\rDrainResponse\x12\x12\n\nis_drained\x18\x01 \x01(\x08\x12\x19\n\x11num_open_requests\x18\x02 \x01(\r\"S\n\x11WatchStepsRequest\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x11\n\tmax_steps\x18\x02 \x01(\r\"\xef\x01\n\x12WatchStepsResponse\x12&\n\x05steps\x18\x01 \x03(\x0b\x32\x17.stepwire.v1.StepSample\x12\x16\n\x0enum_lost_steps\x18\x02 \x01(\x04\x12\'\n\x05state\x18\x03 \x01(\x0b\x32\x18.stepwire.v1.ServerState\x12\x37\n\x13time_to_first_token\x18\x04 \x01(\x0b\x32\x1a.stepwire.v1.LatencyCounts\x12\x37\n\x13inter_token_latency\x18\x05 \x01(\x0b\x32\x1a.stepwire.v1.LatencyCounts\"\xcf\x02\n\nStepSample\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x12\n\nended_at_s\x18\x02 \x01(\x01\x12\x13\n\x0b\x64uration_ns\x18\x03 \x01(\x04\x12\x10\n\x08num_rows\x18\x04 \x01(\r\x12\x18\n\x10num_prefill_rows\x18\x05 \x01(\r\x12\x1a\n\x12num_prefill_tokens\x18\x06 \x01(\r\x12\x19\n\x11num_decode_tokens\x18\x07 \x01(\r\x12\x10\n\x08queue_ns\x18\x08 \x01(\x04\x12\x10\n\x08input_ns\x18\t \x01(\x04\x12\x12\n\nforward_ns\x18\n \x01(\x04\x12\x11\n\tsample_ns\x18\x0b \x01(\x04\x12\x1d\n\x15num_running_sequences\x18\x0c \x01(\r\x12\x1c\n\x14num_waiting_requests\x18\r \x01(\r\x12\x1c\n\x14num_kv_blocks_in_use\x18\x0e \x01(\r\"\x99\x03\n\x0bServerState\x12\x1b\n\x13is_worker_connected\x18\x01 \x01(\x08\x12\x13\n\x0bis_draining\x18\x02 \x01(\x08\x12\x1d\n\x15num_running_sequences\x18\x03 \x01(\r\x12\x1c\n\x14num_waiting_requests\x18\x04 \x01(\r\x12\x1a\n\x12num_waiting_tokens\x18\x05 \x01(\x04\x12\x15\n\rnum_kv_blocks\x18\x06 \x01(\r\x12\x1c\n\x14num_kv_blocks_in_use\x18\x07 \x01(\r\x12\x1c\n\x14num_kv_blocks_cached\x18\x08 \x01(\r\x12\x19\n\x11num_prompt_tokens\x18\t \x01(\x04\x12\x1c\n\x14num_generated_tokens\x18\n \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\x0b \x01(\x04\x12 \n\x18num_prefix_cache_queries\x18\x0c \x01(\x04\x12\x1d\n\x15num_prefix_cache_hits\x18\r \x01(\x04\x12\x19\n\x11max_num_sequences\x18\x0e \x01(\r\"1\n\rLatencyCounts\x12\x10\n\x08\x62ounds_s\x18\x01 \x03(\x01\x12\x0e\n\x06\x63ounts\x18\x02 \x03(\x04\x32\x9f\x01\n\x0c\x41\x64minService\x12>\n\x05\x44rain\x12\x19.stepwire.v1.DrainRequest\x1a\x1a.stepwire.v1.DrainResponse\x12O\n\nWatchSteps\x12\x1e.stepwire.v1.WatchStepsRequest\x1a\x1f.stepwire.v1.WatchStepsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17stepwire/v1/admin.proto\x12\x0bstepwire.v1\x1a\x1egoogle/protobuf/duration.proto\"\x13\n\x11ListGroupsRequest\"8\n\x12ListGroupsResponse\x12\"\n\x06groups\x18\x01 \x03(\x0b\x32\x12.stepwire.v1.Group\"\x81\x01\n\x05Group\x12&\n\x05state\x18\x01 \x01(\x0b\x32\x17.stepwire.v1.GroupState\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\x0f\n\x07trouble\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x0f\n\x07version\x18\x05 \x01(\t\x12\x0f\n\x07\x64\x65vices\x18\x06 \x03(\t\"M\n\x0f\x41\x64\x64GroupRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12*\n\x07timeout\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"!\n\x10\x41\x64\x64GroupResponse\x12\r\n\x05group\x18\x01 \x01(\r\"N\n\x11\x44rainGroupRequest\x12\r\n\x05group\x18\x01 \x01(\r\x12*\n\x07timeout\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"(\n\x12\x44rainGroupResponse\x12\x12\n\nis_drained\x18\x01 \x01(\x08\"#\n\x12ResumeGroupRequest\x12\r\n\x05group\x18\x01 \x01(\r\"\x15\n\x13ResumeGroupResponse\"O\n\x12RemoveGroupRequest\x12\r\n\x05group\x18\x01 \x01(\r\x12*\n\x07timeout\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x15\n\x13RemoveGroupResponse\"H\n\x0c\x44rainRequest\x12*\n\x07timeout\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0c\n\x04\x65xit\x18\x02 \x01(\x08\">\n\rDrainResponse\x12\x12\n\nis_drained\x18\x01 \x01(\x08\x12\x19\n\x11num_open_requests\x18\x02 \x01(\r\"S\n\x11WatchStepsRequest\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x11\n\tmax_steps\x18\x02 \x01(\r\"\xef\x01\n\x12WatchStepsResponse\x12&\n\x05steps\x18\x01 \x03(\x0b\x32\x17.stepwire.v1.StepSample\x12\x16\n\x0enum_lost_steps\x18\x02 \x01(\x04\x12\'\n\x05state\x18\x03 \x01(\x0b\x32\x18.stepwire.v1.ServerState\x12\x37\n\x13time_to_first_token\x18\x04 \x01(\x0b\x32\x1a.stepwire.v1.LatencyCounts\x12\x37\n\x13inter_token_latency\x18\x05 \x01(\x0b\x32\x1a.stepwire.v1.LatencyCounts\"\xde\x02\n\nStepSample\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x12\n\nended_at_s\x18\x02 \x01(\x01\x12\x13\n\x0b\x64uration_ns\x18\x03 \x01(\x04\x12\x10\n\x08num_rows\x18\x04 \x01(\r\x12\x18\n\x10num_prefill_rows\x18\x05 \x01(\r\x12\x1a\n\x12num_prefill_tokens\x18\x06 \x01(\r\x12\x19\n\x11num_decode_tokens\x18\x07 \x01(\r\x12\x10\n\x08queue_ns\x18\x08 \x01(\x04\x12\x10\n\x08input_ns\x18\t \x01(\x04\x12\x12\n\nforward_ns\x18\n \x01(\x04\x12\x11\n\tsample_ns\x18\x0b \x01(\x04\x12\x1d\n\x15num_running_sequences\x18\x0c \x01(\r\x12\x1c\n\x14num_waiting_requests\x18\r \x01(\r\x12\x1c\n\x14num_kv_blocks_in_use\x18\x0e \x01(\r\x12\r\n\x05group\x18\x0f \x01(\r\"\xc2\x03\n\x0bServerState\x12\x1b\n\x13is_worker_connected\x18\x01 \x01(\x08\x12\x13\n\x0bis_draining\x18\x02 \x01(\x08\x12\x1d\n\x15num_running_sequences\x18\x03 \x01(\r\x12\x1c\n\x14num_waiting_requests\x18\x04 \x01(\r\x12\x1a\n\x12num_waiting_tokens\x18\x05 \x01(\x04\x12\x15\n\rnum_kv_blocks\x18\x06 \x01(\r\x12\x1c\n\x14num_kv_blocks_in_use\x18\x07 \x01(\r\x12\x1c\n\x14num_kv_blocks_cached\x18\x08 \x01(\r\x12\x19\n\x11num_prompt_tokens\x18\t \x01(\x04\x12\x1c\n\x14num_generated_tokens\x18\n \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\x0b \x01(\x04\x12 \n\x18num_prefix_cache_queries\x18\x0c \x01(\x04\x12\x1d\n\x15num_prefix_cache_hits\x18\r \x01(\x04\x12\x19\n\x11max_num_sequences\x18\x0e \x01(\r\x12\'\n\x06groups\x18\x0f \x03(\x0b\x32\x17.stepwire.v1.GroupState\"\xa7\x03\n\nGroupState\x12\r\n\x05group\x18\x01 \x01(\r\x12\x1b\n\x13is_worker_connected\x18\x02 \x01(\x08\x12\x13\n\x0bis_draining\x18\x03 \x01(\x08\x12\x1d\n\x15num_running_sequences\x18\x04 \x01(\r\x12\x1c\n\x14num_waiting_requests\x18\x05 \x01(\r\x12\x1a\n\x12num_waiting_tokens\x18\x06 \x01(\x04\x12\x15\n\rnum_kv_blocks\x18\x07 \x01(\r\x12\x1c\n\x14num_kv_blocks_in_use\x18\x08 \x01(\r\x12\x1c\n\x14num_kv_blocks_cached\x18\t \x01(\r\x12\x19\n\x11num_prompt_tokens\x18\n \x01(\x04\x12\x1c\n\x14num_generated_tokens\x18\x0b \x01(\x04\x12\x17\n\x0fnum_preemptions\x18\x0c \x01(\x04\x12 \n\x18num_prefix_cache_queries\x18\r \x01(\x04\x12\x1d\n\x15num_prefix_cache_hits\x18\x0e \x01(\x04\x12\x19\n\x11max_num_sequences\x18\x0f \x01(\r\"1\n\rLatencyCounts\x12\x10\n\x08\x62ounds_s\x18\x01 \x03(\x01\x12\x0e\n\x06\x63ounts\x18\x02 \x03(\x04\x32\xaa\x04\n\x0c\x41\x64minService\x12>\n\x05\x44rain\x12\x19.stepwire.v1.DrainRequest\x1a\x1a.stepwire.v1.DrainResponse\x12O\n\nWatchSteps\x12\x1e.stepwire.v1.WatchStepsRequest\x1a\x1f.stepwire.v1.WatchStepsResponse0\x01\x12M\n\nListGroups\x12\x1e.stepwire.v1.ListGroupsRequest\x1a\x1f.stepwire.v1.ListGroupsResponse\x12G\n\x08\x41\x64\x64Group\x12\x1c.stepwire.v1.AddGroupRequest\x1a\x1d.stepwire.v1.AddGroupResponse\x12M\n\nDrainGroup\x12\x1e.stepwire.v1.DrainGroupRequest\x1a\x1f.stepwire.v1.DrainGroupResponse\x12P\n\x0bResumeGroup\x12\x1f.stepwire.v1.ResumeGroupRequest\x1a .stepwire.v1.ResumeGroupResponse\x12P\n\x0bRemoveGroup\x12\x1f.stepwire.v1.RemoveGroupRequest\x1a .stepwire.v1.RemoveGroupResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'stepwire.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DRAINREQUEST']._serialized_start=72
-  _globals['_DRAINREQUEST']._serialized_end=144
-  _globals['_DRAINRESPONSE']._serialized_start=146
-  _globals['_DRAINRESPONSE']._serialized_end=208
-  _globals['_WATCHSTEPSREQUEST']._serialized_start=210
-  _globals['_WATCHSTEPSREQUEST']._serialized_end=293
-  _globals['_WATCHSTEPSRESPONSE']._serialized_start=296
-  _globals['_WATCHSTEPSRESPONSE']._serialized_end=535
-  _globals['_STEPSAMPLE']._serialized_start=538
-  _globals['_STEPSAMPLE']._serialized_end=873
-  _globals['_SERVERSTATE']._serialized_start=876
-  _globals['_SERVERSTATE']._serialized_end=1285
-  _globals['_LATENCYCOUNTS']._serialized_start=1287
-  _globals['_LATENCYCOUNTS']._serialized_end=1336
-  _globals['_ADMINSERVICE']._serialized_start=1339
-  _globals['_ADMINSERVICE']._serialized_end=1498
+  _globals['_LISTGROUPSREQUEST']._serialized_start=72
+  _globals['_LISTGROUPSREQUEST']._serialized_end=91
+  _globals['_LISTGROUPSRESPONSE']._serialized_start=93
+  _globals['_LISTGROUPSRESPONSE']._serialized_end=149
+  _globals['_GROUP']._serialized_start=152
+  _globals['_GROUP']._serialized_end=281
+  _globals['_ADDGROUPREQUEST']._serialized_start=283
+  _globals['_ADDGROUPREQUEST']._serialized_end=360
+  _globals['_ADDGROUPRESPONSE']._serialized_start=362
+  _globals['_ADDGROUPRESPONSE']._serialized_end=395
+  _globals['_DRAINGROUPREQUEST']._serialized_start=397
+  _globals['_DRAINGROUPREQUEST']._serialized_end=475
+  _globals['_DRAINGROUPRESPONSE']._serialized_start=477
+  _globals['_DRAINGROUPRESPONSE']._serialized_end=517
+  _globals['_RESUMEGROUPREQUEST']._serialized_start=519
+  _globals['_RESUMEGROUPREQUEST']._serialized_end=554
+  _globals['_RESUMEGROUPRESPONSE']._serialized_start=556
+  _globals['_RESUMEGROUPRESPONSE']._serialized_end=577
+  _globals['_REMOVEGROUPREQUEST']._serialized_start=579
+  _globals['_REMOVEGROUPREQUEST']._serialized_end=658
+  _globals['_REMOVEGROUPRESPONSE']._serialized_start=660
+  _globals['_REMOVEGROUPRESPONSE']._serialized_end=681
+  _globals['_DRAINREQUEST']._serialized_start=683
+  _globals['_DRAINREQUEST']._serialized_end=755
+  _globals['_DRAINRESPONSE']._serialized_start=757
+  _globals['_DRAINRESPONSE']._serialized_end=819
+  _globals['_WATCHSTEPSREQUEST']._serialized_start=821
+  _globals['_WATCHSTEPSREQUEST']._serialized_end=904
+  _globals['_WATCHSTEPSRESPONSE']._serialized_start=907
+  _globals['_WATCHSTEPSRESPONSE']._serialized_end=1146
+  _globals['_STEPSAMPLE']._serialized_start=1149
+  _globals['_STEPSAMPLE']._serialized_end=1499
+  _globals['_SERVERSTATE']._serialized_start=1502
+  _globals['_SERVERSTATE']._serialized_end=1952
+  _globals['_GROUPSTATE']._serialized_start=1955
+  _globals['_GROUPSTATE']._serialized_end=2378
+  _globals['_LATENCYCOUNTS']._serialized_start=2380
+  _globals['_LATENCYCOUNTS']._serialized_end=2429
+  _globals['_ADMINSERVICE']._serialized_start=2432
+  _globals['_ADMINSERVICE']._serialized_end=2986
 # @@protoc_insertion_point(module_scope)

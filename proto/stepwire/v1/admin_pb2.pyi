@@ -9,6 +9,82 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class ListGroupsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListGroupsResponse(_message.Message):
+    __slots__ = ("groups",)
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    groups: _containers.RepeatedCompositeFieldContainer[Group]
+    def __init__(self, groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ...) -> None: ...
+
+class Group(_message.Message):
+    __slots__ = ("state", "worker", "trouble", "model", "version", "devices")
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    TROUBLE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
+    state: GroupState
+    worker: str
+    trouble: str
+    model: str
+    version: str
+    devices: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, state: _Optional[_Union[GroupState, _Mapping]] = ..., worker: _Optional[str] = ..., trouble: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., devices: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class AddGroupRequest(_message.Message):
+    __slots__ = ("worker", "timeout")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_FIELD_NUMBER: _ClassVar[int]
+    worker: str
+    timeout: _duration_pb2.Duration
+    def __init__(self, worker: _Optional[str] = ..., timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class AddGroupResponse(_message.Message):
+    __slots__ = ("group",)
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    group: int
+    def __init__(self, group: _Optional[int] = ...) -> None: ...
+
+class DrainGroupRequest(_message.Message):
+    __slots__ = ("group", "timeout")
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_FIELD_NUMBER: _ClassVar[int]
+    group: int
+    timeout: _duration_pb2.Duration
+    def __init__(self, group: _Optional[int] = ..., timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class DrainGroupResponse(_message.Message):
+    __slots__ = ("is_drained",)
+    IS_DRAINED_FIELD_NUMBER: _ClassVar[int]
+    is_drained: bool
+    def __init__(self, is_drained: _Optional[bool] = ...) -> None: ...
+
+class ResumeGroupRequest(_message.Message):
+    __slots__ = ("group",)
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    group: int
+    def __init__(self, group: _Optional[int] = ...) -> None: ...
+
+class ResumeGroupResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RemoveGroupRequest(_message.Message):
+    __slots__ = ("group", "timeout")
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_FIELD_NUMBER: _ClassVar[int]
+    group: int
+    timeout: _duration_pb2.Duration
+    def __init__(self, group: _Optional[int] = ..., timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class RemoveGroupResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class DrainRequest(_message.Message):
     __slots__ = ("timeout", "exit")
     TIMEOUT_FIELD_NUMBER: _ClassVar[int]
@@ -48,7 +124,7 @@ class WatchStepsResponse(_message.Message):
     def __init__(self, steps: _Optional[_Iterable[_Union[StepSample, _Mapping]]] = ..., num_lost_steps: _Optional[int] = ..., state: _Optional[_Union[ServerState, _Mapping]] = ..., time_to_first_token: _Optional[_Union[LatencyCounts, _Mapping]] = ..., inter_token_latency: _Optional[_Union[LatencyCounts, _Mapping]] = ...) -> None: ...
 
 class StepSample(_message.Message):
-    __slots__ = ("step_id", "ended_at_s", "duration_ns", "num_rows", "num_prefill_rows", "num_prefill_tokens", "num_decode_tokens", "queue_ns", "input_ns", "forward_ns", "sample_ns", "num_running_sequences", "num_waiting_requests", "num_kv_blocks_in_use")
+    __slots__ = ("step_id", "ended_at_s", "duration_ns", "num_rows", "num_prefill_rows", "num_prefill_tokens", "num_decode_tokens", "queue_ns", "input_ns", "forward_ns", "sample_ns", "num_running_sequences", "num_waiting_requests", "num_kv_blocks_in_use", "group")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     ENDED_AT_S_FIELD_NUMBER: _ClassVar[int]
     DURATION_NS_FIELD_NUMBER: _ClassVar[int]
@@ -63,6 +139,7 @@ class StepSample(_message.Message):
     NUM_RUNNING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     NUM_KV_BLOCKS_IN_USE_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     ended_at_s: float
     duration_ns: int
@@ -77,10 +154,11 @@ class StepSample(_message.Message):
     num_running_sequences: int
     num_waiting_requests: int
     num_kv_blocks_in_use: int
-    def __init__(self, step_id: _Optional[int] = ..., ended_at_s: _Optional[float] = ..., duration_ns: _Optional[int] = ..., num_rows: _Optional[int] = ..., num_prefill_rows: _Optional[int] = ..., num_prefill_tokens: _Optional[int] = ..., num_decode_tokens: _Optional[int] = ..., queue_ns: _Optional[int] = ..., input_ns: _Optional[int] = ..., forward_ns: _Optional[int] = ..., sample_ns: _Optional[int] = ..., num_running_sequences: _Optional[int] = ..., num_waiting_requests: _Optional[int] = ..., num_kv_blocks_in_use: _Optional[int] = ...) -> None: ...
+    group: int
+    def __init__(self, step_id: _Optional[int] = ..., ended_at_s: _Optional[float] = ..., duration_ns: _Optional[int] = ..., num_rows: _Optional[int] = ..., num_prefill_rows: _Optional[int] = ..., num_prefill_tokens: _Optional[int] = ..., num_decode_tokens: _Optional[int] = ..., queue_ns: _Optional[int] = ..., input_ns: _Optional[int] = ..., forward_ns: _Optional[int] = ..., sample_ns: _Optional[int] = ..., num_running_sequences: _Optional[int] = ..., num_waiting_requests: _Optional[int] = ..., num_kv_blocks_in_use: _Optional[int] = ..., group: _Optional[int] = ...) -> None: ...
 
 class ServerState(_message.Message):
-    __slots__ = ("is_worker_connected", "is_draining", "num_running_sequences", "num_waiting_requests", "num_waiting_tokens", "num_kv_blocks", "num_kv_blocks_in_use", "num_kv_blocks_cached", "num_prompt_tokens", "num_generated_tokens", "num_preemptions", "num_prefix_cache_queries", "num_prefix_cache_hits", "max_num_sequences")
+    __slots__ = ("is_worker_connected", "is_draining", "num_running_sequences", "num_waiting_requests", "num_waiting_tokens", "num_kv_blocks", "num_kv_blocks_in_use", "num_kv_blocks_cached", "num_prompt_tokens", "num_generated_tokens", "num_preemptions", "num_prefix_cache_queries", "num_prefix_cache_hits", "max_num_sequences", "groups")
     IS_WORKER_CONNECTED_FIELD_NUMBER: _ClassVar[int]
     IS_DRAINING_FIELD_NUMBER: _ClassVar[int]
     NUM_RUNNING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
@@ -95,6 +173,7 @@ class ServerState(_message.Message):
     NUM_PREFIX_CACHE_QUERIES_FIELD_NUMBER: _ClassVar[int]
     NUM_PREFIX_CACHE_HITS_FIELD_NUMBER: _ClassVar[int]
     MAX_NUM_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
     is_worker_connected: bool
     is_draining: bool
     num_running_sequences: int
@@ -109,7 +188,42 @@ class ServerState(_message.Message):
     num_prefix_cache_queries: int
     num_prefix_cache_hits: int
     max_num_sequences: int
-    def __init__(self, is_worker_connected: _Optional[bool] = ..., is_draining: _Optional[bool] = ..., num_running_sequences: _Optional[int] = ..., num_waiting_requests: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., num_kv_blocks: _Optional[int] = ..., num_kv_blocks_in_use: _Optional[int] = ..., num_kv_blocks_cached: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_prefix_cache_queries: _Optional[int] = ..., num_prefix_cache_hits: _Optional[int] = ..., max_num_sequences: _Optional[int] = ...) -> None: ...
+    groups: _containers.RepeatedCompositeFieldContainer[GroupState]
+    def __init__(self, is_worker_connected: _Optional[bool] = ..., is_draining: _Optional[bool] = ..., num_running_sequences: _Optional[int] = ..., num_waiting_requests: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., num_kv_blocks: _Optional[int] = ..., num_kv_blocks_in_use: _Optional[int] = ..., num_kv_blocks_cached: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_prefix_cache_queries: _Optional[int] = ..., num_prefix_cache_hits: _Optional[int] = ..., max_num_sequences: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[GroupState, _Mapping]]] = ...) -> None: ...
+
+class GroupState(_message.Message):
+    __slots__ = ("group", "is_worker_connected", "is_draining", "num_running_sequences", "num_waiting_requests", "num_waiting_tokens", "num_kv_blocks", "num_kv_blocks_in_use", "num_kv_blocks_cached", "num_prompt_tokens", "num_generated_tokens", "num_preemptions", "num_prefix_cache_queries", "num_prefix_cache_hits", "max_num_sequences")
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    IS_WORKER_CONNECTED_FIELD_NUMBER: _ClassVar[int]
+    IS_DRAINING_FIELD_NUMBER: _ClassVar[int]
+    NUM_RUNNING_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    NUM_WAITING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_KV_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    NUM_KV_BLOCKS_IN_USE_FIELD_NUMBER: _ClassVar[int]
+    NUM_KV_BLOCKS_CACHED_FIELD_NUMBER: _ClassVar[int]
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREFIX_CACHE_QUERIES_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREFIX_CACHE_HITS_FIELD_NUMBER: _ClassVar[int]
+    MAX_NUM_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    group: int
+    is_worker_connected: bool
+    is_draining: bool
+    num_running_sequences: int
+    num_waiting_requests: int
+    num_waiting_tokens: int
+    num_kv_blocks: int
+    num_kv_blocks_in_use: int
+    num_kv_blocks_cached: int
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    num_preemptions: int
+    num_prefix_cache_queries: int
+    num_prefix_cache_hits: int
+    max_num_sequences: int
+    def __init__(self, group: _Optional[int] = ..., is_worker_connected: _Optional[bool] = ..., is_draining: _Optional[bool] = ..., num_running_sequences: _Optional[int] = ..., num_waiting_requests: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., num_kv_blocks: _Optional[int] = ..., num_kv_blocks_in_use: _Optional[int] = ..., num_kv_blocks_cached: _Optional[int] = ..., num_prompt_tokens: _Optional[int] = ..., num_generated_tokens: _Optional[int] = ..., num_preemptions: _Optional[int] = ..., num_prefix_cache_queries: _Optional[int] = ..., num_prefix_cache_hits: _Optional[int] = ..., max_num_sequences: _Optional[int] = ...) -> None: ...
 
 class LatencyCounts(_message.Message):
     __slots__ = ("bounds_s", "counts")

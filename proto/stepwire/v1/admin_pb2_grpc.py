@@ -44,6 +44,31 @@ class AdminServiceStub:
                 request_serializer=stepwire_dot_v1_dot_admin__pb2.WatchStepsRequest.SerializeToString,
                 response_deserializer=stepwire_dot_v1_dot_admin__pb2.WatchStepsResponse.FromString,
                 _registered_method=True)
+        self.ListGroups = channel.unary_unary(
+                '/stepwire.v1.AdminService/ListGroups',
+                request_serializer=stepwire_dot_v1_dot_admin__pb2.ListGroupsRequest.SerializeToString,
+                response_deserializer=stepwire_dot_v1_dot_admin__pb2.ListGroupsResponse.FromString,
+                _registered_method=True)
+        self.AddGroup = channel.unary_unary(
+                '/stepwire.v1.AdminService/AddGroup',
+                request_serializer=stepwire_dot_v1_dot_admin__pb2.AddGroupRequest.SerializeToString,
+                response_deserializer=stepwire_dot_v1_dot_admin__pb2.AddGroupResponse.FromString,
+                _registered_method=True)
+        self.DrainGroup = channel.unary_unary(
+                '/stepwire.v1.AdminService/DrainGroup',
+                request_serializer=stepwire_dot_v1_dot_admin__pb2.DrainGroupRequest.SerializeToString,
+                response_deserializer=stepwire_dot_v1_dot_admin__pb2.DrainGroupResponse.FromString,
+                _registered_method=True)
+        self.ResumeGroup = channel.unary_unary(
+                '/stepwire.v1.AdminService/ResumeGroup',
+                request_serializer=stepwire_dot_v1_dot_admin__pb2.ResumeGroupRequest.SerializeToString,
+                response_deserializer=stepwire_dot_v1_dot_admin__pb2.ResumeGroupResponse.FromString,
+                _registered_method=True)
+        self.RemoveGroup = channel.unary_unary(
+                '/stepwire.v1.AdminService/RemoveGroup',
+                request_serializer=stepwire_dot_v1_dot_admin__pb2.RemoveGroupRequest.SerializeToString,
+                response_deserializer=stepwire_dot_v1_dot_admin__pb2.RemoveGroupResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -65,6 +90,43 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListGroups(self, request, context):
+        """The worker groups that this control plane drives.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AddGroup(self, request, context):
+        """Take a worker into service. Answers when it is; FAILED_PRECONDITION says why it cannot be.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainGroup(self, request, context):
+        """Give a group nothing new from now on: what waits there moves to other groups at once, what runs there may end.
+        The last group that takes requests cannot be drained.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeGroup(self, request, context):
+        """Let a drained group take requests again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveGroup(self, request, context):
+        """Drain a group and forget it. What still runs there after `timeout` goes on in other groups, from its token ids.
+        The worker's process is left as it is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +139,31 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.WatchSteps,
                     request_deserializer=stepwire_dot_v1_dot_admin__pb2.WatchStepsRequest.FromString,
                     response_serializer=stepwire_dot_v1_dot_admin__pb2.WatchStepsResponse.SerializeToString,
+            ),
+            'ListGroups': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListGroups,
+                    request_deserializer=stepwire_dot_v1_dot_admin__pb2.ListGroupsRequest.FromString,
+                    response_serializer=stepwire_dot_v1_dot_admin__pb2.ListGroupsResponse.SerializeToString,
+            ),
+            'AddGroup': grpc.unary_unary_rpc_method_handler(
+                    servicer.AddGroup,
+                    request_deserializer=stepwire_dot_v1_dot_admin__pb2.AddGroupRequest.FromString,
+                    response_serializer=stepwire_dot_v1_dot_admin__pb2.AddGroupResponse.SerializeToString,
+            ),
+            'DrainGroup': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainGroup,
+                    request_deserializer=stepwire_dot_v1_dot_admin__pb2.DrainGroupRequest.FromString,
+                    response_serializer=stepwire_dot_v1_dot_admin__pb2.DrainGroupResponse.SerializeToString,
+            ),
+            'ResumeGroup': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeGroup,
+                    request_deserializer=stepwire_dot_v1_dot_admin__pb2.ResumeGroupRequest.FromString,
+                    response_serializer=stepwire_dot_v1_dot_admin__pb2.ResumeGroupResponse.SerializeToString,
+            ),
+            'RemoveGroup': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveGroup,
+                    request_deserializer=stepwire_dot_v1_dot_admin__pb2.RemoveGroupRequest.FromString,
+                    response_serializer=stepwire_dot_v1_dot_admin__pb2.RemoveGroupResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -133,6 +220,141 @@ class AdminService:
             '/stepwire.v1.AdminService/WatchSteps',
             stepwire_dot_v1_dot_admin__pb2.WatchStepsRequest.SerializeToString,
             stepwire_dot_v1_dot_admin__pb2.WatchStepsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListGroups(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stepwire.v1.AdminService/ListGroups',
+            stepwire_dot_v1_dot_admin__pb2.ListGroupsRequest.SerializeToString,
+            stepwire_dot_v1_dot_admin__pb2.ListGroupsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AddGroup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stepwire.v1.AdminService/AddGroup',
+            stepwire_dot_v1_dot_admin__pb2.AddGroupRequest.SerializeToString,
+            stepwire_dot_v1_dot_admin__pb2.AddGroupResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainGroup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stepwire.v1.AdminService/DrainGroup',
+            stepwire_dot_v1_dot_admin__pb2.DrainGroupRequest.SerializeToString,
+            stepwire_dot_v1_dot_admin__pb2.DrainGroupResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeGroup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stepwire.v1.AdminService/ResumeGroup',
+            stepwire_dot_v1_dot_admin__pb2.ResumeGroupRequest.SerializeToString,
+            stepwire_dot_v1_dot_admin__pb2.ResumeGroupResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveGroup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stepwire.v1.AdminService/RemoveGroup',
+            stepwire_dot_v1_dot_admin__pb2.RemoveGroupRequest.SerializeToString,
+            stepwire_dot_v1_dot_admin__pb2.RemoveGroupResponse.FromString,
             options,
             channel_credentials,
             insecure,

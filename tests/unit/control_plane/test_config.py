@@ -53,7 +53,7 @@ def test_lists_flags_and_secrets() -> None:
         (["--grpc-port", "70000"], "--grpc-port"),
         (["--workers", "nowhere"], "neither HOST:PORT nor unix:/PATH"),
         (["--workers", ","], "at least one worker"),
-        (["--workers", "a:1,b:2"], "names 2 workers"),
+        (["--workers", "a:1,b:2,a:1"], "names a worker twice"),
         (["--listen", "relative.sock"], "--listen"),
         (["--steps-in-flight", "0"], "--steps-in-flight"),
         (["--scheduling-policy", "random"], "--scheduling-policy"),

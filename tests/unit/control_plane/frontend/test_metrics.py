@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from control_plane.core.engine import Engine, EngineConfig
+from control_plane.core.engine import Engine
+from control_plane.core.engine_config import EngineConfig
 from control_plane.core.metrics import CoreMetrics
 from control_plane.core.worker_link import WorkerAddress
 from control_plane.frontend.metrics import FrontendMetrics, LoopHistogram
@@ -38,7 +39,7 @@ def test_names_are_exported_once_and_by_convention() -> None:
     """Core and frontend share a page: a sample that both give would spoil the scrape."""
     registry = CollectorRegistry()
     metrics = FrontendMetrics(registry)
-    Engine(WorkerAddress("unix:/nowhere"), EngineConfig(), CoreMetrics(registry))
+    Engine([WorkerAddress("unix:/nowhere")], EngineConfig(), CoreMetrics(registry))
     metrics.count_end("OK", "stop")
     metrics.count_end("NOT_FOUND")
     text = generate_latest(registry).decode()
