@@ -90,7 +90,7 @@ def load_model(
         check_weights(family(spec, max_position, replace(build, device=torch.device("meta"))), settings.model)
     model = family(spec, max_position, build)
     if settings.load_format == "dummy":
-        fill_random(model, settings.seed)
+        fill_random(model, settings.model, settings.seed)
     elif settings.model is not None:
         load_weights(model, settings.model)
     log.info(

@@ -91,6 +91,8 @@ def load_cuda_runner(settings: WorkerSettings, device: torch.device) -> Runner:
     dtype = resolve_dtype(settings.dtype, device, spec.dtype)
     sizes = resolve_sizes(settings, spec, device)
     reason = _unsupported(spec, parallel, sizes, device)
+    if family.host_plans_attention:
+        reason = f"{spec.architecture} runs through transformers' own code"
     if reason is not None:
         log.warning("the CUDA kernels cannot run this: plain torch does, many times slower", reason=reason)
         return TorchRunner.load(settings)

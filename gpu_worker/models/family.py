@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import ClassVar
 
 from gpu_worker.layers.decoder import Decoder
 from gpu_worker.model_spec import ModelSpec
 from gpu_worker.models.hf_config import HfConfig
+from gpu_worker.quant.api import RandomValues
 
 NameRules = dict[str, dict[str, str]]
 """Layer path -> part -> place of its tensors in the checkpoint; `{i}` stands for the layer's number.
@@ -24,6 +26,8 @@ class ModelFamily(Decoder):
     name_rules: ClassVar[NameRules]
     skipped_tensors: ClassVar[str] = ""
     """A pattern of checkpoint tensors that serving text does not need (a vision tower, say)."""
+    host_plans_attention: ClassVar[bool] = False
+    """Its attention is planned on the host for every step, which CUDA graphs leave no room for."""
 
     @classmethod
     def canonical_name(cls, name: str) -> str:
@@ -38,3 +42,19 @@ class ModelFamily(Decoder):
         Raises:
             ModelConfigError: a field is missing, of the wrong type, or asks for what the family does not do.
         """
+
+
+class LoadsItself(ABC):
+    """A family whose checkpoint is read by other code than the loader's."""
+
+    @abstractmethod
+    def check_checkpoint(self, path: Path) -> None:
+        """Raises `CheckpointError` for what can be seen before anything is read."""
+
+    @abstractmethod
+    def load_checkpoint(self, path: Path) -> None:
+        """Raises `CheckpointError`."""
+
+    @abstractmethod
+    def fill_random_weights(self, source: RandomValues, directory: Path) -> None:
+        """load_format dummy: random weights for the config in `directory`."""

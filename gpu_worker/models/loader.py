@@ -28,9 +28,10 @@ from gpu_worker.loading.gguf_reader import GgufReader
 from gpu_worker.loading.kv_scales import is_kv_scale, read_kv_scales
 from gpu_worker.loading.tensor_source import TensorIndex, TensorInfo, TensorSource
 from gpu_worker.model_spec import ModelConfigError, ModelSpec
-from gpu_worker.models.family import ModelFamily
+from gpu_worker.models.family import LoadsItself, ModelFamily
 from gpu_worker.models.hf_config import HfConfig
 from gpu_worker.models.registry import find_family, known_architectures
+from gpu_worker.models.transformers_fallback import is_known
 from gpu_worker.quant.scheme import module_format, read_quantization
 
 log = structlog.get_logger(__name__)
@@ -54,7 +55,8 @@ def read_spec(directory: Path) -> tuple[ModelSpec, type[ModelFamily]]:
 
 def _refuse_remote_code(config: HfConfig) -> None:
     """Many repositories of architectures known here carry code for older transformers as well: that is not needed."""
-    if config.fields.get("auto_map") and not set(config.architectures()) & set(known_architectures()):
+    known = set(known_architectures())
+    if config.fields.get("auto_map") and not any(name in known or is_known(name) for name in config.architectures()):
         raise config.error(
             "auto_map",
             f"asks to run the repository's own code for {', '.join(config.architectures()) or 'its architecture'}, "
@@ -207,6 +209,9 @@ def check_weights(model: ModelFamily, path: Path) -> None:
     Raises:
         CheckpointError: damaged, or its tensors are not those of the config; names file and tensor.
     """
+    if isinstance(model, LoadsItself):
+        model.check_checkpoint(path)
+        return
     with _matched(model, path):
         return
 
@@ -217,6 +222,9 @@ def load_weights(model: ModelFamily, path: Path) -> None:
     Raises:
         CheckpointError: damaged, or its tensors are not those of the config; names file and tensor.
     """
+    if isinstance(model, LoadsItself):
+        model.load_checkpoint(path)
+        return
     with _matched(model, path) as matched:
         left = matched.count_by_layer()
         with matched.reader as reader:
@@ -278,8 +286,11 @@ class _RandomBlock:
         flat[num_whole:].copy_(block[: flat.numel() - num_whole])
 
 
-def fill_random(model: ModelFamily, seed: int) -> None:
-    """Random weights (load_format dummy), the same for the same seed."""
+def fill_random(model: ModelFamily, directory: Path | None, seed: int) -> None:
+    """Random weights (load_format dummy) for the config in `directory`, the same for the same seed."""
+    if isinstance(model, LoadsItself) and directory is not None:
+        model.fill_random_weights(_RandomBlock(seed, torch.device("cpu")), directory)
+        return
     random = _RandomBlock(seed, model.device)
     for _, layer in model.weighted():
         layer.fill_random(random)

@@ -10,6 +10,7 @@ from functools import cache
 import gpu_worker.models
 from gpu_worker.model_spec import ModelConfigError
 from gpu_worker.models.family import ModelFamily
+from gpu_worker.models.transformers_fallback import TransformersModel, is_known
 
 _families: dict[str, type[ModelFamily]] = {}
 
@@ -39,7 +40,7 @@ def known_architectures() -> list[str]:
 
 
 def find_family(architectures: Sequence[str]) -> tuple[str, type[ModelFamily]]:
-    """The first of a config's `architectures` that can be served, and its family.
+    """The first of a config's `architectures` that can be served, and its family; native code goes first.
 
     Raises:
         ModelConfigError: none can; the message lists those that can.
@@ -48,8 +49,11 @@ def find_family(architectures: Sequence[str]) -> tuple[str, type[ModelFamily]]:
     for name in architectures:
         if name in _families:
             return name, _families[name]
+    for name in architectures:
+        if is_known(name):
+            return name, TransformersModel
     asked = ", ".join(architectures) if architectures else "nothing"
     raise ModelConfigError(
         f"config.json names {asked} in architectures, which is not supported; "
-        f"supported are {', '.join(sorted(_families))}"
+        f"supported are {', '.join(sorted(_families))}, and causal language models that transformers has code for"
     )

@@ -241,7 +241,7 @@ def test_dummy_weights_and_a_second_quantization(tmp_path: Path) -> None:
     (directory / "model.safetensors").unlink()
     scheme = make_scheme(directory, family.name_rules, has_weights=False)
     model = family(spec, 64, BuildContext(ParallelContext(), scheme, torch.float32, CPU))
-    fill_random(model, 3)
+    fill_random(model, None, 3)
     hidden = model.blocks[0].mlp.apply(torch.randn(4, 576))
     assert torch.isfinite(hidden).all() and 0.05 < hidden.std() < 5
 
