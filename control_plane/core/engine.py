@@ -23,6 +23,7 @@ from control_plane.core.request import (
     CoreRequest,
     ModelFacts,
     OutputSink,
+    PoolingFacts,
     RequestFault,
     SequenceOutput,
 )
@@ -330,15 +331,19 @@ class Engine:
             max_num_batched_tokens=budget,
             policy=self._config.scheduling_policy,
             enable_prefix_caching=self._config.enable_prefix_caching,
+            whole_prompts=worker.pooling.whole_prompts,
         )
         # A sequence has to fit the pool as well as the context.
         max_model_len = min(worker.max_model_len, (worker.num_blocks - worker.first_block_id) * worker.block_size)
+        if worker.pooling.whole_prompts:
+            max_model_len = min(max_model_len, budget)
         facts = ModelFacts(
             model=worker.model,
             max_model_len=max_model_len,
             vocab_size=worker.vocab_size,
             max_num_logprobs=worker.max_num_logprobs,
             can_mask_tokens=worker_pb2.CAPABILITY_TOKEN_MASK in worker.capabilities,
+            pooling=_pooling_facts(worker),
         )
         if self._facts is not None and facts != self._facts:
             raise WorkerUnavailable(f"the worker now serves {facts}, this control plane was started for {self._facts}")
@@ -402,3 +407,11 @@ class Engine:
             log.exception("the books of rows and blocks disagree: starting a new session")
             if self._link is not None:
                 self._link.lose("the control plane's books disagree")
+
+
+def _pooling_facts(worker: worker_pb2.DescribeResponse) -> PoolingFacts | None:
+    if not worker.HasField("pooling"):
+        return None
+    pooling = worker.pooling
+    is_score = pooling.kind == worker_pb2.POOLING_KIND_SCORE
+    return PoolingFacts(is_score=is_score, dimensions=pooling.dimensions, only=pooling.only)

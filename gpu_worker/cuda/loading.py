@@ -37,6 +37,7 @@ from gpu_worker.model_spec import ModelConfigError, ModelSpec
 from gpu_worker.models.family import ModelFamily
 from gpu_worker.models.loader import read_spec
 from gpu_worker.parallel import ParallelContext
+from gpu_worker.pooling import read_pooling
 from gpu_worker.quant.scheme import make_scheme
 from gpu_worker.runner import TorchRunner
 from gpu_worker.runner_api import Runner
@@ -93,6 +94,8 @@ def load_cuda_runner(settings: WorkerSettings, device: torch.device) -> Runner:
     reason = _unsupported(spec, parallel, sizes, device)
     if family.host_plans_attention:
         reason = f"{spec.architecture} runs through transformers' own code"
+    if read_pooling(settings.model, spec, family, settings.task, settings.pooling) is not None:
+        reason = "vectors and scores are pooled in plain torch"
     if reason is not None:
         log.warning("the CUDA kernels cannot run this: plain torch does, many times slower", reason=reason)
         return TorchRunner.load(settings)

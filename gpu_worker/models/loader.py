@@ -120,13 +120,15 @@ def _whole_shape(places: list[_Place]) -> tuple[int, ...] | None:
 class _ServedTensors:
     """A checkpoint by the names of the rules, without the tensors that serving text does not need."""
 
-    def __init__(self, source: TensorSource, family: type[ModelFamily]) -> None:
+    def __init__(self, source: TensorSource, family: type[ModelFamily], spec: ModelSpec) -> None:
         self._source = source
-        skipped = re.compile(family.skipped_tensors) if family.skipped_tensors else None
+        skipped, unused = (
+            re.compile(pattern or r"(?!)") for pattern in (family.skipped_tensors, family.unused_tensors(spec))
+        )
         self._stored_names = {
-            family.canonical_name(info.name): info.name
+            name: info.name
             for info in source.names()
-            if skipped is None or not skipped.match(info.name)
+            if not skipped.match(info.name) and not unused.match(name := family.canonical_name(info.name))
         }
 
     @property
@@ -164,7 +166,7 @@ def _matched(model: ModelFamily, path: Path) -> Iterator[_MatchedCheckpoint]:
     places = checkpoint_places(model)
     checkpoint = open_checkpoint(path)
     try:
-        source = _as_wanted(_ServedTensors(checkpoint, type(model)), checkpoint, path, places)
+        source = _as_wanted(_ServedTensors(checkpoint, type(model), model.spec), checkpoint, path, places)
         infos = list(source.names())
         scales = tuple(info for info in infos if is_kv_scale(info.name) and info.name not in places)
         hidden = {info.name for info in scales}

