@@ -123,6 +123,7 @@ class TorchRunner:
             family.name_rules,
             setting=settings.quantization,
             has_weights=settings.load_format == "auto",
+            canonical_name=family.canonical_name,
         )
         build = BuildContext(parallel, scheme, dtype, device)
         sizes = resolve_sizes(settings, spec, device)

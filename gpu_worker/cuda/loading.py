@@ -128,6 +128,7 @@ def _load_supported(
         family.name_rules,
         setting=settings.quantization,
         has_weights=settings.load_format == "auto",
+        canonical_name=family.canonical_name,
         ops=ops,
         kernels=PackedLinears(device, pdl=pdl),
     )

@@ -139,6 +139,9 @@ class _ServedTensors:
         canonical = {stored: name for name, stored in self._stored_names.items()}
         return [replace(info, name=canonical[info.name]) for info in self._source.names() if info.name in canonical]
 
+    def stored_name(self, name: str) -> str:
+        return self._stored_names[name]
+
     def read(self, name: str, index: TensorIndex | None = None) -> torch.Tensor:
         return self._source.read(self._stored_names[name], index)
 
@@ -191,11 +194,11 @@ def _matched(model: ModelFamily, path: Path) -> Iterator[_MatchedCheckpoint]:
 
 
 def _as_wanted(
-    served: TensorSource, checkpoint: TensorSource, path: Path, places: Mapping[str, object]
+    served: _ServedTensors, checkpoint: TensorSource, path: Path, places: Mapping[str, object]
 ) -> TensorSource:
     """The checkpoint as the model's layers ask for it: packed where they keep packed weights, plain elsewhere."""
     if isinstance(checkpoint, GgufReader):
-        return PackedGgufSource(checkpoint, places.keys())
+        return PackedGgufSource(checkpoint, served, served.stored_name, places.keys())
     if not path.is_dir() or not (path / "config.json").exists():
         return served
     names = frozenset(info.name for info in served.names())

