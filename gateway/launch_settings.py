@@ -83,6 +83,21 @@ class LaunchSettings(ProcessSettings):
         description="fp8 or int8: quantize plain weights while they are loaded; auto takes them as they are",
         json_schema_extra=_passed_to(WORKER),
     )
+    gguf_weights: Literal["auto", "packed", "dequantized"] = Field(
+        "auto",
+        description="packed keeps the blocks of a GGUF file, which a GPU multiplies by; dequantized makes bfloat16 of "
+        "them once; auto is packed where the model runs on cuda",
+    )
+    task: Literal["auto", "generate", "embed", "score"] = Field(
+        "auto",
+        description="what the model is served for; auto asks the checkpoint",
+        json_schema_extra=_passed_to(WORKER),
+    )
+    pooling: Literal["auto", "last", "mean", "cls"] = Field(
+        "auto",
+        description="which hidden states become an embedding; auto is what the checkpoint says",
+        json_schema_extra=_passed_to(WORKER),
+    )
     load_format: Literal["auto", "dummy"] = Field(
         "auto", description="dummy: random weights from config.json alone", json_schema_extra=_passed_to(WORKER)
     )

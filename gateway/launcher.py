@@ -175,6 +175,10 @@ def _check_ports(settings: LaunchSettings) -> None:
             raise LaunchError(f"{what}: stop what listens there, or choose another with {flag}") from error
 
 
+# What a GGUF file becomes, by device or by what was asked for.
+_WEIGHTS_FOR = {"auto": "auto", "cuda": "packed", "packed": "packed", "cpu": "bfloat16", "dequantized": "bfloat16"}
+
+
 async def _prepare(settings: LaunchSettings) -> Path:
     """Have the model source turned into what the services read; returns the directory."""
     command = [sys.executable, "-m", "gpu_worker.prepare", settings.model]
@@ -182,6 +186,8 @@ async def _prepare(settings: LaunchSettings) -> Path:
         command += ["--cache-dir", str(settings.cache_dir)]
     if settings.load_format == "dummy" or settings.runner == "simulated":
         command.append("--config-only")
+    device = settings.device if settings.gguf_weights == "auto" else settings.gguf_weights
+    command.append(f"--dtype={_WEIGHTS_FOR[device]}")
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, start_new_session=True)
     try:
         output, _ = await process.communicate()

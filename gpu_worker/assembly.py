@@ -26,8 +26,9 @@ from gpu_worker.model_spec import ModelConfigError, ModelSpec
 from gpu_worker.models.family import ModelFamily
 from gpu_worker.models.loader import check_weights, fill_random, load_weights
 from gpu_worker.parallel import ParallelContext
+from gpu_worker.pooling import PoolingSpec
 from gpu_worker.row_table import BatchLimits
-from gpu_worker.runner_api import WorkerFacts
+from gpu_worker.runner_api import PoolingFacts, PoolingKind, WorkerFacts
 
 log = structlog.get_logger(__name__)
 
@@ -78,6 +79,7 @@ def batch_limits(facts: WorkerFacts) -> BatchLimits:
         first_block_id=facts.first_block_id,
         vocab_size=facts.vocab_size,
         max_num_logprobs=facts.max_num_logprobs,
+        pooling=facts.pooling,
     )
 
 
@@ -90,7 +92,7 @@ def load_model(
         check_weights(family(spec, max_position, replace(build, device=torch.device("meta"))), settings.model)
     model = family(spec, max_position, build)
     if settings.load_format == "dummy":
-        fill_random(model, settings.seed)
+        fill_random(model, settings.model, settings.seed)
     elif settings.model is not None:
         load_weights(model, settings.model)
     log.info(
@@ -176,6 +178,7 @@ def worker_facts(
     shape: KVCacheShape,
     device: torch.device,
     dtype: torch.dtype,
+    pooling: PoolingSpec | None = None,
 ) -> WorkerFacts:
     return WorkerFacts(
         model=model.name or str(model),
@@ -193,5 +196,25 @@ def worker_facts(
         vocab_size=spec.vocab_size,
         max_num_logprobs=MAX_NUM_LOGPROBS,
         block_bytes=shape.block_bytes,
-        can_mask_tokens=True,
+        can_mask_tokens=pooling is None,
+        pooling=None if pooling is None else pooling_facts(pooling),
     )
+
+
+def pooling_facts(pooling: PoolingSpec) -> PoolingFacts:
+    kind = PoolingKind.SCORE if pooling.kind == "score" else PoolingKind.EMBEDDING
+    return PoolingFacts(kind, pooling.dimensions, pooling.whole_prompts, only=True)
+
+
+def encoder_sizes(sizes: Sizes, settings: WorkerSettings) -> Sizes:
+    """Every prompt of an encoder runs in one step: the two limits go together."""
+    if settings.max_num_batched_tokens is None:
+        return replace(sizes, max_num_batched_tokens=max(sizes.max_num_batched_tokens, sizes.max_model_len))
+    return replace(sizes, max_model_len=min(sizes.max_model_len, sizes.max_num_batched_tokens))
+
+
+def plan_encoder_memory(shape: KVCacheShape, sizes: Sizes, weight_bytes: int, device: torch.device) -> MemoryPlan:
+    """No KV cache. Blocks of nothing are announced all the same, as many as all rows may need, so that an encoder is
+    scheduled like everything else."""
+    num_blocks = FIRST_BLOCK_ID + sizes.max_num_seqs * shape.blocks_for(sizes.max_model_len)
+    return MemoryPlan(str(device), None, weight_bytes, 0, 0, num_blocks, sizes.block_size)

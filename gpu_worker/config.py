@@ -83,6 +83,16 @@ class WorkerSettings(ProcessSettings):
         description="auto takes the weights as the checkpoint has them, quantized or not; fp8 and int8 quantize plain "
         "ones while they are loaded (8 bits, a scale for every output; inputs per token)",
     )
+    task: Literal["auto", "generate", "embed", "score"] = Field(
+        "auto",
+        description="what the model is served for: generate draws tokens, embed gives vectors, score rates pairs of "
+        "texts (a classification head with one label); auto asks the checkpoint",
+    )
+    pooling: Literal["auto", "last", "mean", "cls"] = Field(
+        "auto",
+        description="embed: which hidden states become the vector, the last token's, the first's (cls) or their mean; "
+        "auto is what the checkpoint says, else cls for encoders and last for decoders",
+    )
     load_format: Literal["auto", "dummy"] = Field(
         "auto", description="dummy: random weights from config.json alone, to try a shape without downloading it"
     )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gpu_worker.attention.api import StepMetadata
+from gpu_worker.pooling import PooledRun
 from gpu_worker.row_table import BatchLimits, IntArray, RowTable
 from gpu_worker.runner_api import RowAdd, RowFault, StepBatch
 from gpu_worker.sampler import RowSampler
@@ -27,6 +28,9 @@ class StepInputs:
     sampled_rows: IntArray  # [num_sampled], in the step's run order
     sampled_tokens: IntArray  # [num_sampled]: which of the step's tokens is the last of its run
     sampled_positions: IntArray  # [num_sampled]: index of the token to be drawn in its sequence
+    pooled: tuple[PooledRun, ...] = ()
+    """Runs of rows that are worth a vector, in the step's run order."""
+    segments: IntArray | None = None  # [num_tokens]: which text of a pair a token is of; None: there are no pairs
 
 
 class InputBatch(RowTable):
@@ -38,15 +42,23 @@ class InputBatch(RowTable):
         # One token more than a sequence may have: the last step samples a token that is never run.
         self._tokens = np.zeros((num_rows, limits.max_model_len + 1), dtype=np.int32)
         self._samplers: list[RowSampler | None] = [None] * num_rows
+        self._pools = np.zeros(num_rows, dtype=np.bool_)
+        self._second_starts = np.zeros(num_rows, dtype=np.int64)  # 0: the row's tokens are one text
 
     def _forget(self, row: int) -> None:
         super()._forget(row)
         self._samplers[row] = None
+        self._pools[row] = False
+        self._second_starts[row] = 0
 
     def _occupy(self, add: RowAdd) -> None:
         super()._occupy(add)
         tokens = self._tokens[add.row, : len(add.token_ids)]
         tokens[:] = add.token_ids
+        if add.pooling is not None:
+            self._pools[add.row] = True
+            self._second_starts[add.row] = add.pooling.second_text_start
+            return
         self._samplers[add.row] = RowSampler(add.sampling, tokens, add.num_prompt_tokens, self._limits.vocab_size)
 
     def sampler(self, row: int) -> RowSampler:
@@ -86,7 +98,8 @@ class InputBatch(RowTable):
             positions = np.arange(int(ends[-1])) + np.repeat(starts - (ends - counts), counts)
         max_blocks = -(-int(contexts.max()) // self._limits.block_size)
         self._computed[rows] = contexts
-        samples = np.flatnonzero(batch.run_samples[runs])
+        pools = self._pools[rows]
+        samples = np.flatnonzero(batch.run_samples[runs] & ~pools)
         samples = samples[np.argsort(runs[samples])]  # back to the step's run order
         return StepInputs(
             token_ids=self._tokens[token_rows, positions].astype(np.int64),
@@ -100,4 +113,21 @@ class InputBatch(RowTable):
             sampled_rows=rows[samples],
             sampled_tokens=ends[samples] - 1,
             sampled_positions=contexts[samples],
+            pooled=tuple(
+                PooledRun(
+                    row=int(rows[index]),
+                    first_token=int(ends[index] - counts[index]),
+                    num_tokens=int(counts[index]),
+                    start_position=int(starts[index]),
+                    is_last=bool(batch.run_samples[runs[index]]),
+                )
+                for index in sorted(np.flatnonzero(pools).tolist(), key=lambda index: int(runs[index]))
+            ),
+            segments=self._segments(token_rows, positions),
         )
+
+    def _segments(self, token_rows: IntArray, positions: IntArray) -> IntArray | None:
+        second_starts = self._second_starts[token_rows]  # [num_tokens]
+        if not second_starts.any():
+            return None
+        return ((second_starts > 0) & (positions >= second_starts)).astype(np.int64)

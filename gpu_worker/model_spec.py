@@ -151,6 +151,14 @@ class ModelSpec:
     attention_softcap: float | None = None
     attention_sinks: bool = False
     """A learnt logit for every head joins the softmax's denominator."""
+    has_output_head: bool = True
+    """Draws tokens; without it the last hidden states are what the model is for."""
+    num_labels: int = 0
+    """Outputs of a classification head; 0: it has none."""
+    position_offset: int = 0
+    """Learnt positions: rows of their table before that of position 0."""
+    num_segments: int = 1
+    """Texts that the model tells apart in one sequence."""
     moe: MoeSpec | None = None
     latent: LatentSpec | None = None
     eos_token_ids: tuple[int, ...] = field(default=())

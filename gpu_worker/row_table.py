@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from gpu_worker.runner_api import RowAdd, RowFault, RowFaultCode, StepBatch
+from gpu_worker.runner_api import PoolingFacts, RowAdd, RowFault, RowFaultCode, StepBatch
 
 IntArray = npt.NDArray[np.int64]
 
@@ -27,6 +27,7 @@ class BatchLimits:
     first_block_id: int
     vocab_size: int
     max_num_logprobs: int
+    pooling: PoolingFacts | None = None
 
 
 class RowTable:
@@ -64,6 +65,11 @@ class RowTable:
 
     def _unsupported(self, add: RowAdd) -> str | None:
         """Why this runner cannot do what a sound add asks for; None: it can."""
+        pooling = self._limits.pooling
+        if add.pooling is not None and pooling is None:
+            return "asks for a vector, and this worker draws tokens only"
+        if add.pooling is None and pooling is not None and pooling.only:
+            return "asks for tokens, and this worker gives vectors only"
         if add.sampling.num_logprobs is not None and add.sampling.num_logprobs > self._limits.max_num_logprobs:
             return f"num_logprobs {add.sampling.num_logprobs} is above max_num_logprobs {self._limits.max_num_logprobs}"
         return None
@@ -137,6 +143,8 @@ class RowTable:
             | (stops > self._limits.max_model_len)
             | (stops > self._num_blocks[rows] * self._limits.block_size)
         )
+        if self._limits.pooling is not None and self._limits.pooling.whole_prompts:
+            wrong |= (starts != 0) | (stops != self._lengths[rows])
         for index in np.flatnonzero(wrong | is_unsound).tolist():
             row = int(rows[index])
             is_unsound[index] = True
@@ -192,4 +200,8 @@ class RowTable:
                 f"row {row} runs up to position {stop}, but its {int(self._num_blocks[row])} blocks hold {capacity} "
                 "tokens",
             )
+        pooling = self._limits.pooling
+        if pooling is not None and pooling.whole_prompts and (start != 0 or stop != length):
+            message = f"row {row} runs tokens {start} to {stop} of {length}, and whole prompts are run only"
+            return RowFault(row, RowFaultCode.UNSUPPORTED, message)
         return RowFault(row, mismatch, f"row {row} samples after position {stop}, but it has {length} tokens already")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import structlog
@@ -16,12 +16,15 @@ import torch
 from gpu_worker.assembly import (
     attention_spec,
     batch_limits,
+    encoder_sizes,
     load_model,
+    plan_encoder_memory,
     plan_memory,
     resolve_kv_dtype,
     resolve_sizes,
     worker_facts,
 )
+from gpu_worker.attention.encoder_backend import EncoderAttention
 from gpu_worker.attention.torch_backend import TorchAttention
 from gpu_worker.config import WorkerSettings
 from gpu_worker.device import resolve_device, resolve_dtype
@@ -36,12 +39,22 @@ from gpu_worker.layers.decoder import HiddenStates
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.layers.ops import TORCH_OPS
 from gpu_worker.model_spec import ModelConfigError
-from gpu_worker.models.family import ModelFamily
+from gpu_worker.models.family import ModelFamily, ReadsPairs
 from gpu_worker.models.loader import read_spec
 from gpu_worker.parallel import ParallelContext
+from gpu_worker.pooling import Pooler, PoolingSpec, read_pooling
 from gpu_worker.quant.api import QuantScheme
 from gpu_worker.quant.scheme import make_scheme
-from gpu_worker.runner_api import RowFault, RowFaultCode, StepBatch, StepResult, TokenMask, UInt32Array, WorkerFacts
+from gpu_worker.runner_api import (
+    Float32Array,
+    RowFault,
+    RowFaultCode,
+    StepBatch,
+    StepResult,
+    TokenMask,
+    UInt32Array,
+    WorkerFacts,
+)
 from gpu_worker.sampler import SampledTokens, sample
 
 log = structlog.get_logger(__name__)
@@ -57,6 +70,14 @@ class FinishedStep:
         return self.finished
 
 
+@dataclass(frozen=True, slots=True)
+class PooledVectors:
+    """What a step's pooling gave: a vector a row."""
+
+    rows: list[int] = field(default_factory=list)
+    values: Float32Array = field(default_factory=lambda: np.zeros((0, 0), dtype=np.float32))
+
+
 class TorchRunner:
     """Implements `runner_api.Runner`."""
 
@@ -64,13 +85,15 @@ class TorchRunner:
         self,
         model: ModelFamily,
         kv_cache: KVCache,
-        attention: TorchAttention,
+        attention: TorchAttention | EncoderAttention,
         facts: WorkerFacts,
         device: torch.device,
+        pooling: PoolingSpec | None = None,
         logits: Callable[[HiddenStates], torch.Tensor] | None = None,
     ) -> None:
         self.model = model
-        self._logits = logits
+        self._pooler = None if pooling is None else Pooler(pooling, model)
+        self._to_logits = model.logits if logits is None else logits
         self._kv_cache = kv_cache
         self.attention = attention
         self._facts = facts
@@ -93,6 +116,9 @@ class TorchRunner:
             torch.set_num_threads(settings.num_threads)
         device = resolve_device(settings.device)
         spec, family = read_spec(settings.model)
+        pooling = read_pooling(settings.model, spec, family, settings.task, settings.pooling)
+        if pooling is not None:
+            spec = replace(spec, has_output_head=False)
         dtype = resolve_dtype(settings.dtype, device, spec.dtype)
         if settings.kv_cache_dtype == "fp8":
             raise ModelConfigError(
@@ -102,7 +128,7 @@ class TorchRunner:
         kv_dtype = resolve_kv_dtype(settings.kv_cache_dtype, dtype)
         parallel = ParallelContext()
         if settings.deterministic:
-            refuse_uncovered(spec)
+            refuse_uncovered(spec, family)
             _refuse_other_devices(device)
         ops = PiecewiseOps() if settings.deterministic else TORCH_OPS
         scheme: QuantScheme = make_scheme(
@@ -110,28 +136,43 @@ class TorchRunner:
             family.name_rules,
             setting=settings.quantization,
             has_weights=settings.load_format == "auto",
+            canonical_name=family.canonical_name,
         )
         if settings.deterministic:
             scheme = TiledScheme(CoveredScheme(scheme))
         build = BuildContext(parallel, scheme, dtype, device, ops)
         sizes = resolve_sizes(settings, spec, device)
         shape = KVCacheShape.of(spec, parallel, sizes.block_size, kv_dtype)
+        if family.is_encoder:
+            sizes, shape = encoder_sizes(sizes, settings), replace(shape, num_layers=0)
         model = load_model(settings, family, spec, build, sizes.max_model_len)
         weight_bytes = model.num_bytes()
-        sizes, plan = plan_memory(settings, spec, parallel, shape, sizes, weight_bytes, device, dtype)
-        for line in plan.lines():
+        if family.is_encoder:
+            plan = plan_encoder_memory(shape, sizes, weight_bytes, device)
+        else:
+            sizes, plan = plan_memory(settings, spec, parallel, shape, sizes, weight_bytes, device, dtype)
+        for line in plan.lines()[: 1 if family.is_encoder else None]:
             log.info(line)
         kv_cache = KVCache(shape, plan.num_blocks, device)
-        backend = TiledTorchAttention if settings.deterministic else TorchAttention
-        attention = backend(attention_spec(spec, parallel), kv_cache.layers, dtype)
-        facts = worker_facts(settings.model, spec, sizes, plan, shape, device, dtype)
-        return cls(model, kv_cache, attention, facts, device, TiledLogits(model) if settings.deterministic else None)
+        heads = attention_spec(spec, parallel)
+        attention: TorchAttention | EncoderAttention
+        if family.is_encoder:
+            attention = EncoderAttention(heads)
+        else:
+            backend = TiledTorchAttention if settings.deterministic else TorchAttention
+            attention = backend(heads, kv_cache.layers, dtype)
+        facts = worker_facts(settings.model, spec, sizes, plan, shape, device, dtype, pooling)
+        return cls(
+            model, kv_cache, attention, facts, device, pooling, TiledLogits(model) if settings.deterministic else None
+        )
 
     def describe(self) -> WorkerFacts:
         return self._facts
 
     def reset(self) -> None:
         self._rows.clear()
+        if self._pooler is not None:
+            self._pooler.clear()
 
     def close(self) -> None:
         """Nothing is held that the end of the process does not free."""
@@ -142,8 +183,11 @@ class TorchRunner:
         inputs, faults = self.build_inputs(batch)
         built = time.perf_counter_ns()
         logits = None
+        pooled = PooledVectors()
         if inputs is not None:
-            logits = self._forward(inputs)
+            hidden = self._forward(inputs)
+            pooled = self._pool(inputs, hidden)
+            logits = self._logits(inputs, hidden)
         computed = time.perf_counter_ns()
         mask = wait_for_mask() if len(batch.mask_rows) else None
         masked = time.perf_counter_ns()
@@ -156,6 +200,7 @@ class TorchRunner:
         )
         if inputs is not None and logits is not None:
             self.draw(inputs, logits, mask, result)
+        self._write_pooled(pooled, result)
         result.input_ns = built - begun
         result.forward_ns = computed - built
         result.sample_ns = time.perf_counter_ns() - masked
@@ -166,18 +211,55 @@ class TorchRunner:
         return self._rows.apply(batch)
 
     @torch.inference_mode()
-    def _forward(self, inputs: StepInputs) -> torch.Tensor | None:
-        """Logits of the runs that sample: [num_sampled, vocab_size]; None where none does."""
+    def _forward(self, inputs: StepInputs) -> HiddenStates:
         self.attention.plan(inputs.metadata)
         token_ids = torch.from_numpy(inputs.token_ids).to(self._device)
         positions = torch.from_numpy(inputs.metadata.positions).to(self._device)
-        hidden = self.model.hidden_states(token_ids, positions, self.attention)  # [num_tokens, hidden]
+        if inputs.segments is not None and isinstance(self.model, ReadsPairs):
+            segments = torch.from_numpy(inputs.segments).to(self._device)
+            return self.model.hidden_states(token_ids, positions, self.attention, segments)
+        return self.model.hidden_states(token_ids, positions, self.attention)
+
+    @torch.inference_mode()
+    def _pool(self, inputs: StepInputs, hidden: HiddenStates) -> PooledVectors:
+        """Vectors of the rows that pool and have run their last token; the others' states are kept."""
+        if self._pooler is None or not inputs.pooled:
+            return PooledVectors()
+        spans = [self._pooler.tokens_of(run) for run in inputs.pooled]
+        tokens = torch.tensor([token for span in spans for token in span], dtype=torch.int64, device=self._device)
+        states = self.model.normed(hidden.select(tokens))  # [num_needed, hidden]
+        rows, vectors = [], []
+        for run, part in zip(inputs.pooled, states.split([len(span) for span in spans]), strict=True):
+            vector = self._pooler.take(run, part)
+            if vector is not None:
+                rows.append(run.row)
+                vectors.append(vector)
+        if not rows:
+            return PooledVectors()
+        return PooledVectors(rows, self._pooler.finish(torch.stack(vectors)))
+
+    def _write_pooled(self, pooled: PooledVectors, result: StepResult) -> None:
+        if not pooled.rows:
+            return
+        rows = np.array(pooled.rows, dtype=np.uint32)
+        finite = np.asarray(np.isfinite(pooled.values).all(axis=1))  # [num_pooled]
+        for row in rows[~finite].tolist():
+            message = f"row {row}: its vector is not finite"
+            result.faults.append(RowFault(row, RowFaultCode.NOT_FINITE, message))
+            self._kv_cache.scrub(self._rows.forget(row))
+        if finite.any():
+            result.pooled_rows = rows[finite]
+            result.pooled_values = pooled.values[finite]
+
+    @torch.inference_mode()
+    def _logits(self, inputs: StepInputs, hidden: HiddenStates) -> torch.Tensor | None:
+        """Of the runs that sample: [num_sampled, vocab_size]; None where none does."""
         num_sampled = len(inputs.sampled_tokens)
         if num_sampled == 0:
             return None
         if num_sampled != len(inputs.token_ids) or (np.diff(inputs.sampled_tokens) != 1).any():
             hidden = hidden.select(torch.from_numpy(inputs.sampled_tokens).to(self._device))
-        return self.model.logits(hidden) if self._logits is None else self._logits(hidden)
+        return self._to_logits(hidden)
 
     def draw(self, inputs: StepInputs, logits: torch.Tensor, mask: TokenMask | None, result: StepResult) -> None:
         """Sample into `result`, and into the rows. logits [num_sampled, vocab_size]."""

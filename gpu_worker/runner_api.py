@@ -20,6 +20,23 @@ Float32Array = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
 
 
+class PoolingKind(IntEnum):
+    """What a pooled row is worth; values as in the proto enum of the same name."""
+
+    EMBEDDING = 1
+    SCORE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class PoolingFacts:
+    """Fields as in the message of the same name."""
+
+    kind: PoolingKind
+    dimensions: int
+    whole_prompts: bool
+    only: bool
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerFacts:
     """What a worker is: constant for the life of its process. Fields as in `DescribeResponse`."""
@@ -40,6 +57,7 @@ class WorkerFacts:
     max_num_logprobs: int
     block_bytes: int
     can_mask_tokens: bool
+    pooling: PoolingFacts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +82,13 @@ class RowSampling:
 
 
 @dataclass(frozen=True, slots=True)
+class RowPooling:
+    """The row is worth a vector. Fields as in the message of the same name."""
+
+    second_text_start: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class RowAdd:
     """A row that becomes occupied: everything needed to compute it from nothing."""
 
@@ -73,6 +98,8 @@ class RowAdd:
     num_computed_tokens: int
     block_ids: UInt32Array  # [num_blocks], in position order
     sampling: RowSampling
+    pooling: RowPooling | None = None
+    """None: the row wants tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +160,8 @@ class StepResult:
     logprobs: Float32Array | None = None  # [offsets[-1]], NaN where not asked for
     top_token_ids: UInt32Array | None = None  # [offsets[-1], num_top]
     top_logprobs: Float32Array | None = None  # [offsets[-1], num_top], most likely first
+    pooled_rows: UInt32Array | None = None  # [num_pooled]; None: none
+    pooled_values: Float32Array | None = None  # [num_pooled, dimensions]
     faults: list[RowFault] = field(default_factory=list)
     input_ns: int = 0
     forward_ns: int = 0

@@ -16,6 +16,7 @@ from gpu_worker.runner_api import (
     RowAdd,
     RowFault,
     RowFaultCode,
+    RowPooling,
     RowSampling,
     StepBatch,
     StepError,
@@ -65,6 +66,7 @@ def _decode_add(message: worker_pb2.RowAdd, index: int) -> RowAdd:
         num_computed_tokens=message.num_computed_tokens,
         block_ids=_uint32(message.block_ids, f"{name}.block_ids"),
         sampling=_decode_sampling(message.sampling, f"{name}.sampling"),
+        pooling=RowPooling(message.pooling.second_text_start) if message.HasField("pooling") else None,
     )
 
 
@@ -127,10 +129,21 @@ def encode_result(result: StepResult, queue_ns: int) -> worker_pb2.StepResult:
         message.num_top = result.top_token_ids.shape[1]
         message.top_token_ids = _bytes(result.top_token_ids, _UINT32)
         message.top_logprobs = _bytes(result.top_logprobs, _FLOAT32)
+    if result.pooled_rows is not None and result.pooled_values is not None:
+        message.pooled.rows = _bytes(result.pooled_rows, _UINT32)
+        message.pooled.values = _bytes(result.pooled_values, _FLOAT32)
     return message
 
 
 def encode_facts(facts: WorkerFacts, instance_id: str, version: str) -> worker_pb2.DescribeResponse:
+    pooling = None
+    if facts.pooling is not None:
+        pooling = worker_pb2.PoolingFacts(
+            kind=worker_pb2.PoolingKind.Name(int(facts.pooling.kind)),
+            dimensions=facts.pooling.dimensions,
+            whole_prompts=facts.pooling.whole_prompts,
+            only=facts.pooling.only,
+        )
     return worker_pb2.DescribeResponse(
         instance_id=instance_id,
         model=facts.model,
@@ -150,6 +163,7 @@ def encode_facts(facts: WorkerFacts, instance_id: str, version: str) -> worker_p
         capabilities=[worker_pb2.CAPABILITY_TOKEN_MASK] if facts.can_mask_tokens else [],
         version=version,
         block_bytes=facts.block_bytes,
+        pooling=pooling,
     )
 
 
@@ -199,6 +213,9 @@ def _encode_add(add: RowAdd) -> worker_pb2.RowAdd:
     )
     if sampling.num_logprobs is not None:
         message.sampling.num_logprobs = sampling.num_logprobs
+    if add.pooling is not None:
+        message.pooling.second_text_start = add.pooling.second_text_start
+        message.pooling.SetInParent()
     return message
 
 
@@ -229,6 +246,12 @@ def decode_result(message: worker_pb2.StepResult) -> StepResult:
         shape = (num_tokens, num_top)
         result.top_token_ids = _uint32(message.top_token_ids, "top_token_ids", num_tokens * num_top).reshape(shape)
         result.top_logprobs = _float32(message.top_logprobs, "top_logprobs", num_tokens * num_top).reshape(shape)
+    if message.HasField("pooled"):
+        result.pooled_rows = _uint32(message.pooled.rows, "pooled.rows")
+        values = _float32(message.pooled.values, "pooled.values")
+        if not len(result.pooled_rows) or len(values) % len(result.pooled_rows):
+            raise StepError(f"pooled.values has {len(values)} numbers for {len(result.pooled_rows)} rows")
+        result.pooled_values = values.reshape(len(result.pooled_rows), -1)
     return result
 
 

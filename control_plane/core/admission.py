@@ -36,7 +36,15 @@ def check_admission(request: CoreRequest, limits: AdmissionLimits, load: QueueLo
 def check_fits(request: CoreRequest, limits: AdmissionLimits) -> None:
     """Raise `AdmissionError` for what a worker with these limits could not run even if it had nothing else to do."""
     num_prompt_tokens = len(request.prompt_ids)
-    num_tokens = num_prompt_tokens + request.max_tokens
+    if request.pooling is not None and num_prompt_tokens > limits.max_model_len:
+        raise AdmissionError(
+            "context_length_exceeded",
+            f"the input has {num_prompt_tokens} tokens, but this model takes {limits.max_model_len}",
+            code="INVALID_ARGUMENT",
+            field="input",
+        )
+    # Nothing is drawn where vectors are wanted.
+    num_tokens = num_prompt_tokens + (request.max_tokens if request.pooling is None else 0)
     if num_tokens > limits.max_model_len:
         raise AdmissionError(
             "context_length_exceeded",

@@ -356,7 +356,9 @@ class Engine:
         others = [other for other in self._groups if other is not group and other.is_connected]
         if any(other.worker is not None and other.worker.instance_id == worker.instance_id for other in others):
             raise WorkerRefused(f"the worker at {group.address.target} is another group's already")
-        check_may_serve(worker, self._facts, [other.worker for other in others if other.worker is not None])
+        check_may_serve(
+            worker, self._config, self._facts, [other.worker for other in others if other.worker is not None]
+        )
         config = scheduler_config(worker, self._config)
         if group.scheduler is not None and group.scheduler.num_requests:
             was = group.scheduler.config
@@ -364,7 +366,7 @@ class Engine:
             if smaller or config.block_size != was.block_size:
                 raise WorkerUnavailable("the worker came back smaller while requests are waiting for it")
         if self._facts is None:
-            self._facts = model_facts(worker)
+            self._facts = model_facts(worker, self._config)
         group.limits = admission_limits(worker, self._facts, self._config)
         if group.scheduler is None:
             group.scheduler = Scheduler(config, self._arrivals)

@@ -9,7 +9,7 @@ from stepwire.v1 import worker_pb2
 
 from control_plane.core.admission import AdmissionLimits
 from control_plane.core.engine_config import EngineConfig
-from control_plane.core.request import ModelFacts
+from control_plane.core.request import ModelFacts, PoolingFacts
 from control_plane.core.scheduler import SchedulerConfig
 from control_plane.core.worker_link import WorkerRefused
 
@@ -18,31 +18,48 @@ def num_usable_blocks(worker: worker_pb2.DescribeResponse) -> int:
     return worker.num_blocks - worker.first_block_id
 
 
-def model_facts(worker: worker_pb2.DescribeResponse) -> ModelFacts:
+def model_facts(worker: worker_pb2.DescribeResponse, config: EngineConfig) -> ModelFacts:
+    # A sequence has to fit the pool as well as the context.
+    max_model_len = min(worker.max_model_len, num_usable_blocks(worker) * worker.block_size)
+    if worker.pooling.whole_prompts:
+        max_model_len = min(max_model_len, _token_budget(worker, config))
     return ModelFacts(
         model=worker.model,
-        # A sequence has to fit the pool as well as the context.
-        max_model_len=min(worker.max_model_len, num_usable_blocks(worker) * worker.block_size),
+        max_model_len=max_model_len,
         vocab_size=worker.vocab_size,
         max_num_logprobs=worker.max_num_logprobs,
         can_mask_tokens=worker_pb2.CAPABILITY_TOKEN_MASK in worker.capabilities,
+        pooling=_pooling_facts(worker),
     )
 
 
 def scheduler_config(worker: worker_pb2.DescribeResponse, config: EngineConfig) -> SchedulerConfig:
-    budget = min(config.max_num_batched_tokens or worker.max_num_batched_tokens, worker.max_num_batched_tokens)
-    if worker.buckets:
-        # A full step fills its bucket: more would be padded up to the next.
-        budget = max((bucket for bucket in worker.buckets if bucket <= budget), default=worker.buckets[0])
     return SchedulerConfig(
         first_block_id=worker.first_block_id,
         num_blocks=worker.num_blocks,
         block_size=worker.block_size,
         max_num_seqs=worker.max_num_seqs,
-        max_num_batched_tokens=budget,
+        max_num_batched_tokens=_token_budget(worker, config),
         policy=config.scheduling_policy,
         enable_prefix_caching=config.enable_prefix_caching,
+        whole_prompts=worker.pooling.whole_prompts,
     )
+
+
+def _token_budget(worker: worker_pb2.DescribeResponse, config: EngineConfig) -> int:
+    budget = min(config.max_num_batched_tokens or worker.max_num_batched_tokens, worker.max_num_batched_tokens)
+    if not worker.buckets:
+        return budget
+    # A full step fills its bucket: more would be padded up to the next.
+    return max((bucket for bucket in worker.buckets if bucket <= budget), default=worker.buckets[0])
+
+
+def _pooling_facts(worker: worker_pb2.DescribeResponse) -> PoolingFacts | None:
+    if not worker.HasField("pooling"):
+        return None
+    pooling = worker.pooling
+    is_score = pooling.kind == worker_pb2.POOLING_KIND_SCORE
+    return PoolingFacts(is_score=is_score, dimensions=pooling.dimensions, only=pooling.only)
 
 
 def admission_limits(worker: worker_pb2.DescribeResponse, facts: ModelFacts, config: EngineConfig) -> AdmissionLimits:
@@ -58,17 +75,20 @@ def admission_limits(worker: worker_pb2.DescribeResponse, facts: ModelFacts, con
 
 
 def check_may_serve(
-    worker: worker_pb2.DescribeResponse, facts: ModelFacts | None, others: Iterable[worker_pb2.DescribeResponse]
+    worker: worker_pb2.DescribeResponse,
+    config: EngineConfig,
+    facts: ModelFacts | None,
+    others: Iterable[worker_pb2.DescribeResponse],
 ) -> None:
     """Raise `WorkerRefused` unless the worker can serve what was promised, and what the other groups serve.
 
     `facts` is what clients were told of the first worker. A request may move from group to group in the middle of its
     output, so that whatever shows in tokens has to be the same everywhere; the size of the KV pool need not be.
     """
-    offered = model_facts(worker)
+    offered = model_facts(worker, config)
     differences = []
     if facts is not None:
-        for name in ("model", "vocab_size", "max_num_logprobs", "can_mask_tokens"):
+        for name in ("model", "vocab_size", "max_num_logprobs", "can_mask_tokens", "pooling"):
             if getattr(offered, name) != getattr(facts, name):
                 differences.append((name, getattr(offered, name), getattr(facts, name)))
         if offered.max_model_len < facts.max_model_len:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 TokenIdArray = npt.NDArray[np.uint32]
+VectorArray = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,14 @@ class Grammar(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class PoolingParams:
+    """A request that is worth one vector instead of tokens."""
+
+    # Where the second text of a pair begins; 0: there is one text.
+    second_text_start: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class CoreRequest:
     """One admitted-or-not request, as the frontend hands it to `EngineClient.submit`."""
 
@@ -78,6 +87,8 @@ class CoreRequest:
     cache_salt: str = ""
     # None: anything. Sequences end where it ends.
     grammar: Grammar | None = None
+    # None: tokens are wanted. Else the prompt is run, nothing is drawn, and `max_tokens` is 1.
+    pooling: PoolingParams | None = None
 
 
 class FinishReason(Enum):
@@ -108,6 +119,8 @@ class SequenceOutput:
     finish_reason: FinishReason | None = None
     # The stop token that was drawn, if one was.
     stop_token_id: int | None = None
+    # What a request that pools is worth: float32 [dimensions].
+    vector: VectorArray | None = None
 
 
 class RequestFault(Exception):
@@ -153,6 +166,17 @@ class OutputSink(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class PoolingFacts:
+    """What a model gives for a whole text."""
+
+    # One number that rates a pair of texts, or an embedding.
+    is_score: bool
+    dimensions: int
+    # It draws no tokens.
+    only: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ModelFacts:
     """What the frontend needs to know of the workers' model; from `DescribeResponse`."""
 
@@ -161,6 +185,7 @@ class ModelFacts:
     vocab_size: int
     max_num_logprobs: int
     can_mask_tokens: bool
+    pooling: PoolingFacts | None = None
 
 
 class EngineClient(Protocol):

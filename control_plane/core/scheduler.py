@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count as counting_up
 from operator import attrgetter
@@ -21,7 +21,7 @@ from operator import attrgetter
 from control_plane.core.placement import Placement
 from control_plane.core.policy import PolicyName, choose_victim, sort_key
 from control_plane.core.prefix_cache import BlockHash, root_hash
-from control_plane.core.request import CoreRequest, FinishReason, RequestFault, SequenceOutput
+from control_plane.core.request import CoreRequest, FinishReason, RequestFault, SequenceOutput, VectorArray
 from control_plane.core.sequence import NO_ROW, RequestState, SequenceState
 from control_plane.core.step_plan import ProtocolError, RowFailure, RowStart, StepEvents, StepOutcome, StepPlan
 
@@ -45,6 +45,8 @@ class SchedulerConfig:
     max_num_batched_tokens: int
     policy: PolicyName = "fcfs"
     enable_prefix_caching: bool = True
+    # Prompts of requests that pool run in one step.
+    whole_prompts: bool = False
 
 
 @dataclass(slots=True)
@@ -150,7 +152,9 @@ class Scheduler:
         if request.request_id in self._requests:
             raise ValueError(f"request id {request.request_id} is already in use")
         root, arrival = None, next(self._arrivals)
-        if self.config.enable_prefix_caching:
+        if request.pooling is not None:
+            pass  # the hidden states of tokens that are not run are not there to be pooled
+        elif self.config.enable_prefix_caching:
             root = root_hash(request.tenant, request.cache_salt)
         elif request.num_sequences > 1:
             # No caching, but siblings share their prompt: a chain that nobody else can start.
@@ -274,11 +278,7 @@ class Scheduler:
             raise ProtocolError(f"the worker answered step {outcome.step_id}, expected {expected}")
         plan = self._in_flight[0]
         failures = {failure.row: failure for failure in outcome.failures}
-        rows = [row for row, sample in zip(plan.rows, plan.samples, strict=True) if sample and row not in failures]
-        if rows != outcome.rows:
-            raise ProtocolError(
-                f"step {plan.step_id} was to sample rows {rows[:8]}..., the worker sampled {outcome.rows[:8]}..."
-            )
+        _check_rows(plan, outcome, failures)
         self._in_flight.popleft()
         self._retire(plan)
         events = StepEvents()
@@ -384,6 +384,8 @@ class Scheduler:
         for sequence in waiting:
             if not budget or not self._placement.has_free_row or num_start_tokens > _MAX_START_TOKENS:
                 break
+            if self.config.whole_prompts and sequence.pools and sequence.num_total > budget:
+                break  # of the next step it may have all
             prefix = self._placement.shared_prefix(sequence)
             if prefix is None:
                 continue
@@ -453,6 +455,10 @@ class Scheduler:
                 if sequence.num_retired >= sequence.next_hash_at:
                     self._placement.share_computed_blocks(sequence)
                 continue
+            if sequence.pools:
+                if not sequence.finished:
+                    self._take_vector(sequence, outcome.vectors[row], events)
+                continue
             token_id = outcome.token_ids[position]
             logprob = outcome.logprobs[position] if outcome.logprobs else None
             position += 1
@@ -479,6 +485,15 @@ class Scheduler:
                 done = self._close_if_done(sequence.request)
                 if done is not None:
                     events.ended.append((done, None))
+
+    def _take_vector(self, sequence: SequenceState, vector: VectorArray, events: StepEvents) -> None:
+        """A request that pools is over with its prompt."""
+        output = SequenceOutput(sequence.index, [], 0, finish_reason=FinishReason.STOP, vector=vector)
+        events.outputs.append((sequence.request, output))
+        self._end(sequence)
+        done = self._close_if_done(sequence.request)
+        if done is not None:
+            events.ended.append((done, None))
 
     def _may_stop(self, sequence: SequenceState) -> bool:
         return len(sequence.output_ids) > sequence.request.request.min_tokens
@@ -558,6 +573,23 @@ class Scheduler:
             raise RuntimeError(
                 f"{unfinished} unfinished sequences, {len(self._running)} running, {len(self._waiting)} waiting"
             )
+
+
+def _check_rows(plan: StepPlan, outcome: StepOutcome, failures: Mapping[int, RowFailure]) -> None:
+    """Raise `ProtocolError` unless exactly the rows that sample gave a token, and those that pool a vector."""
+    rows: list[int] = []
+    pooled: list[int] = []
+    for sequence, row, sample in zip(plan.sequences, plan.rows, plan.samples, strict=True):
+        if sample and row not in failures:
+            (pooled if sequence.pools else rows).append(row)
+    if rows != outcome.rows:
+        raise ProtocolError(
+            f"step {plan.step_id} was to sample rows {rows[:8]}..., the worker sampled {outcome.rows[:8]}..."
+        )
+    if pooled != list(outcome.vectors):
+        raise ProtocolError(
+            f"step {plan.step_id} was to pool rows {pooled[:8]}..., the worker pooled {list(outcome.vectors)[:8]}..."
+        )
 
 
 def _fault_of(failure: RowFailure) -> RequestFault:

@@ -66,6 +66,7 @@ class SequenceState:
         "num_retired",
         "num_total",
         "output_ids",
+        "pools",
         "progress_mark",
         "request",
         "row",
@@ -82,6 +83,8 @@ class SequenceState:
         self.stop_token_ids = request.request.stop_token_ids
         self.output_ids: list[int] = []
         self.finished = False
+        # Its sampling run gives a vector, and is its last.
+        self.pools = request.request.pooling is not None
         # Told of the first `num_matched` outputs, so that it stands where the token ids stand whatever happens to the
         # worker.
         grammar = request.request.grammar

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from stepwire.v1 import worker_pb2
 
-from control_plane.core.request import SamplingParams, TokenLogprobs
+from control_plane.core.request import SamplingParams, TokenLogprobs, VectorArray
 from control_plane.core.step_plan import ProtocolError, RowFailure, RowStart, StepOutcome, StepPlan
 
 PROTOCOL_VERSION = 1
@@ -64,6 +64,7 @@ def choose_bucket(num_tokens: int, buckets: Sequence[int]) -> int:
 
 def _encode_start(start: RowStart) -> worker_pb2.RowAdd:
     sequence = start.sequence
+    pooling = sequence.request.request.pooling
     return worker_pb2.RowAdd(
         row=start.row,
         token_ids=sequence.token_ids().astype(_UINT32, copy=False).tobytes(),
@@ -76,6 +77,7 @@ def _encode_start(start: RowStart) -> worker_pb2.RowAdd:
             sequence.request.request.min_tokens,
             sequence.stop_token_ids,
         ),
+        pooling=None if pooling is None else worker_pb2.RowPooling(second_text_start=pooling.second_text_start),
     )
 
 
@@ -126,7 +128,22 @@ def decode_result(result: worker_pb2.StepResult, plan: StepPlan) -> StepOutcome:
         token_ids=token_ids,
         logprobs=_decode_logprobs(result, rows, plan) if result.logprobs else None,
         failures=[RowFailure(fault.row, _fault_name(fault.code), fault.message) for fault in result.faults],
+        vectors=_decode_vectors(result, plan) if result.HasField("pooled") else {},
     )
+
+
+def _decode_vectors(result: worker_pb2.StepResult, plan: StepPlan) -> dict[int, VectorArray]:
+    data = result.pooled
+    if len(data.rows) % 4 or len(data.values) % 4 or not data.rows or len(data.values) % len(data.rows):
+        raise ProtocolError(
+            f"step {plan.step_id}: {len(data.values)} bytes of vectors do not belong to {len(data.rows)} bytes of rows"
+        )
+    rows = np.frombuffer(data.rows, _UINT32).tolist()
+    # Copied: a vector must not keep the whole message.
+    values = np.frombuffer(data.values, _FLOAT32).astype(np.float32).reshape(len(rows), -1)
+    if len(set(rows)) != len(rows):
+        raise ProtocolError(f"step {plan.step_id}: a row has two vectors")
+    return dict(zip(rows, values, strict=True))
 
 
 def _fault_name(code: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from control_plane.core.request import RequestFault, SequenceOutput, TokenLogprobs
+from control_plane.core.request import RequestFault, SequenceOutput, TokenLogprobs, VectorArray
 from control_plane.core.sequence import RequestState, SequenceState
 
 
@@ -73,6 +73,8 @@ class StepOutcome:
     # One entry a row, None where it asked for none; None if no row did.
     logprobs: list[TokenLogprobs | None] | None = None
     failures: list[RowFailure] = field(default_factory=list)
+    # Row -> the vector of a sequence that pools, in run order.
+    vectors: dict[int, VectorArray] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

@@ -100,6 +100,12 @@ class RequestBuilder:
             RequestRefused: NOT_FOUND for the model, INVALID_ARGUMENT with every wrong field otherwise.
         """
         self.check_model(request.model, facts)
+        if facts.pooling is not None and facts.pooling.only:
+            shown = request.model or self._model.name(facts.model)
+            what = "rates pairs of texts" if facts.pooling.is_score else "computes embeddings"
+            raise RequestRefused.invalid(
+                Violation("model", f"{shown!r} {what}; it generates no text"), reason="model_cannot_generate"
+            )
         checks = FieldChecks(facts.vocab_size, facts.max_num_logprobs)
         num_logprobs = request.output.logprobs if request.output.HasField("logprobs") else None
         sampling = checks.sampling(request.sampling, self._model.sampling_defaults, num_logprobs)
@@ -156,7 +162,7 @@ class RequestBuilder:
         self.check_model(request.model, facts)
         match request.WhichOneof("input"):
             case "text":
-                self._check_num_chars("text", len(request.text), facts)
+                self.check_num_chars("text", len(request.text), facts)
                 return await self._tokenizer("text").encode_text(
                     request.text, add_special_tokens=not request.no_special_tokens
                 )
@@ -173,7 +179,7 @@ class RequestBuilder:
     async def detokenize(self, request: pb.DetokenizeRequest, facts: ModelFacts) -> str:
         self.check_model(request.model, facts)
         tokenizer = self._tokenizer("token_ids")
-        _check_vocabulary("token_ids", np.array(request.token_ids, dtype=np.uint32), facts.vocab_size)
+        check_vocabulary("token_ids", np.array(request.token_ids, dtype=np.uint32), facts.vocab_size)
         return await tokenizer.decode(request.token_ids)
 
     async def _grammar(self, request: pb.GenerateRequest, prompt_end: str, facts: ModelFacts) -> Grammar | None:
@@ -250,18 +256,18 @@ class RequestBuilder:
         match request.WhichOneof("input"):
             case "token_ids":
                 ids = np.array(request.token_ids.ids, dtype=np.uint32)  # [num_prompt_tokens]
-                _check_vocabulary("token_ids.ids", ids, facts.vocab_size)
+                check_vocabulary("token_ids.ids", ids, facts.vocab_size)
             case "text":
-                self._check_num_chars("text", len(request.text), facts)
+                self.check_num_chars("text", len(request.text), facts)
                 if request.HasField("suffix"):
                     ids = await self._infill(request.text, request.suffix)
                 else:
                     ids = await self._tokenizer("text").encode_text(request.text, add_special_tokens=True)
-                _check_vocabulary("text", ids, facts.vocab_size)
+                check_vocabulary("text", ids, facts.vocab_size)
             case "chat":
                 prompt = await self._chat_prompt(request.chat, facts)
                 ids, end = prompt.ids, prompt.end
-                _check_vocabulary("chat.messages", ids, facts.vocab_size)
+                check_vocabulary("chat.messages", ids, facts.vocab_size)
             case _:
                 raise RequestRefused.invalid(Violation("input", "is missing: give text, token_ids or chat"))
         if not len(ids):
@@ -293,7 +299,7 @@ class RequestBuilder:
                 Violation("chat", "this model has no chat template; use text, or start the server with --chat-template")
             )
         conversation = read_conversation(chat, template)
-        self._check_num_chars("chat.messages", conversation.num_chars, facts)
+        self.check_num_chars("chat.messages", conversation.num_chars, facts)
         ids, end = await tokenizer.encode_chat(
             template,
             conversation.messages,
@@ -315,7 +321,7 @@ class RequestBuilder:
     def _max_chars(self, facts: ModelFacts) -> int:
         return max(1 << 16, MAX_CHARS_PER_TOKEN * facts.max_model_len)
 
-    def _check_num_chars(self, field: str, num_chars: int, facts: ModelFacts) -> None:
+    def check_num_chars(self, field: str, num_chars: int, facts: ModelFacts) -> None:
         limit = self._max_chars(facts)
         if num_chars > limit:
             raise RequestRefused.invalid(
@@ -386,7 +392,7 @@ def _truncated(ids: TokenIdArray, request: pb.GenerateRequest, max_model_len: in
     return ids[-wanted:]
 
 
-def _check_vocabulary(field: str, ids: TokenIdArray, vocab_size: int) -> None:
+def check_vocabulary(field: str, ids: TokenIdArray, vocab_size: int) -> None:
     """Name the first id that the model does not have."""
     if not len(ids) or int(ids.max()) < vocab_size:
         return

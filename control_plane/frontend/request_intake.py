@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import structlog
 from stepwire.v1 import inference_pb2 as pb
@@ -74,20 +75,8 @@ class RequestIntake:
         self, request: pb.GenerateRequest, on_ready: Callable[[RequestOutput], None], arrival_s: float, tag: int
     ) -> RequestOutput:
         facts = self.facts()
-        if self._num_preparing >= self._max_preparing:
-            raise RequestRefused(
-                "RESOURCE_EXHAUSTED",
-                "queue_full",
-                f"the queue is full: {self._num_preparing} requests are being tokenized, the limit is "
-                f"{self._max_preparing}; try again in a second",
-                retry_after_s=1.0,
-                retryable=True,
-            )
-        self._num_preparing += 1
-        try:
+        with self.preparing():
             built = await self.builder.build(request, facts)
-        finally:
-            self._num_preparing -= 1
         output = RequestOutput(
             built,
             self.engine,
@@ -104,3 +93,21 @@ class RequestIntake:
         output.on_accepted()
         log.debug("request accepted", request_id=built.core.request_id, client_request_id=request.request_id)
         return output
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """While a request's text is being tokenized. Raises `RequestRefused` where too many are."""
+        if self._num_preparing >= self._max_preparing:
+            raise RequestRefused(
+                "RESOURCE_EXHAUSTED",
+                "queue_full",
+                f"the queue is full: {self._num_preparing} requests are being tokenized, the limit is "
+                f"{self._max_preparing}; try again in a second",
+                retry_after_s=1.0,
+                retryable=True,
+            )
+        self._num_preparing += 1
+        try:
+            yield
+        finally:
+            self._num_preparing -= 1

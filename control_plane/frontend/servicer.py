@@ -16,6 +16,7 @@ from stepwire.v1 import inference_pb2_grpc as pb_grpc
 from control_plane.core.request import ModelFacts
 from control_plane.frontend.errors import RequestRefused, Violation, internal_error, to_status
 from control_plane.frontend.output_stream import RequestOutput
+from control_plane.frontend.pooling import PoolingService
 from control_plane.frontend.request_intake import RequestIntake
 from control_plane.frontend.session import SessionStream
 
@@ -36,6 +37,7 @@ async def refuse(context: Context, error: RequestRefused) -> NoReturn:
 class InferenceServicer(pb_grpc.InferenceServiceServicer):
     def __init__(self, intake: RequestIntake) -> None:
         self._intake = intake
+        self._pooling = PoolingService(intake)
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         wake = asyncio.Event()
@@ -51,6 +53,12 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
 
     async def Session(self, requests: AsyncIterable[pb.SessionRequest], context: Context) -> None:
         await SessionStream(self._intake, context).run(requests)
+
+    async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
+        return await _answered(self._pooling.embed(request), context)
+
+    async def Score(self, request: pb.ScoreRequest, context: Context) -> pb.ScoreResponse:
+        return await _answered(self._pooling.score(request), context)
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
         async def answer() -> pb.TokenizeResponse:
@@ -99,6 +107,9 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
             reasoning_parser=model.output_format.reasoning_parser,
             has_structured_output=model.tokenizer is not None and facts.can_mask_tokens,
             has_infilling=self._intake.builder.can_infill,
+            embedding_dimensions=0 if facts.pooling is None or facts.pooling.is_score else facts.pooling.dimensions,
+            has_pair_scores=facts.pooling is not None and facts.pooling.is_score,
+            pools_only=facts.pooling is not None and facts.pooling.only,
         )
 
 

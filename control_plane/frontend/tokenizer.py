@@ -70,6 +70,31 @@ class TextTokenizer:
         """
         return await self._in_pool(lambda: _as_array(self._encode(text, add_special_tokens=add_special_tokens)))
 
+    async def encode_pooled(
+        self, text: str, second: str | None = None, *, max_tokens: int | None = None
+    ) -> tuple[TokenIdArray, int]:
+        """Ids of a text, or of a pair, as models for whole texts read them.
+
+        Longer than `max_tokens`, it loses what stands before its closing special tokens.
+
+        Returns:
+            ids  # [num_tokens], uint32
+            Where the second text begins, for tokenizers that mark it; 0 otherwise.
+        """
+
+        def encode() -> tuple[TokenIdArray, int]:
+            given = text if second is None else (text, second)
+            encoding = self._tokenizer.encode_batch_fast([given], add_special_tokens=True)[0]
+            ids, kinds = list(encoding.ids), list(encoding.type_ids)
+            if max_tokens is not None and len(ids) > max_tokens:
+                num_closing = next((n for n, flag in enumerate(reversed(encoding.special_tokens_mask)) if not flag), 0)
+                num_closing = min(num_closing, max_tokens - 1)
+                cut = slice(max_tokens - num_closing, len(ids) - num_closing)
+                del ids[cut], kinds[cut]
+            return _as_array(ids), kinds.index(1) if 1 in kinds else 0
+
+        return await self._in_pool(encode)
+
     async def encode_chat(
         self,
         template: ChatTemplate,

@@ -1,42 +1,222 @@
-"""/v1/embeddings, /v1/rerank and /v1/score: what a model that generates text answers there, which is that it cannot."""
+"""/v1/embeddings, /v1/rerank and /v1/score: what models give for whole texts. Others answer 400 there."""
 
 from __future__ import annotations
 
+import asyncio
+import base64
+import time
+from collections.abc import Awaitable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import orjson
 from fastapi import APIRouter, Request, Response
+from stepwire.v1 import inference_pb2
 
 from gateway.client import ControlPlaneClient
+from gateway.convert import read_prompts, read_timeout
 from gateway.errors import ApiError
+from gateway.json_types import type_name
+from gateway.middleware import CLIENT_CLOSED_REQUEST
 from gateway.openapi import body_schema, error_responses
-from gateway.schemas import RequestModel
+from gateway.pooling_schemas import (
+    EmbeddingsAnswer,
+    EmbeddingsBody,
+    PoolingUsage,
+    RerankAnswer,
+    RerankBody,
+    RerankDocument,
+    RerankResult,
+    ScoreAnswer,
+    ScoreBody,
+    ScoreObject,
+)
 from gateway.serving import read_body
 
 router = APIRouter(tags=["pooling"])
 
+Answer = TypeVar("Answer")
+_ERRORS = error_responses(400, 401, 404, 413, 415, 429, 500, 503, 504)
 
-class PoolingBody(RequestModel):
-    model: str | None = None
 
-
-async def _refuse(request: Request) -> Response:
-    """404 for a model that is not served, 400 for one that is: all models served today generate text."""
+@router.post(
+    "/v1/embeddings",
+    summary="A vector for every input",
+    responses={200: {"model": EmbeddingsAnswer}, **_ERRORS},
+    openapi_extra=body_schema(EmbeddingsBody),
+)
+async def embeddings(request: Request) -> Response:
     client: ControlPlaneClient = request.app.state.client
-    body = await read_body(request, PoolingBody)
-    model = await client.model(body.model) if body.model else (await client.models())[0]
-    raise ApiError(
-        400,
-        f"The model '{model.id}' generates text; it computes neither embeddings nor scores.",
-        param="model",
-        code="model_cannot_embed",
+    body = await read_body(request, EmbeddingsBody)
+    call, renames = embed_request(body, request.state.request_id)
+    answer = await _computed(request, client.embed(call, renames, _timeout(request)))
+    is_base64 = body.encoding_format == "base64"
+    # By hand: a pydantic model of a thousand numbers costs more than computing them.
+    content = {
+        "object": "list",
+        "data": [
+            {"object": "embedding", "index": index, "embedding": _encoded(each.values, is_base64)}
+            for index, each in enumerate(answer.embeddings)
+        ],
+        "model": answer.model,
+        "usage": _usage(answer.num_prompt_tokens).model_dump(),
+    }
+    return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
+
+
+@router.post(
+    "/v1/rerank",
+    summary="Documents in the order of how well they answer a query",
+    responses={200: {"model": RerankAnswer}, **_ERRORS},
+    openapi_extra=body_schema(RerankBody),
+)
+async def rerank(request: Request) -> Response:
+    client: ControlPlaneClient = request.app.state.client
+    body = await read_body(request, RerankBody)
+    documents = read_documents(body.documents)
+    call = score_request(body, [(body.query, text) for text in documents], request.state.request_id)
+    renames = {"pairs": "documents"}
+    answer = await _computed(request, client.score(call, renames, _timeout(request)))
+    best = sorted(range(len(documents)), key=lambda index: -answer.scores[index])[: body.top_n]
+    shows = body.return_documents is not False
+    results = [
+        RerankResult(
+            index=index,
+            relevance_score=answer.scores[index],
+            document=RerankDocument(text=documents[index]) if shows else None,
+        )
+        for index in best
+    ]
+    usage = _usage(answer.num_prompt_tokens)
+    return _json(
+        RerankAnswer(id=f"rerank-{request.state.request_id}", model=answer.model, usage=usage, results=results)
     )
 
 
-for _path in ("/v1/embeddings", "/v1/rerank", "/v1/score"):
-    router.add_api_route(
-        _path,
-        _refuse,
-        methods=["POST"],
-        summary="Refused: no model that is served can",
-        responses=error_responses(400, 401, 404, 413, 415, 503),
-        openapi_extra=body_schema(PoolingBody),
-        operation_id=f"refuse_{_path.rpartition('/')[2]}",
+@router.post(
+    "/v1/score",
+    summary="How well pairs of texts belong together",
+    responses={200: {"model": ScoreAnswer}, **_ERRORS},
+    openapi_extra=body_schema(ScoreBody),
+)
+async def score(request: Request) -> Response:
+    client: ControlPlaneClient = request.app.state.client
+    body = await read_body(request, ScoreBody)
+    call = score_request(body, pair_up(body.text_1, body.text_2), request.state.request_id)
+    renames = {"pairs": "text_2"}
+    answer = await _computed(request, client.score(call, renames, _timeout(request)))
+    return _json(
+        ScoreAnswer(
+            id=f"score-{request.state.request_id}",
+            created=int(time.time()),
+            model=answer.model,
+            data=[ScoreObject(index=index, score=value) for index, value in enumerate(answer.scores)],
+            usage=_usage(answer.num_prompt_tokens),
+        )
     )
+
+
+def embed_request(body: EmbeddingsBody, request_id: str) -> tuple[inference_pb2.EmbedRequest, dict[str, str]]:
+    """The call, and what its fields are called in the body. Raises `ApiError` naming a wrong element."""
+    inputs = read_prompts(body.input, "input")
+    call = inference_pb2.EmbedRequest(model=body.model or "", priority=body.priority or 0, request_id=request_id)
+    for each in inputs:
+        if isinstance(each, str):
+            call.inputs.add(text=each)
+        else:
+            call.inputs.add().token_ids.ids.extend(each)
+    if body.dimensions is not None:
+        call.dimensions = body.dimensions
+    if body.truncate_prompt_tokens is not None:
+        call.truncate_prompt_tokens = body.truncate_prompt_tokens
+    is_list = isinstance(body.input, list) and isinstance(body.input[0], str | list)
+    renames = {"inputs": "input"}
+    for index in range(len(inputs)):
+        name = f"input[{index}]" if is_list else "input"
+        renames |= {f"inputs[{index}].text": name, f"inputs[{index}].token_ids.ids": name}
+    return call, renames
+
+
+def score_request(
+    body: RerankBody | ScoreBody, pairs: Sequence[tuple[str, str]], request_id: str
+) -> inference_pb2.ScoreRequest:
+    call = inference_pb2.ScoreRequest(model=body.model or "", priority=body.priority or 0, request_id=request_id)
+    for first, second in pairs:
+        call.pairs.add(first=first, second=second)
+    if body.truncate_prompt_tokens is not None:
+        call.truncate_prompt_tokens = body.truncate_prompt_tokens
+    return call
+
+
+def read_documents(documents: Any) -> list[str]:
+    """Texts, or objects with a `text`. Raises `ApiError` naming the wrong element."""
+    if not isinstance(documents, list) or not documents:
+        raise ApiError(400, "documents: must be a list of texts that is not empty.", param="documents")
+    texts = [each.get("text") if isinstance(each, dict) else each for each in documents]
+    return [_text(f"documents[{index}]", text) for index, text in enumerate(texts)]
+
+
+def pair_up(first: Any, second: Any) -> list[tuple[str, str]]:
+    """One text against many, or as many against as many. Raises `ApiError`."""
+    ones, others = _texts("text_1", first), _texts("text_2", second)
+    if len(ones) == 1:
+        ones = ones * len(others)
+    if len(ones) != len(others):
+        raise ApiError(
+            400,
+            f"text_2: has {len(others)} texts, and text_1 has {len(ones)}; give as many, or one text_1.",
+            param="text_2",
+        )
+    return list(zip(ones, others, strict=True))
+
+
+def _texts(param: str, value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [_text(param, value)]
+    if not isinstance(value, list) or not value:
+        raise ApiError(400, f"{param}: must be a text, or a list of texts that is not empty.", param=param)
+    return [_text(f"{param}[{index}]", text) for index, text in enumerate(value)]
+
+
+def _text(param: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ApiError(400, f"{param}: must be a string, not {type_name(value)}.", param=param)
+    if not value:
+        raise ApiError(400, f"{param}: must not be empty.", param=param)
+    return value
+
+
+def _encoded(values: Sequence[float], is_base64: bool) -> Any:
+    vector = np.array(values, dtype="<f4")  # [dimensions]
+    return base64.b64encode(vector.tobytes()).decode() if is_base64 else vector
+
+
+def _usage(num_tokens: int) -> PoolingUsage:
+    return PoolingUsage(prompt_tokens=num_tokens, total_tokens=num_tokens)
+
+
+def _timeout(request: Request) -> float | None:
+    return read_timeout(request.headers.get("x-request-timeout"))
+
+
+def _json(answer: RerankAnswer | ScoreAnswer) -> Response:
+    return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
+
+
+async def _computed(request: Request, call: Awaitable[Answer]) -> Answer:
+    """The call's answer; it is cancelled when the client leaves."""
+    task = asyncio.ensure_future(call)
+    watcher = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ApiError(CLIENT_CLOSED_REQUEST, "The client left before its answer.")
+        return task.result()
+    finally:
+        task.cancel()
+        watcher.cancel()
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -41,6 +41,7 @@ from gpu_worker.models.family import ModelFamily
 from gpu_worker.models.hf_config import HfConfig
 from gpu_worker.models.loader import read_spec
 from gpu_worker.parallel import ParallelContext
+from gpu_worker.pooling import read_pooling
 from gpu_worker.quant.api import QuantScheme
 from gpu_worker.quant.scheme import make_scheme, read_quantization
 from gpu_worker.runner import TorchRunner
@@ -96,8 +97,12 @@ def load_cuda_runner(settings: WorkerSettings, device: torch.device) -> Runner:
     dtype = resolve_dtype(settings.dtype, device, spec.dtype)
     sizes = resolve_sizes(settings, spec, device)
     if settings.deterministic:
-        refuse_uncovered(spec)
+        refuse_uncovered(spec, family)
     reason = _unsupported(spec, parallel, sizes, device) or _packed_experts(settings, settings.model, spec)
+    if family.host_plans_attention:
+        reason = f"{spec.architecture} runs through transformers' own code"
+    if read_pooling(settings.model, spec, family, settings.task, settings.pooling) is not None:
+        reason = "vectors and scores are pooled in plain torch"
     if reason is not None:
         log.warning("the CUDA kernels cannot run this: plain torch does, many times slower", reason=reason)
         return TorchRunner.load(settings)
@@ -130,6 +135,7 @@ def _load_supported(
         family.name_rules,
         setting=settings.quantization,
         has_weights=settings.load_format == "auto",
+        canonical_name=family.canonical_name,
         ops=ops,
         # The packed kernels pick their tiles by the number of tokens.
         kernels=None if settings.deterministic else PackedLinears(device, pdl=pdl),

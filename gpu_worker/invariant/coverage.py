@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from gpu_worker.model_spec import ModelConfigError, ModelSpec
+from gpu_worker.models.family import ModelFamily
 from gpu_worker.quant.api import LinearMethod, QuantScheme
 from gpu_worker.quant.stored import SplitLinear, StoredLinear
 
 
-def refuse_uncovered(spec: ModelSpec) -> None:
+def refuse_uncovered(spec: ModelSpec, family: type[ModelFamily]) -> None:
     """Raises `ModelConfigError` for models with parts that have no fixed shapes yet."""
-    what = "experts" if spec.moe is not None else "latent attention" if spec.latent is not None else None
+    parts = {
+        "experts": spec.moe is not None,
+        "latent attention": spec.latent is not None,
+        "transformers' own code": family.host_plans_attention,
+        "encoders": family.is_encoder,
+    }
+    what = next((part for part, is_there in parts.items() if is_there), None)
     if what is not None:
         raise ModelConfigError(
             f"--deterministic does not cover {what} yet, which {spec.architecture} has: leave it out"

@@ -12,7 +12,7 @@ from gpu_worker.attention.api import AttentionBackend
 from gpu_worker.layers.attention import Attention, ForwardContext
 from gpu_worker.layers.embedding import Embedding, OutputHead, VocabTable
 from gpu_worker.layers.latent_attention import LatentAttention
-from gpu_worker.layers.linear import BuildContext
+from gpu_worker.layers.linear import BuildContext, RowParallelLinear
 from gpu_worker.layers.mlp import FeedForward, GatedMLP, PlainMLP
 from gpu_worker.layers.moe import MixtureOfExperts
 from gpu_worker.layers.norm import Norm, hidden_norm
@@ -20,6 +20,7 @@ from gpu_worker.layers.rope import RotaryTables
 from gpu_worker.layers.weighted import Weighted
 from gpu_worker.loading.kv_scales import KVScales
 from gpu_worker.model_spec import ModelSpec
+from gpu_worker.parallel import Share
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +114,16 @@ class Decoder:
         self.final_norm = hidden_norm(spec, build)
         # As a value of the model's dtype, which is what it was trained with.
         self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=build.dtype).item()
-        table: VocabTable = self.embedding
-        if not spec.tie_word_embeddings:
-            table = VocabTable(spec.vocab_size, spec.hidden_size, build)
-        self.head = OutputHead(table, build)
+        self.head: OutputHead | None = None
+        if spec.has_output_head:
+            table: VocabTable = self.embedding
+            if not spec.tie_word_embeddings:
+                table = VocabTable(spec.vocab_size, spec.hidden_size, build)
+            self.head = OutputHead(table, build)
+        self.score_head: RowParallelLinear | None = None
+        if spec.num_labels:
+            whole = Share(0, spec.hidden_size, spec.hidden_size)
+            self.score_head = RowParallelLinear(whole, spec.num_labels, bias=False, path="score", build=build)
 
     def weighted(self) -> Iterator[tuple[str, Weighted]]:
         """Every layer that holds checkpoint tensors, by its path in this model."""
@@ -125,16 +132,20 @@ class Decoder:
             for name, part in block.weighted():
                 yield f"layers.{index}.{name}", part
         yield "final_norm", self.final_norm
-        if self.head.table is not self.embedding:
+        if self.head is not None and self.head.table is not self.embedding:
             yield "head", self.head.table
+        if self.score_head is not None:
+            yield "score", self.score_head
 
     def finish(self) -> None:
         """Every weight is loaded and finished."""
-        self.head.finish()
+        if self.head is not None:
+            self.head.finish()
 
     def num_bytes(self) -> int:
         """Memory of this rank's weights."""
-        return sum(part.num_bytes() for _, part in self.weighted()) + self.head.num_bytes()
+        weights = sum(part.num_bytes() for _, part in self.weighted())
+        return weights + (0 if self.head is None else self.head.num_bytes())
 
     def hidden_states(
         self, token_ids: torch.Tensor, positions: torch.Tensor, attention: AttentionBackend[Any]
@@ -158,9 +169,17 @@ class Decoder:
 
     def logits(self, hidden: HiddenStates) -> torch.Tensor:
         """Of the rows to be sampled -> [num_rows, vocab_size]; their residual is overwritten."""
+        if self.head is None:
+            raise ValueError("this model was built without an output head")
         logits = self.head.logits(self.normed(hidden))
         if self.spec.logit_scale != 1.0:
             logits = logits.mul_(self.spec.logit_scale)
         if self.spec.logit_softcap is not None:
             logits = logits.div_(self.spec.logit_softcap).tanh_().mul_(self.spec.logit_softcap)
         return logits
+
+    def scores(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Of a classification head: pooled [num_rows, hidden] -> [num_rows, num_labels]."""
+        if self.score_head is None:
+            raise ValueError("this model has no classification head")
+        return self.score_head.apply(pooled.to(self.dtype))

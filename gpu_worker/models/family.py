@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from typing import ClassVar
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
 
-from gpu_worker.layers.decoder import Decoder
+import torch
+
+from gpu_worker.attention.api import AttentionBackend
+from gpu_worker.layers.decoder import Decoder, HiddenStates
 from gpu_worker.model_spec import ModelSpec
 from gpu_worker.models.hf_config import HfConfig
+from gpu_worker.quant.api import RandomValues
 
 NameRules = dict[str, dict[str, str]]
 """Layer path -> part -> place of its tensors in the checkpoint; `{i}` stands for the layer's number.
@@ -24,11 +29,20 @@ class ModelFamily(Decoder):
     name_rules: ClassVar[NameRules]
     skipped_tensors: ClassVar[str] = ""
     """A pattern of checkpoint tensors that serving text does not need (a vision tower, say)."""
+    is_encoder: ClassVar[bool] = False
+    """Every token sees its whole sequence; nothing is cached."""
+    host_plans_attention: ClassVar[bool] = False
+    """Its attention is planned on the host for every step, which CUDA graphs leave no room for."""
 
     @classmethod
     def canonical_name(cls, name: str) -> str:
         """A checkpoint tensor's name as the rules have it, where releases differ."""
         return name
+
+    @classmethod
+    def unused_tensors(cls, spec: ModelSpec) -> str:
+        """A pattern of tensors, by their names in the rules, that this use of the model does not need."""
+        return "" if spec.has_output_head else r"lm_head\."
 
     @staticmethod
     @abstractmethod
@@ -38,3 +52,33 @@ class ModelFamily(Decoder):
         Raises:
             ModelConfigError: a field is missing, of the wrong type, or asks for what the family does not do.
         """
+
+
+class ReadsPairs(ABC):
+    """A model that is told which text of a pair a token is of."""
+
+    @abstractmethod
+    def hidden_states(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        attention: AttentionBackend[Any],
+        segments: torch.Tensor | None = None,
+    ) -> HiddenStates:
+        """segments [num_tokens]: 0 for the first text, 1 for the second; None: there is one text."""
+
+
+class LoadsItself(ABC):
+    """A family whose checkpoint is read by other code than the loader's."""
+
+    @abstractmethod
+    def check_checkpoint(self, path: Path) -> None:
+        """Raises `CheckpointError` for what can be seen before anything is read."""
+
+    @abstractmethod
+    def load_checkpoint(self, path: Path) -> None:
+        """Raises `CheckpointError`."""
+
+    @abstractmethod
+    def fill_random_weights(self, source: RandomValues, directory: Path) -> None:
+        """load_format dummy: random weights for the config in `directory`."""

@@ -117,6 +117,11 @@ class HfConfig:
                 field, f"is {value!r}, which is not supported (supported: {', '.join(map(repr, accepted))})"
             )
 
+    def num_labels(self) -> int:
+        """Of a classification head: `id2label` has them all, and transformers' default is two."""
+        labels = self.fields.get("id2label")
+        return len(labels) if isinstance(labels, dict) else self.integer("num_labels", 2)
+
     def eos_token_ids(self) -> tuple[int, ...]:
         value = self.fields.get("eos_token_id")
         if value is None:

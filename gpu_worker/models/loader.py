@@ -28,9 +28,10 @@ from gpu_worker.loading.gguf_reader import GgufReader
 from gpu_worker.loading.kv_scales import is_kv_scale, read_kv_scales
 from gpu_worker.loading.tensor_source import TensorIndex, TensorInfo, TensorSource
 from gpu_worker.model_spec import ModelConfigError, ModelSpec
-from gpu_worker.models.family import ModelFamily
+from gpu_worker.models.family import LoadsItself, ModelFamily
 from gpu_worker.models.hf_config import HfConfig
 from gpu_worker.models.registry import find_family, known_architectures
+from gpu_worker.models.transformers_fallback import is_known
 from gpu_worker.quant.scheme import module_format, read_quantization
 
 log = structlog.get_logger(__name__)
@@ -54,7 +55,8 @@ def read_spec(directory: Path) -> tuple[ModelSpec, type[ModelFamily]]:
 
 def _refuse_remote_code(config: HfConfig) -> None:
     """Many repositories of architectures known here carry code for older transformers as well: that is not needed."""
-    if config.fields.get("auto_map") and not set(config.architectures()) & set(known_architectures()):
+    known = set(known_architectures())
+    if config.fields.get("auto_map") and not any(name in known or is_known(name) for name in config.architectures()):
         raise config.error(
             "auto_map",
             f"asks to run the repository's own code for {', '.join(config.architectures()) or 'its architecture'}, "
@@ -118,13 +120,15 @@ def _whole_shape(places: list[_Place]) -> tuple[int, ...] | None:
 class _ServedTensors:
     """A checkpoint by the names of the rules, without the tensors that serving text does not need."""
 
-    def __init__(self, source: TensorSource, family: type[ModelFamily]) -> None:
+    def __init__(self, source: TensorSource, family: type[ModelFamily], spec: ModelSpec) -> None:
         self._source = source
-        skipped = re.compile(family.skipped_tensors) if family.skipped_tensors else None
+        skipped, unused = (
+            re.compile(pattern or r"(?!)") for pattern in (family.skipped_tensors, family.unused_tensors(spec))
+        )
         self._stored_names = {
-            family.canonical_name(info.name): info.name
+            name: info.name
             for info in source.names()
-            if skipped is None or not skipped.match(info.name)
+            if not skipped.match(info.name) and not unused.match(name := family.canonical_name(info.name))
         }
 
     @property
@@ -134,6 +138,9 @@ class _ServedTensors:
     def names(self) -> Iterable[TensorInfo]:
         canonical = {stored: name for name, stored in self._stored_names.items()}
         return [replace(info, name=canonical[info.name]) for info in self._source.names() if info.name in canonical]
+
+    def stored_name(self, name: str) -> str:
+        return self._stored_names[name]
 
     def read(self, name: str, index: TensorIndex | None = None) -> torch.Tensor:
         return self._source.read(self._stored_names[name], index)
@@ -162,7 +169,7 @@ def _matched(model: ModelFamily, path: Path) -> Iterator[_MatchedCheckpoint]:
     places = checkpoint_places(model)
     checkpoint = open_checkpoint(path)
     try:
-        source = _as_wanted(_ServedTensors(checkpoint, type(model)), checkpoint, path, places)
+        source = _as_wanted(_ServedTensors(checkpoint, type(model), model.spec), checkpoint, path, places)
         infos = list(source.names())
         scales = tuple(info for info in infos if is_kv_scale(info.name) and info.name not in places)
         hidden = {info.name for info in scales}
@@ -187,11 +194,11 @@ def _matched(model: ModelFamily, path: Path) -> Iterator[_MatchedCheckpoint]:
 
 
 def _as_wanted(
-    served: TensorSource, checkpoint: TensorSource, path: Path, places: Mapping[str, object]
+    served: _ServedTensors, checkpoint: TensorSource, path: Path, places: Mapping[str, object]
 ) -> TensorSource:
     """The checkpoint as the model's layers ask for it: packed where they keep packed weights, plain elsewhere."""
     if isinstance(checkpoint, GgufReader):
-        return PackedGgufSource(checkpoint, places.keys())
+        return PackedGgufSource(checkpoint, served, served.stored_name, places.keys())
     if not path.is_dir() or not (path / "config.json").exists():
         return served
     names = frozenset(info.name for info in served.names())
@@ -207,6 +214,9 @@ def check_weights(model: ModelFamily, path: Path) -> None:
     Raises:
         CheckpointError: damaged, or its tensors are not those of the config; names file and tensor.
     """
+    if isinstance(model, LoadsItself):
+        model.check_checkpoint(path)
+        return
     with _matched(model, path):
         return
 
@@ -217,6 +227,9 @@ def load_weights(model: ModelFamily, path: Path) -> None:
     Raises:
         CheckpointError: damaged, or its tensors are not those of the config; names file and tensor.
     """
+    if isinstance(model, LoadsItself):
+        model.load_checkpoint(path)
+        return
     with _matched(model, path) as matched:
         left = matched.count_by_layer()
         with matched.reader as reader:
@@ -278,8 +291,11 @@ class _RandomBlock:
         flat[num_whole:].copy_(block[: flat.numel() - num_whole])
 
 
-def fill_random(model: ModelFamily, seed: int) -> None:
-    """Random weights (load_format dummy), the same for the same seed."""
+def fill_random(model: ModelFamily, directory: Path | None, seed: int) -> None:
+    """Random weights (load_format dummy) for the config in `directory`, the same for the same seed."""
+    if isinstance(model, LoadsItself) and directory is not None:
+        model.fill_random_weights(_RandomBlock(seed, torch.device("cpu")), directory)
+        return
     random = _RandomBlock(seed, model.device)
     for _, layer in model.weighted():
         layer.fill_random(random)

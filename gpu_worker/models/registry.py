@@ -10,6 +10,8 @@ from functools import cache
 import gpu_worker.models
 from gpu_worker.model_spec import ModelConfigError
 from gpu_worker.models.family import ModelFamily
+from gpu_worker.models.headless import classifier, without_head
+from gpu_worker.models.transformers_fallback import TransformersModel, is_known
 
 _families: dict[str, type[ModelFamily]] = {}
 
@@ -38,8 +40,21 @@ def known_architectures() -> list[str]:
     return sorted(_families)
 
 
+def _pooled_family(architecture: str) -> tuple[str, type[ModelFamily]] | None:
+    """A decoder that is stored without its output head, or with a classifier in its place."""
+    for suffix, wrap in (
+        ("TextModel", without_head),
+        ("Model", without_head),
+        ("ForSequenceClassification", classifier),
+    ):
+        causal = f"{architecture.removesuffix(suffix)}ForCausalLM"
+        if architecture.endswith(suffix) and causal in _families:
+            return causal, wrap(_families[causal])
+    return None
+
+
 def find_family(architectures: Sequence[str]) -> tuple[str, type[ModelFamily]]:
-    """The first of a config's `architectures` that can be served, and its family.
+    """The first of a config's `architectures` that can be served, and its family; native code goes first.
 
     Raises:
         ModelConfigError: none can; the message lists those that can.
@@ -48,8 +63,15 @@ def find_family(architectures: Sequence[str]) -> tuple[str, type[ModelFamily]]:
     for name in architectures:
         if name in _families:
             return name, _families[name]
+    for name in architectures:
+        pooled = _pooled_family(name)
+        if pooled is not None:
+            return pooled
+    for name in architectures:
+        if is_known(name):
+            return name, TransformersModel
     asked = ", ".join(architectures) if architectures else "nothing"
     raise ModelConfigError(
         f"config.json names {asked} in architectures, which is not supported; "
-        f"supported are {', '.join(sorted(_families))}"
+        f"supported are {', '.join(sorted(_families))}, and causal language models that transformers has code for"
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gpu_worker.loading.tensor_source import CheckpointError
 from gpu_worker.prepare.errors import PrepareError
-from gpu_worker.prepare.gguf_model import OUTPUT_DTYPES
+from gpu_worker.prepare.gguf_model import OUTPUT_DTYPES, PACKED
 from gpu_worker.prepare.preparation import default_cache_dir, prepare
 
 
@@ -28,13 +28,20 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--dtype",
-        choices=list(OUTPUT_DTYPES),
+        choices=[*OUTPUT_DTYPES, PACKED, "auto"],
         default="bfloat16",
-        help="dtype of converted weights (default: %(default)s)",
+        help="dtype of converted weights; packed keeps the blocks of a GGUF file, auto does so where there is a CUDA "
+        "device (default: %(default)s)",
     )
     parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
     parser.add_argument("--config-only", action="store_true", help="accept a directory without weights")
     return parser.parse_args(arguments)
+
+
+def _dtype_for_this_machine() -> str:
+    import torch
+
+    return PACKED if torch.cuda.is_available() else "bfloat16"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
             options.source,
             options.cache_dir,
             out=options.out,
-            dtype=options.dtype,
+            dtype=_dtype_for_this_machine() if options.dtype == "auto" else options.dtype,
             revision=options.revision,
             weights_required=not options.config_only,
         )

@@ -1,4 +1,4 @@
-"""Turns one GGUF file into a model directory: config, tokenizer and safetensors."""
+"""Turns one GGUF file into a model directory: config, tokenizer, and safetensors or the file itself."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from gpu_worker.loading.checkpoint import GGUF_NAME
 from gpu_worker.loading.gguf_config import build_config
 from gpu_worker.loading.gguf_reader import GgufReader
 from gpu_worker.loading.tensor_source import TensorInfo
@@ -22,12 +23,14 @@ from gpu_worker.prepare.safetensors_writer import plan_shards, write_shards
 from gpu_worker.prepare.stamp import is_current, sha256_of, write_stamp
 
 OUTPUT_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+PACKED = "packed"
+"""In place of a dtype: the file's own blocks stay, for workers that multiply by packed weights."""
 PIECE_ELEMENTS = 8 << 20  # decoded at a time: 32 MB as float32
 _OTHER_FILES_BYTES = 100_000_000  # room for the tokenizer and the JSON files
 
 
 def prepare_gguf(source: Path, target: Path, dtype: str, progress: Progress) -> bool:
-    """Makes `target` from the GGUF file `source`; gives False if it was there already.
+    """Makes `target` from the GGUF file `source`; gives False if it was there already. `dtype` may be `PACKED`.
 
     Raises:
         CheckpointError: the file is damaged or of a kind that is not known.
@@ -53,11 +56,15 @@ class _Conversion:
         self._reader = reader
         self._dtype = dtype
         self._progress = progress
-        self._config = build_config(reader, dtype)
+        self._config = build_config(reader, "bfloat16" if dtype == PACKED else dtype)
+        if dtype == PACKED:
+            self._config["quantization_config"] = {"quant_method": "gguf"}
         self._tokenizer: GgufTokenizer = build_tokenizer(
             reader.path, reader.file.metadata, self._config["max_position_embeddings"]
         )
-        self._infos = [replace(info, dtype=OUTPUT_DTYPES[dtype]) for info in reader.names()]
+        self._infos = [
+            replace(info, dtype=OUTPUT_DTYPES[dtype]) for info in (() if dtype == PACKED else reader.names())
+        ]
         self._num_bytes = sum(info.num_bytes for info in self._infos)
 
     def check_room(self, directory: Path) -> None:
@@ -77,12 +84,24 @@ class _Conversion:
             self._write_json(directory, "generation_config.json", self._generation_config())
             self._write_json(directory, "tokenizer_config.json", self._tokenizer.config)
             (directory / "tokenizer.json").write_text(self._tokenizer.tokenizer.to_str(pretty=False), "utf-8")
-            title = f"Converting {self._reader.path.name} to {self._dtype}"
-            with self._progress.task(title, self._num_bytes) as advance:
-                weights = write_shards(directory, plan_shards(self._infos), self._pieces, advance)
+            weights = self._keep_file(directory) if self._dtype == PACKED else self._write_weights(directory)
             outputs = ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", *weights]
             hashes = {self._reader.path.name: sha256_of(self._reader.path)}
             write_stamp(directory, [self._reader.path], {"dtype": self._dtype}, outputs, hashes)
+
+    def _write_weights(self, directory: Path) -> list[str]:
+        title = f"Converting {self._reader.path.name} to {self._dtype}"
+        with self._progress.task(title, self._num_bytes) as advance:
+            return write_shards(directory, plan_shards(self._infos), self._pieces, advance)
+
+    def _keep_file(self, directory: Path) -> list[str]:
+        """A second name of the file, which costs no space; a link where it lies on another disk."""
+        kept, source = directory / GGUF_NAME, self._reader.path.resolve()
+        try:
+            kept.hardlink_to(source)
+        except OSError:
+            kept.symlink_to(source)
+        return [GGUF_NAME]
 
     def _write_json(self, directory: Path, name: str, content: dict[str, Any]) -> None:
         (directory / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")

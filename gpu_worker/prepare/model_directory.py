@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from gpu_worker.loading.safetensors_reader import SafetensorsReader
+from gpu_worker.loading.checkpoint import open_checkpoint
 from gpu_worker.prepare.atomic_directory import exclusive, fill_directory
 from gpu_worker.prepare.errors import PrepareError, explained_os_errors
 from gpu_worker.prepare.progress import Progress
@@ -47,7 +47,7 @@ def check_directory(directory: Path, *, weights_required: bool = True) -> None:
         if (directory / name).exists():
             _read_object(directory / name, "download it again")
     if weights_required:
-        SafetensorsReader(directory).close()
+        open_checkpoint(directory).close()
 
 
 def _read_object(file: Path, advice: str) -> Mapping[str, Any]:

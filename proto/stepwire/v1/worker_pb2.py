@@ -24,45 +24,53 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18stepwire/v1/worker.proto\x12\x0bstepwire.v1\"\x11\n\x0f\x44\x65scribeRequest\"\xa5\x03\n\x10\x44\x65scribeResponse\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x16\n\x0ekv_cache_dtype\x18\x05 \x01(\t\x12\x0f\n\x07\x64\x65vices\x18\x06 \x03(\t\x12\x12\n\nnum_blocks\x18\x07 \x01(\r\x12\x16\n\x0e\x66irst_block_id\x18\x08 \x01(\r\x12\x12\n\nblock_size\x18\t \x01(\r\x12\x15\n\rmax_model_len\x18\n \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x0b \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\x0c \x01(\r\x12\x0f\n\x07\x62uckets\x18\r \x03(\r\x12\x12\n\nvocab_size\x18\x0e \x01(\r\x12\x18\n\x10max_num_logprobs\x18\x0f \x01(\r\x12-\n\x0c\x63\x61pabilities\x18\x10 \x03(\x0e\x32\x17.stepwire.v1.Capability\x12\x0f\n\x07version\x18\x11 \x01(\t\x12\x13\n\x0b\x62lock_bytes\x18\x12 \x01(\x04\"\x98\x01\n\x0fRunStepsRequest\x12*\n\x05hello\x18\x01 \x01(\x0b\x32\x19.stepwire.v1.SessionHelloH\x00\x12&\n\x04step\x18\x02 \x01(\x0b\x32\x16.stepwire.v1.StepBatchH\x00\x12&\n\x04mask\x18\x03 \x01(\x0b\x32\x16.stepwire.v1.TokenMaskH\x00\x42\t\n\x07message\"t\n\x10RunStepsResponse\x12*\n\x05ready\x18\x01 \x01(\x0b\x32\x19.stepwire.v1.SessionReadyH\x00\x12)\n\x06result\x18\x02 \x01(\x0b\x32\x17.stepwire.v1.StepResultH\x00\x42\t\n\x07message\"<\n\x0cSessionHello\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\r\"7\n\x0cSessionReady\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\"\x89\x02\n\tStepBatch\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x0e\n\x06\x62ucket\x18\x02 \x01(\r\x12\x11\n\tdrop_rows\x18\x03 \x01(\x0c\x12 \n\x03\x61\x64\x64\x18\x04 \x03(\x0b\x32\x13.stepwire.v1.RowAdd\x12\x10\n\x08run_rows\x18\x05 \x01(\x0c\x12\x1b\n\x13run_start_positions\x18\x06 \x01(\x0c\x12\x16\n\x0erun_num_tokens\x18\x07 \x01(\x0c\x12\x13\n\x0brun_samples\x18\x08 \x01(\x0c\x12\x1a\n\x12run_num_new_blocks\x18\t \x01(\x0c\x12\x15\n\rnew_block_ids\x18\n \x01(\x0c\x12\x11\n\tmask_rows\x18\x0b \x01(\x0cJ\x04\x08\x0c\x10 \"\xa5\x01\n\x06RowAdd\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12\x1b\n\x13num_computed_tokens\x18\x04 \x01(\r\x12\x11\n\tblock_ids\x18\x05 \x01(\x0c\x12*\n\x08sampling\x18\x06 \x01(\x0b\x32\x18.stepwire.v1.RowSamplingJ\x04\x08\x07\x10\x10\"\xa6\x03\n\x0bRowSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12\x0c\n\x04seed\x18\x08 \x01(\x06\x12\x16\n\x0esequence_index\x18\t \x01(\r\x12\x19\n\x0cnum_logprobs\x18\n \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0e\x62ias_token_ids\x18\x0b \x01(\x0c\x12\x13\n\x0b\x62ias_values\x18\x0c \x01(\x0c\x12\x12\n\nmin_tokens\x18\r \x01(\r\x12\x1c\n\x14suppressed_token_ids\x18\x0e \x01(\x0c\x12\x19\n\x11\x61llowed_token_ids\x18\x0f \x01(\x0c\x12 \n\x13num_prompt_logprobs\x18\x10 \x01(\rH\x01\x88\x01\x01\x42\x0f\n\r_num_logprobsB\x16\n\x14_num_prompt_logprobs\";\n\tTokenMask\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x0c\n\x04rows\x18\x02 \x01(\x0c\x12\x0f\n\x07\x62itmask\x18\x03 \x01(\x0c\"\xad\x02\n\nStepResult\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x0c\n\x04rows\x18\x02 \x01(\x0c\x12\x0f\n\x07offsets\x18\x03 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x04 \x01(\x0c\x12\x10\n\x08logprobs\x18\x05 \x01(\x0c\x12\x0f\n\x07num_top\x18\x06 \x01(\r\x12\x15\n\rtop_token_ids\x18\x07 \x01(\x0c\x12\x14\n\x0ctop_logprobs\x18\x08 \x01(\x0c\x12%\n\x06\x66\x61ults\x18\t \x03(\x0b\x32\x15.stepwire.v1.RowFault\x12)\n\x07timings\x18\n \x01(\x0b\x32\x18.stepwire.v1.StepTimings\x12\x34\n\x0fprompt_logprobs\x18\x0b \x03(\x0b\x32\x1b.stepwire.v1.PromptLogprobsJ\x04\x08\x0c\x10 \"\x85\x01\n\x0ePromptLogprobs\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\x16\n\x0estart_position\x18\x02 \x01(\r\x12\x10\n\x08logprobs\x18\x03 \x01(\x0c\x12\x0f\n\x07num_top\x18\x04 \x01(\r\x12\x15\n\rtop_token_ids\x18\x05 \x01(\x0c\x12\x14\n\x0ctop_logprobs\x18\x06 \x01(\x0c\"Q\n\x08RowFault\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\'\n\x04\x63ode\x18\x02 \x01(\x0e\x32\x19.stepwire.v1.RowFaultCode\x12\x0f\n\x07message\x18\x03 \x01(\t\"X\n\x0bStepTimings\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x10\n\x08input_ns\x18\x02 \x01(\x04\x12\x12\n\nforward_ns\x18\x03 \x01(\x04\x12\x11\n\tsample_ns\x18\x04 \x01(\x04*c\n\nCapability\x12\x1a\n\x16\x43\x41PABILITY_UNSPECIFIED\x10\x00\x12\x19\n\x15\x43\x41PABILITY_TOKEN_MASK\x10\x01\x12\x1e\n\x1a\x43\x41PABILITY_PROMPT_LOGPROBS\x10\x02*\xef\x01\n\x0cRowFaultCode\x12\x1e\n\x1aROW_FAULT_CODE_UNSPECIFIED\x10\x00\x12$\n ROW_FAULT_CODE_POSITION_MISMATCH\x10\x01\x12\x1e\n\x1aROW_FAULT_CODE_UNKNOWN_ROW\x10\x02\x12\x1c\n\x18ROW_FAULT_CODE_BAD_BLOCK\x10\x03\x12\x1c\n\x18ROW_FAULT_CODE_BAD_TOKEN\x10\x04\x12\x1d\n\x19ROW_FAULT_CODE_NOT_FINITE\x10\x05\x12\x1e\n\x1aROW_FAULT_CODE_UNSUPPORTED\x10\x06\x32\xa5\x01\n\rWorkerService\x12G\n\x08\x44\x65scribe\x12\x1c.stepwire.v1.DescribeRequest\x1a\x1d.stepwire.v1.DescribeResponse\x12K\n\x08RunSteps\x12\x1c.stepwire.v1.RunStepsRequest\x1a\x1d.stepwire.v1.RunStepsResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18stepwire/v1/worker.proto\x12\x0bstepwire.v1\"\x11\n\x0f\x44\x65scribeRequest\"\xd1\x03\n\x10\x44\x65scribeResponse\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x16\n\x0ekv_cache_dtype\x18\x05 \x01(\t\x12\x0f\n\x07\x64\x65vices\x18\x06 \x03(\t\x12\x12\n\nnum_blocks\x18\x07 \x01(\r\x12\x16\n\x0e\x66irst_block_id\x18\x08 \x01(\r\x12\x12\n\nblock_size\x18\t \x01(\r\x12\x15\n\rmax_model_len\x18\n \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\x0b \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\x0c \x01(\r\x12\x0f\n\x07\x62uckets\x18\r \x03(\r\x12\x12\n\nvocab_size\x18\x0e \x01(\r\x12\x18\n\x10max_num_logprobs\x18\x0f \x01(\r\x12-\n\x0c\x63\x61pabilities\x18\x10 \x03(\x0e\x32\x17.stepwire.v1.Capability\x12\x0f\n\x07version\x18\x11 \x01(\t\x12\x13\n\x0b\x62lock_bytes\x18\x12 \x01(\x04\x12*\n\x07pooling\x18\x13 \x01(\x0b\x32\x19.stepwire.v1.PoolingFacts\"o\n\x0cPoolingFacts\x12&\n\x04kind\x18\x01 \x01(\x0e\x32\x18.stepwire.v1.PoolingKind\x12\x12\n\ndimensions\x18\x02 \x01(\r\x12\x15\n\rwhole_prompts\x18\x03 \x01(\x08\x12\x0c\n\x04only\x18\x04 \x01(\x08\"\x98\x01\n\x0fRunStepsRequest\x12*\n\x05hello\x18\x01 \x01(\x0b\x32\x19.stepwire.v1.SessionHelloH\x00\x12&\n\x04step\x18\x02 \x01(\x0b\x32\x16.stepwire.v1.StepBatchH\x00\x12&\n\x04mask\x18\x03 \x01(\x0b\x32\x16.stepwire.v1.TokenMaskH\x00\x42\t\n\x07message\"t\n\x10RunStepsResponse\x12*\n\x05ready\x18\x01 \x01(\x0b\x32\x19.stepwire.v1.SessionReadyH\x00\x12)\n\x06result\x18\x02 \x01(\x0b\x32\x17.stepwire.v1.StepResultH\x00\x42\t\n\x07message\"<\n\x0cSessionHello\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x18\n\x10protocol_version\x18\x02 \x01(\r\"7\n\x0cSessionReady\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\"\x89\x02\n\tStepBatch\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x0e\n\x06\x62ucket\x18\x02 \x01(\r\x12\x11\n\tdrop_rows\x18\x03 \x01(\x0c\x12 \n\x03\x61\x64\x64\x18\x04 \x03(\x0b\x32\x13.stepwire.v1.RowAdd\x12\x10\n\x08run_rows\x18\x05 \x01(\x0c\x12\x1b\n\x13run_start_positions\x18\x06 \x01(\x0c\x12\x16\n\x0erun_num_tokens\x18\x07 \x01(\x0c\x12\x13\n\x0brun_samples\x18\x08 \x01(\x0c\x12\x1a\n\x12run_num_new_blocks\x18\t \x01(\x0c\x12\x15\n\rnew_block_ids\x18\n \x01(\x0c\x12\x11\n\tmask_rows\x18\x0b \x01(\x0cJ\x04\x08\x0c\x10 \"\xcf\x01\n\x06RowAdd\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12\x1b\n\x13num_computed_tokens\x18\x04 \x01(\r\x12\x11\n\tblock_ids\x18\x05 \x01(\x0c\x12*\n\x08sampling\x18\x06 \x01(\x0b\x32\x18.stepwire.v1.RowSampling\x12(\n\x07pooling\x18\x10 \x01(\x0b\x32\x17.stepwire.v1.RowPoolingJ\x04\x08\x07\x10\x10\"\'\n\nRowPooling\x12\x19\n\x11second_text_start\x18\x01 \x01(\r\"\xa6\x03\n\x0bRowSampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x02\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12\x0c\n\x04seed\x18\x08 \x01(\x06\x12\x16\n\x0esequence_index\x18\t \x01(\r\x12\x19\n\x0cnum_logprobs\x18\n \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0e\x62ias_token_ids\x18\x0b \x01(\x0c\x12\x13\n\x0b\x62ias_values\x18\x0c \x01(\x0c\x12\x12\n\nmin_tokens\x18\r \x01(\r\x12\x1c\n\x14suppressed_token_ids\x18\x0e \x01(\x0c\x12\x19\n\x11\x61llowed_token_ids\x18\x0f \x01(\x0c\x12 \n\x13num_prompt_logprobs\x18\x10 \x01(\rH\x01\x88\x01\x01\x42\x0f\n\r_num_logprobsB\x16\n\x14_num_prompt_logprobs\";\n\tTokenMask\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x0c\n\x04rows\x18\x02 \x01(\x0c\x12\x0f\n\x07\x62itmask\x18\x03 \x01(\x0c\"\xd6\x02\n\nStepResult\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x0c\n\x04rows\x18\x02 \x01(\x0c\x12\x0f\n\x07offsets\x18\x03 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x04 \x01(\x0c\x12\x10\n\x08logprobs\x18\x05 \x01(\x0c\x12\x0f\n\x07num_top\x18\x06 \x01(\r\x12\x15\n\rtop_token_ids\x18\x07 \x01(\x0c\x12\x14\n\x0ctop_logprobs\x18\x08 \x01(\x0c\x12%\n\x06\x66\x61ults\x18\t \x03(\x0b\x32\x15.stepwire.v1.RowFault\x12)\n\x07timings\x18\n \x01(\x0b\x32\x18.stepwire.v1.StepTimings\x12\x34\n\x0fprompt_logprobs\x18\x0b \x03(\x0b\x32\x1b.stepwire.v1.PromptLogprobs\x12\'\n\x06pooled\x18\x0c \x01(\x0b\x32\x17.stepwire.v1.PooledRowsJ\x04\x08\r\x10 \"*\n\nPooledRows\x12\x0c\n\x04rows\x18\x01 \x01(\x0c\x12\x0e\n\x06values\x18\x02 \x01(\x0c\"\x85\x01\n\x0ePromptLogprobs\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\x16\n\x0estart_position\x18\x02 \x01(\r\x12\x10\n\x08logprobs\x18\x03 \x01(\x0c\x12\x0f\n\x07num_top\x18\x04 \x01(\r\x12\x15\n\rtop_token_ids\x18\x05 \x01(\x0c\x12\x14\n\x0ctop_logprobs\x18\x06 \x01(\x0c\"Q\n\x08RowFault\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\'\n\x04\x63ode\x18\x02 \x01(\x0e\x32\x19.stepwire.v1.RowFaultCode\x12\x0f\n\x07message\x18\x03 \x01(\t\"X\n\x0bStepTimings\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x10\n\x08input_ns\x18\x02 \x01(\x04\x12\x12\n\nforward_ns\x18\x03 \x01(\x04\x12\x11\n\tsample_ns\x18\x04 \x01(\x04*_\n\x0bPoolingKind\x12\x1c\n\x18POOLING_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16POOLING_KIND_EMBEDDING\x10\x01\x12\x16\n\x12POOLING_KIND_SCORE\x10\x02*c\n\nCapability\x12\x1a\n\x16\x43\x41PABILITY_UNSPECIFIED\x10\x00\x12\x19\n\x15\x43\x41PABILITY_TOKEN_MASK\x10\x01\x12\x1e\n\x1a\x43\x41PABILITY_PROMPT_LOGPROBS\x10\x02*\xef\x01\n\x0cRowFaultCode\x12\x1e\n\x1aROW_FAULT_CODE_UNSPECIFIED\x10\x00\x12$\n ROW_FAULT_CODE_POSITION_MISMATCH\x10\x01\x12\x1e\n\x1aROW_FAULT_CODE_UNKNOWN_ROW\x10\x02\x12\x1c\n\x18ROW_FAULT_CODE_BAD_BLOCK\x10\x03\x12\x1c\n\x18ROW_FAULT_CODE_BAD_TOKEN\x10\x04\x12\x1d\n\x19ROW_FAULT_CODE_NOT_FINITE\x10\x05\x12\x1e\n\x1aROW_FAULT_CODE_UNSUPPORTED\x10\x06\x32\xa5\x01\n\rWorkerService\x12G\n\x08\x44\x65scribe\x12\x1c.stepwire.v1.DescribeRequest\x1a\x1d.stepwire.v1.DescribeResponse\x12K\n\x08RunSteps\x12\x1c.stepwire.v1.RunStepsRequest\x1a\x1d.stepwire.v1.RunStepsResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'stepwire.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CAPABILITY']._serialized_start=2411
-  _globals['_CAPABILITY']._serialized_end=2510
-  _globals['_ROWFAULTCODE']._serialized_start=2513
-  _globals['_ROWFAULTCODE']._serialized_end=2752
+  _globals['_POOLINGKIND']._serialized_start=2736
+  _globals['_POOLINGKIND']._serialized_end=2831
+  _globals['_CAPABILITY']._serialized_start=2833
+  _globals['_CAPABILITY']._serialized_end=2932
+  _globals['_ROWFAULTCODE']._serialized_start=2935
+  _globals['_ROWFAULTCODE']._serialized_end=3174
   _globals['_DESCRIBEREQUEST']._serialized_start=41
   _globals['_DESCRIBEREQUEST']._serialized_end=58
   _globals['_DESCRIBERESPONSE']._serialized_start=61
-  _globals['_DESCRIBERESPONSE']._serialized_end=482
-  _globals['_RUNSTEPSREQUEST']._serialized_start=485
-  _globals['_RUNSTEPSREQUEST']._serialized_end=637
-  _globals['_RUNSTEPSRESPONSE']._serialized_start=639
-  _globals['_RUNSTEPSRESPONSE']._serialized_end=755
-  _globals['_SESSIONHELLO']._serialized_start=757
-  _globals['_SESSIONHELLO']._serialized_end=817
-  _globals['_SESSIONREADY']._serialized_start=819
-  _globals['_SESSIONREADY']._serialized_end=874
-  _globals['_STEPBATCH']._serialized_start=877
-  _globals['_STEPBATCH']._serialized_end=1142
-  _globals['_ROWADD']._serialized_start=1145
-  _globals['_ROWADD']._serialized_end=1310
-  _globals['_ROWSAMPLING']._serialized_start=1313
-  _globals['_ROWSAMPLING']._serialized_end=1735
-  _globals['_TOKENMASK']._serialized_start=1737
-  _globals['_TOKENMASK']._serialized_end=1796
-  _globals['_STEPRESULT']._serialized_start=1799
-  _globals['_STEPRESULT']._serialized_end=2100
-  _globals['_PROMPTLOGPROBS']._serialized_start=2103
-  _globals['_PROMPTLOGPROBS']._serialized_end=2236
-  _globals['_ROWFAULT']._serialized_start=2238
-  _globals['_ROWFAULT']._serialized_end=2319
-  _globals['_STEPTIMINGS']._serialized_start=2321
-  _globals['_STEPTIMINGS']._serialized_end=2409
-  _globals['_WORKERSERVICE']._serialized_start=2755
-  _globals['_WORKERSERVICE']._serialized_end=2920
+  _globals['_DESCRIBERESPONSE']._serialized_end=526
+  _globals['_POOLINGFACTS']._serialized_start=528
+  _globals['_POOLINGFACTS']._serialized_end=639
+  _globals['_RUNSTEPSREQUEST']._serialized_start=642
+  _globals['_RUNSTEPSREQUEST']._serialized_end=794
+  _globals['_RUNSTEPSRESPONSE']._serialized_start=796
+  _globals['_RUNSTEPSRESPONSE']._serialized_end=912
+  _globals['_SESSIONHELLO']._serialized_start=914
+  _globals['_SESSIONHELLO']._serialized_end=974
+  _globals['_SESSIONREADY']._serialized_start=976
+  _globals['_SESSIONREADY']._serialized_end=1031
+  _globals['_STEPBATCH']._serialized_start=1034
+  _globals['_STEPBATCH']._serialized_end=1299
+  _globals['_ROWADD']._serialized_start=1302
+  _globals['_ROWADD']._serialized_end=1509
+  _globals['_ROWPOOLING']._serialized_start=1511
+  _globals['_ROWPOOLING']._serialized_end=1550
+  _globals['_ROWSAMPLING']._serialized_start=1553
+  _globals['_ROWSAMPLING']._serialized_end=1975
+  _globals['_TOKENMASK']._serialized_start=1977
+  _globals['_TOKENMASK']._serialized_end=2036
+  _globals['_STEPRESULT']._serialized_start=2039
+  _globals['_STEPRESULT']._serialized_end=2381
+  _globals['_POOLEDROWS']._serialized_start=2383
+  _globals['_POOLEDROWS']._serialized_end=2425
+  _globals['_PROMPTLOGPROBS']._serialized_start=2428
+  _globals['_PROMPTLOGPROBS']._serialized_end=2561
+  _globals['_ROWFAULT']._serialized_start=2563
+  _globals['_ROWFAULT']._serialized_end=2644
+  _globals['_STEPTIMINGS']._serialized_start=2646
+  _globals['_STEPTIMINGS']._serialized_end=2734
+  _globals['_WORKERSERVICE']._serialized_start=3177
+  _globals['_WORKERSERVICE']._serialized_end=3342
 # @@protoc_insertion_point(module_scope)

@@ -7,6 +7,12 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class PoolingKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    POOLING_KIND_UNSPECIFIED: _ClassVar[PoolingKind]
+    POOLING_KIND_EMBEDDING: _ClassVar[PoolingKind]
+    POOLING_KIND_SCORE: _ClassVar[PoolingKind]
+
 class Capability(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     CAPABILITY_UNSPECIFIED: _ClassVar[Capability]
@@ -22,6 +28,9 @@ class RowFaultCode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ROW_FAULT_CODE_BAD_TOKEN: _ClassVar[RowFaultCode]
     ROW_FAULT_CODE_NOT_FINITE: _ClassVar[RowFaultCode]
     ROW_FAULT_CODE_UNSUPPORTED: _ClassVar[RowFaultCode]
+POOLING_KIND_UNSPECIFIED: PoolingKind
+POOLING_KIND_EMBEDDING: PoolingKind
+POOLING_KIND_SCORE: PoolingKind
 CAPABILITY_UNSPECIFIED: Capability
 CAPABILITY_TOKEN_MASK: Capability
 CAPABILITY_PROMPT_LOGPROBS: Capability
@@ -38,7 +47,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("instance_id", "model", "architecture", "dtype", "kv_cache_dtype", "devices", "num_blocks", "first_block_id", "block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "buckets", "vocab_size", "max_num_logprobs", "capabilities", "version", "block_bytes")
+    __slots__ = ("instance_id", "model", "architecture", "dtype", "kv_cache_dtype", "devices", "num_blocks", "first_block_id", "block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "buckets", "vocab_size", "max_num_logprobs", "capabilities", "version", "block_bytes", "pooling")
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +66,7 @@ class DescribeResponse(_message.Message):
     CAPABILITIES_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    POOLING_FIELD_NUMBER: _ClassVar[int]
     instance_id: str
     model: str
     architecture: str
@@ -75,7 +85,20 @@ class DescribeResponse(_message.Message):
     capabilities: _containers.RepeatedScalarFieldContainer[Capability]
     version: str
     block_bytes: int
-    def __init__(self, instance_id: _Optional[str] = ..., model: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., kv_cache_dtype: _Optional[str] = ..., devices: _Optional[_Iterable[str]] = ..., num_blocks: _Optional[int] = ..., first_block_id: _Optional[int] = ..., block_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., buckets: _Optional[_Iterable[int]] = ..., vocab_size: _Optional[int] = ..., max_num_logprobs: _Optional[int] = ..., capabilities: _Optional[_Iterable[_Union[Capability, str]]] = ..., version: _Optional[str] = ..., block_bytes: _Optional[int] = ...) -> None: ...
+    pooling: PoolingFacts
+    def __init__(self, instance_id: _Optional[str] = ..., model: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., kv_cache_dtype: _Optional[str] = ..., devices: _Optional[_Iterable[str]] = ..., num_blocks: _Optional[int] = ..., first_block_id: _Optional[int] = ..., block_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., buckets: _Optional[_Iterable[int]] = ..., vocab_size: _Optional[int] = ..., max_num_logprobs: _Optional[int] = ..., capabilities: _Optional[_Iterable[_Union[Capability, str]]] = ..., version: _Optional[str] = ..., block_bytes: _Optional[int] = ..., pooling: _Optional[_Union[PoolingFacts, _Mapping]] = ...) -> None: ...
+
+class PoolingFacts(_message.Message):
+    __slots__ = ("kind", "dimensions", "whole_prompts", "only")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    DIMENSIONS_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    ONLY_FIELD_NUMBER: _ClassVar[int]
+    kind: PoolingKind
+    dimensions: int
+    whole_prompts: bool
+    only: bool
+    def __init__(self, kind: _Optional[_Union[PoolingKind, str]] = ..., dimensions: _Optional[int] = ..., whole_prompts: _Optional[bool] = ..., only: _Optional[bool] = ...) -> None: ...
 
 class RunStepsRequest(_message.Message):
     __slots__ = ("hello", "step", "mask")
@@ -138,20 +161,28 @@ class StepBatch(_message.Message):
     def __init__(self, step_id: _Optional[int] = ..., bucket: _Optional[int] = ..., drop_rows: _Optional[bytes] = ..., add: _Optional[_Iterable[_Union[RowAdd, _Mapping]]] = ..., run_rows: _Optional[bytes] = ..., run_start_positions: _Optional[bytes] = ..., run_num_tokens: _Optional[bytes] = ..., run_samples: _Optional[bytes] = ..., run_num_new_blocks: _Optional[bytes] = ..., new_block_ids: _Optional[bytes] = ..., mask_rows: _Optional[bytes] = ...) -> None: ...
 
 class RowAdd(_message.Message):
-    __slots__ = ("row", "token_ids", "num_prompt_tokens", "num_computed_tokens", "block_ids", "sampling")
+    __slots__ = ("row", "token_ids", "num_prompt_tokens", "num_computed_tokens", "block_ids", "sampling", "pooling")
     ROW_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_COMPUTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    POOLING_FIELD_NUMBER: _ClassVar[int]
     row: int
     token_ids: bytes
     num_prompt_tokens: int
     num_computed_tokens: int
     block_ids: bytes
     sampling: RowSampling
-    def __init__(self, row: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., num_prompt_tokens: _Optional[int] = ..., num_computed_tokens: _Optional[int] = ..., block_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[RowSampling, _Mapping]] = ...) -> None: ...
+    pooling: RowPooling
+    def __init__(self, row: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., num_prompt_tokens: _Optional[int] = ..., num_computed_tokens: _Optional[int] = ..., block_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[RowSampling, _Mapping]] = ..., pooling: _Optional[_Union[RowPooling, _Mapping]] = ...) -> None: ...
+
+class RowPooling(_message.Message):
+    __slots__ = ("second_text_start",)
+    SECOND_TEXT_START_FIELD_NUMBER: _ClassVar[int]
+    second_text_start: int
+    def __init__(self, second_text_start: _Optional[int] = ...) -> None: ...
 
 class RowSampling(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "sequence_index", "num_logprobs", "bias_token_ids", "bias_values", "min_tokens", "suppressed_token_ids", "allowed_token_ids", "num_prompt_logprobs")
@@ -200,7 +231,7 @@ class TokenMask(_message.Message):
     def __init__(self, step_id: _Optional[int] = ..., rows: _Optional[bytes] = ..., bitmask: _Optional[bytes] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("step_id", "rows", "offsets", "token_ids", "logprobs", "num_top", "top_token_ids", "top_logprobs", "faults", "timings", "prompt_logprobs")
+    __slots__ = ("step_id", "rows", "offsets", "token_ids", "logprobs", "num_top", "top_token_ids", "top_logprobs", "faults", "timings", "prompt_logprobs", "pooled")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     OFFSETS_FIELD_NUMBER: _ClassVar[int]
@@ -212,6 +243,7 @@ class StepResult(_message.Message):
     FAULTS_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    POOLED_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     rows: bytes
     offsets: bytes
@@ -223,7 +255,16 @@ class StepResult(_message.Message):
     faults: _containers.RepeatedCompositeFieldContainer[RowFault]
     timings: StepTimings
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[PromptLogprobs]
-    def __init__(self, step_id: _Optional[int] = ..., rows: _Optional[bytes] = ..., offsets: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., num_top: _Optional[int] = ..., top_token_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ..., faults: _Optional[_Iterable[_Union[RowFault, _Mapping]]] = ..., timings: _Optional[_Union[StepTimings, _Mapping]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PromptLogprobs, _Mapping]]] = ...) -> None: ...
+    pooled: PooledRows
+    def __init__(self, step_id: _Optional[int] = ..., rows: _Optional[bytes] = ..., offsets: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., num_top: _Optional[int] = ..., top_token_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ..., faults: _Optional[_Iterable[_Union[RowFault, _Mapping]]] = ..., timings: _Optional[_Union[StepTimings, _Mapping]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PromptLogprobs, _Mapping]]] = ..., pooled: _Optional[_Union[PooledRows, _Mapping]] = ...) -> None: ...
+
+class PooledRows(_message.Message):
+    __slots__ = ("rows", "values")
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    rows: bytes
+    values: bytes
+    def __init__(self, rows: _Optional[bytes] = ..., values: _Optional[bytes] = ...) -> None: ...
 
 class PromptLogprobs(_message.Message):
     __slots__ = ("row", "start_position", "logprobs", "num_top", "top_token_ids", "top_logprobs")

@@ -12,8 +12,11 @@ from stepwire.v1 import worker_pb2
 
 from gpu_worker import step_codec
 from gpu_worker.runner_api import (
+    PoolingFacts,
+    PoolingKind,
     RowFault,
     RowFaultCode,
+    RowPooling,
     StepBatch,
     StepError,
     StepResult,
@@ -179,6 +182,8 @@ def test_facts_are_all_described() -> None:
         expected = getattr(FACTS, field.name)
         if field.name == "can_mask_tokens":
             assert list(message.capabilities) == [worker_pb2.CAPABILITY_TOKEN_MASK]
+        elif field.name == "pooling":
+            assert not message.HasField("pooling")
         elif isinstance(expected, tuple):
             assert tuple(getattr(message, field.name)) == expected
         else:
@@ -186,6 +191,20 @@ def test_facts_are_all_described() -> None:
     assert (message.instance_id, message.version) == ("an-instance", "1.2.3")
     plain = step_codec.encode_facts(dataclasses.replace(FACTS, can_mask_tokens=False), "", "")
     assert list(plain.capabilities) == []
+    pooling = PoolingFacts(PoolingKind.SCORE, dimensions=1, whole_prompts=True, only=True)
+    pools = step_codec.encode_facts(dataclasses.replace(FACTS, pooling=pooling), "", "").pooling
+    assert (pools.kind, pools.dimensions, pools.whole_prompts, pools.only) == (2, 1, True, True)
+
+
+def test_rows_that_pool_and_their_vectors_round_trip() -> None:
+    pools = [dataclasses.replace(row_add(row, range(6), [10 + row]), pooling=RowPooling(3 * row)) for row in (0, 1)]
+    batch = step(1, [Run(0, 0, 6), Run(1, 0, 6)], adds=[*pools, row_add(2, range(3))])
+    facts = dataclasses.replace(FACTS, buckets=())
+    decoded = step_codec.decode_step(over_the_wire(step_codec.encode_step(batch)), facts)
+    assert [add.pooling for add in decoded.adds] == [RowPooling(0), RowPooling(3), None]
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    result = StepResult(1, uint32(), uint32([0]), uint32(), pooled_rows=uint32([0, 1]), pooled_values=values)
+    assert_equal(step_codec.decode_result(over_the_wire(step_codec.encode_result(result, 0))), result)
 
 
 def good_step() -> worker_pb2.StepBatch:

