@@ -8,6 +8,7 @@ from pathlib import Path
 
 import structlog
 import torch
+from stepwire_kernels.experts import default_expert_tuning
 from stepwire_kernels.step_result import result_slot_words
 
 from gpu_worker.assembly import (
@@ -169,7 +170,8 @@ def _load_supported(
     facts = worker_facts(directory, spec, sizes, plan, shape, device, dtype)
     runner = CudaRunner(facts, program, parts.planner, timeline, graphs, device, compile_in_parallel)
     warm_begun = time.monotonic()
-    runner.warm_up(min(WARM_UP_TOKENS, parts.planner.max_tokens))
+    max_tokens = parts.planner.max_tokens
+    runner.warm_up(min(WARM_UP_TOKENS, max_tokens), _token_counts_of_tiles(spec, max_tokens, dtype))
     torch.cuda.synchronize(device)
     log.info(
         "kernels are warm",
@@ -194,6 +196,17 @@ def _packed_experts(settings: WorkerSettings, directory: Path, spec: ModelSpec) 
     quant = read_quantization(HfConfig.open(directory))
     kind = settings.quantization if quant is None else quant.label or quant.method
     return None if kind == "auto" else f"experts in {kind} have no grouped kernel yet, those in 16 or 32 bits have one"
+
+
+def _token_counts_of_tiles(spec: ModelSpec, max_tokens: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """A token count for every launch shape of a mixture's experts: each is a kernel of its own."""
+    if spec.moe is None:
+        return ()
+    counts: dict[int, int] = {}
+    for exponent in range(5, max_tokens.bit_length()):
+        tuning = default_expert_tuning(1 << exponent, spec.moe.num_chosen, spec.moe.num_experts, dtype)
+        counts.setdefault(tuning.tile_rows, 1 << exponent)
+    return tuple(counts.values())
 
 
 def _workspace_bytes(spec: ModelSpec, sizes: Sizes, dtype: torch.dtype, *, with_graphs: bool) -> int:

@@ -98,8 +98,14 @@ class CudaRunner:
                 return True
         return False
 
-    def warm_up(self, num_tokens: int) -> None:
-        """Compile and load what the first requests need, before there are any: a decode step and prefills."""
+    def warm_up(self, num_tokens: int, compiled_token_counts: Sequence[int] = ()) -> None:
+        """Compile and load what the first requests need, before there are any: a decode step and prefills.
+
+        `compiled_token_counts`: further prefills whose kernels are compiled and not run.
+        """
+        with self._unseen_step(NO_RUN_RECORDS), self._compiler():
+            for count in compiled_token_counts:
+                self._launch_plain(self._planner.prefill_shape(count))
         shapes = [self._planner.decode_shape(1), self._planner.prefill_shape(num_tokens)]
         shapes += [shape for shape in self._planner.graph_shapes() if shape.num_tokens == num_tokens][-1:]
         self._run_unseen(shapes)

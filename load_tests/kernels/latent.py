@@ -30,20 +30,20 @@ DECODE_TUNINGS = {
     LITE: [
         LatentTuning(rows, tile, warps, stages, per_sm)
         for rows, tile, warps, stages, per_sm in (
-            (16, 32, 4, 2, 2), (16, 32, 4, 3, 1), (16, 16, 4, 3, 3), (16, 16, 2, 3, 3), (16, 64, 4, 2, 1),
+            (16, 32, 4, 2, 2), (16, 32, 4, 3, 1), (16, 16, 4, 3, 3), (16, 64, 4, 2, 1),
             (16, 64, 8, 2, 1), (16, 32, 8, 3, 1), (16, 16, 4, 4, 2),
         )
     ],
     FULL: [
         LatentTuning(rows, tile, warps, stages, 1)
         for rows, tile, warps, stages in (
-            (64, 32, 8, 2), (64, 32, 8, 3), (64, 64, 8, 1), (64, 16, 8, 3), (32, 32, 4, 2)
+            (64, 32, 8, 2), (64, 32, 8, 3), (64, 16, 8, 3), (32, 32, 4, 2)
         )
     ],
 }  # fmt: skip
 PREFILL_TUNINGS = [
     LatentTuning(rows, tile, warps, stages)
-    for rows, tile, warps, stages in ((64, 32, 8, 2), (64, 32, 8, 3), (64, 64, 8, 1), (64, 64, 8, 2), (32, 32, 4, 2))
+    for rows, tile, warps, stages in ((64, 32, 8, 2), (64, 32, 8, 3), (64, 16, 8, 3), (64, 64, 8, 2), (32, 32, 4, 2))
 ]
 
 

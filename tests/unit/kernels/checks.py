@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 # ||out - twin|| / ||twin|| that a kernel of this output dtype may show against its float64 twin.
@@ -13,6 +14,8 @@ TOLERANCE = {
     torch.float8_e4m3fn: 5e-2,
 }
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Where float16 takes the road of bfloat16 in everything but its bits.
+USUAL_DTYPES = (torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow))
 
 
 def poison(*shape: int, dtype: torch.dtype, device: str) -> torch.Tensor:

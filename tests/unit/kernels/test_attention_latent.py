@@ -13,7 +13,7 @@ from stepwire_kernels.attention_latent import (
 )
 from stepwire_kernels.work_list import ChunkPolicy
 
-from tests.unit.kernels.checks import FLOAT_DTYPES, assert_close, poison
+from tests.unit.kernels.checks import USUAL_DTYPES, assert_close, poison
 from tests.unit.kernels.paged_case import PagedCase, make_case
 
 FINE = ChunkPolicy(64, 32)
@@ -80,18 +80,16 @@ SIZES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("dtype", USUAL_DTYPES)
 @pytest.mark.parametrize(("heads", "kv_rank", "rope_dim", "block_size"), SIZES)
 def test_decode_matches_twin(
     device: str, dtype: torch.dtype, heads: int, kv_rank: int, rope_dim: int, block_size: int
 ) -> None:
-    case = make(
-        [(1, length - 1) for length in (1, 64, 65, 200, 17)], heads, kv_rank + rope_dim, block_size, dtype, device
-    )
+    case = make([(1, length - 1) for length in (1, 65, 130, 17)], heads, kv_rank + rope_dim, block_size, dtype, device)
     assert_close(run_decode(case, kv_rank), twin(case, kv_rank))
 
 
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("dtype", USUAL_DTYPES)
 @pytest.mark.parametrize(("heads", "kv_rank", "rope_dim", "block_size"), SIZES)
 def test_prefill_matches_twin(
     device: str, dtype: torch.dtype, heads: int, kv_rank: int, rope_dim: int, block_size: int
@@ -102,7 +100,7 @@ def test_prefill_matches_twin(
 
 @pytest.mark.parametrize("rows", [16, 64])
 def test_more_heads_than_a_tile_has_rows(device: str, rows: int) -> None:
-    case = make([(1, 99), (1, 5)], 70, 40, 32, torch.float32, device)
+    case = make([(1, 69), (1, 5)], 70, 40, 32, torch.float32, device)
     tuning = LatentTuning(rows, 32, 4, 1, 1)
     assert_close(run_decode(case, 32, tuning=tuning), twin(case, 32))
     case = make([(3, 20), (2, 0)], 70, 40, 32, torch.float32, device)
@@ -137,10 +135,10 @@ def test_float8_cache(device: str) -> None:
 
 
 def test_result_is_bitwise_the_same_alone_in_a_batch_and_with_more_programs(device: str) -> None:
-    case = make([(1, 299), (1, 40), (1, 499)], 4, 80, 64, torch.bfloat16, device)
+    case = make([(1, 299), (1, 40)], 4, 80, 64, torch.bfloat16, device)
     together = run_decode(case, 64)
     assert torch.equal(together, run_decode(case, 64, tuning=LatentTuning(16, 32, 4, 2, 7)))
-    for run in range(3):
+    for run in range(2):
         alone = PagedCase(
             case.q[run : run + 1], case.k_cache, case.v_cache, case.block_tables,
             case.query_starts[:2], case.kv_lens[run : run + 1], case.run_rows[run : run + 1], case.softmax_scale,

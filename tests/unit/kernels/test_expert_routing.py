@@ -7,7 +7,7 @@ import torch
 from stepwire_kernels import reference_experts
 from stepwire_kernels.expert_routing import choose_experts
 
-from tests.unit.kernels.checks import FLOAT_DTYPES
+from tests.unit.kernels.checks import USUAL_DTYPES
 
 ROUTERS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "mixtral": (8, 2, {"renormalize": True}),
@@ -27,7 +27,7 @@ ROUTERS: dict[str, tuple[int, int, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("dtype", USUAL_DTYPES)
 @pytest.mark.parametrize("name", ROUTERS)
 def test_matches_twin(device: str, name: str, dtype: torch.dtype) -> None:
     num_experts, num_chosen, options = ROUTERS[name]

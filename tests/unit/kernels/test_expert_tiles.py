@@ -20,9 +20,7 @@ def check(experts: torch.Tensor, num_held: int, tile_rows: int, first_expert: in
 
 
 @pytest.mark.parametrize("tile_rows", [16, 64])
-@pytest.mark.parametrize(
-    ("num_tokens", "num_chosen", "num_experts"), [(1, 1, 1), (7, 3, 5), (40, 8, 128), (200, 4, 32)]
-)
+@pytest.mark.parametrize(("num_tokens", "num_chosen", "num_experts"), [(1, 1, 1), (7, 3, 5), (40, 8, 60), (200, 4, 10)])
 def test_matches_twin(device: str, num_tokens: int, num_chosen: int, num_experts: int, tile_rows: int) -> None:
     scores = torch.rand(num_tokens, num_experts, device=device)
     check(scores.topk(num_chosen, dim=-1).indices.int(), num_experts, tile_rows)
@@ -51,7 +49,7 @@ def test_more_pairs_than_one_program_reads_at_once(device: str) -> None:
     check(experts, 6, 128)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=60), st.sampled_from([1, 2, 16]))
 def test_tiles_never_overlap(numbers: list[int], tile_rows: int) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -5,11 +5,11 @@ import torch
 from stepwire_kernels import reference
 from stepwire_kernels.latent_kv import rotate_and_write_latent
 
-from tests.unit.kernels.checks import FLOAT_DTYPES, assert_close
+from tests.unit.kernels.checks import USUAL_DTYPES, assert_close
 from tests.unit.kernels.test_rope_kv import tables
 
 
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("dtype", USUAL_DTYPES)
 @pytest.mark.parametrize(
     ("num_tokens", "num_heads", "kv_rank", "rope_dim", "interleaved"),
     [(1, 4, 512, 64, True), (5, 3, 24, 8, False), (70, 2, 40, 16, True)],

@@ -278,7 +278,7 @@ def test_reset_forgets_rows(llama_dir: Path) -> None:
 
 def test_warming_up_disturbs_nobody(llama_dir: Path) -> None:
     ours, theirs = both(llama_dir)
-    ours.runner.warm_up(64)  # type: ignore[attr-defined]
+    ours.runner.warm_up(32, (32,))  # type: ignore[attr-defined]
     for driver in (ours, theirs):
         driver.add(0, prompt(40, 18), greedy())
     for _ in range(3):

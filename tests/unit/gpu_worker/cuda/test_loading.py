@@ -1,0 +1,51 @@
+"""Which models the CUDA runner leaves to plain torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gpu_worker.assembly import attention_spec
+from gpu_worker.attention.triton_backend import unsupported_attention
+from gpu_worker.config import WorkerSettings
+from gpu_worker.cuda.loading import _packed_experts, _token_counts_of_tiles
+from gpu_worker.models.loader import read_spec
+from gpu_worker.parallel import ParallelContext
+from tests.unit.gpu_worker.cuda.test_mixtures import KINDS
+
+
+def reason(directory: Path, kind: str, quantization: str = "auto", **fields: Any) -> str | None:
+    config = KINDS[kind]().to_dict() | fields
+    config["architectures"] = [type(KINDS[kind]()).__name__.replace("Config", "ForCausalLM")]
+    (directory / "config.json").write_text(json.dumps(config, default=str))
+    spec, _ = read_spec(directory)
+    settings = WorkerSettings(model=directory, quantization=quantization)  # type: ignore[arg-type]
+    return unsupported_attention(attention_spec(spec, ParallelContext()), 64) or _packed_experts(
+        settings, directory, spec
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_mixtures_are_served(tmp_path: Path, kind: str) -> None:
+    assert reason(tmp_path, kind) is None
+
+
+def test_gpt_oss_is_served_as_it_is_released(tmp_path: Path) -> None:
+    assert reason(tmp_path, "gpt-oss", quantization_config={"quant_method": "mxfp4"}) is None
+
+
+def test_quantized_experts_are_not_and_the_reason_says_which(tmp_path: Path) -> None:
+    assert "experts in int8 have no grouped kernel" in str(reason(tmp_path, "mixtral", "int8"))
+    fp8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    assert "no grouped kernel yet" in str(reason(tmp_path, "qwen3-moe", quantization_config=fp8))
+
+
+def test_warming_up_meets_every_launch_shape_of_the_experts(tmp_path: Path) -> None:
+    assert reason(tmp_path, "qwen3-moe", num_experts=128, num_experts_per_tok=8) is None
+    spec, _ = read_spec(tmp_path)
+    assert _token_counts_of_tiles(spec, 8192, torch.bfloat16) == (32, 256, 512, 1024)
+    assert _token_counts_of_tiles(spec, 300, torch.bfloat16) == (32, 256)
