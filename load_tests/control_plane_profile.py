@@ -67,7 +67,7 @@ class _InProcessCore:
             )
         )
         self._registry = CollectorRegistry()
-        self._metrics = CoreMetrics(self._registry)
+        self._metrics = CoreMetrics(self._registry).of_group(0)
         self.frontend_metrics = FrontendMetrics(self._registry)
         self._sinks: dict[str, OutputSink] = {}
         self._in_flight: deque[tuple[StepPlan, float]] = deque()
@@ -120,7 +120,7 @@ class _InProcessCore:
         marks.append(clock())
         if next_plan is not None:
             self._metrics.note_plan(next_plan, now_s)
-        self._metrics.note_result(plan, result.timings, now_s - sent_s)
+        self._metrics.note_result(result.timings, now_s - sent_s)
         marks.append(clock())
         self._message(now_s)
         marks.append(clock())

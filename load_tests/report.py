@@ -163,7 +163,42 @@ def _profile(result: dict[str, Any]) -> str:
     )
 
 
-_SECTIONS = {"steps": _steps, "rows": _rows, "length": _length, "profile": _profile}
+def _groups_cpu(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            str(case["num_groups"]),
+            str(case["rows_per_group"]),
+            f"{case['step_ms']:g}",
+            f"{case['control_plane_cpu_ms_per_step']:.3g}",
+            f"{case['steps_per_s']:.4g}",
+            f"{case['control_plane_cores']:.3g}",
+            f"{case['others_cores']:.3g}",
+        ]
+        for case in result["cases"]
+    ]
+    columns = ["groups", "rows each", "step ms", "control plane CPU ms a step", "steps/s", "its cores", "others' cores"]
+    return "Worker groups (`load_tests.groups`), steps of all groups together:\n\n" + markdown_table(columns, rows)
+
+
+def _groups_scaling(result: dict[str, Any]) -> str:
+    rates = result["output_tokens_per_s"]
+    rows = [[number, ", ".join(f"{rate:,.0f}" for rate in values)] for number, values in rates.items()]
+    return (
+        f"{result['requests_per_group']} requests a group, {result['rows_per_group']} rows, steps of "
+        f"{result['step_ms']:g} ms:\n\n"
+        + markdown_table(["groups", "output tokens/s, turn by turn"], rows)
+        + f"\n\nTwo groups give {result['ratio']:.3g} times the tokens of one (goal: {result['goal_ratio']:g})."
+    )
+
+
+_SECTIONS = {
+    "steps": _steps,
+    "rows": _rows,
+    "length": _length,
+    "profile": _profile,
+    "cpu": _groups_cpu,
+    "scaling": _groups_scaling,
+}
 
 
 def replace_tables(text: str, tables: str) -> str:

@@ -25,7 +25,7 @@ from gpu_worker.config import WorkerSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKER = ROOT / "docker"
-PROFILES = ("cpu", "gpu", "simulated")
+PROFILES = ("cpu", "gpu", "gpu-tp2", "gpu-dp2", "simulated")
 
 SETTINGS = {"gateway": GatewaySettings, "control_plane": ControlPlaneSettings, "gpu_worker": WorkerSettings}
 # What each image is for: Dockerfile and target -> the package that it starts.
@@ -243,15 +243,21 @@ def settings_of(service: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any
 
 
 def process_services(profile: str, **values: str) -> dict[str, dict[str, Any]]:
-    """The long-running services of ours, by their package."""
+    """The long-running services of ours, by their package; of several workers, the first."""
     found = {}
     for service in services(profile, **values).values():
         key = built_image(service)
         if key is not None and IMAGES[key] in SETTINGS:
-            assert IMAGES[key] not in found, "two services of one kind in a profile"
-            found[IMAGES[key]] = service
+            assert IMAGES[key] not in found or IMAGES[key] == "gpu_worker", "two services of one kind in a profile"
+            found.setdefault(IMAGES[key], service)
     assert found.keys() == SETTINGS.keys()
     return found
+
+
+def worker_services(profile: str, **values: str) -> list[dict[str, Any]]:
+    """One a group, in the order of the file."""
+    keyed = ((built_image(service), service) for service in services(profile, **values).values())
+    return [service for key, service in keyed if key is not None and IMAGES[key] == "gpu_worker"]
 
 
 def names_on_network(service: dict[str, Any], network: str) -> set[str]:

@@ -31,6 +31,7 @@ from tests.contract.docker_files import (
     process_services,
     services,
     settings_of,
+    worker_services,
 )
 
 each_profile = pytest.mark.parametrize("profile", PROFILES)
@@ -107,6 +108,9 @@ def test_processes_end_in_the_order_in_which_requests_flow(profile: str) -> None
     }
     assert names["control_plane"] in running[names["gateway"]]["depends_on"]
     assert names["gpu_worker"] in running[names["control_plane"]]["depends_on"]
+    for service in worker_services(profile):
+        name = next(name for name in running if running[name] == service)
+        assert name in running[names["control_plane"]]["depends_on"]
 
 
 @each_profile
@@ -120,12 +124,15 @@ def test_every_variable_is_a_setting_and_addresses_meet(profile: str, monkeypatc
     host, _, port = gateway.control_plane.rpartition(":")
     assert int(port) == control_plane.grpc_port
     assert host in names_on_network(running["control_plane"], "default")
-    host, _, port = control_plane.workers[0].rpartition(":")
-    assert worker.listen == f"0.0.0.0:{port}"
-    assert host in names_on_network(running["gpu_worker"], "steps")
+    groups = worker_services(profile)
+    assert len(control_plane.workers) == len(groups) == (2 if profile == "gpu-dp2" else 1)
+    for address, service in zip(control_plane.workers, groups, strict=True):
+        host, _, port = address.rpartition(":")
+        assert settings_of(service, monkeypatch).listen == f"0.0.0.0:{port}"
+        assert host in names_on_network(service, "steps")
     assert worker.model == control_plane.model or profile == "simulated"
     assert worker.runner == ("simulated" if profile == "simulated" else "torch")
-    assert worker.device == {"cpu": "cpu", "gpu": "cuda", "simulated": "auto"}[profile]
+    assert worker.device == {"cpu": "cpu", "simulated": "auto"}.get(profile, "cuda")
 
 
 def test_choices_reach_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,11 +183,13 @@ def seconds(duration: str) -> float:
 @each_profile
 def test_the_worker_is_reached_by_the_control_plane_alone(profile: str) -> None:
     running = process_services(profile)
-    assert "ports" not in running["gpu_worker"]
-    assert running["gpu_worker"]["networks"].keys() == {"steps"}
+    assert "control_plane" in running
+    for worker in worker_services(profile):
+        assert "ports" not in worker
+        assert worker["networks"].keys() == {"steps"}
     assert compose({})["networks"]["steps"] == {"internal": True}
     on_steps = [name for name, service in services(profile).items() if "steps" in service.get("networks", {})]
-    assert len(on_steps) == 2
+    assert len(on_steps) == 1 + len(worker_services(profile))
 
 
 @each_profile
@@ -231,6 +240,19 @@ def test_the_gpu_profile_reserves_a_gpu_and_installs_cuda() -> None:
     )
     triton_cache = environment_of_image("gpu_worker", None)["TRITON_CACHE_DIR"]
     assert f"triton-cache:{triton_cache}" in worker["volumes"]
+
+
+def test_two_gpus_are_shared_by_one_group_or_dealt_to_two() -> None:
+    def gpus(service: dict[str, Any]) -> list[str]:
+        [device] = service["deploy"]["resources"]["reservations"]["devices"]
+        return list(device["device_ids"])
+
+    [group] = worker_services("gpu-tp2")
+    size = group["command"][group["command"].index("--tensor-parallel-size") + 1]
+    assert len(gpus(group)) == int(size) == 2 and group["shm_size"] == "1gb"
+    first, second = worker_services("gpu-dp2", GPU_DEVICE_ID="4", SECOND_GPU_DEVICE_ID="5")
+    assert (gpus(first), gpus(second)) == (["4"], ["5"])
+    assert first["environment"] == second["environment"], "one model, served in the same way"
 
 
 @each_profile

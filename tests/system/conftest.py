@@ -79,7 +79,8 @@ def free_port() -> int:
 
 @dataclass
 class Stack:
-    """Three processes that talk over unix sockets in a directory of their own. Flags are added to each one's command.
+    """Gateway, control plane and workers that talk over unix sockets in a directory of their own. Flags are added to
+    each one's command.
 
     Use as a context manager: it starts them, waits until the gateway is ready, and stops them.
     """
@@ -90,12 +91,18 @@ class Stack:
     gateway_flags: Sequence[str] = ()
     # Sent by the helpers below, and by whoever builds a client.
     api_key: str | None = None
+    # One a group: `worker`, `worker-1`, ...
+    num_workers: int = 1
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # Not pytest's own directory: a unix socket's path has 107 characters at most.
         self.directory = Path(tempfile.mkdtemp(prefix="stepwire-"))
         self.port, self.metrics_port, self.grpc_port = free_port(), free_port(), free_port()
+
+    @property
+    def workers(self) -> list[str]:
+        return ["worker", *(f"worker-{number}" for number in range(1, self.num_workers))]
 
     @property
     def url(self) -> str:
@@ -111,7 +118,7 @@ class Stack:
 
     def __enter__(self) -> Stack:
         try:
-            for name in ("worker", "control_plane", "gateway"):
+            for name in (*self.workers, "control_plane", "gateway"):
                 self.start(name)
             self.wait_ready()
         except BaseException:
@@ -125,16 +132,16 @@ class Stack:
         self.stop()
 
     def command(self, name: str) -> list[str]:
-        worker, control_plane = f"unix:{self.directory}/worker.sock", f"unix:{self.directory}/control_plane.sock"
+        control_plane = f"unix:{self.directory}/control_plane.sock"
         common = ["--model", str(self.model)]
         match name:
-            case "worker":
+            case worker if worker in self.workers:
                 flags = [
                     *common,
                     "--runner",
                     "simulated",
                     "--listen",
-                    worker,
+                    f"unix:{self.directory}/{worker}.sock",
                     "--sim-max-model-len",
                     str(MAX_MODEL_LEN),
                 ]
@@ -145,7 +152,7 @@ class Stack:
                     "--served-model-name",
                     "tiny,alias/tiny",
                     "--workers",
-                    worker,
+                    ",".join(f"unix:{self.directory}/{worker}.sock" for worker in self.workers),
                     "--listen",
                     control_plane,
                 ]
@@ -191,7 +198,7 @@ class Stack:
 
     def stop(self) -> None:
         """In the order in which requests flow, so that nobody waits for one that has gone."""
-        for name in ("gateway", "control_plane", "worker"):
+        for name in ("gateway", "control_plane", *self.workers):
             process = self.processes.get(name)
             if process is None:
                 continue

@@ -87,9 +87,12 @@ class Launched:
 
     def child(self, module: str) -> psutil.Process:
         """The running process of one service."""
-        found = [process for process in self.children() if f"-m {module} " in " ".join(process.cmdline()) + " "]
+        found = self.children_of(module)
         assert len(found) == 1, f"{len(found)} processes of {module}"
         return found[0]
+
+    def children_of(self, module: str) -> list[psutil.Process]:
+        return [process for process in self.children() if f"-m {module} " in " ".join(process.cmdline()) + " "]
 
     def metric(self, name: str) -> float:
         """The sum of a metric's samples on the control plane's page."""
@@ -97,3 +100,10 @@ class Launched:
         values = re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", page, re.MULTILINE)
         assert values, f"no metric {name}"
         return sum(float(value) for value in values)
+
+    def metric_of(self, name: str, **labels: str) -> float:
+        """The sample with these labels, in their order on the page."""
+        page = httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics").text
+        written = ",".join(f'{label}="{value}"' for label, value in labels.items())
+        [value] = re.findall(rf"^{re.escape(f'{name}{{{written}}}')} (\S+)$", page, re.MULTILINE)
+        return float(value)

@@ -20,7 +20,7 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here (
 @pytest.fixture(scope="module")
 def watched(tiny_model: Path) -> Iterator[Stack]:
     """A stack with a key, and with an AdminService behind another one."""
-    stack = Stack(tiny_model, worker_flags=["--sim-step-ms", "5"], api_key=KEY)
+    stack = Stack(tiny_model, worker_flags=["--sim-step-ms", "5"], api_key=KEY, num_workers=2)
     admin = f"unix:{stack.directory}/admin.sock"
     stack.control_plane_flags = ["--api-key", KEY, "--admin-listen", admin, "--admin-api-key", "admin-key"]
     stack.gateway_flags = ["--control-plane-admin", admin, "--control-plane-admin-api-key", "admin-key"]
@@ -79,6 +79,17 @@ async def test_chat_probabilities_and_live_view(watched: Stack) -> None:
         await page.wait_for("document.querySelectorAll('#steps tr').length === 6")
         await page.wait_for("document.getElementById('v-ttft').textContent.includes('ms')")
         await page.wait_for("document.getElementById('v-itl').textContent.includes('ms')")
+        # Each group has its line, and all that has been generated was so in one of them.
+        await page.wait_for(
+            "[...document.querySelectorAll('#groups tr')].map((row) => row.cells[1].textContent) == 'ready,ready'"
+        )
+        assert (
+            await page.evaluate(
+                "[...document.querySelectorAll('#groups tr')].map((row) => row.cells[0].textContent).join()"
+            )
+            == "0,1"
+        )
+        assert await page.evaluate("document.getElementById('groups-table').hidden") is False
         await page.screenshot(ARTIFACTS / "console.png")
         assert (ARTIFACTS / "console.png").stat().st_size > 20_000
         assert page.problems == [], page.problems
