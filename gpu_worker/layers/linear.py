@@ -12,7 +12,15 @@ import torch
 from gpu_worker.layers.ops import TORCH_OPS, LayerOps
 from gpu_worker.layers.weighted import Weighted
 from gpu_worker.parallel import HeadShare, ParallelContext, Share
-from gpu_worker.quant.api import ExpectedTensors, LinearPart, LinearShape, QuantScheme, RandomValues, StoredTensor
+from gpu_worker.quant.api import (
+    ExpectedTensors,
+    LinearPart,
+    LinearShape,
+    OutputSpan,
+    QuantScheme,
+    RandomValues,
+    StoredTensor,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +53,12 @@ class Linear(Weighted):
 
     def problem(self, part: str, tensor: str, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
         return self.method.problem(part, tensor, shape, dtype)
+
+    def num_outputs(self, part: str) -> int:
+        return self.shape.part(part).outputs.total
+
+    def output_span(self, part: str, tensor: str) -> OutputSpan | None:
+        return self.method.output_span(part, tensor)
 
     def fill_random(self, source: RandomValues) -> None:
         self.method.fill_random(source)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from gpu_worker.quant.api import ExpectedTensors, RandomValues, StoredTensor, dtype_problem
+from gpu_worker.quant.api import ExpectedTensors, OutputSpan, RandomValues, StoredTensor, dtype_problem
 
 
 class Weighted(ABC):
@@ -35,6 +35,14 @@ class Weighted(ABC):
     def problem(self, part: str, tensor: str, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
         """What is wrong with a stored tensor beside its name and shape; None: nothing. Nothing is allocated yet."""
         return dtype_problem(dtype)
+
+    def num_outputs(self, part: str) -> int:
+        """Outputs of a part of a fused linear, whole (unsplit)."""
+        raise TypeError(f"{type(self).__name__} has no parts that a checkpoint could store in one tensor")
+
+    def output_span(self, part: str, tensor: str) -> OutputSpan | None:
+        """Where a stored tensor has the outputs of fused parts; None: it is the same for all of them."""
+        return OutputSpan(0)
 
     @abstractmethod
     def fill_random(self, source: RandomValues) -> None:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Protocol
 
@@ -32,6 +33,7 @@ from gpu_worker.models.family import LoadsItself, ModelFamily
 from gpu_worker.models.hf_config import HfConfig
 from gpu_worker.models.registry import find_family, known_architectures
 from gpu_worker.models.transformers_fallback import is_known
+from gpu_worker.quant.api import OutputSpan
 from gpu_worker.quant.scheme import module_format, read_quantization
 
 log = structlog.get_logger(__name__)
@@ -66,15 +68,53 @@ def _refuse_remote_code(config: HfConfig) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a checkpoint tensor, or a span of its rows, goes."""
+    """Where a checkpoint tensor, or a span of it, goes."""
 
     path: str
     layer: Weighted
     part: str
     tensor: str
     shape: tuple[int, ...] | None
-    first_row: int | None = None
+    fused: _FusedPart | None = None
     """None: the whole tensor is this place's."""
+
+    def cut(self, whole: tuple[int, ...]) -> _Cut | None:
+        """This place's span of a tensor of that shape; None: all of it.
+
+        Raises:
+            ValueError: the span begins or ends inside of a word or a block.
+        """
+        if self.fused is None or self.fused.span is None:
+            return None
+        axis, per_output = self.fused.span
+        if len(whole) <= axis or whole[axis] == 1:
+            return None  # one for all
+        start, stop = (outputs * per_output for outputs in (self.fused.start, self.fused.stop))
+        if self.fused.stop == self.fused.total:
+            stop = Fraction(whole[axis])
+        if start.denominator != 1 or stop.denominator != 1:
+            raise ValueError(f"part {self.part!r} begins or ends inside of a stored word or block")
+        return _Cut(axis, int(start), int(stop))
+
+
+@dataclass(frozen=True, slots=True)
+class _FusedPart:
+    """Outputs `start` to `stop` of `total` that a checkpoint stores as one linear."""
+
+    start: int
+    stop: int
+    total: int
+    span: OutputSpan | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    axis: int
+    start: int
+    stop: int
+
+    def shape_of(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        return (*whole[: self.axis], self.stop - self.start, *whole[self.axis + 1 :])
 
 
 def checkpoint_places(model: ModelFamily) -> dict[str, list[_Place]]:
@@ -86,17 +126,18 @@ def checkpoint_places(model: ModelFamily) -> dict[str, list[_Place]]:
     places: dict[str, list[_Place]] = {}
     for path, layer in model.weighted():
         for (part, tensor), shape in layer.expected().items():
-            prefix, is_fused = _checkpoint_prefix(model, path, part)
-            shared = places.setdefault(f"{prefix}.{tensor}", [])
-            first_row = None
-            if is_fused:
-                first_row = sum(place.shape[0] for place in shared if place.shape is not None)
-            shared.append(_Place(path, layer, part, tensor, shape, first_row))
+            prefix, together = _checkpoint_prefix(model, path, part)
+            fused = None
+            if together:
+                sizes = [layer.num_outputs(one) for one in together]
+                start = sum(sizes[: together.index(part)])
+                fused = _FusedPart(start, start + layer.num_outputs(part), sum(sizes), layer.output_span(part, tensor))
+            places.setdefault(f"{prefix}.{tensor}", []).append(_Place(path, layer, part, tensor, shape, fused))
     return places
 
 
-def _checkpoint_prefix(model: ModelFamily, path: str, part: str) -> tuple[str, bool]:
-    """The place's name in the checkpoint, and whether parts share it."""
+def _checkpoint_prefix(model: ModelFamily, path: str, part: str) -> tuple[str, list[str]]:
+    """The place's name in the checkpoint, and the parts that share it, in their order; none where it is one part's."""
     numbers = iter(("{i}", "{e}"))
     pieces = path.split(".")
     template = ".".join(next(numbers) if piece.isdigit() else piece for piece in pieces)
@@ -105,16 +146,18 @@ def _checkpoint_prefix(model: ModelFamily, path: str, part: str) -> tuple[str, b
         if part in parts.split("+"):
             for placeholder, number in zip(("{i}", "{e}"), found, strict=False):
                 name = name.replace(placeholder, number)
-            return name, "+" in parts
+            return name, parts.split("+") if "+" in parts else []
     raise ModelConfigError(f"{type(model).__name__} has no checkpoint name for {template!r} part {part!r}")
 
 
 def _whole_shape(places: list[_Place]) -> tuple[int, ...] | None:
     """What the checkpoint tensor behind these places must look like."""
-    first = places[0].shape
-    if first is None or places[0].first_row is None:
+    first, fused = places[0].shape, places[0].fused
+    if first is None or fused is None or fused.span is None:
         return first
-    return (sum(place.shape[0] for place in places if place.shape is not None), *first[1:])
+    axis = fused.span.axis
+    size = sum(place.shape[axis] for place in places if place.shape is not None)
+    return (*first[:axis], size, *first[axis + 1 :])
 
 
 class _ServedTensors:
@@ -184,13 +227,22 @@ def _matched(model: ModelFamily, path: Path) -> Iterator[_MatchedCheckpoint]:
         )
         for info in reader.names():
             for place in places[info.name]:
-                shape = info.shape if place.shape is None else place.shape
-                problem = place.layer.problem(place.part, place.tensor, shape, info.dtype)
+                problem = _problem(place, info)
                 if problem is not None:
                     raise CheckpointError(info.file, problem, tensor=info.name, advice=_OTHER_MODEL)
         yield _MatchedCheckpoint(source, reader, places, scales)
     finally:
         checkpoint.close()
+
+
+def _problem(place: _Place, info: TensorInfo) -> str | None:
+    """What is wrong with a stored tensor for one of its places."""
+    try:
+        cut = place.cut(info.shape)
+    except ValueError as error:
+        return str(error)
+    shape = place.shape or (info.shape if cut is None else cut.shape_of(info.shape))
+    return place.layer.problem(place.part, place.tensor, shape, info.dtype)
 
 
 def _as_wanted(
@@ -248,25 +300,26 @@ def load_weights(model: ModelFamily, path: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _StoredTensor:
-    """A checkpoint tensor, or the rows of it from `first_row` on that `shape` counts."""
+    """A checkpoint tensor, or the span of it that `cut` says."""
 
     reader: StrictReader
     name: str
     shape: tuple[int, ...]
-    first_row: int | None = None
+    cut: _Cut | None = None
 
     @classmethod
     def of(cls, reader: StrictReader, info: TensorInfo, place: _Place) -> _StoredTensor:
-        if place.first_row is None or place.shape is None:
-            return cls(reader, info.name, info.shape)
-        return cls(reader, info.name, place.shape, place.first_row)
+        cut = place.cut(info.shape)
+        return cls(reader, info.name, info.shape if cut is None else cut.shape_of(info.shape), cut)
 
     def read(self, index: TensorIndex | None = None) -> torch.Tensor:
-        if self.first_row is None:
+        if self.cut is None:
             return self.reader.read(self.name, index)
-        rows, *others = index or (slice(None),)
-        start, stop = rows.start or 0, self.shape[0] if rows.stop is None else rows.stop
-        return self.reader.read(self.name, (slice(self.first_row + start, self.first_row + stop), *others))
+        parts = [*(index or ()), *(slice(None) for _ in range(len(index or ()), self.cut.axis + 1))]
+        asked = parts[self.cut.axis]
+        stop = self.shape[self.cut.axis] if asked.stop is None else asked.stop
+        parts[self.cut.axis] = slice(self.cut.start + (asked.start or 0), self.cut.start + stop)
+        return self.reader.read(self.name, tuple(parts))
 
 
 class _RandomBlock:

@@ -73,5 +73,6 @@ def find_family(architectures: Sequence[str]) -> tuple[str, type[ModelFamily]]:
     asked = ", ".join(architectures) if architectures else "nothing"
     raise ModelConfigError(
         f"config.json names {asked} in architectures, which is not supported; "
-        f"supported are {', '.join(sorted(_families))}, and causal language models that transformers has code for"
+        f"supported are {', '.join(sorted(_families))}, and causal language models that an installed transformers "
+        "has code for"
     )

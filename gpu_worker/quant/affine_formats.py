@@ -7,11 +7,12 @@ is added to the stored integers.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 
 from gpu_worker.parallel import Share
-from gpu_worker.quant.api import RandomValues
+from gpu_worker.quant.api import OutputSpan, RandomValues
 from gpu_worker.quant.bit_packing import Packing
 from gpu_worker.quant.formats import FLOAT_SCALES, Rules, Shape, TensorRule, Tensors, WeightFormat, covering
 from gpu_worker.quant.weights import AffineWeight, QuantizedWeight
@@ -95,6 +96,11 @@ class GptqFormat(_AffineFormat):
             case _:
                 return (cols.as_slice(),)
 
+    def output_span(self, tensor: str) -> OutputSpan | None:
+        if tensor == "g_idx":
+            return None
+        return OutputSpan(1, Fraction(self.bits, 32) if tensor == "qzeros" else Fraction(1))
+
     def decode(self, tensors: Tensors, rows: Share, cols: Share) -> QuantizedWeight:
         codes = self._packing.unpack(tensors["qweight"].view(torch.int32).t().contiguous(), cols)  # [N, K]
         words = tensors["qzeros"].view(torch.int32)
@@ -156,6 +162,9 @@ class AwqFormat(_AffineFormat):
                 return (groups, words)
             case _:
                 return (groups, rows.as_slice())
+
+    def output_span(self, tensor: str) -> OutputSpan | None:
+        return OutputSpan(1, Fraction(1) if tensor == "scales" else Fraction(1, 8))
 
     def decode(self, tensors: Tensors, rows: Share, cols: Share) -> QuantizedWeight:
         group = self.effective_group(cols.total)
@@ -236,6 +245,11 @@ class PackQuantizedFormat(_AffineFormat):
                 return (cols.as_slice(),)
             case _:
                 return ()
+
+    def output_span(self, tensor: str) -> OutputSpan | None:
+        if tensor in ("weight_shape", "weight_g_idx"):
+            return None
+        return OutputSpan(0, Fraction(self.bits, 32) if tensor == "weight_zero_point" else Fraction(1))
 
     def decode(self, tensors: Tensors, rows: Share, cols: Share) -> QuantizedWeight:
         words = tensors["weight_packed"].view(torch.int32)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from fractions import Fraction
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -28,6 +29,14 @@ def dtype_problem(dtype: torch.dtype, allowed: tuple[torch.dtype, ...] = PLAIN_D
         return None
     names = " or ".join(str(one).removeprefix("torch.") for one in allowed)
     return f"is stored as {str(dtype).removeprefix('torch.')}, the model's config asks for {names}"
+
+
+class OutputSpan(NamedTuple):
+    """Where a stored tensor has a linear's outputs, for parts that a checkpoint stores in one."""
+
+    axis: int
+    per_output: Fraction = Fraction(1)
+    """Entries along the axis for each output: below 1 where several share a word or a block."""
 
 
 class StoredTensor(Protocol):
@@ -100,6 +109,10 @@ class LinearMethod(ABC):
         Asked before anything is allocated or read.
         """
         return dtype_problem(dtype)
+
+    def output_span(self, part: str, tensor: str) -> OutputSpan | None:
+        """Where a tensor has the outputs; None: it is the same for all of them."""
+        return OutputSpan(0)
 
     @abstractmethod
     def fill_random(self, source: RandomValues) -> None:

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from gpu_worker.parallel import ParallelError, Share
-from gpu_worker.quant.api import RandomValues
+from gpu_worker.quant.api import OutputSpan, RandomValues
 from gpu_worker.quant.formats import FLOAT_SCALES, SCALAR, Rules, Shape, TensorRule, Tensors, WeightFormat, as_scalar
 from gpu_worker.quant.weights import Float4Weight, QuantizedWeight
 
@@ -55,6 +55,9 @@ class Float4Format(WeightFormat):
                 return (rows.as_slice(), slice(cols.start // self.group_size, cols.stop // self.group_size))
             case _:
                 return ()
+
+    def output_span(self, tensor: str) -> OutputSpan | None:
+        return OutputSpan(0) if tensor in ("weight_packed", "weight_scale") else None
 
     def decode(self, tensors: Tensors, rows: Share, cols: Share) -> QuantizedWeight:
         packed, scales = tensors["weight_packed"], tensors["weight_scale"]

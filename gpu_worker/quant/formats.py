@@ -12,7 +12,7 @@ import torch
 
 from gpu_worker.parallel import Share
 from gpu_worker.quant.activations import ActivationQuant, StaticScale
-from gpu_worker.quant.api import PLAIN_DTYPES, RandomValues
+from gpu_worker.quant.api import PLAIN_DTYPES, OutputSpan, RandomValues
 from gpu_worker.quant.weights import QuantizedWeight
 
 Shape = tuple[int, ...]
@@ -52,6 +52,10 @@ class WeightFormat(ABC):
     @abstractmethod
     def decode(self, tensors: Tensors, rows: Share, cols: Share) -> QuantizedWeight:
         """The weight's share from the parts that `index` cut out."""
+
+    def output_span(self, tensor: str) -> OutputSpan | None:
+        """Where a stored tensor has the outputs; None: it is the same for all of them."""
+        return OutputSpan(0)
 
     def static_scale(self, tensors: Tensors) -> StaticScale | None:
         """The checkpoint's scale for the input."""

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 import torch
 
 from gpu_worker.parallel import Share
 from gpu_worker.quant.activations import ActivationQuant, StaticScale
-from gpu_worker.quant.api import RandomValues
+from gpu_worker.quant.api import OutputSpan, RandomValues
 from gpu_worker.quant.formats import (
     FLOAT_SCALES,
     SCALAR,
@@ -84,6 +85,13 @@ class ScaledFormat(WeightFormat):
         if self.granularity == "channel":
             return (rows.as_slice(),)
         return (covering(rows, self.block[0]), covering(cols, self.block[1]))
+
+    def output_span(self, tensor: str) -> OutputSpan | None:
+        if tensor == "weight":
+            return OutputSpan(0)
+        if tensor != self.scale_name or self.granularity == "tensor":
+            return None
+        return OutputSpan(0, Fraction(1, self.block[0]) if self.granularity == "block" else Fraction(1))
 
     def decode(self, tensors: Tensors, rows: Share, cols: Share) -> QuantizedWeight:
         values, scales = tensors["weight"], tensors[self.scale_name].float()

@@ -11,6 +11,7 @@ from gpu_worker.quant.api import (
     LinearMethod,
     LinearPart,
     LinearShape,
+    OutputSpan,
     RandomValues,
     StoredTensor,
     dtype_problem,
@@ -66,6 +67,9 @@ class StoredLinear(LinearMethod):
             wanted = " or ".join(str(list(one)) for one in rule.shapes)
             return f"has the shape {list(shape)}, the model's config asks for {wanted}"
         return dtype_problem(dtype, rule.dtypes)
+
+    def output_span(self, part: str, tensor: str) -> OutputSpan | None:
+        return OutputSpan(0) if tensor == "bias" else self.format.output_span(tensor)
 
     def load_shard(self, part: str, tensor: str, source: StoredTensor) -> None:
         place = self.shape.part(part)
@@ -158,6 +162,9 @@ class SplitLinear(LinearMethod):
 
     def problem(self, part: str, tensor: str, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
         return self.methods[part].problem(part, tensor, shape, dtype)
+
+    def output_span(self, part: str, tensor: str) -> OutputSpan | None:
+        return self.methods[part].output_span(part, tensor)
 
     def load_shard(self, part: str, tensor: str, source: StoredTensor) -> None:
         self.methods[part].load_shard(part, tensor, source)

@@ -66,6 +66,12 @@ LLAMA3 = rope(
 YARN = rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
 
 GEMMA = {"num_hidden_layers": 4, "head_dim": 16, "sliding_window": 11, "query_pre_attn_scalar": 20}
+GEMMA_SCALED = {
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+    }
+}
 LONG = {"rope_type": "longrope", "original_max_position_embeddings": 16} | {
     f"{kind}_factor": [1.0 + 0.3 * i * weight for i in range(5)] for kind, weight in (("short", 1), ("long", 2))
 }
@@ -112,6 +118,11 @@ TINY: dict[str, Tiny] = {
     "qwen3-bias-v4-config": Tiny(Qwen3Config, {"head_dim": 18, "attention_bias": True}, rewrite_as_v4=True),
     "gemma2": Tiny(Gemma2Config, GEMMA | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}),
     "gemma3": Tiny(Gemma3TextConfig, GEMMA | {"sliding_window_pattern": 3}),
+    "gemma2-v4-config": Tiny(Gemma2Config, GEMMA, rewrite_as_v4=True),
+    "gemma3-v4-config": Tiny(Gemma3TextConfig, GEMMA | {"sliding_window_pattern": 3}, rewrite_as_v4=True),
+    "gemma3-scaled-v4-config": Tiny(
+        Gemma3TextConfig, GEMMA | {"sliding_window_pattern": 3} | GEMMA_SCALED, rewrite_as_v4=True
+    ),
     "phi3": Tiny(Phi3Config, {"sliding_window": 11, "hidden_act": "silu"}),
     "phi3-longrope-partial": Tiny(
         Phi3Config,
@@ -122,10 +133,21 @@ TINY: dict[str, Tiny] = {
             "rope_parameters": {"rope_theta": 5000.0, "partial_rotary_factor": 0.5} | LONG,
         },
     ),
+    "phi3-longrope-v4-config": Tiny(
+        Phi3Config,
+        {
+            "num_attention_heads": 4,
+            "hidden_size": 40,
+            "original_max_position_embeddings": 16,
+            "rope_parameters": {"rope_theta": 5000.0} | LONG,
+        },
+        rewrite_as_v4=True,
+    ),
     "smollm3": Tiny(SmolLM3Config, {"num_hidden_layers": 5}),
     "smollm3-v4-config": Tiny(SmolLM3Config, {"no_rope_layers": [0, 1, 1]}, rewrite_as_v4=True),
     "olmo2": Tiny(Olmo2Config),
     "olmo3": Tiny(Olmo3Config, {"num_hidden_layers": 5, "sliding_window": 11}),
+    "olmo3-v4-config": Tiny(Olmo3Config, {"num_hidden_layers": 5, "sliding_window": 11}, rewrite_as_v4=True),
     "granite": Tiny(
         GraniteConfig,
         {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2, "logits_scaling": 0.7},
@@ -143,12 +165,28 @@ TINY: dict[str, Tiny] = {
     "qwen3-moe": Tiny(Qwen3MoeConfig, MOE | {"head_dim": 18, "norm_topk_prob": True, "decoder_sparse_step": 2}),
     "qwen3-moe-not-normalised": Tiny(Qwen3MoeConfig, MOE | {"head_dim": 18}),
     "gpt-oss": Tiny(GptOssConfig, {"num_local_experts": 6, "head_dim": 16, "sliding_window": 11}),
+    "gpt-oss-v4-config": Tiny(
+        GptOssConfig,
+        {"num_local_experts": 6, "head_dim": 16, "sliding_window": 11}
+        | rope(
+            rope_type="yarn",
+            factor=4.0,
+            original_max_position_embeddings=64,
+            truncate=False,
+            beta_fast=32.0,
+            beta_slow=1.0,
+        ),
+        rewrite_as_v4=True,
+    ),
     "deepseek-v2": Tiny(DeepseekV2Config, MLA | {"topk_method": "greedy", "n_shared_experts": 2} | MLA_YARN),
     "deepseek-v2-groups": Tiny(
         DeepseekV2Config,
         MLA | {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "q_lora_rank": None},
     ),
     "deepseek-v3": Tiny(DeepseekV3Config, MLA | {"n_group": 4, "topk_group": 2} | MLA_YARN),
+    "deepseek-v3-v4-config": Tiny(
+        DeepseekV3Config, MLA | {"n_group": 4, "topk_group": 2} | MLA_YARN, rewrite_as_v4=True
+    ),
     "deepseek-v3-plain-query": Tiny(DeepseekV3Config, MLA | {"n_group": 1, "topk_group": 1, "q_lora_rank": None}),
 }
 
@@ -172,16 +210,21 @@ def save_model(tiny: Tiny, directory: Path, *, dtype: torch.dtype = torch.float3
                 buffer.add_(torch.randn_like(buffer) * 0.2)
     model.save_pretrained(directory)
     if tiny.rewrite_as_v4:
-        _rewrite_as_v4(directory / "config.json")
+        rewrite_as_v4(directory / "config.json")
     return model
 
 
-def _rewrite_as_v4(file: Path) -> None:
+def rewrite_as_v4(file: Path) -> None:
     fields = json.loads(file.read_text())
     parameters = fields.pop("rope_parameters")
+    if "full_attention" in parameters:
+        local, parameters = parameters["sliding_attention"], parameters["full_attention"]
+        if fields["model_type"].startswith("gemma3"):
+            fields["rope_local_base_freq"] = local["rope_theta"]
+            fields["sliding_window_pattern"] = 3
     fields["rope_theta"] = parameters.pop("rope_theta")
     kind = parameters.pop("rope_type")
     fields["rope_scaling"] = None if kind == "default" else {"type": kind, **parameters}
-    fields["torch_dtype"] = fields.pop("dtype")
+    fields["torch_dtype"] = fields.pop("dtype", "float32")
     fields.pop("layer_types", None)
     file.write_text(json.dumps(fields))

@@ -269,6 +269,81 @@ def test_a_gguf_file_is_read_without_conversion(tmp_path: Path) -> None:
     torch.testing.assert_close(packed.logits(token_ids), converted, rtol=1e-5, atol=1e-4)
 
 
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+# What tools pack or scale along the outputs, and where: all else is one for all parts.
+OUTPUT_AXES = {
+    "gptq": {"qweight": 1, "qzeros": 1, "scales": 1},
+    "awq": {"qweight": 1, "qzeros": 1, "scales": 1},
+    "ct": {"weight_packed": 0, "weight_scale": 0, "weight_zero_point": 0, "weight": 0},
+}
+
+
+@pytest.mark.parametrize("name", ["awq-g64", "gptq-g32-asym-v2", "gptq-g64-desc", "ct-w4a16-asym", "ct-fp8-dynamic"])
+def test_projections_that_a_checkpoint_fuses(name: str, tmp_path: Path) -> None:
+    """Phi-3's layout, made of a real Llama's tensors: they lie side by side as the tool would have written them."""
+    directory = edited(name, tmp_path)
+    tensors = load_file(directory / "model.safetensors")
+    axes = OUTPUT_AXES[name.split("-")[0]]
+    for whole, parts in FUSED.items():
+        block = "mlp" if whole == "gate_up_proj" else "self_attn"
+        prefix = f"model.layers.0.{block}"
+        for kind in [each.rpartition(".")[2] for each in list(tensors) if each.startswith(f"{prefix}.{parts[0]}.")]:
+            stored = [tensors.pop(f"{prefix}.{part}.{kind}") for part in parts]
+            if kind in axes:
+                tensors[f"{prefix}.{whole}.{kind}"] = torch.cat(stored, axes[kind])
+            elif kind == "weight_shape":
+                tensors[f"{prefix}.{whole}.{kind}"] = torch.tensor([sum(int(s[0]) for s in stored), int(stored[0][1])])
+            else:
+                assert all(torch.equal(one, stored[0]) for one in stored), kind
+                tensors[f"{prefix}.{whole}.{kind}"] = stored[0]
+    save_file(tensors, directory / "model.safetensors")
+    edit_config(directory, architectures=["Phi3ForCausalLM"], model_type="phi3")
+    token_ids = list(range(3, 33))
+    fused = QuantizedModel(directory)
+    assert type(fused.model).__name__ == "Phi3"
+    assert torch.equal(fused.logits(token_ids), QuantizedModel(fixture(name)).logits(token_ids))
+
+
+def test_a_fused_part_that_begins_inside_of_a_word_is_refused(tmp_path: Path) -> None:
+    from transformers.models.phi3 import Phi3Config
+
+    from gpu_worker.models.loader import check_weights
+
+    # Queries have 3 * 4 outputs, and a word of AWQ has 8.
+    config = Phi3Config(
+        hidden_size=16,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        head_dim=4,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        vocab_size=32,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+    )
+    config.save_pretrained(tmp_path)
+    edit_config(
+        tmp_path,
+        architectures=["Phi3ForCausalLM"],
+        quantization_config={"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True},
+    )
+    tensors: dict[str, torch.Tensor] = {"model.embed_tokens.weight": torch.zeros(32, 16)}
+    for norm in ("model.norm", "model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm"):
+        tensors[f"{norm}.weight"] = torch.zeros(16)
+    sizes = {"self_attn.qkv_proj": (16, 24), "self_attn.o_proj": (12, 16), "mlp.gate_up_proj": (16, 32)}
+    for module, (inputs, outputs) in {**sizes, "mlp.down_proj": (16, 16)}.items():
+        tensors[f"model.layers.0.{module}.qweight"] = torch.zeros(inputs, outputs // 8, dtype=torch.int32)
+        tensors[f"model.layers.0.{module}.qzeros"] = torch.zeros(1, outputs // 8, dtype=torch.int32)
+        tensors[f"model.layers.0.{module}.scales"] = torch.zeros(1, outputs)
+    save_file(tensors, tmp_path / "model.safetensors")
+    spec, family = read_spec(tmp_path)
+    build = BuildContext(
+        ParallelContext(), make_scheme(tmp_path, family.name_rules), torch.float32, torch.device("meta")
+    )
+    with pytest.raises(CheckpointError, match=r"qkv_proj\.q(weight|zeros)"):
+        check_weights(family(spec, 64, build), tmp_path)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "phi3", "gemma3"])
 def test_prepare_keeps_a_gguf_file_packed(architecture: str, tmp_path: Path) -> None:
     from gguf import GGMLQuantizationType as Kind

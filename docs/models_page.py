@@ -1,0 +1,226 @@
+"""Writes docs/models.md from the registries: `make docs`, or `python docs/models_page.py`.
+
+What an architecture can do is read off the checkpoints that the tests compare with transformers: a switch that no test
+turns on is not on the page.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "models.md"
+for source_root in (ROOT, ROOT / "proto", ROOT / "kernels"):
+    if str(source_root) not in sys.path:
+        sys.path.append(str(source_root))
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
+
+from gpu_worker.assembly import Sizes  # noqa: E402
+from gpu_worker.cuda import loading as cuda_loading  # noqa: E402
+from gpu_worker.loading.gguf_blocks import GGML_TYPES  # noqa: E402
+from gpu_worker.loading.gguf_names import ARCHITECTURES as GGUF_ARCHITECTURES  # noqa: E402
+from gpu_worker.model_spec import ModelSpec  # noqa: E402
+from gpu_worker.models.family import ModelFamily  # noqa: E402
+from gpu_worker.models.hf_config import HfConfig  # noqa: E402
+from gpu_worker.models.registry import find_family, known_architectures  # noqa: E402
+from gpu_worker.parallel import ParallelContext  # noqa: E402
+from gpu_worker.quant.config import SUPPORTED  # noqa: E402
+from gpu_worker.quant.scheme import ON_LOAD  # noqa: E402
+from tests.unit.gpu_worker.models.test_transformers_fallback import CARRIED, REFUSED  # noqa: E402
+from tests.unit.gpu_worker.models.tiny_checkpoints import BASE, TINY  # noqa: E402
+
+# Weights that tests run. Sizes of which only the shape was run, with random weights, are in load_tests/shapes.
+REAL_WEIGHTS = {
+    "LlamaForCausalLM": ["SmolLM2 135M"],
+    "Gemma3ForCausalLM": ["Gemma 3 270M"],
+    "BertModel": ["all-MiniLM-L6-v2"],
+}
+SHAPE = "shape of "
+# Fields that the class leaves open, as the release has them.
+NO_DEFAULT = {"DeepseekV2ForCausalLM": {"num_experts_per_tok": 6}}
+
+
+def spec_of(config: Any, architecture: str) -> ModelSpec:
+    _, family = find_family([architecture])
+    return family.read_config(HfConfig(json.loads(json.dumps(config.to_dict(), default=str))), architecture)
+
+
+def tested_specs(architecture: str) -> list[ModelSpec]:
+    """Of the checkpoints that the suites compare; of the class's own defaults where there are none."""
+    configs = [tiny.config_class(**(BASE | tiny.fields)) for tiny in TINY.values()]
+    tested = [c for c in configs if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(c.model_type) == architecture]
+    return [spec_of(config, architecture) for config in tested] or [default_spec(architecture)]
+
+
+def default_spec(architecture: str) -> ModelSpec:
+    """Of the sizes that transformers' class has by default, which are some release's."""
+    config_class = getattr(transformers, architecture).config_class
+    fields = dict(NO_DEFAULT.get(architecture, {}))
+    if architecture.endswith("Classification"):
+        fields["num_labels"] = 1
+    return spec_of(config_class(**fields), architecture)
+
+
+def features(specs: Iterable[ModelSpec]) -> list[str]:
+    found: dict[str, None] = {}
+    for spec in specs:
+        for name, present in feature_table(spec).items():
+            if present:
+                found[name] = None
+    return list(found)
+
+
+def feature_table(spec: ModelSpec) -> dict[str, bool]:
+    ropes = [layer.rope for layer in spec.layers if layer.rope is not None]
+    windowed = [layer for layer in spec.layers if layer.sliding_window is not None]
+    table = {
+        "sliding window": bool(windowed),
+        "window in some layers": 0 < len(windowed) < spec.num_layers,
+        "layers without rope": bool(ropes) and len(ropes) < spec.num_layers,
+        "bias on q, k, v": spec.qkv_bias,
+        "norms of queries and keys": spec.qk_norm is not None,
+        "LayerNorm": spec.norm_kind == "layer",
+        "norms after the sublayers": spec.post_norms,
+        "parallel block": spec.parallel_block,
+        "multipliers of residual and logits": spec.residual_scale != 1.0,
+        "soft cap on scores": spec.attention_softcap is not None,
+        "soft cap on logits": spec.logit_softcap is not None,
+        "attention sinks": spec.attention_sinks,
+        "latent attention (MLA)": spec.latent is not None,
+        "experts": spec.moe is not None,
+        "shared expert": spec.moe is not None and spec.moe.shared_intermediate_size > 0,
+        "grouped routing": spec.moe is not None and spec.moe.num_groups > 1,
+        "MLP without gate": not spec.gated_mlp,
+        "tied embeddings": spec.tie_word_embeddings and spec.has_output_head,
+        "classification head": spec.num_labels > 0,
+    }
+    for rope in ropes:
+        table[f"rope {rope.kind}"] = rope.kind != "default"
+        table["partly rotated heads"] = table.get("partly rotated heads", False) or rope.rotary_dim < spec.head_dim
+    if spec.latent is not None:
+        table["partly rotated heads"] = False
+    return table
+
+
+def runs_on(architecture: str, family: type[ModelFamily]) -> str:
+    if family.is_encoder:
+        return "CPU; GPU in plain torch"
+    sizes = Sizes(block_size=64, max_model_len=8192, max_num_seqs=256, max_num_batched_tokens=8192)
+    with (
+        mock.patch.object(torch.cuda, "get_device_capability", lambda device: (9, 0)),
+        mock.patch.object(torch.cuda, "get_device_name", lambda device: "any"),
+    ):
+        reason = cuda_loading._unsupported(
+            default_spec(architecture), ParallelContext(), sizes, torch.device("cuda", 0)
+        )
+    return "CPU; GPU kernels" if reason is None else "CPU; GPU in plain torch"
+
+
+def sizes_seen() -> dict[str, list[str]]:
+    seen = {architecture: list(names) for architecture, names in REAL_WEIGHTS.items()}
+    for file in sorted((ROOT / "load_tests" / "shapes").glob("*/config.json")):
+        [architecture] = json.loads(file.read_text())["architectures"]
+        seen.setdefault(architecture, []).append(SHAPE + file.parent.name)
+    return seen
+
+
+def native_table() -> list[str]:
+    gguf = {each.hf_class: name for name, each in GGUF_ARCHITECTURES.items()}
+    seen = sizes_seen()
+    lines = [
+        "| `architectures` in config.json | file | runs on | GGUF | sizes seen | switches compared with transformers |",
+        "|---|---|---|---|---|---|",
+    ]
+    for architecture in known_architectures():
+        _, family = find_family([architecture])
+        file = family.__module__.rpartition(".")[2]
+        cells = [
+            f"`{architecture}`",
+            f"[{file}.py](../gpu_worker/models/{file}.py)",
+            runs_on(architecture, family),
+            f"`{gguf[architecture]}`" if architecture in gguf else "",
+            ", ".join(seen.get(architecture, [])),
+            ", ".join(features(tested_specs(architecture))),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def fallback_lines() -> list[str]:
+    carried = sorted(_architecture(tiny.config_class) for tiny in CARRIED.values())
+    refused = sorted(_architecture(tiny.config_class) for tiny, _ in REFUSED.values())
+    names = ", ".join(f"`{name}`" for name in refused)
+    return [
+        "Tested: " + ", ".join(f"`{name}`" for name in carried) + ".",
+        "",
+        f"Refused, with the reason: {names}; so is whatever else keeps a state for every sequence, makes attention",
+        "masks of its own, or has rope that depends on the rest of the step.",
+    ]
+
+
+def _architecture(config_class: Any) -> str:
+    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config_class.model_type])
+
+
+NATIVE = """\
+# Models
+
+<!-- Written by `make docs` from the registries; a test compares it with them. -->
+
+## Native
+
+One file a family. Sizes seen: weights that the tests run, and shapes that were run with random weights (`load_tests/`).
+"GPU kernels": they take the sizes that transformers' class has by default. "GPU in plain torch": many times slower,
+without CUDA graphs. Everything is compared with transformers in float32 on the CPU, on small random checkpoints
+([test_families.py](../tests/unit/gpu_worker/models/test_families.py),
+[test_pooling.py](../tests/unit/gpu_worker/test_pooling.py)).
+"""
+OTHERS = """\
+## Any other causal language model
+
+What transformers has code for, and the table has not, runs through
+[transformers_fallback.py](../gpu_worker/models/transformers_fallback.py): transformers' forward pass, the paged cache
+by its attention interface, the same scheduler and sampling; the worker's log says so. One device, weights that are not
+quantized, plain torch. A repository's own code is never run.
+"""
+POOLING = """\
+## Embeddings and scores
+
+`--task auto` reads it off the checkpoint: `modules.json` of Sentence Transformers (Pooling by the last token, the first
+or the mean, then Dense and Normalize), an encoder, a decoder saved without its head (`Qwen3Model`, `MistralModel`), or
+a classifier with one label (`...ForSequenceClassification`, a cross encoder). `--task embed` makes vectors of any
+decoder above; `--pooling` chooses the hidden states. `/v1/embeddings` takes texts and token ids. `/v1/rerank` and
+`/v1/score` use a cross encoder's score, or the cosine of two embeddings. On a GPU all of it runs in plain torch.
+"""
+WEIGHTS = """\
+## Weights
+
+safetensors as they are, or quantized: {supported}. `--quantization {on_load}` quantizes plain weights while they are
+loaded. On a CPU packed weights are computed from dequantized ones; on a GPU they stay packed.
+
+GGUF files: {gguf_types}. `stepwire serve` converts them to bfloat16 once, or keeps them packed where the model runs on
+a GPU (`--gguf-weights`).
+"""
+
+
+def page() -> str:
+    weights = WEIGHTS.format(
+        supported=SUPPORTED,
+        on_load="` or `".join(ON_LOAD),
+        gguf_types=", ".join(sorted(kind.name for kind in GGML_TYPES.values())),
+    )
+    table, others = "\n".join(native_table()), "\n".join(fallback_lines())
+    return "\n".join([NATIVE, f"{table}\n", OTHERS, f"{others}\n", POOLING, weights])
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
+    print(PAGE)
