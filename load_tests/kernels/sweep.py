@@ -43,7 +43,9 @@ TUNED = Path(__file__).resolve().parents[2] / "kernels" / "stepwire_kernels" / "
 BF16 = torch.bfloat16
 QWEN3_06B_LINEARS = {"qkv": (4096, 1024), "o": (1024, 2048), "gate_up": (6144, 1024), "down": (1024, 3072)}
 LLAMA_1B_LINEARS = {"qkv": (3072, 2048), "o": (2048, 2048), "gate_up": (16384, 2048), "down": (2048, 8192)}
-HEADS = {"llama-8b lm_head": (128256, 4096), "qwen3-0.6b lm_head": (151936, 1024)}
+QWEN3_30B_LINEARS = {"qkv": (5120, 2048), "o": (2048, 4096), "router": (128, 2048)}
+HEADS = {"llama-8b lm_head": (128256, 4096), "qwen3-0.6b lm_head": (151936, 1024),
+         "llama-1b lm_head": (128256, 2048), "qwen3-30b lm_head": (151936, 2048)}  # fmt: skip
 
 DECODE = [
     DecodeTuning(tokens, warps, stages, per_sm)
@@ -229,6 +231,7 @@ def sweep_gemm(top: int, out: Path, token_counts: tuple[int, ...] = (1, 2, 4, 8,
     """GEMV and skinny candidates against torch; writes the table."""
     shapes = {f"llama-8b {name}": shape for name, shape in LLAMA_8B_LINEARS.items()} | HEADS
     shapes |= {f"qwen3-0.6b {name}": shape for name, shape in QWEN3_06B_LINEARS.items()}
+    shapes |= {f"qwen3-30b {name}": shape for name, shape in QWEN3_30B_LINEARS.items()}
     shapes |= {f"llama-1b {name}": shape for name, shape in LLAMA_1B_LINEARS.items()}
     jobs = [
         (num_tokens, k, tuning)

@@ -11,6 +11,8 @@ from control_plane.core.engine_config import EngineConfig
 from control_plane.core.group_facts import admission_limits, check_may_serve, model_facts, scheduler_config
 from control_plane.core.worker_link import WorkerRefused
 
+CONFIG = EngineConfig()
+
 
 def worker(**values: Any) -> worker_pb2.DescribeResponse:
     described = {
@@ -47,14 +49,14 @@ def worker(**values: Any) -> worker_pb2.DescribeResponse:
 )
 def test_a_worker_that_differs_is_refused_by_what_differs(values: dict[str, Any], said: str) -> None:
     with pytest.raises(WorkerRefused) as refused:
-        check_may_serve(worker(**values), model_facts(worker()), [worker()])
+        check_may_serve(worker(**values), CONFIG, model_facts(worker(), CONFIG), [worker()])
     assert said in str(refused.value)
     assert "\n" not in str(refused.value), "one message"
 
 
 def test_everything_that_differs_is_named_at_once() -> None:
     with pytest.raises(WorkerRefused, match=r"model 'n' .*vocab_size 7 .*version '9'"):
-        check_may_serve(worker(model="n", vocab_size=7, version="9"), model_facts(worker()), [worker()])
+        check_may_serve(worker(model="n", vocab_size=7, version="9"), CONFIG, model_facts(worker(), CONFIG), [worker()])
 
 
 @pytest.mark.parametrize(
@@ -62,19 +64,19 @@ def test_everything_that_differs_is_named_at_once() -> None:
     [{}, {"num_blocks": 5000}, {"num_blocks": 70}, {"max_num_seqs": 4}, {"buckets": [8, 64]}, {"max_model_len": 2000}],
 )
 def test_size_may_differ_as_long_as_what_was_promised_fits(values: dict[str, Any]) -> None:
-    check_may_serve(worker(**values), model_facts(worker()), [worker()])
+    check_may_serve(worker(**values), CONFIG, model_facts(worker(), CONFIG), [worker()])
 
 
 def test_alone_a_worker_may_come_back_with_another_version() -> None:
-    check_may_serve(worker(version="0.2.0", block_size=32), model_facts(worker()), [])
-    check_may_serve(worker(), None, [])
+    check_may_serve(worker(version="0.2.0", block_size=32), CONFIG, model_facts(worker(), CONFIG), [])
+    check_may_serve(worker(), CONFIG, None, [])
 
 
 def test_a_sequence_has_to_fit_the_pool_and_a_step_its_bucket() -> None:
     small = worker(num_blocks=11, buckets=[16, 128, 300])
-    assert model_facts(small).max_model_len == 160
-    assert scheduler_config(small, EngineConfig()).max_num_batched_tokens == 300
+    assert model_facts(small, CONFIG).max_model_len == 160
+    assert scheduler_config(small, CONFIG).max_num_batched_tokens == 300
     assert scheduler_config(small, EngineConfig(max_num_batched_tokens=200)).max_num_batched_tokens == 128
     assert scheduler_config(worker(), EngineConfig(max_num_batched_tokens=10_000)).max_num_batched_tokens == 512
-    limits = admission_limits(small, model_facts(worker(max_model_len=150)), EngineConfig())
+    limits = admission_limits(small, model_facts(worker(max_model_len=150), CONFIG), CONFIG)
     assert (limits.max_model_len, limits.num_usable_blocks) == (150, 10)
