@@ -117,6 +117,7 @@ async def test_groups_join_drain_and_leave_while_streams_run(said_alone: list[li
             await admin.ResumeGroup(admin_pb2.ResumeGroupRequest(group=0))
 
 
+@pytest.mark.slow
 async def test_a_queue_is_shared_with_the_group_that_joins() -> None:
     async with WorkerGroups(1, worker_flags=(*SLOW_STEPS, "--sim-max-num-seqs=2")).running() as groups:
         groups.start_worker("new")
