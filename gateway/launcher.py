@@ -327,16 +327,42 @@ def _reachable(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
+def _first_request(settings: LaunchSettings, model: Path) -> tuple[str, dict[str, Any]]:
+    """Something that the model in this directory is likely to answer."""
+    task = settings.task
+    if task == "auto":
+        names = _read_object(model / "config.json").get("architectures") or [""]
+        if str(names[0]).endswith("ForSequenceClassification"):
+            task = "score"
+        elif (model / "modules.json").exists() or str(names[0]).endswith(("Model", "ForMaskedLM")):
+            task = "embed"
+    if not (model / "tokenizer.json").exists():
+        ids = [1, 2, 3]
+        return ("embeddings", {"input": ids}) if task == "embed" else ("completions", {"prompt": ids, "max_tokens": 8})
+    if task == "embed":
+        return "embeddings", {"input": "What is the capital of France?"}
+    if task == "score":
+        return "score", {"text_1": "What is the capital of France?", "text_2": ["Paris", "Rome"]}
+    has_template = settings.chat_template is not None or (model / "chat_template.jinja").exists()
+    if has_template or _read_object(model / "tokenizer_config.json").get("chat_template"):
+        return "chat/completions", {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
+    return "completions", {"prompt": "The capital of France is", "max_tokens": 8}
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    """A JSON file of the model; empty where there is none: the processes say what is wrong with it."""
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def _banner(settings: LaunchSettings, model: Path, seconds: float) -> str:
     host = _reachable(settings.host)
     name = settings.served_model_name[0] if settings.served_model_name else _source_name(settings.model)
     base_url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}/v1"
-    has_text = (model / "tokenizer.json").exists()
-    if has_text:
-        path = "chat/completions"
-        body: dict[str, Any] = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
-    else:
-        path, body = "completions", {"prompt": [1, 2, 3], "max_tokens": 8}
+    path, body = _first_request(settings, model)
     request = json.dumps({"model": name, **body})
     key = ' \\\n    -H "Authorization: Bearer $STEPWIRE_API_KEY"' if settings.api_key else ""
     return f"""

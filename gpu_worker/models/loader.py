@@ -32,7 +32,6 @@ from gpu_worker.model_spec import ModelConfigError, ModelSpec
 from gpu_worker.models.family import LoadsItself, ModelFamily
 from gpu_worker.models.hf_config import HfConfig
 from gpu_worker.models.registry import find_family, known_architectures
-from gpu_worker.models.transformers_fallback import is_known
 from gpu_worker.quant.api import OutputSpan
 from gpu_worker.quant.scheme import module_format, read_quantization
 
@@ -49,21 +48,23 @@ def read_spec(directory: Path) -> tuple[ModelSpec, type[ModelFamily]]:
         ModelConfigError: not there, not supported, or contradicting itself.
     """
     config = HfConfig.open(directory)
-    _refuse_remote_code(config)
-    architecture, family = find_family(config.architectures())
+    architecture, family = _find_family(config)
     read_quantization(config)
     return family.read_config(config, architecture), family
 
 
-def _refuse_remote_code(config: HfConfig) -> None:
+def _find_family(config: HfConfig) -> tuple[str, type[ModelFamily]]:
     """Many repositories of architectures known here carry code for older transformers as well: that is not needed."""
-    known = set(known_architectures())
-    if config.fields.get("auto_map") and not any(name in known or is_known(name) for name in config.architectures()):
+    try:
+        return find_family(config.architectures())
+    except ModelConfigError:
+        if not config.fields.get("auto_map"):
+            raise
         raise config.error(
             "auto_map",
             f"asks to run the repository's own code for {', '.join(config.architectures()) or 'its architecture'}, "
             f"which is never done; architectures that need none: {', '.join(known_architectures())}",
-        )
+        ) from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,6 +78,10 @@ def test_vectors_equal_transformers(client: openai.OpenAI, tokenizer: Any, expec
     assert answer.model == MODEL
 
 
+def test_start_up_says_what_to_try(served: Launched) -> None:
+    assert f"curl {served.base_url}/embeddings" in served.read()
+
+
 def test_every_form_of_input_and_output(client: openai.OpenAI, tokenizer: Any, expected: np.ndarray) -> None:
     ids = [tokenizer(sentence)["input_ids"] for sentence in SENTENCES]
     for given, rows in ((SENTENCES[0], [0]), (ids[1], [1]), ([ids[2], ids[3]], [2, 3]), (SENTENCES[4:5], [4])):

@@ -67,6 +67,8 @@ def client(gemma3_dir: Path) -> Iterator[openai.OpenAI]:
         Launched(gemma3_dir, *flags, ready_timeout_s=120) as launched,
         openai.OpenAI(base_url=launched.base_url, api_key="none", max_retries=0, timeout=170) as client,
     ):
+        # A base model: no chat is proposed.
+        assert f"curl {launched.base_url}/completions" in launched.read()
         yield client
 
 

@@ -73,8 +73,17 @@ def test_load_counts_requests_and_version_is_ours(client: httpx.Client, stack: S
         assert client.get(f"/v1/models/{model['id']}").json() == model
 
 
-@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/rerank", "/v1/score"])
-def test_a_model_that_generates_says_that_it_cannot_embed(client: httpx.Client, path: str) -> None:
-    refused = client.post(path, json={"model": "tiny", "input": "hello"})
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/embeddings", {"input": "hello"}),
+        ("/v1/rerank", {"query": "hello", "documents": ["you", "world"]}),
+        ("/v1/score", {"text_1": "hello", "text_2": "you"}),
+    ],
+)
+def test_a_model_that_generates_says_that_it_cannot_embed(
+    client: httpx.Client, path: str, body: dict[str, object]
+) -> None:
+    refused = client.post(path, json={"model": "tiny", **body})
     assert refused.status_code == 400 and refused.json()["error"]["code"] == "model_cannot_embed"
-    assert client.post(path, json={"model": "nobody", "input": "hello"}).status_code == 404
+    assert client.post(path, json={"model": "nobody", **body}).status_code == 404

