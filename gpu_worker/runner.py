@@ -6,6 +6,7 @@ Runs on a CPU; on a CUDA device it is the plain reference, with the host in the 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import structlog
 import torch
 
 from gpu_worker.assembly import (
+    agree_on_sizes,
     attention_spec,
     batch_limits,
     load_model,
@@ -31,7 +33,8 @@ from gpu_worker.layers.linear import BuildContext
 from gpu_worker.model_spec import ModelConfigError
 from gpu_worker.models.family import ModelFamily
 from gpu_worker.models.loader import read_spec
-from gpu_worker.parallel import ParallelContext
+from gpu_worker.parallel.process_group import RankGroup, single_rank
+from gpu_worker.parallel.sampled import UntakenStep, num_words, to_words
 from gpu_worker.quant.scheme import make_scheme
 from gpu_worker.runner_api import RowFault, RowFaultCode, StepBatch, StepResult, TokenMask, UInt32Array, WorkerFacts
 from gpu_worker.sampler import SampledTokens, sample
@@ -49,6 +52,18 @@ class FinishedStep:
         return self.finished
 
 
+@dataclass(slots=True)
+class AwaitedStep:
+    """A step whose tokens another rank draws."""
+
+    begun: StepResult
+    untaken: UntakenStep
+
+    def result(self) -> StepResult:
+        _write_tokens(self.begun, self.untaken.inputs, self.untaken.sampled())
+        return self.begun
+
+
 class TorchRunner:
     """Implements `runner_api.Runner`."""
 
@@ -59,7 +74,12 @@ class TorchRunner:
         attention: TorchAttention,
         facts: WorkerFacts,
         device: torch.device,
+        group: RankGroup,
     ) -> None:
+        self._group = group
+        self._stage = group.context()
+        self._num_executed = 0
+        self._untaken: deque[UntakenStep] = deque()
         self._model = model
         self._kv_cache = kv_cache
         self._attention = attention
@@ -68,8 +88,8 @@ class TorchRunner:
         self._rows = InputBatch(batch_limits(facts))
 
     @classmethod
-    def load(cls, settings: WorkerSettings) -> TorchRunner:
-        """Build the model that `settings` name, load its weights and allocate the KV cache.
+    def load(cls, settings: WorkerSettings, group: RankGroup | None = None) -> TorchRunner:
+        """Build this rank's part of the model that `settings` name, load its weights and allocate the KV cache.
 
         Raises:
             ModelConfigError: config.json is missing, not supported, or the settings exceed the model.
@@ -81,7 +101,9 @@ class TorchRunner:
             raise ModelConfigError("no model is set: give the model's directory with --model")
         if settings.num_threads is not None:
             torch.set_num_threads(settings.num_threads)
-        device = resolve_device(settings.device)
+        elif group is not None and group.place.num_local_ranks > 1:
+            torch.set_num_threads(max(1, torch.get_num_threads() // group.place.num_local_ranks))
+        device = resolve_device(settings.device, 0 if group is None else group.place.local_rank)
         spec, family = read_spec(settings.model)
         dtype = resolve_dtype(settings.dtype, device, spec.dtype)
         if settings.kv_cache_dtype == "fp8":
@@ -90,7 +112,8 @@ class TorchRunner:
                 "set --kv-cache-dtype auto, bfloat16 or float16"
             )
         kv_dtype = resolve_kv_dtype(settings.kv_cache_dtype, dtype)
-        parallel = ParallelContext()
+        group = group or single_rank(spec.num_layers)
+        parallel = group.context()
         scheme = make_scheme(
             settings.model,
             family.name_rules,
@@ -102,31 +125,39 @@ class TorchRunner:
         shape = KVCacheShape.of(spec, parallel, sizes.block_size, kv_dtype)
         model = load_model(settings, family, spec, build, sizes.max_model_len)
         weight_bytes = model.num_bytes()
-        sizes, plan = plan_memory(settings, spec, parallel, shape, sizes, weight_bytes, device, dtype)
+        num_local_ranks = group.place.num_local_ranks
+        sizes, plan = plan_memory(
+            settings, spec, parallel, shape, sizes, weight_bytes, device, dtype, num_local_ranks=num_local_ranks
+        )
+        sizes, plan = agree_on_sizes(sizes, plan, shape, group)
         for line in plan.lines():
             log.info(line)
         kv_cache = KVCache(shape, plan.num_blocks, device)
         attention = TorchAttention(attention_spec(spec, parallel), kv_cache.layers, dtype)
         facts = worker_facts(settings.model, spec, sizes, plan, shape, device, dtype)
-        return cls(model, kv_cache, attention, facts, device)
+        return cls(model, kv_cache, attention, facts, device, group)
 
     def describe(self) -> WorkerFacts:
         return self._facts
 
     def reset(self) -> None:
+        # What the last session's steps drew is still under way: it must not be taken for the next one's.
+        self._take_until(len(self._untaken))
         self._rows.clear()
 
     def close(self) -> None:
         """Nothing is held that the end of the process does not free."""
         self._rows.clear()
 
-    def execute(self, batch: StepBatch, wait_for_mask: Callable[[], TokenMask]) -> FinishedStep:
+    def execute(self, batch: StepBatch, wait_for_mask: Callable[[], TokenMask]) -> FinishedStep | AwaitedStep:
         begun = time.perf_counter_ns()
+        step, self._num_executed = self._num_executed, self._num_executed + 1
+        self._take_what_is_needed(batch)
         inputs, faults = self._rows.apply(batch)
         built = time.perf_counter_ns()
         logits = None
         if inputs is not None:
-            logits = self._forward(inputs)
+            logits = self._forward(inputs, step)
         computed = time.perf_counter_ns()
         mask = wait_for_mask() if len(batch.mask_rows) else None
         masked = time.perf_counter_ns()
@@ -136,21 +167,36 @@ class TorchRunner:
             offsets=np.zeros(1, dtype=np.uint32),
             token_ids=np.zeros(0, dtype=np.uint32),
             faults=faults,
+            input_ns=built - begun,
+            forward_ns=computed - built,
         )
-        if inputs is not None and logits is not None:
-            self._sample(inputs, logits, mask, result)
-        result.input_ns = built - begun
-        result.forward_ns = computed - built
+        if inputs is None or not len(inputs.sampled_rows):
+            return FinishedStep(result)
+        if not self._group.samples:
+            untaken = self._await_tokens(inputs, step)
+            return AwaitedStep(result, untaken)
+        if logits is not None:
+            sampled = self._draw(inputs, logits, mask, step)
+            self._take(inputs, sampled)
+            _write_tokens(result, inputs, sampled)
         result.sample_ns = time.perf_counter_ns() - masked
         return FinishedStep(result)
 
     @torch.inference_mode()
-    def _forward(self, inputs: StepInputs) -> torch.Tensor | None:
-        """Logits of the runs that sample: [num_sampled, vocab_size]; None where none does."""
+    def _forward(self, inputs: StepInputs, step: int) -> torch.Tensor | None:
+        """Logits of the runs that sample: [num_sampled, vocab_size]; None if none does, or another stage has them."""
         self._attention.plan(inputs.metadata)
         token_ids = torch.from_numpy(inputs.token_ids).to(self._device)
         positions = torch.from_numpy(inputs.metadata.positions).to(self._device)
-        hidden = self._model.hidden_states(token_ids, positions, self._attention)  # [num_tokens, hidden]
+        received = None
+        if not self._stage.is_first_stage:
+            size = (len(inputs.token_ids), self._model.spec.hidden_size)
+            on_host = self._group.receive_hidden(torch.empty(size, dtype=self._model.dtype), step)
+            received = on_host.to(self._device)  # [num_tokens, hidden]
+        hidden = self._model.hidden_states(token_ids, positions, self._attention, received)  # [num_tokens, hidden]
+        if not self._stage.is_last_stage:
+            self._group.send_hidden(hidden.added().cpu(), step)
+            return None
         num_sampled = len(inputs.sampled_tokens)
         if num_sampled == 0:
             return None
@@ -158,25 +204,50 @@ class TorchRunner:
             hidden = hidden.select(torch.from_numpy(inputs.sampled_tokens).to(self._device))
         return self._model.logits(hidden)
 
-    def _sample(self, inputs: StepInputs, logits: torch.Tensor, mask: TokenMask | None, result: StepResult) -> None:
+    def _draw(self, inputs: StepInputs, logits: torch.Tensor, mask: TokenMask | None, step: int) -> SampledTokens:
         rows = inputs.sampled_rows.tolist()
         bitmasks = None if mask is None else _bitmasks_of(rows, mask)
         samplers = [self._rows.sampler(row) for row in rows]
         sampled = sample(logits, samplers, inputs.sampled_positions, bitmasks)
-        failed = {fault.index for fault in sampled.faults}
-        for fault in sampled.faults:
-            row = rows[fault.index]
-            result.faults.append(RowFault(row, fault.code, f"row {row}: {fault.message}"))
-            blocks = self._rows.forget(row)
-            if fault.code == RowFaultCode.NOT_FINITE:
-                self._kv_cache.scrub(blocks)
+        if self._group.layout.world_size > 1:
+            self._group.send_tokens(to_words(sampled, samplers), step)
+        return sampled
+
+    def _await_tokens(self, inputs: StepInputs, step: int) -> UntakenStep:
+        rows = inputs.sampled_rows.tolist()
+        buffer = torch.empty(num_words([self._rows.sampler(row) for row in rows]), dtype=torch.int32)
+        blocks = np.concatenate([self._rows.blocks(row) for row in rows])
+        untaken = UntakenStep(inputs, self._group.expect_tokens(buffer, step), blocks)
+        self._untaken.append(untaken)
+        return untaken
+
+    def _take_what_is_needed(self, batch: StepBatch) -> None:
+        touched = [step.is_touched_by(batch, self._facts.block_size) for step in self._untaken]
+        self._take_until(len(touched) - touched[::-1].index(True) if any(touched) else 0)
+
+    def _take_until(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            step = self._untaken.popleft()
+            self._take(step.inputs, step.sampled())
+
+    def _take(self, inputs: StepInputs, sampled: SampledTokens) -> None:
+        """Tokens join their rows; a row that got none is forgotten."""
+        rows = inputs.sampled_rows.tolist()
+        failed = {fault.index: fault for fault in sampled.faults}
         for index, row in enumerate(rows):
             if index not in failed:
                 self._rows.append(row, int(sampled.token_ids[index]))
-        _write_tokens(result, inputs, sampled, failed)
+                continue
+            blocks = self._rows.forget(row)
+            if failed[index].code == RowFaultCode.NOT_FINITE:
+                self._kv_cache.scrub(blocks)
 
 
-def _write_tokens(result: StepResult, inputs: StepInputs, sampled: SampledTokens, failed: set[int]) -> None:
+def _write_tokens(result: StepResult, inputs: StepInputs, sampled: SampledTokens) -> None:
+    failed = {fault.index for fault in sampled.faults}
+    for fault in sampled.faults:
+        row = int(inputs.sampled_rows[fault.index])
+        result.faults.append(RowFault(row, fault.code, f"row {row}: {fault.message}"))
     keep = np.array([index for index in range(len(inputs.sampled_rows)) if index not in failed], dtype=np.int64)
     result.rows = inputs.sampled_rows[keep].astype(np.uint32)
     result.offsets = np.arange(len(keep) + 1, dtype=np.uint32)

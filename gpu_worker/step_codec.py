@@ -150,6 +150,7 @@ def encode_facts(facts: WorkerFacts, instance_id: str, version: str) -> worker_p
         capabilities=[worker_pb2.CAPABILITY_TOKEN_MASK] if facts.can_mask_tokens else [],
         version=version,
         block_bytes=facts.block_bytes,
+        num_stages=facts.num_stages,
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gpu_worker.parallel import Share
+from gpu_worker.parallel.shares import Share
 from gpu_worker.quant.api import RandomValues
 from gpu_worker.quant.bit_packing import Packing
 from gpu_worker.quant.formats import FLOAT_SCALES, Rules, Shape, TensorRule, Tensors, WeightFormat, covering

@@ -153,11 +153,11 @@ TINY: dict[str, Tiny] = {
 }
 
 
-def save_tiny(name: str, directory: Path, *, dtype: torch.dtype = torch.float32) -> Any:
+def save_tiny(name: str, directory: Path, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """Write the checkpoint `name` into `directory`; transformers' own model, in evaluation mode."""
     tiny = TINY[name]
     torch.manual_seed(1234)
-    model = AutoModelForCausalLM.from_config(tiny.config_class(**(BASE | tiny.fields)), dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_config(tiny.config_class(**(BASE | tiny.fields | changes)), dtype=dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             # Biases and norms start at constants: make every tensor matter.

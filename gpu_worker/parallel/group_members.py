@@ -1,0 +1,68 @@
+"""Places on the wire, and what every rank does with its own: join the group, load its part of the model."""
+
+from __future__ import annotations
+
+from stepwire.v1 import group_pb2
+
+from gpu_worker.config import WorkerSettings
+from gpu_worker.device import resolve_device
+from gpu_worker.parallel.layout import GroupLayout
+from gpu_worker.parallel.process_group import Place, RankGroup, StoreServer
+from gpu_worker.runner_api import Runner
+
+
+def write_places(
+    layout: GroupLayout, node: int, settings: WorkerSettings, store_address: str, host: str
+) -> list[group_pb2.RankPlace]:
+    """The places of a node's ranks."""
+    ranks = layout.ranks_of_node(node)
+    return [
+        group_pb2.RankPlace(
+            rank=rank,
+            tensor_parallel_size=layout.tensor_parallel_size,
+            stage_layers=layout.stage_layers,
+            expert_parallel=layout.expert_parallel,
+            local_rank=rank - ranks.start,
+            num_local_ranks=len(ranks),
+            store_address=store_address,
+            host=host,
+            timeout_s=settings.group_timeout_s,
+            settings=settings.model_dump_json(exclude_none=True),
+        )
+        for rank in ranks
+    ]
+
+
+def read_place(message: group_pb2.RankPlace) -> Place:
+    return Place(
+        rank=message.rank,
+        layout=GroupLayout(message.tensor_parallel_size, tuple(message.stage_layers), message.expert_parallel),
+        local_rank=message.local_rank,
+        num_local_ranks=message.num_local_ranks,
+        store_address=message.store_address,
+        host=message.host,
+        timeout_s=message.timeout_s,
+    )
+
+
+def load_rank_runner(
+    settings: WorkerSettings, place: Place, server: StoreServer | None = None
+) -> tuple[Runner, group_pb2.RankReady]:
+    """Find the other ranks, then load this rank's part of the model; `server` is the store's socket on rank 0.
+
+    Raises:
+        GroupError: the others are not found in time. What `TorchRunner.load` raises.
+    """
+    device = resolve_device(settings.device, place.local_rank)
+    group = RankGroup(place, device, server)
+    runner: Runner
+    if device.type == "cuda":
+        from gpu_worker.cuda.loading import load_cuda_runner
+
+        runner = load_cuda_runner(settings, device, group)
+    else:
+        from gpu_worker.runner import TorchRunner
+
+        runner = TorchRunner.load(settings, group)
+    facts = runner.describe()
+    return runner, group_pb2.RankReady(device=facts.devices[0], block_bytes=facts.block_bytes)
