@@ -228,7 +228,7 @@ class Engine:
         self._pump_scheduled = False
         if self._scheduler is None or self._link is None or not self._connected.is_set():
             return
-        while len(self._in_flight) < self._config.steps_in_flight:
+        while len(self._in_flight) < max(self._config.steps_in_flight, self._scheduler.config.wanted_in_flight):
             now = time.monotonic()
             plan = self._scheduler.plan(now)
             if plan is None:
@@ -330,6 +330,7 @@ class Engine:
             max_num_batched_tokens=budget,
             policy=self._config.scheduling_policy,
             enable_prefix_caching=self._config.enable_prefix_caching,
+            num_stages=max(1, worker.num_stages),
         )
         # A sequence has to fit the pool as well as the context.
         max_model_len = min(worker.max_model_len, (worker.num_blocks - worker.first_block_id) * worker.block_size)

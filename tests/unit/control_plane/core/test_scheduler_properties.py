@@ -170,6 +170,7 @@ configs = st.builds(
     max_num_batched_tokens=st.integers(3, 40),
     policy=st.sampled_from(["fcfs", "priority"]),
     enable_prefix_caching=st.booleans(),
+    num_stages=st.integers(1, 3),
 )
 
 # What happens between two steps: how many requests arrive, what is cancelled, whether the worker dies.
