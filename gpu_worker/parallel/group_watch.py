@@ -10,8 +10,7 @@ from collections.abc import Callable
 from stepwire.v1 import group_pb2
 
 from gpu_worker.config import PROGRAM
-from gpu_worker.parallel.layout import GroupLayout
-from gpu_worker.parallel.process_group import GroupError
+from gpu_worker.parallel.layout import GroupError, GroupLayout
 
 # How long whoever really failed has to be noticed after another rank has felt it.
 _CAUSE_GRACE_S = 1.5

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gpu_worker.errors import LoadError
 from gpu_worker.parallel.shares import ParallelError
+
+
+class GroupError(LoadError, RuntimeError):
+    """Ranks do not find together, or one is lost. The message names the rank and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,23 @@ class GroupLayout:
         if self.tensor_parallel_size > 1:
             parts.append(f"tensor-parallel rank {rank % self.tensor_parallel_size} of {self.tensor_parallel_size}")
         return f"rank {rank}" + (f" ({', '.join(parts)})" if parts else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A rank's place in its group, as handed out by rank 0."""
+
+    rank: int
+    layout: GroupLayout
+    local_rank: int = 0
+    num_local_ranks: int = 1
+    store_address: str = ""
+    host: str = "127.0.0.1"
+    timeout_s: float = 25.0
+
+    @property
+    def label(self) -> str:
+        return self.layout.describe_rank(self.rank)
 
 
 def plan_layout(

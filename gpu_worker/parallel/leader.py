@@ -14,13 +14,14 @@ from gpu_worker.errors import LoadError
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.model_spec import ModelConfigError, ModelSpec
 from gpu_worker.models.loader import read_spec
-from gpu_worker.parallel.group_members import load_rank_runner, read_place, write_places
 from gpu_worker.parallel.group_runner import Followers, GroupRunner
 from gpu_worker.parallel.group_watch import GroupWatch
 from gpu_worker.parallel.layout import GroupLayout, plan_layout
 from gpu_worker.parallel.local_ranks import LocalRanks
 from gpu_worker.parallel.nodes import NodeServer, group_host
+from gpu_worker.parallel.places import read_place, write_places
 from gpu_worker.parallel.process_group import StoreServer
+from gpu_worker.parallel.rank_loading import load_rank_runner
 from gpu_worker.parallel.shares import ParallelContext
 from gpu_worker.quant.scheme import make_scheme
 from gpu_worker.runner_api import Runner

@@ -16,11 +16,10 @@ from stepwire.v1 import group_pb2, group_pb2_grpc
 
 from gpu_worker.config import WorkerSettings
 from gpu_worker.listen import ListenAddress, ListenError, read_pem
-from gpu_worker.parallel.group_members import write_places
 from gpu_worker.parallel.group_watch import GroupWatch
-from gpu_worker.parallel.layout import GroupLayout
+from gpu_worker.parallel.layout import GroupError, GroupLayout
 from gpu_worker.parallel.model_digest import model_digest
-from gpu_worker.parallel.process_group import GroupError
+from gpu_worker.parallel.places import write_places
 
 log = structlog.get_logger(__name__)
 

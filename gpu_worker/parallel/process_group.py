@@ -18,8 +18,7 @@ from torch.distributed import PrefixStore, ReduceOp, TCPStore
 from torch.distributed.distributed_c10d import AllgatherOptions, AllreduceOptions, ProcessGroupGloo
 
 # torch's stubs of its process groups lack nearly all methods: they are `Any` here.
-from gpu_worker.errors import LoadError
-from gpu_worker.parallel.layout import GroupLayout
+from gpu_worker.parallel.layout import GroupError, GroupLayout, Place
 from gpu_worker.parallel.shares import ParallelContext
 
 # A collective that takes longer has lost a rank that nobody saw end. Loading is among what ranks wait for.
@@ -27,27 +26,6 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 # Point-to-point messages carry the number of their step and what they are.
 _HIDDEN, _TOKENS = 0, 1
 _NUM_TAGS = 1 << 20
-
-
-class GroupError(LoadError, RuntimeError):
-    """Ranks do not find together, or one is lost. The message names the rank and what to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A rank's place in its group, as handed out by rank 0."""
-
-    rank: int
-    layout: GroupLayout
-    local_rank: int = 0
-    num_local_ranks: int = 1
-    store_address: str = ""
-    host: str = "127.0.0.1"
-    timeout_s: float = 25.0
-
-    @property
-    def label(self) -> str:
-        return self.layout.describe_rank(self.rank)
 
 
 class StoreServer:

@@ -23,7 +23,8 @@ from stepwire.v1 import group_pb2
 from gpu_worker.config import WorkerSettings
 from gpu_worker.errors import LoadError
 from gpu_worker.parallel.frames import Channel, ChannelClosed
-from gpu_worker.parallel.group_members import load_rank_runner, read_place
+from gpu_worker.parallel.places import read_place
+from gpu_worker.parallel.rank_loading import load_rank_runner
 from gpu_worker.runner_api import PendingStep, Runner, SessionEnded, StepError, TokenMask, UsesPauses
 from gpu_worker.step_codec import decode_mask, decode_step
 

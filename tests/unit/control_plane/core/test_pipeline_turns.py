@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -69,7 +70,7 @@ def test_a_new_sequence_joins_the_turns() -> None:
         driver.fill()
         driver.answer()
     last = driver.plans[-6:]
-    assert all(not set(one.rows) & set(following.rows) for one, following in zip(last, last[1:], strict=False))
+    assert all(not set(one.rows) & set(following.rows) for one, following in pairwise(last))
     assert {len(plan.rows) for plan in last} == {2, 3}
 
 

@@ -19,8 +19,8 @@ from gpu_worker.attention.torch_backend import TorchAttention
 from gpu_worker.kv_cache import KVCache, KVCacheShape
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.models.loader import load_weights, read_spec
-from gpu_worker.parallel.layout import GroupLayout
-from gpu_worker.parallel.process_group import Place, RankGroup, StoreServer
+from gpu_worker.parallel.layout import GroupLayout, Place
+from gpu_worker.parallel.process_group import RankGroup, StoreServer
 from gpu_worker.parallel.shares import ParallelContext
 from gpu_worker.quant.scheme import make_scheme
 

@@ -1,14 +1,11 @@
-"""Places on the wire, and what every rank does with its own: join the group, load its part of the model."""
+"""Ranks' places on the wire."""
 
 from __future__ import annotations
 
 from stepwire.v1 import group_pb2
 
 from gpu_worker.config import WorkerSettings
-from gpu_worker.device import resolve_device
-from gpu_worker.parallel.layout import GroupLayout
-from gpu_worker.parallel.process_group import Place, RankGroup, StoreServer
-from gpu_worker.runner_api import Runner
+from gpu_worker.parallel.layout import GroupLayout, Place
 
 
 def write_places(
@@ -43,26 +40,3 @@ def read_place(message: group_pb2.RankPlace) -> Place:
         host=message.host,
         timeout_s=message.timeout_s,
     )
-
-
-def load_rank_runner(
-    settings: WorkerSettings, place: Place, server: StoreServer | None = None
-) -> tuple[Runner, group_pb2.RankReady]:
-    """Find the other ranks, then load this rank's part of the model; `server` is the store's socket on rank 0.
-
-    Raises:
-        GroupError: the others are not found in time. What `TorchRunner.load` raises.
-    """
-    device = resolve_device(settings.device, place.local_rank)
-    group = RankGroup(place, device, server)
-    runner: Runner
-    if device.type == "cuda":
-        from gpu_worker.cuda.loading import load_cuda_runner
-
-        runner = load_cuda_runner(settings, device, group)
-    else:
-        from gpu_worker.runner import TorchRunner
-
-        runner = TorchRunner.load(settings, group)
-    facts = runner.describe()
-    return runner, group_pb2.RankReady(device=facts.devices[0], block_bytes=facts.block_bytes)
