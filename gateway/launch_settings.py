@@ -100,14 +100,14 @@ class LaunchSettings(ProcessSettings):
     max_num_batched_tokens: PositiveInt | None = Field(
         None, description="most tokens one step runs", json_schema_extra=_passed_to(WORKER)
     )
-    tensor_parallel_size: PositiveInt | None = Field(
-        None,
-        description="devices that share every layer; default: one",
+    tensor_parallel_size: PositiveInt = Field(
+        1,
+        description="devices that share every layer",
         json_schema_extra=_passed_to(WORKER),
     )
-    pipeline_parallel_size: PositiveInt | None = Field(
-        None,
-        description="stages of devices that hold some of the layers each; default: one",
+    pipeline_parallel_size: PositiveInt = Field(
+        1,
+        description="stages of devices that hold some of the layers each",
         json_schema_extra=_passed_to(WORKER),
     )
     pipeline_parallel_layers: TokenCounts = Field(

@@ -16,7 +16,8 @@ from .test_launcher import stream
 
 RANK_MODULE = "gpu_worker.parallel.rank_process"
 # Small steps, so that prompts come in chunks beside decodes; a pool that 16 streams do not fit into.
-FLAGS = ("--dtype=float32", "--device=cpu", "--num-threads=1", "--served-model-name=tiny", "--max-num-batched-tokens=48")
+PLACE = ("--dtype=float32", "--device=cpu", "--num-threads=1", "--served-model-name=tiny")
+FLAGS = (*PLACE, "--max-num-batched-tokens=48")
 
 
 def pool(num_blocks: int, block_bytes: int) -> str:
@@ -115,7 +116,7 @@ def test_every_layout_gives_the_tokens_of_one_rank(
 @pytest.mark.timeout(900)
 def test_the_default_model_split_in_every_way(smollm2_dir: Path) -> None:
     """SmolLM2 has 9 heads and 3 KV heads: 3 ranks a stage."""
-    flags = ("--dtype=float32", "--device=cpu", "--num-threads=1", "--served-model-name=tiny", "--cpu-kv-cache-gib=0.2")
+    flags = (*PLACE, "--cpu-kv-cache-gib=0.2")
 
     def tokens(*parallel: str) -> list[dict[int, list]]:
         with Launched(smollm2_dir, *flags, "--max-model-len=512", *parallel, ready_timeout_s=300) as launched:
