@@ -18,6 +18,7 @@ from queue import SimpleQueue
 
 import structlog
 from stepwire.process.logs import set_up_logging
+from stepwire.process.parent import end_with_parent
 from stepwire.v1 import group_pb2
 
 from gpu_worker.config import WorkerSettings
@@ -78,6 +79,8 @@ class RankFollower:
 def main(argv: list[str]) -> int:
     # The process that started this one decides when it ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # There is nothing to finish, and a rank that hangs or is stopped would not see its pipe close.
+    end_with_parent(signal.SIGKILL)
     channel = Channel(socket.socket(fileno=int(argv[0])))
     try:
         place = channel.receive(group_pb2.RankCommand).place
@@ -89,6 +92,7 @@ def main(argv: list[str]) -> int:
     commands: SimpleQueue[group_pb2.RankCommand] = SimpleQueue()
     threading.Thread(target=_read, args=(channel, commands), name="commands", daemon=True).start()
     channel.send(group_pb2.RankEvent(rank=place.rank, started=group_pb2.Empty()).SerializeToString())
+    log.info("this rank waits for the others")
     if commands.get().WhichOneof("command") != "form":
         return 0
     try:
