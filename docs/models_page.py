@@ -31,7 +31,7 @@ from gpu_worker.model_spec import ModelSpec  # noqa: E402
 from gpu_worker.models.family import ModelFamily  # noqa: E402
 from gpu_worker.models.hf_config import HfConfig  # noqa: E402
 from gpu_worker.models.registry import find_family, known_architectures  # noqa: E402
-from gpu_worker.parallel import ParallelContext  # noqa: E402
+from gpu_worker.parallel.shares import ParallelContext  # noqa: E402
 from gpu_worker.quant.config import SUPPORTED  # noqa: E402
 from gpu_worker.quant.scheme import ON_LOAD  # noqa: E402
 from tests.unit.gpu_worker.models.test_transformers_fallback import CARRIED, REFUSED  # noqa: E402

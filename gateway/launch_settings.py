@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
-from stepwire.process.settings import Port, PositiveInt, ProcessSettings, Secrets, Strings
+from stepwire.process.settings import Port, PositiveInt, ProcessSettings, Secrets, Strings, TokenCounts
 
 GATEWAY, CONTROL_PLANE, WORKER = "gateway", "control_plane", "gpu_worker"
 
@@ -115,6 +115,26 @@ class LaunchSettings(ProcessSettings):
     )
     max_num_batched_tokens: PositiveInt | None = Field(
         None, description="most tokens one step runs", json_schema_extra=_passed_to(WORKER)
+    )
+    tensor_parallel_size: PositiveInt = Field(
+        1,
+        description="devices that share every layer",
+        json_schema_extra=_passed_to(WORKER),
+    )
+    pipeline_parallel_size: PositiveInt = Field(
+        1,
+        description="stages of devices that hold some of the layers each",
+        json_schema_extra=_passed_to(WORKER),
+    )
+    pipeline_parallel_layers: TokenCounts = Field(
+        (),
+        description="layers of each stage, as 10,22; default: split by cost",
+        json_schema_extra=_passed_to(WORKER),
+    )
+    enable_expert_parallel: bool = Field(
+        False,
+        description="devices that share a layer hold different experts of it, not a part of each",
+        json_schema_extra=_passed_to(WORKER),
     )
     gpu_memory_utilization: float = Field(
         0.90,

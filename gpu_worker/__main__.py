@@ -29,6 +29,10 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGINT, _exit_while_loading)
     if settings.exit_with_parent:
         end_with_parent()
+    if settings.join is not None:
+        from gpu_worker.parallel.joining import hold_ranks
+
+        return hold_ranks(settings)
     try:
         server = _make_server(settings)
         address = server.start()
@@ -86,6 +90,10 @@ def load_runner(settings: WorkerSettings) -> Runner:
         from gpu_worker.simulated import SimulatedRunner, SimulationSpec
 
         return SimulatedRunner(SimulationSpec.from_settings(settings))
+    if settings.num_ranks > 1:
+        from gpu_worker.parallel.leader import load_group_runner
+
+        return load_group_runner(settings)
     from gpu_worker.device import resolve_device
 
     device = resolve_device(settings.device)

@@ -25,7 +25,8 @@ from gpu_worker.layers.linear import BuildContext
 from gpu_worker.model_spec import ModelConfigError, ModelSpec
 from gpu_worker.models.family import ModelFamily
 from gpu_worker.models.loader import check_weights, fill_random, load_weights
-from gpu_worker.parallel import ParallelContext
+from gpu_worker.parallel.process_group import RankGroup
+from gpu_worker.parallel.shares import ParallelContext
 from gpu_worker.pooling import PoolingSpec
 from gpu_worker.row_table import BatchLimits
 from gpu_worker.runner_api import PoolingFacts, PoolingKind, WorkerFacts
@@ -116,16 +117,19 @@ def plan_memory(
     device: torch.device,
     dtype: torch.dtype,
     workspace_bytes: int = 0,
+    num_local_ranks: int = 1,
 ) -> tuple[Sizes, MemoryPlan]:
     """The KV pool; a max_model_len that nobody asked for is lowered to what the pool holds.
 
-    `workspace_bytes`: what the runner holds beside weights, activations and KV cache.
+    `workspace_bytes`: what the runner holds beside weights, activations and KV cache. `num_local_ranks`: how many
+    share this node, and on a CPU its memory.
     """
+    cpu_kv_cache_gib = settings.cpu_kv_cache_gib / num_local_ranks
     activations = activation_bytes(spec, parallel, sizes.max_num_batched_tokens, sizes.max_num_seqs, dtype)
     activations += workspace_bytes
     total_bytes = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
     if settings.max_model_len is None:
-        budget = int(settings.cpu_kv_cache_gib * (1 << 30))
+        budget = int(cpu_kv_cache_gib * (1 << 30))
         if device.type == "cuda":
             budget = int(total_bytes * settings.gpu_memory_utilization) - weight_bytes - activations
         fitting = longest_sequence(shape, budget)
@@ -146,7 +150,7 @@ def plan_memory(
     else:
         plan = plan_cpu_memory(
             shape,
-            kv_cache_gib=settings.cpu_kv_cache_gib,
+            kv_cache_gib=cpu_kv_cache_gib,
             weight_bytes=weight_bytes,
             activation_bytes=activations,
             max_model_len=sizes.max_model_len,
@@ -156,14 +160,24 @@ def plan_memory(
     return sizes, plan
 
 
+def agree_on_sizes(sizes: Sizes, plan: MemoryPlan, shape: KVCacheShape, group: RankGroup) -> tuple[Sizes, MemoryPlan]:
+    """What the rank with the least room can hold, on all ranks."""
+    num_blocks, max_model_len = group.least([plan.num_blocks, sizes.max_model_len])
+    return (
+        replace(sizes, max_model_len=max_model_len),
+        replace(plan, num_blocks=num_blocks, kv_bytes=num_blocks * shape.block_bytes),
+    )
+
+
 def attention_spec(spec: ModelSpec, parallel: ParallelContext) -> AttentionSpec:
     heads = parallel.heads(spec.num_heads, spec.num_kv_heads)
+    held = parallel.layers(spec.num_layers)
     return AttentionSpec(
         num_heads=heads.query.size,
         num_kv_heads=heads.kv.size,
         head_dim=spec.head_dim,
         scale=spec.attention_scale,
-        windows=tuple(layer.sliding_window for layer in spec.layers),
+        windows=tuple(layer.sliding_window for layer in spec.layers[held.start : held.stop]),
         softcap=spec.attention_softcap,
         has_sinks=spec.attention_sinks,
         value_dim=None if spec.latent is None else spec.latent.kv_rank,

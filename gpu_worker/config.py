@@ -69,6 +69,41 @@ class WorkerSettings(ProcessSettings):
         description="file that every step and its result is appended to, for `stepwire replay FILE`; holds token ids",
     )
 
+    # The ranks of a group: tensor_parallel_size x pipeline_parallel_size, of which this worker is rank 0.
+    tensor_parallel_size: PositiveInt = Field(
+        1, description="ranks that share every layer; each device holds a part of its weights and of its KV cache"
+    )
+    pipeline_parallel_size: PositiveInt = Field(
+        1, description="stages of ranks that hold some of the layers each, working on different steps at a time"
+    )
+    pipeline_parallel_layers: TokenCounts = Field(
+        (), description="layers of each stage, as 10,22, for devices that are not equal; default: split by cost"
+    )
+    enable_expert_parallel: bool = Field(
+        False, description="a stage's ranks hold different experts of a mixture, not a part of each"
+    )
+    num_nodes: PositiveInt = Field(
+        1, description="machines that the ranks are spread over; all but the first run a worker with --join"
+    )
+    group_listen: str | None = Field(
+        None,
+        description="HOST:PORT where the group's other nodes join rank 0's, for num_nodes above 1; HOST is an address "
+        "that they reach",
+    )
+    join: str | None = Field(
+        None,
+        description="HOST:PORT of the group_listen of a group's first node: this process holds ranks of that group, "
+        "and takes their settings from it",
+    )
+    group_tls_cert: Path | None = Field(
+        None, description="PEM certificate chain of this node towards the group's others; with group_tls_key and _ca"
+    )
+    group_tls_key: Path | None = Field(None, description="PEM private key of group_tls_cert")
+    group_tls_ca: Path | None = Field(None, description="PEM roots of the certificates of all of the group's nodes")
+    group_timeout_s: float = Field(
+        25.0, gt=0, description="seconds that ranks wait for one another while their group forms"
+    )
+
     # The model's numbers.
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto is cuda where there is a device, else cpu")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -189,6 +224,7 @@ class WorkerSettings(ProcessSettings):
 
     @model_validator(mode="after")
     def _check_together(self) -> WorkerSettings:
+        self._check_group()
         if self.runner == "torch" and self.model is None:
             raise ValueError(
                 "--model is missing: give the model's directory, or --runner simulated for one without weights"
@@ -204,6 +240,24 @@ class WorkerSettings(ProcessSettings):
         if list(self.sim_buckets) != sorted(set(self.sim_buckets)):
             raise ValueError("--sim-buckets must ascend, each count once, as 8,16,32")
         return self
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tensor_parallel_size * self.pipeline_parallel_size
+
+    def _check_group(self) -> None:
+        if self.num_ranks > 1 and self.runner == "simulated":
+            raise ValueError("--runner simulated has one rank: leave --tensor-parallel-size and its like out")
+        if self.num_nodes > 1 and self.group_listen is None:
+            raise ValueError("--num-nodes above 1 needs --group-listen HOST:PORT, where the other nodes join")
+        if self.group_listen is not None and self.num_nodes == 1:
+            raise ValueError("--group-listen is for groups of several nodes: set --num-nodes as well")
+        if self.join is not None and (self.num_ranks > 1 or self.num_nodes > 1):
+            raise ValueError(
+                "--join takes sizes from the group's first node: set --tensor-parallel-size and its like there"
+            )
+        if len({self.group_tls_cert is None, self.group_tls_key is None, self.group_tls_ca is None}) > 1:
+            raise ValueError("--group-tls-cert, --group-tls-key and --group-tls-ca belong together: give all, or none")
 
 
 def parse_settings(argv: Sequence[str]) -> WorkerSettings:

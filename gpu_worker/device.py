@@ -16,25 +16,29 @@ class DeviceError(LoadError, RuntimeError):
     """The asked device cannot be used. The message says what to set instead."""
 
 
-def resolve_device(name: str) -> torch.device:
-    """`auto`, `cpu` or `cuda` as a device.
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto`, `cpu` or `cuda` as a device; a node's ranks take its CUDA devices one after another.
 
     Raises:
-        DeviceError: `cuda` was asked for and this machine or this build of torch has none.
+        DeviceError: `cuda` was asked for and this machine or this build of torch has none, or fewer than ranks.
     """
-    if name == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    if name == "cpu":
+    if name not in ("auto", "cpu", "cuda"):
+        raise DeviceError(f"device {name!r} is not known: set --device auto, cpu or cuda")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    if name == "cuda":
-        if not torch.cuda.is_available():
-            build = torch.version.cuda or "a CPU-only build"
-            raise DeviceError(
-                f"device is cuda, but torch {torch.__version__} ({build}) finds no CUDA device: "
-                "set --device cpu, or check the driver with nvidia-smi"
-            )
-        return torch.device("cuda", 0)
-    raise DeviceError(f"device {name!r} is not known: set --device auto, cpu or cuda")
+    if not torch.cuda.is_available():
+        build = torch.version.cuda or "a CPU-only build"
+        raise DeviceError(
+            f"device is cuda, but torch {torch.__version__} ({build}) finds no CUDA device: "
+            "set --device cpu, or check the driver with nvidia-smi"
+        )
+    num_devices = torch.cuda.device_count()
+    if local_rank >= num_devices:
+        raise DeviceError(
+            f"this node has {num_devices} CUDA devices, and its rank number {local_rank + 1} finds none: set a smaller "
+            "--tensor-parallel-size or --pipeline-parallel-size, or spread the ranks with --num-nodes"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def resolve_dtype(name: str, device: torch.device, checkpoint_dtype: torch.dtype) -> torch.dtype:

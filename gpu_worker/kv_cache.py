@@ -15,7 +15,7 @@ import torch
 
 from gpu_worker.errors import LoadError
 from gpu_worker.model_spec import ModelSpec
-from gpu_worker.parallel import ParallelContext
+from gpu_worker.parallel.shares import ParallelContext
 
 FIRST_BLOCK_ID = 1
 GIB = 1 << 30
@@ -41,7 +41,7 @@ class KVCacheShape:
     def of(cls, spec: ModelSpec, parallel: ParallelContext, block_size: int, dtype: torch.dtype) -> KVCacheShape:
         heads = parallel.heads(spec.num_heads, spec.num_kv_heads)
         num_planes = 2 if spec.latent is None else 1
-        return cls(spec.num_layers, heads.kv.size, block_size, spec.head_dim, dtype, num_planes)
+        return cls(len(parallel.layers(spec.num_layers)), heads.kv.size, block_size, spec.head_dim, dtype, num_planes)
 
     @property
     def block_bytes(self) -> int:

@@ -109,12 +109,12 @@ def _check_port_is_free(host: str, port: int) -> None:
 
 def read_server_credentials(cert: Path, key: Path, client_ca: Path | None) -> grpc.ServerCredentials:
     """TLS from PEM files; with `client_ca`, mutual. Raises `ListenError`."""
-    chain, private_key = _read_pem(cert, "--tls-cert"), _read_pem(key, "--tls-key")
-    roots = _read_pem(client_ca, "--tls-client-ca") if client_ca is not None else None
+    chain, private_key = read_pem(cert, "--tls-cert"), read_pem(key, "--tls-key")
+    roots = read_pem(client_ca, "--tls-client-ca") if client_ca is not None else None
     return grpc.ssl_server_credentials([(private_key, chain)], roots, require_client_auth=roots is not None)
 
 
-def _read_pem(path: Path, flag: str) -> bytes:
+def read_pem(path: Path, flag: str) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:

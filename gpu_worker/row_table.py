@@ -74,9 +74,13 @@ class RowTable:
             return f"num_logprobs {add.sampling.num_logprobs} is above max_num_logprobs {self._limits.max_num_logprobs}"
         return None
 
+    def blocks(self, row: int) -> IntArray:
+        """The blocks that a row holds, in position order."""
+        return self._block_tables[row, : self._num_blocks[row]].copy()
+
     def forget(self, row: int) -> list[int]:
         """Forget a row that failed; the blocks it held."""
-        blocks = self._block_tables[row, : self._num_blocks[row]].tolist()
+        blocks: list[int] = self.blocks(row).tolist()
         self._forget(row)
         return blocks
 

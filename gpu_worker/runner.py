@@ -6,6 +6,7 @@ Runs on a CPU; on a CUDA device it is the plain reference, with the host in the 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -14,6 +15,7 @@ import structlog
 import torch
 
 from gpu_worker.assembly import (
+    agree_on_sizes,
     attention_spec,
     batch_limits,
     encoder_sizes,
@@ -41,7 +43,8 @@ from gpu_worker.layers.ops import TORCH_OPS
 from gpu_worker.model_spec import ModelConfigError
 from gpu_worker.models.family import ModelFamily, ReadsPairs
 from gpu_worker.models.loader import read_spec
-from gpu_worker.parallel import ParallelContext
+from gpu_worker.parallel.process_group import RankGroup, single_rank
+from gpu_worker.parallel.sampled import UntakenStep, num_words, to_words
 from gpu_worker.pooling import Pooler, PoolingSpec, read_pooling
 from gpu_worker.quant.api import QuantScheme
 from gpu_worker.quant.scheme import make_scheme
@@ -70,6 +73,18 @@ class FinishedStep:
         return self.finished
 
 
+@dataclass(slots=True)
+class AwaitedStep:
+    """A step whose tokens another rank draws."""
+
+    begun: StepResult
+    untaken: UntakenStep
+
+    def result(self) -> StepResult:
+        _write_tokens(self.begun, self.untaken.inputs, self.untaken.sampled())
+        return self.begun
+
+
 @dataclass(frozen=True, slots=True)
 class PooledVectors:
     """What a step's pooling gave: a vector a row."""
@@ -88,9 +103,14 @@ class TorchRunner:
         attention: TorchAttention | EncoderAttention,
         facts: WorkerFacts,
         device: torch.device,
+        group: RankGroup,
         pooling: PoolingSpec | None = None,
         logits: Callable[[HiddenStates], torch.Tensor] | None = None,
     ) -> None:
+        self._group = group
+        self._stage = group.context()
+        self._num_executed = 0
+        self._untaken: deque[UntakenStep] = deque()
         self.model = model
         self._pooler = None if pooling is None else Pooler(pooling, model)
         self._to_logits = model.logits if logits is None else logits
@@ -101,8 +121,8 @@ class TorchRunner:
         self._rows = InputBatch(batch_limits(facts))
 
     @classmethod
-    def load(cls, settings: WorkerSettings) -> TorchRunner:
-        """Build the model that `settings` name, load its weights and allocate the KV cache.
+    def load(cls, settings: WorkerSettings, group: RankGroup | None = None) -> TorchRunner:
+        """Build this rank's part of the model that `settings` name, load its weights and allocate the KV cache.
 
         Raises:
             ModelConfigError: config.json is missing, not supported, or the settings exceed the model.
@@ -114,7 +134,9 @@ class TorchRunner:
             raise ModelConfigError("no model is set: give the model's directory with --model")
         if settings.num_threads is not None:
             torch.set_num_threads(settings.num_threads)
-        device = resolve_device(settings.device)
+        elif group is not None and group.place.num_local_ranks > 1:
+            torch.set_num_threads(max(1, torch.get_num_threads() // group.place.num_local_ranks))
+        device = resolve_device(settings.device, 0 if group is None else group.place.local_rank)
         spec, family = read_spec(settings.model)
         pooling = read_pooling(settings.model, spec, family, settings.task, settings.pooling)
         if pooling is not None:
@@ -126,7 +148,10 @@ class TorchRunner:
                 "set --kv-cache-dtype auto, bfloat16 or float16"
             )
         kv_dtype = resolve_kv_dtype(settings.kv_cache_dtype, dtype)
-        parallel = ParallelContext()
+        group = group or single_rank(spec.num_layers)
+        if group.layout.world_size > 1:
+            _refuse_to_split(settings, family, pooling)
+        parallel = group.context()
         if settings.deterministic:
             refuse_uncovered(spec, family)
             _refuse_other_devices(device)
@@ -147,10 +172,14 @@ class TorchRunner:
             sizes, shape = encoder_sizes(sizes, settings), replace(shape, num_layers=0)
         model = load_model(settings, family, spec, build, sizes.max_model_len)
         weight_bytes = model.num_bytes()
+        num_local_ranks = group.place.num_local_ranks
         if family.is_encoder:
             plan = plan_encoder_memory(shape, sizes, weight_bytes, device)
         else:
-            sizes, plan = plan_memory(settings, spec, parallel, shape, sizes, weight_bytes, device, dtype)
+            sizes, plan = plan_memory(
+                settings, spec, parallel, shape, sizes, weight_bytes, device, dtype, num_local_ranks=num_local_ranks
+            )
+            sizes, plan = agree_on_sizes(sizes, plan, shape, group)
         for line in plan.lines()[: 1 if family.is_encoder else None]:
             log.info(line)
         kv_cache = KVCache(shape, plan.num_blocks, device)
@@ -162,14 +191,15 @@ class TorchRunner:
             backend = TiledTorchAttention if settings.deterministic else TorchAttention
             attention = backend(heads, kv_cache.layers, dtype)
         facts = worker_facts(settings.model, spec, sizes, plan, shape, device, dtype, pooling)
-        return cls(
-            model, kv_cache, attention, facts, device, pooling, TiledLogits(model) if settings.deterministic else None
-        )
+        logits = TiledLogits(model) if settings.deterministic else None
+        return cls(model, kv_cache, attention, facts, device, group, pooling, logits)
 
     def describe(self) -> WorkerFacts:
         return self._facts
 
     def reset(self) -> None:
+        # What the last session's steps drew is still under way: it must not be taken for the next one's.
+        self._take_until(len(self._untaken))
         self._rows.clear()
         if self._pooler is not None:
             self._pooler.clear()
@@ -178,16 +208,19 @@ class TorchRunner:
         """Nothing is held that the end of the process does not free."""
         self._rows.clear()
 
-    def execute(self, batch: StepBatch, wait_for_mask: Callable[[], TokenMask]) -> FinishedStep:
+    def execute(self, batch: StepBatch, wait_for_mask: Callable[[], TokenMask]) -> FinishedStep | AwaitedStep:
         begun = time.perf_counter_ns()
+        step, self._num_executed = self._num_executed, self._num_executed + 1
+        self._take_what_is_needed(batch)
         inputs, faults = self.build_inputs(batch)
         built = time.perf_counter_ns()
         logits = None
         pooled = PooledVectors()
         if inputs is not None:
-            hidden = self._forward(inputs)
-            pooled = self._pool(inputs, hidden)
-            logits = self._logits(inputs, hidden)
+            hidden = self._forward(inputs, step)
+            if hidden is not None:
+                pooled = self._pool(inputs, hidden)
+                logits = self._logits(inputs, hidden)
         computed = time.perf_counter_ns()
         mask = wait_for_mask() if len(batch.mask_rows) else None
         masked = time.perf_counter_ns()
@@ -197,12 +230,19 @@ class TorchRunner:
             offsets=np.zeros(1, dtype=np.uint32),
             token_ids=np.zeros(0, dtype=np.uint32),
             faults=faults,
+            input_ns=built - begun,
+            forward_ns=computed - built,
         )
-        if inputs is not None and logits is not None:
-            self.draw(inputs, logits, mask, result)
         self._write_pooled(pooled, result)
-        result.input_ns = built - begun
-        result.forward_ns = computed - built
+        if inputs is None or not len(inputs.sampled_rows):
+            return FinishedStep(result)
+        if not self._group.samples:
+            untaken = self._await_tokens(inputs, step)
+            return AwaitedStep(result, untaken)
+        if logits is not None:
+            sampled = self.draw(inputs, logits, mask, step)
+            self._take(inputs, sampled)
+            _write_tokens(result, inputs, sampled)
         result.sample_ns = time.perf_counter_ns() - masked
         return FinishedStep(result)
 
@@ -211,14 +251,24 @@ class TorchRunner:
         return self._rows.apply(batch)
 
     @torch.inference_mode()
-    def _forward(self, inputs: StepInputs) -> HiddenStates:
+    def _forward(self, inputs: StepInputs, step: int) -> HiddenStates | None:
+        """What the last layer gives; None if another stage has it."""
         self.attention.plan(inputs.metadata)
         token_ids = torch.from_numpy(inputs.token_ids).to(self._device)
         positions = torch.from_numpy(inputs.metadata.positions).to(self._device)
+        received = None
+        if not self._stage.is_first_stage:
+            size = (len(inputs.token_ids), self.model.spec.hidden_size)
+            on_host = self._group.receive_hidden(torch.empty(size, dtype=self.model.dtype), step)
+            received = on_host.to(self._device)  # [num_tokens, hidden]
         if inputs.segments is not None and isinstance(self.model, ReadsPairs):
             segments = torch.from_numpy(inputs.segments).to(self._device)
             return self.model.hidden_states(token_ids, positions, self.attention, segments)
-        return self.model.hidden_states(token_ids, positions, self.attention)
+        hidden = self.model.hidden_states(token_ids, positions, self.attention, received)  # [num_tokens, hidden]
+        if self._stage.is_last_stage:
+            return hidden
+        self._group.send_hidden(hidden.added().cpu(), step)
+        return None
 
     @torch.inference_mode()
     def _pool(self, inputs: StepInputs, hidden: HiddenStates) -> PooledVectors:
@@ -261,23 +311,44 @@ class TorchRunner:
             hidden = hidden.select(torch.from_numpy(inputs.sampled_tokens).to(self._device))
         return self._to_logits(hidden)
 
-    def draw(self, inputs: StepInputs, logits: torch.Tensor, mask: TokenMask | None, result: StepResult) -> None:
-        """Sample into `result`, and into the rows. logits [num_sampled, vocab_size]."""
+    def draw(self, inputs: StepInputs, logits: torch.Tensor, mask: TokenMask | None, step: int) -> SampledTokens:
+        """A token for each of `logits`, [num_sampled, vocab_size], told to the ranks that wait for it."""
         rows = inputs.sampled_rows.tolist()
         bitmasks = None if mask is None else _bitmasks_of(rows, mask)
         samplers = [self._rows.sampler(row) for row in rows]
         sampled = sample(logits, samplers, inputs.sampled_positions, bitmasks)
-        failed = {fault.index for fault in sampled.faults}
-        for fault in sampled.faults:
-            row = rows[fault.index]
-            result.faults.append(RowFault(row, fault.code, f"row {row}: {fault.message}"))
-            blocks = self._rows.forget(row)
-            if fault.code == RowFaultCode.NOT_FINITE:
-                self._kv_cache.scrub(blocks)
+        if self._group.layout.world_size > 1:
+            self._group.send_tokens(to_words(sampled, samplers), step)
+        return sampled
+
+    def _await_tokens(self, inputs: StepInputs, step: int) -> UntakenStep:
+        rows = inputs.sampled_rows.tolist()
+        buffer = torch.empty(num_words([self._rows.sampler(row) for row in rows]), dtype=torch.int32)
+        blocks = np.concatenate([self._rows.blocks(row) for row in rows])
+        untaken = UntakenStep(inputs, self._group.expect_tokens(buffer, step), blocks)
+        self._untaken.append(untaken)
+        return untaken
+
+    def _take_what_is_needed(self, batch: StepBatch) -> None:
+        touched = [step.is_touched_by(batch, self._facts.block_size) for step in self._untaken]
+        self._take_until(len(touched) - touched[::-1].index(True) if any(touched) else 0)
+
+    def _take_until(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            step = self._untaken.popleft()
+            self._take(step.inputs, step.sampled())
+
+    def _take(self, inputs: StepInputs, sampled: SampledTokens) -> None:
+        """Tokens join their rows; a row that got none is forgotten."""
+        rows = inputs.sampled_rows.tolist()
+        failed = {fault.index: fault for fault in sampled.faults}
         for index, row in enumerate(rows):
             if index not in failed:
                 self._rows.append(row, int(sampled.token_ids[index]))
-        _write_tokens(result, inputs, sampled, failed)
+                continue
+            blocks = self._rows.forget(row)
+            if failed[index].code == RowFaultCode.NOT_FINITE:
+                self._kv_cache.scrub(blocks)
 
 
 def _refuse_other_devices(device: torch.device) -> None:
@@ -288,7 +359,24 @@ def _refuse_other_devices(device: torch.device) -> None:
         )
 
 
-def _write_tokens(result: StepResult, inputs: StepInputs, sampled: SampledTokens, failed: set[int]) -> None:
+def _refuse_to_split(settings: WorkerSettings, family: type[ModelFamily], pooling: PoolingSpec | None) -> None:
+    what = {
+        "--deterministic": settings.deterministic,
+        "a model that runs through transformers' own code": family.host_plans_attention,
+        "pooling": pooling is not None,
+    }
+    for name, is_asked in what.items():
+        if is_asked:
+            raise ModelConfigError(
+                f"{name} works on one rank only: leave out --tensor-parallel-size and --pipeline-parallel-size"
+            )
+
+
+def _write_tokens(result: StepResult, inputs: StepInputs, sampled: SampledTokens) -> None:
+    failed = {fault.index for fault in sampled.faults}
+    for fault in sampled.faults:
+        row = int(inputs.sampled_rows[fault.index])
+        result.faults.append(RowFault(row, fault.code, f"row {row}: {fault.message}"))
     keep = np.array([index for index in range(len(inputs.sampled_rows)) if index not in failed], dtype=np.int64)
     result.rows = inputs.sampled_rows[keep].astype(np.uint32)
     result.offsets = np.arange(len(keep) + 1, dtype=np.uint32)

@@ -58,6 +58,8 @@ class WorkerFacts:
     block_bytes: int
     can_mask_tokens: bool
     pooling: PoolingFacts | None = None
+    num_stages: int = 1
+    """Parts of the worker that work on different steps at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,8 +198,21 @@ class PendingStep(Protocol):
 class UsesPauses(Protocol):
     """A runner that has something to do while no step waits."""
 
+    def has_pause_work(self) -> bool:
+        """Whether `idle` would do anything now."""
+        ...
+
     def idle(self) -> bool:
         """Do a little of it, on the main thread; True: there is more for this pause. An exception as in `execute`."""
+        ...
+
+
+@runtime_checkable
+class FailsByItself(Protocol):
+    """A runner of several processes, one of which may end while nobody asks for anything."""
+
+    def watch(self, on_failure: Callable[[str], None]) -> None:
+        """Have it told to `on_failure`, on any thread: the worker is broken then."""
         ...
 
 

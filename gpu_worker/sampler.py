@@ -40,6 +40,14 @@ TOP_P_GUESS = 1024
 SPARSE_SHARE = 0.2
 
 
+FAULT_MESSAGES = {
+    RowFaultCode.NOT_FINITE: "the model's logits are not finite: overflow in this dtype, or damaged weights",
+    RowFaultCode.UNSUPPORTED: "no token may be drawn: the token mask, allowed_token_ids and suppressed_token_ids "
+    "exclude all",
+}
+"""Why a row may get no token."""
+
+
 class RowSampler:
     """One row's sampling parameters and what they need to remember of its tokens."""
 
@@ -145,16 +153,14 @@ def sample(
     logprobs = _LogprobTable.for_rows(rows)
     for index, row in enumerate(rows):
         if not finite[index]:
-            message = "the model's logits are not finite: overflow in this dtype, or damaged weights"
-            faults.append(SampleFault(index, RowFaultCode.NOT_FINITE, message))
+            faults.append(_fault(index, RowFaultCode.NOT_FINITE))
             continue
         bitmask = bitmasks[index] if bitmasks is not None else None
         if row.takes_argmax and bitmask is None:
             continue
         token_id = _draw(values[index], row, int(positions[index]), bitmask)
         if token_id is None:
-            message = "no token may be drawn: the token mask, allowed_token_ids and suppressed_token_ids exclude all"
-            faults.append(SampleFault(index, RowFaultCode.UNSUPPORTED, message))
+            faults.append(_fault(index, RowFaultCode.UNSUPPORTED))
             continue
         token_ids[index] = token_id
         if logprobs is not None and row.sampling.num_logprobs is not None:
@@ -168,6 +174,15 @@ def sample(
     )
 
 
+def num_top_logprobs(rows: Sequence[RowSampler]) -> int | None:
+    """The most alternatives that one of these rows asked for; None: none asked for log-probabilities."""
+    return max((row.sampling.num_logprobs for row in rows if row.sampling.num_logprobs is not None), default=None)
+
+
+def _fault(index: int, code: RowFaultCode) -> SampleFault:
+    return SampleFault(index, code, FAULT_MESSAGES[code])
+
+
 class _LogprobTable:
     """Log-probabilities of a step's rows under the raw distribution."""
 
@@ -178,8 +193,8 @@ class _LogprobTable:
 
     @classmethod
     def for_rows(cls, rows: Sequence[RowSampler]) -> _LogprobTable | None:
-        asked = [row.sampling.num_logprobs for row in rows if row.sampling.num_logprobs is not None]
-        return cls(len(rows), max(asked)) if asked else None
+        num_top = num_top_logprobs(rows)
+        return None if num_top is None else cls(len(rows), num_top)
 
     def fill(self, index: int, logits: torch.Tensor, token_id: int, num_top: int) -> None:
         """logits: float32 [vocab_size]."""

@@ -164,6 +164,7 @@ def encode_facts(facts: WorkerFacts, instance_id: str, version: str) -> worker_p
         version=version,
         block_bytes=facts.block_bytes,
         pooling=pooling,
+        num_stages=facts.num_stages,
     )
 
 

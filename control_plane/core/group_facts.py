@@ -43,6 +43,7 @@ def scheduler_config(worker: worker_pb2.DescribeResponse, config: EngineConfig) 
         policy=config.scheduling_policy,
         enable_prefix_caching=config.enable_prefix_caching,
         whole_prompts=worker.pooling.whole_prompts,
+        num_stages=max(1, worker.num_stages),
     )
 
 

@@ -47,6 +47,13 @@ class SchedulerConfig:
     enable_prefix_caching: bool = True
     # Prompts of requests that pool run in one step.
     whole_prompts: bool = False
+    num_stages: int = 1
+    """Steps that the worker computes at the same time, each in another stage."""
+
+    @property
+    def wanted_in_flight(self) -> int:
+        """Steps in flight below which a stage would wait: one in each, and one on its way."""
+        return self.num_stages + 1 if self.num_stages > 1 else 1
 
 
 @dataclass(slots=True)
@@ -241,7 +248,7 @@ class Scheduler:
             running = [only] if only.row != NO_ROW else []
             waiting = [only] if only.row == NO_ROW else []
         else:
-            running, waiting = list(self._running), self._waiting
+            running, waiting = self._take_turns(self._running), self._waiting
         budget = self.config.max_num_batched_tokens
         num_preemptions = self.counters.num_preemptions
 
@@ -331,6 +338,28 @@ class Scheduler:
         self.reset(self.config)
 
     # ---- planning ----
+
+    def _take_turns(self, running: list[SequenceState]) -> list[SequenceState]:
+        """Who runs in the next step of a worker of several stages.
+
+        A stage must wait for a row's newest token until the last stage has drawn it. So a row that samples sits out the
+        next `num_stages - 1` steps, and those that do not are spread evenly over the steps until the first come back.
+        """
+        num_stages = self.config.num_stages
+        if num_stages == 1:
+            return list(running)
+        recent = list(self._in_flight)[1 - num_stages :]
+        decodes = [sequence for sequence in running if sequence.samples_left and _waits_for_token(sequence)]
+        is_decode = set(decodes)
+        others = [sequence for sequence in running if sequence.samples_left and sequence not in is_decode]
+        rested = _without_sampling_in(recent, decodes)
+        while recent and not rested and not others:
+            # Nobody else is there: better a stage that waits a little than one that has nothing.
+            recent = recent[1:]
+            rested = _without_sampling_in(recent, decodes)
+        share = -(-len(rested) // (num_stages - len(recent)))
+        in_turn = {*rested[:share], *others}
+        return [sequence for sequence in running if sequence in in_turn]
 
     def _make_alone(self, suspect: SequenceState) -> bool:
         """Clear the worker of every other sequence; False while steps of theirs are still in flight.
@@ -590,6 +619,19 @@ def _check_rows(plan: StepPlan, outcome: StepOutcome, failures: Mapping[int, Row
         raise ProtocolError(
             f"step {plan.step_id} was to pool rows {pooled[:8]}..., the worker pooled {list(outcome.vectors)[:8]}..."
         )
+
+
+def _waits_for_token(sequence: SequenceState) -> bool:
+    """Whether all that it has left to run is its newest token."""
+    return sequence.num_total - sequence.num_computed == 1
+
+
+def _without_sampling_in(plans: list[StepPlan], sequences: list[SequenceState]) -> list[SequenceState]:
+    """Those of `sequences` that none of the plans samples."""
+    sampling = {
+        sequence for plan in plans for sequence, sample in zip(plan.sequences, plan.samples, strict=True) if sample
+    }
+    return [sequence for sequence in sequences if sequence not in sampling]
 
 
 def _fault_of(failure: RowFailure) -> RequestFault:

@@ -199,7 +199,7 @@ class WorkerGroup:
         self._pump_scheduled = False
         if self.scheduler is None or self._link is None:
             return
-        while len(self._in_flight) < self._config.steps_in_flight:
+        while len(self._in_flight) < max(self._config.steps_in_flight, self.scheduler.config.wanted_in_flight):
             now = time.monotonic()
             plan = self.scheduler.plan(now)
             if plan is None:

@@ -14,6 +14,7 @@ from stepwire_kernels.step_result import result_slot_words
 from gpu_worker.assembly import (
     MAX_NUM_LOGPROBS,
     Sizes,
+    agree_on_sizes,
     attention_spec,
     load_model,
     plan_memory,
@@ -41,7 +42,8 @@ from gpu_worker.model_spec import ModelConfigError, ModelSpec
 from gpu_worker.models.family import ModelFamily
 from gpu_worker.models.hf_config import HfConfig
 from gpu_worker.models.loader import read_spec
-from gpu_worker.parallel import ParallelContext
+from gpu_worker.parallel.process_group import RankGroup, single_rank
+from gpu_worker.parallel.shares import ParallelContext
 from gpu_worker.pooling import read_pooling
 from gpu_worker.quant.api import QuantScheme
 from gpu_worker.quant.scheme import make_scheme, read_quantization
@@ -85,8 +87,10 @@ class _Parts:
         )
 
 
-def load_cuda_runner(settings: WorkerSettings, device: torch.device) -> Runner:
+def load_cuda_runner(settings: WorkerSettings, device: torch.device, group: RankGroup | None = None) -> Runner:
     """The runner for a CUDA device; the plain torch runner, with a warning, where the kernels cannot serve the model.
+
+    Every rank of a group decides alike: the model, the settings and the kind of device are the same for all.
 
     Raises:
         ModelConfigError, CheckpointError, MemoryBudgetError: as `TorchRunner.load`.
@@ -94,7 +98,8 @@ def load_cuda_runner(settings: WorkerSettings, device: torch.device) -> Runner:
     if settings.model is None:
         raise ModelConfigError("no model is set: give the model's directory with --model")
     spec, family = read_spec(settings.model)
-    parallel = ParallelContext()
+    group = group or single_rank(spec.num_layers)
+    parallel = group.context()
     dtype = resolve_dtype(settings.dtype, device, spec.dtype)
     sizes = resolve_sizes(settings, spec, device)
     if settings.deterministic:
@@ -106,9 +111,9 @@ def load_cuda_runner(settings: WorkerSettings, device: torch.device) -> Runner:
         reason = "vectors and scores are pooled in plain torch"
     if reason is not None:
         log.warning("the CUDA kernels cannot run this: plain torch does, many times slower", reason=reason)
-        return TorchRunner.load(settings)
+        return TorchRunner.load(settings, group)
     try:
-        return _load_supported(settings, settings.model, device, spec, family, sizes, dtype)
+        return _load_supported(settings, settings.model, device, spec, family, sizes, dtype, group)
     except torch.OutOfMemoryError as error:
         free, total = torch.cuda.mem_get_info(device)
         raise MemoryBudgetError(
@@ -125,8 +130,9 @@ def _load_supported(
     family: type[ModelFamily],
     sizes: Sizes,
     dtype: torch.dtype,
+    group: RankGroup,
 ) -> CudaRunner:
-    parallel = ParallelContext()
+    parallel = group.context()
     begun = time.monotonic()
     torch.cuda.set_device(device)
     pdl = torch.cuda.get_device_capability(device) >= PDL_CAPABILITY
@@ -147,8 +153,9 @@ def _load_supported(
     shape = KVCacheShape.of(spec, parallel, sizes.block_size, resolve_kv_dtype(settings.kv_cache_dtype, dtype))
     model = load_model(settings, family, spec, build, sizes.max_model_len)
     with_graphs = not settings.enforce_eager
-    workspace = _workspace_bytes(spec, sizes, dtype, with_graphs=with_graphs)
+    workspace = _workspace_bytes(spec, parallel, sizes, dtype, with_graphs=with_graphs)
     sizes, plan = plan_memory(settings, spec, parallel, shape, sizes, model.num_bytes(), device, dtype, workspace)
+    sizes, plan = agree_on_sizes(sizes, plan, shape, group)
     for line in plan.lines():
         log.info(line)
     _check_free(plan.kv_bytes + plan.activation_bytes, settings.gpu_memory_utilization, device)
@@ -186,6 +193,8 @@ def _unsupported(spec: ModelSpec, parallel: ParallelContext, sizes: Sizes, devic
     if capability < MIN_CAPABILITY:
         have, need = (".".join(map(str, pair)) for pair in (capability, MIN_CAPABILITY))
         return f"{torch.cuda.get_device_name(device)} has compute capability {have}, and the kernels need {need}"
+    if not (parallel.is_first_stage and parallel.is_last_stage):
+        return "a step that goes through several stages is not one CUDA graph"
     return unsupported_attention(attention_spec(spec, parallel), sizes.block_size)
 
 
@@ -209,7 +218,9 @@ def _token_counts_of_tiles(spec: ModelSpec, max_tokens: int, dtype: torch.dtype)
     return tuple(counts.values())
 
 
-def _workspace_bytes(spec: ModelSpec, sizes: Sizes, dtype: torch.dtype, *, with_graphs: bool) -> int:
+def _workspace_bytes(
+    spec: ModelSpec, parallel: ParallelContext, sizes: Sizes, dtype: torch.dtype, *, with_graphs: bool
+) -> int:
     """What the runner holds beside weights, activations and KV cache; counted on tensors without memory."""
     meta = torch.device("meta")
     parts = _Parts.of(sizes, spec.vocab_size, with_graphs=with_graphs)
@@ -219,15 +230,13 @@ def _workspace_bytes(spec: ModelSpec, sizes: Sizes, dtype: torch.dtype, *, with_
         for part in (buffers.rows, buffers.inputs, buffers.sampler_workspace, buffers.sampled)
         for tensor in vars(part).values()
     )
-    no_cache = KVCache(KVCacheShape.of(spec, ParallelContext(), sizes.block_size, dtype), 1, meta).layers
-    attention = make_attention(
-        attention_spec(spec, ParallelContext()), no_cache, parts.attention, dtype=dtype, pdl=False
-    )
+    no_cache = KVCache(KVCacheShape.of(spec, parallel, sizes.block_size, dtype), 1, meta).layers
+    attention = make_attention(attention_spec(spec, parallel), no_cache, parts.attention, dtype=dtype, pdl=False)
     step_buffers = (NUM_SLOTS + 1) * BUFFER_WORDS * 4
     graph_bytes = 0
     if with_graphs:
         num_tokens = min(GRAPH_TOKENS[-1][0], sizes.max_num_batched_tokens)
-        graph_bytes = GRAPH_BYTES + activation_bytes(spec, ParallelContext(), num_tokens, sizes.max_num_seqs, dtype)
+        graph_bytes = GRAPH_BYTES + activation_bytes(spec, parallel, num_tokens, sizes.max_num_seqs, dtype)
     return held + attention.num_bytes() + step_buffers + graph_bytes
 
 

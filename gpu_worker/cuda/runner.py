@@ -83,13 +83,17 @@ class CudaRunner:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
+    def has_pause_work(self) -> bool:
+        return (
+            self._graphs is not None
+            and not self._capture_failed
+            and len(self._uncaptured) > 0
+            and all(pending is None or pending.is_over for pending in self._in_slot)
+        )
+
     def idle(self) -> bool:
         """Use a pause: capture the next graph, small first. True: there is more to do in this pause."""
-        if (
-            self._graphs is None
-            or self._capture_failed
-            or any(pending is not None and not pending.is_over for pending in self._in_slot)
-        ):
+        if self._graphs is None or not self.has_pause_work():
             return False
         while self._uncaptured:
             key = GraphKey(self._uncaptured.popleft(), GraphKind.PLAIN)

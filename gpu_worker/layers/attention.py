@@ -14,7 +14,7 @@ from gpu_worker.layers.norm import EachHeadNorm, ProjectionNorm, RMSNorm
 from gpu_worker.layers.ops import AttentionHeads, StepPositions
 from gpu_worker.layers.weighted import Weighted
 from gpu_worker.model_spec import ModelSpec
-from gpu_worker.parallel import HeadShare, Share
+from gpu_worker.parallel.shares import HeadShare, Share
 from gpu_worker.quant.api import ExpectedTensors, RandomValues, StoredTensor
 
 

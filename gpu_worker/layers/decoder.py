@@ -17,10 +17,10 @@ from gpu_worker.layers.mlp import FeedForward, GatedMLP, PlainMLP
 from gpu_worker.layers.moe import MixtureOfExperts
 from gpu_worker.layers.norm import Norm, hidden_norm
 from gpu_worker.layers.rope import RotaryTables
-from gpu_worker.layers.weighted import Weighted
+from gpu_worker.layers.weighted import Elsewhere, Weighted
 from gpu_worker.loading.kv_scales import KVScales
 from gpu_worker.model_spec import ModelSpec
-from gpu_worker.parallel import Share
+from gpu_worker.parallel.shares import Share
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +34,24 @@ class HiddenStates:
         """Only these tokens' states, copied."""
         return HiddenStates(self.output.index_select(0, tokens), self.residual.index_select(0, tokens))
 
+    def added(self) -> torch.Tensor:
+        """What the next stage goes on with: [num_tokens, hidden]; `residual` is overwritten."""
+        return self.residual.add_(self.output)
+
 
 class DecoderBlock:
     """x += attention(norm(x)); x += mlp(norm(x)), or x += attention(norm(x)) + mlp(norm(x)) for a parallel block."""
 
     def __init__(self, spec: ModelSpec, layer: int, rope: int, build: BuildContext) -> None:
         path = f"layers.{layer}"
+        # Its place in this rank's KV cache, which has the layers of its stage only.
+        cached = layer - build.parallel.layers(spec.num_layers).start
         self._ops, self._is_parallel, self._residual_scale = build.ops, spec.parallel_block, spec.residual_scale
         self.attention: Attention | LatentAttention
         if spec.latent is None:
-            self.attention = Attention(spec, layer, rope, f"{path}.attention", build)
+            self.attention = Attention(spec, cached, rope, f"{path}.attention", build)
         else:
-            self.attention = LatentAttention(spec, spec.latent, layer, rope, f"{path}.attention", build)
+            self.attention = LatentAttention(spec, spec.latent, cached, rope, f"{path}.attention", build)
         self.mlp: FeedForward
         if spec.layers[layer].is_moe and spec.moe is not None:
             self.mlp = MixtureOfExperts(spec, spec.moe, f"{path}.mlp", build)
@@ -95,10 +101,10 @@ class DecoderBlock:
 
 
 class Decoder:
-    """Embedding, blocks, final norm, output head."""
+    """Embedding, blocks, final norm, output head; a pipeline stage holds some of the blocks and an end, or neither."""
 
     kv_scales: tuple[KVScales, ...] | None = None
-    """The checkpoint's scales for a float8 KV cache, one entry a layer; None: it has none."""
+    """The checkpoint's scales for a float8 KV cache, one entry for each layer of the whole model; None: it has none."""
 
     def __init__(self, spec: ModelSpec, max_position: int, build: BuildContext) -> None:
         self.spec = spec
@@ -107,39 +113,47 @@ class Decoder:
         self._ops = build.ops
         ropes = list(dict.fromkeys(layer.rope for layer in spec.layers))
         self.tables = [RotaryTables.build(rope, max_position, build.device) for rope in ropes]
-        self.embedding = Embedding(spec.vocab_size, spec.hidden_size, build)
-        self.blocks = [
-            DecoderBlock(spec, number, ropes.index(layer.rope), build) for number, layer in enumerate(spec.layers)
+        self._stage = build.parallel
+        self.held = build.parallel.layers(spec.num_layers)
+        elsewhere = build.elsewhere()
+        self._holds_embedding = self._stage.is_first_stage or (self._stage.is_last_stage and spec.tie_word_embeddings)
+        self.embedding = Embedding(spec.vocab_size, spec.hidden_size, build if self._holds_embedding else elsewhere)
+        self._all_blocks = [
+            DecoderBlock(spec, number, ropes.index(layer.rope), build if number in self.held else elsewhere)
+            for number, layer in enumerate(spec.layers)
         ]
-        self.final_norm = hidden_norm(spec, build)
+        self.blocks = self._all_blocks[self.held.start : self.held.stop]
+        end = build if self._stage.is_last_stage else elsewhere
+        self.final_norm = hidden_norm(spec, end)
         # As a value of the model's dtype, which is what it was trained with.
         self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=build.dtype).item()
         self.head: OutputHead | None = None
         if spec.has_output_head:
             table: VocabTable = self.embedding
             if not spec.tie_word_embeddings:
-                table = VocabTable(spec.vocab_size, spec.hidden_size, build)
-            self.head = OutputHead(table, build)
+                table = VocabTable(spec.vocab_size, spec.hidden_size, end)
+            self.head = OutputHead(table, end)
         self.score_head: RowParallelLinear | None = None
         if spec.num_labels:
             whole = Share(0, spec.hidden_size, spec.hidden_size)
             self.score_head = RowParallelLinear(whole, spec.num_labels, bias=False, path="score", build=build)
 
     def weighted(self) -> Iterator[tuple[str, Weighted]]:
-        """Every layer that holds checkpoint tensors, by its path in this model."""
-        yield "embedding", self.embedding
-        for index, block in enumerate(self.blocks):
+        """Every layer of the model that holds checkpoint tensors, by its path; some may be elsewhere."""
+        is_last = self._stage.is_last_stage
+        yield "embedding", self.embedding if self._holds_embedding else Elsewhere(self.embedding)
+        for index, block in enumerate(self._all_blocks):
             for name, part in block.weighted():
-                yield f"layers.{index}.{name}", part
-        yield "final_norm", self.final_norm
+                yield f"layers.{index}.{name}", part if index in self.held else Elsewhere(part)
+        yield "final_norm", self.final_norm if is_last else Elsewhere(self.final_norm)
         if self.head is not None and self.head.table is not self.embedding:
-            yield "head", self.head.table
+            yield "head", self.head.table if is_last else Elsewhere(self.head.table)
         if self.score_head is not None:
             yield "score", self.score_head
 
     def finish(self) -> None:
         """Every weight is loaded and finished."""
-        if self.head is not None:
+        if self.head is not None and self._stage.is_last_stage:
             self.head.finish()
 
     def num_bytes(self) -> int:
@@ -148,20 +162,29 @@ class Decoder:
         return weights + (0 if self.head is None else self.head.num_bytes())
 
     def hidden_states(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, attention: AttentionBackend[Any]
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        attention: AttentionBackend[Any],
+        received: torch.Tensor | None = None,
     ) -> HiddenStates:
-        """token_ids, positions [num_tokens] -> what comes out of the blocks, before the final norm."""
+        """token_ids, positions [num_tokens] -> what comes out of the blocks, before the final norm.
+
+        `received`: what the stage before this one gave, [num_tokens, hidden]; it is overwritten.
+        """
         prepared = tuple(self._ops.prepare_positions(tables, positions, self.dtype) for tables in self.tables)
         context = ForwardContext(attention, prepared)
-        residual = self.embedding.lookup(token_ids)  # [num_tokens, hidden]
-        if self._embedding_scale != 1.0:
-            residual.mul_(self._embedding_scale)
+        residual = self._embedded(token_ids) if received is None else received
         output: torch.Tensor | None = None
         for block in self.blocks:
             output = block.apply(output, residual, context)
         if output is None:
             raise ValueError("a decoder needs at least one block: the config's num_hidden_layers is 0")
         return HiddenStates(output, residual)
+
+    def _embedded(self, token_ids: torch.Tensor) -> torch.Tensor:
+        residual = self.embedding.lookup(token_ids)  # [num_tokens, hidden]
+        return residual if self._embedding_scale == 1.0 else residual.mul_(self._embedding_scale)
 
     def normed(self, hidden: HiddenStates) -> torch.Tensor:
         """The model's last hidden states [num_tokens, hidden]; the residual of `hidden` is overwritten."""

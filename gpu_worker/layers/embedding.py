@@ -69,7 +69,7 @@ class OutputHead:
         else:
             local = self._ops.linear(hidden, self.table.weight, None)
         logits = self._parallel.all_gather(local)
-        return logits if logits.shape[-1] == self.table.vocab_size else logits[:, : self.table.vocab_size]
+        return logits if logits.shape[-1] == self.table.vocab_size else logits[:, : self.table.vocab_size].contiguous()
 
     def num_bytes(self) -> int:
         """What the head holds beside its table."""

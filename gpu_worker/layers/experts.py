@@ -10,9 +10,9 @@ from gpu_worker.layers.linear import BuildContext, Linear
 from gpu_worker.layers.mlp import check_activation
 from gpu_worker.layers.ops import GATED_ACTIVATIONS, StackedExpertWeights
 from gpu_worker.layers.routing import Routing
-from gpu_worker.layers.weighted import Weighted
+from gpu_worker.layers.weighted import Elsewhere, Weighted
 from gpu_worker.model_spec import MoeSpec
-from gpu_worker.parallel import ExpertShare, Share
+from gpu_worker.parallel.shares import ExpertShare, ParallelContext, Share
 from gpu_worker.quant.api import ExpectedTensors, LinearPart, LinearShape, RandomValues, StoredTensor
 
 
@@ -24,25 +24,6 @@ def _shapes(hidden_size: int, share: ExpertShare, *, bias: bool) -> tuple[Linear
     )
     whole = Share(0, hidden_size, hidden_size)
     return gate_up, LinearShape((LinearPart("", whole, 0),), inner, bias, holds_bias=share.adds_bias)
-
-
-class _Elsewhere(Weighted):
-    """An expert's linear that another rank holds: known to the checkpoint's accounts, and nothing of it is read."""
-
-    def __init__(self, shape: LinearShape) -> None:
-        self._shape = shape
-
-    def load(self, part: str, tensor: str, source: StoredTensor) -> None:
-        source.read((slice(0, 0),))
-
-    def expected(self) -> ExpectedTensors:
-        return _plain_tensors(self._shape)
-
-    def fill_random(self, source: RandomValues) -> None:
-        return None
-
-    def num_bytes(self) -> int:
-        return 0
 
 
 def _plain_tensors(shape: LinearShape) -> ExpectedTensors:
@@ -63,31 +44,43 @@ class ExpertLinears:
         share = build.parallel.experts(moe.num_experts, moe.intermediate_size)
         self._held = range(share.experts.start, share.experts.stop)
         self._shapes = _shapes(hidden_size, share, bias=moe.expert_bias)
-        self._num_experts = moe.num_experts
-        names = ("gate_up", "down")
-        self._linears = [
-            tuple(
-                Linear(shape, f"{path}.{expert}.{name}", build) for name, shape in zip(names, self._shapes, strict=True)
-            )
-            for expert in self._held
-        ]
+        self._linears = {
+            expert: self._build(expert, self._shapes, path, build)
+            for expert in range(moe.num_experts)
+            if expert in self._held
+        }
+        whole = _shapes(
+            hidden_size, ParallelContext().experts(moe.num_experts, moe.intermediate_size), bias=moe.expert_bias
+        )
+        self._elsewhere = {
+            expert: self._build(expert, whole, path, build.elsewhere())
+            for expert in range(moe.num_experts)
+            if expert not in self._held
+        }
+
+    @staticmethod
+    def _build(
+        expert: int, shapes: tuple[LinearShape, LinearShape], path: str, build: BuildContext
+    ) -> tuple[Linear, Linear]:
+        gate_up, down = shapes
+        return Linear(gate_up, f"{path}.{expert}.gate_up", build), Linear(down, f"{path}.{expert}.down", build)
 
     def weighted(self) -> Iterator[tuple[str, Weighted]]:
-        for expert in range(self._num_experts):
-            if expert in self._held:
-                gate_up, down = self._linears[expert - self._held.start]
+        for expert in range(len(self._linears) + len(self._elsewhere)):
+            if expert in self._linears:
+                gate_up, down = self._linears[expert]
                 yield f".{expert}.gate_up", gate_up
                 yield f".{expert}.down", down
             else:
-                yield f".{expert}.gate_up", _Elsewhere(self._shapes[0])
-                yield f".{expert}.down", _Elsewhere(self._shapes[1])
+                for name, linear in zip(("gate_up", "down"), self._elsewhere[expert], strict=True):
+                    yield f".{expert}.{name}", Elsewhere(linear)
 
     def apply(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """This rank's summand: x [num_tokens, hidden] -> [num_tokens, hidden]."""
         return routing.mix(x, self._held, self._apply_one)
 
     def _apply_one(self, expert: int, rows: torch.Tensor) -> torch.Tensor:
-        gate_up, down = self._linears[expert]
+        gate_up, down = self._linears[self._held.start + expert]
         return down.apply(self._ops.gated_activation(gate_up.apply(rows), self._activation))
 
 
@@ -151,7 +144,7 @@ class StackedExperts:
                     at = expert - experts.start
                     yield f".{expert}.{name}", _StackedPart(shape, weight[at], None if bias is None else bias[at])
                 else:
-                    yield f".{expert}.{name}", _Elsewhere(shape)
+                    yield f".{expert}.{name}", Elsewhere(_StackedPart(shape, weight[0], None))
 
     def apply(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """This rank's summand: x [num_tokens, hidden] -> [num_tokens, hidden]."""

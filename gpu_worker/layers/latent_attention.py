@@ -16,7 +16,7 @@ from gpu_worker.layers.linear import BuildContext, RowParallelLinear, column_par
 from gpu_worker.layers.norm import RMSNorm
 from gpu_worker.layers.weighted import Weighted
 from gpu_worker.model_spec import LatentSpec, ModelSpec
-from gpu_worker.parallel import Share
+from gpu_worker.parallel.shares import Share
 from gpu_worker.quant.api import ExpectedTensors, RandomValues, StoredTensor
 
 

@@ -5,13 +5,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from gpu_worker.layers.ops import TORCH_OPS, LayerOps
 from gpu_worker.layers.weighted import Weighted
-from gpu_worker.parallel import HeadShare, ParallelContext, Share
+from gpu_worker.parallel.shares import HeadShare, ParallelContext, Share
 from gpu_worker.quant.api import (
     ExpectedTensors,
     LinearPart,
@@ -32,6 +32,10 @@ class BuildContext:
     dtype: torch.dtype
     device: torch.device
     ops: LayerOps = TORCH_OPS
+
+    def elsewhere(self) -> BuildContext:
+        """For a layer that another rank holds: whole, and without memory."""
+        return replace(self, parallel=ParallelContext(), device=torch.device("meta"))
 
 
 class Linear(Weighted):

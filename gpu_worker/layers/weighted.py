@@ -54,3 +54,31 @@ class Weighted(ABC):
     def finish(self) -> None:
         """All tensors are there: bring them into the layout that computes fastest. The default keeps them."""
         return None
+
+
+class Elsewhere(Weighted):
+    """A layer that another rank holds: known to the checkpoint's accounts, and nothing of it is read.
+
+    `layer` is that layer as a whole, built on the meta device.
+    """
+
+    def __init__(self, layer: Weighted) -> None:
+        self._layer = layer
+
+    def load(self, part: str, tensor: str, source: StoredTensor) -> None:
+        source.read((slice(0, 0),) if source.shape else None)
+
+    def expected(self) -> ExpectedTensors:
+        return self._layer.expected()
+
+    def optional(self) -> frozenset[tuple[str, str]]:
+        return self._layer.optional()
+
+    def problem(self, part: str, tensor: str, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
+        return self._layer.problem(part, tensor, shape, dtype)
+
+    def fill_random(self, source: RandomValues) -> None:
+        return None
+
+    def num_bytes(self) -> int:
+        return 0

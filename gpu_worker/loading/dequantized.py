@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from gpu_worker.loading.tensor_source import TensorIndex, TensorInfo, TensorSource, resolve_index
-from gpu_worker.parallel import Share
+from gpu_worker.parallel.shares import Share
 from gpu_worker.quant.formats import WeightFormat
 from gpu_worker.quant.weights import Float4Weight
 

@@ -24,7 +24,7 @@ from gpu_worker.model_spec import LayerSpec, ModelSpec
 from gpu_worker.models.family import ModelFamily, NameRules, ReadsPairs
 from gpu_worker.models.hf_config import HfConfig
 from gpu_worker.models.registry import register
-from gpu_worker.parallel import Share
+from gpu_worker.parallel.shares import Share
 
 _LAYER = "encoder.layer.{i}"
 _CLASSIFIERS = ("BertForSequenceClassification", "RobertaForSequenceClassification")

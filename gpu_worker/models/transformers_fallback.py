@@ -205,7 +205,11 @@ class TransformersModel(ModelFamily, LoadsItself):
     # ---- the forward pass ----
 
     def hidden_states(
-        self, token_ids: torch.Tensor, positions: torch.Tensor, attention: AttentionBackend[Any]
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        attention: AttentionBackend[Any],
+        received: torch.Tensor | None = None,
     ) -> HiddenStates:
         self._attention = attention
         output = self._run_trunk(input_ids=token_ids.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False)

@@ -11,7 +11,7 @@ from fractions import Fraction
 
 import torch
 
-from gpu_worker.parallel import Share
+from gpu_worker.parallel.shares import Share
 from gpu_worker.quant.api import OutputSpan, RandomValues
 from gpu_worker.quant.bit_packing import Packing
 from gpu_worker.quant.formats import FLOAT_SCALES, Rules, Shape, TensorRule, Tensors, WeightFormat, covering

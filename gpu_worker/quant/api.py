@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from gpu_worker.parallel import Share
+from gpu_worker.parallel.shares import Share
 
 ExpectedTensors = dict[tuple[str, str], tuple[int, ...] | None]
 """`(part, tensor)` -> whole (unsplit) shape, or None where the format decides it."""

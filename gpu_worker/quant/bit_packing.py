@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gpu_worker.parallel import Share
+from gpu_worker.parallel.shares import Share
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from gpu_worker.parallel import ParallelError, Share
+from gpu_worker.parallel.shares import ParallelError, Share
 from gpu_worker.quant.api import OutputSpan, RandomValues
 from gpu_worker.quant.formats import FLOAT_SCALES, SCALAR, Rules, Shape, TensorRule, Tensors, WeightFormat, as_scalar
 from gpu_worker.quant.weights import Float4Weight, QuantizedWeight

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gpu_worker.parallel import Share
+from gpu_worker.parallel.shares import Share
 from gpu_worker.quant.activations import ActivationQuant, StaticScale
 from gpu_worker.quant.api import PLAIN_DTYPES, OutputSpan, RandomValues
 from gpu_worker.quant.weights import QuantizedWeight

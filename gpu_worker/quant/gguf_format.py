@@ -8,7 +8,7 @@ import torch
 
 from gpu_worker.loading.gguf_blocks import GGML_TYPES, GgmlType
 from gpu_worker.loading.gguf_packed import PACKED_SUFFIX
-from gpu_worker.parallel import ParallelError, Share
+from gpu_worker.parallel.shares import ParallelError, Share
 from gpu_worker.quant.api import RandomValues
 from gpu_worker.quant.formats import Rules, Shape, TensorRule, Tensors, WeightFormat
 from gpu_worker.quant.weights import GgufWeight, QuantizedWeight

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from gpu_worker.parallel import Share
+from gpu_worker.parallel.shares import Share
 from gpu_worker.quant.activations import ActivationQuant, StaticScale
 from gpu_worker.quant.api import OutputSpan, RandomValues
 from gpu_worker.quant.formats import (

@@ -30,16 +30,25 @@ _BIG_MESSAGES = [("grpc.max_send_message_length", 2**26), ("grpc.max_receive_mes
 class WorkerProcess:
     """`python -m MODULE FLAGS`; its log lines are JSON objects."""
 
-    def __init__(self, flags: Sequence[str], *, module: str = "gpu_worker", env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        flags: Sequence[str],
+        *,
+        module: str = "gpu_worker",
+        env: dict[str, str] | None = None,
+        prefix: Sequence[str] = (),
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("STEPWIRE_")}
         environment["PYTHONPATH"] = os.pathsep.join([".", "proto", "kernels"])
         self.process = subprocess.Popen(
-            [sys.executable, "-m", module, *flags],
+            [*prefix, sys.executable, "-m", module, *flags],
             cwd=REPOSITORY,
             env=environment | (env or {}),
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
         )
+        self._timeout_s = timeout_s
         self.lines: list[str] = []
         self._num_seen = 0
         self._unfinished = b""
@@ -60,9 +69,9 @@ class WorkerProcess:
         """Those that were logged so far are no longer found."""
         self._num_seen = len(self.lines)
 
-    def wait_for_event(self, text: str, *, then_forget: bool = False, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
+    def wait_for_event(self, text: str, *, then_forget: bool = False, timeout_s: float | None = None) -> dict[str, Any]:
         """The first log entry whose event contains `text`; with `then_forget` the next call looks after it."""
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
         seen = self._num_seen
         while True:
             for line in self.lines[seen:]:
@@ -77,7 +86,7 @@ class WorkerProcess:
 
     def wait_for_exit(self) -> int:
         """The exit code; what was logged is in `lines`."""
-        deadline = time.monotonic() + TIMEOUT_S
+        deadline = time.monotonic() + self._timeout_s
         while self._read_lines(deadline):
             pass
         return self.process.wait(max(0.1, deadline - time.monotonic()))

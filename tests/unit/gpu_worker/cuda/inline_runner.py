@@ -25,7 +25,7 @@ from gpu_worker.cuda.timeline import NUM_SLOTS, StepTimes
 from gpu_worker.kv_cache import KVCache, KVCacheShape, MemoryPlan
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.models.loader import read_spec
-from gpu_worker.parallel import ParallelContext
+from gpu_worker.parallel.shares import ParallelContext
 from gpu_worker.quant.none import Unquantized
 
 

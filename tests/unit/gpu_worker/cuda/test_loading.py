@@ -14,7 +14,7 @@ from gpu_worker.attention.triton_backend import unsupported_attention
 from gpu_worker.config import WorkerSettings
 from gpu_worker.cuda.loading import _packed_experts, _token_counts_of_tiles
 from gpu_worker.models.loader import read_spec
-from gpu_worker.parallel import ParallelContext
+from gpu_worker.parallel.shares import ParallelContext
 from tests.unit.gpu_worker.cuda.test_mixtures import KINDS
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.layers.norm import RMSNorm
-from gpu_worker.parallel import ParallelContext
+from gpu_worker.parallel.shares import ParallelContext
 from gpu_worker.quant.none import Unquantized
 
 

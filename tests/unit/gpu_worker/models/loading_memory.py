@@ -16,7 +16,7 @@ import torch
 
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.models.loader import load_weights, read_spec
-from gpu_worker.parallel import ParallelContext
+from gpu_worker.parallel.shares import ParallelContext
 from gpu_worker.quant.scheme import make_scheme
 
 SAMPLE_EVERY_S = 0.001

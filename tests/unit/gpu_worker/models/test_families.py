@@ -17,7 +17,7 @@ from gpu_worker.kv_cache import KVCache, KVCacheShape
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.models.family import ModelFamily
 from gpu_worker.models.loader import load_weights, read_spec
-from gpu_worker.parallel import ParallelContext
+from gpu_worker.parallel.shares import ParallelContext
 from gpu_worker.quant.none import Unquantized
 from tests.unit.gpu_worker.models.tiny_checkpoints import TINY, save_tiny
 

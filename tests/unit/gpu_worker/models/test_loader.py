@@ -17,7 +17,7 @@ from gpu_worker.model_spec import ModelConfigError
 from gpu_worker.models.hf_config import HfConfig
 from gpu_worker.models.loader import checkpoint_places, fill_random, load_weights, read_spec
 from gpu_worker.models.registry import find_family, known_architectures
-from gpu_worker.parallel import ParallelContext
+from gpu_worker.parallel.shares import ParallelContext
 from gpu_worker.quant.none import Unquantized
 from tests.unit.gpu_worker.models.tiny_checkpoints import save_tiny
 

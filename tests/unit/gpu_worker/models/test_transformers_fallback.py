@@ -31,7 +31,7 @@ from gpu_worker.loading.tensor_source import CheckpointError
 from gpu_worker.model_spec import ModelConfigError
 from gpu_worker.models.loader import read_spec
 from gpu_worker.models.transformers_fallback import TransformersModel
-from gpu_worker.parallel import ParallelContext
+from gpu_worker.parallel.shares import ParallelContext
 from gpu_worker.quant.scheme import make_scheme
 from gpu_worker.runner import TorchRunner
 from load_tests.cpu_worker.step_driver import StepDriver, greedy

@@ -191,14 +191,14 @@ TINY: dict[str, Tiny] = {
 }
 
 
-def save_tiny(name: str, directory: Path, *, dtype: torch.dtype = torch.float32) -> Any:
+def save_tiny(name: str, directory: Path, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """Write the checkpoint `name` into `directory`; transformers' own model, in evaluation mode."""
-    return save_model(TINY[name], directory, dtype=dtype)
+    return save_model(TINY[name], directory, dtype=dtype, **changes)
 
 
-def save_model(tiny: Tiny, directory: Path, *, dtype: torch.dtype = torch.float32) -> Any:
+def save_model(tiny: Tiny, directory: Path, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     torch.manual_seed(1234)
-    model = AutoModelForCausalLM.from_config(tiny.config_class(**(BASE | tiny.fields)), dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_config(tiny.config_class(**(BASE | tiny.fields | changes)), dtype=dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             # Biases and norms start at constants: make every tensor matter.

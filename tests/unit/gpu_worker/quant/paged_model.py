@@ -18,7 +18,7 @@ from gpu_worker.layers.linear import BuildContext
 from gpu_worker.layers.ops import TORCH_OPS
 from gpu_worker.models.family import ModelFamily
 from gpu_worker.models.loader import load_weights, read_spec
-from gpu_worker.parallel import ParallelContext
+from gpu_worker.parallel.shares import ParallelContext
 from gpu_worker.quant.products import PackedKernels
 from gpu_worker.quant.scheme import make_scheme
 

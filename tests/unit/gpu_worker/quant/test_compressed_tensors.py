@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from gpu_worker.models.hf_config import HfConfig
-from gpu_worker.parallel import Share
+from gpu_worker.parallel.shares import Share
 from gpu_worker.quant.formats import WeightFormat
 from gpu_worker.quant.scheme import read_quantization
 

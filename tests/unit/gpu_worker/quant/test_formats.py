@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from gpu_worker.models.hf_config import HfConfig
-from gpu_worker.parallel import ParallelError, Share
+from gpu_worker.parallel.shares import ParallelError, Share
 from gpu_worker.quant.affine_formats import GptqFormat
 from gpu_worker.quant.float4_formats import Float4Format
 from gpu_worker.quant.formats import WeightFormat

@@ -20,7 +20,7 @@ from gpu_worker.loading.tensor_source import CheckpointError
 from gpu_worker.model_spec import ModelConfigError
 from gpu_worker.models.hf_config import HfConfig
 from gpu_worker.models.loader import fill_random, read_spec
-from gpu_worker.parallel import ParallelContext
+from gpu_worker.parallel.shares import ParallelContext
 from gpu_worker.prepare.gguf_model import prepare_gguf
 from gpu_worker.prepare.preparation import prepare
 from gpu_worker.prepare.progress import SilentProgress

@@ -1,6 +1,7 @@
 """One rank of a tensor-parallel group, started by `test_parallel.py`: computes a prompt's logits, rank 0 saves them.
 
-Arguments: rank, size, model directory, file store of the group, output file.
+Arguments: rank, size, expert (split experts whole) or width, model directory, output file, store address (for ranks
+above 0; rank 0 prints it).
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from gpu_worker.attention.torch_backend import TorchAttention
 from gpu_worker.kv_cache import KVCache, KVCacheShape
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.models.loader import load_weights, read_spec
-from gpu_worker.parallel import ParallelContext
-from gpu_worker.quant.none import Unquantized
+from gpu_worker.parallel.layout import GroupLayout, Place
+from gpu_worker.parallel.process_group import RankGroup, StoreServer
+from gpu_worker.parallel.shares import ParallelContext
+from gpu_worker.quant.scheme import make_scheme
 
 TOKEN_IDS = [3, 141, 59, 26, 53, 58, 97, 93, 238, 46, 300, 0]
 
@@ -28,7 +31,8 @@ TOKEN_IDS = [3, 141, 59, 26, 53, 58, 97, 93, 238, 46, 300, 0]
 def prompt_logits(directory: Path, parallel: ParallelContext) -> torch.Tensor:
     """[num_tokens, vocab_size]: a prefill of all but two tokens, then two decodes."""
     spec, family = read_spec(directory)
-    build = BuildContext(parallel, Unquantized(), torch.float32, torch.device("cpu"))
+    scheme = make_scheme(directory, family.name_rules)
+    build = BuildContext(parallel, scheme, torch.float32, torch.device("cpu"))
     model = family(spec, 64, build)
     load_weights(model, directory)
     cache = KVCache(KVCacheShape.of(spec, parallel, 4, torch.float32), 8, build.device)
@@ -47,13 +51,19 @@ def prompt_logits(directory: Path, parallel: ParallelContext) -> torch.Tensor:
 
 def main() -> None:
     rank, size = int(sys.argv[1]), int(sys.argv[2])
-    directory, store, output = (Path(argument) for argument in sys.argv[3:6])
+    directory, output = Path(sys.argv[4]), Path(sys.argv[5])
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    logits = prompt_logits(directory, ParallelContext(rank, size, torch.distributed.group.WORLD))
+    server = StoreServer("127.0.0.1") if rank == 0 else None
+    address = sys.argv[6] if server is None else server.address
+    if server is not None:
+        print(address, flush=True)
+    layout = GroupLayout(size, (read_spec(directory)[0].num_layers,), sys.argv[3] == "expert")
+    group = RankGroup(Place(rank, layout, store_address=address, timeout_s=100.0), torch.device("cpu"), server)
+    logits = prompt_logits(directory, group.context())
     if rank == 0:
         save_file({"logits": logits.contiguous()}, output)
-    torch.distributed.destroy_process_group()
+    # The store is rank 0's: it ends last.
+    group.least([0])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tensor parallelism: the one place that says which part of a layer a rank holds, and how parts are put together.
+"""The one place that says which part of a model a rank holds, and how tensor-parallel parts are put together.
 
 Layers ask for their share and call the gather and reduce seams; with one rank all of them do nothing.
 """
@@ -6,12 +6,22 @@ Layers ask for their share and call the gather and reduce seams; with one rank a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import torch
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    import torch
+
+
+class Collectives(Protocol):
+    """What the ranks of one stage do together. Every rank calls the same in the same order."""
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of every rank's `x`, bit for bit the same on all; `x` is overwritten."""
+        ...
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """Every rank's `x` ([..., n]) side by side in rank order: [..., size * n]."""
+        ...
 
 
 class ParallelError(ValueError):
@@ -54,13 +64,31 @@ class ExpertShare:
 
 @dataclass(frozen=True, slots=True)
 class ParallelContext:
-    """This rank's place in its tensor-parallel group."""
+    """This rank's place: its number in its tensor-parallel group, and its group's stage of the pipeline."""
 
     rank: int = 0
     size: int = 1
-    group: ProcessGroup | None = None
+    collectives: Collectives | None = None
     splits_experts_whole: bool = False
     """Expert parallel: ranks hold different experts, not parts of all."""
+    stage: int = 0
+    stage_layers: tuple[int, ...] = ()
+    """Layers of each pipeline stage; empty: there is one stage."""
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.stage >= len(self.stage_layers) - 1
+
+    def layers(self, num_layers: int) -> range:
+        """The numbers of this stage's layers."""
+        if not self.stage_layers:
+            return range(num_layers)
+        start = sum(self.stage_layers[: self.stage])
+        return range(start, start + self.stage_layers[self.stage])
 
     def share(self, total: int, what: str) -> Share:
         """This rank's equal part of `total`.
@@ -69,7 +97,10 @@ class ParallelContext:
             ParallelError: `total` does not divide by the number of ranks.
         """
         if total % self.size:
-            raise ParallelError(f"{what} {total} does not divide by tensor_parallel_size {self.size}")
+            raise ParallelError(
+                f"{what} {total} does not divide by tensor_parallel_size {self.size}: set --tensor-parallel-size to a "
+                f"divisor of {total}"
+            )
         size = total // self.size
         return Share(start=self.rank * size, size=size, total=total)
 
@@ -89,7 +120,8 @@ class ParallelContext:
             return HeadShare(query, self.share(num_kv_heads, "num_key_value_heads"))
         if self.size % num_kv_heads:
             raise ParallelError(
-                f"num_key_value_heads {num_kv_heads} neither divides by nor divides tensor_parallel_size {self.size}"
+                f"num_key_value_heads {num_kv_heads} neither divides by nor divides tensor_parallel_size {self.size}: "
+                "set another --tensor-parallel-size"
             )
         return HeadShare(query, Share(start=self.rank * num_kv_heads // self.size, size=1, total=num_kv_heads))
 
@@ -107,14 +139,13 @@ class ParallelContext:
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of every rank's `x`, in place."""
-        if self.size > 1:
-            torch.distributed.all_reduce(x, group=self.group)
-        return x
+        return x if self.size == 1 else self._together().all_reduce(x)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """Every rank's `x` ([..., n]) side by side in rank order: [..., size * n]."""
-        if self.size == 1:
-            return x
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        torch.distributed.all_gather(parts, x.contiguous(), group=self.group)
-        return torch.cat(parts, dim=-1)
+        return x if self.size == 1 else self._together().all_gather(x)
+
+    def _together(self) -> Collectives:
+        if self.collectives is None:
+            raise RuntimeError(f"rank {self.rank} of {self.size} was built without its peers: it can only be looked at")
+        return self.collectives

@@ -1,0 +1,132 @@
+"""`python -m gpu_worker --join HOST:PORT`: the relay of a group's other node. Needs no torch.
+
+It takes its ranks' places from the group's first node, starts them, passes commands down and events up, and ends with
+the group.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from queue import SimpleQueue
+from types import FrameType
+
+import grpc
+import stepwire
+import structlog
+from stepwire.v1 import group_pb2, group_pb2_grpc
+
+from gpu_worker.config import PROGRAM, WorkerSettings
+from gpu_worker.listen import ListenError, read_pem
+from gpu_worker.parallel.local_ranks import LocalRanks
+from gpu_worker.parallel.model_digest import model_digest
+from gpu_worker.parallel.nodes import GROUP_PROTOCOL_VERSION, KEEPALIVE_OPTIONS
+
+log = structlog.get_logger(__name__)
+
+_END_LIMIT_S = 5.0
+
+
+def hold_ranks(settings: WorkerSettings) -> int:
+    """Hold this node's ranks until the group ends; the process's exit code: 0 where it was told to end."""
+    address = settings.join or ""
+    try:
+        channel = _channel(settings, address)
+        grpc.channel_ready_future(channel).result(settings.group_timeout_s)
+        host = _own_address(address)
+    except (grpc.FutureTimeoutError, OSError):
+        return _refuse(
+            f"the group's first node cannot be reached at {address} within {settings.group_timeout_s:g} s: start it "
+            "with that --group-listen, and check that this node reaches it"
+            + ("" if settings.group_tls_cert is None else " and that both have certificates by --group-tls-ca")
+        )
+    except ListenError as error:
+        return _refuse(str(error))
+    relay = _Relay(settings, host)
+    signal.signal(signal.SIGTERM, relay.on_signal)
+    signal.signal(signal.SIGINT, relay.on_signal)
+    with channel:
+        return relay.run(channel)
+
+
+class _Relay:
+    def __init__(self, settings: WorkerSettings, host: str) -> None:
+        self._settings, self._host = settings, host
+        self._requests: SimpleQueue[group_pb2.JoinRequest | None] = SimpleQueue()
+        self._ranks = LocalRanks(lambda event: self._requests.put(group_pb2.JoinRequest(event=event)))
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        log.info("this node leaves its group, which ends with it", signal=signal.Signals(number).name)
+        self._ranks.kill()
+        raise SystemExit(0)
+
+    def run(self, channel: grpc.Channel) -> int:
+        model = self._settings.model
+        hello = group_pb2.NodeHello(
+            protocol_version=GROUP_PROTOCOL_VERSION,
+            version=stepwire.__version__,
+            model_digest="" if model is None else model_digest(model),
+            host=self._host,
+        )
+        self._requests.put(group_pb2.JoinRequest(hello=hello))
+        is_closing = False
+        try:
+            stub = group_pb2_grpc.GroupServiceStub(channel)
+            for response in stub.Join(self._outgoing()):
+                if response.WhichOneof("message") == "assignment":
+                    self._start(response.assignment)
+                    continue
+                self._ranks.send(response.command)
+                is_closing = group_pb2.RankCommand.FromString(response.command).WhichOneof("command") == "close"
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+                return _refuse(f"the group's first node refuses this one: {error.details()}")
+            log.debug("the stream broke", code=error.code().name, details=error.details())
+        if is_closing:
+            self._ranks.close(_END_LIMIT_S)
+            return 0
+        self._ranks.kill()
+        return _refuse(
+            f"the group of {self._settings.join} has ended: its first node's message says why; start this node again "
+            "together with it"
+        )
+
+    def _start(self, assignment: group_pb2.NodeAssignment) -> None:
+        for place in assignment.places:
+            # The group's settings, with this node's own path to the model.
+            fields = json.loads(place.settings)
+            fields["model"] = str(self._settings.model)
+            place.settings = json.dumps(fields)
+        log.info("this node has joined", node=assignment.node, ranks=[place.rank for place in assignment.places])
+        self._ranks.start(assignment.places)
+
+    def _outgoing(self) -> Iterator[group_pb2.JoinRequest]:
+        while (request := self._requests.get()) is not None:
+            yield request
+
+
+def _channel(settings: WorkerSettings, address: str) -> grpc.Channel:
+    cert, key, roots = settings.group_tls_cert, settings.group_tls_key, settings.group_tls_ca
+    if cert is None or key is None or roots is None:
+        return grpc.insecure_channel(address, options=KEEPALIVE_OPTIONS)
+    credentials = grpc.ssl_channel_credentials(
+        read_pem(roots, "--group-tls-ca"), read_pem(key, "--group-tls-key"), read_pem(cert, "--group-tls-cert")
+    )
+    return grpc.secure_channel(address, credentials, options=KEEPALIVE_OPTIONS)
+
+
+def _own_address(address: str) -> str:
+    """This node's address on the way to the first node. Nothing is sent."""
+    host, _, port = address.rpartition(":")
+    family, kind, protocol, _, target = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.connect(target)
+        return str(probe.getsockname()[0])
+
+
+def _refuse(message: str) -> int:
+    print(f"{PROGRAM}: {message}", file=sys.stderr)
+    return 1

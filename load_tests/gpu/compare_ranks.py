@@ -1,0 +1,138 @@
+"""Holds a group of ranks against one rank, on the same model: next-token numbers, greedy tokens, time of a decode step.
+
+    python -m load_tests.gpu.compare_ranks MODEL_DIR [--tensor-parallel-size 2] [--pipeline-parallel-size 1]
+        [--device cuda] [--dtype bfloat16] [--quantization fp8] [--load-format dummy] [--limit 0.1]
+
+Each side runs in a process of its own, one after the other. What is compared does not drift: the log-probability
+that both give to the same tokens, one step after prompts of many lengths, in chunks and whole. Exit code 1 where the
+largest difference is above the limit. With `--load-format dummy` ranks draw weights of their own: only times compare.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpu_worker.config import WorkerSettings
+from gpu_worker.device import resolve_device
+from gpu_worker.runner import TorchRunner
+from gpu_worker.runner_api import Runner
+from load_tests.cpu_worker.step_driver import StepDriver, greedy
+
+NUM_TOP = 8
+PROMPT_LENGTHS = (1, 7, 33, 64, 120, 200, 31, 16)
+NUM_GREEDY = 32
+TIMED_ROWS = (1, 8)
+TIMED_STEPS = 24
+
+
+def run_side(settings: WorkerSettings) -> dict[str, Any]:
+    """What one layout computes."""
+    runner = load(settings)
+    try:
+        driver = StepDriver(runner)
+        generator = torch.Generator().manual_seed(5)
+        vocab_size = driver.facts.vocab_size
+        for row, length in enumerate(PROMPT_LENGTHS):
+            driver.add(row, torch.randint(0, vocab_size, (length,), generator=generator).tolist(), greedy(NUM_TOP))
+        driver.step({row: min(length, 24) for row, length in enumerate(PROMPT_LENGTHS)})
+        tops: dict[str, dict[str, float]] = {}
+        # What is left of the long prompts, each beside a decode of the short ones.
+        result = driver.step()
+        assert result.top_token_ids is not None and result.top_logprobs is not None
+        for row, ids, values in zip(result.rows, result.top_token_ids, result.top_logprobs, strict=True):
+            if PROMPT_LENGTHS[int(row)] > 24:
+                tops[str(row)] = dict(zip(map(str, ids.tolist()), values.tolist(), strict=True))
+        for _ in range(NUM_GREEDY):
+            driver.step()
+        tokens = [driver.rows[row].tokens[length:] for row, length in enumerate(PROMPT_LENGTHS)]
+        times = {str(count): decode_ms(runner, count) for count in TIMED_ROWS}
+        return {"devices": driver.facts.devices, "tops": tops, "tokens": tokens, "decode_ms": times}
+    finally:
+        runner.close()
+
+
+def decode_ms(runner: Runner, num_rows: int) -> float:
+    """Median of a decode step, one after the other: the host's part is in it."""
+    driver = StepDriver(runner)
+    for row in range(num_rows):
+        driver.add(row, list(range(1, 17)), greedy())
+    times = []
+    for _ in range(TIMED_STEPS):
+        begun = time.perf_counter()
+        driver.step()
+        times.append((time.perf_counter() - begun) * 1e3)
+    return sorted(times[TIMED_STEPS // 2 :])[TIMED_STEPS // 4]
+
+
+def load(settings: WorkerSettings) -> Runner:
+    if settings.num_ranks > 1:
+        from gpu_worker.parallel.leader import load_group_runner
+
+        return load_group_runner(settings)
+    device = resolve_device(settings.device)
+    if device.type == "cuda":
+        from gpu_worker.cuda.loading import load_cuda_runner
+
+        return load_cuda_runner(settings, device)
+    return TorchRunner.load(settings)
+
+
+def compare(one: dict[str, Any], many: dict[str, Any]) -> dict[str, Any]:
+    differences = [
+        abs(value - many["tops"][row][token])
+        for row, tops in one["tops"].items()
+        for token, value in tops.items()
+        if token in many["tops"][row]
+    ]
+    pairs = [
+        ours == theirs
+        for mine, other in zip(one["tokens"], many["tokens"], strict=True)
+        for ours, theirs in zip(mine, other, strict=True)
+    ]
+    return {
+        "devices": many["devices"],
+        "num_compared": len(differences),
+        "max_logprob_difference": max(differences, default=float("inf")),
+        "equal_greedy_tokens": sum(pairs) / len(pairs),
+        "decode_ms_one_rank": one["decode_ms"],
+        "decode_ms_group": many["decode_ms"],
+    }
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--tensor-parallel-size", type=int, default=2)
+    parser.add_argument("--pipeline-parallel-size", type=int, default=1)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--quantization", default="auto")
+    parser.add_argument("--load-format", default="auto")
+    parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument("--limit", type=float, default=0.1)
+    parser.add_argument("--side", action="store_true", help="run one layout and print what it computes")
+    arguments = parser.parse_args(argv)
+    if arguments.side:
+        fields = {name: value for name, value in vars(arguments).items() if name not in ("limit", "side")}
+        print(json.dumps(run_side(WorkerSettings(**fields, max_model_len=256, cpu_kv_cache_gib=0.05))))
+        return 0
+    sides = []
+    for sizes in (["--tensor-parallel-size=1", "--pipeline-parallel-size=1"], []):
+        command = [sys.executable, "-m", "load_tests.gpu.compare_ranks", *argv, *sizes, "--side"]
+        output = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+        sides.append(json.loads(output.splitlines()[-1]))
+    report = compare(*sides)
+    print(json.dumps(report, indent=2))
+    return 0 if report["max_logprob_difference"] <= arguments.limit else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

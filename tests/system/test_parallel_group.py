@@ -1,0 +1,322 @@
+"""Groups that cannot form: one message that names the rank and the remedy, and nothing left running."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+import stepwire
+from stepwire.v1 import group_pb2, group_pb2_grpc
+
+from gpu_worker.config import WorkerSettings
+from gpu_worker.parallel.frames import Channel
+from gpu_worker.parallel.local_ranks import RANK_MODULE
+from gpu_worker.parallel.model_digest import model_digest
+from gpu_worker.runner import FinishedStep, TorchRunner
+from gpu_worker.runner_api import StepBatch, TokenMask, WorkerFacts
+from load_tests.cpu_worker.step_driver import StepDriver, greedy, sampling
+from tests.unit.gpu_worker.models.tiny_checkpoints import save_tiny
+
+from .launched import free_port, wait_until
+from .worker_process import REPOSITORY, WorkerClient, WorkerProcess
+
+FLAGS = ("--device=cpu", "--dtype=float32", "--num-threads=1", "--cpu-kv-cache-gib=0.01", "--log-format=json")
+LIMIT_S = 30.0
+# Importing torch several times over takes its time on a busy machine.
+START_LIMIT_S = 90.0
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models") / "llama"
+    save_tiny("llama", directory)
+    return directory
+
+
+def worker(model: Path, *flags: str, prefix: Sequence[str] = ()) -> WorkerProcess:
+    return WorkerProcess([*FLAGS, f"--model={model}", *flags], prefix=prefix, timeout_s=START_LIMIT_S)
+
+
+def message_of(process: WorkerProcess, *, limit_s: float = LIMIT_S) -> str:
+    """The one line with which it ends, not 0; nothing that it started is left."""
+    children: set[psutil.Process] = set()
+
+    def is_over() -> bool:
+        if process.process.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                children.update(psutil.Process(process.process.pid).children(recursive=True))
+        return process.process.poll() is not None
+
+    wait_until(is_over, limit_s, "the end of the worker")
+    assert process.wait_for_exit() == 1
+    wait_until(lambda: not any(child.is_running() for child in children), 5.0, "the end of its ranks")
+    lines = [line for line in process.lines if line.startswith("python -m gpu_worker: ")]
+    assert len(lines) == 1, process.lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--tensor-parallel-size=4"], ["num_attention_heads 6", "tensor_parallel_size 4", "divisor of 6"]),
+        # The others differ in words only, which a unit test holds.
+        pytest.param(
+            ["--pipeline-parallel-size=2", "--pipeline-parallel-layers=2,2"],
+            ["pipeline_parallel_layers 2,2", "3 layers"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=str,
+)
+def test_sizes_that_do_not_go_together(llama: Path, tmp_path: Path, flags: Sequence[str], words: list[str]) -> None:
+    with worker(llama, f"--listen=unix:{tmp_path}/w.sock", *flags) as process:
+        message = message_of(process)
+    assert all(word in message for word in words), message
+
+
+def test_a_peer_that_never_comes(llama: Path, tmp_path: Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    flags = ("--tensor-parallel-size=2", "--num-nodes=2", f"--group-listen={address}", "--group-timeout-s=2")
+    with worker(llama, f"--listen=unix:{tmp_path}/w.sock", *flags) as process:
+        message = message_of(process)
+    assert "node 1 (rank 1) did not join within 2 s" in message and f"--join {address}" in message
+
+
+def test_a_first_node_that_is_not_there(llama: Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    with worker(llama, f"--join={address}", "--group-timeout-s=1") as process:
+        message = message_of(process)
+    assert f"first node cannot be reached at {address}" in message and "--group-listen" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"version": "0.0.1"}, ["runs stepwire 0.0.1", f"rank 0 runs {stepwire.__version__}", "same release"]),
+        pytest.param(
+            {"model_digest": "feedfeedfeedfeed"},
+            ["another model than rank 0", "same files on all nodes"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["version", "model"],
+)
+def test_a_rank_of_another_version_or_model(
+    llama: Path, tmp_path: Path, change: dict[str, str], words: list[str]
+) -> None:
+    """Both sides say the same: the node that is refused, and rank 0, which ends."""
+    address = f"127.0.0.1:{free_port()}"
+    flags = ("--tensor-parallel-size=2", "--num-nodes=2", f"--group-listen={address}")
+    fields = {"version": stepwire.__version__, "model_digest": model_digest(llama), "host": "10.0.0.2"} | change
+    hello = group_pb2.NodeHello(protocol_version=1, **fields)
+    with worker(llama, f"--listen=unix:{tmp_path}/w.sock", *flags) as process:
+        with grpc.insecure_channel(address) as channel:
+            grpc.channel_ready_future(channel).result(LIMIT_S)
+            stub = group_pb2_grpc.GroupServiceStub(channel)
+            with pytest.raises(grpc.RpcError) as refused:
+                next(stub.Join(iter([group_pb2.JoinRequest(hello=hello)])))
+        message = message_of(process)
+    assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION  # type: ignore[attr-defined]
+    for said in (message, refused.value.details()):  # type: ignore[attr-defined]
+        assert "node 1 (rank 1) at 10.0.0.2" in said
+        assert all(word in said for word in words), said
+
+
+def test_a_store_that_cannot_be_reached(llama: Path) -> None:
+    """A rank by itself, with a place whose store nobody listens at."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        rank = subprocess.Popen(
+            [sys.executable, "-m", RANK_MODULE, str(theirs.fileno())],
+            pass_fds=(theirs.fileno(),),
+            cwd=REPOSITORY,
+            env={"PYTHONPATH": ".:proto:kernels"},
+        )
+    try:
+        channel = Channel(ours)
+        place = group_pb2.RankPlace(
+            rank=1,
+            tensor_parallel_size=2,
+            stage_layers=[3],
+            num_local_ranks=1,
+            store_address=f"127.0.0.1:{free_port()}",
+            host="127.0.0.1",
+            timeout_s=1.0,
+            settings=f'{{"model": "{llama}", "device": "cpu"}}',
+        )
+        for command in (group_pb2.RankCommand(place=place), group_pb2.RankCommand(form=group_pb2.Empty())):
+            channel.send(command.SerializeToString())
+        assert channel.receive(group_pb2.RankEvent).WhichOneof("event") == "started"
+        failure = channel.receive(group_pb2.RankEvent).failure
+        assert not failure.is_consequence
+        assert f"rank 1 (tensor-parallel rank 1 of 2) cannot reach its group's store at {place.store_address}" in (
+            failure.message
+        )
+        assert rank.wait(LIMIT_S) == 1
+    finally:
+        rank.kill()
+        rank.wait()
+
+
+def test_a_rank_that_is_killed_while_it_loads(llama: Path, tmp_path: Path) -> None:
+    with worker(llama, f"--listen=unix:{tmp_path}/w.sock", "--tensor-parallel-size=2") as process:
+        process.wait_for_event("rank started")
+        children: list[psutil.Process] = []
+        wait_until(
+            lambda: bool(children.extend(psutil.Process(process.process.pid).children()) or children), LIMIT_S, "a rank"
+        )
+        children[0].kill()
+        message = message_of(process)
+    assert "rank 1 (tensor-parallel rank 1 of 2): its process" in message and "SIGKILL" in message
+
+
+def test_ranks_end_with_rank_0_even_where_they_hang(llama: Path, tmp_path: Path) -> None:
+    """kill -9 of rank 0 while a rank is stopped: it sees nothing, and yet nothing is left."""
+    with worker(llama, f"--listen=unix:{tmp_path}/w.sock", "--pipeline-parallel-size=2") as process:
+        process.wait_for_event("this rank waits for the others")
+        ranks = psutil.Process(process.process.pid).children()
+        assert len(ranks) == 1
+        ranks[0].suspend()
+        process.process.kill()
+        process.process.wait()
+        wait_until(lambda: not any(rank.is_running() for rank in ranks), LIMIT_S, "the end of the ranks")
+
+
+@pytest.mark.slow
+def test_two_nodes_on_one_machine(llama: Path, tmp_path: Path) -> None:
+    """A relay joins, the group serves, a rank of the relay's goes, and everything goes with it."""
+    address, listen = f"127.0.0.1:{free_port()}", f"unix:{tmp_path}/w.sock"
+    flags = ("--tensor-parallel-size=2", "--num-nodes=2", f"--group-listen={address}", f"--listen={listen}")
+    with worker(llama, *flags) as first, worker(llama, f"--join={address}") as second:
+        first.wait_for_event("worker ready")
+        (rank,) = psutil.Process(second.process.pid).children()
+        rank.kill()
+        wait_until(lambda: first.process.poll() is not None, LIMIT_S, "the end of rank 0")
+        assert first.wait_for_exit() == 1
+        assert any("rank 1 (tensor-parallel rank 1 of 2): its process" in line for line in first.lines)
+        assert "has ended" in message_of(second)
+
+
+class Namespaces:
+    """Two network namespaces that reach each other and nothing else."""
+
+    addresses = ("10.203.0.1", "10.203.0.2")
+
+    def __init__(self) -> None:
+        self.names = tuple(f"stepwire-{uuid.uuid4().hex[:6]}" for _ in self.addresses)
+
+    def __enter__(self) -> Namespaces:
+        try:
+            first, second = self.names
+            for name in self.names:
+                _ip("netns", "add", name)
+            _ip("-n", first, "link", "add", "link0", "type", "veth", "peer", "name", "link0", "netns", second)
+            for name, address in zip(self.names, self.addresses, strict=True):
+                _ip("-n", name, "addr", "add", f"{address}/24", "dev", "link0")
+                for device in ("lo", "link0"):
+                    _ip("-n", name, "link", "set", device, "up")
+        except (OSError, subprocess.CalledProcessError) as error:
+            self.__exit__()
+            pytest.skip(f"network namespaces are not permitted here: {error}")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for name in self.names:
+            with contextlib.suppress(OSError, subprocess.CalledProcessError):
+                _ip("netns", "del", name)
+
+    def prefix(self, node: int) -> tuple[str, ...]:
+        return ("ip", "netns", "exec", self.names[node])
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+def make_certificates(folder: Path, addresses: Sequence[str]) -> None:
+    """ca.pem and, for each node, node<i>.pem and .key with its address in it."""
+
+    def openssl(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+
+    new_key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    openssl("req", "-x509", *new_key, "-days", "1", "-subj", "/CN=group", "-keyout", "ca.key", "-out", "ca.pem")
+    for node, address in enumerate(addresses):
+        name = f"node{node}"
+        openssl("req", *new_key, "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.csr")
+        (folder / "san").write_text(f"subjectAltName=IP:{address}")
+        issue = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "1", "-extfile", "san")
+        openssl("x509", "-req", "-in", f"{name}.csr", "-out", f"{name}.pem", *issue)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None or shutil.which("ip") is None, reason="needs openssl and ip")
+def test_two_machines_with_mutual_tls(llama: Path, tmp_path: Path) -> None:
+    """A stage on each: the tokens of one rank, over a network that has nothing else, commands under TLS."""
+    expected = StepDriver(TorchRunner.load(WorkerSettings(model=llama, device="cpu", dtype="float32", num_threads=1)))
+    listen = f"unix:{tmp_path}/w.sock"
+    with Namespaces() as machines:
+        make_certificates(tmp_path, machines.addresses)
+
+        def tls(node: int) -> list[str]:
+            names = {"cert": f"node{node}.pem", "key": f"node{node}.key", "ca": "ca.pem"}
+            return [f"--group-tls-{what}={tmp_path / name}" for what, name in names.items()]
+
+        address = f"{machines.addresses[0]}:7077"
+        flags = ("--pipeline-parallel-size=2", "--num-nodes=2", f"--group-listen={address}", f"--listen={listen}")
+        first = worker(llama, *flags, *tls(0), prefix=machines.prefix(0))
+        stranger = worker(llama, f"--join={address}", "--group-timeout-s=5", prefix=machines.prefix(1))
+        with first, stranger:
+            # Without a certificate there is no way in, and rank 0 goes on waiting.
+            assert "cannot be reached" in message_of(stranger)
+            with worker(llama, f"--join={address}", *tls(1), prefix=machines.prefix(1)) as second:
+                first.wait_for_event("worker ready")
+                with WorkerClient(listen) as client:
+                    actual = StepDriver(RemoteRunner(client))
+                    for driver in (expected, actual):
+                        driver.add(0, range(40, 60), sampling(seed=3))
+                        driver.step({0: 13})
+                        driver.add(1, [5, 6, 7], greedy())
+                        for _ in range(8):
+                            driver.step()
+                    assert [row.tokens for row in actual.rows.values()] == [
+                        row.tokens for row in expected.rows.values()
+                    ]
+                first.send_signal(signal.SIGTERM)
+                assert first.wait_for_exit() == 0
+                assert second.wait_for_exit() == 0
+
+
+class RemoteRunner:
+    """A worker process as the `Runner` that a driver expects."""
+
+    def __init__(self, client: WorkerClient) -> None:
+        self._client = client
+
+    def describe(self) -> WorkerFacts:
+        facts = self._client.describe()
+        names = ("num_blocks", "first_block_id", "block_size", "max_model_len", "max_num_seqs", "vocab_size")
+        return replace(_NO_FACTS, **{name: getattr(facts, name) for name in names})
+
+    def reset(self) -> None:
+        self._session = self._client.start()
+
+    def execute(self, batch: StepBatch, wait_for_mask: Callable[[], TokenMask]) -> FinishedStep:
+        self._session.step(batch)
+        return FinishedStep(self._session.result())
+
+    def close(self) -> None:
+        return None
+
+
+_NO_FACTS = WorkerFacts("", "", "", "", (), 0, 0, 0, 0, 0, 0, (), 0, 0, 0, False)

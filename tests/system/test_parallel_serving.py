@@ -1,0 +1,128 @@
+"""`stepwire serve` with several ranks on CPUs: the tokens of one rank, and what happens when one is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.unit.gpu_worker.models.tiny_checkpoints import save_tiny
+
+from .launched import Launched, wait_until
+from .test_launcher import stream
+
+RANK_MODULE = "gpu_worker.parallel.rank_process"
+# Small steps, so that prompts come in chunks beside decodes; a pool that 16 streams do not fit into.
+PLACE = ("--dtype=float32", "--device=cpu", "--num-threads=1", "--served-model-name=tiny")
+FLAGS = (*PLACE, "--max-num-batched-tokens=48")
+
+
+def pool(num_blocks: int, block_bytes: int) -> str:
+    return f"--cpu-kv-cache-gib={num_blocks * block_bytes / (1 << 30):.9f}"
+
+
+async def sixteen_streams(launched: Launched, max_tokens: int, *, vocab_size: int = 300) -> list[dict[int, list]]:
+    """Half of them begin with the same 48 tokens; one has two choices."""
+    shared = [(7 * position) % vocab_size for position in range(48)]
+    return await asyncio.gather(
+        *(
+            stream(
+                launched.base_url,
+                "tiny",
+                [*(shared if number % 2 else []), *range(3 + number, 3 + 3 * number + 2)],
+                max_tokens,
+                seed=number,
+                n=1 + (number == 5),
+            )
+            for number in range(16)
+        )
+    )
+
+
+def ranks_of(launched: Launched) -> list[psutil.Process]:
+    return [process for process in launched.children() if RANK_MODULE in " ".join(process.cmdline())]
+
+
+@pytest.fixture(scope="module")
+def tiny_mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models") / "mixture"
+    save_tiny("mixtral", directory, num_local_experts=4, sliding_window=None)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tokens_of_one_rank(tiny_mixture: Path) -> list[dict[int, list]]:
+    with Launched(tiny_mixture, *FLAGS, pool(40, 7680)) as launched:
+        tokens = asyncio.run(sixteen_streams(launched, 60))
+        assert all(len(choice) == 60 for choices in tokens for choice in choices.values())
+        assert launched.metric("stepwire_preemptions_total") > 0
+        assert launched.metric("stepwire_prefix_cache_hits_total") > 0
+    return tokens
+
+
+def test_two_by_two_ranks_give_the_tokens_of_one_and_survive_the_loss_of_one(
+    tiny_mixture: Path, tokens_of_one_rank: list[dict[int, list]]
+) -> None:
+    """Two stages of two ranks that hold different experts; kill -9 of the last rank in the middle of 16 streams."""
+    parallel = ("--tensor-parallel-size=2", "--pipeline-parallel-size=2", "--enable-expert-parallel")
+    with Launched(tiny_mixture, *FLAGS, *parallel, pool(40, 7680), ready_timeout_s=120) as launched:
+        assert len(ranks_of(launched)) == 3
+        assert asyncio.run(sixteen_streams(launched, 60)) == tokens_of_one_rank
+        assert launched.metric("stepwire_preemptions_total") > 0
+        first_group = ranks_of(launched)
+
+        async def disturbed() -> list[dict[int, list]]:
+            streams = asyncio.create_task(sixteen_streams(launched, 60))
+            before = launched.metric("stepwire_generation_tokens_total")
+            while launched.metric("stepwire_generation_tokens_total") < before + 200:
+                await asyncio.sleep(0.01)
+            first_group[-1].kill()
+            return await streams
+
+        assert asyncio.run(disturbed()) == tokens_of_one_rank
+        assert launched.metric("stepwire_worker_losses_total") == 1
+        assert launched.metric("stepwire_kv_blocks_in_use") == 0
+        wait_until(lambda: not any(process.is_running() for process in first_group), what="the end of the first group")
+        assert len(ranks_of(launched)) == 3
+        assert "rank 3 (stage 1 of 2, tensor-parallel rank 1 of 2)" in launched.read()
+        assert "SIGKILL" in launched.read()
+        left = ranks_of(launched)
+        assert launched.stop(signal.SIGTERM) == 0
+    assert not any(process.is_running() for process in left)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        ("--tensor-parallel-size=2",),
+        ("--tensor-parallel-size=2", "--enable-expert-parallel"),
+        ("--pipeline-parallel-size=2",),
+        ("--pipeline-parallel-size=3", "--pipeline-parallel-layers=1,1,1"),
+    ],
+    ids=lambda flags: " ".join(flags),
+)
+def test_every_layout_gives_the_tokens_of_one_rank(
+    tiny_mixture: Path, tokens_of_one_rank: list[dict[int, list]], parallel: tuple[str, ...]
+) -> None:
+    with Launched(tiny_mixture, *FLAGS, *parallel, pool(40, 7680), ready_timeout_s=120) as launched:
+        assert asyncio.run(sixteen_streams(launched, 60)) == tokens_of_one_rank
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_default_model_split_in_every_way(smollm2_dir: Path) -> None:
+    """SmolLM2 has 9 heads and 3 KV heads: 3 ranks a stage."""
+    flags = (*PLACE, "--cpu-kv-cache-gib=0.2")
+
+    def tokens(*parallel: str) -> list[dict[int, list]]:
+        with Launched(smollm2_dir, *flags, "--max-model-len=512", *parallel, ready_timeout_s=300) as launched:
+            return asyncio.run(sixteen_streams(launched, 24, vocab_size=49_000))
+
+    one = tokens()
+    assert tokens("--tensor-parallel-size=3") == one
+    assert tokens("--pipeline-parallel-size=2") == one
+    assert tokens("--tensor-parallel-size=3", "--pipeline-parallel-size=2") == one
