@@ -6,7 +6,6 @@ its STEPWIRE_* variable, which all of them read.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -194,9 +193,8 @@ class LaunchSettings(ProcessSettings):
 
     @property
     def num_gpus_per_group(self) -> int:
-        """Ranks of one group: the product of the sizes that split a model, as far as there are any."""
-        sizes = ("tensor_parallel_size", "pipeline_parallel_size")
-        return math.prod(getattr(self, size, None) or 1 for size in sizes)
+        """Ranks of one group."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
     def flags_for(self, process: str) -> list[str]:
         """The flags that one process gets from these settings; only those that were set by somebody."""
