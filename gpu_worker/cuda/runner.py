@@ -80,6 +80,11 @@ class CudaRunner:
 
     def close(self) -> None:
         self._rows.clear()
+        self._synchronize()
+        if self._graphs is not None:
+            self._graphs.clear()
+
+    def _synchronize(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
@@ -126,6 +131,8 @@ class CudaRunner:
             if runs is not None:
                 with self._unseen_step(runs):
                     self._launch_plain(shape)
+        # A slot's buffer is free once the device has read it, and that may wait for another rank.
+        self._synchronize()
         return all(runs is not None for _, runs in filled)
 
     @contextmanager

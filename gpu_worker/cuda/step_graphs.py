@@ -60,6 +60,10 @@ class StepGraphs:
     def __len__(self) -> int:
         return len(self._graphs)
 
+    def clear(self) -> None:
+        """Destroy them. A graph that holds NCCL's kernels keeps its communicator from ending."""
+        self._graphs.clear()
+
     def get(self, key: GraphKey) -> CapturedStep | None:
         return self._graphs.get(key)
 

@@ -35,6 +35,9 @@ class _RelaunchGraphs:
         self.captured: dict[GraphKey, CapturedStep] = {}
         self._fails = fails
 
+    def clear(self) -> None:
+        self._graphs.clear()
+
     def get(self, key: GraphKey) -> CapturedStep | None:
         return self.captured.get(key)
 
