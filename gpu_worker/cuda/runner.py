@@ -216,10 +216,11 @@ class CudaRunner:
 
     def _free_slot(self) -> int:
         slot = self._next_slot
-        self._next_slot = (slot + 1) % NUM_SLOTS
-        former = self._in_slot[slot]
-        if former is not None:
-            former.collect()
+        self._next_slot = following = (slot + 1) % NUM_SLOTS
+        # The step after the slot's former reads when that one ended, from events that are about to be used again.
+        for former in (self._in_slot[slot], self._in_slot[following]):
+            if former is not None:
+                former.collect()
         return slot
 
     def _sampled_runs(self, layout: StepLayout) -> SampledRuns:

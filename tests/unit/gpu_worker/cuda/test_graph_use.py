@@ -36,7 +36,7 @@ class _RelaunchGraphs:
         self._fails = fails
 
     def clear(self) -> None:
-        self._graphs.clear()
+        self.captured.clear()
 
     def get(self, key: GraphKey) -> CapturedStep | None:
         return self.captured.get(key)
