@@ -20,8 +20,9 @@ MIN_GROUP = 16
 
 
 class PackedLinears:
-    """`pdl`: launch kernels before the ones ahead of them have drained (capability 9.0). `reads_float8`: capability 8.9;
-    without it weights with values or scales in float8 are left to plain torch.
+    """`pdl`: launch kernels before the ones ahead of them have drained (capability 9.0).
+
+    `reads_float8`: capability 8.9; without it weights with values or scales in float8 are left to plain torch.
     """
 
     def __init__(self, device: torch.device, *, pdl: bool, reads_float8: bool = True) -> None:
