@@ -226,12 +226,16 @@ def test_a_profile_of_a_model(model_recording: Path, tmp_path: Path) -> None:
         assert sum(parts) + times["gaps"] == pytest.approx(times["wall"], abs=0.1)
         assert "layer layers.mlp.gate_up" in one["operations_us"]
     assert len(json.loads((tmp_path / "trace.json").read_text())["traceEvents"]) > 100
+
+
+@pytest.mark.slow
+def test_a_profile_as_a_table(model_recording: Path) -> None:
     table = replay(model_recording, "--profile")
     assert table.returncode == 0 and "decode 2" in table.stdout and "all 9 steps agree" in table.stdout
 
 
-def test_a_profile_needs_its_flag(model_recording: Path) -> None:
-    done = replay(model_recording, "--json")
+def test_a_profile_needs_its_flag(recording: Path) -> None:
+    done = replay(recording, "--json")
     assert done.returncode == 2 and "--profile" in done.stderr
 
 
