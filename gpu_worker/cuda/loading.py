@@ -54,6 +54,8 @@ log = structlog.get_logger(__name__)
 
 MIN_CAPABILITY = (8, 0)
 PDL_CAPABILITY = (9, 0)
+# From here on Triton converts float8_e4m3fn.
+FLOAT8_CAPABILITY = (8, 9)
 # Words of a step buffer: prompts that are added together beyond this travel in several copies.
 BUFFER_WORDS = 1 << 20
 # Graphs' own memory. Their intermediate tensors are counted beside it: the pool keeps them apart from eager steps'.
@@ -112,6 +114,11 @@ def load_cuda_runner(settings: WorkerSettings, device: torch.device, group: Rank
     if reason is not None:
         log.warning("the CUDA kernels cannot run this: plain torch does, many times slower", reason=reason)
         return TorchRunner.load(settings, group)
+    if settings.kv_cache_dtype == "fp8" and not _reads_float8(device):
+        raise ModelConfigError(
+            f"kv_cache_dtype fp8: {_too_old(device, FLOAT8_CAPABILITY)} for it: set --kv-cache-dtype auto, bfloat16 or "
+            "float16"
+        )
     try:
         return _load_supported(settings, settings.model, device, spec, family, sizes, dtype, group)
     except torch.OutOfMemoryError as error:
@@ -145,7 +152,7 @@ def _load_supported(
         canonical_name=family.canonical_name,
         ops=ops,
         # The packed kernels pick their tiles by the number of tokens.
-        kernels=None if settings.deterministic else PackedLinears(device, pdl=pdl),
+        kernels=None if settings.deterministic else PackedLinears(device, pdl=pdl, reads_float8=_reads_float8(device)),
     )
     if settings.deterministic:
         scheme = CoveredScheme(scheme)
@@ -189,13 +196,20 @@ def _load_supported(
 
 
 def _unsupported(spec: ModelSpec, parallel: ParallelContext, sizes: Sizes, device: torch.device) -> str | None:
-    capability = torch.cuda.get_device_capability(device)
-    if capability < MIN_CAPABILITY:
-        have, need = (".".join(map(str, pair)) for pair in (capability, MIN_CAPABILITY))
-        return f"{torch.cuda.get_device_name(device)} has compute capability {have}, and the kernels need {need}"
+    if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        return _too_old(device, MIN_CAPABILITY)
     if not (parallel.is_first_stage and parallel.is_last_stage):
         return "a step that goes through several stages is not one CUDA graph"
     return unsupported_attention(attention_spec(spec, parallel), sizes.block_size)
+
+
+def _too_old(device: torch.device, needed: tuple[int, int]) -> str:
+    have, need = (".".join(map(str, pair)) for pair in (torch.cuda.get_device_capability(device), needed))
+    return f"{torch.cuda.get_device_name(device)} has compute capability {have}, and the kernels need {need}"
+
+
+def _reads_float8(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
 
 
 def _packed_experts(settings: WorkerSettings, directory: Path, spec: ModelSpec) -> str | None:

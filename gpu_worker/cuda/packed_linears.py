@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import structlog
 import torch
 from stepwire_kernels.gemm import LinearWorkspace, allocate_linear_workspace
 from stepwire_kernels.packed_linear import packed_linear
@@ -13,14 +14,20 @@ from gpu_worker.quant.products import Product
 from gpu_worker.quant.repack import Repacked, repack
 from gpu_worker.quant.weights import AffineWeight, QuantizedWeight, ScaledWeight
 
+log = structlog.get_logger(__name__)
+
 MIN_GROUP = 16
 
 
 class PackedLinears:
-    """`pdl`: launch kernels before the ones ahead of them have drained (capability 9.0)."""
+    """`pdl`: launch kernels before the ones ahead of them have drained (capability 9.0).
 
-    def __init__(self, device: torch.device, *, pdl: bool) -> None:
-        self._pdl = pdl
+    `reads_float8`: capability 8.9; without it weights with values or scales in float8 are left to plain torch.
+    """
+
+    def __init__(self, device: torch.device, *, pdl: bool, reads_float8: bool = True) -> None:
+        self._pdl, self._reads_float8 = pdl, reads_float8
+        self._has_warned = False
         self._workspace = allocate_linear_workspace(device)
 
     def product(
@@ -31,7 +38,7 @@ class PackedLinears:
         dtype: torch.dtype,
     ) -> Product | None:
         if isinstance(weight, ScaledWeight) and activations is not None:
-            if not _has_kernel(weight, activations, static):
+            if not _has_kernel(weight, activations, static) or not self._can_read(weight.values):
                 return None
             return _EightBitProduct(weight, activations, static, self._workspace, pdl=self._pdl)
         if activations is not None:
@@ -42,7 +49,20 @@ class PackedLinears:
                 return None
             weight = integers
         repacked = repack(weight)
-        return None if repacked is None else _PackedProduct(repacked, self._workspace, pdl=self._pdl)
+        if repacked is None or not self._can_read(repacked.weight.scales):
+            return None
+        return _PackedProduct(repacked, self._workspace, pdl=self._pdl)
+
+    def _can_read(self, numbers: torch.Tensor) -> bool:
+        if self._reads_float8 or numbers.dtype != torch.float8_e4m3fn:
+            return True
+        if not self._has_warned:
+            log.warning(
+                "the kernels cannot read float8 weights on this device: plain torch multiplies them, many times slower",
+                needed_capability="8.9",
+            )
+        self._has_warned = True
+        return False
 
 
 class _PackedProduct(Product):

@@ -11,12 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import openai
 import pytest
 from stepwire.v1 import worker_pb2
 from stepwire.v1.recording_pb2 import RecordingEntry
 
 from gpu_worker.recording import read_recording, write_entry
 from gpu_worker.runner_api import TokenMask
+from tests.system.launched import Launched
 from tests.system.worker_process import REPOSITORY, WorkerClient, WorkerProcess, WorkerSession
 from tests.unit.gpu_worker.models.tiny_checkpoints import save_tiny
 from tests.unit.gpu_worker.step_builder import Run, row_add, step, uint32
@@ -224,10 +226,58 @@ def test_a_profile_of_a_model(model_recording: Path, tmp_path: Path) -> None:
         assert sum(parts) + times["gaps"] == pytest.approx(times["wall"], abs=0.1)
         assert "layer layers.mlp.gate_up" in one["operations_us"]
     assert len(json.loads((tmp_path / "trace.json").read_text())["traceEvents"]) > 100
+
+
+@pytest.mark.slow
+def test_a_profile_as_a_table(model_recording: Path) -> None:
     table = replay(model_recording, "--profile")
     assert table.returncode == 0 and "decode 2" in table.stdout and "all 9 steps agree" in table.stdout
 
 
-def test_a_profile_needs_its_flag(model_recording: Path) -> None:
-    done = replay(model_recording, "--json")
+def test_a_profile_needs_its_flag(recording: Path) -> None:
+    done = replay(recording, "--json")
     assert done.returncode == 2 and "--profile" in done.stderr
+
+
+def complete(served: Launched, prompts: list[list[int]]) -> None:
+    client = openai.OpenAI(base_url=served.base_url, api_key="none", max_retries=0, timeout=120)
+    for temperature in (0.0, 0.8):
+        made = client.completions.create(
+            model=client.models.list().data[0].id,
+            prompt=prompts,
+            max_tokens=8,
+            temperature=temperature,
+            seed=5,
+            logprobs=2,
+            extra_body={"ignore_eos": True},
+        )
+        assert len(made.choices) == len(prompts)
+    client.close()
+
+
+def test_what_a_server_has_recorded_replays(tmp_path: Path) -> None:
+    """The flag from `stepwire serve` down to the worker; two prompts at once, greedy and then sampled."""
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 1000}
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text(json.dumps(config))
+    path = tmp_path / "steps"
+    with Launched(tmp_path / "bare", "--runner=simulated", f"--record={path}") as served:
+        complete(served, [[1, 2, 3], list(range(40))])
+    done = replay(path)
+    assert done.returncode == 0, done.stderr
+    assert "steps agree" in done.stdout
+    tokens = [entry.result.token_ids for entry in read_recording(path) if entry.WhichOneof("entry") == "result"]
+    assert sum(len(ids) // 4 for ids in tokens) == 2 * 2 * 8
+
+
+@pytest.mark.slow
+def test_a_deterministic_server_replays_to_the_bit(tmp_path: Path) -> None:
+    """With the settings of the recording: its threads, its dtype."""
+    save_tiny("llama", tmp_path / "tiny")
+    path = tmp_path / "steps"
+    flags = ("--device=cpu", "--dtype=float32", "--cpu-kv-cache-gib=0.05", "--num-threads=2", "--deterministic")
+    with Launched(tmp_path / "tiny", *flags, f"--record={path}", ready_timeout_s=120) as served:
+        complete(served, [[1, 2, 3], list(range(40))])
+    done = replay(path)
+    assert done.returncode == 0, done.stderr
+    assert "steps agree" in done.stdout and "log-probabilities are the same to the bit" in done.stdout

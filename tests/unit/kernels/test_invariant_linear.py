@@ -33,7 +33,9 @@ def test_matches_twin(device: str, dtype: torch.dtype, num_tokens: int, n: int, 
 def test_a_row_has_the_same_bits_in_any_batch(device: str, dtype: torch.dtype) -> None:
     """Alone and spread over programs, among many and not spread; compiled, at another place of its tile too.
 
-    The interpreter multiplies tiles by numpy's BLAS, whose rows follow their place.
+    The interpreter multiplies a tile by numpy.matmul, and OpenBLAS's micro-kernels take a few rows at a time (6 of 64
+    on a CPU with AVX2) and sum the rest in another order: 64 equal rows in float32 give unequal ones. Only a row that
+    stays at its place can be compared there; with all other rows zero it has the same bits.
     """
     n, k = 70, 1030
     assert num_splits(n, k) > 1

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from structlog.testing import capture_logs
 
 from gpu_worker.config import WorkerSettings
 from gpu_worker.cuda import loading
+from gpu_worker.device import DeviceError, resolve_dtype
 from gpu_worker.model_spec import ModelConfigError
 from gpu_worker.runner import TorchRunner
+from tests.unit.gpu_worker.cuda.test_runner import save_model
 from tests.unit.gpu_worker.models.tiny_checkpoints import save_tiny
 
 CUDA = torch.device("cuda", 0)
@@ -68,3 +72,50 @@ def test_deterministic_does_not_fall_back(
     monkeypatch.setattr("gpu_worker.runner.resolve_device", lambda name: CUDA)
     with pytest.raises(ModelConfigError, match=r"--deterministic needs the kernels on cuda:0.*set --device cpu"):
         loading.load_cuda_runner(settings(tmp_path, deterministic=True), CUDA)
+
+
+def test_a_float8_cache_on_a_gpu_that_cannot_read_it(capability: list[tuple[int, int]], tmp_path: Path) -> None:
+    save_model(tmp_path, "llama")
+    capability[0] = (8, 6)
+    expected = r"Tesla T4 has compute capability 8\.6, and the kernels need 8\.9 for it: set --kv-cache-dtype auto"
+    with pytest.raises(ModelConfigError, match=expected):
+        loading.load_cuda_runner(settings(tmp_path, kv_cache_dtype="fp8"), CUDA)
+
+
+def test_a_float8_cache_has_no_plain_torch_to_fall_back_to(
+    capability: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny("qwen3", tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr("gpu_worker.runner.resolve_device", lambda name: CUDA)
+    with pytest.raises(ModelConfigError, match=r"fp8 needs the CUDA kernels.*set --kv-cache-dtype auto"):
+        loading.load_cuda_runner(settings(tmp_path, kv_cache_dtype="fp8"), CUDA)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
+def test_every_dtype_of_the_setting_goes_to_the_kernels(
+    dtype: str, capability: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which the kernels' own tests run in; a float32 checkpoint is computed in bfloat16 unless float32 is asked for."""
+    save_model(tmp_path, "llama")
+    chosen: list[torch.dtype] = []
+
+    def supported(settings: WorkerSettings, *rest: Any) -> None:
+        chosen.append(rest[-1])
+
+    monkeypatch.setattr(loading, "_load_supported", supported)
+    loading.load_cuda_runner(settings(tmp_path, dtype=dtype), CUDA)
+    assert chosen == [torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)]
+
+
+def test_other_dtypes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match=r"'auto', 'float32', 'bfloat16' or 'float16'"):
+        settings(tmp_path, dtype="float64")
+    with pytest.raises(DeviceError, match=r"'float64' is not known: set --dtype auto, float32, bfloat16, float16"):
+        resolve_dtype("float64", CUDA, torch.float32)
+    save_model(tmp_path, "llama")
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float64"}))
+    with pytest.raises(ModelConfigError, match=r"dtype.*'float64', expected one of"):
+        loading.load_cuda_runner(settings(tmp_path), CUDA)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from gpu_worker.cuda.packed_linears import PackedLinears
 from gpu_worker.layers.ops import TORCH_OPS
@@ -80,6 +81,16 @@ def test_what_has_no_kernel_is_left_to_be_dequantized(
     weight: QuantizedWeight, activations: ActivationQuant | None, static: StaticScale | None
 ) -> None:
     assert PackedLinears(CPU, pdl=False).product(weight, activations, static, torch.float32) is None
+
+
+def test_without_float8_its_weights_are_left_to_plain_torch_with_one_warning() -> None:
+    linears = PackedLinears(CPU, pdl=False, reads_float8=False)
+    with capture_logs() as logs:
+        for name, (weight, activations, static) in CASES.items():
+            has_product = linears.product(weight, activations, static, torch.float32) is not None
+            assert has_product == (not name.startswith("fp8") and name != "nvfp4"), name
+    (warning,) = logs
+    assert warning["log_level"] == "warning" and "plain torch" in warning["event"]
 
 
 @pytest.mark.slow
