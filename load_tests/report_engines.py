@@ -53,9 +53,9 @@ class EngineResults:
             "GPU idle between steps, us",
         ]
         parts = [
-            "Random weights, bf16, contexts of 1,024 tokens, two steps in flight; newest lines. vLLM's figures (0.26.0, torch\n"
-            "2.11, its defaults), the floors and the goals are those of an H200, measured in other runs: no other card is\n"
-            "held against them."
+            "Random weights, bf16, contexts of 1,024 tokens, two steps in flight; newest lines. vLLM's figures\n"
+            "(0.26.0, torch 2.11, its defaults), the floors and the goals are those of an H200, measured in other\n"
+            "runs: no other card is held against them."
         ]
         machines = sorted({machine for machine, _, _ in self._gpu_steps}, key=lambda name: ANCHORED_GPU not in name)
         for machine in machines:
