@@ -32,7 +32,7 @@ def capability(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     said = [(9, 0)]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: said[0])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Tesla T4")
-    monkeypatch.setattr(TorchRunner, "load", lambda settings: PlainRunner())
+    monkeypatch.setattr(TorchRunner, "load", lambda settings, group: PlainRunner())
     return said
 
 
@@ -69,7 +69,7 @@ def test_deterministic_does_not_fall_back(
     save_tiny("qwen3", tmp_path)
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr("gpu_worker.runner.resolve_device", lambda name: CUDA)
+    monkeypatch.setattr("gpu_worker.runner.resolve_device", lambda name, index: CUDA)
     with pytest.raises(ModelConfigError, match=r"--deterministic needs the kernels on cuda:0.*set --device cpu"):
         loading.load_cuda_runner(settings(tmp_path, deterministic=True), CUDA)
 
@@ -88,7 +88,7 @@ def test_a_float8_cache_has_no_plain_torch_to_fall_back_to(
     save_tiny("qwen3", tmp_path)
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr("gpu_worker.runner.resolve_device", lambda name: CUDA)
+    monkeypatch.setattr("gpu_worker.runner.resolve_device", lambda name, index: CUDA)
     with pytest.raises(ModelConfigError, match=r"fp8 needs the CUDA kernels.*set --kv-cache-dtype auto"):
         loading.load_cuda_runner(settings(tmp_path, kv_cache_dtype="fp8"), CUDA)
 
@@ -102,7 +102,7 @@ def test_every_dtype_of_the_setting_goes_to_the_kernels(
     chosen: list[torch.dtype] = []
 
     def supported(settings: WorkerSettings, *rest: Any) -> None:
-        chosen.append(rest[-1])
+        chosen.append(next(each for each in rest if isinstance(each, torch.dtype)))
 
     monkeypatch.setattr(loading, "_load_supported", supported)
     loading.load_cuda_runner(settings(tmp_path, dtype=dtype), CUDA)
