@@ -89,8 +89,9 @@ class TorchRunner:
         """
         if settings.model is None:
             raise ModelConfigError("no model is set: give the model's directory with --model")
-        if settings.num_threads is not None:
-            torch.set_num_threads(settings.num_threads)
+        if settings.num_threads is not None or settings.deterministic:
+            # Once it is set, MKL no longer picks a number of threads for each product.
+            torch.set_num_threads(settings.num_threads or torch.get_num_threads())
         device = resolve_device(settings.device)
         spec, family = read_spec(settings.model)
         dtype = resolve_dtype(settings.dtype, device, spec.dtype)
