@@ -154,7 +154,7 @@ class WorkerSettings(ProcessSettings):
     deterministic: bool = Field(
         False,
         description="a prompt gives the same tokens and log-probabilities, to the bit, alone and in any batch, however "
-        "it is cut into steps; slower",
+        "it is cut into steps, on one kind of machine with one num_threads; slower",
     )
     cpu_kv_cache_gib: float = Field(2.0, gt=0, description="size of the KV cache on device cpu, in GiB")
     num_threads: PositiveInt | None = Field(None, description="CPU threads of torch; default: one per physical core")

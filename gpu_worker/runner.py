@@ -132,8 +132,9 @@ class TorchRunner:
         """
         if settings.model is None:
             raise ModelConfigError("no model is set: give the model's directory with --model")
-        if settings.num_threads is not None:
-            torch.set_num_threads(settings.num_threads)
+        if settings.num_threads is not None or settings.deterministic:
+            # Once it is set, MKL no longer picks a number of threads for each product.
+            torch.set_num_threads(settings.num_threads or torch.get_num_threads())
         elif group is not None and group.place.num_local_ranks > 1:
             torch.set_num_threads(max(1, torch.get_num_threads() // group.place.num_local_ranks))
         device = resolve_device(settings.device, 0 if group is None else group.place.local_rank)
