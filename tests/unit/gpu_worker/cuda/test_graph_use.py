@@ -96,6 +96,9 @@ def test_the_server_gives_pauses_to_a_runner_that_uses_them() -> None:
         def __init__(self, server: WorkerServer) -> None:
             self.server, self.num_calls = server, 0
 
+        def has_pause_work(self) -> bool:
+            return True
+
         def idle(self) -> bool:
             self.num_calls += 1
             if self.num_calls == 3:
