@@ -164,6 +164,7 @@ def test_unanswered_steps_are_left_out(tmp_path: Path) -> None:
     with start(listen, path, "--sim-crash-at-step=4") as worker, WorkerClient(listen) as client:
         session = client.start()
         session.step(step(1, [Run(0, 0, 4)], adds=[row_add(0, range(4), [1])]))
+        assert session.result().step_id == 1
         for step_id in (2, 3, 4, 5):
             session.step(step(step_id, [Run(0, 2 + step_id)]))
         session.end()
