@@ -57,7 +57,7 @@ def test_what_cannot_be_split_is_named_with_both_numbers() -> None:
         # Biases, a tied table, a vocabulary of 301 that does not divide: every layer's split is in it.
         ("llama-tied-bias", 2, "width"),
         pytest.param("qwen2-window", 3, "width", marks=pytest.mark.slow),
-        ("qwen2-moe", 2, "width"),
+        pytest.param("qwen2-moe", 2, "width", marks=pytest.mark.slow),
         ("mixtral", 2, "expert"),
         pytest.param("gpt-oss", 2, "width", marks=pytest.mark.slow),
         pytest.param("gpt-oss", 3, "expert", marks=pytest.mark.slow),
