@@ -29,6 +29,7 @@ from gpu_worker.loading.gguf_reader import GgufReader
 from gpu_worker.loading.kv_scales import is_kv_scale, read_kv_scales
 from gpu_worker.loading.tensor_source import TensorIndex, TensorInfo, TensorSource
 from gpu_worker.model_spec import ModelConfigError, ModelSpec
+from gpu_worker.models.checkpoint_names import checkpoint_modules, path_template
 from gpu_worker.models.family import LoadsItself, ModelFamily
 from gpu_worker.models.hf_config import HfConfig
 from gpu_worker.models.registry import find_family, known_architectures
@@ -139,16 +140,11 @@ def checkpoint_places(model: ModelFamily) -> dict[str, list[_Place]]:
 
 def _checkpoint_prefix(model: ModelFamily, path: str, part: str) -> tuple[str, list[str]]:
     """The place's name in the checkpoint, and the parts that share it, in their order; none where it is one part's."""
-    numbers = iter(("{i}", "{e}"))
-    pieces = path.split(".")
-    template = ".".join(next(numbers) if piece.isdigit() else piece for piece in pieces)
-    found = [piece for piece in pieces if piece.isdigit()]
-    for parts, name in model.name_rules.get(template, {}).items():
-        if part in parts.split("+"):
-            for placeholder, number in zip(("{i}", "{e}"), found, strict=False):
-                name = name.replace(placeholder, number)
-            return name, parts.split("+") if "+" in parts else []
-    raise ModelConfigError(f"{type(model).__name__} has no checkpoint name for {template!r} part {part!r}")
+    for parts, name in checkpoint_modules(model.name_rules, path).items():
+        together = parts.split("+")
+        if part in together:
+            return name, together if len(together) > 1 else []
+    raise ModelConfigError(f"{type(model).__name__} has no checkpoint name for {path_template(path)!r} part {part!r}")
 
 
 def _whole_shape(places: list[_Place]) -> tuple[int, ...] | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from gpu_worker.layers.ops import TORCH_OPS, LayerOps
 from gpu_worker.loading.checkpoint import GGUF_NAME, open_checkpoint
 from gpu_worker.loading.gguf_reader import GgufReader
 from gpu_worker.model_spec import ModelConfigError
+from gpu_worker.models.checkpoint_names import checkpoint_modules
 from gpu_worker.models.hf_config import HfConfig
 from gpu_worker.quant.api import LinearMethod, QuantScheme
 from gpu_worker.quant.compressed_tensors import read_compressed_tensors
@@ -196,9 +197,5 @@ def module_format(quant: QuantConfig, name: str, names: Collection[str]) -> Weig
 
 def modules_of(name_rules: Mapping[str, Mapping[str, str]], path: str) -> dict[str, str]:
     """Part -> module name in the checkpoint, for a layer's path; empty for a layer that the rules do not name."""
-    pieces = path.split(".")
-    number = next((piece for piece in pieces if piece.isdigit()), "")
-    template = ".".join("{i}" if piece.isdigit() else piece for piece in pieces)
-    rules: Mapping[str, Any] = name_rules.get(template, {})
     # "q+k+v" stands for parts that the checkpoint has in one module.
-    return {part: str(name).replace("{i}", number) for parts, name in rules.items() for part in parts.split("+")}
+    return {part: name for parts, name in checkpoint_modules(name_rules, path).items() for part in parts.split("+")}

@@ -213,6 +213,44 @@ def test_gpt_oss_experts_are_those_that_transformers_unpacks(tmp_path: Path) -> 
     assert torch.equal(part, expected[1:2, 32:64, 4:12])
 
 
+def test_experts_of_a_quantized_mixture_are_found_by_both_numbers(tmp_path: Path) -> None:
+    """Weights in float8 by output, as compressed-tensors writes them, beside transformers on what they stand for."""
+    reference = save_tiny("mixtral", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    stands_for = {}
+    for name in [name for name in tensors if ".experts." in name]:
+        weight = tensors[name]
+        scale = weight.abs().amax(dim=1, keepdim=True) / 448
+        tensors[name] = (weight / scale).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale"] = scale
+        stands_for[name] = tensors[name].float() * scale
+    assert stands_for
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
+    group = {"targets": ["re:.*experts.*"], "weights": weights, "input_activations": None}
+    edit_config(
+        tmp_path,
+        quantization_config={
+            "quant_method": "compressed-tensors",
+            "format": "float-quantized",
+            "config_groups": {"group_0": group},
+            "ignore": [],
+        },
+    )
+    tokens = list(range(3, 40))
+    ours = QuantizedModel(tmp_path).logits(tokens)
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    save_tiny("mixtral", plain)
+    save_file(
+        load_file(plain / "model.safetensors") | stands_for, plain / "model.safetensors", metadata={"format": "pt"}
+    )
+    model = type(reference).from_pretrained(plain, dtype=torch.float32, experts_implementation="eager").eval()
+    with torch.inference_mode():
+        expected = model(torch.tensor([tokens])).logits[0]
+    assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
 @pytest.mark.parametrize("setting", ["fp8", "int8"])
 def test_plain_weights_are_quantized_while_they_are_loaded(setting: Any, tmp_path: Path) -> None:
     save_tiny("qwen2", tmp_path)
