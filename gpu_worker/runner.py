@@ -150,8 +150,6 @@ class TorchRunner:
             )
         kv_dtype = resolve_kv_dtype(settings.kv_cache_dtype, dtype)
         group = group or single_rank(spec.num_layers)
-        if group.layout.world_size > 1:
-            _refuse_to_split(settings, family, pooling)
         parallel = group.context()
         if settings.deterministic:
             refuse_uncovered(spec, family)
@@ -358,19 +356,6 @@ def _refuse_other_devices(device: torch.device) -> None:
             f"--deterministic needs the kernels on {device}, and this model or device runs in plain torch there: "
             "leave it out, or set --device cpu"
         )
-
-
-def _refuse_to_split(settings: WorkerSettings, family: type[ModelFamily], pooling: PoolingSpec | None) -> None:
-    what = {
-        "--deterministic": settings.deterministic,
-        "a model that runs through transformers' own code": family.host_plans_attention,
-        "pooling": pooling is not None,
-    }
-    for name, is_asked in what.items():
-        if is_asked:
-            raise ModelConfigError(
-                f"{name} works on one rank only: leave out --tensor-parallel-size and --pipeline-parallel-size"
-            )
 
 
 def _write_tokens(result: StepResult, inputs: StepInputs, sampled: SampledTokens) -> None:

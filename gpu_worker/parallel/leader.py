@@ -13,6 +13,7 @@ from gpu_worker.config import WorkerSettings
 from gpu_worker.errors import LoadError
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.model_spec import ModelConfigError, ModelSpec
+from gpu_worker.models.family import ModelFamily
 from gpu_worker.models.loader import read_spec
 from gpu_worker.parallel.group_runner import Followers, GroupRunner
 from gpu_worker.parallel.group_watch import GroupWatch
@@ -23,6 +24,7 @@ from gpu_worker.parallel.places import read_place, write_places
 from gpu_worker.parallel.process_group import StoreServer
 from gpu_worker.parallel.rank_loading import load_rank_runner
 from gpu_worker.parallel.shares import ParallelContext
+from gpu_worker.pooling import read_pooling
 from gpu_worker.quant.scheme import make_scheme
 from gpu_worker.runner_api import Runner
 
@@ -118,10 +120,16 @@ def check_split(settings: WorkerSettings, model: Path, layout: GroupLayout) -> N
 
     Raises:
         ParallelError: a size that does not divide; names both numbers.
+        ModelConfigError: what is asked for works on one rank only.
     """
     spec, family = read_spec(model)
+    _refuse_what_one_rank_does(settings, model, spec, family)
     scheme = make_scheme(
-        model, family.name_rules, setting=settings.quantization, has_weights=settings.load_format == "auto"
+        model,
+        family.name_rules,
+        setting=settings.quantization,
+        has_weights=settings.load_format == "auto",
+        canonical_name=family.canonical_name,
     )
     for rank in range(layout.world_size):
         parallel = ParallelContext(
@@ -132,3 +140,19 @@ def check_split(settings: WorkerSettings, model: Path, layout: GroupLayout) -> N
             stage_layers=layout.stage_layers,
         )
         family(spec, 1, BuildContext(parallel, scheme, torch.float32, torch.device("meta")))
+
+
+def _refuse_what_one_rank_does(
+    settings: WorkerSettings, model: Path, spec: ModelSpec, family: type[ModelFamily]
+) -> None:
+    what = {
+        # Sums over ranks are not known to be the same for a row in any batch.
+        "--deterministic": settings.deterministic,
+        "a model that runs through transformers' own code": family.host_plans_attention,
+        "pooling": read_pooling(model, spec, family, settings.task, settings.pooling) is not None,
+    }
+    for name, is_asked in what.items():
+        if is_asked:
+            raise ModelConfigError(
+                f"{name} works on one rank only: leave out --tensor-parallel-size and --pipeline-parallel-size"
+            )
