@@ -157,6 +157,11 @@ class WorkerSettings(ProcessSettings):
         "it is cut into steps, on one kind of machine with one num_threads; slower",
     )
     cpu_kv_cache_gib: float = Field(2.0, gt=0, description="size of the KV cache on device cpu, in GiB")
+    cpu_kernels: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="compiled kernels for --dtype bfloat16 on a CPU (they need numba); auto takes them where the CPU "
+        "has no instructions for bfloat16, off is torch alone",
+    )
     num_threads: PositiveInt | None = Field(None, description="CPU threads of torch; default: one per physical core")
 
     # The simulated runner.

@@ -29,6 +29,9 @@ from gpu_worker.assembly import (
 from gpu_worker.attention.encoder_backend import EncoderAttention
 from gpu_worker.attention.torch_backend import TorchAttention
 from gpu_worker.config import WorkerSettings
+from gpu_worker.cpu.attention import CpuAttention
+from gpu_worker.cpu.choice import choose_team
+from gpu_worker.cpu.ops import CpuOps
 from gpu_worker.device import resolve_device, resolve_dtype
 from gpu_worker.input_batch import InputBatch, StepInputs
 from gpu_worker.invariant.coverage import CoveredScheme, refuse_uncovered
@@ -39,7 +42,7 @@ from gpu_worker.invariant.torch_ops import PiecewiseOps
 from gpu_worker.kv_cache import KVCache, KVCacheShape
 from gpu_worker.layers.decoder import HiddenStates
 from gpu_worker.layers.linear import BuildContext
-from gpu_worker.layers.ops import TORCH_OPS
+from gpu_worker.layers.ops import TORCH_OPS, LayerOps
 from gpu_worker.model_spec import ModelConfigError
 from gpu_worker.models.family import ModelFamily, ReadsPairs
 from gpu_worker.models.loader import read_spec
@@ -154,12 +157,19 @@ class TorchRunner:
         if settings.deterministic:
             refuse_uncovered(spec, family)
             _refuse_other_devices(device)
-        ops = PiecewiseOps() if settings.deterministic else TORCH_OPS
+        team = None
+        if not (settings.deterministic or family.is_encoder or family.host_plans_attention):
+            team = choose_team(settings.cpu_kernels, device, dtype)
+        attends_compiled = team is not None and spec.latent is None and kv_dtype == torch.bfloat16
+        ops: LayerOps = PiecewiseOps() if settings.deterministic else TORCH_OPS
+        if team is not None:
+            ops = CpuOps(team, attends=attends_compiled)
         scheme: QuantScheme = make_scheme(
             settings.model,
             family.name_rules,
             setting=settings.quantization,
             has_weights=settings.load_format == "auto",
+            ops=ops,
             canonical_name=family.canonical_name,
         )
         if settings.deterministic:
@@ -186,6 +196,8 @@ class TorchRunner:
         attention: TorchAttention | EncoderAttention
         if family.is_encoder:
             attention = EncoderAttention(heads)
+        elif team is not None and attends_compiled:
+            attention = CpuAttention(heads, kv_cache.layers, dtype, team)
         else:
             backend = TiledTorchAttention if settings.deterministic else TorchAttention
             attention = backend(heads, kv_cache.layers, dtype)

@@ -41,6 +41,9 @@ class TritonOps:
         self.pdl = pdl
         self._workspace = allocate_linear_workspace(device)
 
+    def multiplies_plain(self, weight: torch.Tensor) -> bool:
+        return True
+
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return linear(x, weight, bias, workspace=self._workspace, pdl=self.pdl)
 

@@ -56,7 +56,7 @@ class OutputHead:
         self._packed: none.PackedWeight | None = None
 
     def finish(self) -> None:
-        if none.can_pack(self.table.weight):
+        if none.can_pack(self.table.weight, self._ops):
             # A tied table stays for the embedding lookup, so this is a copy; else it replaces the plain one.
             self._packed = none.PackedWeight(self.table.weight)
             if not isinstance(self.table, Embedding):

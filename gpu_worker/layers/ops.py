@@ -1,7 +1,8 @@
 """What a decoder computes between its linears: the seam between torch's own operations and fused kernels.
 
 A decoder is one text for every device. It is built with a `LayerOps`: `TorchOps` here runs anywhere and is the
-reference; `gpu_worker.cuda.ops.TritonOps` does the same with one kernel each.
+reference; `gpu_worker.cuda.ops.TritonOps` does the same with one kernel each, and `gpu_worker.cpu.ops.CpuOps` in
+machine code for CPUs.
 """
 
 from __future__ import annotations
@@ -63,6 +64,10 @@ class LayerOps(Protocol):
     @property
     def stacks_experts(self) -> bool:
         """Whether `mix_experts` is one launch over all experts: their weights are then held together."""
+        ...
+
+    def multiplies_plain(self, weight: torch.Tensor) -> bool:
+        """Whether `linear` wants this weight as it is: a copy in another layout would not be faster."""
         ...
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -176,6 +181,9 @@ class TorchOps:
     """Plain torch, on any device."""
 
     stacks_experts = False
+
+    def multiplies_plain(self, weight: torch.Tensor) -> bool:
+        return False
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.linear(x, weight, bias)

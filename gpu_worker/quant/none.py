@@ -53,7 +53,7 @@ class UnquantizedLinear(LinearMethod):
         source.fill(self.weight, std=self.shape.inputs.total**-0.5)
 
     def finish(self) -> None:
-        if can_pack(self.weight):
+        if can_pack(self.weight, self._ops):
             self._packed = PackedWeight(self.weight)
             # It holds the weight from here on.
             del self.weight
@@ -80,10 +80,11 @@ class Unquantized:
         return UnquantizedLinear(self._ops)
 
 
-def can_pack(weight: torch.Tensor) -> bool:
-    """Whether a weight may be kept as `PackedWeight`."""
+def can_pack(weight: torch.Tensor, ops: LayerOps) -> bool:
+    """Whether a weight that `ops` multiply is better kept as `PackedWeight`."""
     return (
-        weight.device.type == "cpu"
+        not ops.multiplies_plain(weight)
+        and weight.device.type == "cpu"
         and weight.dtype in (torch.float32, torch.bfloat16)
         and torch.backends.mkldnn.is_available()
     )

@@ -51,7 +51,7 @@ class DenseProduct(Product):
     ) -> None:
         self._ops, self._activations, self._static = ops, activations, static
         dense = dequantized(weight, dtype)  # [N, K]
-        self._packed = none.PackedWeight(dense) if none.can_pack(dense) else None
+        self._packed = none.PackedWeight(dense) if none.can_pack(dense, ops) else None
         self._weight = dense if self._packed is None else dense.new_empty(0)
         self._num_bytes = dense.numel() * dense.element_size() if self._packed is None else self._packed.num_bytes()
 
@@ -85,7 +85,7 @@ class ScaledProduct(Product):
         values = weight.values.to(dtype)  # [N, K]
         self._scales = weight.scales_by_output()[:, 0].contiguous()  # [N]
         self._sums = values.float().sum(1) if not activations.symmetric or static is not None else None  # [N]
-        self._packed = none.PackedWeight(values) if none.can_pack(values) else None
+        self._packed = none.PackedWeight(values) if none.can_pack(values, ops) else None
         self._values = values if self._packed is None else values.new_empty(0)
         stored = values.numel() * values.element_size() if self._packed is None else self._packed.num_bytes()
         self._num_bytes = stored + 4 * weight.num_outputs

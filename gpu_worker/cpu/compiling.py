@@ -1,0 +1,93 @@
+"""Compiles the kernels for this machine's CPU, once: numba keeps the machine code on disk.
+
+numba looks only at the file of a compiled function to see whether its code is still true, so the directory is named
+after all files that kernels are made of. Where nothing can be written, kernels are compiled at every start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+if TYPE_CHECKING:
+    from gpu_worker.cpu.kernels import EntryPoints
+
+log = structlog.get_logger(__name__)
+
+# Beyond this a start has compiled, and says so.
+_NOTABLE_S = 3.0
+
+_loaded: CompiledKernels | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledKernels:
+    entry_points: EntryPoints
+    items: list[Any]
+    """C functions, in the order of `layout.KIND`; they live as long as this list."""
+
+
+def is_numba_installed() -> bool:
+    """Without importing it."""
+    return find_spec("numba") is not None and find_spec("llvmlite") is not None
+
+
+def default_cache_dir() -> Path:
+    return Path.home() / ".cache" / "stepwire" / "kernels"
+
+
+def load_kernels(cache_dir: Path | None = None) -> CompiledKernels:
+    """From the directory, or compiled (about 20 s) and kept there; a process has them once.
+
+    Raises:
+        ImportError: numba is not installed, or does not run on this machine.
+    """
+    global _loaded
+    if _loaded is None:
+        _loaded = _load(default_cache_dir() if cache_dir is None else cache_dir)
+    return _loaded
+
+
+def _load(cache_dir: Path) -> CompiledKernels:
+    begun = time.perf_counter()
+    import numba
+
+    directory = cache_dir / _digest(numba.__version__)
+    keep = _is_writable(directory)
+    if keep:
+        # Where numba keeps what is marked with cache=True from here on.
+        numba.config.CACHE_DIR = str(directory)
+    else:
+        log.warning("kernels cannot be kept on disk: they are compiled at every start", directory=str(directory))
+    from gpu_worker.cpu import items, kernels
+
+    if keep and not any(directory.rglob("*.nbi")):
+        log.info("compiling kernels for this CPU; the next start finds them", directory=str(directory))
+    loaded = CompiledKernels(kernels.compile_entry_points(keep=keep), items.compile_items(keep=keep))
+    seconds = time.perf_counter() - begun
+    (log.info if seconds > _NOTABLE_S else log.debug)("kernels are ready", seconds=round(seconds, 1))
+    return loaded
+
+
+def _digest(version: str) -> str:
+    digest = hashlib.sha256(version.encode())
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _is_writable(directory: Path) -> bool:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError:
+        return False
+    return True
