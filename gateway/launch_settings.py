@@ -145,6 +145,11 @@ class LaunchSettings(ProcessSettings):
     cpu_kv_cache_gib: float = Field(
         2.0, gt=0, description="size of the KV cache on a CPU, in GiB", json_schema_extra=_passed_to(WORKER)
     )
+    cpu_kernels: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="compiled kernels for --dtype bfloat16 on a CPU; auto: where it has no instructions for bfloat16",
+        json_schema_extra=_passed_to(WORKER),
+    )
     num_threads: PositiveInt | None = Field(
         None,
         description="CPU threads of the worker; default: one per physical core",

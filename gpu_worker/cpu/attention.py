@@ -10,7 +10,7 @@ import torch
 
 from gpu_worker.attention.api import AttentionSpec, StepMetadata
 from gpu_worker.attention.torch_backend import TorchAttention
-from gpu_worker.cpu.layout import LAYER, PREFILL_KEYS, PREFILL_QUERIES, SPAN_KEYS, STEP
+from gpu_worker.cpu.layout import LAYER, PANEL_COLUMNS, PANEL_ROWS, PREFILL_KEYS, PREFILL_QUERIES, SPAN_KEYS, STEP
 from gpu_worker.cpu.team import Team
 from gpu_worker.layers.ops import AttentionHeads
 from gpu_worker.layers.rope import RotaryTables
@@ -50,7 +50,9 @@ class CpuAttention(TorchAttention):
         self._span_keys = -(-SPAN_KEYS // self._block_size) * self._block_size
         group, size = self._group_size, self._head_dim
         decode = 2 * group * size + self._block_size * size + group * self._span_keys
-        prefill = PREFILL_KEYS * (2 * size + 1) + PREFILL_QUERIES * group * (size + 2)
+        rows = -(-PREFILL_QUERIES * group // PANEL_ROWS) * PANEL_ROWS
+        padded = -(-size // PANEL_COLUMNS) * PANEL_COLUMNS
+        prefill = rows * (size + PREFILL_KEYS + padded + 2) + PREFILL_KEYS * (size + padded)
         team.reserve(4 * max(decode, prefill))
 
     def plan(self, step: StepMetadata) -> None:

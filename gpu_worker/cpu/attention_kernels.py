@@ -10,8 +10,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from gpu_worker.cpu.intrinsics import compiled, float32s, float64s, int64s, narrow, summing, uint16s, widen
-from gpu_worker.cpu.layout import LAYER, PREFILL_KEYS, STEP
+from gpu_worker.cpu.intrinsics import (
+    add_panel_product,
+    comparing,
+    compiled,
+    float32s,
+    float64s,
+    int64s,
+    narrow,
+    summing,
+    uint16s,
+    widen,
+)
+from gpu_worker.cpu.layout import LAYER, PANEL_COLUMNS, PANEL_ROWS, PREFILL_KEYS, STEP
 from gpu_worker.cpu.row_kernels import exp, load_head, rotate_head, tanh
 
 _ZERO, _ONE, _LOWEST = np.float32(0), np.float32(1), np.float32(-np.inf)
@@ -148,7 +159,7 @@ def _cap(scores: int, num_keys: int, softcap: float) -> None:
         values[i] = softcap * tanh(values[i] / softcap)
 
 
-@compiled
+@comparing
 def _largest(scores: int, num_keys: int) -> float:
     values = float32s(scores)
     largest = _LOWEST
@@ -166,7 +177,9 @@ def _store_divided(sums: int, divisor: float, head_dim: int, out: int) -> None:
 
 
 @compiled
-def decode_item(item: int, qkv: int, qkv_stride: int, out: int, layer: int, step: int, partial: int, buffer: int) -> None:
+def decode_item(
+    item: int, qkv: int, qkv_stride: int, out: int, layer: int, step: int, partial: int, buffer: int
+) -> None:
     """One span of one row's keys for one KV head.
 
     buffer: float32 [group * head_dim * 2 + block_size * head_dim + group * span_keys]. partial: float32
@@ -287,54 +300,41 @@ def store_item(item: int, qkv: int, qkv_stride: int, layer: int, step: int, quer
 
 
 @compiled
-def _stage_keys(layer: int, table: int, kv_head: int, first: int, num_keys: int, keys: int, values: int) -> None:
-    """Keys as columns, float32 [head_dim, _KEYS], and values as rows [_KEYS, head_dim]; zeros where there are none."""
+def _stage_keys(
+    layer: int, table: int, kv_head: int, first: int, num_keys: int, keys: int, values: int, padded_dim: int
+) -> None:
+    """Keys as columns, float32 [head_dim, _KEYS], values as rows [_KEYS, padded_dim]; zeros where there are none."""
     of = int64s(layer)
     head_dim, block_size = of[_HEAD_DIM], of[_BLOCK_SIZE]
     blocks = int64s(table)
     columns = float32s(keys)
     plane = _plane_bytes(layer)
-    for key in range(_KEYS):
-        if key < num_keys:
-            position = first + key
-            source = _tile_address(layer, blocks[position // block_size], kv_head) + position % block_size * head_dim * 2
-            bits = uint16s(source)
-            for i in range(head_dim):
-                columns[i * _KEYS + key] = widen(bits[i])
-            _widen_into(source + plane, values + key * head_dim * 4, head_dim)
-        else:
-            rows = float32s(values + key * head_dim * 4)
-            for i in range(head_dim):
-                columns[i * _KEYS + key] = _ZERO
-                rows[i] = _ZERO
-
-
-@summing
-def _score_columns(query: int, keys: int, head_dim: int, scores: int) -> None:
-    """scores [_KEYS] of one query against staged keys."""
-    q = float32s(query)
-    out = float32s(scores)
-    for key in range(_KEYS):
-        out[key] = _ZERO
-    whole = head_dim // 4 * 4
-    for i in range(0, whole, 4):
-        k0 = float32s(keys + i * _KEYS * 4)
-        k1 = float32s(keys + (i + 1) * _KEYS * 4)
-        k2 = float32s(keys + (i + 2) * _KEYS * 4)
-        k3 = float32s(keys + (i + 3) * _KEYS * 4)
-        q0, q1, q2, q3 = q[i], q[i + 1], q[i + 2], q[i + 3]
-        for key in range(_KEYS):
-            out[key] += q0 * k0[key] + q1 * k1[key] + q2 * k2[key] + q3 * k3[key]
-    for i in range(whole, head_dim):
-        k = float32s(keys + i * _KEYS * 4)
-        for key in range(_KEYS):
-            out[key] += q[i] * k[key]
+    if num_keys < _KEYS:
+        _fill(keys, head_dim * _KEYS, _ZERO)
+    if num_keys < _KEYS or head_dim < padded_dim:
+        _fill(values, _KEYS * padded_dim, _ZERO)
+    for key in range(num_keys):
+        position = first + key
+        source = _tile_address(layer, blocks[position // block_size], kv_head) + position % block_size * head_dim * 2
+        bits = uint16s(source)
+        for i in range(head_dim):
+            columns[i * _KEYS + key] = widen(bits[i])
+        _widen_into(source + plane, values + key * padded_dim * 4, head_dim)
 
 
 @compiled
-def _join(query: int, keys: int, values: int, low: int, high: int, softcap: float, head_dim: int, scores: int, state: int) -> None:
-    """Staged keys low..high join one query's softmax; state: largest, sum, weighted sum [head_dim]."""
-    _score_columns(query, keys, head_dim, scores)
+def _fill(values: int, size: int, value: float) -> None:
+    numbers = float32s(values)
+    for i in range(size):
+        numbers[i] = value
+
+
+@compiled
+def _soften(scores: int, low: int, high: int, softcap: float, state: int) -> float:
+    """One query's scores [_KEYS] become weights, 0 outside of low..high; what its sums so far are to be multiplied by.
+
+    state: float32 [2], the largest score and the sum of weights so far.
+    """
     if softcap > 0:
         _cap(scores, _KEYS, softcap)
     weights = float32s(scores)
@@ -349,17 +349,22 @@ def _join(query: int, keys: int, values: int, low: int, high: int, softcap: floa
     shrink = exp(before - largest) if before > _LOWEST else _ZERO
     so_far[0] = largest
     so_far[1] = so_far[1] * shrink + total
-    sums = float32s(state + 8)
-    for i in range(head_dim):
-        sums[i] *= shrink
-    _add_values(scores, values, _KEYS, head_dim, state + 8)
+    return shrink
+
+
+@compiled
+def _scale(values: int, size: int, factor: float) -> None:
+    numbers = float32s(values)
+    for i in range(size):
+        numbers[i] *= factor
 
 
 @compiled
 def prefill_item(item: int, out: int, layer: int, step: int, queries: int, buffer: int) -> None:
     """One tile of queries of one run, for one KV head; keys of this step are in the cache already.
 
-    buffer: float32 [_KEYS * (2 * head_dim + 1) + tile_queries * group * (head_dim + 2)].
+    With n = PREFILL_QUERIES * group rounded up to PANEL_ROWS and d = head_dim rounded up to PANEL_COLUMNS, buffer:
+    float32 [n, head_dim] queries, [head_dim, _KEYS] keys, [_KEYS, d] values, [n, _KEYS] scores, [n, d] sums, [n, 2].
     """
     of = int64s(layer)
     head_dim, num_heads, num_kv_heads = of[_HEAD_DIM], of[_NUM_HEADS], of[_NUM_KV_HEADS]
@@ -371,32 +376,56 @@ def prefill_item(item: int, out: int, layer: int, step: int, queries: int, buffe
     tile = int64s(plan[_TILES] + item // num_kv_heads * 32)
     row, first_token, num_queries, position = tile[0], tile[1], tile[2], tile[3]
     table = plan[_TABLES] + row * plan[_TABLE_STRIDE] * 8
-    keys = buffer
+    num_rows = num_queries * group
+    padded_rows = -(-num_rows // PANEL_ROWS) * PANEL_ROWS
+    padded_dim = -(-head_dim // PANEL_COLUMNS) * PANEL_COLUMNS
+    own_queries = buffer
+    keys = own_queries + padded_rows * head_dim * 4
     values = keys + _KEYS * head_dim * 4
-    scores = values + _KEYS * head_dim * 4
-    states = scores + _KEYS * 4
-    state_bytes = (head_dim + 2) * 4
-    for number in range(num_queries * group):
-        state = float32s(states + number * state_bytes)
-        state[0] = _LOWEST
-        for i in range(1, head_dim + 2):
-            state[i] = _ZERO
+    scores = values + _KEYS * padded_dim * 4
+    sums = scores + padded_rows * _KEYS * 4
+    states = sums + padded_rows * padded_dim * 4
+    _fill(own_queries, padded_rows * head_dim, _ZERO)
+    _fill(sums, padded_rows * padded_dim, _ZERO)
+    for number in range(num_rows):
+        state = float32s(states + number * 8)
+        state[0], state[1] = _LOWEST, _ZERO
+        token = first_token - plan[_FIRST_PREFILL] + number // group
+        source = float32s(queries + (token * num_heads + kv_head * group + number % group) * head_dim * 4)
+        target = float32s(own_queries + number * head_dim * 4)
+        for i in range(head_dim):
+            target[i] = source[i]
     stop = position + num_queries
     for first in range(max(0, position - window + 1), stop, _KEYS):
-        _stage_keys(layer, table, kv_head, first, min(_KEYS, stop - first), keys, values)
-        for query in range(num_queries):
-            high = min(_KEYS, position + query + 1 - first)
-            low = max(0, position + query + 1 - window - first)
-            if low >= high:
-                continue
-            for g in range(group):
-                index = (first_token - plan[_FIRST_PREFILL] + query) * num_heads + kv_head * group + g
-                state_place = states + (query * group + g) * state_bytes
-                _join(queries + index * head_dim * 4, keys, values, low, high, softcap, head_dim, scores, state_place)
-    for query in range(num_queries):
-        for g in range(group):
-            head = kv_head * group + g
-            place = states + (query * group + g) * state_bytes
-            state = float32s(place)
-            divisor = state[1] + _of_sink(of[_SINKS], head, state[0])
-            _store_divided(place + 8, divisor, head_dim, out + ((first_token + query) * num_heads + head) * head_dim * 2)
+        _stage_keys(layer, table, kv_head, first, min(_KEYS, stop - first), keys, values, padded_dim)
+        _fill(scores, padded_rows * _KEYS, _ZERO)
+        for panel in range(0, padded_rows, PANEL_ROWS):
+            place = scores + panel * _KEYS * 4
+            head = own_queries + panel * head_dim * 4
+            for column in range(0, _KEYS, PANEL_COLUMNS):
+                add_panel_product(
+                    head, head_dim * 4, keys + column * 4, _KEYS * 4, head_dim, place + column * 4, _KEYS * 4
+                )
+        for number in range(num_rows):
+            end = position + number // group + 1 - first
+            place = scores + number * _KEYS * 4
+            low, high = max(0, end - window), min(_KEYS, end)
+            if low < high:
+                shrink = _soften(place, low, high, softcap, states + number * 8)
+                _scale(sums + number * padded_dim * 4, padded_dim, shrink)
+            else:
+                _fill(place, _KEYS, _ZERO)
+        for panel in range(0, padded_rows, PANEL_ROWS):
+            place = sums + panel * padded_dim * 4
+            weights = scores + panel * _KEYS * 4
+            for column in range(0, padded_dim, PANEL_COLUMNS):
+                target = place + column * 4
+                add_panel_product(
+                    weights, _KEYS * 4, values + column * 4, padded_dim * 4, _KEYS, target, padded_dim * 4
+                )
+    for number in range(num_rows):
+        head = kv_head * group + number % group
+        state = float32s(states + number * 8)
+        divisor = state[1] + _of_sink(of[_SINKS], head, state[0])
+        place = out + ((first_token + number // group) * num_heads + head) * head_dim * 2
+        _store_divided(sums + number * padded_dim * 4, divisor, head_dim, place)

@@ -26,19 +26,22 @@ def choose_team(setting: CpuKernelsSetting, device: torch.device, dtype: torch.d
     if setting == "off":
         return None
     if device.type != "cpu" or dtype != torch.bfloat16:
-        return _without(setting, "they compute bfloat16 on a CPU: set --device cpu --dtype bfloat16")
+        _explain(setting, "they compute bfloat16 on a CPU: set --device cpu --dtype bfloat16")
+        return None
     if setting == "auto" and cpu_computes_bfloat16():
         return None
     if not is_numba_installed():
-        return _without(setting, "numba is not installed: pip install numba", notable=True)
+        _explain(setting, "numba is not installed: pip install numba", notable=True)
+        return None
     try:
         kernels = load_kernels()
     except ImportError as error:
-        return _without(setting, f"numba cannot be imported: {error}", notable=True)
+        _explain(setting, f"numba cannot be imported: {error}", notable=True)
+        return None
     return Team(kernels, torch.get_num_threads())
 
 
-def _without(setting: CpuKernelsSetting, reason: str, *, notable: bool = False) -> None:
+def _explain(setting: CpuKernelsSetting, reason: str, *, notable: bool = False) -> None:
     if setting == "on":
         raise ModelConfigError(f"--cpu-kernels on: {reason}, or leave it at auto")
     if notable:

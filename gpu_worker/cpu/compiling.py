@@ -7,6 +7,7 @@ after all files that kernels are made of. Where nothing can be written, kernels 
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -38,8 +39,12 @@ def is_numba_installed() -> bool:
     return find_spec("numba") is not None and find_spec("llvmlite") is not None
 
 
-def default_cache_dir() -> Path:
-    return Path.home() / ".cache" / "stepwire" / "kernels"
+def default_cache_dir() -> Path | None:
+    """None: this user has no home."""
+    try:
+        return Path.home() / ".cache" / "stepwire" / "kernels"
+    except RuntimeError:
+        return None
 
 
 def load_kernels(cache_dir: Path | None = None) -> CompiledKernels:
@@ -54,25 +59,36 @@ def load_kernels(cache_dir: Path | None = None) -> CompiledKernels:
     return _loaded
 
 
-def _load(cache_dir: Path) -> CompiledKernels:
+def _load(cache_dir: Path | None) -> CompiledKernels:
     begun = time.perf_counter()
     import numba
 
-    directory = cache_dir / _digest(numba.__version__)
-    keep = _is_writable(directory)
-    if keep:
+    directory = None if cache_dir is None else cache_dir / _digest(numba.__version__)
+    if directory is None or not _is_writable(directory):
+        log.warning("compiled kernels cannot be kept: they are compiled at every start", directory=str(directory))
+        loaded = _compile(keep=False)
+    else:
+        if not any(directory.rglob("*.nbi")):
+            log.info("compiling kernels for this CPU; the next start finds them", directory=str(directory))
         # Where numba keeps what is marked with cache=True from here on.
         numba.config.CACHE_DIR = str(directory)
-    else:
-        log.warning("kernels cannot be kept on disk: they are compiled at every start", directory=str(directory))
-    from gpu_worker.cpu import items, kernels
-
-    if keep and not any(directory.rglob("*.nbi")):
-        log.info("compiling kernels for this CPU; the next start finds them", directory=str(directory))
-    loaded = CompiledKernels(kernels.compile_entry_points(keep=keep), items.compile_items(keep=keep))
+        loaded = _compile(keep=True)
     seconds = time.perf_counter() - begun
     (log.info if seconds > _NOTABLE_S else log.debug)("kernels are ready", seconds=round(seconds, 1))
     return loaded
+
+
+def _compile(keep: bool) -> CompiledKernels:
+    from gpu_worker.cpu import items, kernels
+
+    try:
+        return CompiledKernels(kernels.compile_entry_points(keep=keep), items.compile_items(keep=keep))
+    except Exception as error:
+        # Files that are cut off or not numba's, a disk that is full: whatever it is, it is only a copy.
+        if not keep:
+            raise
+        log.warning("kept kernels cannot be read or written: they are compiled anew", error=repr(error))
+        return _compile(keep=False)
 
 
 def _digest(version: str) -> str:
@@ -85,7 +101,7 @@ def _digest(version: str) -> str:
 def _is_writable(directory: Path) -> bool:
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / ".probe"
+        probe = directory / f".probe-{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError:

@@ -20,12 +20,17 @@ _SIGNATURE = types.void(types.int64, types.int64, types.int64)
 
 def multiply(arguments: int, item: int, buffer: int) -> None:
     a = int64s(arguments)
-    start = item * a[7]
-    stop = min(start + a[7], a[6])
-    if a[4] == 1:
-        multiply_row(a[0], a[1], a[2], a[3], a[5], start, stop)
-    else:
-        multiply_rows(a[0], a[1], a[2], a[3], a[4], a[5], a[6], start, stop, buffer)
+    num_rows, num_inputs, num_outputs = a[4], a[5], a[6]
+    num_chunks = -(-num_outputs // a[7])
+    start = item % num_chunks * a[7]
+    stop = min(start + a[7], num_outputs)
+    if num_rows == 1:
+        multiply_row(a[0], a[1], a[2], a[3], num_inputs, start, stop)
+        return
+    first = item // num_chunks * a[8]
+    rows = min(a[8], num_rows - first)
+    x, y = a[0] + first * num_inputs * 4, a[3] + first * num_outputs * 2
+    multiply_rows(x, a[1], a[2], y, rows, num_inputs, num_outputs, start, stop, buffer)
 
 
 def norm(arguments: int, item: int, buffer: int) -> None:

@@ -24,8 +24,8 @@ from gpu_worker.cpu.intrinsics import (
     store_release,
     yield_core,
 )
-from gpu_worker.cpu.layout import KIND, LAYER, STEP, TEAM
-from gpu_worker.cpu.linear_kernels import TILE_OUTPUTS, TILE_ROWS, widen_rows
+from gpu_worker.cpu.layout import BLOCK_ROWS, KIND, LAYER, STEP, TEAM, TILE_OUTPUTS, TILE_ROWS
+from gpu_worker.cpu.linear_kernels import widen_rows
 
 _TICKET, _NUM_DONE, _ENDS, _NUM_THREADS = TEAM.TICKET * 8, TEAM.NUM_DONE * 8, TEAM.ENDS * 8, TEAM.NUM_THREADS
 _BUFFERS, _BUFFER_BYTES, _KERNELS = TEAM.BUFFERS, TEAM.BUFFER_BYTES, TEAM.KERNELS
@@ -39,6 +39,9 @@ _LEFT = 0xFFFFFFFF
 
 # Bytes of weights that a linear's item reads: some microseconds.
 _ITEM_BYTES = 64 * 1024
+# The same where many rows meet them: what the second-level cache holds beside a block of rows. And those rows.
+_LARGE_ITEM_BYTES = 192 * 1024
+_ITEM_ROWS = 256
 # Elements of rows below which a job is not worth another thread's attention.
 _ITEM_ELEMENTS = 8192
 # Looks at the ticket before a helper lets others have its core between looks, and before it ends its watch.
@@ -120,12 +123,13 @@ def linear(
     """
     padded = 1 if num_rows == 1 else -(-num_rows // TILE_ROWS) * TILE_ROWS
     widen_rows(x, x_stride, widened, num_rows, num_inputs, padded)
-    per_item = max(1, _ITEM_BYTES // (2 * num_inputs * TILE_OUTPUTS)) * TILE_OUTPUTS
+    item_bytes = _ITEM_BYTES if num_rows <= BLOCK_ROWS else _LARGE_ITEM_BYTES
+    per_item = max(1, item_bytes // (2 * num_inputs * TILE_OUTPUTS)) * TILE_OUTPUTS
     int64s(team)[_KIND] = _MULTIPLY
     a = int64s(team + _JOB)
     a[0], a[1], a[2], a[3] = widened, weight, bias, y
-    a[4], a[5], a[6], a[7] = num_rows, num_inputs, num_outputs, per_item
-    _run(team, -(-num_outputs // per_item))
+    a[4], a[5], a[6], a[7], a[8] = num_rows, num_inputs, num_outputs, per_item, _ITEM_ROWS
+    _run(team, -(-num_outputs // per_item) * -(-num_rows // _ITEM_ROWS))
 
 
 def add_norm(

@@ -16,6 +16,9 @@ BLOCK_ROWS: Final = 64
 STAGED_INPUTS: Final = 768
 LINEAR_BUFFER_BYTES: Final = 4 * TILE_OUTPUTS * (STAGED_INPUTS + BLOCK_ROWS)
 
+# The product of small matrices: rows and columns at a time.
+PANEL_ROWS: Final = 4
+PANEL_COLUMNS: Final = 16
 # Keys that a tile of queries meets at a time.
 PREFILL_KEYS: Final = 32
 # Queries of a run that one item attends for.

@@ -74,9 +74,7 @@ def _tile_of_one(x: int, weights: int, bias: float, y: int, num_rows: int, num_i
 
 
 @summing
-def _tile_of_three(
-    x: int, row_bytes: int, weights: int, num_inputs: int, sums: int, is_first: bool
-) -> None:
+def _tile_of_three(x: int, row_bytes: int, weights: int, num_inputs: int, sums: int, is_first: bool) -> None:
     """Sums of four rows by three outputs: x float32, rows row_bytes apart; weights float32 [3, num_inputs].
 
     sums: float32 [4, 3], to which a part of the inputs that is not the first is added.
@@ -160,7 +158,16 @@ def _stage(weights: int, row_bytes: int, num_inputs: int, staged: int) -> None:
 
 @compiled
 def _multiply_streamed(
-    x: int, weight: int, bias: int, y: int, first: int, last: int, num_inputs: int, num_outputs: int, start: int, stop: int
+    x: int,
+    weight: int,
+    bias: int,
+    y: int,
+    first: int,
+    last: int,
+    num_inputs: int,
+    num_outputs: int,
+    start: int,
+    stop: int,
 ) -> None:
     """Rows first..last by outputs start..stop, one output at a time."""
     for output in range(start, stop):

@@ -97,9 +97,7 @@ class CpuOps(TorchOps):
             return super().gated_activation(gate_up, kind)
         num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2
         out = torch.empty(num_rows, size, dtype=torch.bfloat16)
-        self._entry.gated_activation(
-            self.team.address, gate_up.data_ptr(), out.data_ptr(), number, num_rows, size
-        )
+        self._entry.gated_activation(self.team.address, gate_up.data_ptr(), out.data_ptr(), number, num_rows, size)
         return out
 
     def prepare_positions(self, tables: RotaryTables, positions: torch.Tensor, dtype: torch.dtype) -> StepPositions:

@@ -15,16 +15,17 @@ _LOG2_E = np.float32(1.4426950408889634)
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 _SWIGLU_ALPHA, _SWIGLU_LIMIT = np.float32(1.702), np.float32(7.0)
 _GELU_SCALE, _GELU_CUBE = np.float32(math.sqrt(2 / math.pi)), np.float32(0.044715)
-_ONE, _TWO, _HALF = np.float32(1), np.float32(2), np.float32(0.5)
+_LOWEST_EXPONENT, _HIGHEST_EXPONENT = np.float32(-87), np.float32(88)
+_ZERO, _ONE, _TWO, _HALF, _INFINITY = np.float32(0), np.float32(1), np.float32(2), np.float32(0.5), np.float32(np.inf)
 
 
 @compiled
 def exp(x: float) -> float:
     """e^x to about one unit in the last place (Cephes' polynomial); no branches, so that loops become vectors.
 
-    Below -87 the result is that of -87, 1.6e-38, and above 88 that of 88; NaN stays NaN.
+    0 below -87, infinity above 88; NaN stays NaN.
     """
-    bounded = min(max(x, np.float32(-87)), np.float32(88))
+    bounded = min(max(x, _LOWEST_EXPONENT), _HIGHEST_EXPONENT)
     n = np.floor(bounded * _LOG2_E + _HALF)
     r = bounded - n * _LN2_HIGH - n * _LN2_LOW
     p = np.float32(1.9875691500e-4)
@@ -34,7 +35,9 @@ def exp(x: float) -> float:
     p = p * r + np.float32(1.6666665459e-1)
     p = p * r + np.float32(5.0000001201e-1)
     power = float_of_bits((np.int32(n) + np.int32(127)) << np.int32(23))
-    return x if x != x else (p * r * r + r + _ONE) * power
+    inside = (p * r * r + r + _ONE) * power
+    beyond = _ZERO if x < _LOWEST_EXPONENT else _INFINITY if x > _HIGHEST_EXPONENT else x
+    return inside if _LOWEST_EXPONENT <= x <= _HIGHEST_EXPONENT else beyond
 
 
 @compiled
@@ -57,7 +60,8 @@ def gate_rows(gate_up: int, out: int, kind: int, size: int, first: int, last: in
             for i in range(size):
                 gate = widen(gates[i])
                 inner = _GELU_SCALE * (gate + _GELU_CUBE * gate * gate * gate)
-                target[i] = narrow(_HALF * gate * (_ONE + tanh(inner)) * widen(ups[i]))
+                # (1 + tanh x) / 2 as one quotient: the sum would cancel below zero.
+                target[i] = narrow(gate / (_ONE + exp(-_TWO * inner)) * widen(ups[i]))
         else:
             for i in range(size):
                 gate = min(widen(gates[i]), _SWIGLU_LIMIT)
@@ -129,9 +133,7 @@ def norm_rows(
 
 
 @summing
-def load_head(
-    source: int, target: int, head_dim: int, norm_weight: int, eps: float, offset: float
-) -> None:
+def load_head(source: int, target: int, head_dim: int, norm_weight: int, eps: float, offset: float) -> None:
     """One head's query or key as float32, after its RMSNorm if norm_weight is not 0."""
     bits = uint16s(source)
     values = float32s(target)
