@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gpu_worker.layers.ops import TORCH_OPS
 from gpu_worker.quant import none
 
 # Accumulation in float32 of 96 products near 1; inputs, weights and results are rounded to the dtype.
@@ -24,7 +25,7 @@ def test_equals_the_product_in_float64(
     weight = torch.randn(50, 96).to(dtype)
     bias = torch.randn(50).to(dtype) if with_bias else None
     x = torch.randn(num_rows, 96).to(dtype)
-    assert none.can_pack(weight)
+    assert none.can_pack(weight, TORCH_OPS)
 
     got = none.PackedWeight(weight).multiply(x, bias)
 
