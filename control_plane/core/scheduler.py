@@ -21,7 +21,14 @@ from operator import attrgetter
 from control_plane.core.placement import Placement
 from control_plane.core.policy import PolicyName, choose_victim, sort_key
 from control_plane.core.prefix_cache import BlockHash, root_hash
-from control_plane.core.request import CoreRequest, FinishReason, RequestFault, SequenceOutput, VectorArray
+from control_plane.core.request import (
+    CoreRequest,
+    FinishReason,
+    PromptLogprobs,
+    RequestFault,
+    SequenceOutput,
+    VectorArray,
+)
 from control_plane.core.sequence import NO_ROW, RequestState, SequenceState
 from control_plane.core.step_plan import ProtocolError, RowFailure, RowStart, StepEvents, StepOutcome, StepPlan
 
@@ -289,6 +296,8 @@ class Scheduler:
         self._in_flight.popleft()
         self._retire(plan)
         events = StepEvents()
+        if plan.prompt_logprob_runs:
+            _take_prompt_logprobs(plan, outcome, failures, events)
         self._take_tokens(plan, outcome, failures, events)
         if failures:
             for sequence, row in zip(plan.sequences, plan.rows, strict=True):
@@ -436,7 +445,15 @@ class Scheduler:
         if request.first_planned_s is None:
             request.first_planned_s = now
             request.num_cached_tokens = sequence.num_computed
-        plan.starts.append(RowStart(sequence.row, sequence, sequence.num_computed, list(sequence.block_ids)))
+        plan.starts.append(
+            RowStart(
+                sequence.row,
+                sequence,
+                sequence.num_computed,
+                list(sequence.block_ids),
+                sequence.asks_prompt_logprobs,
+            )
+        )
 
     def _make_room(self, sequence: SequenceState) -> bool:
         """See to it that one block is free, by preempting later sequences; False if not in this step."""
@@ -619,6 +636,37 @@ def _check_rows(plan: StepPlan, outcome: StepOutcome, failures: Mapping[int, Row
         raise ProtocolError(
             f"step {plan.step_id} was to pool rows {pooled[:8]}..., the worker pooled {list(outcome.vectors)[:8]}..."
         )
+    described = {run.row: (run.start_position, run.num_tokens) for run in plan.prompt_logprob_runs}
+    given = {row: (part.start_position, len(part.logprobs)) for row, part in outcome.prompt_logprobs.items()}
+    if {row: part for row, part in described.items() if row not in failures} != given:
+        raise ProtocolError(
+            f"step {plan.step_id} was to give prompt logprobs of (start, tokens) {described}, the worker gave {given}"
+        )
+
+
+def _take_prompt_logprobs(
+    plan: StepPlan, outcome: StepOutcome, failures: Mapping[int, RowFailure], events: StepEvents
+) -> None:
+    """The parts of prompts that are new: what is computed again after a preemption was told before."""
+    for run in plan.prompt_logprob_runs:
+        sequence = run.sequence
+        if run.row in failures or sequence.finished:
+            continue
+        num_known = sequence.num_prompt_tokens - sequence.num_prompt_logprobs_left
+        num_old = num_known - run.start_position
+        if num_old >= run.num_tokens:
+            continue
+        part = outcome.prompt_logprobs[run.row]
+        part = PromptLogprobs(
+            num_known,
+            part.logprobs[num_old:],
+            part.ranks[num_old:],
+            part.top_token_ids[num_old:],
+            part.top_logprobs[num_old:],
+        )
+        sequence.num_prompt_logprobs_left -= len(part.logprobs)
+        output = SequenceOutput(sequence.index, [], 0, prompt_logprobs=part)
+        events.outputs.append((sequence.request, output))
 
 
 def _waits_for_token(sequence: SequenceState) -> bool:
