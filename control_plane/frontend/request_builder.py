@@ -204,7 +204,7 @@ class RequestBuilder:
             if _forces_calls(chat):
                 source = rules.forced_calls(chat, prompt_end)
             elif all(not tool.function.HasField("strict") or tool.function.strict for tool in chat.tools):
-                source = rules.optional_calls(chat)
+                source = rules.optional_calls(chat, prompt_end)
         grammar: Grammar | None = None
         if source is not None and (facts.can_mask_tokens or is_needed):
             try:
