@@ -60,6 +60,10 @@ class Placement:
     def has_free_block(self) -> bool:
         return self._pool.num_free > 0
 
+    def num_missing_blocks(self, sequence: SequenceState) -> int:
+        """How many more than the free ones it needs to be placed, if nothing of it is cached; below 0: none."""
+        return -(-sequence.num_total // self._block_size) - self._pool.num_free
+
     @property
     def expects_blocks_back(self) -> bool:
         """Whether steps in flight still hold blocks that nobody owns any more."""

@@ -19,7 +19,7 @@ from itertools import count as counting_up
 from operator import attrgetter
 
 from control_plane.core.placement import Placement
-from control_plane.core.policy import PolicyName, choose_victim, sort_key
+from control_plane.core.policy import PolicyName, choose_victim, is_background, sort_key
 from control_plane.core.prefix_cache import BlockHash, root_hash
 from control_plane.core.request import (
     CoreRequest,
@@ -189,6 +189,7 @@ class Scheduler:
         for sequence in state.sequences:
             if not sequence.finished:
                 sequence.sort_key = sort_key(self.config.policy, sequence)
+                sequence.last_step_id = 0
                 self._enqueue(sequence)
                 if sequence.num_losses:
                     self._marked.add(sequence)
@@ -255,6 +256,7 @@ class Scheduler:
             running = [only] if only.row != NO_ROW else []
             waiting = [only] if only.row == NO_ROW else []
         else:
+            self._make_way()
             running, waiting = self._take_turns(self._running), self._waiting
         budget = self.config.max_num_batched_tokens
         num_preemptions = self.counters.num_preemptions
@@ -382,6 +384,26 @@ class Scheduler:
                 self._preempt(sequence)
         return True
 
+    def _make_way(self) -> None:
+        """Background work leaves the worker where the first in the queue needs its rows or blocks."""
+        if not self._waiting or not self._running or not is_background(self._running[-1]):
+            return
+        first = self._waiting[0]
+        # Once blocks are on their way back, the next plan knows whether they are enough.
+        if is_background(first) or self._placement.expects_blocks_back:
+            return
+        num_missing = self._placement.num_missing_blocks(first) + self._headroom()
+        while num_missing > 0 or not self._placement.has_free_row:
+            last = self._running[-1] if self._running else None
+            if last is None or not is_background(last):
+                return
+            num_missing -= len(last.block_ids)
+            self._preempt(last)
+
+    def _headroom(self) -> int:
+        """Blocks that an admission leaves for running sequences to grow into: preemption would undo it at once."""
+        return min(len(self._running), self._placement.num_usable_blocks // 20 + 1)
+
     def _next_suspect(self) -> SequenceState | None:
         if not self._marked:
             return None
@@ -417,13 +439,14 @@ class Scheduler:
         """Give rows and blocks to waiting sequences, in order; the first that does not fit ends it."""
         placed = []
         num_start_tokens = 0
-        # Leave running sequences blocks to grow into, or preemption would undo an admission at once.
-        headroom = min(len(self._running), self._placement.num_usable_blocks // 20 + 1)
+        headroom = self._headroom()
         for sequence in waiting:
             if not budget or not self._placement.has_free_row or num_start_tokens > _MAX_START_TOKENS:
                 break
             if self.config.whole_prompts and sequence.pools and sequence.num_total > budget:
                 break  # of the next step it may have all
+            if self._in_flight and sequence.last_step_id >= self._in_flight[0].step_id:
+                break  # preempted a moment ago: what it still gets is not known yet
             prefix = self._placement.shared_prefix(sequence)
             if prefix is None:
                 continue
@@ -470,8 +493,7 @@ class Scheduler:
     def _preempt(self, sequence: SequenceState) -> None:
         """Take a sequence off the worker; it is recomputed when there is room again.
 
-        Which is not before its last steps in flight have retired, and their tokens are known: there is no free block
-        now, and those given up here become free with those steps.
+        Which is not before its last steps in flight have retired, and their tokens are known.
         """
         self.counters.num_preemptions += 1
         self.counters.num_recomputed_tokens += sequence.num_retired

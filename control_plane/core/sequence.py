@@ -57,6 +57,7 @@ class SequenceState:
         "computing",
         "finished",
         "index",
+        "last_step_id",
         "matcher",
         "max_tokens",
         "next_hash_at",
@@ -116,6 +117,7 @@ class SequenceState:
         self.samples_left = self.max_tokens - len(self.output_ids)
         self.next_hash_at = NEVER  # num_retired at which the next block of ours can enter the prefix cache
         self.computing: list[BlockHash] = []  # hashes that others may wait for
+        self.last_step_id = 0  # the last step that it was planned into
         # Placed to compute its prompt from the first token on, with logprobs.
         self.asks_prompt_logprobs = False
 

@@ -54,6 +54,7 @@ class StepPlan:
     def add_run(
         self, sequence: SequenceState, num_tokens: int, *, sample: bool, new_block_ids: Sequence[int] = ()
     ) -> None:
+        sequence.last_step_id = self.step_id
         self.sequences.append(sequence)
         self.rows.append(sequence.row)
         self.start_positions.append(sequence.num_computed)

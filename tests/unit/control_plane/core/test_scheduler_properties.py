@@ -15,6 +15,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from control_plane.core.policy import BACKGROUND_PRIORITY
 from control_plane.core.request import CoreRequest, FinishReason, PoolingParams, PromptLogprobs, SamplingParams
 from control_plane.core.scheduler import Scheduler, SchedulerConfig
 from control_plane.core.step_plan import StepEvents, StepOutcome, StepPlan
@@ -207,7 +208,7 @@ requests = st.builds(
     tail=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=8),
     max_tokens=st.integers(1, 12),
     n=st.integers(1, 3),
-    priority=st.integers(-1, 1),
+    priority=st.sampled_from([-1, 0, 1, BACKGROUND_PRIORITY]),
     eos=st.booleans(),
     salt=st.sampled_from(["", "a"]),
     seed=st.integers(0, 5),
