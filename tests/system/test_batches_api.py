@@ -190,7 +190,7 @@ async def test_what_is_not_answered_in_time_has_expired(tiny_model: Path) -> Non
             await asyncio.to_thread(short.wait_idle)
 
 
-@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+@pytest.mark.parametrize("policy", ["fcfs", pytest.param("priority", marks=pytest.mark.slow)])
 async def test_interactive_requests_do_not_wait_for_a_batch(tiny_model: Path, policy: str) -> None:
     """A batch that fills every row and goes on for long; a request that comes later is served before it."""
     crowded = ["--sim-step-ms=2", "--sim-max-num-seqs=4", "--sim-strict"]
@@ -199,7 +199,7 @@ async def test_interactive_requests_do_not_wait_for_a_batch(tiny_model: Path, po
         tiny_model, worker_flags=crowded, control_plane_flags=plane, gateway_flags=["--batch-concurrency=8"]
     ) as full:
         async with AsyncOpenAI(base_url=f"{full.url}/v1", api_key="any", max_retries=0, timeout=60) as client:
-            lines = [line(number, max_tokens=800, ignore_eos=True) for number in range(8)]
+            lines = [line(number, max_tokens=400, ignore_eos=True) for number in range(8)]
             batch = await begin(client, lines)
             async with asyncio.timeout(30):
                 while full.control_plane_metric("stepwire_requests_waiting") < 4:
@@ -216,4 +216,4 @@ async def test_interactive_requests_do_not_wait_for_a_batch(tiny_model: Path, po
             batch = await ended(client, batch.id)
             assert batch.request_counts.completed == 8
             told = (await results(client, batch.output_file_id))["r5"]["response"]["body"]
-            assert told["usage"]["completion_tokens"] == 800
+            assert told["usage"]["completion_tokens"] == 400
