@@ -83,6 +83,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         lifecycle,
         concurrency=settings.batch_concurrency,
         max_lines=settings.batch_max_requests,
+        window_s=settings.batch_window_s,
     )
     app.openapi = functools.partial(openapi.describe, app)  # type: ignore[method-assign]
     for resource in (chat, completions, messages, responses, batches, pooling, models, tokens, ops):

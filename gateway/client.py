@@ -19,6 +19,7 @@ import grpc
 import structlog
 from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from stepwire.process.traces import HEADER, current_traceparent
 from stepwire.v1 import inference_pb2, inference_pb2_grpc
 
 from gateway import errors
@@ -115,9 +116,10 @@ class ControlPlaneClient:
             Mailbox(len(requests), num_samples, stream=stream), range(tags[0], tags[-1] + 1), renames or {}, self
         )
         timeout = None if timeout_s is None else _duration(timeout_s)
+        traceparent = current_traceparent()
         for prompt, (tag, request) in enumerate(zip(tags, requests, strict=True)):
             self._running[tag] = (generation, prompt)
-            message = inference_pb2.SessionGenerate(request=request, timeout=timeout)
+            message = inference_pb2.SessionGenerate(request=request, timeout=timeout, traceparent=traceparent)
             self._outgoing.put_nowait(inference_pb2.SessionRequest(tag=tag, generate=message))
         return generation
 
@@ -181,7 +183,7 @@ class ControlPlaneClient:
         if self._outgoing is None:
             raise self._down
         try:
-            return await method(request, timeout=timeout_s, metadata=self._metadata)
+            return await method(request, timeout=timeout_s, metadata=self._traced_metadata())
         except grpc.aio.AioRpcError as error:
             raise errors.from_rpc_error(error, renames) from error
 
@@ -205,9 +207,13 @@ class ControlPlaneClient:
 
     async def _unary(self, method: Callable[..., Awaitable[_Response]], request: Any) -> _Response:
         try:
-            return await method(request, timeout=UNARY_TIMEOUT_S, metadata=self._metadata)
+            return await method(request, timeout=UNARY_TIMEOUT_S, metadata=self._traced_metadata())
         except grpc.aio.AioRpcError as error:
             raise errors.from_rpc_error(error) from error
+
+    def _traced_metadata(self) -> tuple[tuple[str, str], ...]:
+        traceparent = current_traceparent()
+        return (*self._metadata, (HEADER, traceparent)) if traceparent else self._metadata
 
     async def _keep_session(self) -> None:
         """Open a session, serve it until it breaks, wait a little, again."""

@@ -70,6 +70,9 @@ class GatewaySettings(ProcessSettings):
         16, description="requests of batches that run at one time; fewer while other requests are being answered"
     )
     batch_max_requests: PositiveInt = Field(50_000, description="most requests in one batch")
+    batch_window_s: float = Field(
+        86_400.0, gt=0, description="a batch's completion window, in seconds: what is not answered by then has expired"
+    )
 
     # The console.
     console: bool = Field(True, description="serve the web console at /")

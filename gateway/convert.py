@@ -86,9 +86,10 @@ def plan_completion(body: CompletionBody, request_id: str, max_prompts: int) -> 
         shared.suffix = body.suffix
     if body.echo:
         shared.output.prompt_text = True
-        if body.logprobs is not None and body.prompt_logprobs is None:
-            shared.output.prompt_logprobs = body.logprobs
-            renames["output.prompt_logprobs"] = "logprobs"
+        if body.logprobs is not None:
+            shared.output.prompt_logprobs = max(body.logprobs, body.prompt_logprobs or 0)
+            if body.prompt_logprobs is None:
+                renames["output.prompt_logprobs"] = "logprobs"
     for index, prompt in enumerate(prompts):
         request = inference_pb2.GenerateRequest()
         request.CopyFrom(shared)

@@ -51,16 +51,14 @@ def prompt_entries(entries: Sequence[TokenLogprob], num_top: int) -> list[dict[s
         if math.isnan(entry.logprob):
             listed.append(None)
             continue
-        candidates: dict[str, Any] = {}
+        candidates = {str(entry.token_id): _ranked(entry.token, entry.logprob, entry.rank or None)}
         for rank, top in enumerate(_most_likely(entry.top, num_top), 1):
-            candidates[str(top.token_id)] = _ranked(top.token, top.logprob, rank)
-        candidates.setdefault(str(entry.token_id), _ranked(entry.token, entry.logprob, None))
+            candidates.setdefault(str(top.token_id), _ranked(top.token, top.logprob, rank))
         listed.append(candidates)
     return listed
 
 
 def _ranked(token: bytes, logprob: float, rank: int | None) -> dict[str, Any]:
-    """The rank of a token outside the list is not known."""
     return {"logprob": floored(logprob), "rank": rank, "decoded_token": token_text(token)}
 
 

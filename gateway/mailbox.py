@@ -31,12 +31,14 @@ class TopLogprob:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """One generated token; `token` is its own bytes, which need not be whole characters."""
+    """One token; `token` is its own bytes, which need not be whole characters."""
 
     token: bytes
     logprob: float
     top: tuple[TopLogprob, ...]
     token_id: int = 0
+    # Of prompt tokens: 1 plus how many tokens are more likely; 0 where it was not told.
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +129,7 @@ def _copy_logprobs(entries: Iterable[inference_pb2.TokenLogprob]) -> list[TokenL
             entry.logprob,
             tuple(TopLogprob(top.token, top.logprob, top.token_id) for top in entry.top),
             entry.token_id,
+            entry.rank,
         )
         for entry in entries
     ]

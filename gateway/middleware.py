@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from stepwire.process.traces import HEADER, traced
 
 from gateway.errors import RATE_LIMIT, ApiError, draining
 from gateway.messages.errors import error_body
@@ -105,7 +106,7 @@ class Lifecycle:
 
 
 class RequestContextMiddleware:
-    """Outermost: request id, metrics, access log; refuses requests while draining or when too many run."""
+    """Outermost: request id, trace, metrics, access log; refuses requests while draining or when too many run."""
 
     def __init__(
         self, app: ASGIApp, lifecycle: Lifecycle, metrics: GatewayMetrics, max_concurrent_requests: int
@@ -119,6 +120,11 @@ class RequestContextMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        trace = header(scope, HEADER.encode())
+        with traced("" if trace is None else trace.decode("latin-1")):
+            await self._serve(scope, receive, send)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = _request_id(scope)
         scope.setdefault("state", {})["request_id"] = request_id.decode()
         status = CLIENT_CLOSED_REQUEST

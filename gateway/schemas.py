@@ -183,7 +183,10 @@ class GenerationBody(RequestModel):
     guided_regex: str | None = Field(None, description="Older name of structured_outputs.regex.")
     guided_choice: list[str] | None = Field(None, description="Older name of structured_outputs.choice.")
     guided_grammar: str | None = Field(None, description="Older name of structured_outputs.grammar.")
-    priority: Int32 | None = Field(None, description="Lower runs first.")
+    priority: Int32 | None = Field(
+        None,
+        description="Lower runs first where the server orders by priority; from 1000000 on: after everything else.",
+    )
     cache_salt: str | None = Field(None, description="Share cached prefixes only with requests of the same salt.")
     return_token_ids: bool | None = None
 

@@ -81,6 +81,7 @@ def batch_limits(facts: WorkerFacts) -> BatchLimits:
         vocab_size=facts.vocab_size,
         max_num_logprobs=facts.max_num_logprobs,
         pooling=facts.pooling,
+        can_prompt_logprobs=facts.can_prompt_logprobs,
     )
 
 
@@ -211,6 +212,7 @@ def worker_facts(
         max_num_logprobs=MAX_NUM_LOGPROBS,
         block_bytes=shape.block_bytes,
         can_mask_tokens=pooling is None,
+        can_prompt_logprobs=pooling is None,
         pooling=None if pooling is None else pooling_facts(pooling),
     )
 

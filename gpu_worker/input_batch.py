@@ -14,7 +14,7 @@ import numpy as np
 
 from gpu_worker.attention.api import StepMetadata
 from gpu_worker.pooling import PooledRun
-from gpu_worker.row_table import BatchLimits, IntArray, RowTable
+from gpu_worker.row_table import BatchLimits, IntArray, PromptRun, RowTable
 from gpu_worker.runner_api import RowAdd, RowFault, StepBatch
 from gpu_worker.sampler import RowSampler
 
@@ -30,6 +30,8 @@ class StepInputs:
     sampled_positions: IntArray  # [num_sampled]: index of the token to be drawn in its sequence
     pooled: tuple[PooledRun, ...] = ()
     """Runs of rows that are worth a vector, in the step's run order."""
+    prompts: tuple[PromptRun, ...] = ()
+    """Runs that tell of a prompt whose logprobs are wanted, in the step's run order."""
     segments: IntArray | None = None  # [num_tokens]: which text of a pair a token is of; None: there are no pairs
 
 
@@ -123,8 +125,15 @@ class InputBatch(RowTable):
                 )
                 for index in sorted(np.flatnonzero(pools).tolist(), key=lambda index: int(runs[index]))
             ),
+            prompts=self._prompts(runs, rows, starts, counts, ends - counts),
             segments=self._segments(token_rows, positions),
         )
+
+    def _prompts(
+        self, runs: IntArray, rows: IntArray, starts: IntArray, counts: IntArray, first_tokens: IntArray
+    ) -> tuple[PromptRun, ...]:
+        order = np.argsort(runs)
+        return self.prompt_runs(rows[order], starts[order], counts[order], first_tokens[order])
 
     def _segments(self, token_rows: IntArray, positions: IntArray) -> IntArray | None:
         second_starts = self._second_starts[token_rows]  # [num_tokens]

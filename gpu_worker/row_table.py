@@ -28,6 +28,18 @@ class BatchLimits:
     vocab_size: int
     max_num_logprobs: int
     pooling: PoolingFacts | None = None
+    can_prompt_logprobs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRun:
+    """A run whose positions predict tokens of a prompt whose logprobs are wanted."""
+
+    row: int
+    first_token: int  # of the run, among the step's tokens
+    start_position: int  # of the first token that is predicted
+    targets: IntArray  # [num_predicted]: the prompt's tokens from there on
+    num_top: int
 
 
 class RowTable:
@@ -41,6 +53,8 @@ class RowTable:
         self._num_blocks = np.zeros(num_rows, dtype=np.int64)
         self._lengths = np.zeros(num_rows, dtype=np.int64)
         self._computed = np.zeros(num_rows, dtype=np.int64)
+        # Rows whose prompt's logprobs are wanted: its tokens, and how many alternatives.
+        self._wanted_prompts: dict[int, tuple[IntArray, int]] = {}
 
     def clear(self) -> None:
         """Forget every row."""
@@ -50,6 +64,7 @@ class RowTable:
     def _forget(self, row: int) -> None:
         # A row of length 0 is not occupied.
         self._lengths[row] = self._computed[row] = self._num_blocks[row] = 0
+        self._wanted_prompts.pop(row, None)
 
     def _occupy(self, add: RowAdd) -> None:
         """An add has passed all checks."""
@@ -58,6 +73,24 @@ class RowTable:
         self._num_blocks[row] = len(add.block_ids)
         self._lengths[row] = len(add.token_ids)
         self._computed[row] = add.num_computed_tokens
+        num_top = add.sampling.num_prompt_logprobs
+        if num_top is not None:
+            self._wanted_prompts[row] = (add.token_ids[: add.num_prompt_tokens].astype(np.int64), num_top)
+
+    def prompt_runs(
+        self, rows: IntArray, starts: IntArray, counts: IntArray, first_tokens: IntArray
+    ) -> tuple[PromptRun, ...]:
+        """Those of a step's runs that tell of a prompt; all arrays [num_runs]."""
+        if not self._wanted_prompts:
+            return ()
+        runs = []
+        for index in np.flatnonzero(np.isin(rows, list(self._wanted_prompts))).tolist():
+            row, start = int(rows[index]), int(starts[index])
+            prompt, num_top = self._wanted_prompts[row]
+            targets = prompt[start + 1 : start + 1 + int(counts[index])]
+            if len(targets):
+                runs.append(PromptRun(row, int(first_tokens[index]), start + 1, targets, num_top))
+        return tuple(runs)
 
     def _append_to_table(self, row: int, num_held: int, block_ids: npt.NDArray[np.uint32]) -> None:
         self._block_tables[row, num_held : num_held + len(block_ids)] = block_ids
@@ -72,6 +105,10 @@ class RowTable:
             return "asks for tokens, and this worker gives vectors only"
         if add.sampling.num_logprobs is not None and add.sampling.num_logprobs > self._limits.max_num_logprobs:
             return f"num_logprobs {add.sampling.num_logprobs} is above max_num_logprobs {self._limits.max_num_logprobs}"
+        if add.sampling.num_prompt_logprobs is not None:
+            return prompt_logprobs_problem(
+                add, self._limits.max_num_logprobs, is_possible=self._limits.can_prompt_logprobs
+            )
         return None
 
     def blocks(self, row: int) -> IntArray:
@@ -209,3 +246,15 @@ class RowTable:
             message = f"row {row} runs tokens {start} to {stop} of {length}, and whole prompts are run only"
             return RowFault(row, RowFaultCode.UNSUPPORTED, message)
         return RowFault(row, mismatch, f"row {row} samples after position {stop}, but it has {length} tokens already")
+
+
+def prompt_logprobs_problem(add: RowAdd, max_num_logprobs: int, *, is_possible: bool) -> str | None:
+    """Why a row that wants its prompt's logprobs cannot have them; None: it can."""
+    wanted = add.sampling.num_prompt_logprobs
+    if not is_possible:
+        return "asks for its prompt's logprobs, and this worker did not announce CAPABILITY_PROMPT_LOGPROBS"
+    if wanted is not None and wanted > max_num_logprobs:
+        return f"num_prompt_logprobs {wanted} is above max_num_logprobs {max_num_logprobs}"
+    if add.num_computed_tokens:
+        return f"num_prompt_logprobs is set, and {add.num_computed_tokens} tokens are computed: it must be none"
+    return None

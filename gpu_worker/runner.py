@@ -49,10 +49,12 @@ from gpu_worker.models.loader import read_spec
 from gpu_worker.parallel.process_group import RankGroup, single_rank
 from gpu_worker.parallel.sampled import UntakenStep, num_words, to_words
 from gpu_worker.pooling import Pooler, PoolingSpec, read_pooling
+from gpu_worker.prompt_logprobs import describe_run, num_rows_at_a_time
 from gpu_worker.quant.api import QuantScheme
 from gpu_worker.quant.scheme import make_scheme
 from gpu_worker.runner_api import (
     Float32Array,
+    PromptLogprobs,
     RowFault,
     RowFaultCode,
     StepBatch,
@@ -202,6 +204,9 @@ class TorchRunner:
             backend = TiledTorchAttention if settings.deterministic else TorchAttention
             attention = backend(heads, kv_cache.layers, dtype)
         facts = worker_facts(settings.model, spec, sizes, plan, shape, device, dtype, pooling)
+        if group.layout.num_stages > 1:
+            # The last stage has the logits, and the first one answers.
+            facts = replace(facts, can_prompt_logprobs=False)
         logits = TiledLogits(model) if settings.deterministic else None
         return cls(model, kv_cache, attention, facts, device, group, pooling, logits)
 
@@ -227,10 +232,12 @@ class TorchRunner:
         built = time.perf_counter_ns()
         logits = None
         pooled = PooledVectors()
+        prompts: list[PromptLogprobs] = []
         if inputs is not None:
             hidden = self._forward(inputs, step)
             if hidden is not None:
                 pooled = self._pool(inputs, hidden)
+                prompts = self._describe_prompts(inputs, hidden)
                 logits = self._logits(inputs, hidden)
         computed = time.perf_counter_ns()
         mask = wait_for_mask() if len(batch.mask_rows) else None
@@ -245,6 +252,7 @@ class TorchRunner:
             forward_ns=computed - built,
         )
         self._write_pooled(pooled, result)
+        result.prompt_logprobs = prompts
         if inputs is None or not len(inputs.sampled_rows):
             return FinishedStep(result)
         if not self._group.samples:
@@ -254,6 +262,8 @@ class TorchRunner:
             sampled = self.draw(inputs, logits, mask, step)
             self._take(inputs, sampled)
             _write_tokens(result, inputs, sampled)
+            failed = {fault.row for fault in result.faults}
+            result.prompt_logprobs = [part for part in prompts if part.row not in failed]
         result.sample_ns = time.perf_counter_ns() - masked
         return FinishedStep(result)
 
@@ -311,6 +321,12 @@ class TorchRunner:
         if finite.any():
             result.pooled_rows = rows[finite]
             result.pooled_values = pooled.values[finite]
+
+    @torch.inference_mode()
+    def _describe_prompts(self, inputs: StepInputs, hidden: HiddenStates) -> list[PromptLogprobs]:
+        """Every rank of a stage takes part: each has a share of the logits."""
+        max_rows = num_rows_at_a_time(self._facts.vocab_size)
+        return [describe_run(run, hidden, self._to_logits, max_rows).result() for run in inputs.prompts]
 
     @torch.inference_mode()
     def _logits(self, inputs: StepInputs, hidden: HiddenStates) -> torch.Tensor | None:

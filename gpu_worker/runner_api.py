@@ -57,6 +57,7 @@ class WorkerFacts:
     max_num_logprobs: int
     block_bytes: int
     can_mask_tokens: bool
+    can_prompt_logprobs: bool = False
     pooling: PoolingFacts | None = None
     num_stages: int = 1
     """Parts of the worker that work on different steps at a time."""
@@ -81,6 +82,7 @@ class RowSampling:
     min_tokens: int
     suppressed_token_ids: UInt32Array
     allowed_token_ids: UInt32Array  # empty: all
+    num_prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +153,18 @@ class TokenMask:
     bitmask: UInt32Array  # [num_rows, ceil(vocab_size / 32)]
 
 
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Logprobs of prompt tokens that one run has computed. Fields as in the message of the same name."""
+
+    row: int
+    start_position: int
+    logprobs: Float32Array  # [num_tokens]
+    ranks: UInt32Array  # [num_tokens]
+    top_token_ids: UInt32Array  # [num_tokens, num_top]
+    top_logprobs: Float32Array  # [num_tokens, num_top], most likely first
+
+
 @dataclass(slots=True)
 class StepResult:
     """What a step produced. Rows with a fault are absent from `rows`."""
@@ -164,6 +178,7 @@ class StepResult:
     top_logprobs: Float32Array | None = None  # [offsets[-1], num_top], most likely first
     pooled_rows: UInt32Array | None = None  # [num_pooled]; None: none
     pooled_values: Float32Array | None = None  # [num_pooled, dimensions]
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     faults: list[RowFault] = field(default_factory=list)
     input_ns: int = 0
     forward_ns: int = 0

@@ -22,6 +22,7 @@ import structlog
 from gpu_worker import simulated_tokens
 from gpu_worker.config import WorkerSettings
 from gpu_worker.runner_api import (
+    PromptLogprobs,
     RowFault,
     RowFaultCode,
     RowSampling,
@@ -140,6 +141,7 @@ class SimulationSpec:
             max_num_logprobs=MAX_NUM_LOGPROBS,
             block_bytes=self.block_size * 8,  # a stamp of 8 bytes for every slot
             can_mask_tokens=True,
+            can_prompt_logprobs=True,
         )
 
 
@@ -310,7 +312,27 @@ class SimulatedRunner:
             faults=faults,
         )
         self._add_logprobs(result, rows, hashes, token_ids)
+        result.prompt_logprobs = self._describe_prompts(checked, {fault.row for fault in faults})
         return result
+
+    def _describe_prompts(self, checked: CheckedStep, failed: set[int]) -> list[PromptLogprobs]:
+        described = []
+        counts = np.bincount(checked.run_of_token, minlength=len(checked.rows))
+        for row, count in zip(checked.rows.tolist(), counts.tolist(), strict=True):
+            sampling = self._sampling[row]
+            if row in failed or sampling is None or sampling.num_prompt_logprobs is None:
+                continue
+            start = int(self.oracle.num_computed[row]) - count + 1
+            stop = min(start + count, int(self.oracle.num_prompt_tokens[row]))
+            if start >= stop:
+                continue
+            token_ids = self.oracle.tokens[row, start:stop].copy()
+            hashes = simulated_tokens.prompt_hash(token_ids, np.arange(start, stop, dtype=np.uint64))
+            num_top = sampling.num_prompt_logprobs
+            logprobs, top_ids, top = simulated_tokens.logprobs_of(hashes, token_ids, num_top, self._spec.vocab_size)
+            ranks = np.minimum(hashes >> np.uint64(62), self._spec.vocab_size - 1).astype(np.uint32) + np.uint32(1)
+            described.append(PromptLogprobs(row, start, logprobs, ranks, top_ids, top))
+        return described
 
     def _draw_restricted(self, row: int, draw: np.uint64, mask: TokenMask | None) -> int | None:
         spec, sampling = self._spec, self._sampling[row]

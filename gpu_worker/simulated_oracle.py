@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from gpu_worker.row_table import prompt_logprobs_problem
 from gpu_worker.runner_api import RowAdd, RowFault, RowFaultCode, StepBatch, UInt32Array, WorkerFacts
 
 IntArray = npt.NDArray[np.int64]
@@ -171,6 +172,10 @@ class Oracle:
         if num_logprobs is not None and num_logprobs > facts.max_num_logprobs:
             message = f"num_logprobs is {num_logprobs}, and max_num_logprobs {facts.max_num_logprobs}"
             return RowFaultCode.UNSUPPORTED, message
+        if add.sampling.num_prompt_logprobs is not None:
+            problem = prompt_logprobs_problem(add, facts.max_num_logprobs, is_possible=facts.can_prompt_logprobs)
+            if problem is not None:
+                return RowFaultCode.UNSUPPORTED, problem
         blocks = add.block_ids
         outside = (blocks < facts.first_block_id) | (blocks >= facts.num_blocks)
         if outside.any():

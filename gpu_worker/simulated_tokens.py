@@ -35,6 +35,11 @@ def draw_hash(
     return mix64(keys + _GOLDEN * (positions + np.uint64(1)))
 
 
+def prompt_hash(token_ids: UInt32Array, positions: npt.NDArray[np.uint64]) -> UInt64Array:
+    """The random number behind the logprobs of prompt tokens; arrays of equal length."""
+    return mix64(mix64(token_ids.astype(np.uint64) + _GOLDEN) + _GOLDEN * positions)
+
+
 def draw_tokens(hashes: UInt64Array, vocab_size: int, eos_token_id: int | None, eos_probability: float) -> UInt32Array:
     """Draws without restrictions, one token a hash."""
     if eos_token_id is None or vocab_size == 1:

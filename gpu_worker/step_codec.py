@@ -13,6 +13,7 @@ from stepwire.v1 import worker_pb2
 from gpu_worker.runner_api import (
     BoolArray,
     Float32Array,
+    PromptLogprobs,
     RowAdd,
     RowFault,
     RowFaultCode,
@@ -87,6 +88,7 @@ def _decode_sampling(message: worker_pb2.RowSampling, name: str) -> RowSampling:
         min_tokens=message.min_tokens,
         suppressed_token_ids=_uint32(message.suppressed_token_ids, f"{name}.suppressed_token_ids"),
         allowed_token_ids=_uint32(message.allowed_token_ids, f"{name}.allowed_token_ids"),
+        num_prompt_logprobs=message.num_prompt_logprobs if message.HasField("num_prompt_logprobs") else None,
     )
 
 
@@ -132,6 +134,16 @@ def encode_result(result: StepResult, queue_ns: int) -> worker_pb2.StepResult:
     if result.pooled_rows is not None and result.pooled_values is not None:
         message.pooled.rows = _bytes(result.pooled_rows, _UINT32)
         message.pooled.values = _bytes(result.pooled_values, _FLOAT32)
+    for part in result.prompt_logprobs:
+        message.prompt_logprobs.add(
+            row=part.row,
+            start_position=part.start_position,
+            logprobs=_bytes(part.logprobs, _FLOAT32),
+            ranks=_bytes(part.ranks, _UINT32),
+            num_top=part.top_token_ids.shape[1],
+            top_token_ids=_bytes(part.top_token_ids, _UINT32),
+            top_logprobs=_bytes(part.top_logprobs, _FLOAT32),
+        )
     return message
 
 
@@ -160,12 +172,20 @@ def encode_facts(facts: WorkerFacts, instance_id: str, version: str) -> worker_p
         buckets=facts.buckets,
         vocab_size=facts.vocab_size,
         max_num_logprobs=facts.max_num_logprobs,
-        capabilities=[worker_pb2.CAPABILITY_TOKEN_MASK] if facts.can_mask_tokens else [],
+        capabilities=_capabilities(facts),
         version=version,
         block_bytes=facts.block_bytes,
         pooling=pooling,
         num_stages=facts.num_stages,
     )
+
+
+def _capabilities(facts: WorkerFacts) -> list[worker_pb2.Capability]:
+    known = (
+        (facts.can_mask_tokens, worker_pb2.CAPABILITY_TOKEN_MASK),
+        (facts.can_prompt_logprobs, worker_pb2.CAPABILITY_PROMPT_LOGPROBS),
+    )
+    return [capability for is_there, capability in known if is_there]
 
 
 # The other directions: what replays recorded steps, relays them to sibling ranks, or drives a worker in a test needs.
@@ -214,6 +234,8 @@ def _encode_add(add: RowAdd) -> worker_pb2.RowAdd:
     )
     if sampling.num_logprobs is not None:
         message.sampling.num_logprobs = sampling.num_logprobs
+    if sampling.num_prompt_logprobs is not None:
+        message.sampling.num_prompt_logprobs = sampling.num_prompt_logprobs
     if add.pooling is not None:
         message.pooling.second_text_start = add.pooling.second_text_start
         message.pooling.SetInParent()
@@ -253,7 +275,22 @@ def decode_result(message: worker_pb2.StepResult) -> StepResult:
         if not len(result.pooled_rows) or len(values) % len(result.pooled_rows):
             raise StepError(f"pooled.values has {len(values)} numbers for {len(result.pooled_rows)} rows")
         result.pooled_values = values.reshape(len(result.pooled_rows), -1)
+    result.prompt_logprobs = [_decode_prompt_logprobs(part) for part in message.prompt_logprobs]
     return result
+
+
+def _decode_prompt_logprobs(message: worker_pb2.PromptLogprobs) -> PromptLogprobs:
+    logprobs = _float32(message.logprobs, "prompt_logprobs.logprobs")
+    shape = (len(logprobs), message.num_top)
+    num_top = shape[0] * shape[1]
+    return PromptLogprobs(
+        row=message.row,
+        start_position=message.start_position,
+        logprobs=logprobs,
+        ranks=_uint32(message.ranks, "prompt_logprobs.ranks", shape[0]),
+        top_token_ids=_uint32(message.top_token_ids, "prompt_logprobs.top_token_ids", num_top).reshape(shape),
+        top_logprobs=_float32(message.top_logprobs, "prompt_logprobs.top_logprobs", num_top).reshape(shape),
+    )
 
 
 # One array each.

@@ -29,6 +29,7 @@ def model_facts(worker: worker_pb2.DescribeResponse, config: EngineConfig) -> Mo
         vocab_size=worker.vocab_size,
         max_num_logprobs=worker.max_num_logprobs,
         can_mask_tokens=worker_pb2.CAPABILITY_TOKEN_MASK in worker.capabilities,
+        can_prompt_logprobs=worker_pb2.CAPABILITY_PROMPT_LOGPROBS in worker.capabilities,
         pooling=_pooling_facts(worker),
     )
 
@@ -89,7 +90,14 @@ def check_may_serve(
     offered = model_facts(worker, config)
     differences = []
     if facts is not None:
-        for name in ("model", "vocab_size", "max_num_logprobs", "can_mask_tokens", "pooling"):
+        for name in (
+            "model",
+            "vocab_size",
+            "max_num_logprobs",
+            "can_mask_tokens",
+            "can_prompt_logprobs",
+            "pooling",
+        ):
             if getattr(offered, name) != getattr(facts, name):
                 differences.append((name, getattr(offered, name), getattr(facts, name)))
         if offered.max_model_len < facts.max_model_len:

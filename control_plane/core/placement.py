@@ -60,6 +60,10 @@ class Placement:
     def has_free_block(self) -> bool:
         return self._pool.num_free > 0
 
+    def num_missing_blocks(self, sequence: SequenceState) -> int:
+        """How many more than the free ones it needs to be placed, if nothing of it is cached; below 0: none."""
+        return -(-sequence.num_total // self._block_size) - self._pool.num_free
+
     @property
     def expects_blocks_back(self) -> bool:
         """Whether steps in flight still hold blocks that nobody owns any more."""
@@ -73,9 +77,12 @@ class Placement:
     def shared_prefix(self, sequence: SequenceState) -> tuple[list[BlockHash], list[int]] | None:
         """Hashes of the sequence's blocks that could be shared, and the cached blocks of the longest such prefix.
 
-        None while another sequence computes the very next block: waiting for it beats computing it twice.
+        None while another sequence computes the very next block: waiting for it beats computing it twice. Nothing is
+        shared with a sequence whose prompt's logprobs are wanted: they come of computing it.
         """
         hashes = self._sharable_hashes(sequence)
+        if sequence.num_prompt_logprobs_left:
+            return hashes, []
         cached = self._cache.match(hashes)
         if len(cached) < len(hashes) and hashes[len(cached)] in self._computing:
             return None
@@ -95,6 +102,7 @@ class Placement:
         sequence.block_ids = cached + self._pool.allocate(num_fresh)
         sequence.capacity = num_blocks * block_size
         sequence.num_computed = sequence.num_retired = len(cached) * block_size
+        sequence.asks_prompt_logprobs = sequence.num_prompt_logprobs_left > 0
         if sequence.request.root_hash is not None:
             sequence.next_hash_at = (len(cached) + 1) * block_size
             sequence.computing = [

@@ -27,6 +27,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     seed: int = 0  # unsigned 64 bit
     num_logprobs: int | None = None
+    # Of the prompt's tokens: None: not wanted; k: each token's own and those of the k best.
+    num_prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     allowed_token_ids: tuple[int, ...] = ()
 
@@ -105,6 +107,17 @@ class TokenLogprobs:
     top_logprobs: Sequence[float]
 
 
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Logprobs of `num_tokens` tokens of a prompt that follow one another."""
+
+    start_position: int  # of the first of them
+    logprobs: npt.NDArray[np.float32]  # [num_tokens]
+    ranks: npt.NDArray[np.uint32]  # [num_tokens], 1 is the most likely
+    top_token_ids: npt.NDArray[np.uint32]  # [num_tokens, num_top]
+    top_logprobs: npt.NDArray[np.float32]  # [num_tokens, num_top], most likely first
+
+
 @dataclass(slots=True)
 class SequenceOutput:
     """What one step gave one sequence.
@@ -121,6 +134,8 @@ class SequenceOutput:
     stop_token_id: int | None = None
     # What a request that pools is worth: float32 [dimensions].
     vector: VectorArray | None = None
+    # The next part of the prompt's logprobs, where they are wanted: every part comes before the first token.
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class RequestFault(Exception):
@@ -185,6 +200,7 @@ class ModelFacts:
     vocab_size: int
     max_num_logprobs: int
     can_mask_tokens: bool
+    can_prompt_logprobs: bool = False
     pooling: PoolingFacts | None = None
 
 

@@ -19,9 +19,16 @@ from itertools import count as counting_up
 from operator import attrgetter
 
 from control_plane.core.placement import Placement
-from control_plane.core.policy import PolicyName, choose_victim, sort_key
+from control_plane.core.policy import PolicyName, choose_victim, is_background, sort_key
 from control_plane.core.prefix_cache import BlockHash, root_hash
-from control_plane.core.request import CoreRequest, FinishReason, RequestFault, SequenceOutput, VectorArray
+from control_plane.core.request import (
+    CoreRequest,
+    FinishReason,
+    PromptLogprobs,
+    RequestFault,
+    SequenceOutput,
+    VectorArray,
+)
 from control_plane.core.sequence import NO_ROW, RequestState, SequenceState
 from control_plane.core.step_plan import ProtocolError, RowFailure, RowStart, StepEvents, StepOutcome, StepPlan
 
@@ -182,6 +189,7 @@ class Scheduler:
         for sequence in state.sequences:
             if not sequence.finished:
                 sequence.sort_key = sort_key(self.config.policy, sequence)
+                sequence.last_step_id = 0
                 self._enqueue(sequence)
                 if sequence.num_losses:
                     self._marked.add(sequence)
@@ -248,6 +256,7 @@ class Scheduler:
             running = [only] if only.row != NO_ROW else []
             waiting = [only] if only.row == NO_ROW else []
         else:
+            self._make_way()
             running, waiting = self._take_turns(self._running), self._waiting
         budget = self.config.max_num_batched_tokens
         num_preemptions = self.counters.num_preemptions
@@ -289,6 +298,8 @@ class Scheduler:
         self._in_flight.popleft()
         self._retire(plan)
         events = StepEvents()
+        if plan.prompt_logprob_runs:
+            _take_prompt_logprobs(plan, outcome, failures, events)
         self._take_tokens(plan, outcome, failures, events)
         if failures:
             for sequence, row in zip(plan.sequences, plan.rows, strict=True):
@@ -373,6 +384,26 @@ class Scheduler:
                 self._preempt(sequence)
         return True
 
+    def _make_way(self) -> None:
+        """Background work leaves the worker where the first in the queue needs its rows or blocks."""
+        if not self._waiting or not self._running or not is_background(self._running[-1]):
+            return
+        first = self._waiting[0]
+        # Once blocks are on their way back, the next plan knows whether they are enough.
+        if is_background(first) or self._placement.expects_blocks_back:
+            return
+        num_missing = self._placement.num_missing_blocks(first) + self._headroom()
+        while num_missing > 0 or not self._placement.has_free_row:
+            last = self._running[-1] if self._running else None
+            if last is None or not is_background(last):
+                return
+            num_missing -= len(last.block_ids)
+            self._preempt(last)
+
+    def _headroom(self) -> int:
+        """Blocks that an admission leaves for running sequences to grow into: preemption would undo it at once."""
+        return min(len(self._running), self._placement.num_usable_blocks // 20 + 1)
+
     def _next_suspect(self) -> SequenceState | None:
         if not self._marked:
             return None
@@ -408,13 +439,14 @@ class Scheduler:
         """Give rows and blocks to waiting sequences, in order; the first that does not fit ends it."""
         placed = []
         num_start_tokens = 0
-        # Leave running sequences blocks to grow into, or preemption would undo an admission at once.
-        headroom = min(len(self._running), self._placement.num_usable_blocks // 20 + 1)
+        headroom = self._headroom()
         for sequence in waiting:
             if not budget or not self._placement.has_free_row or num_start_tokens > _MAX_START_TOKENS:
                 break
             if self.config.whole_prompts and sequence.pools and sequence.num_total > budget:
                 break  # of the next step it may have all
+            if self._in_flight and sequence.last_step_id >= self._in_flight[0].step_id:
+                break  # preempted a moment ago: what it still gets is not known yet
             prefix = self._placement.shared_prefix(sequence)
             if prefix is None:
                 continue
@@ -436,7 +468,15 @@ class Scheduler:
         if request.first_planned_s is None:
             request.first_planned_s = now
             request.num_cached_tokens = sequence.num_computed
-        plan.starts.append(RowStart(sequence.row, sequence, sequence.num_computed, list(sequence.block_ids)))
+        plan.starts.append(
+            RowStart(
+                sequence.row,
+                sequence,
+                sequence.num_computed,
+                list(sequence.block_ids),
+                sequence.asks_prompt_logprobs,
+            )
+        )
 
     def _make_room(self, sequence: SequenceState) -> bool:
         """See to it that one block is free, by preempting later sequences; False if not in this step."""
@@ -453,8 +493,7 @@ class Scheduler:
     def _preempt(self, sequence: SequenceState) -> None:
         """Take a sequence off the worker; it is recomputed when there is room again.
 
-        Which is not before its last steps in flight have retired, and their tokens are known: there is no free block
-        now, and those given up here become free with those steps.
+        Which is not before its last steps in flight have retired, and their tokens are known.
         """
         self.counters.num_preemptions += 1
         self.counters.num_recomputed_tokens += sequence.num_retired
@@ -619,6 +658,37 @@ def _check_rows(plan: StepPlan, outcome: StepOutcome, failures: Mapping[int, Row
         raise ProtocolError(
             f"step {plan.step_id} was to pool rows {pooled[:8]}..., the worker pooled {list(outcome.vectors)[:8]}..."
         )
+    described = {run.row: (run.start_position, run.num_tokens) for run in plan.prompt_logprob_runs}
+    given = {row: (part.start_position, len(part.logprobs)) for row, part in outcome.prompt_logprobs.items()}
+    if {row: part for row, part in described.items() if row not in failures} != given:
+        raise ProtocolError(
+            f"step {plan.step_id} was to give prompt logprobs of (start, tokens) {described}, the worker gave {given}"
+        )
+
+
+def _take_prompt_logprobs(
+    plan: StepPlan, outcome: StepOutcome, failures: Mapping[int, RowFailure], events: StepEvents
+) -> None:
+    """The parts of prompts that are new: what is computed again after a preemption was told before."""
+    for run in plan.prompt_logprob_runs:
+        sequence = run.sequence
+        if run.row in failures or sequence.finished:
+            continue
+        num_known = sequence.num_prompt_tokens - sequence.num_prompt_logprobs_left
+        num_old = num_known - run.start_position
+        if num_old >= run.num_tokens:
+            continue
+        part = outcome.prompt_logprobs[run.row]
+        part = PromptLogprobs(
+            num_known,
+            part.logprobs[num_old:],
+            part.ranks[num_old:],
+            part.top_token_ids[num_old:],
+            part.top_logprobs[num_old:],
+        )
+        sequence.num_prompt_logprobs_left -= len(part.logprobs)
+        output = SequenceOutput(sequence.index, [], 0, prompt_logprobs=part)
+        events.outputs.append((sequence.request, output))
 
 
 def _waits_for_token(sequence: SequenceState) -> bool:

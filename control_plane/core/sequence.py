@@ -50,18 +50,21 @@ class SequenceState:
     """
 
     __slots__ = (
+        "asks_prompt_logprobs",
         "block_hashes",
         "block_ids",
         "capacity",
         "computing",
         "finished",
         "index",
+        "last_step_id",
         "matcher",
         "max_tokens",
         "next_hash_at",
         "num_computed",
         "num_losses",
         "num_matched",
+        "num_prompt_logprobs_left",
         "num_prompt_tokens",
         "num_retired",
         "num_total",
@@ -85,6 +88,9 @@ class SequenceState:
         self.finished = False
         # Its sampling run gives a vector, and is its last.
         self.pools = request.request.pooling is not None
+        # Tokens of the prompt whose logprobs are wanted and have not come. One sequence speaks for its request.
+        wants_logprobs = request.request.sampling.num_prompt_logprobs is not None and index == 0
+        self.num_prompt_logprobs_left = self.num_prompt_tokens - 1 if wants_logprobs else 0
         # Told of the first `num_matched` outputs, so that it stands where the token ids stand whatever happens to the
         # worker.
         grammar = request.request.grammar
@@ -111,6 +117,9 @@ class SequenceState:
         self.samples_left = self.max_tokens - len(self.output_ids)
         self.next_hash_at = NEVER  # num_retired at which the next block of ours can enter the prefix cache
         self.computing: list[BlockHash] = []  # hashes that others may wait for
+        self.last_step_id = 0  # the last step that it was planned into
+        # Placed to compute its prompt from the first token on, with logprobs.
+        self.asks_prompt_logprobs = False
 
     @property
     def is_suspect(self) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from stepwire.v1 import worker_pb2
 
-from control_plane.core.request import SamplingParams, TokenLogprobs, VectorArray
+from control_plane.core.request import PromptLogprobs, SamplingParams, TokenLogprobs, VectorArray
 from control_plane.core.step_plan import ProtocolError, RowFailure, RowStart, StepOutcome, StepPlan
 
 PROTOCOL_VERSION = 1
@@ -65,7 +65,7 @@ def choose_bucket(num_tokens: int, buckets: Sequence[int]) -> int:
 def _encode_start(start: RowStart) -> worker_pb2.RowAdd:
     sequence = start.sequence
     pooling = sequence.request.request.pooling
-    return worker_pb2.RowAdd(
+    add = worker_pb2.RowAdd(
         row=start.row,
         token_ids=sequence.token_ids().astype(_UINT32, copy=False).tobytes(),
         num_prompt_tokens=sequence.num_prompt_tokens,
@@ -79,6 +79,10 @@ def _encode_start(start: RowStart) -> worker_pb2.RowAdd:
         ),
         pooling=None if pooling is None else worker_pb2.RowPooling(second_text_start=pooling.second_text_start),
     )
+    num_prompt_logprobs = sequence.request.request.sampling.num_prompt_logprobs
+    if start.asks_prompt_logprobs and num_prompt_logprobs is not None:
+        add.sampling.num_prompt_logprobs = num_prompt_logprobs
+    return add
 
 
 def _encode_sampling(
@@ -129,7 +133,28 @@ def decode_result(result: worker_pb2.StepResult, plan: StepPlan) -> StepOutcome:
         logprobs=_decode_logprobs(result, rows, plan) if result.logprobs else None,
         failures=[RowFailure(fault.row, _fault_name(fault.code), fault.message) for fault in result.faults],
         vectors=_decode_vectors(result, plan) if result.HasField("pooled") else {},
+        prompt_logprobs=_decode_prompt_logprobs(result, plan) if result.prompt_logprobs else {},
     )
+
+
+def _decode_prompt_logprobs(result: worker_pb2.StepResult, plan: StepPlan) -> dict[int, PromptLogprobs]:
+    wanted = {run.row: run.sequence.request.request.sampling.num_prompt_logprobs for run in plan.prompt_logprob_runs}
+    parts: dict[int, PromptLogprobs] = {}
+    for message in result.prompt_logprobs:
+        row = message.row
+        if row in parts or row not in wanted:
+            raise ProtocolError(f"step {plan.step_id}: prompt logprobs of row {row} were not asked for, or come twice")
+        shape = (len(message.logprobs) // 4, message.num_top)
+        num_top = wanted[row]
+        # Copied: they must not keep the whole message.
+        parts[row] = PromptLogprobs(
+            message.start_position,
+            _matrix(message.logprobs, _FLOAT32, (shape[0], 1))[:, 0].astype(np.float32),
+            _matrix(message.ranks, _UINT32, (shape[0], 1))[:, 0].astype(np.uint32),
+            _matrix(message.top_token_ids, _UINT32, shape)[:, :num_top].astype(np.uint32),
+            _matrix(message.top_logprobs, _FLOAT32, shape)[:, :num_top].astype(np.float32),
+        )
+    return parts
 
 
 def _decode_vectors(result: worker_pb2.StepResult, plan: StepPlan) -> dict[int, VectorArray]:
@@ -174,7 +199,6 @@ def _decode_logprobs(result: worker_pb2.StepResult, rows: Sequence[int], plan: S
 def _matrix(data: bytes, dtype: np.dtype[np.generic], shape: tuple[int, int]) -> npt.NDArray[np.generic]:
     if len(data) != 4 * shape[0] * shape[1]:
         raise ProtocolError(
-            f"top logprobs hold {len(data)} bytes; "
-            f"{shape[0]} tokens with {shape[1]} each need {4 * shape[0] * shape[1]}"
+            f"logprobs hold {len(data)} bytes; {shape[0]} tokens with {shape[1]} each need {4 * shape[0] * shape[1]}"
         )
     return np.frombuffer(data, dtype).reshape(shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from control_plane.core.request import RequestFault, SequenceOutput, TokenLogprobs, VectorArray
+from control_plane.core.request import PromptLogprobs, RequestFault, SequenceOutput, TokenLogprobs, VectorArray
 from control_plane.core.sequence import RequestState, SequenceState
 
 
@@ -17,6 +17,17 @@ class RowStart:
     sequence: SequenceState
     num_computed_tokens: int
     block_ids: list[int]
+    asks_prompt_logprobs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobRun:
+    """A run that gives logprobs of `num_tokens` tokens of its prompt, the first at `start_position`."""
+
+    row: int
+    sequence: SequenceState
+    start_position: int
+    num_tokens: int
 
 
 @dataclass(slots=True)
@@ -38,10 +49,12 @@ class StepPlan:
     masked: list[SequenceState] = field(default_factory=list)
     # Their rows in this step: a sequence may have lost its own by the time the mask is made.
     mask_rows: list[int] = field(default_factory=list)
+    prompt_logprob_runs: list[PromptLogprobRun] = field(default_factory=list)
 
     def add_run(
         self, sequence: SequenceState, num_tokens: int, *, sample: bool, new_block_ids: Sequence[int] = ()
     ) -> None:
+        sequence.last_step_id = self.step_id
         self.sequences.append(sequence)
         self.rows.append(sequence.row)
         self.start_positions.append(sequence.num_computed)
@@ -51,9 +64,17 @@ class StepPlan:
         if new_block_ids:
             self.new_block_ids.extend(new_block_ids)
         self.num_tokens += num_tokens
+        if sequence.asks_prompt_logprobs:
+            self._add_prompt_logprobs(sequence, num_tokens)
         if sample and sequence.matcher is not None:
             self.masked.append(sequence)
             self.mask_rows.append(sequence.row)
+
+    def _add_prompt_logprobs(self, sequence: SequenceState, num_tokens: int) -> None:
+        start = sequence.num_computed + 1
+        count = min(start + num_tokens, sequence.num_prompt_tokens) - start
+        if count > 0:
+            self.prompt_logprob_runs.append(PromptLogprobRun(sequence.row, sequence, start, count))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +96,8 @@ class StepOutcome:
     failures: list[RowFailure] = field(default_factory=list)
     # Row -> the vector of a sequence that pools, in run order.
     vectors: dict[int, VectorArray] = field(default_factory=dict)
+    # Row -> logprobs of the part of its prompt that it ran, in run order.
+    prompt_logprobs: dict[int, PromptLogprobs] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

@@ -171,6 +171,19 @@ def lark_grammar(text: str) -> str:
     return llguidance.LLMatcher.grammar_from_lark(text)
 
 
+def after(source: str, before: str, rules: str) -> str:
+    """A text of which the last part is held to `source`, a grammar's source of any kind, and what comes before it to
+    the expression `before` of Lark, with its rules."""
+    inner = json.loads(source)["grammars"] if source.startswith('{"grammars"') else [{"lark_grammar": source}]
+    outer = {"name": "outer", "lark_grammar": f"start: {before} @answer\n{rules}"}
+    return json.dumps({"grammars": [outer, {**inner[0], "name": "answer"}, *inner[1:]]})
+
+
+def regex_literal(text: str) -> str:
+    """A text within a regex of Lark."""
+    return "".join(c if c.isalnum() or c in " _-" else f"\\x{{{ord(c):X}}}" for c in text)
+
+
 def quoted(text: str) -> str:
     """A text as a literal of Lark; nothing for the empty text."""
     return json.dumps(text, ensure_ascii=False) if text else ""

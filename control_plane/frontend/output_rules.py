@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from stepwire.v1 import inference_pb2 as pb
 
-from control_plane.frontend import grammar
+from control_plane.frontend import grammar, harmony_calls
 from control_plane.frontend.errors import RequestRefused, Violation
-from control_plane.frontend.grammar import GrammarError
+from control_plane.frontend.grammar import GrammarError, regex_literal
 from control_plane.frontend.parsers.registry import CallSyntax, OutputFormat
 from control_plane.frontend.tokenizer import TextTokenizer
 
 _ANY_TEXT = "/(.|\\n)*/"
 _ANY_OBJECT = '{"type":"object"}'
+_PYTHON_TAG = "<|python_tag|>"
 
 
 class OutputRules:
@@ -32,22 +34,19 @@ class OutputRules:
         try:
             match kind:
                 case "json_object":
-                    source, rule = grammar.json_object_grammar(compact=output.compact_json), _ANY_OBJECT
-                    rule = grammar.json_rule(rule)
+                    source = grammar.json_object_grammar(compact=output.compact_json)
                 case "json_schema":
                     source = grammar.json_schema_grammar(output.json_schema, compact=output.compact_json)
-                    rule = grammar.json_rule(output.json_schema)
                 case "regex":
-                    source, rule = grammar.regex_grammar(output.regex), ""
+                    source = grammar.regex_grammar(output.regex)
                 case "choice":
                     field += ".texts"
                     source = grammar.choice_grammar(output.choice.texts)
-                    rule = " | ".join(map(grammar.quoted, output.choice.texts))
                 case "grammar":
                     field += ".text"
-                    source, rule = grammar.context_free_grammar(output.grammar.text, _syntax(output.grammar)), ""
+                    source = grammar.context_free_grammar(output.grammar.text, _syntax(output.grammar))
                 case "structural_tags":
-                    source, rule = self._structural_tags(output.structural_tags), ""
+                    source = self._structural_tags(output.structural_tags)
                 case _:
                     raise RequestRefused.invalid(Violation("structured_output", "is empty: give a format"))
         except GrammarError as error:
@@ -55,16 +54,20 @@ class OutputRules:
         except ValueError as error:
             raise RequestRefused.invalid(Violation(field, f"cannot be read: {error}")) from error
         thinking = self._thinking(prompt_end)
-        if thinking and rule:
-            return grammar.lark_grammar(f"start: {thinking[0]} answer\nanswer: {rule}\n{thinking[1]}")
-        return source
+        if thinking is None:
+            return source
+        before, rules = thinking
+        if self._format.is_harmony:
+            before += " final"
+            rules += "\n" + harmony_calls.final_rule(self._special)
+        return grammar.after(source, before, rules)
 
     def forced_calls(self, chat: pb.ChatInput, prompt_end: str) -> str:
         """The grammar of an answer that is one or several calls and nothing else."""
         syntax = self._format.syntax or CallSyntax('{"name": "', '", "parameters": ', "}", separator="\n")
         is_named = chat.tool_choice.WhichOneof("choice") == "function_name"
         allowed = [chat.tool_choice.function_name] if is_named else list(chat.tool_choice.allowed_function_names)
-        several = not is_named and (not chat.HasField("parallel_tool_calls") or chat.parallel_tool_calls)
+        several = not is_named and _may_be_several(chat)
         calls = self._calls(chat, syntax, allowed)
         thinking = self._thinking(prompt_end)
         more = f" ({self._literal(syntax.separator)} call)*" if several and syntax.separator else ""
@@ -80,13 +83,29 @@ class OutputRules:
         )
         return grammar.lark_grammar(f"start: {start}\n{calls}\n{thinking[1] if thinking else ''}")
 
-    def optional_calls(self, chat: pb.ChatInput) -> str | None:
+    def optional_calls(self, chat: pb.ChatInput, prompt_end: str) -> str | None:
         """Free text in which a call, once it has begun, is held to its tool; None where nothing tells its beginning."""
         syntax = self._format.syntax
-        if syntax is None or not syntax.trigger or self._format.tool_parser == "qwen3_coder":
+        if self._format.is_harmony:
+            return self._harmony_calls(chat, prompt_end)
+        if syntax is None or self._format.tool_parser == "qwen3_coder":
             return None
+        body, rules = self._triggered_calls(chat, syntax) if syntax.trigger else self._whole_calls(chat, syntax)
+        thinking = self._thinking(prompt_end)
+        if thinking is None:
+            return grammar.lark_grammar(f"start: {body}\n{rules}")
+        before, thoughts = thinking
+        if not self._format.is_reasoning_begun(prompt_end):
+            return grammar.lark_grammar(f"start: {before} ({body})\n{rules}\n{thoughts}")
+        # It may also think to its end.
+        end = self._format.reasoning.end if self._format.reasoning is not None else ""
+        unfinished = f"UNFINISHED: {_ANY_TEXT} & ~/(.|\\n)*{regex_literal(end)}(.|\\n)*/"
+        return grammar.lark_grammar(f"start: UNFINISHED | {before} ({body})\n{rules}\n{thoughts}\n{unfinished}")
+
+    def _triggered_calls(self, chat: pb.ChatInput, syntax: CallSyntax) -> tuple[str, str]:
+        """(expression, rules): text with calls behind a mark."""
         calls = self._calls(chat, syntax, list(chat.tool_choice.allowed_function_names))
-        several = not chat.HasField("parallel_tool_calls") or chat.parallel_tool_calls
+        several = _may_be_several(chat)
         in_section = bool(syntax.begin_section)
         begin = syntax.begin_section or syntax.before_name
         rest = self._literal(begin[len(syntax.trigger) :]) if in_section else ""
@@ -102,14 +121,61 @@ class OutputRules:
             calls = self._calls(chat, syntax, list(chat.tool_choice.allowed_function_names), after_trigger=True)
             body = "call"
         times = "*" if several else "?"
-        return grammar.lark_grammar(
-            f"start: section{times} TEXT\nsection: head {body}\n{head}\nTEXT: {_ANY_TEXT}\n{calls}"
-        )
+        return f"section{times} TEXT", f"section: head {body}\n{head}\nTEXT: {_ANY_TEXT}\n{calls}"
 
-    def _calls(self, chat: pb.ChatInput, syntax: CallSyntax, allowed: list[str], *, after_trigger: bool = False) -> str:
-        """Rules `call` and one for each tool."""
-        rules = []
-        before = syntax.before_name[len(syntax.trigger) :] if after_trigger else syntax.before_name
+    def _whole_calls(self, chat: pb.ChatInput, syntax: CallSyntax) -> tuple[str, str]:
+        """(expression, rules): calls and nothing else, or a text that does not begin like one.
+
+        Where no mark tells a call from text, an object with a name at the very beginning does: for the format's parser
+        it is one. Each head is one terminal, so that a text and a call are told apart letter by letter.
+        """
+        tag_id = self._tokenizer.special_id(_PYTHON_TAG) if _PYTHON_TAG in self._format.marks else None
+        opening = syntax.opening if tag_id is None else ""
+        blank = r"[ \n]{0,8}"
+        object_begin = rf'\{{{blank}("type"{blank}:{blank}"function"{blank},{blank})?"name"'
+        begin = rf"[ \n]{{0,16}}{opening}{object_begin}"
+        rules = [f"TEXT: {_ANY_TEXT} & ~/{begin}(.|\\n)*/"]
+        names = []
+        for index, function, arguments in self._tools(chat, list(chat.tool_choice.allowed_function_names)):
+            rest = (
+                rf'{blank}:{blank}"{regex_literal(function.name)}"{blank},'
+                rf'{blank}"(parameters|arguments)"{blank}:{blank}'
+            )
+            names.append(index)
+            rules += [
+                f"first_{index}: FIRST_{index} args_{index} END",
+                f"FIRST_{index}: /{begin}{rest}/",
+                f"next_{index}: NEXT_{index} args_{index} END",
+                f"NEXT_{index}: /{object_begin}{rest}/",
+                f"args_{index}: {arguments}",
+            ]
+        firsts, nexts = (" | ".join(f"{kind}_{index}" for index in names) for kind in ("first", "next"))
+        more = f" (SEPARATOR ({nexts}))*" if _may_be_several(chat) else ""
+        closing = " CLOSING?" if syntax.closing else ""
+        rules += [r"END: /[ \n]{0,16}\}/", r"SEPARATOR: /[ \n]{0,4};[ \n]{0,4}|\n{1,4}/"]
+        if syntax.closing:
+            rules.append(f"CLOSING: /{syntax.closing}/")
+        calls = f"({firsts}){more}{closing}"
+        if tag_id is not None:
+            return f"TEXT | {calls} | TEXT <[{tag_id}]> {calls}", "\n".join(rules)
+        return f"TEXT | {calls}", "\n".join(rules)
+
+    def _harmony_calls(self, chat: pb.ChatInput, prompt_end: str) -> str | None:
+        if not harmony_calls.can_be_told(self._special, prompt_end):
+            return None
+        tools = [
+            (index, function.name, arguments)
+            for index, function, arguments in self._tools(chat, list(chat.tool_choice.allowed_function_names))
+        ]
+        return grammar.lark_grammar(harmony_calls.conversation(self._special, tools))
+
+    def _special(self, mark: str) -> str:
+        """A mark as a token of Lark; empty where the tokenizer has no such special token."""
+        token_id = self._tokenizer.special_id(mark)
+        return "" if token_id is None else f"<[{token_id}]>"
+
+    def _tools(self, chat: pb.ChatInput, allowed: list[str]) -> Iterator[tuple[int, pb.FunctionTool, str]]:
+        """(index, function, its arguments as a part of a Lark rule) of the tools that may be called."""
         for index, tool in enumerate(chat.tools):
             function = tool.function
             if allowed and function.name not in allowed:
@@ -119,6 +185,13 @@ class OutputRules:
             except (GrammarError, ValueError) as error:
                 field = f"chat.tools[{index}].function.parameters"
                 raise RequestRefused.invalid(Violation(field, str(error))) from error
+            yield index, function, arguments
+
+    def _calls(self, chat: pb.ChatInput, syntax: CallSyntax, allowed: list[str], *, after_trigger: bool = False) -> str:
+        """Rules `call` and one for each tool."""
+        rules = []
+        before = syntax.before_name[len(syntax.trigger) :] if after_trigger else syntax.before_name
+        for index, function, arguments in self._tools(chat, allowed):
             parts = (
                 self._literal(before + function.name + syntax.after_name),
                 f"args_{index}",
@@ -131,7 +204,11 @@ class OutputRules:
     def _thinking(self, prompt_end: str | None) -> tuple[str, str] | None:
         """What comes before an answer that is held to something: (its place in `start`, its rules)."""
         reasoning = self._format.reasoning
-        if reasoning is None or prompt_end is None:
+        if prompt_end is None:
+            return None
+        if self._format.is_harmony and harmony_calls.can_be_told(self._special, prompt_end):
+            return "thought*", harmony_calls.thought_rules(self._special)
+        if reasoning is None:
             return None
         end_id = self._tokenizer.special_id(reasoning.end)
         if end_id is None:
@@ -141,6 +218,10 @@ class OutputRules:
         rules += f"\nTHOUGHT: {_ANY_TEXT}\nGAP: /[ \\n]{{0,4}}/"
         if self._format.is_reasoning_begun(prompt_end):
             return "thoughts GAP", rules
+        if end_id is None and self._tokenizer.special_id(reasoning.begin) is None:
+            # One terminal from mark to mark: a text that may begin with anything must not win over it.
+            opened = f"opened[lazy]: {grammar.quoted(reasoning.begin)} THOUGHT {grammar.quoted(reasoning.end)}"
+            return "(opened GAP)?", f"{opened}\n{rules}"
         return f"({self._literal(reasoning.begin)} thoughts GAP)?", rules
 
     def _literal(self, text: str) -> str:
@@ -175,6 +256,10 @@ class OutputRules:
             rules.append(f"body_{index}: {grammar.json_rule(tag.json_schema or '{}')}")
         lines = [f"start: ({' | '.join(names)})* TEXT", f"TEXT: {_ANY_TEXT}", *rules]
         return grammar.lark_grammar("\n".join(lines))
+
+
+def _may_be_several(chat: pb.ChatInput) -> bool:
+    return not chat.HasField("parallel_tool_calls") or chat.parallel_tool_calls
 
 
 def _syntax(message: pb.Grammar) -> str:

@@ -11,11 +11,18 @@ from collections.abc import Callable
 
 from stepwire.v1 import inference_pb2 as pb
 
-from control_plane.core.request import EngineClient, FinishReason, RequestFault, SequenceOutput, TokenLogprobs
+from control_plane.core.request import (
+    EngineClient,
+    FinishReason,
+    RequestFault,
+    SequenceOutput,
+    TokenLogprobs,
+)
 from control_plane.frontend.detokenizer import Detokenization, Detokenizer
 from control_plane.frontend.errors import RequestRefused, to_request_error
 from control_plane.frontend.metrics import FrontendMetrics
 from control_plane.frontend.parsers.scanner import IncrementalParser
+from control_plane.frontend.prompt_output import PromptAssembly, add_top, no_bytes
 from control_plane.frontend.request_builder import BuiltRequest
 from control_plane.frontend.stop import StopMatch, StopMatcher
 
@@ -92,6 +99,7 @@ class RequestOutput:
         "_num_reasoning_tokens",
         "_num_tokens",
         "_on_ready",
+        "_prompt",
         "_sequences",
         "is_closed",
         "sends_logprobs",
@@ -111,7 +119,7 @@ class RequestOutput:
     ) -> None:
         self.tag = tag
         # Whether its messages may be large.
-        self.sends_logprobs = built.output.sends_logprobs
+        self.sends_logprobs = built.output.sends_logprobs or built.core.sampling.num_prompt_logprobs is not None
         # Nothing more will come out: the last message was taken, or the request was cancelled.
         self.is_closed = False
         self._built = built
@@ -127,6 +135,7 @@ class RequestOutput:
         self._num_tokens = 0
         self._num_reasoning_tokens = 0
         self._num_cached_tokens = 0
+        self._prompt = None if built.output.prompt is None else PromptAssembly(built, detokenization)
         self._sequences = [self._start_sequence() for _ in range(built.core.num_sequences)]
 
     @property
@@ -154,6 +163,11 @@ class RequestOutput:
     def on_output(self, output: SequenceOutput) -> None:
         sequence = self._sequences[output.index]
         if sequence.has_ended or self._has_ended:
+            return
+        if output.prompt_logprobs is not None and self._prompt is not None:
+            self._prompt.add(output.prompt_logprobs)
+            if self._prompt.is_complete:
+                self._notify_once()
             return
         if self._built.output.generates_nothing:
             self._end_with_nothing(sequence, output)
@@ -190,8 +204,7 @@ class RequestOutput:
                 sequence.stop_token_id = output.stop_token_id
         if has_news or sequence.has_ended:
             sequence.has_news = True
-            if not self._is_ready:
-                self._notify()
+            self._notify_once()
 
     def _parse(self, sequence: _SequenceStream, text: str, is_last: bool) -> bool:
         """Sort the text into what is said, thought and called; whether there is any news."""
@@ -222,8 +235,7 @@ class RequestOutput:
         sequence.finish_reason = FinishReason.LENGTH
         if output.finish_reason is None:
             self._engine.finish_sequence(self.request_id, output.index)
-        if not self._is_ready:
-            self._notify()
+        self._notify_once()
 
     def _match(self, sequence: _SequenceStream, text: str, output: SequenceOutput) -> str:
         """The text that may be shown; a stop string in it ends the sequence here and in the core."""
@@ -272,6 +284,11 @@ class RequestOutput:
         if not self._is_ready:
             self._notify()
 
+    def _notify_once(self) -> None:
+        # Nothing is said before the prompt is: another sequence may be ahead of the one that computes its logprobs.
+        if not self._is_ready and (self._prompt is None or self._prompt.is_complete):
+            self._notify()
+
     def _notify(self) -> None:
         self._is_ready = True
         self._on_ready(self)
@@ -287,9 +304,10 @@ class RequestOutput:
             accepted.request_id = self.request_id
             accepted.model = self._built.model
             accepted.num_prompt_tokens = len(self._built.core.prompt_ids)
-            if self._built.output.prompt is not None:
-                response.prompt.CopyFrom(self._built.output.prompt)
-        for index, sequence in enumerate(self._sequences):
+        if self._prompt is not None and self._prompt.is_complete:
+            self._prompt.write(response)
+            self._prompt = None
+        for index, sequence in enumerate(self._sequences if self._prompt is None else ()):
             if sequence.has_news:
                 self._take_sequence(index, sequence, response, now_s)
         if self._has_ended:
@@ -333,12 +351,10 @@ class RequestOutput:
                 delta.stop_token_id = sequence.stop_token_id
 
     def _take_logprobs(self, sequence: _SequenceStream, delta: pb.SequenceDelta) -> None:
-        token_bytes = self._detokenization.token_bytes if self._detokenization is not None else _no_bytes
+        token_bytes = self._detokenization.token_bytes if self._detokenization is not None else no_bytes
         for token_id, logprobs in sequence.logprobs:
             entry = delta.logprobs.add(token_id=token_id, logprob=logprobs.logprob, token=token_bytes(token_id))
-            for top_id, top_logprob in zip(logprobs.top_token_ids, logprobs.top_logprobs, strict=True):
-                top_id = int(top_id)
-                entry.top.add(token_id=top_id, logprob=top_logprob, token=token_bytes(top_id))
+            add_top(entry, logprobs.top_token_ids, logprobs.top_logprobs, token_bytes)
         sequence.logprobs.clear()
 
     def _observe(self, sequence: _SequenceStream, num_new: int, now_s: float) -> None:
@@ -367,7 +383,3 @@ class RequestOutput:
         metrics.e2e_latency.observe(now_s - self._arrival_s)
         metrics.prompt_tokens_of_request.observe(num_prompt_tokens)
         metrics.generation_tokens_of_request.observe(self._num_tokens)
-
-
-def _no_bytes(token_id: int) -> bytes:
-    return b""

@@ -27,6 +27,8 @@ CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
 MAX_CHARS_PER_TOKEN = 32
 MAX_BAD_WORDS = 256
 MAX_BAD_WORD_CHARS = 256
+# Of a prompt's tokens and their alternatives together: they travel in one message.
+MAX_PROMPT_LOGPROBS = 2**20
 # (before, after, here it goes): Qwen 2.5 Coder; StarCoder, Granite Code; DeepSeek Coder; Code Llama.
 _INFILL_MARKS = (
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
@@ -108,15 +110,15 @@ class RequestBuilder:
             )
         checks = FieldChecks(facts.vocab_size, facts.max_num_logprobs)
         num_logprobs = request.output.logprobs if request.output.HasField("logprobs") else None
-        sampling = checks.sampling(request.sampling, self._model.sampling_defaults, num_logprobs)
+        num_prompt_logprobs = request.output.prompt_logprobs if request.output.HasField("prompt_logprobs") else None
+        sampling = checks.sampling(request.sampling, self._model.sampling_defaults, num_logprobs, num_prompt_logprobs)
         has_tokenizer = self._model.tokenizer is not None
-        _check_prompt_outputs(request, checks)
-        is_prompt_wanted = request.output.prompt_text or request.output.prompt_token_ids
+        _check_prompt_outputs(request, checks, facts)
         stop = checks.stop(
             request.stop,
             self._model.eos_token_ids,
             has_tokenizer=has_tokenizer,
-            may_be_nothing=is_prompt_wanted,
+            may_be_nothing=_wants_prompt(request.output),
             is_held=request.HasField("structured_output"),
         )
         num_sequences = request.n if request.HasField("n") else 1
@@ -130,6 +132,7 @@ class RequestBuilder:
 
         prompt = await self._prompt(request, facts)
         prompt_ids = _truncated(prompt.ids, request, facts.max_model_len)
+        _check_num_prompt_logprobs(len(prompt_ids), num_prompt_logprobs)
         core = CoreRequest(
             request_id=uuid.uuid4().hex,
             prompt_ids=prompt_ids,
@@ -154,7 +157,7 @@ class RequestBuilder:
             start_parser=self._parser(request, prompt.end),
             omits_reasoning=request.output.omit_reasoning,
             generates_nothing=stop.max_tokens == 0,
-            prompt=await self._prompt_output(request, prompt_ids),
+            prompt=await self._prompt_output(request, prompt_ids, is_whole=len(prompt_ids) == len(prompt.ids)),
         )
         return BuiltRequest(core, output, self._model.name(facts.model))
 
@@ -201,7 +204,7 @@ class RequestBuilder:
             if _forces_calls(chat):
                 source = rules.forced_calls(chat, prompt_end)
             elif all(not tool.function.HasField("strict") or tool.function.strict for tool in chat.tools):
-                source = rules.optional_calls(chat)
+                source = rules.optional_calls(chat, prompt_end)
         grammar: Grammar | None = None
         if source is not None and (facts.can_mask_tokens or is_needed):
             try:
@@ -240,13 +243,17 @@ class RequestBuilder:
         tools = [(tool.function.name, tool.function.parameters) for tool in chat.tools]
         return self._model.output_format.start(schemas_of(tools) if has_tools else None, prompt_end)
 
-    async def _prompt_output(self, request: pb.GenerateRequest, ids: TokenIdArray) -> pb.PromptOutput | None:
+    async def _prompt_output(
+        self, request: pb.GenerateRequest, ids: TokenIdArray, *, is_whole: bool
+    ) -> pb.PromptOutput | None:
+        """`is_whole`: nothing was truncated."""
         wanted = request.output
-        if not (wanted.prompt_text or wanted.prompt_token_ids):
+        if not _wants_prompt(wanted):
             return None
         output = pb.PromptOutput()
         if wanted.prompt_text:
-            output.text = request.text or await self._tokenizer("output.prompt_text").decode(ids.tolist())
+            as_sent = request.text if is_whole else ""
+            output.text = as_sent or await self._tokenizer("output.prompt_text").decode(ids.tolist())
         if wanted.prompt_token_ids:
             output.token_ids.extend(ids.tolist())
         return output
@@ -361,8 +368,23 @@ def _forces_calls(chat: pb.ChatInput) -> bool:
     return choice.WhichOneof("choice") == "function_name" or choice.mode == pb.TOOL_CHOICE_MODE_REQUIRED
 
 
-def _check_prompt_outputs(request: pb.GenerateRequest, checks: FieldChecks) -> None:
-    if request.output.HasField("prompt_logprobs"):
+def _wants_prompt(output: pb.OutputOptions) -> bool:
+    return output.prompt_text or output.prompt_token_ids or output.HasField("prompt_logprobs")
+
+
+def _check_num_prompt_logprobs(num_prompt_tokens: int, num_top: int | None) -> None:
+    if num_top is not None and num_prompt_tokens * (num_top + 1) > MAX_PROMPT_LOGPROBS:
+        raise RequestRefused.invalid(
+            Violation(
+                "output.prompt_logprobs",
+                f"{num_prompt_tokens} prompt tokens with {num_top + 1} logprobs each are more than the "
+                f"{MAX_PROMPT_LOGPROBS} that one answer holds: ask for fewer, or shorten the prompt",
+            )
+        )
+
+
+def _check_prompt_outputs(request: pb.GenerateRequest, checks: FieldChecks, facts: ModelFacts) -> None:
+    if request.output.HasField("prompt_logprobs") and not facts.can_prompt_logprobs:
         checks.add("output.prompt_logprobs", "is not supported by this server's worker; leave it out")
     if request.HasField("truncate_prompt_tokens") and not (
         request.truncate_prompt_tokens == -1 or request.truncate_prompt_tokens >= 1

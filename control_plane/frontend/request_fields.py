@@ -70,7 +70,11 @@ class FieldChecks:
             self.add(field, f"token id {token_id} is out of vocabulary: ids are below {self.vocab_size}")
 
     def sampling(
-        self, params: pb.SamplingParams, defaults: Mapping[str, float], num_logprobs: int | None
+        self,
+        params: pb.SamplingParams,
+        defaults: Mapping[str, float],
+        num_logprobs: int | None,
+        num_prompt_logprobs: int | None = None,
     ) -> SamplingParams:
         """The request's own values, then the model's defaults, then neutral ones."""
 
@@ -88,8 +92,9 @@ class FieldChecks:
         self.number("sampling.repetition_penalty", repetition_penalty, 0, above_low=True)
         self.number("sampling.presence_penalty", params.presence_penalty, -2, 2)
         self.number("sampling.frequency_penalty", params.frequency_penalty, -2, 2)
-        if num_logprobs is not None and num_logprobs > self.max_num_logprobs:
-            self.add("output.logprobs", f"must be from 0 to {self.max_num_logprobs}, not {num_logprobs}")
+        for field, count in (("logprobs", num_logprobs), ("prompt_logprobs", num_prompt_logprobs)):
+            if count is not None and count > self.max_num_logprobs:
+                self.add(f"output.{field}", f"must be from 0 to {self.max_num_logprobs}, not {count}")
         return SamplingParams(
             temperature=temperature,
             top_p=top_p,
@@ -100,6 +105,7 @@ class FieldChecks:
             frequency_penalty=params.frequency_penalty,
             seed=params.seed & _UINT64_MASK if params.HasField("seed") else random.getrandbits(64),
             num_logprobs=num_logprobs,
+            num_prompt_logprobs=num_prompt_logprobs,
             logit_bias=self._logit_bias(params),
             allowed_token_ids=self._allowed_token_ids(params),
         )

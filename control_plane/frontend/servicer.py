@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import grpc
 import grpc.aio
 import structlog
+from stepwire.process.traces import traced, traceparent_of
 from stepwire.v1 import inference_pb2 as pb
 from stepwire.v1 import inference_pb2_grpc as pb_grpc
 
@@ -42,7 +43,8 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         wake = asyncio.Event()
         try:
-            output = await self._intake.submit(request, lambda _: wake.set())
+            with traced(traceparent_of(context.invocation_metadata())):
+                output = await self._intake.submit(request, lambda _: wake.set())
         except RequestRefused as error:
             await refuse(context, error)
         try:
@@ -124,10 +126,11 @@ async def _stream(output: RequestOutput, wake: asyncio.Event, context: Context) 
 
 
 async def _answered(answer: Awaitable[Response], context: Context) -> Response:
-    try:
-        return await answer
-    except RequestRefused as error:
-        await refuse(context, error)
-    except Exception:
-        log.exception("a call failed")
-        await refuse(context, internal_error())
+    with traced(traceparent_of(context.invocation_metadata())):
+        try:
+            return await answer
+        except RequestRefused as error:
+            await refuse(context, error)
+        except Exception:
+            log.exception("a call failed")
+            await refuse(context, internal_error())

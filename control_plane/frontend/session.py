@@ -12,6 +12,7 @@ from collections.abc import AsyncIterable
 
 import grpc.aio
 import structlog
+from stepwire.process.traces import traced, traceparent_of
 from stepwire.v1 import inference_pb2 as pb
 
 from control_plane.frontend.errors import RequestRefused, Violation, deadline_exceeded, to_request_error
@@ -42,6 +43,7 @@ class SessionStream:
     ) -> None:
         self._intake = intake
         self._context = context
+        self._traceparent = traceparent_of(context.invocation_metadata())
         self._loop = asyncio.get_running_loop()
         self._entries: dict[int, _Entry] = {}
         self._ready: list[RequestOutput] = []
@@ -99,11 +101,12 @@ class SessionStream:
                 return
             entry.timer = self._loop.call_later(timeout_s, self._expire, tag, entry, timeout_s)
         self._entries[tag] = entry
-        entry.task = self._loop.create_task(self._submit(tag, entry, generate.request))
+        entry.task = self._loop.create_task(self._submit(tag, entry, generate))
 
-    async def _submit(self, tag: int, entry: _Entry, request: pb.GenerateRequest) -> None:
+    async def _submit(self, tag: int, entry: _Entry, generate: pb.SessionGenerate) -> None:
         try:
-            entry.output = await self._intake.submit(request, self._on_ready, tag=tag)
+            with traced(generate.traceparent or self._traceparent):
+                entry.output = await self._intake.submit(generate.request, self._on_ready, tag=tag)
         except RequestRefused as error:
             self._forget(tag)
             self._refuse(tag, error)

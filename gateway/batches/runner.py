@@ -31,9 +31,8 @@ from gateway.store import Store
 _log = structlog.get_logger(__name__)
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
-# Lower runs first: below every request that says nothing.
+# Where background work begins: it runs after everything else, whatever the server's policy.
 BATCH_PRIORITY = 1_000_000
-WINDOW_S = 24 * 3600
 MAX_LISTED_ERRORS = 20
 _UNFINISHED = ("validating", "in_progress", "finalizing", "cancelling")
 _YIELD_S = 0.05
@@ -50,6 +49,7 @@ class BatchRunner:
         *,
         concurrency: int,
         max_lines: int,
+        window_s: float,
     ) -> None:
         self._store = store
         self._files = files
@@ -57,6 +57,7 @@ class BatchRunner:
         self._lifecycle = lifecycle
         self._concurrency = concurrency
         self._max_lines = max_lines
+        self._window_s = window_s
         self._num_running = 0
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
@@ -93,7 +94,7 @@ class BatchRunner:
             "error_file_id": None,
             "created_at": now,
             "in_progress_at": None,
-            "expires_at": now + WINDOW_S,
+            "expires_at": now + int(self._window_s),
             "finalizing_at": None,
             "completed_at": None,
             "failed_at": None,
@@ -209,13 +210,18 @@ class BatchRunner:
         await self._save(batch)
         queue = iter([line for line in lines if line.custom_id not in good and line.custom_id not in bad])
         saved_at = time.monotonic()
+        has_expired = False
 
         async def work() -> None:
-            nonlocal saved_at
+            nonlocal saved_at, has_expired
             for line in queue:
-                if time.time() > batch["expires_at"]:
-                    return
-                is_ok, result = await self._answer(line, batch)
+                try:
+                    async with asyncio.timeout(max(0.0, batch["expires_at"] - time.time())):
+                        is_ok, result = await self._answer(line, batch)
+                except TimeoutError:
+                    has_expired, is_ok = True, False
+                    message = "The batch's completion window has passed before this request was answered."
+                    result = error_line(line.custom_id, "batch_expired", message)
                 # Writing is one call: a line is there whole, or not at all but for a crash, which `_whole_lines` mends.
                 with (output if is_ok else failures).open("ab") as file:
                     file.write(result)
@@ -227,8 +233,7 @@ class BatchRunner:
         async with asyncio.TaskGroup() as group:
             for _ in range(min(self._concurrency, len(lines))):
                 group.create_task(work())
-        is_whole = counts["completed"] + counts["failed"] >= counts["total"]
-        await self._end(batch, "completed" if is_whole else "expired")
+        await self._end(batch, "expired" if has_expired else "completed")
 
     async def _end(self, batch: dict[str, Any], status: str) -> None:
         """Results become files; those that there are, also of a batch that was cut short."""
@@ -267,8 +272,6 @@ class BatchRunner:
             except ApiError as error:
                 if error.status not in (429, 503):
                     return False, result_line(line.custom_id, error.status, request_id, error.body())
-                if time.time() + pause_s > batch["expires_at"]:
-                    return False, error_line(line.custom_id, "batch_expired", "The batch expired before this request.")
             finally:
                 self._num_running -= 1
             await asyncio.sleep(pause_s)

@@ -45,6 +45,7 @@ from gpu_worker.models.loader import read_spec
 from gpu_worker.parallel.process_group import RankGroup, single_rank
 from gpu_worker.parallel.shares import ParallelContext
 from gpu_worker.pooling import read_pooling
+from gpu_worker.prompt_logprobs import PROMPT_LOGITS_BYTES
 from gpu_worker.quant.api import QuantScheme
 from gpu_worker.quant.scheme import make_scheme, read_quantization
 from gpu_worker.runner import TorchRunner
@@ -251,7 +252,7 @@ def _workspace_bytes(
     if with_graphs:
         num_tokens = min(GRAPH_TOKENS[-1][0], sizes.max_num_batched_tokens)
         graph_bytes = GRAPH_BYTES + activation_bytes(spec, parallel, num_tokens, sizes.max_num_seqs, dtype)
-    return held + attention.num_bytes() + step_buffers + graph_bytes
+    return held + attention.num_bytes() + step_buffers + graph_bytes + PROMPT_LOGITS_BYTES
 
 
 def _check_free(needed: int, utilization: float, device: torch.device) -> None:

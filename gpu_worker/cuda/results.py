@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,6 +19,7 @@ from stepwire_kernels.step_result import (
 
 from gpu_worker.cuda.device_rows import NO_LOGPROBS
 from gpu_worker.cuda.timeline import StepTimes, Timeline
+from gpu_worker.prompt_logprobs import DescribedRun
 from gpu_worker.row_table import IntArray
 from gpu_worker.runner_api import RowFault, RowFaultCode, StepResult
 
@@ -57,6 +58,7 @@ class CudaPendingStep:
     on_failed: Callable[[int, int], None]
     """Told (row, generation) of rows that got no token."""
     input_ns: int
+    prompts: Sequence[DescribedRun] = ()
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _taken: tuple[npt.NDArray[np.int32], StepTimes] | None = None
 
@@ -98,6 +100,9 @@ class CudaPendingStep:
             forward_ns=times.forward_ns,
             sample_ns=times.sample_ns,
         )
+        if self.prompts:
+            failed_rows = {fault.row for fault in faults}
+            result.prompt_logprobs = [each.result() for each in self.prompts if each.run.row not in failed_rows]
         if (self.sampled.num_logprobs != NO_LOGPROBS).any():
             self._add_logprobs(result, slot, records, kept)
         return result

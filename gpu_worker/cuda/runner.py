@@ -24,6 +24,8 @@ from gpu_worker.cuda.step_graphs import CapturedStep, GraphCaptureError, GraphKe
 from gpu_worker.cuda.step_layout import StepLayout, StepPlanner, StepShape, pack, split_changes
 from gpu_worker.cuda.step_program import StepMasks, StepProgram
 from gpu_worker.cuda.timeline import NUM_SLOTS, Timeline
+from gpu_worker.prompt_logprobs import DescribedRun
+from gpu_worker.row_table import PromptRun
 from gpu_worker.runner_api import RowFault, StepBatch, TokenMask, WorkerFacts
 
 log = structlog.get_logger(__name__)
@@ -174,11 +176,14 @@ class CudaRunner:
         slot = self._free_slot()
         layout = self._planner.lay_out(batch, sound, self._rows) if len(sound) else None
         sampled = NO_RUNS
+        prompt_runs: tuple[PromptRun, ...] = ()
+        prompts: list[DescribedRun] = []
         if layout is not None:
             contexts = layout.runs[:, 1] + layout.runs[:, 2]
             samples = (layout.runs[:, 3] & 1) != 0
             self._rows.advance(layout.runs[:, 0].astype(np.int64), contexts.astype(np.int64), samples)
             sampled = self._sampled_runs(layout)
+            prompt_runs = self._prompt_runs(layout)
         num_words, recounts = self._pack(slot, layout)
         packed = time.perf_counter_ns()
         with self._timeline.step(slot, num_words):
@@ -187,7 +192,7 @@ class CudaRunner:
                 if recounts:
                     self._program.recount()
             else:
-                self._launch(slot, layout, batch, wait_for_mask, recounts)
+                prompts = self._launch(slot, layout, batch, wait_for_mask, recounts, prompt_runs)
         pending = CudaPendingStep(
             batch.step_id,
             slot,
@@ -197,6 +202,7 @@ class CudaRunner:
             self._timeline,
             lambda row, generation: self._failed.put((row, generation)),
             packed - begun,
+            prompts,
         )
         self._in_slot[slot] = pending
         if self._to_capture is not None:
@@ -227,6 +233,11 @@ class CudaRunner:
         rows = layout.sampled_rows
         return SampledRuns(rows, layout.sampled_runs, self._rows.generations[rows], self._rows.num_logprobs[rows])
 
+    def _prompt_runs(self, layout: StepLayout) -> tuple[PromptRun, ...]:
+        counts = layout.runs[:, 2].astype(np.int64)
+        rows, starts = layout.runs[:, 0].astype(np.int64), layout.runs[:, 1].astype(np.int64)
+        return self._rows.prompt_runs(rows, starts, counts, np.cumsum(counts) - counts)
+
     def _pack(self, slot: int, layout: StepLayout | None) -> tuple[int, bool]:
         """Fill the slot's buffer; words used, and whether rows are to be recounted. What does not fit goes ahead."""
         runs = NO_RUN_RECORDS if layout is None else layout.runs
@@ -246,7 +257,8 @@ class CudaRunner:
         batch: StepBatch,
         wait_for_mask: Callable[[], TokenMask],
         recounts: bool,
-    ) -> None:
+        prompt_runs: Sequence[PromptRun],
+    ) -> list[DescribedRun]:
         shape, rows = layout.shape, layout.sampled_rows
         needs_masks = len(batch.mask_rows) > 0 or any(row in self._rows.allowed_bits for row in rows.tolist())
         is_full = (
@@ -255,12 +267,17 @@ class CudaRunner:
             or bool((self._rows.num_logprobs[rows] > 0).any())
         )
         kind = GraphKind.FORWARD if needs_masks else GraphKind.FULL if is_full else GraphKind.PLAIN
-        captured = self._captured(GraphKey(shape, kind)) if self._graphs is not None and shape.has_graph else None
+        # A graph keeps the states of no token but the sampled ones.
+        has_graph = self._graphs is not None and shape.has_graph and not prompt_runs
+        captured = self._captured(GraphKey(shape, kind)) if has_graph else None
+        prompts: list[DescribedRun] = []
         if captured is not None:
             captured.graph.replay()
             logits = captured.logits
         else:
-            logits = self._program.forward(shape)
+            hidden = self._program.hidden(shape)
+            prompts = self._program.describe_prompts(prompt_runs, hidden)
+            logits = self._program.logits(shape, hidden)
         if captured is None or needs_masks:
             self._timeline.mark_logits(slot)
             if logits is not None:
@@ -268,6 +285,7 @@ class CudaRunner:
                 self._program.sample(shape, logits, is_full=is_full, masks=masks)
             elif recounts:
                 self._program.recount()
+        return prompts
 
     def _captured(self, key: GraphKey) -> CapturedStep | None:
         """The step's graph; None at its first two uses, after which it is captured: its kernels are compiled then."""

@@ -8,6 +8,7 @@ shape.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,8 @@ from gpu_worker.cuda.device_rows import MAX_BIASES
 from gpu_worker.cuda.step_layout import StepShape
 from gpu_worker.layers.decoder import HiddenStates
 from gpu_worker.models.family import ModelFamily
+from gpu_worker.prompt_logprobs import DescribedRun, describe_run, num_rows_at_a_time
+from gpu_worker.row_table import PromptRun
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +121,23 @@ class StepProgram:
     @torch.inference_mode()
     def forward(self, shape: StepShape) -> torch.Tensor | None:
         """Delta, inputs and the model; logits [num_logits, vocab_size] of the first runs, None where none samples."""
+        return self.logits(shape, self.hidden(shape))
+
+    @torch.inference_mode()
+    def hidden(self, shape: StepShape) -> HiddenStates:
+        """Delta, inputs and the blocks: states of all tokens, [num_tokens, hidden]."""
         rows, inputs = self._buffers.rows, self._inputs(shape)
         self.apply_changes()
         step_input.build_step_input(
             self._packed, rows, inputs, self._limits.block_size, one_token_runs=shape.is_decode, pdl=self._pdl
         )
         self._attention.plan(DeviceStep(inputs, rows.block_tables, shape.has_decodes, not shape.is_decode))
-        hidden = self._model.hidden_states(inputs.input_ids, inputs.positions, self._attention)
+        return self._model.hidden_states(inputs.input_ids, inputs.positions, self._attention)
+
+    @torch.inference_mode()
+    def logits(self, shape: StepShape, hidden: HiddenStates) -> torch.Tensor | None:
+        """[num_logits, vocab_size] of the first runs, None where none samples; `hidden` may be overwritten."""
+        inputs = self._inputs(shape)
         if shape.num_logits == 0:
             return None
         if not shape.is_decode:
@@ -134,6 +147,12 @@ class StepProgram:
                 gather_last_hidden(hidden.residual, starts, pdl=self._pdl),
             )
         return self._model.logits(hidden)
+
+    @torch.inference_mode()
+    def describe_prompts(self, runs: Sequence[PromptRun], hidden: HiddenStates) -> list[DescribedRun]:
+        """Logprobs of prompts, on their way to the host; plain torch, so never a part of a graph."""
+        max_rows = num_rows_at_a_time(self._limits.vocab_size)
+        return [describe_run(run, hidden, self._model.logits, max_rows).begin_copy() for run in runs]
 
     @torch.inference_mode()
     def sample(self, shape: StepShape, logits: torch.Tensor, *, is_full: bool, masks: StepMasks | None = None) -> None:

@@ -33,6 +33,7 @@ def sampling(
     min_tokens: int = 0,
     suppressed: Sequence[int] = (),
     allowed: Sequence[int] = (),
+    num_prompt_logprobs: int | None = None,
 ) -> RowSampling:
     """`RowSampling` with everything off unless asked for."""
     bias = bias or {}
@@ -52,6 +53,7 @@ def sampling(
         min_tokens=min_tokens,
         suppressed_token_ids=np.array(suppressed, dtype=np.uint32),
         allowed_token_ids=np.array(allowed, dtype=np.uint32),
+        num_prompt_logprobs=num_prompt_logprobs,
     )
 
 

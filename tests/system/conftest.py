@@ -41,15 +41,18 @@ _CORPUS = (
 )
 
 
-def write_model_directory(directory: Path) -> Path:
-    """What a control plane reads of a small model, and what the simulated worker reads: JSON files only."""
+def write_model_directory(directory: Path, special_tokens: Sequence[str] = ()) -> Path:
+    """What a control plane reads of a small model, and what the simulated worker reads: JSON files only.
+
+    special_tokens: besides the two that open and close a turn.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE,
         show_progress=False,
-        special_tokens=[AddedToken(token, special=True) for token in (BOS, EOS)],
+        special_tokens=[AddedToken(token, special=True) for token in (BOS, EOS, *special_tokens)],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator([_CORPUS] * 3, trainer)

@@ -172,3 +172,48 @@ def test_a_directory_belongs_to_one_gateway(batching: Stack) -> None:
     directory = Path(batching.gateway_flags[1])
     with pytest.raises(StoreError, match="another gateway"):
         Store(directory)
+
+
+async def test_what_is_not_answered_in_time_has_expired(tiny_model: Path) -> None:
+    """What was answered is kept; everything else has its line, and nothing of it goes on."""
+    flags = ["--batch-concurrency=2", "--batch-window-s=3"]
+    with Stack(tiny_model, gateway_flags=flags, worker_flags=["--sim-step-ms", "5"]) as short:
+        async with AsyncOpenAI(base_url=f"{short.url}/v1", api_key="any", max_retries=0, timeout=30) as client:
+            lines = [line(number, max_tokens=4 if number < 3 else 4000, ignore_eos=True) for number in range(8)]
+            batch = await ended(client, (await begin(client, lines)).id)
+            assert batch.status == "expired" and batch.expired_at >= batch.expires_at
+            assert (batch.request_counts.completed, batch.request_counts.failed) == (3, 5)
+            assert (await results(client, batch.output_file_id)).keys() == {"r0", "r1", "r2"}
+            bad = await results(client, batch.error_file_id)
+            assert bad.keys() == {f"r{number}" for number in range(3, 8)}
+            assert {(each["response"], each["error"]["code"]) for each in bad.values()} == {(None, "batch_expired")}
+            await asyncio.to_thread(short.wait_idle)
+
+
+@pytest.mark.parametrize("policy", ["fcfs", pytest.param("priority", marks=pytest.mark.slow)])
+async def test_interactive_requests_do_not_wait_for_a_batch(tiny_model: Path, policy: str) -> None:
+    """A batch that fills every row and goes on for long; a request that comes later is served before it."""
+    crowded = ["--sim-step-ms=2", "--sim-max-num-seqs=4", "--sim-strict"]
+    plane = [f"--scheduling-policy={policy}"]
+    with Stack(
+        tiny_model, worker_flags=crowded, control_plane_flags=plane, gateway_flags=["--batch-concurrency=8"]
+    ) as full:
+        async with AsyncOpenAI(base_url=f"{full.url}/v1", api_key="any", max_retries=0, timeout=60) as client:
+            lines = [line(number, max_tokens=400, ignore_eos=True) for number in range(8)]
+            batch = await begin(client, lines)
+            async with asyncio.timeout(30):
+                while full.control_plane_metric("stepwire_requests_waiting") < 4:
+                    await asyncio.sleep(0.02)
+            answers = await asyncio.gather(
+                *(
+                    client.completions.create(model="tiny", prompt=f"{number} asks", max_tokens=20, seed=number)
+                    for number in range(4)
+                )
+            )
+            assert all(answer.usage and answer.usage.completion_tokens for answer in answers)
+            assert full.control_plane_metric("stepwire_preemptions_total") >= 1
+            assert (await client.batches.retrieve(batch.id)).request_counts.completed == 0
+            batch = await ended(client, batch.id)
+            assert batch.request_counts.completed == 8
+            told = (await results(client, batch.output_file_id))["r5"]["response"]["body"]
+            assert told["usage"]["completion_tokens"] == 400

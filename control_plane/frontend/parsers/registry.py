@@ -27,6 +27,10 @@ class CallSyntax:
     end_section: str = ""
     # What tells a call from text; empty where nothing does before its name.
     trigger: str = ""
+    # Where there is no trigger: a whole text that begins so, and goes on with an object that has a name, is calls.
+    opening: str = ""
+    # What may follow the last of them.
+    closing: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,19 @@ def _format(program: Program, syntax: CallSyntax, *marks: str) -> ToolFormat:
 _HERMES = CallSyntax(
     '<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", separator="\n", trigger="<tool_call>"
 )
-_PARAMETERS = CallSyntax('{"name": "', '", "parameters": ', "}", separator="; ")
+_PYTHON_TAG = "<|python_tag|>"
+_PARAMETERS = CallSyntax(
+    '{"name": "', '", "parameters": ', "}", separator="; ", opening=r"(<\|python_tag\|>[ \n]{0,4})?"
+)
+# The Python form that these models know as well is read, and not held to anything.
+_FENCED = CallSyntax(
+    '{"name": "',
+    '", "parameters": ',
+    "}",
+    separator="\n",
+    opening=r"(```(json|tool_code|python)?[ \n]{0,4})?",
+    closing=r"([ \n]{0,4}```)?[ \n]{0,4}",
+)
 
 
 def _array(begin: str, end: str = "") -> CallSyntax:
@@ -69,9 +85,9 @@ def _deepseek(before_name: str, after_name: str, end: str) -> CallSyntax:
 TOOL_FORMATS: Mapping[str, ToolFormat] = {
     "hermes": _format(json_calls.hermes, _HERMES, "<tool_call>", "</tool_call>"),
     "qwen3_coder": ToolFormat(marked_calls.qwen3_coder, _HERMES, ("<tool_call>", "</tool_call>")),
-    "llama3_json": _format(json_calls.llama3, _PARAMETERS, "<|python_tag|>"),
-    "pythonic": _format(json_calls.gemma3, CallSyntax('{"name": "', '", "parameters": ', "}", separator="\n")),
-    "gemma3": _format(json_calls.gemma3, CallSyntax('{"name": "', '", "parameters": ', "}", separator="\n")),
+    "llama3_json": _format(json_calls.llama3, _PARAMETERS, _PYTHON_TAG),
+    "pythonic": _format(json_calls.gemma3, _FENCED),
+    "gemma3": _format(json_calls.gemma3, _FENCED),
     "mistral": _format(json_calls.mistral, _array("[TOOL_CALLS]"), "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
     "granite": _format(json_calls.granite, _array("<|tool_call|>"), "<|tool_call|>", "<tool_call>"),
     "phi4_mini_json": _format(
@@ -167,6 +183,10 @@ class OutputFormat:
         return REASONING_FORMATS[self.reasoning_parser] if self.reasoning_parser else None
 
     @property
+    def is_harmony(self) -> bool:
+        return self.tool_parser == "openai" or self.reasoning_parser == "openai_gptoss"
+
+    @property
     def syntax(self) -> CallSyntax | None:
         return TOOL_FORMATS[self.tool_parser].syntax if self.tool_parser else None
 
@@ -177,9 +197,8 @@ class OutputFormat:
 
         schemas: those of the tools, by name; None without tools. prompt_end: the rendered prompt's last characters.
         """
-        is_harmony = "openai" in (self.tool_parser, self.reasoning_parser.removesuffix("_gptoss"))
         reasoning = self.reasoning
-        if is_harmony:
+        if self.is_harmony:
             return lambda: IncrementalParser(marked_calls.harmony)
         has_tools = schemas is not None and bool(self.tool_parser)
         if not has_tools and reasoning is None:

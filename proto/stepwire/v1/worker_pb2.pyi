@@ -269,20 +269,22 @@ class PooledRows(_message.Message):
     def __init__(self, rows: _Optional[bytes] = ..., values: _Optional[bytes] = ...) -> None: ...
 
 class PromptLogprobs(_message.Message):
-    __slots__ = ("row", "start_position", "logprobs", "num_top", "top_token_ids", "top_logprobs")
+    __slots__ = ("row", "start_position", "logprobs", "num_top", "top_token_ids", "top_logprobs", "ranks")
     ROW_FIELD_NUMBER: _ClassVar[int]
     START_POSITION_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     NUM_TOP_FIELD_NUMBER: _ClassVar[int]
     TOP_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TOP_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
     row: int
     start_position: int
     logprobs: bytes
     num_top: int
     top_token_ids: bytes
     top_logprobs: bytes
-    def __init__(self, row: _Optional[int] = ..., start_position: _Optional[int] = ..., logprobs: _Optional[bytes] = ..., num_top: _Optional[int] = ..., top_token_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ...) -> None: ...
+    ranks: bytes
+    def __init__(self, row: _Optional[int] = ..., start_position: _Optional[int] = ..., logprobs: _Optional[bytes] = ..., num_top: _Optional[int] = ..., top_token_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ..., ranks: _Optional[bytes] = ...) -> None: ...
 
 class RowFault(_message.Message):
     __slots__ = ("row", "code", "message")

@@ -14,6 +14,7 @@ from gpu_worker import step_codec
 from gpu_worker.runner_api import (
     PoolingFacts,
     PoolingKind,
+    PromptLogprobs,
     RowFault,
     RowFaultCode,
     RowPooling,
@@ -61,6 +62,7 @@ def samplings(draw: st.DrawFn) -> Any:
         min_tokens=draw(st.integers(0, BIG)),
         suppressed_token_ids=draw(token_ids),
         allowed_token_ids=draw(token_ids),
+        num_prompt_logprobs=draw(st.none() | st.integers(0, 20)),
     )
 
 
@@ -139,6 +141,26 @@ def results(draw: st.DrawFn) -> StepResult:
     return result
 
 
+def test_prompt_logprobs_round_trip() -> None:
+    rng = np.random.default_rng(3)
+    result = StepResult(step_id=1, rows=uint32(), offsets=uint32([0]), token_ids=uint32())
+    for row, (num_tokens, num_top) in enumerate([(4, 2), (1, 0), (3, 20)]):
+        shape = (num_tokens, num_top)
+        result.prompt_logprobs.append(
+            PromptLogprobs(
+                row,
+                7 * row + 1,
+                rng.standard_normal(num_tokens).astype(np.float32),
+                rng.integers(1, 2**32, num_tokens, dtype=np.uint32),
+                rng.integers(0, 2**32, shape, dtype=np.uint32),
+                rng.standard_normal(shape).astype(np.float32),
+            )
+        )
+    decoded = step_codec.decode_result(over_the_wire(step_codec.encode_result(result, 0)))
+    for mine, theirs in zip(decoded.prompt_logprobs, result.prompt_logprobs, strict=True):
+        assert_equal(mine, theirs)
+
+
 @given(results(), st.integers(0, 2**60))
 def test_result_round_trip(result: StepResult, queue_ns: int) -> None:
     message = over_the_wire(step_codec.encode_result(result, queue_ns))
@@ -181,7 +203,9 @@ def test_facts_are_all_described() -> None:
     for field in dataclasses.fields(WorkerFacts):
         expected = getattr(FACTS, field.name)
         if field.name == "can_mask_tokens":
-            assert list(message.capabilities) == [worker_pb2.CAPABILITY_TOKEN_MASK]
+            assert worker_pb2.CAPABILITY_TOKEN_MASK in message.capabilities
+        elif field.name == "can_prompt_logprobs":
+            assert worker_pb2.CAPABILITY_PROMPT_LOGPROBS in message.capabilities
         elif field.name == "pooling":
             assert not message.HasField("pooling")
         elif isinstance(expected, tuple):
@@ -189,7 +213,9 @@ def test_facts_are_all_described() -> None:
         else:
             assert getattr(message, field.name) == expected, field.name
     assert (message.instance_id, message.version) == ("an-instance", "1.2.3")
-    plain = step_codec.encode_facts(dataclasses.replace(FACTS, can_mask_tokens=False), "", "")
+    plain = step_codec.encode_facts(
+        dataclasses.replace(FACTS, can_mask_tokens=False, can_prompt_logprobs=False), "", ""
+    )
     assert list(plain.capabilities) == []
     pooling = PoolingFacts(PoolingKind.SCORE, dimensions=1, whole_prompts=True, only=True)
     pools = step_codec.encode_facts(dataclasses.replace(FACTS, pooling=pooling), "", "").pooling

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from control_plane.core.policy import BACKGROUND_PRIORITY
 from control_plane.core.request import CoreRequest, FinishReason
 from control_plane.core.scheduler import Scheduler, SchedulerConfig
 from control_plane.core.step_plan import ProtocolError, RowFailure, StepOutcome, StepPlan
@@ -277,3 +278,37 @@ def test_an_answer_that_does_not_fit_leaves_the_step_in_flight() -> None:
         scheduler.apply(StepOutcome(1, [7], [5]))
     scheduler.worker_lost()
     assert state.sequences[0].num_losses == 1
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+@pytest.mark.parametrize("scarce", [{"max_num_seqs": 3}, {"num_blocks": 17}])
+def test_background_work_makes_way_whatever_the_policy(policy: str, scarce: dict[str, int]) -> None:
+    """Three batch requests fill the worker; one that comes later is served at once, and they end all the same."""
+    driver = Driver(Scheduler(config(policy=policy, enable_prefix_caching=False, **scarce)))
+    for number in range(3):
+        driver.scheduler.add_request(make_request(number, 15, max_tokens=30, priority=BACKGROUND_PRIORITY), 0.0)
+    for _ in range(3):
+        driver.fill()
+        driver.answer()
+    assert driver.scheduler.num_running == 3
+    driver.scheduler.add_request(make_request(9, 15, max_tokens=3), 0.0)
+    ended: list[str] = []
+    num_steps_of_its_own = 0
+    while len(ended) < 4:
+        driver.fill()
+        if "r9" not in ended:
+            num_steps_of_its_own += 1
+        ended += [state.request.request_id for state, _ in driver.answer().ended]
+    assert ended[0] == "r9" and sorted(ended[1:]) == ["r0", "r1", "r2"]
+    # The steps in flight when it came, one for its prompt, two for its tokens, and those that free its place.
+    assert num_steps_of_its_own <= 8
+    assert 1 <= driver.scheduler.counters.num_preemptions <= 4
+
+
+def test_background_work_stays_where_there_is_room() -> None:
+    driver = Driver(Scheduler(config()))
+    driver.scheduler.add_request(make_request(0, 15, max_tokens=30, priority=BACKGROUND_PRIORITY), 0.0)
+    driver.fill()
+    driver.scheduler.add_request(make_request(1, 15, max_tokens=3), 0.0)
+    driver.run()
+    assert driver.scheduler.counters.num_preemptions == 0

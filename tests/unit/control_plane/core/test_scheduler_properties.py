@@ -15,7 +15,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from control_plane.core.request import CoreRequest, FinishReason, PoolingParams, SamplingParams
+from control_plane.core.policy import BACKGROUND_PRIORITY
+from control_plane.core.request import CoreRequest, FinishReason, PoolingParams, PromptLogprobs, SamplingParams
 from control_plane.core.scheduler import Scheduler, SchedulerConfig
 from control_plane.core.step_plan import StepEvents, StepOutcome, StepPlan
 
@@ -36,6 +37,8 @@ class OracleRow:
     block_ids: list[int]
     next_position: int
     pools: bool = False
+    num_prompt_tokens: int = 0
+    tells_prompt: bool = False
 
 
 class OracleWorker:
@@ -64,11 +67,15 @@ class OracleWorker:
                 list(start.block_ids),
                 start.num_computed_tokens,
                 pools=request.pooling is not None,
+                num_prompt_tokens=start.sequence.num_prompt_tokens,
+                tells_prompt=start.asks_prompt_logprobs,
             )
+            assert not start.asks_prompt_logprobs or start.num_computed_tokens == 0, "tells of what is not run"
             assert request.pooling is None or start.num_computed_tokens == 0, "pools what is not run"
         new_block_ids = deque(plan.new_block_ids)
         sampled_rows, sampled_tokens = [], []
         vectors: dict[int, np.ndarray] = {}
+        prompts: dict[int, PromptLogprobs] = {}
         writes: set[int] = set()
         runs = zip(plan.rows, plan.start_positions, plan.num_run_tokens, plan.samples, plan.num_new_blocks, strict=True)
         for row_id, start_position, count, sample, num_new in runs:
@@ -89,6 +96,9 @@ class OracleWorker:
                     "reads a wrong slot"
                 )
             row.next_position = end
+            stop = min(end + 1, row.num_prompt_tokens)
+            if row.tells_prompt and stop > start_position + 1:
+                prompts[row_id] = told_of(row.tokens, start_position + 1, stop)
             assert sample == (end == len(row.tokens))
             if row.pools:
                 assert not config.whole_prompts or (start_position, end) == (0, len(row.tokens)), "cut into pieces"
@@ -100,7 +110,7 @@ class OracleWorker:
                 sampled_rows.append(row_id)
                 sampled_tokens.append(token)
         assert not new_block_ids
-        return StepOutcome(plan.step_id, sampled_rows, sampled_tokens, vectors=vectors)
+        return StepOutcome(plan.step_id, sampled_rows, sampled_tokens, vectors=vectors, prompt_logprobs=prompts)
 
     def slot(self, row: OracleRow, position: int) -> int:
         block_id = row.block_ids[position // self.config.block_size]
@@ -116,6 +126,7 @@ class Client:
     reasons: dict[tuple[str, int], FinishReason] = field(default_factory=dict)
     ended: dict[str, object] = field(default_factory=dict)
     vectors: dict[str, list[float]] = field(default_factory=dict)
+    prompts: dict[str, list[float]] = field(default_factory=dict)
 
     def take(self, events: StepEvents) -> None:
         for state, output in events.outputs:
@@ -124,6 +135,15 @@ class Client:
             self.tokens.setdefault(key, []).extend(output.token_ids)
             if output.finish_reason is not None:
                 self.reasons[key] = output.finish_reason
+            if output.prompt_logprobs is not None:
+                part = output.prompt_logprobs
+                told = self.prompts.setdefault(state.request.request_id, [])
+                assert output.index == 0 and not self.tokens.get(key), "told too late"
+                assert part.start_position == len(told) + 1, "a gap, or told twice"
+                told += part.logprobs.tolist()
+                assert part.ranks.tolist() == part.logprobs.tolist() and part.top_token_ids.shape[1] == 2
+            elif output.index == 0 and state.request.sampling.num_prompt_logprobs is not None:
+                assert len(self.prompts.get(key[0], ())) == len(state.request.prompt_ids) - 1, "a token came before"
             if output.vector is not None:
                 assert state.request.pooling is not None and state.request.request_id not in self.vectors
                 self.vectors[state.request.request_id] = output.vector.tolist()
@@ -142,6 +162,15 @@ def blocks_of(plan: StepPlan, block_size: int) -> tuple[set[int], set[int]]:
         first, last = start_position // block_size, (start_position + count - 1) // block_size
         written |= set(sequence.block_ids[first : last + 1])
     return fresh, written
+
+
+def told_of(tokens: list[int], start: int, stop: int) -> PromptLogprobs:
+    """What is said of the tokens from `start` to `stop`: each by its whole prefix."""
+    values = np.array([sum(tokens[:position]) * VOCAB + tokens[position] for position in range(start, stop)])
+    top = np.zeros((len(values), 2))
+    return PromptLogprobs(
+        start, values.astype(np.float32), values.astype(np.uint32), top.astype(np.uint32), top.astype(np.float32)
+    )
 
 
 def vector_of(token_ids: list[int]) -> np.ndarray:
@@ -163,10 +192,10 @@ def expected_output(request: CoreRequest, index: int) -> tuple[list[int], Finish
 
 
 requests = st.builds(
-    lambda number, prefix, tail, max_tokens, n, priority, eos, salt, seed, pools: CoreRequest(
+    lambda number, prefix, tail, max_tokens, n, priority, eos, salt, seed, pools, tells: CoreRequest(
         request_id=f"r{number}",
         prompt_ids=np.array([1 + (position % 5) for position in range(prefix)] + tail, dtype=np.uint32),
-        sampling=SamplingParams(seed=seed),
+        sampling=SamplingParams(seed=seed, num_prompt_logprobs=2 if tells and not pools else None),
         max_tokens=1 if pools else max_tokens,
         stop_token_ids=frozenset({EOS}) if eos else frozenset(),
         num_sequences=1 if pools else n,
@@ -179,11 +208,12 @@ requests = st.builds(
     tail=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=8),
     max_tokens=st.integers(1, 12),
     n=st.integers(1, 3),
-    priority=st.integers(-1, 1),
+    priority=st.sampled_from([-1, 0, 1, BACKGROUND_PRIORITY]),
     eos=st.booleans(),
     salt=st.sampled_from(["", "a"]),
     seed=st.integers(0, 5),
     pools=st.integers(0, 3).map(lambda draw: draw == 0),
+    tells=st.booleans(),
 )
 
 configs = st.builds(
@@ -292,6 +322,9 @@ def test_every_request_ends_once_with_its_own_output(config: SchedulerConfig, de
                 assert got == tokens[: len(got)]
             else:
                 assert (got, client.reasons[(request_id, index)]) == (tokens, reason)
+        if request.sampling.num_prompt_logprobs is not None and fault is None and request_id not in cut:
+            prompt = request.prompt_ids.tolist()
+            assert client.prompts.get(request_id, []) == told_of(prompt, 1, len(prompt)).logprobs.tolist()
         if request.pooling is not None and fault is None and request_id not in cut:
             assert client.vectors[request_id] == vector_of(request.prompt_ids.tolist()).tolist()
 

@@ -11,6 +11,7 @@ from control_plane.core.request import (
     FinishReason,
     ModelFacts,
     OutputSink,
+    PromptLogprobs,
     RequestFault,
     SequenceOutput,
     TokenLogprobs,
@@ -68,6 +69,9 @@ class ScriptedEngine:
         num_tokens = len(token_ids) + (stop_token_id is not None)
         output = SequenceOutput(index, list(token_ids), num_tokens, logprobs, finish, stop_token_id)
         self.sinks[request_id or self.only()].on_output(output)
+
+    def prompt_logprobs(self, part: PromptLogprobs) -> None:
+        self.sinks[self.only()].on_output(SequenceOutput(0, [], 0, prompt_logprobs=part))
 
     def end(self, *, request_id: str | None = None, num_cached: int = 0, fault: RequestFault | None = None) -> None:
         self.sinks.pop(request_id or self.only()).on_end(num_cached, fault)

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from stepwire.v1 import inference_pb2 as pb
 
-from control_plane.core.request import FinishReason, RequestFault, TokenLogprobs
+from control_plane.core.request import FinishReason, ModelFacts, PromptLogprobs, RequestFault, TokenLogprobs
 from control_plane.frontend.errors import deadline_exceeded
 from control_plane.frontend.metrics import FrontendMetrics
 from control_plane.frontend.output_stream import RequestOutput
@@ -45,9 +48,9 @@ def ids() -> Callable[[str], list[int]]:
 
 
 async def open_stream(
-    request: pb.GenerateRequest, *, with_tokenizer: bool = True
+    request: pb.GenerateRequest, *, with_tokenizer: bool = True, facts: ModelFacts = FACTS
 ) -> tuple[Stream, list[RequestOutput]]:
-    engine = ScriptedEngine()
+    engine = ScriptedEngine(facts)
     tokenizer = TextTokenizer(kinds.byte_level()) if with_tokenizer else None
     model = ServedModel(names=("tiny",), tokenizer=tokenizer, eos_token_ids=frozenset({EOS}))
     metrics = FrontendMetrics(CollectorRegistry())
@@ -279,3 +282,49 @@ async def test_any_way_of_writing_gives_the_same_text(data: st.DataObject) -> No
     assert "".join(delta.text for delta in deltas) == whole
     assert [delta.finish_reason for delta in deltas if delta.finish_reason] == [deltas[-1].finish_reason]
     assert FACTS.vocab_size >= kinds.byte_level().get_vocab_size()
+
+
+def told(start: int, count: int) -> PromptLogprobs:
+    values = np.arange(start, start + count, dtype=np.float32)
+    top = np.stack([values, values + 1], axis=1)
+    return PromptLogprobs(start, -values, values.astype(np.uint32), top.astype(np.uint32), -top)
+
+
+async def test_nothing_is_said_before_the_whole_prompt_is_told_of() -> None:
+    """Its logprobs come in parts, of the first sequence; the second may be ahead of it."""
+    request = pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=[5, 300, 301, 302]),
+        n=2,
+        output=pb.OutputOptions(prompt_logprobs=2, prompt_token_ids=True),
+    )
+    stream, ready = await open_stream(request, facts=replace(FACTS, can_prompt_logprobs=True))
+    assert stream.take().HasField("accepted")
+    ready.clear()
+    engine = stream.engine
+    engine.prompt_logprobs(told(1, 2))
+    engine.output([310], index=1)
+    assert not ready
+    assert not stream.take().deltas
+    engine.prompt_logprobs(told(3, 1))
+    assert ready == [stream.output]
+    engine.output([311], index=0)
+    response = stream.take()
+    assert list(response.prompt.token_ids) == [5, 300, 301, 302]
+    assert [entry.token_id for entry in response.prompt.logprobs] == [5, 300, 301, 302]
+    first, *others = response.prompt.logprobs
+    assert math.isnan(first.logprob) and not first.top and first.rank == 0
+    assert [entry.logprob for entry in others] == [-1, -2, -3]
+    assert [entry.rank for entry in others] == [1, 2, 3]
+    assert [[top.token_id for top in entry.top] for entry in others] == [[1, 2], [2, 3], [3, 4]]
+    assert sorted(delta.index for delta in response.deltas) == [0, 1]
+    engine.output([312], index=0)
+    assert not stream.take().HasField("prompt")
+
+
+async def test_a_prompt_of_one_token_is_told_of_at_once() -> None:
+    request = pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=[5]), output=pb.OutputOptions(prompt_logprobs=0), stop=pb.StopConditions(max_tokens=0)
+    )
+    stream, _ = await open_stream(request, facts=replace(FACTS, can_prompt_logprobs=True))
+    response = stream.take()
+    assert len(response.prompt.logprobs) == 1 and math.isnan(response.prompt.logprobs[0].logprob)

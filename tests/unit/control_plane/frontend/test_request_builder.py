@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -246,3 +247,22 @@ async def test_a_worker_with_a_smaller_vocabulary_than_the_tokenizer(model: Serv
     facts = ModelFacts(model="m", max_model_len=100, vocab_size=3, max_num_logprobs=5, can_mask_tokens=False)
     error = await refusal(model, set_field(text="hello"), facts=facts)
     assert "different models" in error.message
+
+
+async def test_prompt_logprobs_need_a_worker_that_has_them_and_one_message_of_room(bare: ServedModel) -> None:
+    def wanted(count: int, num_tokens: int = 3) -> Change:
+        ids = pb.TokenIds(ids=[1] * num_tokens)
+        return set_field(token_ids=ids, output=pb.OutputOptions(prompt_logprobs=count))
+
+    able = replace(FACTS, can_prompt_logprobs=True, max_model_len=2**20)
+    built = await build(bare, wanted(4), facts=able)
+    assert built.core.sampling.num_prompt_logprobs == 4
+    assert built.core.sampling.num_logprobs is None
+    for facts, change, words in (
+        (FACTS, wanted(0), "not supported by this server's worker"),
+        (able, wanted(21), "from 0 to 20, not 21"),
+        (able, wanted(20, 50_000), "50003 prompt tokens with 21 logprobs each"),
+    ):
+        error = await refusal(bare, change, facts=facts)
+        assert error.violations[0].field == "output.prompt_logprobs"
+        assert words in error.violations[0].description

@@ -283,3 +283,29 @@ def test_warming_up_disturbs_nobody(llama_dir: Path) -> None:
         driver.add(0, prompt(40, 18), greedy())
     for _ in range(3):
         assert_same(ours.step(), theirs.step())
+
+
+def test_prompts_are_told_of_beside_decodes(llama_dir: Path) -> None:
+    """Such steps run without a graph, and the rows beside them go on as ever."""
+    drivers = both(llama_dir, with_graphs=True)
+    steps: list[dict[int, int]] = [{0: 6, 2: 2}, {0: 3, 2: 1, 1: 1}, {2: 1, 1: 1, 0: 1}]
+    told = []
+    for driver in drivers:
+        driver.add(0, prompt(1, 9), sampling(temperature=0.0, num_prompt_logprobs=3))
+        driver.add(2, prompt(2, 2), sampling(temperature=0.8, seed=5))
+        driver.add(1, prompt(3, 2), sampling(temperature=0.0, num_prompt_logprobs=0, num_logprobs=2))
+    for runs in steps:
+        results = [driver.step(runs) for driver in drivers]
+        assert_same(*results)
+        ours, theirs = (sorted(result.prompt_logprobs, key=lambda part: part.row) for result in results)
+        told += ours
+        assert [(part.row, part.start_position) for part in ours] == [(p.row, p.start_position) for p in theirs]
+        for mine, other in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(mine.logprobs, other.logprobs, atol=1e-4)
+            np.testing.assert_allclose(mine.top_logprobs, other.top_logprobs, atol=1e-4)
+            assert (mine.top_token_ids == other.top_token_ids).all() and (mine.ranks == other.ranks).all()
+    assert [(part.row, part.start_position, part.top_token_ids.shape) for part in told] == [
+        (0, 1, (6, 3)),
+        (0, 7, (2, 3)),
+        (1, 1, (1, 0)),
+    ]
