@@ -3,8 +3,9 @@
 `streams`: 256 SSE chats at steps of 5 ms, against a simulated worker whose tokens say when they were made
 (`load_tests.stamping_worker`). Added is what passes from then until the client has the event: the worker's gRPC,
 control plane, gateway, two sockets, and the driver's own queue.
-`first_byte`: one chat at a time with a prompt of 1,024 tokens, all different, tokenized by a real tokenizer and
-rendered by its template. Added is what passes from the request's first byte to the first token's event, less the step.
+`first_byte`: one request at a time with a prompt of 1,024 tokens, all different: as a chat over REST, with a real
+tokenizer and template, and as token ids straight to the control plane. Added by gateway and frontend is the difference
+of the two times to the first token; core, worker and the step are in both.
 
 Both go into load_tests/results/added_latency.jsonl with the CPU that others used meanwhile.
 """
@@ -25,8 +26,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import uvloop
+from stepwire.v1 import inference_pb2, inference_pb2_grpc
 from tokenizers import Tokenizer
 
 from load_tests.gateway_cost import MAX_MODEL_LEN, WARM_UP_S, Services
@@ -47,6 +50,7 @@ class TimedStream(asyncio.Protocol):
     def __init__(self, request: bytes) -> None:
         self._request = request
         self.received: list[tuple[int, bytes]] = []
+        self.ended = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
@@ -54,6 +58,11 @@ class TimedStream(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.received.append((time.monotonic_ns(), data))
+        if data.endswith(b"[DONE]\n\n\r\n0\r\n\r\n") or data == b"0\r\n\r\n":
+            self.ended.set()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.ended.set()
 
 
 def chat_request(port: int, content: str, max_tokens: int) -> bytes:
@@ -134,27 +143,45 @@ def prompts(tokenizer: Tokenizer, count: int) -> list[str]:
 
 async def measure_first_bytes(services: Services, texts: list[str]) -> dict[str, Any]:
     loop = asyncio.get_running_loop()
-    added, idle_s, begun_s = [], idle_cpu_s(), time.monotonic()
-    own_s = _service_cpu_s(services)
-    for text in texts:
-        stream = TimedStream(b"")
-        await loop.create_connection(lambda stream=stream: stream, "127.0.0.1", services.port)  # type: ignore[misc]
-        request = chat_request(services.port, text, 1)
-        sent_ns = time.monotonic_ns()
-        stream.transport.write(request)  # type: ignore[attr-defined]
-        while not any(
-            b'"content":"' in data and b'"role"' not in data.rpartition(b"data: {")[2] for _, data in stream.received
-        ):
-            if any(b"[DONE]" in data for _, data in stream.received):
-                break
-            await asyncio.sleep(0)
-        added.append((_first_token_ns(stream) - sent_ns) / 1e6 - services.step_ms)
-        stream.transport.abort()  # type: ignore[attr-defined]
-        await asyncio.sleep(0.02)
+    over_rest, as_ids = [], []
+    idle_s, begun_s, own_s = idle_cpu_s(), time.monotonic(), _service_cpu_s(services)
+    drawn = np.random.default_rng(7)
+    async with grpc.aio.insecure_channel(f"unix:{services.directory}/control_plane.sock") as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+        for text in texts:
+            stream = TimedStream(b"")
+            await loop.create_connection(lambda stream=stream: stream, "127.0.0.1", services.port)  # type: ignore[misc]
+            request = chat_request(services.port, text, 1)
+            sent_ns = time.monotonic_ns()
+            stream.transport.write(request)  # type: ignore[attr-defined]
+            await stream.ended.wait()
+            over_rest.append((_first_token_ns(stream) - sent_ns) / 1e6)
+            stream.transport.abort()  # type: ignore[attr-defined]
+            await asyncio.sleep(0.02)
+            as_ids.append(await _first_token_of_ids_ms(stub, drawn.integers(100, 10_000, PROMPT_TOKENS).tolist()))
+            await asyncio.sleep(0.02)
     window_s = time.monotonic() - begun_s
     used_s = _service_cpu_s(services) - own_s
     others = (os.cpu_count() or 1) - (idle_cpu_s() - idle_s + used_s) / window_s
-    return {"num_requests": len(added), "added_ms": spread(added), "others_cores": round(others, 3)}
+    rest, ids = spread(over_rest), spread(as_ids)
+    return {
+        "num_requests": len(texts),
+        "over_rest_ms": rest,
+        "token_ids_ms": ids,
+        "added_p50_ms": round(rest["p50"] - ids["p50"], 2),
+        "others_cores": round(others, 3),
+    }
+
+
+async def _first_token_of_ids_ms(stub: Any, ids: list[int]) -> float:
+    request = inference_pb2.GenerateRequest(
+        token_ids=inference_pb2.TokenIds(ids=ids), stop=inference_pb2.StopConditions(max_tokens=1, ignore_eos=True)
+    )
+    sent_ns, first_ns = time.monotonic_ns(), 0
+    async for response in stub.Generate(request):
+        if response.deltas and not first_ns:
+            first_ns = time.monotonic_ns()
+    return (first_ns - sent_ns) / 1e6
 
 
 def _first_token_ns(stream: TimedStream) -> int:
