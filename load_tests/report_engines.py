@@ -143,8 +143,8 @@ class EngineResults:
             "gateway CPU us a token",
         ]
         tables = [
-            "From the end of a token's step until the client has its event; of several runs the one in which others used\n"
-            "least of the machine:\n\n"
+            "From the end of a token's step until the client has its event; of several runs the one in which\n"
+            "others used least of the machine:\n\n"
             + markdown_table([*columns, "control plane CPU us a token", "others' cores", "machine"], rows)
         ]
         for (part, _), result in sorted(self._added.items()):
