@@ -37,6 +37,10 @@ HEALTH_TIMEOUT_S = 2.0
 RECONNECT_MIN_S = 0.05
 RECONNECT_MAX_S = 1.0
 MAX_MESSAGE_BYTES = 64 * 2**20
+# What may be on its way to us unread, a step's message or two. gRPC's own estimate grows to megabytes: seconds
+# of tokens. A gateway short of CPU would send each one late; a control plane that has to wait puts more of them
+# into one message. A message that is larger than the window is let through whole when it is read.
+RECEIVE_WINDOW_BYTES = 4096
 
 _Response = TypeVar("_Response")
 _SessionCall = grpc.aio.StreamStreamCall[inference_pb2.SessionRequest, inference_pb2.SessionResponse]
@@ -317,6 +321,8 @@ def open_channel(address: str, credentials: grpc.ChannelCredentials | None) -> g
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.initial_reconnect_backoff_ms", int(RECONNECT_MIN_S * 1000)),
         ("grpc.max_reconnect_backoff_ms", int(RECONNECT_MAX_S * 1000)),
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", RECEIVE_WINDOW_BYTES),
         # The control plane is ours: a proxy that the environment names is for the outside world.
         ("grpc.enable_http_proxy", 0),
     ]

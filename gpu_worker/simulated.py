@@ -167,7 +167,7 @@ class SimulatedStep:
     """A step whose result is known, but not before the simulated device has come to its end."""
 
     def __init__(self, result: StepResult, end_ns: int | None) -> None:
-        self._result = result
+        self.pending_result = result
         self.end_ns = end_ns  # of time.monotonic_ns; None: never
 
     def result(self) -> StepResult:
@@ -175,7 +175,7 @@ class SimulatedStep:
             threading.Event().wait()
         else:
             _sleep_until(self.end_ns)
-        return self._result
+        return self.pending_result
 
 
 class SimulatedRunner:

@@ -67,6 +67,7 @@ class Services:
     directory: Path
     step_ms: float
     num_streams: int
+    worker_module: str = "gpu_worker"
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def start(self) -> None:
@@ -79,6 +80,7 @@ class Services:
             *("--runner", "simulated", "--listen", worker, "--sim-step-ms", str(self.step_ms)),
             *("--sim-max-num-seqs", str(self.num_streams), "--sim-max-model-len", str(MAX_MODEL_LEN)),
             *("--sim-num-blocks", str(num_blocks)),
+            module=self.worker_module,
         )
         ports = ["--grpc-port", "0", "--metrics-port", str(self.metrics_port)]
         self._start("control_plane", *model, "--workers", worker, "--listen", control_plane, *ports)
@@ -87,12 +89,12 @@ class Services:
     def __post_init__(self) -> None:
         self.port, self.metrics_port = _free_ports(2)
 
-    def _start(self, service: str, *flags: str) -> None:
+    def _start(self, service: str, *flags: str, module: str | None = None) -> None:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("STEPWIRE_")}
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "proto")])
         with (self.directory / f"{service}.log").open("wb") as log:
             self.processes[service] = subprocess.Popen(
-                [sys.executable, "-m", service, *flags, "--exit-with-parent", "--log-level", "warning"],
+                [sys.executable, "-m", module or service, *flags, "--exit-with-parent", "--log-level", "warning"],
                 env=environment,
                 stdout=log,
                 stderr=log,
@@ -147,13 +149,14 @@ def _cpu_s(pid: int) -> float:
 
 
 def _samples(url: str) -> dict[str, float]:
-    """Samples without labels; of a name that stands twice the largest."""
+    """Samples by name, those of all labels together."""
     samples: dict[str, float] = {}
     with urlopen(url, timeout=10) as response:
         for line in response.read().decode().splitlines():
-            if line and line[0] != "#" and "{" not in line:
-                name, _, value = line.rpartition(" ")
-                samples[name] = max(float(value), samples.get(name, 0.0))
+            if line and line[0] != "#":
+                sample, _, value = line.rpartition(" ")
+                name = sample.partition("{")[0]
+                samples[name] = samples.get(name, 0.0) + float(value)
     return samples
 
 

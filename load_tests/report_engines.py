@@ -13,13 +13,17 @@ ANCHORED_GPU = "H200"
 
 
 class EngineResults:
-    """Collects lines of gpu_steps, cpu_worker and gateway_cost, oldest first."""
+    """Collects lines of everything but scenarios and sections, oldest first."""
 
     def __init__(self) -> None:
         # By machine, shape and work.
         self._gpu_steps: dict[tuple[str, str, str], dict[str, Any]] = {}
         self._cpu_worker: dict[str, dict[str, Any]] = {}
         self._gateway: list[dict[str, Any]] = []
+        # By part and length of a step, of added_latency: the run in which others used least of the machine.
+        self._added: dict[tuple[str, float], dict[str, Any]] = {}
+        self._session: dict[str, Any] | None = None
+        self._grammar: dict[str, Any] | None = None
 
     def take(self, result: dict[str, Any]) -> None:
         if "shape" in result and "work" in result:
@@ -30,6 +34,14 @@ class EngineResults:
             self._cpu_worker[result["scenario"]] = result
         elif "gateway_cpu_us_per_token" in result:
             self._gateway.append(result)
+        elif "part" in result:
+            key = (result["part"], result["step_ms"])
+            if key not in self._added or result["others_cores"] <= self._added[key]["others_cores"]:
+                self._added[key] = result
+        elif "calls_over_session_client" in result:
+            self._session = result
+        elif "held_over_free" in result:
+            self._grammar = result
 
     def tables(self) -> list[str]:
         parts = []
@@ -39,6 +51,12 @@ class EngineResults:
             parts += ["### The CPU worker beside other engines (`load_tests.cpu_worker`)", self._cpu_table()]
         if self._gateway:
             parts += ["### The gateway (`load_tests.gateway_cost`)", self._gateway_table()]
+        if self._added:
+            parts += ["### What gateway and control plane add (`load_tests.added_latency`)", *self._added_tables()]
+        if self._session is not None:
+            parts += ["### One Session against a call per request (`load_tests.session_cost`)", self._session_table()]
+        if self._grammar is not None:
+            parts += ["### Grammar masks (`load_tests.grammar_cost`)", self._grammar_line()]
         return parts
 
     def _gpu_table(self) -> str:
@@ -98,6 +116,72 @@ class EngineResults:
             "stepwire's multiple of each other engine within the same turn. `stepwire` is the runner alone, `stepwire\n"
             "served` the whole stack over REST.\n\n"
             + markdown_table(["work", "engine", "tokens/s", "beside", "note", "date"], rows)
+        )
+
+    def _added_tables(self) -> list[str]:
+        streams = [result for (part, _), result in sorted(self._added.items()) if part == "streams"]
+        rows = [
+            [
+                str(result["num_streams"]),
+                short_number(result["step_ms"]),
+                f"{short_number(result['tokens_per_s'])} (>= {short_number(result['goal_tokens_per_s'])})",
+                *(short_number(result["added_ms"][point]) for point in ("p50", "p90")),
+                f"{short_number(result['added_ms']['p99'])} (<= {short_number(result['goal_added_p99_ms'])})",
+                *(short_number(result["cpu_us_per_token"][name]) for name in ("gateway", "control_plane")),
+                short_number(result["others_cores"]),
+                machine_name(result["machine"]),
+            ]
+            for result in streams
+        ]
+        columns = [
+            "streams",
+            "step ms",
+            "tokens/s (goal)",
+            "added ms p50",
+            "p90",
+            "p99 (goal)",
+            "gateway CPU us a token",
+        ]
+        tables = [
+            "From the end of a token's step until the client has its event; of several runs the one in which\n"
+            "others used least of the machine:\n\n"
+            + markdown_table([*columns, "control plane CPU us a token", "others' cores", "machine"], rows)
+        ]
+        for (part, _), result in sorted(self._added.items()):
+            if part == "first_byte":
+                rest, ids = result["over_rest_ms"]["p50"], result["token_ids_ms"]["p50"]
+                tables.append(
+                    f"First token of a prompt of {result['prompt_tokens']:,} tokens, {result['num_requests']} requests "
+                    f"one at a time: over REST as a chat {rest:.1f} ms, as token ids to the control plane {ids:.1f} ms "
+                    f"(medians), so gateway and frontend add {result['added_p50_ms']:.1f} ms (goal: <= "
+                    f"{result['goal_added_p50_ms']:g}), others using {result['others_cores']:.2f} cores."
+                )
+        return tables
+
+    def _session_table(self) -> str:
+        result = self._session or {}
+        columns = {
+            "tokens_per_s": "tokens/s",
+            "control_plane_us_per_token": "control plane CPU us a token",
+            "client_us_per_token": "client CPU us a token",
+        }
+        rows = [
+            [way, *(" / ".join(short_number(turn[name]) for turn in turns) for name in columns)]
+            for way, turns in result["turns"].items()
+        ]
+        return (
+            f"{result['num_requests']} requests at once, steps of {result['step_ms']:g} ms, ways taking turns:\n\n"
+            + markdown_table(["way", *columns.values()], rows)
+            + f"\n\nCalls cost the control plane {result['calls_over_session_control_plane']:g} times and the client "
+            f"{result['calls_over_session_client']:g} times the CPU of a Session."
+        )
+
+    def _grammar_line(self) -> str:
+        result = self._grammar or {}
+        low, high = result["held_over_free_range"]
+        return (
+            f"{result['num_rows']} rows held to a schema of {result['num_fields']} fields make "
+            f"{result['held_over_free']:.1%} of the tokens/s of free rows (turns: {low:.1%} to {high:.1%}; goal: 95 %)."
         )
 
     def _gateway_table(self) -> str:

@@ -21,7 +21,7 @@ from control_plane.core.worker_group import WorkerGroup
 from control_plane.core.worker_link import WorkerAddress
 from control_plane.frontend.errors import RequestRefused, Violation
 from control_plane.frontend.metrics import FrontendMetrics
-from control_plane.frontend.servicer import refuse
+from control_plane.frontend.servicer import client_may_leave, refuse
 
 log = structlog.get_logger(__name__)
 
@@ -118,7 +118,7 @@ class AdminServicer(pb_grpc.AdminServiceServicer):
                 context,
                 RequestRefused("RESOURCE_EXHAUSTED", "too_many_watchers", message, retry_after_s=5.0, retryable=True),
             )
-        with self._engine.steps.watch(max_steps) as watcher:
+        with client_may_leave(), self._engine.steps.watch(max_steps) as watcher:
             first_token, inter_token = (
                 _NewCounts(self._metrics.time_to_first_token),
                 _NewCounts(self._metrics.inter_token_latency),

@@ -38,6 +38,7 @@ _HEALTH_METHODS = f"/{health.SERVICE_NAME}/"
 
 MAX_MESSAGE_BYTES = 64 * 2**20
 SERVER_OPTIONS = (
+    ("grpc.http2.write_buffer_size", 1024),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # With it two servers would share a port, and neither would say so.
@@ -47,6 +48,9 @@ SERVER_OPTIONS = (
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    # A write ends when its bytes are on the wire, not when they are the next 64 KB to be sent: until then what comes is
+    # collected in the mailboxes, and the reader gets it in one message instead of in many late ones.
+    ("grpc.http2.write_buffer_size", 1),
 )
 # Longest path of a unix socket on Linux.
 _MAX_SOCKET_PATH_BYTES = 107

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterable, Awaitable
+from collections.abc import AsyncIterable, Awaitable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import grpc
@@ -35,6 +36,18 @@ async def refuse(context: Context, error: RequestRefused) -> NoReturn:
     raise AssertionError("abort returns by raising")
 
 
+@contextlib.contextmanager
+def client_may_leave() -> Iterator[None]:
+    """Around a handler that writes: a write to a client that has gone fails, and its stream is over.
+
+    gRPC would log an error with a traceback for each client that leaves while a message is on its way.
+    """
+    try:
+        yield
+    except grpc.aio.InternalError as error:
+        log.debug("a client left while it was written to", error=str(error))
+
+
 class InferenceServicer(pb_grpc.InferenceServiceServicer):
     def __init__(self, intake: RequestIntake) -> None:
         self._intake = intake
@@ -48,13 +61,15 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
         except RequestRefused as error:
             await refuse(context, error)
         try:
-            await _stream(output, wake, context)
+            with client_may_leave():
+                await _stream(output, wake, context)
         finally:
             # The client went away, its deadline passed, or the stream broke; nothing happens after the last message.
             output.cancel()
 
     async def Session(self, requests: AsyncIterable[pb.SessionRequest], context: Context) -> None:
-        await SessionStream(self._intake, context).run(requests)
+        with client_may_leave():
+            await SessionStream(self._intake, context).run(requests)
 
     async def Embed(self, request: pb.EmbedRequest, context: Context) -> pb.EmbedResponse:
         return await _answered(self._pooling.embed(request), context)

@@ -1,39 +1,137 @@
-// Chat over stepwire's gRPC API: node client.mjs HOST:PORT "question" [cancel]
-// (STEPWIRE_API_KEY holds the key, if one is set; PROTO_PATHS the import roots, separated by colons.)
+// stepwire's gRPC API from Node: node client.mjs HOST:PORT COMMAND [TEXT]; README.md has the commands.
+// STEPWIRE_API_KEY holds the key, if one is set; PROTO_PATHS the import roots, separated by colons.
 // JavaScript with types in comments, so that it runs without a build; it is valid TypeScript with `checkJs`.
-// Shows metadata, a deadline, streamed deltas, cancellation, and what an error says.
+import { createRequire } from "node:module";
+import path from "node:path";
 import * as grpc from "@grpc/grpc-js";
 import * as loader from "@grpc/proto-loader";
 
-const [address, question, mode] = process.argv.slice(2);
-const includeDirs = (process.env.PROTO_PATHS ?? "../../proto").split(":");
-const definition = loader.loadSync("stepwire/v1/inference.proto", { includeDirs, keepCase: true, longs: Number, enums: String, arrays: true, oneofs: true });
+const SERVICE = "stepwire.v1.InferenceService";
+const DEADLINE_MS = 60_000;
+const SHORT_DEADLINE_MS = 2_000;
+const FEW_TOKENS = { max_tokens: 64 };
+const MANY_TOKENS = { max_tokens: 3000, ignore_eos: true };
+const NAMES = { keepCase: true, longs: Number, enums: String, defaults: true, arrays: true, oneofs: true };
+
+// health.proto and reflection.proto are shipped by these packages.
+const require = createRequire(import.meta.url);
+const packageOf = (/** @type {string} */ name) => path.dirname(require.resolve(`${name}/package.json`));
+const includeDirs = [
+  ...(process.env.PROTO_PATHS ?? "../../proto").split(":"),
+  path.join(packageOf("grpc-health-check"), "proto"),
+  path.join(packageOf("@grpc/reflection"), "build/proto"),
+];
+const files = ["stepwire/v1/inference.proto", "health/v1/health.proto", "grpc/reflection/v1alpha/reflection.proto"];
 /** @type {any} */
-const { stepwire } = grpc.loadPackageDefinition(definition);
-const client = new stepwire.v1.InferenceService(address, grpc.credentials.createInsecure());
+const loaded = grpc.loadPackageDefinition(loader.loadSync(files, { ...NAMES, includeDirs }));
+/** @type {any} */
+const details = grpc.loadPackageDefinition(
+  loader.loadSync(["google/rpc/status.proto", "google/rpc/error_details.proto"], { ...NAMES, includeDirs }),
+);
 
-const metadata = new grpc.Metadata();
-if (process.env.STEPWIRE_API_KEY) metadata.set("authorization", `Bearer ${process.env.STEPWIRE_API_KEY}`);
-const hex = (/** @type {number} */ bytes) => Buffer.from(crypto.getRandomValues(new Uint8Array(bytes))).toString("hex");
-metadata.set("traceparent", `00-${hex(16)}-${hex(8)}-01`);
+/** The key, and a trace of one's own as W3C's traceparent: both go along with every call. */
+function metadata() {
+  const found = new grpc.Metadata();
+  const hex = (/** @type {number} */ bytes) => Buffer.from(crypto.getRandomValues(new Uint8Array(bytes))).toString("hex");
+  found.set("traceparent", `00-${hex(16)}-${hex(8)}-01`);
+  if (process.env.STEPWIRE_API_KEY) found.set("authorization", `Bearer ${process.env.STEPWIRE_API_KEY}`);
+  return found;
+}
 
-const request = {
-  chat: { messages: [{ role: "user", content: [{ text: question }] }] },
-  stop: { max_tokens: mode === "cancel" ? 3000 : 64, ignore_eos: mode === "cancel" },
-  sampling: { seed: 7 },
-};
-// The call's deadline is the request's.
-const call = client.Generate(request, metadata, { deadline: Date.now() + 60_000 });
-call.on("data", (/** @type {any} */ response) => {
-  for (const delta of response.deltas) {
-    process.stdout.write(delta.text);
-    if (mode === "cancel") call.cancel(); // the request is aborted within one step
+const within = (/** @type {number} */ ms) => ({ deadline: Date.now() + ms });
+
+/** A stub of the service, connected to the address on the command line. */
+const connect = (/** @type {any} */ Service) => new Service(process.argv[2], grpc.credentials.createInsecure());
+
+/** A call with one answer, as a promise. */
+function unary(/** @type {any} */ stub, /** @type {string} */ method, /** @type {any} */ request, /** @type {number} */ ms) {
+  return new Promise((resolve, reject) => {
+    stub[method](request, metadata(), within(ms), (/** @type {any} */ error, /** @type {any} */ answer) =>
+      error ? reject(error) : resolve(answer));
+  });
+}
+
+async function checkHealth() {
+  const answer = await unary(connect(loaded.grpc.health.v1.Health), "Check", { service: SERVICE }, 5_000);
+  console.log(answer.status);
+}
+
+/** The status now, and each that follows, until the server goes or Ctrl-C: no deadline on this call. */
+async function watchHealth() {
+  const stream = connect(loaded.grpc.health.v1.Health).Watch({ service: SERVICE }, metadata());
+  for await (const answer of stream) console.log(answer.status);
+}
+
+async function listServices() {
+  const stub = connect(loaded.grpc.reflection.v1alpha.ServerReflection);
+  const stream = stub.ServerReflectionInfo(metadata(), within(5_000));
+  stream.write({ list_services: "" });
+  stream.end();
+  for await (const answer of stream) {
+    for (const service of answer.list_services_response.service) console.log(service.name);
   }
-  if (response.usage) console.error(`\n${response.usage.num_completion_tokens} tokens`);
-  if (response.error) { console.error(`failed: ${response.error.message}`); process.exitCode = 1; }
-});
-call.on("error", (/** @type {grpc.ServiceError} */ error) => {
+}
+
+/** Prints the text as it comes. The call's deadline is the request's; `cancel()` aborts it within one step. */
+async function generate(/** @type {any} */ request, /** @type {number} */ ms, cancel = false) {
+  const stream = connect(loaded.stepwire.v1.InferenceService).Generate(request, metadata(), within(ms));
+  for await (const response of stream) {
+    for (const delta of response.deltas) {
+      process.stdout.write(delta.text);
+      if (cancel) stream.cancel();
+    }
+    const { usage, error } = response;
+    if (usage) console.error(`\n${usage.num_prompt_tokens} + ${usage.num_completion_tokens} tokens`);
+    if (error) throw new Error(`failed: ${error.message}`);
+  }
+}
+
+async function embed(/** @type {string} */ text) {
+  const stub = connect(loaded.stepwire.v1.InferenceService);
+  const answer = await unary(stub, "Embed", { inputs: [{ text }] }, DEADLINE_MS);
+  const values = answer.embeddings[0].values;
+  console.log(values.length, ...values.slice(0, 3).map((/** @type {number} */ value) => value.toFixed(4)));
+}
+
+/** A refusal is a status with google.rpc details: which fields are wrong, when to try again. */
+function explain(/** @type {grpc.ServiceError} */ error) {
   console.error(`refused: ${grpc.status[error.code]}: ${error.details}`);
+  const decode = (/** @type {string} */ type, /** @type {Buffer} */ bytes) => details.google.rpc[type].deserialize(bytes);
+  for (const bytes of error.metadata?.get("grpc-status-details-bin") ?? []) {
+    for (const detail of decode("Status", /** @type {Buffer} */ (bytes)).details) {
+      if (detail.type_url.endsWith("google.rpc.BadRequest")) {
+        for (const { field, description } of decode("BadRequest", detail.value).field_violations) {
+          console.error(`  ${field}: ${description}`);
+        }
+      } else if (detail.type_url.endsWith("google.rpc.RetryInfo")) {
+        console.error(`  try again in ${decode("RetryInfo", detail.value).retry_delay.seconds} s`);
+      }
+    }
+  }
+}
+
+const [, , address, command, text = ""] = process.argv;
+/** @type {Record<string, () => Promise<void>>} */
+const commands = {
+  health: checkHealth,
+  watch: watchHealth,
+  reflect: listServices,
+  generate: () => generate({ text, stop: FEW_TOKENS }, DEADLINE_MS),
+  chat: () => generate({ chat: { messages: [{ role: "user", content: [{ text }] }] }, stop: FEW_TOKENS }, DEADLINE_MS),
+  deadline: () => generate({ text, stop: MANY_TOKENS }, SHORT_DEADLINE_MS),
+  cancel: () => generate({ text, stop: MANY_TOKENS }, DEADLINE_MS, true),
+  embed: () => embed(text),
+};
+if (!address || !(command in commands)) {
+  console.error("client.mjs HOST:PORT COMMAND [TEXT]: README.md has the commands");
+  process.exit(2);
+}
+try {
+  await commands[command]();
+} catch (error) {
+  if (error instanceof Error && "code" in error) explain(/** @type {grpc.ServiceError} */ (error));
+  else console.error(error instanceof Error ? error.message : error);
   process.exitCode = 1;
-});
-call.on("end", () => client.close());
+}
+// An open channel would keep the process.
+process.exit();

@@ -10,11 +10,13 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import Field
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse
 
 from gateway.batches.files import PURPOSES, FileStore
 from gateway.batches.runner import BatchRunner, public_batch
 from gateway.errors import ApiError
+from gateway.middleware import CLIENT_CLOSED_REQUEST
 from gateway.openapi import body_schema, error_responses
 from gateway.schemas import RequestModel
 from gateway.serving import read_body
@@ -61,6 +63,9 @@ async def create_file(request: Request) -> Response:
         form = await request.form(max_files=1, max_fields=16)
     except HTTPException as error:
         raise ApiError(400, f"The form cannot be read: {error.detail}") from error
+    except ClientDisconnect as error:
+        # Nobody hears it: for the metrics and the log.
+        raise ApiError(CLIENT_CLOSED_REQUEST, "The client left before its file was complete.") from error
     try:
         upload, purpose = form.get("file"), form.get("purpose")
         if not isinstance(upload, UploadFile):

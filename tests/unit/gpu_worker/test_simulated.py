@@ -717,7 +717,7 @@ def test_planted_failures_happen_once_in_the_life_of_the_runner() -> None:
     assert steps(dataclasses.replace(SPEC, hang_at_step=2)).execute(step(2), no_mask).end_ns is None
     runner = SimulatedRunner(dataclasses.replace(SPEC, delay_at_step=1, delay_s=100.0))
     pending = runner.execute(step(1, [Run(0, 0)], adds=[row_add(0, [1], [1])]), no_mask)
-    assert pending._result.forward_ns == 100 * 10**9
+    assert pending.pending_result.forward_ns == 100 * 10**9
 
 
 def test_poison_fails_the_worker_when_it_is_run() -> None:

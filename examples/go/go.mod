@@ -1,0 +1,3 @@
+module stepwire.example/client
+
+go 1.19
