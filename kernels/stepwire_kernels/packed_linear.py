@@ -127,9 +127,9 @@ def _stream_kernel(
     folded = tl.arange(0, 8)[:, None] + 8 * tl.arange(0, BLOCK_M // 8)[None, :]
     acc, other_acc = walk_inputs(
         x_ptr + folded.to(tl.int64) * x_stride, folded < num_tokens, words_ptr, high_ptr, scales_ptr, zeros_ptr,
-        minima_ptr, outer_scales_ptr, outer_minima_ptr, block, N, K, num_tiles, first_tile, tiles_each, magic, one, two,
-        other_one, other_two, HIGH_BITS, IS_E2M1, EXPONENTS, OFFSET, MAGIC, X_SCALE, OUT_SCALE, HAS_ZEROS, HAS_MINIMA,
-        HAS_OUTER, SUBTRACTS, GROUP, EVEN_K, WARPS, ROW_BLOCKS, BLOCK_M,
+        minima_ptr, outer_scales_ptr, outer_minima_ptr, block, block + 1, N, K, num_tiles, first_tile, tiles_each,
+        magic, one, two, other_one, other_two, HIGH_BITS, IS_E2M1, EXPONENTS, OFFSET, MAGIC, X_SCALE, OUT_SCALE,
+        HAS_ZEROS, HAS_MINIMA, HAS_OUTER, SUBTRACTS, GROUP, EVEN_K, WARPS, ROW_BLOCKS, BLOCK_M,
     )  # fmt: skip
     out_at = out_ptr + tokens.to(tl.int64) * out_stride
     _finish(

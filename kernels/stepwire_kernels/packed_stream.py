@@ -116,6 +116,7 @@ def walk_inputs(
     outer_scales_ptr,
     outer_minima_ptr,
     block,
+    other_block,
     N,
     K,
     num_tiles,
@@ -143,7 +144,7 @@ def walk_inputs(
     ROW_BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Sums of row blocks `block` and block + 1 over all warps' inputs: float32 [16, BLOCK_M] each.
+    """Sums of row blocks `block` and `other_block` over all warps' inputs: float32 [16, BLOCK_M] each.
 
     Warp w's tiles are first_tile + w * tiles_each and on, an even number; `one` and `two`, and for the other block
     `other_one` and `other_two`: the first of them, loaded by `load_words`. x_rows and token_mask: [8, BLOCK_M / 8],
@@ -156,8 +157,8 @@ def walk_inputs(
     last_tile = tl.minimum(tile + tiles_each, num_tiles)
     last_input = tl.minimum(last_tile * 64, K)
     at = word_offsets(block, num_tiles, tile, WARPS)
-    apart = tl.cast(num_tiles, tl.int64) * 128
-    is_other = (block + 1) * 16 < N
+    apart = tl.cast(other_block - block, tl.int64) * num_tiles * 128
+    is_other = other_block * 16 < N
     t = tl.arange(0, 4)[:, None, None, None, None, None]
     h = tl.arange(0, 2)[None, None, None, None, :, None]
     p = tl.arange(0, 2)[None, None, None, None, None, :]
@@ -242,13 +243,13 @@ def walk_inputs(
             if ROW_BLOCKS == 2:
                 other_acc = _scaled(
                     other_acc, other_part, total, scales_ptr, zeros_ptr, minima_ptr, outer_scales_ptr,
-                    outer_minima_ptr, block + 1, start, last_input, N, OFFSET, MAGIC, EXPONENTS, OUT_SCALE, HAS_ZEROS,
+                    outer_minima_ptr, other_block, start, last_input, N, OFFSET, MAGIC, EXPONENTS, OUT_SCALE, HAS_ZEROS,
                     HAS_MINIMA, HAS_OUTER, SUBTRACTS, GROUP,
                 )  # fmt: skip
                 if GROUP == 16:
                     other_acc = _scaled(
                         other_acc, late_other_part, late_total, scales_ptr, zeros_ptr, minima_ptr, outer_scales_ptr,
-                        outer_minima_ptr, block + 1, start + 16, last_input, N, OFFSET, MAGIC, EXPONENTS, OUT_SCALE,
+                        outer_minima_ptr, other_block, start + 16, last_input, N, OFFSET, MAGIC, EXPONENTS, OUT_SCALE,
                         HAS_ZEROS, HAS_MINIMA, HAS_OUTER, SUBTRACTS, GROUP,
                     )  # fmt: skip
         one, two, other_one, other_two = next_one, next_two, next_other_one, next_other_two

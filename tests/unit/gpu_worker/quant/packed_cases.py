@@ -14,9 +14,16 @@ KERNEL_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", 
 
 
 def affine(
-    n: int, k: int, group_size: int, bits: int, *, symmetric: bool = False, groups: torch.Tensor | None = None
+    n: int,
+    k: int,
+    group_size: int,
+    bits: int,
+    *,
+    symmetric: bool = False,
+    groups: torch.Tensor | None = None,
+    seed: int = 0,
 ) -> AffineWeight:
-    generator = torch.Generator().manual_seed(n * k + bits)
+    generator = torch.Generator().manual_seed(n * k + bits + seed)
     num_groups = -(-k // group_size) if groups is None else int(groups.max()) + 1
     top = 1 << bits
     zeros = torch.randint(0, top, (n, num_groups), generator=generator).to(torch.uint8)
@@ -30,11 +37,11 @@ def affine(
     )
 
 
-def random_blocks(name: str, n: int, k: int) -> GgufWeight:
+def random_blocks(name: str, n: int, k: int, *, seed: int = 5) -> GgufWeight:
     """Random bits, with scales that are small numbers."""
     kind = next(kind for kind in GGML_TYPES.values() if kind.name == name)
     num_blocks = n * k // kind.block_elements
-    rng = np.random.default_rng(5)
+    rng = np.random.default_rng(seed)
     blocks = torch.from_numpy(rng.integers(0, 256, (num_blocks, kind.block_bytes), dtype=np.uint8))
     halves = {"Q6_K": [208], "Q4_1": [0, 2], "Q5_1": [0, 2], "Q4_K": [0, 2], "Q5_K": [0, 2]}.get(name, [0])
     if name == "MXFP4":
@@ -46,8 +53,8 @@ def random_blocks(name: str, n: int, k: int) -> GgufWeight:
     return GgufWeight(blocks.reshape(n, -1), kind)
 
 
-def float4(n: int, k: int, group_size: int) -> Float4Weight:
-    generator = torch.Generator().manual_seed(k)
+def float4(n: int, k: int, group_size: int, *, seed: int = 0) -> Float4Weight:
+    generator = torch.Generator().manual_seed(k + seed)
     packed = torch.randint(0, 256, (n, k // 2), generator=generator).to(torch.uint8)
     if group_size == 16:
         scales: torch.Tensor = torch.rand(n, k // 16, generator=generator).mul(8).to(torch.float8_e4m3fn)
