@@ -71,7 +71,7 @@ def compare(directory: Path) -> CudaRunner:
 
 
 def experts_of(runner: Any) -> Any:
-    return runner._program._model.layers[0].mlp.experts
+    return runner._program._model.blocks[0].mlp.experts
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq"])
