@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.models.gpt_oss import GptOssConfig
 from transformers.models.qwen3_moe import Qwen3MoeConfig
 
 from gpu_worker.cuda.runner import CudaRunner
@@ -18,9 +19,6 @@ from load_tests.cpu_worker.step_driver import StepDriver, greedy
 from tests.unit.gpu_worker.cuda.inline_runner import load_inline
 from tests.unit.gpu_worker.cuda.test_mixtures import BASE
 from tests.unit.gpu_worker.cuda.test_runner import assert_same, on_cpu
-from tests.unit.gpu_worker.models.test_gpt_oss_mxfp4 import published
-
-__all__ = ["published"]
 
 HIDDEN, INNER, EXPERTS, GROUP = 64, 32, 4, 32
 
@@ -74,7 +72,7 @@ def experts_of(runner: Any) -> Any:
     return runner._program._model.blocks[0].mlp.experts
 
 
-@pytest.mark.parametrize("method", ["awq", "gptq"])
+@pytest.mark.parametrize("method", ["awq", pytest.param("gptq", marks=pytest.mark.slow)])
 def test_experts_in_groups(tmp_path: Path, method: str) -> None:
     save_packed_qwen(tmp_path, method)
     experts = experts_of(compare(tmp_path))
@@ -85,7 +83,34 @@ def test_experts_in_groups(tmp_path: Path, method: str) -> None:
     assert num_weights / 2 < held < 2 * num_weights
 
 
-def test_gpt_oss_as_it_is_published(published: Any, tmp_path: Path) -> None:
+def save_packed_gpt_oss(directory: Path) -> None:
+    torch.manual_seed(8)
+    config = GptOssConfig(
+        **BASE | {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": 1},
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=2,
+        sliding_window=11,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("_bias"):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(directory)
+    tensors = load_file(directory / "model.safetensors")
+    for name, rows, columns in (("gate_up_proj", 2 * INNER, HIDDEN), ("down_proj", HIDDEN, INNER)):
+        full = f"model.layers.0.mlp.experts.{name}"
+        tensors.pop(full)
+        tensors[f"{full}_blocks"] = torch.randint(0, 256, (EXPERTS, rows, columns // 32, 16)).to(torch.uint8)
+        tensors[f"{full}_scales"] = torch.randint(121, 125, (EXPERTS, rows, columns // 32)).to(torch.uint8)
+    save_file(tensors, directory / "model.safetensors")
+    fields = json.loads((directory / "config.json").read_text())
+    fields["quantization_config"] = {"quant_method": "mxfp4"}
+    (directory / "config.json").write_text(json.dumps(fields))
+
+
+def test_gpt_oss_as_it_is_published(tmp_path: Path) -> None:
+    save_packed_gpt_oss(tmp_path)
     experts = experts_of(compare(tmp_path))
     assert isinstance(experts, PackedFusedExperts)
     assert experts.gate_up.packed is not None and experts.gate_up.dense is None
