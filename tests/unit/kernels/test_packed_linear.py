@@ -25,6 +25,8 @@ def on_device(weight: PackedWeight, device: str) -> PackedWeight:
     return PackedWeight(**fields)
 
 
+# One of each road through the kernels; the rest are slow.
+QUICK = ("int4-g64-odd-k", "int4-g16", "int8-channel", "mxfp4", "Q4_K", "Q5_0")
 Tuning = StreamTuning | PackedTuning | None
 STREAM, TILE = StreamTuning(1, 2, 1), PackedTuning(block_n=16, block_m=16, split_k=1, num_stages=2)
 
@@ -42,22 +44,32 @@ def check(weight: PackedWeight, num_tokens: int, dtype: torch.dtype, device: str
     assert not workspace.counters.any()
 
 
-@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in WEIGHTS]
+)
 @pytest.mark.parametrize(("num_tokens", "tuning"), [(3, STREAM), (35, TILE)])
 def test_every_format_matches_its_twin(device: str, name: str, num_tokens: int, tuning: Tuning) -> None:
     check(packed(name, device), num_tokens, torch.bfloat16, device, tuning)
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-@pytest.mark.parametrize("name", ["int4-g64-odd-k", "Q6_K", "nvfp4", "MXFP4"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "int4-g64-odd-k",
+        "nvfp4",
+        pytest.param("Q6_K", marks=pytest.mark.slow),
+        pytest.param("MXFP4", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize(("num_tokens", "tuning"), [(1, STREAM), (17, TILE)])
 def test_every_activation_type(device: str, dtype: torch.dtype, name: str, num_tokens: int, tuning: Tuning) -> None:
     check(packed(name, device), num_tokens, dtype, device, tuning)
 
 
 @pytest.mark.parametrize("row_blocks", [1, 2])
-@pytest.mark.parametrize("warps", [1, 4])
-@pytest.mark.parametrize("num_tokens", [1, 8, 13])
+@pytest.mark.parametrize("warps", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("num_tokens", [1, pytest.param(8, marks=pytest.mark.slow), 13])
 def test_any_stream(device: str, row_blocks: int, warps: int, num_tokens: int) -> None:
     """The last row block is half full, the last warps have less to do, or nothing."""
     repacked = repack(affine(40, 1152, 128, 4))
@@ -65,7 +77,9 @@ def test_any_stream(device: str, row_blocks: int, warps: int, num_tokens: int) -
     check(on_device(repacked.weight, device), num_tokens, torch.bfloat16, device, StreamTuning(row_blocks, warps, 1))
 
 
-@pytest.mark.parametrize("split_k", [2, 3, 16])
+@pytest.mark.parametrize(
+    "split_k", [3, pytest.param(2, marks=pytest.mark.slow), pytest.param(16, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("streams", [True, False])
 def test_split_inputs_add_up(device: str, split_k: int, streams: bool) -> None:
     repacked = repack(affine(40, 1280, 64, 4))
