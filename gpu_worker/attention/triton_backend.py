@@ -18,6 +18,7 @@ from stepwire_kernels.rope_kv import rope_and_write_kv
 from stepwire_kernels.step_input import StepInput
 from stepwire_kernels.work_list import (
     RECORD_WORDS,
+    ChunkPolicy,
     WorkList,
     allocate_prefill_list,
     build_decode_list,
@@ -142,7 +143,7 @@ class PlannedAttention:
         self._step = step
         self._decode_work, self._prefill_work = {}, None
         if step.has_decodes and not self._deterministic:
-            policy = chunk_policy_for(inputs.max_runs, self._num_kv_heads)
+            policy = self._chunk_policy(inputs.max_runs)
             num_records = self._num_decode_records(inputs.max_runs)
             for window, whole in self._decode_lists.items():
                 work = WorkList(whole.records[:num_records], whole.num_records, whole.runs[: inputs.max_runs], policy)
@@ -165,9 +166,12 @@ class PlannedAttention:
             )
             self._prefill_work = work
 
+    def _chunk_policy(self, num_runs: int) -> ChunkPolicy:
+        return chunk_policy_for(num_runs, self._num_kv_heads)
+
     def _num_decode_records(self, num_runs: int) -> int:
         """Room for any content of a step of `num_runs` runs."""
-        policy = chunk_policy_for(num_runs, self._num_kv_heads)
+        policy = self._chunk_policy(num_runs)
         # One chunk more than the policy's: a sliding window need not start at a chunk's edge.
         return num_runs * (policy.max_chunks + 1) + self._limits.max_padding_tokens
 

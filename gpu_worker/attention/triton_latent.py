@@ -7,11 +7,13 @@ from collections.abc import Sequence
 import torch
 from stepwire_kernels.attention_latent import (
     default_latent_prefill_tuning,
+    latent_chunk_policy,
     latent_decode_attention,
     latent_prefill_attention,
     latent_tile_tokens,
 )
 from stepwire_kernels.latent_kv import rotate_and_write_latent
+from stepwire_kernels.work_list import ChunkPolicy
 
 from gpu_worker.attention.api import AttentionSpec
 from gpu_worker.attention.triton_backend import AttentionLimits, PlannedAttention, TritonAttention
@@ -38,7 +40,7 @@ class TritonLatentAttention(PlannedAttention):
         """`dtype`: of the queries."""
         if spec.value_dim is None:
             raise ValueError("keys are no values here: TritonAttention serves this model")
-        self._kv_rank = spec.value_dim
+        self._kv_rank, self._num_heads = spec.value_dim, spec.num_heads
         self._prefill_tuning = default_latent_prefill_tuning(dtype)
         super().__init__(
             spec,
@@ -49,6 +51,9 @@ class TritonLatentAttention(PlannedAttention):
             pdl=pdl,
             kv_scales=kv_scales,
         )
+
+    def _chunk_policy(self, num_runs: int) -> ChunkPolicy:
+        return latent_chunk_policy(num_runs, self._num_heads)
 
     def rotate_and_write(self, query: torch.Tensor, cached: torch.Tensor, layer: int, positions: StepPositions) -> None:
         """Rotate the queries' ends in place, and write this step's vectors into the cache.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import structlog
 import torch
-from stepwire_kernels.experts import default_expert_tuning
+from stepwire_kernels.experts import default_expert_tuning, default_packed_tuning
 from stepwire_kernels.step_result import result_slot_words
 
 from gpu_worker.assembly import (
@@ -38,6 +38,7 @@ from gpu_worker.device import resolve_dtype
 from gpu_worker.invariant.coverage import CoveredScheme, refuse_uncovered
 from gpu_worker.kv_cache import GIB, KVCache, KVCacheShape, MemoryBudgetError, activation_bytes
 from gpu_worker.layers.linear import BuildContext
+from gpu_worker.layers.moe import experts_can_stay_packed
 from gpu_worker.model_spec import ModelConfigError, ModelSpec
 from gpu_worker.models.family import ModelFamily
 from gpu_worker.models.hf_config import HfConfig
@@ -47,6 +48,7 @@ from gpu_worker.parallel.shares import ParallelContext
 from gpu_worker.pooling import read_pooling
 from gpu_worker.prompt_logprobs import PROMPT_LOGITS_BYTES
 from gpu_worker.quant.api import QuantScheme
+from gpu_worker.quant.none import Unquantized
 from gpu_worker.quant.scheme import make_scheme, read_quantization
 from gpu_worker.runner import TorchRunner
 from gpu_worker.runner_api import Runner
@@ -107,7 +109,7 @@ def load_cuda_runner(settings: WorkerSettings, device: torch.device, group: Rank
     sizes = resolve_sizes(settings, spec, device)
     if settings.deterministic:
         refuse_uncovered(spec, family)
-    reason = _unsupported(spec, parallel, sizes, device) or _packed_experts(settings, settings.model, spec)
+    reason = _unsupported(spec, parallel, sizes, device) or _packed_experts(settings, settings.model, spec, family)
     if family.host_plans_attention:
         reason = f"{spec.architecture} runs through transformers' own code"
     if read_pooling(settings.model, spec, family, settings.task, settings.pooling) is not None:
@@ -186,7 +188,8 @@ def _load_supported(
     runner = CudaRunner(facts, program, parts.planner, timeline, graphs, device, compile_in_parallel)
     warm_begun = time.monotonic()
     max_tokens = parts.planner.max_tokens
-    runner.warm_up(min(WARM_UP_TOKENS, max_tokens), _token_counts_of_tiles(spec, max_tokens, dtype))
+    packed = not isinstance(scheme, Unquantized)
+    runner.warm_up(min(WARM_UP_TOKENS, max_tokens), _token_counts_of_tiles(spec, max_tokens, dtype, packed=packed))
     torch.cuda.synchronize(device)
     log.info(
         "kernels are warm",
@@ -213,22 +216,33 @@ def _reads_float8(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= FLOAT8_CAPABILITY
 
 
-def _packed_experts(settings: WorkerSettings, directory: Path, spec: ModelSpec) -> str | None:
+def _packed_experts(
+    settings: WorkerSettings, directory: Path, spec: ModelSpec, family: type[ModelFamily]
+) -> str | None:
     """Why a mixture's experts cannot be computed; None: they can."""
     if spec.moe is None or spec.moe.storage != "each":
         return None
     quant = read_quantization(HfConfig.open(directory))
     kind = settings.quantization if quant is None else quant.label or quant.method
-    return None if kind == "auto" else f"experts in {kind} have no grouped kernel yet, those in 16 or 32 bits have one"
+    if kind == "auto":
+        return None
+    scheme = make_scheme(directory, family.name_rules, setting=settings.quantization, has_weights=False)
+    layers = (f"layers.{layer}.mlp.experts" for layer in range(spec.num_layers))
+    if all(experts_can_stay_packed(scheme, path, spec.moe.num_experts) for path in layers):
+        return None
+    return f"experts in {kind} have no grouped kernel, those in 4-bit and 8-bit groups and in 16 or 32 bits have one"
 
 
-def _token_counts_of_tiles(spec: ModelSpec, max_tokens: int, dtype: torch.dtype) -> tuple[int, ...]:
+def _token_counts_of_tiles(
+    spec: ModelSpec, max_tokens: int, dtype: torch.dtype, *, packed: bool = False
+) -> tuple[int, ...]:
     """A token count for every launch shape of a mixture's experts: each is a kernel of its own."""
     if spec.moe is None:
         return ()
+    choose = default_packed_tuning if packed else default_expert_tuning
     counts: dict[int, int] = {}
     for exponent in range(5, max_tokens.bit_length()):
-        tuning = default_expert_tuning(1 << exponent, spec.moe.num_chosen, spec.moe.num_experts, dtype)
+        tuning = choose(1 << exponent, spec.moe.num_chosen, spec.moe.num_experts, dtype)
         counts.setdefault(tuning.tile_rows, 1 << exponent)
     return tuple(counts.values())
 

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from stepwire_kernels.activation import Activation, gated_activation
 from stepwire_kernels.expert_routing import choose_experts
-from stepwire_kernels.experts import ExpertWeights, mix_experts
+from stepwire_kernels.experts import ExpertWeights, mix_experts, mix_packed_experts
 from stepwire_kernels.gemm import allocate_linear_workspace, linear
 from stepwire_kernels.norm import add_rms_norm
 
 from gpu_worker.attention.api import AttentionBackend
 from gpu_worker.attention.triton_backend import TritonAttention
 from gpu_worker.attention.triton_latent import TritonLatentAttention
-from gpu_worker.layers.ops import TORCH_OPS, AttentionHeads, StackedExpertWeights, StepPositions
+from gpu_worker.layers.ops import TORCH_OPS, AttentionHeads, PackedStack, StackedExpertWeights, StepPositions
 from gpu_worker.layers.rope import RotaryTables
 from gpu_worker.layers.routing import SIGMOID_SUM_EPS, Routing
 from gpu_worker.model_spec import LatentSpec, MoeSpec
@@ -85,6 +85,18 @@ class TritonOps:
             routing.weights,
             routing.experts,
             ExpertWeights(experts.gate_up, experts.down, experts.gate_up_bias, experts.down_bias),
+            _KERNEL_ACTIVATIONS[experts.activation],
+            num_experts=experts.num_experts,
+            first_expert=experts.first_expert,
+            pdl=self.pdl,
+        )
+
+    def mix_packed_experts(self, x: torch.Tensor, routing: Routing, experts: PackedStack) -> torch.Tensor:
+        return mix_packed_experts(
+            x,
+            routing.weights,
+            routing.experts,
+            experts.held,
             _KERNEL_ACTIVATIONS[experts.activation],
             num_experts=experts.num_experts,
             first_expert=experts.first_expert,

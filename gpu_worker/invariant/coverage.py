@@ -28,6 +28,7 @@ class CoveredScheme:
 
     def __init__(self, inner: QuantScheme) -> None:
         self._inner = inner
+        self.fused_experts_are_packed = inner.fused_experts_are_packed
 
     def linear_method(self, path: str) -> LinearMethod:
         method = self._inner.linear_method(path)

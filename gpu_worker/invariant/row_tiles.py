@@ -108,6 +108,7 @@ class TiledScheme:
 
     def __init__(self, inner: QuantScheme) -> None:
         self._inner = inner
+        self.fused_experts_are_packed = inner.fused_experts_are_packed
 
     def linear_method(self, path: str) -> LinearMethod:
         return TiledLinear(self._inner.linear_method(path), path)

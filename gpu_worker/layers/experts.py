@@ -1,4 +1,6 @@
-"""The experts of one layer on one rank, in the three ways that their weights are held and stored."""
+"""The experts of one layer on one rank, in the three ways that plain weights are held and stored, and as linears of any
+format. Packed ones in one stack: `packed_experts.py`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from gpu_worker.parallel.shares import ExpertShare, ParallelContext, Share
 from gpu_worker.quant.api import ExpectedTensors, LinearPart, LinearShape, RandomValues, StoredTensor
 
 
-def _shapes(hidden_size: int, share: ExpertShare, *, bias: bool) -> tuple[LinearShape, LinearShape]:
+def expert_shapes(hidden_size: int, share: ExpertShare, *, bias: bool) -> tuple[LinearShape, LinearShape]:
     """gate-up and down of one expert on this rank."""
     inner = share.intermediate
     gate_up = LinearShape(
@@ -43,13 +45,13 @@ class ExpertLinears:
         self._ops, self._activation = build.ops, moe.activation
         share = build.parallel.experts(moe.num_experts, moe.intermediate_size)
         self._held = range(share.experts.start, share.experts.stop)
-        self._shapes = _shapes(hidden_size, share, bias=moe.expert_bias)
+        self._shapes = expert_shapes(hidden_size, share, bias=moe.expert_bias)
         self._linears = {
             expert: self._build(expert, self._shapes, path, build)
             for expert in range(moe.num_experts)
             if expert in self._held
         }
-        whole = _shapes(
+        whole = expert_shapes(
             hidden_size, ParallelContext().experts(moe.num_experts, moe.intermediate_size), bias=moe.expert_bias
         )
         self._elsewhere = {
@@ -116,7 +118,7 @@ class StackedExperts:
         check_activation(moe.activation, dict(GATED_ACTIVATIONS))
         self._ops, self._num_experts = build.ops, moe.num_experts
         self.share = build.parallel.experts(moe.num_experts, moe.intermediate_size)
-        self._shapes = _shapes(hidden_size, self.share, bias=moe.expert_bias)
+        self._shapes = expert_shapes(hidden_size, self.share, bias=moe.expert_bias)
         held, inner = self.share.experts.size, self.share.intermediate.size
 
         def zeros(*size: int) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """Mixture of experts: router, experts and the shared expert of one layer.
 
 Every rank holds a part of each expert (its share of the intermediate size), or, expert parallel, some experts whole; in
-both cases a rank's output is a summand, and one all-reduce adds them up. On a CPU, and for quantized weights, experts
-are linears of their own; the GPU's grouped kernel reads unquantized ones from two tensors that hold all of them.
+both cases a rank's output is a summand, and one all-reduce adds them up. On a CPU, and in formats that the grouped
+kernels cannot read, experts are linears of their own; the GPU holds all of a layer in two stacks, plain or packed.
 """
 
 from __future__ import annotations
@@ -16,13 +16,27 @@ import torch.nn.functional as F
 from gpu_worker.layers.experts import ExpertLinears, FusedExperts, StackedExperts
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.layers.mlp import GatedMLP
+from gpu_worker.layers.packed_experts import PackedExperts, PackedFusedExperts, can_stay_packed
 from gpu_worker.layers.routing import Routing
 from gpu_worker.layers.weighted import Weighted
 from gpu_worker.model_spec import ModelSpec, MoeSpec
-from gpu_worker.quant.api import ExpectedTensors, RandomValues, StoredTensor
+from gpu_worker.quant.api import ExpectedTensors, QuantScheme, RandomValues, StoredTensor
 from gpu_worker.quant.none import Unquantized
+from gpu_worker.quant.stored import StoredLinear
 
 CORRECTION = "e_score_correction_bias"
+
+
+def experts_can_stay_packed(scheme: QuantScheme, path: str, num_experts: int) -> bool:
+    """Whether all experts under `path` have one format, which grouped kernels read."""
+    kinds = set()
+    for expert in range(num_experts):
+        for name in ("gate_up", "down"):
+            method = scheme.linear_method(f"{path}.{expert}.{name}")
+            if not isinstance(method, StoredLinear) or not can_stay_packed(method.format):
+                return False
+            kinds.add((name, method.format))
+    return len(kinds) == 2  # gate-up's and down's
 
 
 class Router(Weighted):
@@ -87,11 +101,15 @@ class MixtureOfExperts:
     def __init__(self, spec: ModelSpec, moe: MoeSpec, path: str, build: BuildContext) -> None:
         self._parallel = build.parallel
         self.router = Router(spec.hidden_size, moe, build)
-        self.experts: ExpertLinears | StackedExperts
-        if moe.storage != "each":
+        self.experts: ExpertLinears | StackedExperts | PackedExperts | PackedFusedExperts
+        if moe.storage != "each" and build.ops.stacks_experts and build.quant.fused_experts_are_packed:
+            self.experts = PackedFusedExperts(spec.hidden_size, moe, f"{path}.experts", build)
+        elif moe.storage != "each":
             self.experts = FusedExperts(spec.hidden_size, moe, build)
         elif build.ops.stacks_experts and isinstance(build.quant, Unquantized):
             self.experts = StackedExperts(spec.hidden_size, moe, build)
+        elif build.ops.stacks_experts and experts_can_stay_packed(build.quant, f"{path}.experts", moe.num_experts):
+            self.experts = PackedExperts(spec.hidden_size, moe, f"{path}.experts", build)
         else:
             self.experts = ExpertLinears(spec.hidden_size, moe, f"{path}.experts", build)
         self.shared: GatedMLP | None = None

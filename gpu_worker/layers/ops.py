@@ -20,6 +20,8 @@ from gpu_worker.layers.routing import Routing, choose_experts
 from gpu_worker.model_spec import LatentSpec, MoeSpec
 
 if TYPE_CHECKING:
+    from stepwire_kernels.expert_packed import PackedExpertWeights
+
     from gpu_worker.layers.norm import Norm, RMSNorm
 
 
@@ -44,6 +46,17 @@ class StackedExpertWeights:
     down: torch.Tensor  # [experts, hidden, intermediate]
     gate_up_bias: torch.Tensor | None  # [experts, 2 * intermediate]
     down_bias: torch.Tensor | None  # [experts, hidden]
+    activation: str
+    num_experts: int
+    """Of the whole model."""
+    first_expert: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PackedStack:
+    """This rank's experts with packed weights, for operations that stack experts."""
+
+    held: PackedExpertWeights
     activation: str
     num_experts: int
     """Of the whole model."""
@@ -92,6 +105,10 @@ class LayerOps(Protocol):
 
     def mix_experts(self, x: torch.Tensor, routing: Routing, experts: StackedExpertWeights) -> torch.Tensor:
         """The weighted sum of each token's experts: x [num_tokens, hidden] -> [num_tokens, hidden]."""
+        ...
+
+    def mix_packed_experts(self, x: torch.Tensor, routing: Routing, experts: PackedStack) -> torch.Tensor:
+        """`mix_experts` of packed weights; only where `stacks_experts`."""
         ...
 
     def prepare_positions(self, tables: RotaryTables, positions: torch.Tensor, dtype: torch.dtype) -> StepPositions: ...
@@ -211,6 +228,9 @@ class TorchOps:
             )
 
         return routing.mix(x, range(experts.first_expert, experts.first_expert + len(experts.down)), apply)
+
+    def mix_packed_experts(self, x: torch.Tensor, routing: Routing, experts: PackedStack) -> torch.Tensor:
+        raise TypeError("plain torch holds experts as linears of their own, not packed in a stack")
 
     def prepare_positions(self, tables: RotaryTables, positions: torch.Tensor, dtype: torch.dtype) -> StepPositions:
         return StepPositions(tables, positions, tables.gather(positions, dtype))

@@ -140,4 +140,9 @@ class RandomValues(Protocol):
 class QuantScheme(Protocol):
     """Which method a linear gets."""
 
+    @property
+    def fused_experts_are_packed(self) -> bool:
+        """Whether experts that a checkpoint stores in one tensor are blocks of MXFP4 there."""
+        ...
+
     def linear_method(self, path: str) -> LinearMethod: ...

@@ -73,6 +73,8 @@ class UnquantizedLinear(LinearMethod):
 class Unquantized:
     """The scheme of a checkpoint without quantization."""
 
+    fused_experts_are_packed = False
+
     def __init__(self, ops: LayerOps = TORCH_OPS) -> None:
         self._ops = ops
 

@@ -1,4 +1,4 @@
-"""Brings group-scaled weights into the one layout that `stepwire_kernels.packed_linear` multiplies by.
+"""Brings group-scaled weights into the one layout that the kernels multiply by (`stepwire_kernels.packed_weight`).
 
 Nothing is rounded: codes, scales and minima are those of the checkpoint, in its own element types.
 """
@@ -8,13 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from stepwire_kernels.packed_linear import PackedWeight
+from stepwire_kernels.packed_weight import ALIGN_INPUTS, PackedWeight, pack_fields
 
 from gpu_worker.loading.gguf_blocks import codes_of
 from gpu_worker.quant.weights import AffineWeight, Float4Weight, GgufWeight, QuantizedWeight
 
-PLANE, SMALL_PLANE = 32, 16
+# What runs of a group are made of.
+PLANE = 32
 SMALL_GROUP = 16
+ONE_GROUP = 1 << 25
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,60 +47,53 @@ def _narrowest(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def _tiles(codes: torch.Tensor, field_bits: int, per_word: int, plane: int, dtype: torch.dtype) -> torch.Tensor:
-    """codes uint8 [N, K] -> `dtype` [tiles, N, plane], `per_word` codes of `field_bits` in each element."""
-    width = plane * per_word
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % width))
-    fields = padded.unflatten(1, (-1, per_word, plane))  # [N, tiles, per_word, plane]
-    words = torch.zeros(fields.shape[1], codes.shape[0], plane, dtype=torch.int32, device=codes.device)
-    for field in range(per_word):
-        words |= fields[:, :, field].transpose(0, 1).to(torch.int32) << (field * field_bits)
-    return words.to(dtype)  # the narrow types wrap around, which keeps the bits
+def _by_group(values: torch.Tensor) -> torch.Tensor:
+    """[N, G] -> [G, N]."""
+    return values.t().contiguous()
 
 
-def _by_group(values: torch.Tensor, group_size: int, num_inputs: int, tile_inputs: int) -> torch.Tensor:
-    """[N, G] -> [G', N], with groups of zeros up to the end of the last tile."""
-    num_groups = -(-(-(-num_inputs // tile_inputs) * tile_inputs) // group_size)
-    # float8 knows no zero padding: through its bytes.
-    raw = values.view(torch.uint8) if values.dtype == torch.float8_e4m3fn else values
-    padded = torch.nn.functional.pad(raw, (0, num_groups - values.shape[1])).t().contiguous()
-    return padded.view(values.dtype)
+def _words(codes: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+    """Codes uint8 [N, K] of up to `bits` bits: words, high words and the bits in those."""
+    words = pack_fields(codes & 15, 4, torch.int32)
+    if bits <= 4:
+        return words, None, 0
+    high_bits = {5: 1, 6: 2}.get(bits, 4)
+    dtype = {1: torch.int8, 2: torch.int16, 4: torch.int32}[high_bits]
+    return words, pack_fields(codes >> 4, high_bits, dtype), high_bits
 
 
-def _kernel_group(group_size: int, num_inputs: int, plane: int) -> int | None:
-    """The group size as the kernel counts: a power of two of planes; one group for all inputs is a large one."""
+def _kernel_group(group_size: int, num_inputs: int) -> int | None:
+    """The group size as the kernels count: one group for all inputs is a large one."""
     if group_size >= num_inputs:
-        return plane * (1 << 20)
-    planes = group_size // plane
-    return group_size if planes * plane == group_size and planes & (planes - 1) == 0 else None
+        return ONE_GROUP
+    if group_size == SMALL_GROUP or (group_size % PLANE == 0 and ALIGN_INPUTS % group_size == 0):
+        return group_size
+    return group_size if group_size % ALIGN_INPUTS == 0 else None
 
 
 def _repack_affine(weight: AffineWeight) -> Repacked | None:
-    if weight.bits not in (2, 3, 4, 8):
+    if weight.bits > 8:
         return None
-    bits = 8 if weight.bits == 8 else 4
     order = None
     if weight.groups is not None:
         weight, order = _regular(weight)
-    plane = SMALL_PLANE if weight.group_size == SMALL_GROUP else PLANE
-    num_inputs, per_word = weight.num_inputs, 32 // bits
-    group_size = _kernel_group(weight.group_size, num_inputs, plane)
+    group_size = _kernel_group(weight.group_size, weight.num_inputs)
     if group_size is None:
         return None
-    tile = plane * per_word
     one_zero = weight.zeros.numel() == 1 or bool((weight.zeros == weight.zeros.flatten()[0]).all())
+    words, high_words, high_bits = _words(weight.codes, weight.bits)
     packed = PackedWeight(
-        words=_tiles(weight.codes, bits, per_word, plane, torch.int32),
-        high_words=None,
-        scales=_by_group(_narrowest(weight.scales.float()), group_size, num_inputs, tile),
-        zeros=None if one_zero else _by_group(weight.zeros, group_size, num_inputs, tile),
+        words=words,
+        high_words=high_words,
+        scales=_by_group(_narrowest(weight.scales.float())),
+        zeros=None if one_zero else _by_group(weight.zeros),
         minima=None,
         outer_scales=None,
         outer_minima=None,
         row_scales=None,
-        num_inputs=num_inputs,
+        num_inputs=weight.num_inputs,
         group_size=group_size,
-        bits=bits,
+        high_bits=high_bits,
         offset=int(weight.zeros.flatten()[0]) if one_zero else 0,
     )
     return Repacked(packed, order)
@@ -126,20 +121,17 @@ def _regular(weight: AffineWeight) -> tuple[AffineWeight, torch.Tensor]:
 
 def _repack_float4(weight: Float4Weight) -> Repacked:
     codes = torch.stack((weight.packed & 15, weight.packed >> 4), dim=-1).flatten(1)  # [N, K]
-    plane = SMALL_PLANE if weight.group_size == SMALL_GROUP else PLANE
-    tile = plane * 8
     packed = PackedWeight(
-        words=_tiles(codes, 4, 8, plane, torch.int32),
+        words=pack_fields(codes, 4, torch.int32),
         high_words=None,
-        scales=_by_group(weight.scales, weight.group_size, weight.num_inputs, tile),
+        scales=_by_group(weight.scales),
         zeros=None,
         minima=None,
         outer_scales=None,
         outer_minima=None,
-        row_scales=(0.5 / weight.row_divisors).contiguous(),  # the kernel's e2m1 values are doubled
+        row_scales=(0.5 / weight.row_divisors).contiguous(),  # the kernels' e2m1 values are doubled
         num_inputs=weight.num_inputs,
         group_size=weight.group_size,
-        bits=4,
         is_e2m1=True,
         exponents=weight.scales.dtype == torch.uint8,
     )
@@ -150,37 +142,22 @@ def _repack_gguf(weight: GgufWeight) -> Repacked | None:
     parts = codes_of(weight.blocks, weight.ggml_type)
     if parts is None:
         return None
-    num_inputs = weight.num_inputs
-    plane = SMALL_PLANE if parts.group_size == SMALL_GROUP else PLANE
-    bits = 8 if parts.bits == 8 else 4
-    per_word = 32 // bits
-    tile = plane * per_word
-    high_bits = parts.bits - 4 if 4 < parts.bits < 8 else 0
 
-    def grouped(values: torch.Tensor | None) -> torch.Tensor | None:
-        return None if values is None else _by_group(values, parts.group_size, num_inputs, tile)
+    def transposed(values: torch.Tensor | None) -> torch.Tensor | None:
+        return None if values is None else _by_group(values)
 
-    def outer(values: torch.Tensor | None) -> torch.Tensor | None:
-        return None if values is None else values.t().contiguous()
-
-    high_words = None
-    if high_bits:
-        narrow = torch.int8 if high_bits * per_word <= 8 else torch.int16
-        high_words = _tiles(parts.codes >> 4, high_bits, per_word, plane, narrow)
-    scales = grouped(parts.scales)
-    assert scales is not None
+    words, high_words, high_bits = _words(parts.codes, parts.bits)
     packed = PackedWeight(
-        words=_tiles(parts.codes & 15 if high_bits else parts.codes, bits, per_word, plane, torch.int32),
+        words=words,
         high_words=high_words,
-        scales=scales,
+        scales=_by_group(parts.scales),
         zeros=None,
-        minima=grouped(parts.minima),
-        outer_scales=outer(parts.outer_scales),
-        outer_minima=outer(parts.outer_minima),
+        minima=transposed(parts.minima),
+        outer_scales=transposed(parts.outer_scales),
+        outer_minima=transposed(parts.outer_minima),
         row_scales=torch.full((weight.num_outputs,), 0.5, device=weight.device) if parts.is_e2m1 else None,
-        num_inputs=num_inputs,
+        num_inputs=weight.num_inputs,
         group_size=parts.group_size,
-        bits=bits,
         high_bits=high_bits,
         offset=parts.offset,
         is_e2m1=parts.is_e2m1,

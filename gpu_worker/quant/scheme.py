@@ -118,6 +118,8 @@ def make_scheme(
 class _ByName:
     """Finds a linear's modules in the checkpoint, and puts formats of its parts together."""
 
+    fused_experts_are_packed = False
+
     def __init__(
         self, name_rules: Mapping[str, Mapping[str, str]], ops: LayerOps, kernels: PackedKernels | None
     ) -> None:
@@ -150,6 +152,9 @@ class CheckpointScheme(_ByName):
     ) -> None:
         super().__init__(name_rules, ops, kernels)
         self._quant, self._names = quant, names
+        self.fused_experts_are_packed = quant.method == "mxfp4" and (
+            not names or any(name.endswith("_blocks") for name in names)
+        )
 
     def format_of(self, name: str) -> WeightFormat | None:
         return module_format(self._quant, name, self._names)
@@ -177,6 +182,8 @@ class GgufScheme(_ByName):
 
 class OnLoadScheme:
     """Quantizes plain weights while they are loaded."""
+
+    fused_experts_are_packed = False
 
     def __init__(self, kind: Literal["fp8", "int8"], ops: LayerOps, kernels: PackedKernels | None) -> None:
         self._kind, self._ops, self._kernels = kind, ops, kernels

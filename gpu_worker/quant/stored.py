@@ -113,6 +113,13 @@ class StoredLinear(LinearMethod):
         if self.shape.has_bias and self.bias is None:
             self.bias = torch.zeros(self.shape.num_outputs, dtype=self._dtype, device=self._device)
 
+    def take_parts(self) -> list[QuantizedWeight]:
+        """Instead of `finish`, for a caller that multiplies by itself: the parts' weights, which are not kept."""
+        parts = self._random or [self._decode(part) for part in self.shape.parts]
+        self._tensors.clear()
+        self._random = []
+        return [weight for weight, _ in parts]
+
     def _decode(self, part: LinearPart) -> tuple[QuantizedWeight, StaticScale | None]:
         tensors = self._tensors[part.name]
         weight = self.format.decode(tensors, part.outputs, self.shape.inputs)

@@ -25,11 +25,13 @@ import triton.language as tl
 
 from stepwire_kernels.attention_decode import LOG2_E, DecodeWorkspace, combine_chunks, num_multiprocessors
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
-from stepwire_kernels.work_list import WorkList
+from stepwire_kernels.work_list import ChunkPolicy, WorkList
 
 # Beyond this the accumulator of a tile does not fit the registers.
 MAX_KV_RANK = 512
 MAX_ROPE_DIM = 128
+# Chunks times blocks of heads that fill a large device: two for each multiprocessor.
+WANTED_ITEMS = 264
 
 
 @dataclass(frozen=True)
@@ -281,6 +283,16 @@ def default_latent_decode_tuning(num_heads: int, dtype: torch.dtype) -> LatentTu
     if rows < 64:
         return LatentTuning(rows, 32, 4, 2, 2)
     return LatentTuning(rows, 32, 8, 2, 1)
+
+
+def latent_chunk_policy(max_runs: int, num_heads: int) -> ChunkPolicy:
+    """Chunks for two programs a multiprocessor, and no more: a chunk's partial result has kv_rank numbers a head.
+
+    With 128 heads it is as large as the cached vectors of 230 tokens, and written and read again.
+    """
+    items = max_runs * triton.cdiv(num_heads, 64)
+    chunks = WANTED_ITEMS // items
+    return ChunkPolicy(min_chunk=128, max_chunks=min(64, max(4, triton.next_power_of_2(chunks + 1) // 2)))
 
 
 def default_latent_prefill_tuning(dtype: torch.dtype) -> LatentTuning:

@@ -3,7 +3,8 @@
     mixed[t] = sum over j of weights[t, j] * down[e] @ act(gate_up[e] @ x[t])     with e = experts[t, j]
 
 Formulas with biases: `expert_gemm.py`. Two roads: products of pairs (`expert_gemv.py`) as long as two tokens seldom
-meet at one expert, grouped products (`expert_tiles.py`, `expert_gemm.py`) from there on.
+meet at one expert, grouped products (`expert_tiles.py`, `expert_gemm.py`) from there on. Experts whose weights are
+packed in a few bits: `expert_packed.py`, by tiles at any number of tokens.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import triton
 from stepwire_kernels.activation import ACTIVATIONS, Activation
 from stepwire_kernels.expert_gemm import TileTuning, expert_down, expert_gate_up, sum_experts
 from stepwire_kernels.expert_gemv import PairTuning, pair_down, pair_gate_up
+from stepwire_kernels.expert_packed import PackedExpertTuning, PackedExpertWeights, packed_expert_product
 from stepwire_kernels.expert_tiles import build_expert_tiles
 
 
@@ -142,3 +144,62 @@ def _check(x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, held: 
     tensors = (weights, experts, *(tensor for tensor in vars(held).values() if tensor is not None))
     if not all(tensor.is_contiguous() for tensor in tensors) or weights.dtype != torch.float32:
         raise ValueError("mix_experts: weights must be float32, and they, experts and all of `held` contiguous")
+
+
+def default_packed_tuning(num_tokens: int, num_chosen: int, num_experts: int, dtype: torch.dtype) -> PackedExpertTuning:
+    """The launch shapes for so many tokens, as if they chose evenly."""
+    rows = triton.next_power_of_2(triton.cdiv(num_tokens * num_chosen * ROWS_OF_MEAN, num_experts))
+    if num_tokens <= 8 or rows <= 8:
+        return PackedExpertTuning(8)
+    if num_tokens <= 16 or rows <= 16:
+        return PackedExpertTuning(16)
+    if dtype == torch.float32:
+        return PackedExpertTuning(32, block_n=32, num_stages=2)
+    return PackedExpertTuning(min(128, rows), block_n=64)
+
+
+def mix_packed_experts(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    experts: torch.Tensor,
+    held: PackedExpertWeights,
+    kind: Activation,
+    *,
+    num_experts: int | None = None,
+    first_expert: int = 0,
+    tuning: PackedExpertTuning | None = None,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """`mix_experts` with packed weights.
+
+    Raises:
+        ValueError: shapes, types or strides that do not fit together.
+    """
+    num_tokens, num_chosen = experts.shape
+    hidden = held.down.num_outputs
+    if x.shape != (num_tokens, held.gate_up.num_inputs) or x.shape[1] != hidden or x.stride(1) != 1:
+        raise ValueError(
+            f"mix_packed_experts: takes x [{num_tokens}, {hidden}] with contiguous columns, got {tuple(x.shape)} and "
+            f"experts of {held.gate_up.num_inputs} inputs"
+        )
+    if weights.shape != experts.shape or experts.dtype != torch.int32 or weights.dtype != torch.float32:
+        raise ValueError("mix_packed_experts: takes weights in float32 and experts in int32, [num_tokens, num_chosen]")
+    if num_tokens == 0:
+        return torch.empty_like(x)
+    tuning = tuning or default_packed_tuning(num_tokens, num_chosen, num_experts or held.num_experts, x.dtype)
+    tiles = build_expert_tiles(experts, held.num_experts, tuning.tile_rows, first_expert=first_expert, pdl=pdl)
+    inner = packed_expert_product(
+        x,
+        held.gate_up,
+        held.gate_up_bias,
+        tiles,
+        held.inner_size,
+        kind=kind,
+        num_chosen=num_chosen,
+        tuning=tuning,
+        pdl=pdl,
+    )
+    pair_out = packed_expert_product(
+        inner, held.down, held.down_bias, tiles, hidden, kind=None, num_chosen=num_chosen, tuning=tuning, pdl=pdl
+    )
+    return sum_experts(pair_out, weights, experts, held.num_experts, first_expert=first_expert, pdl=pdl)

@@ -221,7 +221,9 @@ SECTIONS: dict[str, Callable[[Report], None]] = {
     "scaled": bench_scaled,
 }
 # Long: only when named.
-EXTRA_SECTIONS: dict[str, Callable[[Report], None]] = {"quantized_sweep": bench_sweep}
+EXTRA_SECTIONS: dict[str, Callable[[Report], None]] = {
+    "quantized_sweep": bench_sweep,
+}
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from stepwire_kernels.attention_decode import allocate_decode_workspace
 from stepwire_kernels.attention_latent import (
     LatentTuning,
     default_latent_prefill_tuning,
+    latent_chunk_policy,
     latent_decode_attention,
     latent_prefill_attention,
     latent_tile_tokens,
@@ -37,7 +38,7 @@ DECODE_TUNINGS = {
     FULL: [
         LatentTuning(rows, tile, warps, stages, 1)
         for rows, tile, warps, stages in (
-            (64, 32, 8, 2), (64, 32, 8, 3), (64, 16, 8, 3), (32, 32, 4, 2)
+            (64, 32, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1), (64, 16, 8, 3), (32, 32, 4, 2)
         )
     ],
 }  # fmt: skip
@@ -50,7 +51,7 @@ PREFILL_TUNINGS = [
 def decode_launches(heads: Heads, case: AttentionCase, tuning: LatentTuning | None) -> list[Callable[[], object]]:
     """One launch a cache."""
     num_runs = case.kv_lens.numel()
-    policy = work_list.chunk_policy_for(num_runs, 1)
+    policy = latent_chunk_policy(num_runs, heads.num_heads)
     work = work_list.allocate_decode_list(num_runs, num_runs, "cuda", policy=policy)
     work_list.build_decode_list(case.query_starts, case.kv_lens, case.run_rows, work)
     workspace = allocate_decode_workspace(work, heads.num_heads, KV_RANK)

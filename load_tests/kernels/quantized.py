@@ -1,17 +1,20 @@
 """Benchmarks of quantized linears at Llama-8B's shapes: against the weights' own bytes and against bf16 cuBLAS.
 
 Sections `packed` (4-bit groups, GGUF types, MXFP4), `scaled` (FP8 and INT8 W8A8, the quantization of inputs included)
-and `quantized_sweep` (launch shapes tried one by one, the best of each printed) of `load_tests.kernels.bench`.
+and `quantized_sweep` (launch shapes of the latter) of `load_tests.kernels.bench`; launch shapes of the former:
+`load_tests.kernels.sweep packed`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 
 import torch
 from stepwire_kernels.gemm import LinearWorkspace, allocate_linear_workspace
-from stepwire_kernels.packed_linear import PackedTuning, PackedWeight, packed_linear
+from stepwire_kernels.packed_linear import MAX_STREAM_TOKENS, PackedTuning, StreamTuning, packed_linear
+from stepwire_kernels.packed_weight import PackedWeight
 from stepwire_kernels.quantize_input import quantize_input
 from stepwire_kernels.scaled_linear import ScaledTuning, scaled_linear
 
@@ -19,6 +22,7 @@ from load_tests.kernels.measure import Report, time_graph
 
 LLAMA_8B_LINEARS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 NUM_TOKENS = (1, 4, 16, 32, 64, 128, 256)
+KINDS = ("int4-g128", "int8-g128", "Q4_0", "Q4_K", "Q6_K", "Q8_0", "MXFP4", "NVFP4")
 L2_EVADING_BYTES = 240 << 20
 BF16 = torch.bfloat16
 
@@ -31,9 +35,8 @@ def _copies(num_bytes: int) -> int:
 
 def packed_weight(kind: str, n: int, k: int) -> PackedWeight:
     """Random bits in the layout of a format; scales are small numbers."""
-    plane = 16 if kind == "Q6_K" else 32
-    bits = 8 if kind == "Q8_0" else 4
-    group = {"int4-g128": 128, "Q6_K": 16}.get(kind, 32)
+    group = {"int4-g128": 128, "int8-g128": 128, "Q6_K": 16, "NVFP4": 16}.get(kind, 32)
+    high_bits = {"Q6_K": 2, "Q8_0": 4, "int8-g128": 4}.get(kind, 0)
 
     def ints(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         limit = torch.iinfo(dtype)
@@ -42,27 +45,29 @@ def packed_weight(kind: str, n: int, k: int) -> PackedWeight:
     def halves(groups: int) -> torch.Tensor:
         return torch.rand(groups, n, device="cuda").mul_(0.01).half()
 
-    tiles, is_k = k // (plane * 32 // bits), kind.endswith("_K")
+    shape, is_k = (n // 16, k // 64, 128), kind.endswith("_K")
     scales = halves(k // group)
     if is_k:
         scales = ints(k // group, n, dtype=torch.int8 if kind == "Q6_K" else torch.uint8) // 4
     if kind == "MXFP4":
         scales = torch.full((k // group, n), 120, dtype=torch.uint8, device="cuda")
+    if kind == "NVFP4":
+        scales = scales.to(torch.float8_e4m3fn)
+    is_e2m1 = kind in ("MXFP4", "NVFP4")
     return PackedWeight(
-        words=ints(tiles, n, plane, dtype=torch.int32),
-        high_words=ints(tiles, n, plane, dtype=torch.int16) if kind == "Q6_K" else None,
+        words=ints(*shape, dtype=torch.int32),
+        high_words=ints(*shape, dtype=torch.int16 if high_bits == 2 else torch.int32) if high_bits else None,
         scales=scales,
-        zeros=ints(k // group, n, dtype=torch.uint8) % 16 if kind == "int4-g128" else None,
+        zeros=ints(k // group, n, dtype=torch.uint8) % 16 if kind.startswith("int") else None,
         minima=ints(k // group, n, dtype=torch.uint8) // 4 if kind == "Q4_K" else None,
         outer_scales=halves(k // 256) if is_k else None,
         outer_minima=halves(k // 256) if kind == "Q4_K" else None,
-        row_scales=torch.rand(n, device="cuda") if kind == "MXFP4" else None,
+        row_scales=torch.rand(n, device="cuda") if is_e2m1 else None,
         num_inputs=k,
         group_size=group,
-        bits=bits,
-        high_bits=2 if kind == "Q6_K" else 0,
+        high_bits=high_bits,
         offset={"Q4_0": 8, "Q6_K": 32, "Q8_0": 128}.get(kind, 0),
-        is_e2m1=kind == "MXFP4",
+        is_e2m1=is_e2m1,
         exponents=kind == "MXFP4",
     )
 
@@ -78,7 +83,7 @@ def bench_packed(report: Report) -> None:
     for name, (n, k) in LLAMA_8B_LINEARS.items():
         inputs = {count: torch.randn(count, k, device="cuda", dtype=BF16) for count in NUM_TOKENS}
         plain = {count: _bf16_ms(n, k, x) for count, x in inputs.items()}
-        for kind in ("int4-g128", "Q4_0", "Q4_K", "Q6_K", "Q8_0", "MXFP4"):
+        for kind in KINDS:
             num_bytes = packed_weight(kind, n, k).num_bytes()
             weights = [packed_weight(kind, n, k) for _ in range(_copies(num_bytes))]
             for count, x in inputs.items():
@@ -137,16 +142,30 @@ def bench_scaled(report: Report) -> None:
                 )
 
 
-def _sweep_packed(n: int, k: int, count: int, workspace: LinearWorkspace) -> tuple[float, str]:
+def packed_candidates(count: int) -> Iterator[StreamTuning | PackedTuning]:
+    """Launch shapes for so many tokens."""
+    if count <= MAX_STREAM_TOKENS:
+        for row_blocks, warps, split in product((1, 2), (2, 4, 8), (1, 2)):
+            yield StreamTuning(row_blocks, warps, split)
+        return
+    block_m = 32 if count <= 32 else 64 if count <= 64 else 128
+    for split, stages in product((1, 2, 4), (3, 4)):
+        yield PackedTuning(64, block_m, split, 4, stages)
+        yield PackedTuning(128, block_m, split, 8, stages)
+
+
+def packed_launches(
+    kind: str, n: int, k: int, count: int, workspace: LinearWorkspace
+) -> tuple[int, Callable[[StreamTuning | PackedTuning], list[Launch]]]:
+    """Bytes of one weight, and launches over several of them for a tuning."""
     x = torch.randn(count, k, device="cuda", dtype=BF16)
-    weights = [packed_weight("int4-g128", n, k) for _ in range(_copies(n * k // 2))]
-    timed: dict[PackedTuning, float] = {}
-    for shape in product((32, 64, 128), (1, 2, 4, 8, 16), (4, 8), (2, 3, 5)):
-        tuning = PackedTuning(*shape)
-        launches = [lambda w=w, t=tuning: packed_linear(x, w, None, workspace, tuning=t) for w in weights]
-        timed[tuning] = time_graph(launches, target_ms=5, repeats=3)
-    best = min(timed, key=lambda one: timed[one])
-    return timed[best], str(best)
+    num_bytes = packed_weight(kind, n, k).num_bytes()
+    weights = [packed_weight(kind, n, k) for _ in range(_copies(num_bytes))]
+
+    def launches(tuning: StreamTuning | PackedTuning) -> list[Launch]:
+        return [partial(packed_linear, x, w, None, workspace, tuning=tuning, pdl=True) for w in weights]
+
+    return num_bytes, launches
 
 
 def _sweep_scaled(n: int, k: int, count: int, workspace: LinearWorkspace) -> tuple[float, str]:
@@ -167,10 +186,8 @@ def _sweep_scaled(n: int, k: int, count: int, workspace: LinearWorkspace) -> tup
 
 
 def bench_sweep(report: Report) -> None:
-    """The best launch shape of `int4-g128` and of FP8 by channel for every shape and token count."""
+    """The best launch shape of FP8 by channel for every shape and token count."""
     workspace = allocate_linear_workspace("cuda")
     for (name, (n, k)), count in product(LLAMA_8B_LINEARS.items(), NUM_TOKENS):
-        ms, tuning = _sweep_packed(n, k, count, workspace)
-        report.add("packed_sweep", f"{name} M={count}", ms, num_bytes=n * k * 0.515625, tuning=tuning)
         ms, tuning = _sweep_scaled(n, k, count, workspace)
         report.add("scaled_sweep", f"{name} M={count}", ms, num_bytes=n * k, tuning=tuning)

@@ -1,4 +1,4 @@
-"""Sweep of launch shapes: `python -m load_tests.kernels.sweep decode|prefill|gemm|experts|latent [--top N]`.
+"""Sweep of launch shapes: `python -m load_tests.kernels.sweep decode|prefill|gemm|experts|latent|packed [--top N]`.
 
 Times every candidate on the shapes that matter and prints the best. Candidates compile in parallel worker processes
 first (their only effect is Triton's disk cache). `gemm` also writes kernels/stepwire_kernels/tuned/<device>.json: for
@@ -23,6 +23,7 @@ from stepwire_kernels import gemm
 from stepwire_kernels.attention_decode import DecodeTuning, decode_attention
 from stepwire_kernels.attention_prefill import PrefillTuning, prefill_attention, prefill_tile_tokens
 from stepwire_kernels.gemm import GemvTuning, SkinnyTuning
+from stepwire_kernels.packed_linear import PackedTuning, StreamTuning
 from stepwire_kernels.work_list import LATENCY, THROUGHPUT, ChunkPolicy
 
 from load_tests.kernels.bench import LLAMA_8B_LINEARS, copies
@@ -38,6 +39,7 @@ from load_tests.kernels.latent import (
 )
 from load_tests.kernels.measure import measure_ceilings, time_graph
 from load_tests.kernels.mixtures import MANY_TOKENS, QWEN3_30B, MixtureCase, candidates, short_name, two_layers
+from load_tests.kernels.quantized import packed_candidates, packed_launches
 
 TUNED = Path(__file__).resolve().parents[2] / "kernels" / "stepwire_kernels" / "tuned"
 BF16 = torch.bfloat16
@@ -112,6 +114,10 @@ def _compile(job: tuple[str, Any]) -> str | None:
             decode_launches(heads, paged(heads, [1], [300], num_caches=1), tuning)[0]()
         elif kind == "latent prefill":
             prefill_launches(LITE, paged(LITE, [300], [300], num_caches=1), payload)[0]()
+        elif kind == "packed":
+            name, num_tokens, tuning = payload
+            _, launches = packed_launches(name, 4096, 4096, num_tokens, gemm.allocate_linear_workspace("cuda"))
+            launches(tuning)[0]()
         elif kind == "experts":
             num_tokens, tuning = payload
             MixtureCase.make(QWEN3_30B, num_tokens, [QWEN3_30B.weights()]).launches(tuning)[0]()
@@ -219,6 +225,27 @@ def sweep_latent(top: int) -> None:
         print(f"{ms * 1e3:8.2f} us {prefill_flop(LITE, 8192) / ms / 1e9:6.1f} TFLOP/s  {tuning}", flush=True)
 
 
+def sweep_packed(top: int) -> None:
+    """Launch shapes of linears with packed weights, at Llama-8B's sizes."""
+    counts = {"int4-g128": (1, 8, 16, 32, 256), "Q4_0": (1,), "Q6_K": (1,), "MXFP4": (1,)}
+    jobs = [(kind, count, tuning) for kind, of in counts.items() for count in of for tuning in packed_candidates(count)]
+    works = compile_all("packed", jobs)
+    ceilings = measure_ceilings()
+    print(f"read {ceilings.read_gb_s:.0f} GB/s, bf16 {ceilings.bf16_tflop_s:.0f} TFLOP/s")
+    workspace = gemm.allocate_linear_workspace("cuda")
+    for kind, of in counts.items():
+        for (name, (n, k)), count in itertools.product(LLAMA_8B_LINEARS.items(), of):
+            num_bytes, launches = packed_launches(kind, n, k, count, workspace)
+            tunings = [tuning for job_kind, job_count, tuning in works if (job_kind, job_count) == (kind, count)]
+            timed = [(time_graph(launches(tuning), target_ms=3, repeats=3), tuning) for tuning in tunings]
+            timed.sort(key=lambda item: item[0])
+            shown = " | ".join(
+                f"{ms * 1e3:.1f} us {100 * num_bytes / ms / 1e6 / ceilings.read_gb_s:.0f}% {_short(tuning)}"
+                for ms, tuning in timed[:top]
+            )
+            print(f"{kind:10s} {name:8s} M={count:3d} {shown}", flush=True)
+
+
 def _linear_launch(
     x: torch.Tensor, weight: torch.Tensor, tuning: GemvTuning | SkinnyTuning, workspace: gemm.LinearWorkspace
 ) -> Callable[[], object]:
@@ -280,7 +307,7 @@ def sweep_gemm(top: int, out: Path, token_counts: tuple[int, ...] = (1, 2, 4, 8,
     print(f"{len(choices)} choices written to {target}")
 
 
-def _short(tuning: GemvTuning | SkinnyTuning) -> str:
+def _short(tuning: GemvTuning | SkinnyTuning | StreamTuning | PackedTuning) -> str:
     return ",".join(str(value) for value in asdict(tuning).values())
 
 
@@ -297,7 +324,7 @@ def _fits(n: int, k: int, num_tokens: int, tuning: SkinnyTuning, workspace: gemm
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["decode", "prefill", "gemm", "experts", "latent"])
+    parser.add_argument("what", choices=["decode", "prefill", "gemm", "experts", "latent", "packed"])
     parser.add_argument("--out", type=Path, default=TUNED, help="where `gemm` writes its table")
     parser.add_argument("--top", type=int, default=4, help="how many of the best candidates to print")
     arguments = parser.parse_args()
@@ -310,6 +337,7 @@ def main() -> None:
             "prefill": sweep_prefill,
             "experts": sweep_experts,
             "latent": sweep_latent,
+            "packed": sweep_packed,
         }
         sweeps[arguments.what](arguments.top)
 

@@ -11,7 +11,7 @@ for step in $steps; do
     bench) timeout 150 python3 -m load_tests.kernels.bench 2>&1 ;;
     bench:*) timeout 150 python3 -m load_tests.kernels.bench "${step#bench:}" 2>&1 ;;
     gemm) timeout 240 python3 -m load_tests.kernels.sweep gemm --out "${RESULTS_DIR:-kernels/stepwire_kernels/tuned}" 2>&1 ;;
-    experts|latent) timeout 400 python3 -m load_tests.kernels.sweep "$step" --top 6 2>&1 ;;
+    experts|latent|packed) timeout 400 python3 -m load_tests.kernels.sweep "$step" --top 6 2>&1 ;;
     *) timeout 120 python3 -m load_tests.kernels.sweep "$step" 2>&1 ;;
   esac
 done

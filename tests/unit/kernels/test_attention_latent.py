@@ -7,6 +7,7 @@ from stepwire_kernels.attention_decode import allocate_decode_workspace
 from stepwire_kernels.attention_latent import (
     LatentTuning,
     default_latent_prefill_tuning,
+    latent_chunk_policy,
     latent_decode_attention,
     latent_prefill_attention,
     latent_tile_tokens,
@@ -153,3 +154,10 @@ def test_unsupported_sizes_are_refused(device: str) -> None:
     case = make([(2, 5)], 2, 40, 8, torch.float32, device)
     with pytest.raises(ValueError, match="block_size 8 is not a power of two"):
         run_prefill(case, 32)
+
+
+def test_chunks_fill_the_device_and_no_more() -> None:
+    chunks = {
+        (runs, heads): latent_chunk_policy(runs, heads).max_chunks for runs in (1, 32, 256) for heads in (16, 128)
+    }
+    assert chunks == {(1, 16): 64, (1, 128): 64, (32, 16): 8, (32, 128): 4, (256, 16): 4, (256, 128): 4}

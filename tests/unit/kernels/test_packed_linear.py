@@ -4,10 +4,11 @@ import pytest
 import torch
 from stepwire_kernels import reference
 from stepwire_kernels.gemm import allocate_linear_workspace
-from stepwire_kernels.packed_linear import PackedTuning, PackedWeight, packed_linear, unpack
+from stepwire_kernels.packed_linear import PackedTuning, StreamTuning, packed_linear
+from stepwire_kernels.packed_weight import PackedWeight, unpack
 
 from gpu_worker.quant.repack import repack
-from tests.unit.gpu_worker.quant.test_repack import WEIGHTS, affine
+from tests.unit.gpu_worker.quant.packed_cases import WEIGHTS, affine
 from tests.unit.kernels.checks import FLOAT_DTYPES, assert_close, poison
 
 
@@ -24,42 +25,79 @@ def on_device(weight: PackedWeight, device: str) -> PackedWeight:
     return PackedWeight(**fields)
 
 
-def check(weight: PackedWeight, num_tokens: int, dtype: torch.dtype, device: str, **tuning: int) -> None:
+# One of each road through the kernels; the rest are slow.
+QUICK = ("int4-g64-odd-k", "int4-g16", "int8-channel", "mxfp4", "Q4_K", "Q5_0")
+Tuning = StreamTuning | PackedTuning | None
+STREAM, TILE = StreamTuning(1, 2, 1), PackedTuning(block_n=16, block_m=16, split_k=1, num_stages=2)
+
+
+def check(weight: PackedWeight, num_tokens: int, dtype: torch.dtype, device: str, tuning: Tuning = None) -> None:
     torch.manual_seed(num_tokens)
     x = torch.randn(num_tokens, weight.num_inputs, device=device).to(dtype)
     bias = torch.randn(weight.num_outputs, device=device).to(dtype)
     workspace = allocate_linear_workspace(device, partial_words=1 << 17)
     workspace.partial.fill_(float("nan"))
     out = poison(num_tokens, weight.num_outputs, dtype=dtype, device=device)
-    packed_linear(x, weight, bias, workspace, tuning=PackedTuning(**tuning) if tuning else None, out=out)
+    packed_linear(x, weight, bias, workspace, tuning=tuning, out=out)
     # Many tokens: weights are rounded to the activations' type, each by half a unit, which averages out.
     assert_close(out, reference.linear(x.double(), unpack(weight), bias.double()), factor=2.0)
     assert not workspace.counters.any()
 
 
-@pytest.mark.parametrize("name", WEIGHTS)
-@pytest.mark.parametrize(("num_tokens", "dtype"), [(3, torch.bfloat16), (35, torch.bfloat16)])
-def test_every_format_matches_its_twin(device: str, name: str, num_tokens: int, dtype: torch.dtype) -> None:
-    check(packed(name, device), num_tokens, dtype, device, block_n=16, split_k=1, num_stages=2)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in WEIGHTS]
+)
+@pytest.mark.parametrize(("num_tokens", "tuning"), [(3, STREAM), (35, TILE)])
+def test_every_format_matches_its_twin(device: str, name: str, num_tokens: int, tuning: Tuning) -> None:
+    check(packed(name, device), num_tokens, torch.bfloat16, device, tuning)
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-@pytest.mark.parametrize("name", ["int4-g64-odd-k", "Q6_K"])
-@pytest.mark.parametrize("num_tokens", [1, 34])
-def test_every_activation_type(device: str, dtype: torch.dtype, name: str, num_tokens: int) -> None:
-    check(packed(name, device), num_tokens, dtype, device, block_n=16, split_k=1)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "int4-g64-odd-k",
+        "nvfp4",
+        pytest.param("Q6_K", marks=pytest.mark.slow),
+        pytest.param("MXFP4", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize(("num_tokens", "tuning"), [(1, STREAM), (17, TILE)])
+def test_every_activation_type(device: str, dtype: torch.dtype, name: str, num_tokens: int, tuning: Tuning) -> None:
+    check(packed(name, device), num_tokens, dtype, device, tuning)
 
 
-@pytest.mark.parametrize("split_k", [2, 3, 16])
-@pytest.mark.parametrize("num_tokens", [1, 17])
-def test_split_inputs_add_up(device: str, split_k: int, num_tokens: int) -> None:
+@pytest.mark.parametrize("row_blocks", [1, 2])
+@pytest.mark.parametrize("warps", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("num_tokens", [1, pytest.param(8, marks=pytest.mark.slow), 13])
+def test_any_stream(device: str, row_blocks: int, warps: int, num_tokens: int) -> None:
+    """The last row block is half full, the last warps have less to do, or nothing."""
+    repacked = repack(affine(40, 1152, 128, 4))
+    assert repacked is not None
+    check(on_device(repacked.weight, device), num_tokens, torch.bfloat16, device, StreamTuning(row_blocks, warps, 1))
+
+
+@pytest.mark.parametrize(
+    "split_k", [3, pytest.param(2, marks=pytest.mark.slow), pytest.param(16, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("streams", [True, False])
+def test_split_inputs_add_up(device: str, split_k: int, streams: bool) -> None:
     repacked = repack(affine(40, 1280, 64, 4))
     assert repacked is not None
-    check(on_device(repacked.weight, device), num_tokens, torch.bfloat16, device, block_n=32, split_k=split_k)
+    weight = on_device(repacked.weight, device)
+    tuning = StreamTuning(2, 2, split_k) if streams else PackedTuning(32, 16, split_k, 4, 2)
+    check(weight, 2 if streams else 17, torch.bfloat16, device, tuning)
+
+
+@pytest.mark.parametrize("bits", [5, 6])
+def test_codes_between_four_and_eight_bits(device: str, bits: int) -> None:
+    repacked = repack(affine(16, 256, 128, bits))
+    assert repacked is not None
+    check(on_device(repacked.weight, device), 2, torch.bfloat16, device)
 
 
 def test_more_tokens_than_a_block(device: str) -> None:
-    check(packed("int4-g64-odd-k", device), 150, torch.bfloat16, device, block_n=32, split_k=2)
+    check(packed("int4-g64-odd-k", device), 70, torch.bfloat16, device, PackedTuning(32, 32, 2, 4, 2))
 
 
 def test_the_default_launch(device: str) -> None:

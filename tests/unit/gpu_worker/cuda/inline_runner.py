@@ -18,6 +18,7 @@ from gpu_worker.attention.triton_latent import make_attention
 from gpu_worker.config import WorkerSettings
 from gpu_worker.cuda.invariant_ops import InvariantTritonOps
 from gpu_worker.cuda.ops import TritonOps
+from gpu_worker.cuda.packed_linears import PackedLinears
 from gpu_worker.cuda.runner import CudaRunner
 from gpu_worker.cuda.step_layout import StepPlanner
 from gpu_worker.cuda.step_program import ProgramBuffers, ProgramLimits, StepProgram
@@ -26,7 +27,7 @@ from gpu_worker.kv_cache import KVCache, KVCacheShape, MemoryPlan
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.models.loader import read_spec
 from gpu_worker.parallel.shares import ParallelContext
-from gpu_worker.quant.none import Unquantized
+from gpu_worker.quant.scheme import make_scheme
 
 
 class InlineTimeline:
@@ -71,7 +72,9 @@ def load_inline(
     spec, family = read_spec(directory)
     sizes = Sizes(block_size=16, max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_num_batched_tokens=128)
     ops = (InvariantTritonOps if deterministic else TritonOps)(device, pdl=False)
-    build = BuildContext(parallel, Unquantized(ops), torch.float32, device, ops)
+    kernels = None if deterministic else PackedLinears(device, pdl=False)
+    scheme = make_scheme(directory, family.name_rules, canonical_name=family.canonical_name, ops=ops, kernels=kernels)
+    build = BuildContext(parallel, scheme, torch.float32, device, ops)
     shape = KVCacheShape.of(spec, parallel, 16, resolve_kv_dtype(kv_cache_dtype, torch.float32))
     plan = MemoryPlan("cpu", None, 0, 0, 0, num_blocks, 16)
     model = load_model(settings, family, spec, build, sizes.max_model_len)

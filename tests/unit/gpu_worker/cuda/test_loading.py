@@ -22,10 +22,10 @@ def reason(directory: Path, kind: str, quantization: str = "auto", **fields: Any
     config = KINDS[kind]().to_dict() | fields
     config["architectures"] = [type(KINDS[kind]()).__name__.replace("Config", "ForCausalLM")]
     (directory / "config.json").write_text(json.dumps(config, default=str))
-    spec, _ = read_spec(directory)
+    spec, family = read_spec(directory)
     settings = WorkerSettings(model=directory, quantization=quantization)  # type: ignore[arg-type]
     return unsupported_attention(attention_spec(spec, ParallelContext()), 64) or _packed_experts(
-        settings, directory, spec
+        settings, directory, spec, family
     )
 
 
@@ -38,10 +38,17 @@ def test_gpt_oss_is_served_as_it_is_released(tmp_path: Path) -> None:
     assert reason(tmp_path, "gpt-oss", quantization_config={"quant_method": "mxfp4"}) is None
 
 
-def test_quantized_experts_are_not_and_the_reason_says_which(tmp_path: Path) -> None:
+def test_experts_in_4_bit_groups_are_served(tmp_path: Path) -> None:
+    awq = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True}
+    assert reason(tmp_path, "qwen3-moe", quantization_config=awq) is None
+    gptq = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    assert reason(tmp_path, "mixtral", quantization_config=gptq) is None
+
+
+def test_8_bit_experts_are_not_and_the_reason_says_which(tmp_path: Path) -> None:
     assert "experts in int8 have no grouped kernel" in str(reason(tmp_path, "mixtral", "int8"))
     fp8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-    assert "no grouped kernel yet" in str(reason(tmp_path, "qwen3-moe", quantization_config=fp8))
+    assert "no grouped kernel" in str(reason(tmp_path, "qwen3-moe", quantization_config=fp8))
 
 
 def test_warming_up_meets_every_launch_shape_of_the_experts(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from gpu_worker.quant.activations import ActivationQuant, StaticScale
 from gpu_worker.quant.on_load import quantize_by_output
 from gpu_worker.quant.products import DenseProduct
 from gpu_worker.quant.weights import QuantizedWeight, ScaledWeight
+from tests.unit.gpu_worker.quant.packed_cases import affine, float4, random_blocks
 from tests.unit.gpu_worker.quant.paged_model import QuantizedModel, fixture
 from tests.unit.gpu_worker.quant.test_real_checkpoints import prompts
-from tests.unit.gpu_worker.quant.test_repack import affine, float4, random_blocks
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,263 @@
+"""Experts of quantized checkpoints whose weights stay packed, for kernels that go through them in one launch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import structlog
+import torch
+from stepwire_kernels.expert_packed import PackedExpertWeights
+from stepwire_kernels.packed_weight import PackedWeight
+
+from gpu_worker.layers.experts import expert_shapes
+from gpu_worker.layers.linear import BuildContext, Linear
+from gpu_worker.layers.mlp import check_activation
+from gpu_worker.layers.ops import GATED_ACTIVATIONS, PackedStack, StackedExpertWeights
+from gpu_worker.layers.routing import Routing
+from gpu_worker.layers.weighted import Elsewhere, Weighted
+from gpu_worker.model_spec import MoeSpec
+from gpu_worker.parallel.shares import ParallelContext, ParallelError
+from gpu_worker.quant.affine_formats import AwqFormat, GptqFormat, PackQuantizedFormat
+from gpu_worker.quant.api import ExpectedTensors, OutputSpan, RandomValues, StoredTensor, dtype_problem
+from gpu_worker.quant.expert_stack import pack_expert, stack_experts
+from gpu_worker.quant.float4_formats import Float4Format
+from gpu_worker.quant.formats import WeightFormat
+from gpu_worker.quant.products import dequantized
+from gpu_worker.quant.stored import StoredLinear
+from gpu_worker.quant.weights import Float4Weight, QuantizedWeight
+
+log = structlog.get_logger(__name__)
+
+PACKED_FORMATS = (AwqFormat, GptqFormat, PackQuantizedFormat, Float4Format)
+MXFP4_GROUP = 32
+SCALE_DTYPES = (torch.uint8, torch.float8_e8m0fnu)
+
+
+def can_stay_packed(kind: WeightFormat) -> bool:
+    """Whether grouped kernels read experts in this format."""
+    return isinstance(kind, PACKED_FORMATS) and kind.activations is None
+
+
+class _Expert(Weighted):
+    """One linear of one expert: loaded as any other, then handed to the stack instead of multiplying by itself."""
+
+    def __init__(self, linear: Linear, stack: _Stack, place: int) -> None:
+        assert isinstance(linear.method, StoredLinear)
+        self._linear, self._method, self._stack, self._place = linear, linear.method, stack, place
+
+    def load(self, part: str, tensor: str, source: StoredTensor) -> None:
+        self._linear.load(part, tensor, source)
+
+    def expected(self) -> ExpectedTensors:
+        return self._linear.expected()
+
+    def optional(self) -> frozenset[tuple[str, str]]:
+        return self._linear.optional()
+
+    def problem(self, part: str, tensor: str, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
+        return self._linear.problem(part, tensor, shape, dtype)
+
+    def num_outputs(self, part: str) -> int:
+        return self._linear.num_outputs(part)
+
+    def output_span(self, part: str, tensor: str) -> OutputSpan | None:
+        return self._linear.output_span(part, tensor)
+
+    def fill_random(self, source: RandomValues) -> None:
+        self._linear.fill_random(source)
+
+    def finish(self) -> None:
+        parts = self._method.take_parts()
+        self._stack.add(self._place, parts, self._method.bias)
+
+    def num_bytes(self) -> int:
+        # The first place stands for the whole stack.
+        return self._stack.num_bytes() if self._place == 0 else 0
+
+
+class _Stack:
+    """gate-up or down of all experts held here: packed, or dense where one of them cannot stay so."""
+
+    def __init__(self, name: str, num_experts: int, num_outputs: int, *, has_bias: bool, build: BuildContext) -> None:
+        self._name, self._num_outputs, self._build = name, num_outputs, build
+        self._waiting: dict[int, PackedWeight | torch.Tensor] = {}
+        self._num_experts = num_experts
+        self.packed: PackedWeight | None = None
+        self.dense: torch.Tensor | None = None  # [experts, outputs, inputs]
+        self.bias = torch.zeros(num_experts, num_outputs, dtype=build.dtype, device=build.device) if has_bias else None
+
+    def add(self, place: int, parts: list[QuantizedWeight], bias: torch.Tensor | None) -> None:
+        packed = pack_expert(parts)
+        self._waiting[place] = packed if packed is not None else self._as_dense(parts)
+        if self.bias is not None and bias is not None:
+            self.bias[place] = bias
+        if len(self._waiting) == self._num_experts:
+            self._close()
+
+    def _as_dense(self, parts: list[QuantizedWeight]) -> torch.Tensor:
+        return torch.cat([dequantized(part, self._build.dtype) for part in parts])
+
+    def _close(self) -> None:
+        ordered = [self._waiting[place] for place in range(self._num_experts)]
+        self._waiting.clear()
+        packed = [one for one in ordered if isinstance(one, PackedWeight)]
+        if len(packed) == len(ordered):
+            self.packed = stack_experts(packed)
+            return
+        if packed:
+            raise ValueError(f"{self._name}: some experts have inputs in an order of their own, and some have not")
+        log.warning("experts are held in the model's type: their inputs have an order of their own", layer=self._name)
+        self.dense = torch.stack([one for one in ordered if isinstance(one, torch.Tensor)])
+
+    def num_bytes(self) -> int:
+        held = sum(one.numel() * one.element_size() for one in (self.dense, self.bias) if one is not None)
+        return held + (0 if self.packed is None else self.packed.num_bytes())
+
+
+class _StackedPair:
+    """Both stacks of a layer, and what multiplies by them."""
+
+    def __init__(self, hidden_size: int, moe: MoeSpec, path: str, build: BuildContext) -> None:
+        check_activation(moe.activation, dict(GATED_ACTIVATIONS))
+        self._ops, self._moe = build.ops, moe
+        self.share = build.parallel.experts(moe.num_experts, moe.intermediate_size)
+        held, inner = self.share.experts.size, self.share.intermediate.size
+        self.gate_up = _Stack(f"{path}.gate_up", held, 2 * inner, has_bias=moe.expert_bias, build=build)
+        self.down = _Stack(f"{path}.down", held, hidden_size, has_bias=moe.expert_bias, build=build)
+        self._stacked: StackedExpertWeights | PackedStack | None = None
+
+    def apply(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """This rank's summand: x [num_tokens, hidden] -> [num_tokens, hidden]."""
+        stacked = self._stacked = self._stacked or self._together()
+        if isinstance(stacked, PackedStack):
+            return self._ops.mix_packed_experts(x, routing, stacked)
+        return self._ops.mix_experts(x, routing, stacked)
+
+    def _together(self) -> StackedExpertWeights | PackedStack:
+        gate_up, down = self.gate_up, self.down
+        activation, count, first = self._moe.activation, self._moe.num_experts, self.share.experts.start
+        if gate_up.packed is not None and down.packed is not None:
+            held = PackedExpertWeights(gate_up.packed, down.packed, gate_up.bias, down.bias)
+            return PackedStack(held, activation, count, first)
+        if gate_up.dense is None or down.dense is None:
+            raise ValueError("gate_up and down of a layer's experts must both be packed, or both dense")
+        return StackedExpertWeights(gate_up.dense, down.dense, gate_up.bias, down.bias, activation, count, first)
+
+
+class PackedExperts(_StackedPair):
+    """Experts that the checkpoint stores each by itself."""
+
+    def __init__(self, hidden_size: int, moe: MoeSpec, path: str, build: BuildContext) -> None:
+        super().__init__(hidden_size, moe, path, build)
+        shapes = expert_shapes(hidden_size, self.share, bias=moe.expert_bias)
+        whole_share = ParallelContext().experts(moe.num_experts, moe.intermediate_size)
+        whole = expert_shapes(hidden_size, whole_share, bias=moe.expert_bias)
+        self._parts: dict[str, Weighted] = {}
+        for expert in range(moe.num_experts):
+            is_held = self.share.experts.start <= expert < self.share.experts.stop
+            for name, shape, other, stack in zip(
+                ("gate_up", "down"), shapes, whole, (self.gate_up, self.down), strict=True
+            ):
+                part = f".{expert}.{name}"
+                if is_held:
+                    linear = Linear(shape, path + part, build)
+                    self._parts[part] = _Expert(linear, stack, expert - self.share.experts.start)
+                else:
+                    self._parts[part] = Elsewhere(Linear(other, path + part, build.elsewhere()))
+
+    def weighted(self) -> Iterator[tuple[str, Weighted]]:
+        yield from self._parts.items()
+
+
+class PackedFusedExperts(_StackedPair, Weighted):
+    """GPT-OSS as it is published: all experts in one tensor of MXFP4 blocks, gate's and up's rows in turn."""
+
+    def __init__(self, hidden_size: int, moe: MoeSpec, path: str, build: BuildContext) -> None:
+        super().__init__(hidden_size, moe, path, build)
+        self._hidden_size, self._device = hidden_size, build.device
+        self._tensors: dict[str, list[torch.Tensor]] = {}
+        inner = self.share.intermediate
+        if inner.start % MXFP4_GROUP or inner.size % MXFP4_GROUP:
+            raise ParallelError(
+                f"inputs {inner.start} to {inner.stop} of {inner.total} are no whole mxfp4 groups of {MXFP4_GROUP}: "
+                "use another tensor_parallel_size, or expert parallelism"
+            )
+
+    def weighted(self) -> Iterator[tuple[str, Weighted]]:
+        yield "", self
+
+    def expected(self) -> ExpectedTensors:
+        count, hidden, inner = self._moe.num_experts, self._hidden_size, self._moe.intermediate_size
+        return {
+            ("", "gate_up_proj_blocks"): (count, 2 * inner, hidden // MXFP4_GROUP, MXFP4_GROUP // 2),
+            ("", "gate_up_proj_scales"): (count, 2 * inner, hidden // MXFP4_GROUP),
+            ("", "down_proj_blocks"): (count, hidden, inner // MXFP4_GROUP, MXFP4_GROUP // 2),
+            ("", "down_proj_scales"): (count, hidden, inner // MXFP4_GROUP),
+            ("", "gate_up_proj_bias"): (count, 2 * inner),
+            ("", "down_proj_bias"): (count, hidden),
+        }
+
+    def problem(self, part: str, tensor: str, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
+        if tensor.endswith("_blocks"):
+            return dtype_problem(dtype, (torch.uint8,))
+        return dtype_problem(dtype, SCALE_DTYPES) if tensor.endswith("_scales") else dtype_problem(dtype)
+
+    def load(self, part: str, tensor: str, source: StoredTensor) -> None:
+        held, inner = self.share.experts, self.share.intermediate
+        groups = slice(inner.start // MXFP4_GROUP, inner.stop // MXFP4_GROUP)
+        rows: list[torch.Tensor] = []
+        for expert in range(held.start, held.stop):  # one at a time: a layer's experts are gigabytes
+            index: tuple[slice, ...] = (slice(expert, expert + 1),)
+            if tensor in ("down_proj_blocks", "down_proj_scales"):
+                index += (slice(None), groups)
+            stored = source.read(index)[0]
+            if tensor.startswith("gate_up"):
+                stored = torch.cat((stored[0::2][inner.as_slice()], stored[1::2][inner.as_slice()]))
+            elif tensor == "down_proj_bias" and not self.share.adds_bias:
+                stored = torch.zeros_like(stored)
+            rows.append(stored.to(self._device, copy=True))
+        self._tensors[tensor] = rows
+
+    def fill_random(self, source: RandomValues) -> None:
+        inner, held = self.share.intermediate.size, self.share.experts.size
+        kind = Float4Format("mxfp4")
+        for _ in range(held):
+            for name, (outputs, inputs, fan_in) in {
+                "gate_up_proj": (2 * inner, self._hidden_size, self._hidden_size),
+                "down_proj": (self._hidden_size, inner, self._moe.intermediate_size),
+            }.items():
+                weight = kind.random(outputs, inputs, fan_in**-0.5, source, self._device)
+                assert isinstance(weight, Float4Weight)
+                # Scales are powers of two: the nearest below the wished standard deviation (that of codes is near 2.9).
+                exponent = math.ceil(math.log2(2.9 * fan_in**0.5))
+                self._tensors.setdefault(f"{name}_blocks", []).append(weight.packed)
+                self._tensors.setdefault(f"{name}_scales", []).append(weight.scales - exponent)
+
+    def finish(self) -> None:
+        for name, stack in (("gate_up_proj", self.gate_up), ("down_proj", self.down)):
+            blocks, scales = self._tensors.pop(f"{name}_blocks"), self._tensors.pop(f"{name}_scales")
+            biases = self._tensors.pop(f"{name}_bias", None)
+            for place in range(self.share.experts.size):
+                exponents = scales[place]
+                whole = Float4Weight(
+                    blocks[place].flatten(1),
+                    exponents if exponents.dtype == torch.uint8 else exponents.view(torch.uint8),
+                    torch.ones(exponents.shape[0], device=self._device),
+                    MXFP4_GROUP,
+                )
+                parts: list[QuantizedWeight] = [whole]
+                if stack is self.gate_up:
+                    parts = _halves(whole)
+                stack.add(place, parts, None if biases is None else biases[place])
+
+    def num_bytes(self) -> int:
+        return self.gate_up.num_bytes() + self.down.num_bytes()
+
+
+def _halves(weight: Float4Weight) -> list[QuantizedWeight]:
+    half = weight.num_outputs // 2
+    return [
+        Float4Weight(weight.packed[rows], weight.scales[rows], weight.row_divisors[rows], weight.group_size)
+        for rows in (slice(0, half), slice(half, None))
+    ]

@@ -1,0 +1,258 @@
+"""Products of few tokens with packed weights: every warp walks its own inputs, and nothing crosses warps until the end.
+
+The leading dimension of the products here is the warp. A warp loads words straight into the registers from which its
+matrix instructions take them (`packed_weight.py`), and the inputs of its tokens through the level-1 cache. Codes enter
+the products as small integers plus a constant (`MAGIC`); a product of ones with the same inputs says how much of that,
+and of the group's zero point, is to be subtracted; scales multiply float32 sums.
+
+One or two blocks of 16 rows (`ROW_BLOCKS`) go through the inputs together. Each has variables of its own, for a tensor
+of both would have its scales loaded by other threads than those that multiply by them.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from stepwire_kernels.packed_weight import high_pairs, low_pairs, scale_and_minimum, spread_high
+
+
+@triton.jit
+def _operand(first, second, WARPS: tl.constexpr):
+    """Two fields [32, WARPS, 4, 2] as the left operand [WARPS, 16, 32 inputs]."""
+    both = tl.join(first, second)  # [lane, warp, v, p, s]
+    split = tl.reshape(both, [8, 4, WARPS, 2, 2, 2, 2])  # [g, t, warp, h, r, p, s]
+    turned = tl.permute(split, [2, 4, 0, 6, 1, 3, 5])  # [warp, r, g, s, t, h, p]
+    return tl.reshape(turned, [WARPS, 16, 32])
+
+
+@triton.jit
+def _multiply(
+    part, one, two, high_one, high_two, x, magic, PLACE: tl.constexpr, HIGH_BITS: tl.constexpr, IS_E2M1: tl.constexpr,
+    X: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """Add the product of 32 of two tiles' 128 inputs, PLACE times 32 from the first on."""
+    FIELD: tl.constexpr = 2 * (PLACE % 2)
+    words = one if PLACE < 2 else two
+    first, second = low_pairs(words, FIELD, magic, IS_E2M1, X), low_pairs(words, FIELD + 1, magic, IS_E2M1, X)
+    part = tl.dot(_operand(first, second, WARPS), x, part, input_precision="ieee")
+    if HIGH_BITS > 0:
+        high = high_one if PLACE < 2 else high_two
+        first, second = high_pairs(high, FIELD, HIGH_BITS, magic, X), high_pairs(high, FIELD + 1, HIGH_BITS, magic, X)
+        part = tl.dot(_operand(first, second, WARPS), x, part, input_precision="ieee")
+    return part
+
+
+@triton.jit
+def _load_inputs(x_at, mask, SCALE: tl.constexpr):
+    """16 inputs of every token, [t, token % 8, warp, token // 8, h, p]."""
+    x = tl.load(x_at, mask=mask, other=0.0)
+    if SCALE != 1.0:
+        x = (x.to(tl.float32) * SCALE).to(x.dtype)
+    return x
+
+
+@triton.jit
+def _right_operand(first, second, WARPS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Two runs of 16 inputs as the right operand, [WARPS, 32, BLOCK_M]."""
+    turned = tl.permute(tl.join(first, second), [2, 6, 0, 4, 5, 3, 1])  # [warp, s, t, h, p, token]
+    return tl.reshape(turned, [WARPS, 32, BLOCK_M])
+
+
+@triton.jit
+def load_words(at, first_tile, last_tile, in_range, WARPS: tl.constexpr):
+    """Two tiles of one row block, [32, WARPS, 4] each; zeros for warps whose first_tile reaches last_tile [WARPS]."""
+    mask = (first_tile < last_tile)[None, :, None] & in_range
+    one = tl.load(at, mask=mask, other=0, eviction_policy="evict_first")
+    two = tl.load(at + 128, mask=mask, other=0, eviction_policy="evict_first")
+    return one, two
+
+
+@triton.jit
+def word_offsets(block, num_tiles, first_tile, WARPS: tl.constexpr):
+    """Of the words of tiles first_tile [WARPS] of one row block: int64 [32, WARPS, 4]."""
+    lanes = tl.arange(0, 32)[:, None, None]
+    v = tl.arange(0, 4)[None, None, :]
+    return (tl.cast(block, tl.int64) * num_tiles + first_tile[None, :, None]) * 128 + lanes * 4 + v
+
+
+@triton.jit
+def _spread(high_ptr, at, first_tile, last_tile, in_range, HIGH_BITS: tl.constexpr, WARPS: tl.constexpr):
+    one, two = load_words(high_ptr + at, first_tile, last_tile, in_range, WARPS)
+    return spread_high(one, HIGH_BITS), spread_high(two, HIGH_BITS)
+
+
+@triton.jit
+def _scaled(
+    acc, part, total, scales_ptr, zeros_ptr, minima_ptr, outer_scales_ptr, outer_minima_ptr, block, start, last, N,
+    OFFSET: tl.constexpr, MAGIC: tl.constexpr, EXPONENTS: tl.constexpr, OUT_SCALE: tl.constexpr,
+    HAS_ZEROS: tl.constexpr, HAS_MINIMA: tl.constexpr, HAS_OUTER: tl.constexpr, SUBTRACTS: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """acc + scale * part - minimum * total, with the scales of inputs start [WARPS] and on."""
+    rows = block * 16 + tl.arange(0, 16)
+    mask = (start < last)[:, None] & (rows < N)[None, :]
+    scale, minimum = scale_and_minimum(
+        scales_ptr, zeros_ptr, minima_ptr, outer_scales_ptr, outer_minima_ptr,
+        (start // GROUP)[:, None] * N + rows[None, :], (start // 256)[:, None] * N + rows[None, :], mask, OFFSET, MAGIC,
+        EXPONENTS, HAS_ZEROS, HAS_MINIMA, HAS_OUTER,
+    )  # fmt: skip
+    # What a masked load gives is not a number that anything may be multiplied by.
+    acc += tl.where(mask, scale * OUT_SCALE, 0.0)[:, :, None] * part
+    if SUBTRACTS:
+        acc -= tl.where(mask, minimum, 0.0)[:, :, None] * total
+    return acc
+
+
+@triton.jit
+def walk_inputs(
+    x_rows,
+    token_mask,
+    words_ptr,
+    high_ptr,
+    scales_ptr,
+    zeros_ptr,
+    minima_ptr,
+    outer_scales_ptr,
+    outer_minima_ptr,
+    block,
+    other_block,
+    N,
+    K,
+    num_tiles,
+    first_tile,
+    tiles_each,
+    magic,
+    one,
+    two,
+    other_one,
+    other_two,
+    HIGH_BITS: tl.constexpr,
+    IS_E2M1: tl.constexpr,
+    EXPONENTS: tl.constexpr,
+    OFFSET: tl.constexpr,
+    MAGIC: tl.constexpr,
+    X_SCALE: tl.constexpr,
+    OUT_SCALE: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    HAS_MINIMA: tl.constexpr,
+    HAS_OUTER: tl.constexpr,
+    SUBTRACTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    WARPS: tl.constexpr,
+    ROW_BLOCKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Sums of row blocks `block` and `other_block` over all warps' inputs: float32 [16, BLOCK_M] each.
+
+    Warp w's tiles are first_tile + w * tiles_each and on, an even number; `one` and `two`, and for the other block
+    `other_one` and `other_two`: the first of them, loaded by `load_words`. x_rows and token_mask: [8, BLOCK_M / 8],
+    of token i + 8 * j at [i, j]; `magic`: the bits that `low_pairs` wants.
+    """
+    X: tl.constexpr = x_rows.dtype.element_ty
+    # Inputs between two scales, of an iteration's 128; groups of 16 lie within the 32 of one product.
+    RUN: tl.constexpr = 128 if GROUP > 128 else 32 if GROUP == 16 else GROUP
+    tile = first_tile + tl.arange(0, WARPS) * tiles_each
+    last_tile = tl.minimum(tile + tiles_each, num_tiles)
+    last_input = tl.minimum(last_tile * 64, K)
+    at = word_offsets(block, num_tiles, tile, WARPS)
+    apart = tl.cast(other_block - block, tl.int64) * num_tiles * 128
+    is_other = other_block * 16 < N
+    t = tl.arange(0, 4)[:, None, None, None, None, None]
+    h = tl.arange(0, 2)[None, None, None, None, :, None]
+    p = tl.arange(0, 2)[None, None, None, None, None, :]
+    lane_inputs = h * 8 + t * 2 + p
+    x_lanes = x_rows[None, :, None, :, None, None] + lane_inputs
+    x_mask = token_mask[None, :, None, :, None, None]
+    ones = tl.full([WARPS, 16, 32], 1.0, dtype=tl.float32).to(X)
+    acc = tl.zeros([WARPS, 16, BLOCK_M], dtype=tl.float32)
+    other_acc = tl.zeros([WARPS, 16, BLOCK_M], dtype=tl.float32)
+    high_one, high_two, other_high_one, other_high_two = one, two, other_one, other_two
+    for _step in range(0, tiles_each, 2):
+        if HIGH_BITS > 0:
+            high_one, high_two = _spread(high_ptr, at, tile, last_tile, True, HIGH_BITS, WARPS)
+            if ROW_BLOCKS == 2:
+                other_high_one, other_high_two = _spread(
+                    high_ptr, at + apart, tile, last_tile, is_other, HIGH_BITS, WARPS
+                )
+        following = at + 256
+        next_one, next_two = load_words(words_ptr + following, tile + 2, last_tile, True, WARPS)
+        next_other_one, next_other_two = other_one, other_two
+        if ROW_BLOCKS == 2:
+            next_other_one, next_other_two = load_words(
+                words_ptr + (following + apart), tile + 2, last_tile, is_other, WARPS
+            )
+        # A warp that is through reads the last inputs again, and multiplies them by scales of zero.
+        k = tile * 64
+        if EVEN_K:
+            k = tl.minimum(k, K - 128)
+        x_at = x_lanes + k[None, None, :, None, None, None]
+        for run in tl.static_range(128 // RUN):
+            part = tl.zeros([WARPS, 16, BLOCK_M], dtype=tl.float32)
+            other_part = tl.zeros([WARPS, 16, BLOCK_M], dtype=tl.float32)
+            total = tl.zeros([WARPS, 16, BLOCK_M], dtype=tl.float32)
+            late_part = tl.zeros([WARPS, 16, BLOCK_M], dtype=tl.float32)
+            late_other_part = tl.zeros([WARPS, 16, BLOCK_M], dtype=tl.float32)
+            late_total = tl.zeros([WARPS, 16, BLOCK_M], dtype=tl.float32)
+            for product in tl.static_range(RUN // 32):
+                first_mask, second_mask = x_mask, x_mask
+                if not EVEN_K:
+                    inputs = k[None, None, :, None, None, None] + (run * RUN + product * 32) + lane_inputs
+                    first_mask = x_mask & (inputs < last_input[None, None, :, None, None, None])
+                    second_mask = x_mask & (inputs + 16 < last_input[None, None, :, None, None, None])
+                first = _load_inputs(x_at + (run * RUN + product * 32), first_mask, X_SCALE)
+                second = _load_inputs(x_at + (run * RUN + product * 32 + 16), second_mask, X_SCALE)
+                x = _right_operand(first, second, WARPS, BLOCK_M)
+                if GROUP == 16:
+                    late = _right_operand(tl.zeros_like(first), second, WARPS, BLOCK_M)
+                    x = _right_operand(first, tl.zeros_like(second), WARPS, BLOCK_M)
+                    late_part = _multiply(
+                        late_part, one, two, high_one, high_two, late, magic, run * (RUN // 32) + product, HIGH_BITS,
+                        IS_E2M1, X, WARPS,
+                    )  # fmt: skip
+                    if ROW_BLOCKS == 2:
+                        late_other_part = _multiply(
+                            late_other_part, other_one, other_two, other_high_one, other_high_two, late, magic,
+                            run * (RUN // 32) + product, HIGH_BITS, IS_E2M1, X, WARPS,
+                        )  # fmt: skip
+                    if SUBTRACTS:
+                        late_total = tl.dot(ones, late, late_total, input_precision="ieee")
+                part = _multiply(
+                    part, one, two, high_one, high_two, x, magic, run * (RUN // 32) + product, HIGH_BITS, IS_E2M1, X,
+                    WARPS,
+                )  # fmt: skip
+                if ROW_BLOCKS == 2:
+                    other_part = _multiply(
+                        other_part, other_one, other_two, other_high_one, other_high_two, x, magic,
+                        run * (RUN // 32) + product, HIGH_BITS, IS_E2M1, X, WARPS,
+                    )  # fmt: skip
+                if SUBTRACTS:
+                    total = tl.dot(ones, x, total, input_precision="ieee")
+            start = tile * 64 + run * RUN
+            acc = _scaled(
+                acc, part, total, scales_ptr, zeros_ptr, minima_ptr, outer_scales_ptr, outer_minima_ptr, block, start,
+                last_input, N, OFFSET, MAGIC, EXPONENTS, OUT_SCALE, HAS_ZEROS, HAS_MINIMA, HAS_OUTER, SUBTRACTS, GROUP,
+            )  # fmt: skip
+            if GROUP == 16:
+                acc = _scaled(
+                    acc, late_part, late_total, scales_ptr, zeros_ptr, minima_ptr, outer_scales_ptr, outer_minima_ptr,
+                    block, start + 16, last_input, N, OFFSET, MAGIC, EXPONENTS, OUT_SCALE, HAS_ZEROS, HAS_MINIMA,
+                    HAS_OUTER, SUBTRACTS, GROUP,
+                )  # fmt: skip
+            if ROW_BLOCKS == 2:
+                other_acc = _scaled(
+                    other_acc, other_part, total, scales_ptr, zeros_ptr, minima_ptr, outer_scales_ptr,
+                    outer_minima_ptr, other_block, start, last_input, N, OFFSET, MAGIC, EXPONENTS, OUT_SCALE, HAS_ZEROS,
+                    HAS_MINIMA, HAS_OUTER, SUBTRACTS, GROUP,
+                )  # fmt: skip
+                if GROUP == 16:
+                    other_acc = _scaled(
+                        other_acc, late_other_part, late_total, scales_ptr, zeros_ptr, minima_ptr, outer_scales_ptr,
+                        outer_minima_ptr, other_block, start + 16, last_input, N, OFFSET, MAGIC, EXPONENTS, OUT_SCALE,
+                        HAS_ZEROS, HAS_MINIMA, HAS_OUTER, SUBTRACTS, GROUP,
+                    )  # fmt: skip
+        one, two, other_one, other_two = next_one, next_two, next_other_one, next_other_two
+        tile += 2
+        at = following
+    return tl.sum(acc, axis=0), tl.sum(other_acc, axis=0)
