@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
@@ -29,6 +29,7 @@ from gpu_worker.cuda.compiling import compile_in_parallel
 from gpu_worker.cuda.invariant_ops import InvariantTritonOps
 from gpu_worker.cuda.ops import TritonOps
 from gpu_worker.cuda.packed_linears import PackedLinears
+from gpu_worker.cuda.peer_collectives import open_peer_collectives, peer_bytes
 from gpu_worker.cuda.runner import CudaRunner
 from gpu_worker.cuda.step_graphs import StepGraphs
 from gpu_worker.cuda.step_layout import GRAPH_TOKENS, StepPlanner
@@ -143,6 +144,9 @@ def _load_supported(
     begun = time.monotonic()
     torch.cuda.set_device(device)
     pdl = torch.cuda.get_device_capability(device) >= PDL_CAPABILITY
+    if parallel.collectives is not None:
+        shared = open_peer_collectives(group, parallel.collectives, device, spec.hidden_size, dtype, pdl=pdl)
+        parallel = replace(parallel, collectives=shared)
     ops = (InvariantTritonOps if settings.deterministic else TritonOps)(device, pdl=pdl)
     scheme: QuantScheme = make_scheme(
         directory,
@@ -251,7 +255,8 @@ def _workspace_bytes(
     if with_graphs:
         num_tokens = min(GRAPH_TOKENS[-1][0], sizes.max_num_batched_tokens)
         graph_bytes = GRAPH_BYTES + activation_bytes(spec, parallel, num_tokens, sizes.max_num_seqs, dtype)
-    return held + attention.num_bytes() + step_buffers + graph_bytes
+    shared = peer_bytes(parallel.size, spec.hidden_size, dtype)
+    return held + attention.num_bytes() + step_buffers + graph_bytes + shared
 
 
 def _check_free(needed: int, utilization: float, device: torch.device) -> None:

@@ -20,7 +20,6 @@ from gpu_worker.attention.triton_backend import DeviceStep, TritonAttention
 from gpu_worker.attention.triton_latent import TritonLatentAttention
 from gpu_worker.cuda.device_rows import MAX_BIASES
 from gpu_worker.cuda.step_layout import StepShape
-from gpu_worker.layers.decoder import HiddenStates
 from gpu_worker.models.family import ModelFamily
 
 
@@ -129,7 +128,7 @@ class StepProgram:
             return None
         if not shape.is_decode:
             starts = inputs.query_starts[: shape.num_logits + 1]
-            hidden = HiddenStates(
+            hidden = hidden.of(
                 gather_last_hidden(hidden.output, starts, pdl=self._pdl),
                 gather_last_hidden(hidden.residual, starts, pdl=self._pdl),
             )

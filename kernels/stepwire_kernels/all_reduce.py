@@ -4,15 +4,15 @@
     residual <- residual + total                              (rounded to the residual's dtype)
     out      <- residual / sqrt(mean(residual^2) + eps) * (weight_offset + weight)
 
-x, residual, out: [num_rows, columns], weight: [columns], columns a multiple of what fills 32 bits. Every rank adds in the
-same order, so all have the same bits, and the fused form has those of `all_reduce` followed by `add_rms_norm`.
+x, residual, out: [num_rows, columns], weight: [columns], columns a multiple of what fills 32 bits. Every rank adds in
+the same order, so all have the same bits, and the fused form has those of `all_reduce` followed by `add_rms_norm`.
 
 A program owns a row on every rank and exchanges it with the same program of the others; nothing else is waited for.
 Two ways of sharing the work:
 
 * one-shot: a row goes to every peer, and every rank adds it up. One way through the link.
-* two-shot: row r goes to its owner, rank r % size, who adds it up and sends the sum back. Two ways, and with more than two
-  ranks fewer bytes.
+* two-shot: row r goes to its owner, rank r % size, who adds it up and sends the sum back. Two ways, and with more than
+  two ranks fewer bytes.
 
 and two ways of saying that a row is there:
 
@@ -20,16 +20,16 @@ and two ways of saying that a row is there:
   themselves (64-bit stores are never seen in halves). Twice the bytes, no fence.
 * flagged: the row travels as it is, then one system-scope release of a flag; the reader polls it with acquires.
 
-Rounds are counted for each row, on the device, so that a captured graph replays as a new round. The inbox has two places
-for each (source, row), used in turn. That is enough: whoever writes round n has taken all of round n - 1, for which every
-peer had to begin it, and a kernel begins its stores when those before it in the stream have ended, round n - 2 among
-them. Ranks must therefore issue the same calls in the same order, each on one stream.
+Rounds are counted for each row, on the device, so that a captured graph replays as a new round. The inbox has two
+places for each (source, row), used in turn. That is enough: whoever writes round n has taken all of round n - 1, for
+which every peer had to begin it, and a kernel begins its stores when those before it in the stream have ended, round
+n - 2 among them. Ranks must therefore issue the same calls in the same order, each on one stream.
 
 Nobody waits for ever: every few thousand polls the host's `stop` word is read, and once it is set waiting ends and what
 comes out is worthless. Only loads, stores and atomics on mapped memory: no multicast.
 
-Source: PTX ISA, "Memory consistency model"; one-shot and two-shot as in Thakur, Rabenseifner and Gropp, "Optimization of
-collective communication operations in MPICH", 2005; stamped words as in NCCL's LL protocol.
+Source: PTX ISA, "Memory consistency model"; Thakur, Rabenseifner and Gropp, "Optimization of collective communication
+operations in MPICH", 2005; stamped words as in NCCL's LL protocol.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def peer_buffers(
 @triton.jit
 def _unpack(words, ELEMENT: tl.constexpr):
     """int32 words as float32: the lower half's elements and the upper half's (zeros where an element fills a word)."""
-    if ELEMENT == tl.float32:
+    if tl.float32 == ELEMENT:
         low = words.to(tl.float32, bitcast=True)
         high = tl.zeros(words.shape, dtype=tl.float32)
     else:
@@ -128,7 +128,7 @@ def _unpack(words, ELEMENT: tl.constexpr):
 
 @triton.jit
 def _pack(low, high, ELEMENT: tl.constexpr):
-    if ELEMENT == tl.float32:
+    if tl.float32 == ELEMENT:
         words = low.to(tl.int32, bitcast=True)
     else:
         upper = high.to(ELEMENT).to(tl.int16, bitcast=True).to(tl.int32) << 16
@@ -223,7 +223,14 @@ def _exchange(
                 took = ((place + source) * max_rows + row).to(tl.int64)
                 from_ = took * row_words
                 part = _take(
-                    stamped[RANK] + from_, plain[RANK] + from_, flags[RANK] + took, stop_ptr, round_, cols, mask, FLAGGED
+                    stamped[RANK] + from_,
+                    plain[RANK] + from_,
+                    flags[RANK] + took,
+                    stop_ptr,
+                    round_,
+                    cols,
+                    mask,
+                    FLAGGED,
                 )
             part_low, part_high = _unpack(part, ELEMENT)
             low += part_low
@@ -232,9 +239,7 @@ def _exchange(
         if TWO_SHOT:
             for peer in tl.static_range(SIZE):
                 if peer != RANK:
-                    _send(
-                        total, stamped[peer] + at, plain[peer] + at, flags[peer] + sent, round_, cols, mask, FLAGGED
-                    )
+                    _send(total, stamped[peer] + at, plain[peer] + at, flags[peer] + sent, round_, cols, mask, FLAGGED)
     tl.store(rounds_ptr + row, round_)
     return total
 
@@ -345,8 +350,8 @@ def _launch(
 ) -> None:
     if not peers.takes(x):
         raise ValueError(
-            f"all_reduce: x is {x.dtype} {tuple(x.shape)}; it must be contiguous float32, float16 or bfloat16 of at most "
-            f"{peers.max_rows} rows of whole 32-bit words, {peers.row_words} at most"
+            f"all_reduce: x is {x.dtype} {tuple(x.shape)}; it must be contiguous float32, float16 or bfloat16 of at "
+            f"most {peers.max_rows} rows of whole 32-bit words, {peers.row_words} at most"
         )
     if len(x) == 0:
         return
