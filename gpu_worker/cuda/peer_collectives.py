@@ -19,8 +19,8 @@ from gpu_worker.parallel.peer_memory import map_peers
 from gpu_worker.parallel.process_group import RankGroup
 from gpu_worker.parallel.shares import Collectives
 
-# Rows that are summed through peers' memory at most: decodes, and small mixed steps. A program for each, two of which fit
-# on a multiprocessor.
+# Rows that are summed through peers' memory at most: decodes, and small mixed steps. A program for each, two of which
+# fit on a multiprocessor.
 MAX_ROWS = 256
 
 

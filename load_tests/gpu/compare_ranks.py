@@ -1,11 +1,12 @@
 """Holds a group of ranks against one rank, on the same model: next-token numbers, greedy tokens, time of a decode step.
 
     python -m load_tests.gpu.compare_ranks MODEL_DIR [--tensor-parallel-size 2] [--pipeline-parallel-size 1]
-        [--device cuda] [--dtype bfloat16] [--quantization fp8] [--load-format dummy] [--limit 0.1]
+        [--device cuda] [--dtype bfloat16] [--quantization fp8] [--load-format dummy] [--limit 0.1] [--at-once]
 
-Each side runs in a process of its own, one after the other. What is compared does not drift: the log-probability
-that both give to the same tokens, one step after prompts of many lengths, in chunks and whole. Exit code 1 where the
-largest difference is above the limit. With `--load-format dummy` ranks draw weights of their own: only times compare.
+Each side runs in a process of its own, one after the other; both `--at-once` take half the time, and times mean
+nothing. What is compared does not drift: the log-probability that both give to the same tokens, one step after prompts of
+many lengths, in chunks and whole. Exit code 1 where the largest difference is above the limit. With `--load-format dummy`
+ranks draw weights of their own: only times compare.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,13 @@ def compare(one: dict[str, Any], many: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _run_side(argv: list[str]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "load_tests.gpu.compare_ranks", *argv, "--side"]
+    output = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+    side: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return side
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -118,18 +127,19 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--load-format", default="auto")
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--limit", type=float, default=0.1)
+    parser.add_argument("--at-once", action="store_true", help="run both layouts at the same time")
     parser.add_argument("--side", action="store_true", help="run one layout and print what it computes")
     arguments = parser.parse_args(argv)
     if arguments.side:
-        fields = {name: value for name, value in vars(arguments).items() if name not in ("limit", "side")}
+        fields = {name: value for name, value in vars(arguments).items() if name not in ("limit", "side", "at_once")}
+        if arguments.at_once:
+            fields["gpu_memory_utilization"] = 0.3
         print(json.dumps(run_side(WorkerSettings(**fields, max_model_len=256, cpu_kv_cache_gib=0.05))))
         return 0
-    sides = []
-    for sizes in (["--tensor-parallel-size=1", "--pipeline-parallel-size=1"], []):
-        command = [sys.executable, "-m", "load_tests.gpu.compare_ranks", *argv, *sizes, "--side"]
-        output = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
-        sides.append(json.loads(output.splitlines()[-1]))
-    report = compare(*sides)
+    one_rank = ["--tensor-parallel-size=1", "--pipeline-parallel-size=1"]
+    with ThreadPoolExecutor(2 if arguments.at_once else 1) as threads:
+        one, many = threads.map(_run_side, ([*argv, *one_rank], argv))
+    report = compare(one, many)
     print(json.dumps(report, indent=2))
     return 0 if report["max_logprob_difference"] <= arguments.limit else 1
 
