@@ -4,9 +4,9 @@
         [--device cuda] [--dtype bfloat16] [--quantization fp8] [--load-format dummy] [--limit 0.1] [--at-once]
 
 Each side runs in a process of its own, one after the other; both `--at-once` take half the time, and times mean
-nothing. What is compared does not drift: the log-probability that both give to the same tokens, one step after prompts of
-many lengths, in chunks and whole. Exit code 1 where the largest difference is above the limit. With `--load-format dummy`
-ranks draw weights of their own: only times compare.
+nothing. What is compared does not drift: the log-probability that both give to the same tokens, one step after prompts
+of many lengths, in chunks and whole. Exit code 1 where the largest difference is above the limit. With
+`--load-format dummy` ranks draw weights of their own: only times compare.
 """
 
 from __future__ import annotations
