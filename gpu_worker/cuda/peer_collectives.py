@@ -92,7 +92,8 @@ def open_peer_collectives(
     """`others`, with small sums through peers' memory where ranks can map it. All ranks call it at the same time."""
     size = group.layout.tensor_parallel_size
     words = row_words(hidden_size, dtype)
-    memory = map_peers(group, device, region_words(size, MAX_ROWS, words))
+    ranks = group.layout.stage_ranks(group.place.rank)
+    memory = map_peers(group, device, ranks, region_words(size, MAX_ROWS, words), "sums")
     if memory is None:
         return others
     stop = torch.zeros(1, dtype=torch.int32, pin_memory=True)

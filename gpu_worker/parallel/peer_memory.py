@@ -1,4 +1,4 @@
-"""Device memory that the ranks of a stage map of each other, by torch's symmetric memory.
+"""Device memory that ranks map of each other, by torch's symmetric memory.
 
 NVLink multicast is never used: it is switched off in torch and in NCCL before either looks for it, memory is not
 exchanged where torch still reports it as on, and the kernels here know plain addresses only.
@@ -6,6 +6,7 @@ exchanged where torch still reports it as on, and the kernels here know plain ad
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,54 +14,53 @@ import structlog
 import torch
 from torch.distributed import PrefixStore
 
-from gpu_worker.parallel.layout import GroupLayout
 from gpu_worker.parallel.process_group import RankGroup
 
 log = structlog.get_logger(__name__)
 
-_GROUP = "peer memory"
-
 
 @dataclass(frozen=True, slots=True)
 class PeerMemory:
-    """`regions`: int64 [num_words] of every rank of the stage, in rank order, as this rank maps them; all zero."""
+    """`regions`: int64 [num_words] of every rank that takes part, in rank order, as this one maps them; all zero."""
 
     regions: tuple[torch.Tensor, ...]
     # What must live as long as the mapping.
     held: tuple[Any, ...]
 
 
-def map_peers(group: RankGroup, device: torch.device, num_words: int) -> PeerMemory | None:
-    """Give the ranks of this stage `num_words` int64 words each that all of them map; None: they cannot, all use NCCL.
+def map_peers(
+    group: RankGroup, device: torch.device, ranks: Sequence[int], num_words: int, what: str
+) -> PeerMemory | None:
+    """Give each of `ranks` `num_words` int64 words that all of them map; None: they cannot, and this was logged.
 
-    Every rank of the group calls it at the same time, and all get the same answer.
+    Every rank of the group calls it at the same time, with ranks among which it is, and all get the same answer.
+    `what` says what the memory is for.
     """
-    reason = _obstacle(group.layout, group.place.rank, group.place.local_rank, device)
+    reason = _obstacle(group, device, ranks)
     memory: PeerMemory | None = None
     if group.least([int(reason is None)]) == [1]:
         try:
-            memory = _exchange(group, device, num_words)
+            memory = _exchange(group, device, ranks, num_words, what)
         except RuntimeError as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     # Also the barrier after which everybody's region is zero.
     if group.least([int(memory is not None)]) == [1]:
-        log.info("ranks map each other's memory: small sums go through it", mib_per_rank=num_words >> 17)
+        log.info("ranks map each other's memory", purpose=what, mib_per_rank=num_words >> 17)
         return memory
-    log.info("ranks do not map each other's memory: all sums go through NCCL", reason=reason or "another rank says so")
+    log.info("ranks do not map each other's memory", purpose=what, reason=reason or "another rank says so")
     return None
 
 
-def _obstacle(layout: GroupLayout, rank: int, local_rank: int, device: torch.device) -> str | None:
+def _obstacle(group: RankGroup, device: torch.device, ranks: Sequence[int]) -> str | None:
     """Why this rank cannot map its peers' memory; None: nothing is known against it."""
     if device.type != "cuda":
         return f"{device.type} has no memory to map"
-    size = layout.tensor_parallel_size
-    first = rank - rank % size
-    if first // layout.ranks_per_node != (first + size - 1) // layout.ranks_per_node:
+    per_node, place = group.layout.ranks_per_node, group.place
+    if len({rank // per_node for rank in ranks}) > 1:
         return "they are on several nodes"
-    for peer in range(size):
-        index = local_rank - rank % size + peer
-        if index != device.index and not torch.cuda.can_device_access_peer(device, torch.device("cuda", index)):
+    for rank in ranks:
+        index = place.local_rank - place.rank + rank
+        if rank != place.rank and not torch.cuda.can_device_access_peer(device, torch.device("cuda", index)):
             return f"{device} does not reach cuda:{index}"
     if _symmetric_memory().has_multicast_support(torch._C._autograd.DeviceType.CUDA, device.index):
         return "torch would set up NVLink multicast"
@@ -73,27 +73,26 @@ def _symmetric_memory() -> Any:
     return _SymmetricMemory
 
 
-def _exchange(group: RankGroup, device: torch.device, num_words: int) -> PeerMemory:
+def _exchange(group: RankGroup, device: torch.device, ranks: Sequence[int], num_words: int, what: str) -> PeerMemory:
     import torch.distributed._symmetric_memory as symmetric_memory
     from torch._C import _distributed_c10d
 
-    layout, rank = group.layout, group.place.rank
-    size = layout.tensor_parallel_size
-    name = f"{_GROUP} of stage {layout.stage_of(rank)}"
-    store = PrefixStore(name, group.store)
-    # torch finds ranks and store by the name of a group: one that carries nothing but these.
     c10d: Any = _distributed_c10d
     symm_mem: Any = symmetric_memory
-    named = c10d.ProcessGroup(store, rank % size, size)
+    own_place, size = list(ranks).index(group.place.rank), len(ranks)
+    name = f"{what} of ranks {', '.join(map(str, ranks))}"
+    store = PrefixStore(name, group.store)
+    # torch finds ranks and store by the name of a group: one that carries nothing but these.
+    named = c10d.ProcessGroup(store, own_place, size)
     named._set_group_name(name)
     c10d._register_process_group(name, named)
     # Releases before 2.9 or so look the name up here.
-    _symmetric_memory().set_group_info(name, rank % size, size, store)
+    _symmetric_memory().set_group_info(name, own_place, size, store)
     own = symm_mem.empty(num_words, dtype=torch.int64, device=device)
     handle = symm_mem.rendezvous(own, name)
     own.zero_()
     torch.cuda.synchronize(device)
     regions = tuple(
-        own if peer == rank % size else handle.get_buffer(peer, (num_words,), torch.int64) for peer in range(size)
+        own if peer == own_place else handle.get_buffer(peer, (num_words,), torch.int64) for peer in range(size)
     )
     return PeerMemory(regions, (named, own, handle))

@@ -25,8 +25,7 @@ places for each (source, row), used in turn. That is enough: whoever writes roun
 which every peer had to begin it, and a kernel begins its stores when those before it in the stream have ended, round
 n - 2 among them. Ranks must therefore issue the same calls in the same order, each on one stream.
 
-Nobody waits for ever: every few thousand polls the host's `stop` word is read, and once it is set waiting ends and what
-comes out is worthless. Only loads, stores and atomics on mapped memory: no multicast.
+Nobody waits for ever (`signals.py`). Only loads, stores and atomics on mapped memory: no multicast.
 
 Source: PTX ISA, "Memory consistency model"; Thakur, Rabenseifner and Gropp, "Optimization of collective communication
 operations in MPICH", 2005; stamped words as in NCCL's LL protocol.
@@ -42,9 +41,8 @@ import triton
 import triton.language as tl
 
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
+from stepwire_kernels.signals import POLLS_PER_LOOK, await_round, publish
 
-# How many polls pass between two looks at the host's word, which is across the bus.
-_POLLS_PER_LOOK = tl.constexpr(8192)
 _ELEMENT_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -141,9 +139,7 @@ def _send(words, stamped_ptr, plain_ptr, flag_ptr, round_, cols, mask, FLAGGED: 
     """One row into a peer's inbox; all pointers are the row's own."""
     if FLAGGED:
         tl.store(plain_ptr + cols, words, mask=mask)
-        # Every thread's stores must precede the one release that publishes them.
-        tl.debug_barrier()
-        tl.atomic_xchg(flag_ptr, round_, sem="release", scope="sys")
+        publish(flag_ptr, round_)
     else:
         tl.store(stamped_ptr + cols, (round_.to(tl.int64) << 32) | (words.to(tl.int64) & 0xFFFFFFFF), mask=mask)
 
@@ -151,21 +147,16 @@ def _send(words, stamped_ptr, plain_ptr, flag_ptr, round_, cols, mask, FLAGGED: 
 @triton.jit
 def _take(stamped_ptr, plain_ptr, flag_ptr, stop_ptr, round_, cols, mask, FLAGGED: tl.constexpr):
     """Wait for one row of this rank's inbox and return its words."""
-    polls = 0
     if FLAGGED:
-        waits = tl.atomic_add(flag_ptr, 0, sem="acquire", scope="sys") != round_
-        while waits:
-            polls += 1
-            stopped = tl.load(stop_ptr, mask=polls % _POLLS_PER_LOOK == 0, other=0, volatile=True)
-            waits = (tl.atomic_add(flag_ptr, 0, sem="acquire", scope="sys") != round_) & (stopped == 0)
-        tl.debug_barrier()
+        await_round(flag_ptr, round_, stop_ptr)
         words = tl.load(plain_ptr + cols, mask=mask, other=0, volatile=True)
     else:
+        polls = 0
         stamped = tl.load(stamped_ptr + cols, mask=mask, other=0, volatile=True)
         waits = tl.max((mask & ((stamped >> 32).to(tl.int32) != round_)).to(tl.int32), axis=0) != 0
         while waits:
             polls += 1
-            stopped = tl.load(stop_ptr, mask=polls % _POLLS_PER_LOOK == 0, other=0, volatile=True)
+            stopped = tl.load(stop_ptr, mask=polls % POLLS_PER_LOOK == 0, other=0, volatile=True)
             stamped = tl.load(stamped_ptr + cols, mask=mask, other=0, volatile=True)
             missing = tl.max((mask & ((stamped >> 32).to(tl.int32) != round_)).to(tl.int32), axis=0)
             waits = (missing != 0) & (stopped == 0)
@@ -193,9 +184,8 @@ def _exchange(
     FLAGGED: tl.constexpr,
 ):
     """The sum over ranks of a row, as words; `words` are this rank's."""
-    before = tl.load(rounds_ptr + row)
-    # 0 is what memory begins with; 2 and not 1 follows, for the other of the two places.
-    round_ = tl.where(before == -1, 2, before + 1)
+    # They wrap, and by then a row's memory holds no zero that it began with.
+    round_ = tl.load(rounds_ptr + row) + 1
     place = (round_ & 1) * SIZE
     sent = ((place + RANK) * max_rows + row).to(tl.int64)
     at = sent * row_words

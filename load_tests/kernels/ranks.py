@@ -72,7 +72,7 @@ def _join(rank: int, size: int, address: str, server: StoreServer | None, hidden
     group = RankGroup(place, device, server)
     nccl = group.context().collectives
     words = row_words(hidden, torch.float32)
-    memory = map_peers(group, device, region_words(size, MAX_ROWS, words))
+    memory = map_peers(group, device, range(size), region_words(size, MAX_ROWS, words), "sums")
     if memory is None or nccl is None:
         raise SystemExit("these devices do not map each other's memory")
     stop = torch.zeros(1, dtype=torch.int32, pin_memory=True)
