@@ -24,6 +24,7 @@ import torch
 
 from gpu_worker.config import WorkerSettings
 from gpu_worker.device import resolve_device
+from gpu_worker.parallel.group_runner import GroupRunner
 from gpu_worker.runner import TorchRunner
 from gpu_worker.runner_api import Runner
 from load_tests.cpu_worker.step_driver import StepDriver, greedy
@@ -33,6 +34,8 @@ PROMPT_LENGTHS = (1, 7, 33, 64, 120, 200, 31, 16)
 NUM_GREEDY = 32
 TIMED_ROWS = (1, 8)
 TIMED_STEPS = 24
+WARM_STEPS = 12
+IN_FLIGHT_ROWS = 4
 
 
 def run_side(settings: WorkerSettings) -> dict[str, Any]:
@@ -56,7 +59,14 @@ def run_side(settings: WorkerSettings) -> dict[str, Any]:
             driver.step()
         tokens = [driver.rows[row].tokens[length:] for row, length in enumerate(PROMPT_LENGTHS)]
         times = {str(count): decode_ms(runner, count) for count in TIMED_ROWS}
-        return {"devices": driver.facts.devices, "tops": tops, "tokens": tokens, "decode_ms": times}
+        return {
+            "devices": driver.facts.devices,
+            "runner": type(runner.local if isinstance(runner, GroupRunner) else runner).__name__,
+            "tops": tops,
+            "tokens": tokens,
+            "decode_ms": times,
+            "in_flight_ms": in_flight_ms(runner),
+        }
     finally:
         runner.close()
 
@@ -72,6 +82,30 @@ def decode_ms(runner: Runner, num_rows: int) -> float:
         driver.step()
         times.append((time.perf_counter() - begun) * 1e3)
     return sorted(times[TIMED_STEPS // 2 :])[TIMED_STEPS // 4]
+
+
+def in_flight_ms(runner: Runner) -> float:
+    """Mean of a decode step with one more in flight than there are stages, each with rows of its own."""
+    driver = StepDriver(runner)
+    sets = [
+        range(first, first + IN_FLIGHT_ROWS)
+        for first in range(0, (driver.facts.num_stages + 1) * IN_FLIGHT_ROWS, IN_FLIGHT_ROWS)
+    ]
+    for rows in sets:
+        for row in rows:
+            driver.add(row, list(range(1, 17)), greedy())
+        driver.step({row: 16 for row in rows})
+    pending = [driver.begin({row: 1 for row in rows}) for rows in sets]
+    for number in range(WARM_STEPS + TIMED_STEPS):
+        if number == WARM_STEPS:
+            begun = time.perf_counter()
+        turn = number % len(sets)
+        driver.finish(pending[turn])
+        pending[turn] = driver.begin({row: 1 for row in sets[turn]})
+    taken = time.perf_counter() - begun
+    for each in (*pending[turn + 1 :], *pending[: turn + 1]):
+        driver.finish(each)
+    return taken * 1e3 / TIMED_STEPS
 
 
 def load(settings: WorkerSettings) -> Runner:
@@ -104,8 +138,11 @@ def compare(one: dict[str, Any], many: dict[str, Any]) -> dict[str, Any]:
         "num_compared": len(differences),
         "max_logprob_difference": max(differences, default=float("inf")),
         "equal_greedy_tokens": sum(pairs) / len(pairs),
+        "runner": many["runner"],
         "decode_ms_one_rank": one["decode_ms"],
         "decode_ms_group": many["decode_ms"],
+        "in_flight_ms_one_rank": one["in_flight_ms"],
+        "in_flight_ms_group": many["in_flight_ms"],
     }
 
 
