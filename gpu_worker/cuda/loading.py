@@ -29,7 +29,7 @@ from gpu_worker.cuda.compiling import compile_in_parallel
 from gpu_worker.cuda.invariant_ops import InvariantTritonOps
 from gpu_worker.cuda.ops import TritonOps
 from gpu_worker.cuda.packed_linears import PackedLinears
-from gpu_worker.cuda.peer_collectives import PeerCollectives, open_peer_collectives, peer_bytes
+from gpu_worker.cuda.peer_collectives import PeerCollectives, PeerSizes, open_peer_collectives
 from gpu_worker.cuda.runner import CudaRunner
 from gpu_worker.cuda.stage_link import LinkSizes, StageLink, open_stage_link
 from gpu_worker.cuda.step_graphs import StepGraphs
@@ -154,7 +154,8 @@ def _load_supported(
     torch.cuda.set_device(device)
     pdl = _has_pdl(device)
     if parallel.collectives is not None:
-        shared = open_peer_collectives(group, parallel.collectives, device, spec.hidden_size, dtype, pdl=pdl)
+        shared_sizes = _peer_sizes(spec, parallel, sizes, dtype)
+        shared = open_peer_collectives(group, parallel.collectives, device, shared_sizes, pdl=pdl)
         parallel = replace(parallel, collectives=shared)
     waiting = [part for part in (link, parallel.collectives) if isinstance(part, StageLink | PeerCollectives)]
     ops = (InvariantTritonOps if settings.deterministic else TritonOps)(device, pdl=pdl)
@@ -239,6 +240,10 @@ def _has_pdl(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= PDL_CAPABILITY
 
 
+def _peer_sizes(spec: ModelSpec, parallel: ParallelContext, sizes: Sizes, dtype: torch.dtype) -> PeerSizes:
+    return PeerSizes(parallel.size, spec.hidden_size, spec.vocab_size, sizes.max_num_seqs, dtype)
+
+
 def _link_sizes(group: RankGroup, spec: ModelSpec, sizes: Sizes, dtype: torch.dtype, *, with_graphs: bool) -> LinkSizes:
     parts = _Parts.of(sizes, spec.vocab_size, with_graphs=with_graphs)
     return LinkSizes(
@@ -299,7 +304,7 @@ def _workspace_bytes(
     if with_graphs:
         num_tokens = min(GRAPH_TOKENS[-1][0], sizes.max_num_batched_tokens)
         graph_bytes = GRAPH_BYTES + activation_bytes(spec, parallel, num_tokens, sizes.max_num_seqs, dtype)
-    shared = peer_bytes(parallel.size, spec.hidden_size, dtype)
+    shared = 8 * sum(_peer_sizes(spec, parallel, sizes, dtype).words)
     return held + attention.num_bytes() + step_buffers + graph_bytes + shared
 
 

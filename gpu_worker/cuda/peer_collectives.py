@@ -1,11 +1,13 @@
-"""Sums over the ranks of a stage: small ones through memory that they map of each other, the rest by NCCL."""
+"""What ranks of a stage exchange: small sums and logits through memory that all of them map, the rest by NCCL."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+from stepwire_kernels.all_gather import GatherBuffers, all_gather, gather_buffers, gather_region_words
 from stepwire_kernels.all_reduce import (
     PeerBuffers,
     all_reduce,
@@ -30,6 +32,7 @@ class PeerCollectives:
     Args:
         others: for what is too large or of another kind.
         sums, norms: which way by size, for sums alone and for those with the norm that follows.
+        gather: for the logits; None: NCCL.
         held: what must live as long as `peers`.
     """
 
@@ -41,10 +44,11 @@ class PeerCollectives:
         norms: Sequence[AllReduceChoice],
         *,
         pdl: bool,
+        gather: GatherBuffers | None = None,
         held: object = None,
     ) -> None:
         self._others, self._peers, self._pdl = others, peers, pdl
-        self._held = held
+        self._gather, self._held = gather, held
         self._sums, self._norms = sums, norms
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
@@ -57,6 +61,8 @@ class PeerCollectives:
         return self._others.all_reduce(x)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        if self._gather is not None and self._gather.takes(x):
+            return all_gather(x, self._gather, pdl=self._pdl)
         return self._others.all_gather(x)
 
     def all_reduce_add_norm(
@@ -76,28 +82,52 @@ class PeerCollectives:
         self._peers.stop.fill_(1)
 
 
-def row_words(hidden_size: int, dtype: torch.dtype) -> int:
-    """32-bit words of a row of hidden states, as peers' memory holds it."""
-    return -(-hidden_size * dtype.itemsize // 16) * 4
+@dataclass(frozen=True, slots=True)
+class PeerSizes:
+    """What ranks exchange through each other's memory, the same on all of them."""
 
+    num_ranks: int
+    hidden_size: int
+    vocab_size: int
+    max_logits: int
+    """Rows of logits of a step."""
+    dtype: torch.dtype
 
-def peer_bytes(size: int, hidden_size: int, dtype: torch.dtype) -> int:
-    """Memory of a rank's region."""
-    return 0 if size == 1 else 8 * region_words(size, MAX_ROWS, row_words(hidden_size, dtype))
+    @property
+    def row_words(self) -> int:
+        """32-bit words of a row of hidden states; rows begin at 16 bytes."""
+        return -(-self.hidden_size * self.dtype.itemsize // 16) * 4
+
+    @property
+    def columns(self) -> int:
+        """Of a rank's logits; 0: they are not whole words, and go through NCCL."""
+        columns = -(-self.vocab_size // self.num_ranks)
+        return columns if columns * self.dtype.itemsize % 4 == 0 else 0
+
+    @property
+    def words(self) -> tuple[int, int]:
+        """int64 words of a rank's region: for sums, and for logits."""
+        if self.num_ranks == 1:
+            return 0, 0
+        sums = region_words(self.num_ranks, MAX_ROWS, self.row_words)
+        return -(-sums // 2) * 2, gather_region_words(self.num_ranks, self.max_logits, self.columns, self.dtype)
 
 
 def open_peer_collectives(
-    group: RankGroup, others: Collectives, device: torch.device, hidden_size: int, dtype: torch.dtype, *, pdl: bool
+    group: RankGroup, others: Collectives, device: torch.device, sizes: PeerSizes, *, pdl: bool
 ) -> Collectives:
-    """`others`, with small sums through peers' memory where ranks can map it. All ranks call it at the same time."""
-    size = group.layout.tensor_parallel_size
-    words = row_words(hidden_size, dtype)
-    ranks = group.layout.stage_ranks(group.place.rank)
-    memory = map_peers(group, device, ranks, region_words(size, MAX_ROWS, words), "sums")
+    """`others`, with small sums and logits through peers' memory where ranks map it. All ranks call it together."""
+    size, rank = group.layout.tensor_parallel_size, group.place.rank
+    memory = map_peers(group, device, group.layout.stage_ranks(rank), sum(sizes.words), "sums and logits")
     if memory is None:
         return others
     stop = torch.zeros(1, dtype=torch.int32, pin_memory=True)
-    peers = peer_buffers(group.place.rank % size, memory.regions, MAX_ROWS, words, stop)
+    parts = [region.split(sizes.words) for region in memory.regions]
+    peers = peer_buffers(rank % size, [part[0] for part in parts], MAX_ROWS, sizes.row_words, stop)
+    gather = None
+    if sizes.columns:
+        regions = [part[1] for part in parts]
+        gather = gather_buffers(rank % size, regions, sizes.max_logits, sizes.columns, sizes.dtype, stop)
     name = torch.cuda.get_device_name(device)
     sums, norms = (all_reduce_choices(name, size, has_norm=has_norm) for has_norm in (False, True))
     # Ranks on devices of different kinds would go different ways.
@@ -105,4 +135,4 @@ def open_peer_collectives(
     least, greatest = group.least([number, -number])
     if least != -greatest:
         sums = norms = default_choices(size)
-    return PeerCollectives(others, peers, sums, norms, pdl=pdl, held=memory)
+    return PeerCollectives(others, peers, sums, norms, pdl=pdl, gather=gather, held=memory)

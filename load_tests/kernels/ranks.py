@@ -10,15 +10,18 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
+from stepwire_kernels.all_gather import GatherBuffers, gather_buffers, gather_region_words
 from stepwire_kernels.all_reduce import PeerBuffers, peer_buffers, region_words
 
-from gpu_worker.cuda.peer_collectives import MAX_ROWS, row_words
+from gpu_worker.cuda.peer_collectives import MAX_ROWS
 from gpu_worker.parallel.layout import GroupLayout, Place
 from gpu_worker.parallel.peer_memory import PeerMemory, map_peers
 from gpu_worker.parallel.process_group import RankGroup, StoreServer
 from gpu_worker.parallel.shares import Collectives
 
 _ONE_NODE = "127.0.0.1"
+# Llama 3's vocabulary.
+LOGITS = 128256
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Rank:
     group: RankGroup
     nccl: Collectives
     peers: PeerBuffers
+    gather: GatherBuffers
     memory: PeerMemory
 
 
@@ -71,10 +75,14 @@ def _join(rank: int, size: int, address: str, server: StoreServer | None, hidden
     place = Place(rank, GroupLayout(size, (1,)), rank, size, address, _ONE_NODE)
     group = RankGroup(place, device, server)
     nccl = group.context().collectives
-    words = row_words(hidden, torch.float32)
-    memory = map_peers(group, device, range(size), region_words(size, MAX_ROWS, words), "sums")
+    words = -(-hidden // 4) * 4
+    sums = region_words(size, MAX_ROWS, words)
+    logits = gather_region_words(size, MAX_ROWS, LOGITS // size, torch.bfloat16)
+    memory = map_peers(group, device, range(size), sums + logits, "sums and logits")
     if memory is None or nccl is None:
         raise SystemExit("these devices do not map each other's memory")
     stop = torch.zeros(1, dtype=torch.int32, pin_memory=True)
-    peers = peer_buffers(rank, memory.regions, MAX_ROWS, words, stop)
-    return Rank(rank, size, device, group, nccl, peers, memory)
+    parts = [region.split([sums, logits]) for region in memory.regions]
+    peers = peer_buffers(rank, [part[0] for part in parts], MAX_ROWS, words, stop)
+    gather = gather_buffers(rank, [part[1] for part in parts], MAX_ROWS, LOGITS // size, torch.bfloat16, stop)
+    return Rank(rank, size, device, group, nccl, peers, gather, memory)

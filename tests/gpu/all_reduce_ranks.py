@@ -15,10 +15,11 @@ from collections.abc import Callable
 
 import torch
 from stepwire_kernels import reference
+from stepwire_kernels.all_gather import all_gather
 from stepwire_kernels.all_reduce import AllReduceTuning, all_reduce, all_reduce_add_rms_norm
 from stepwire_kernels.norm import add_rms_norm
 
-from load_tests.kernels.ranks import Rank, run_ranks
+from load_tests.kernels.ranks import LOGITS, Rank, run_ranks
 from tests.unit.kernels.checks import TOLERANCE, relative_error
 
 WAYS = [AllReduceTuning(two_shot, flagged) for two_shot, flagged in itertools.product((False, True), repeat=2)]
@@ -162,6 +163,36 @@ def chained_norms(rank: Rank) -> str:
     return ""
 
 
+def logits_against_nccl(rank: Rank) -> str:
+    """Gathers in a graph, a sum before each as a step has, late ranks included."""
+    columns = LOGITS // rank.size
+    for rows in (1, 3, 256):
+        x = random(rank, (rows, columns), torch.bfloat16, 500 + rank.rank)
+        small = torch.zeros(1, 64, dtype=torch.bfloat16, device=rank.device)
+        out = torch.empty(rows, LOGITS, dtype=torch.bfloat16, device=rank.device)
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+        def launch(x: torch.Tensor = x, small: torch.Tensor = small, out: torch.Tensor = out) -> None:
+            for _ in range(4):
+                all_reduce(small, rank.peers, pdl=True)
+                x.mul_(-1)
+                out.copy_(all_gather(x, rank.gather, pdl=True))
+
+        with torch.cuda.stream(stream):
+            launch()
+        stream.synchronize()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            launch()
+        for replay in range(60):
+            if replay % 3 == rank.rank:
+                torch.cuda._sleep(LATE_CYCLES)
+            x.copy_(random(rank, (rows, columns), torch.bfloat16, 600 + 2 * replay + rank.rank))
+            graph.replay()
+            if replay % 5 == 0 and not torch.equal(out, rank.nccl.all_gather(x)):
+                return f"{rows} rows, replay {replay}: not what NCCL gathers"
+    return ""
+
+
 def stop_ends_waiting(rank: Rank) -> str:
     """Rank 0 calls what nobody else does, and is told to stop. The last check: rounds are out of step after."""
     if rank.rank != 0:
@@ -187,6 +218,7 @@ CHECKS: dict[str, Callable[[Rank], str]] = {
     "thousands of rounds": lambda rank: thousands_of_rounds(rank, is_late=False, replays=200),
     "a late rank": lambda rank: thousands_of_rounds(rank, is_late=True, replays=100),
     "chained norms in a graph": chained_norms,
+    "logits against nccl": logits_against_nccl,
     "stop ends waiting": stop_ends_waiting,
 }
 

@@ -12,11 +12,13 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from stepwire_kernels import reference
+from stepwire_kernels.all_gather import PART_WORDS, all_gather, gather_buffers, gather_region_words
 from stepwire_kernels.all_reduce import (
     AllReduceTuning,
     PeerBuffers,
@@ -29,6 +31,8 @@ from stepwire_kernels.all_reduce import (
 from tests.unit.kernels.checks import relative_error, repair_interpreter
 
 MAX_ROWS, ROW_WORDS, EPS = 5, 80, 1e-5
+# More than one part of a row.
+GATHER_COLUMNS = 2 * PART_WORDS + 6
 # Rounds of every case: row counts that differ, so that rows are in different rounds.
 ROW_COUNTS = (3, 1, 5, 1, 2)
 
@@ -97,6 +101,22 @@ def twin(case: Case, round_: int, size: int) -> tuple[torch.Tensor, torch.Tensor
     return reference.add_rms_norm(residual.double(), None, weight, EPS, weight_offset=0.5), residual
 
 
+def fork_ranks(size: int, body: Callable[[int], None]) -> list[int]:
+    """Call `body` with each rank's number in a process of its own; their exit codes."""
+    children = []
+    for rank in range(size):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                body(rank)
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
 def run_case(case: Case, size: int) -> dict[str, Any]:
     regions = [
         torch.zeros(region_words(size, MAX_ROWS, ROW_WORDS), dtype=torch.int64).share_memory_() for _ in range(size)
@@ -111,20 +131,13 @@ def run_case(case: Case, size: int) -> dict[str, Any]:
         [torch.zeros(2, rows, case.columns, dtype=case.dtype).share_memory_() for rows in ROW_COUNTS]
         for _ in range(size)
     ]
-    children = []
-    for rank in range(size):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                peers = peer_buffers(rank, regions, MAX_ROWS, ROW_WORDS, stop)
-                peers.rounds.fill_(case.first_round)
-                run_rank(case, peers, results[rank])
-                code = 0
-            finally:
-                os._exit(code)
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+    def body(rank: int) -> None:
+        peers = peer_buffers(rank, regions, MAX_ROWS, ROW_WORDS, stop)
+        peers.rounds.fill_(case.first_round)
+        run_rank(case, peers, results[rank])
+
+    codes = fork_ranks(size, body)
     errors, same_residuals = [], True
     for round_ in range(len(ROW_COUNTS)):
         expected, residual = twin(case, round_, size)
@@ -142,11 +155,45 @@ def run_case(case: Case, size: int) -> dict[str, Any]:
     }
 
 
+def gather_rank(rank: int, size: int, regions: list[torch.Tensor], stop: torch.Tensor, found: torch.Tensor) -> None:
+    """Rounds of a gather, a sum between them as a step has; what came out, [rounds, rows, size * columns]."""
+    gathered = region_words(size, MAX_ROWS, ROW_WORDS)
+    peers = peer_buffers(rank, [region[:gathered] for region in regions], MAX_ROWS, ROW_WORDS, stop)
+    buffers = gather_buffers(
+        rank, [region[gathered:] for region in regions], MAX_ROWS, GATHER_COLUMNS, torch.bfloat16, stop
+    )
+    for round_, rows in enumerate(ROW_COUNTS):
+        time.sleep(0.02 * (round_ % size == rank))
+        all_reduce(torch.zeros(1, 2), peers)
+        x = torch.full((rows, GATHER_COLUMNS), 10.0 * round_ + rank, dtype=torch.bfloat16)
+        found[round_, :rows] = all_gather(x, buffers)
+
+
+def run_gather(size: int) -> dict[str, Any]:
+    words = region_words(size, MAX_ROWS, ROW_WORDS)
+    words += gather_region_words(size, MAX_ROWS, GATHER_COLUMNS, torch.bfloat16)
+    regions = [torch.zeros(words, dtype=torch.int64).share_memory_() for _ in range(size)]
+    stop = torch.zeros(1, dtype=torch.int32).share_memory_()
+    shape = (size, len(ROW_COUNTS), MAX_ROWS, size * GATHER_COLUMNS)
+    found = torch.full(shape, -1.0, dtype=torch.bfloat16).share_memory_()
+    codes = fork_ranks(size, lambda rank: gather_rank(rank, size, regions, stop, found[rank]))
+    expected = torch.full(shape, -1.0, dtype=torch.bfloat16)
+    for round_, rows in enumerate(ROW_COUNTS):
+        values = torch.arange(size).repeat_interleave(GATHER_COLUMNS) + 10.0 * round_
+        expected[:, round_, :rows] = values.to(torch.bfloat16)
+    error = 0.0 if torch.equal(found, expected) else 1.0
+    return {
+        "case": "gather", "dtype": "bfloat16", "exit_codes": codes, "error": error, "ranks_agree": True,
+        "same_residuals": True,
+    }  # fmt: skip
+
+
 def main() -> None:
     torch.set_num_threads(1)
     repair_interpreter()
     for case in cases():
         print(json.dumps(run_case(case, int(sys.argv[1]))), flush=True)
+    print(json.dumps(run_gather(int(sys.argv[1]))), flush=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from tests.unit.gpu_worker.cuda.test_runner import on_cpu, save_model
 @pytest.mark.parametrize(
     ("kind", "mode"),
     [
-        ("llama", "tensor"),
+        # Spinning under the interpreter, each takes the time that the other one needs.
+        pytest.param("llama", "tensor", marks=pytest.mark.slow),
         ("llama", "pipeline"),
         # One table for embedding and head, of which either stage has a copy.
         pytest.param("qwen3", "pipeline", marks=pytest.mark.slow),
