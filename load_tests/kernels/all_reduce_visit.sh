@@ -14,6 +14,7 @@ for step in $steps; do
     sweep) timeout 75 python3 -m load_tests.kernels.all_reduce sweep ${out:+--out "$out"} 2>&1 | tail -22 ;;
     pair) timeout 200 python3 -m pytest -c /dev/null --rootdir=. -p no:cacheprovider -q --durations=10 tests/gpu/test_parallel_ranks.py 2>&1 | tail -40 ;;
     decode) timeout 150 python3 -m load_tests.gpu.compare_ranks load_tests/shapes/llama-3.1-8b --load-format dummy --limit 1000 2>&1 | tail -30 ;;
+    pipeline) timeout 150 python3 -m load_tests.gpu.compare_ranks load_tests/shapes/llama-3.1-8b --load-format dummy --limit 1000 --tensor-parallel-size 1 --pipeline-parallel-size 2 2>&1 | tail -30 ;;
   esac
 done
 if [ -n "$out" ] && [ -f load_tests/results/kernels.jsonl ]; then cp load_tests/results/kernels.jsonl "$out"/; fi
