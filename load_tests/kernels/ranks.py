@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
+from stepwire.process.parent import end_with_parent
 from stepwire_kernels.all_gather import GatherBuffers, gather_buffers, gather_region_words
 from stepwire_kernels.all_reduce import PeerBuffers, peer_buffers, region_words
 
@@ -45,6 +47,8 @@ def run_ranks(module: str, arguments: Sequence[str], size: int, body: Callable[[
     float32.
     """
     if "--rank" in arguments:
+        # One that waits for a peer on its device would stay for ever.
+        end_with_parent(signal.SIGKILL)
         at = list(arguments).index("--rank")
         body(_join(int(arguments[at + 1]), size, arguments[at + 2], None, hidden))
         _end(0)
