@@ -74,6 +74,8 @@ class CudaRunner:
         self._to_capture: GraphKey | None = None
         self._eager_uses: Counter[GraphKey] = Counter()
         self._capture_failed = False
+        # Shapes whose capture was tried, and with several ranks the same on all of them.
+        self._attempted: set[GraphKey] = set()
         self._uncaptured = deque(planner.graph_shapes())
         # (row, generation) of rows that got no token, found by the completion thread.
         self._failed: SimpleQueue[tuple[int, int]] = SimpleQueue()
@@ -112,11 +114,12 @@ class CudaRunner:
 
     def idle(self) -> bool:
         """Use a pause: capture the next graph, small first. True: there is more to do in this pause."""
-        if self._graphs is None or not self.has_pause_work():
+        # In a group the first rank decides, and all run the same steps: another's captures may have failed.
+        if self._graphs is None or not (self._is_group or self.has_pause_work()):
             return False
         while self._uncaptured:
             key = GraphKey(self._uncaptured.popleft(), GraphKind.PLAIN)
-            if self._graphs.get(key) is None and self._run_unseen([key.shape]):
+            if key not in self._attempted and self._run_unseen([key.shape]):
                 self._capture(key)
                 return True
         return False
@@ -166,6 +169,7 @@ class CudaRunner:
 
     def _capture(self, key: GraphKey) -> None:
         """Capture a step whose kernels are compiled. If that fails, steps without a graph stay eager from then on."""
+        self._attempted.add(key)
         if self._graphs is None or self._capture_failed:
             return
 
@@ -289,9 +293,7 @@ class CudaRunner:
             or bool(self._rows.has_penalties[layout.runs[:, 0]].any())
             or bool((self._rows.num_logprobs[rows] > 0).any())
         )
-        if not self._program.draws:
-            self._launch_undrawn(slot, layout, batch, wait_for_mask, is_full=is_full)
-            return
+        # The same on stages that do not draw, whose graphs hold no more for it: all ranks capture in step.
         kind = GraphKind.FORWARD if needs_masks else GraphKind.FULL if is_full else GraphKind.PLAIN
         captured = self._captured(GraphKey(shape, kind)) if self._graphs is not None and shape.has_graph else None
         if captured is not None:
@@ -299,7 +301,9 @@ class CudaRunner:
             logits = captured.logits
         else:
             logits = self._program.forward(shape)
-        if captured is None or needs_masks:
+        if not self._program.draws:
+            self._take_drawn(slot, layout, batch, wait_for_mask, is_full=is_full)
+        elif captured is None or needs_masks:
             self._timeline.mark_logits(slot)
             if logits is not None:
                 masks = self._masks(layout, wait_for_mask() if len(batch.mask_rows) else None) if needs_masks else None
@@ -307,7 +311,7 @@ class CudaRunner:
             elif recounts:
                 self._program.recount()
 
-    def _launch_undrawn(
+    def _take_drawn(
         self,
         slot: int,
         layout: StepLayout,
@@ -316,20 +320,13 @@ class CudaRunner:
         *,
         is_full: bool,
     ) -> None:
-        """A step whose tokens the last stage draws."""
-        shape = layout.shape
-        has_graph = self._graphs is not None and shape.has_graph
-        captured = self._captured(GraphKey(shape, GraphKind.PLAIN)) if has_graph else None
-        if captured is not None:
-            captured.graph.replay()
-        else:
-            self._program.forward(shape)
+        """What another stage draws in this step."""
         if len(batch.mask_rows):
             # The last stage applies it; a step that gets none draws nothing.
             wait_for_mask()
-        if shape.num_logits:
+        if layout.shape.num_logits:
             with self._timeline.arriving(slot):
-                self._program.take_tokens(shape, slot, is_full=is_full)
+                self._program.take_tokens(layout.shape, slot, is_full=is_full)
             self._arriving[slot] = layout.sampled_rows
 
     def _captured(self, key: GraphKey) -> CapturedStep | None:

@@ -56,8 +56,7 @@ def cases() -> list[Case]:
     found = [
         Case(dtype, columns, way, has_norm)
         for way in ways
-        for dtype, columns in ((torch.float32, 33), (torch.bfloat16, 66))
-        for has_norm in (False, True)
+        for dtype, columns, has_norm in ((torch.float32, 33, False), (torch.bfloat16, 66, True))
     ]
     found += [Case(torch.float32, 1, ways[0], has_norm=False), Case(torch.float16, 160, ways[-1], has_norm=True)]
     # The count of rounds wraps.
