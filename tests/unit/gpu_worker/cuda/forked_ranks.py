@@ -27,6 +27,7 @@ from gpu_worker.parallel.shares import ParallelContext
 from gpu_worker.runner_api import TokenMask
 from load_tests.cpu_worker.step_driver import StepDriver, greedy, sampling
 from tests.unit.gpu_worker.cuda.inline_runner import load_inline
+from tests.unit.kernels.all_reduce_ranks import wait_politely
 from tests.unit.kernels.checks import repair_interpreter
 
 MAX_NUM_SEQS, MAX_TOP = 4, 20
@@ -86,6 +87,7 @@ def main() -> None:
     directory, mode = Path(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
     repair_interpreter()
+    wait_politely()
     planner = StepPlanner(MAX_NUM_SEQS, 128, with_graphs=False)
     sizes = LinkSizes(2, planner.max_tokens, planner.max_runs, MAX_TOP, HIDDEN, torch.float32)
     words = region_words(2, MAX_ROWS, ROW_WORDS) if mode == "tensor" else sizes.region_words
