@@ -41,7 +41,8 @@ def map_peers(
     if group.least([int(reason is None)]) == [1]:
         try:
             memory = _exchange(group, device, ranks, num_words, what)
-        except RuntimeError as error:
+        except (RuntimeError, AttributeError, TypeError) as error:
+            # The last two: torch's interface is not promised to stay as it is, and NCCL does without.
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     # Also the barrier after which everybody's region is zero.
     if group.least([int(memory is not None)]) == [1]:
@@ -86,8 +87,9 @@ def _exchange(group: RankGroup, device: torch.device, ranks: Sequence[int], num_
     named = c10d.ProcessGroup(store, own_place, size)
     named._set_group_name(name)
     c10d._register_process_group(name, named)
-    # Releases before 2.9 or so look the name up here.
-    _symmetric_memory().set_group_info(name, own_place, size, store)
+    if hasattr(_symmetric_memory(), "set_group_info"):
+        # Older releases look the name up here.
+        _symmetric_memory().set_group_info(name, own_place, size, store)
     own = symm_mem.empty(num_words, dtype=torch.int64, device=device)
     handle = symm_mem.rendezvous(own, name)
     own.zero_()

@@ -5,7 +5,7 @@
     out      <- residual / sqrt(mean(residual^2) + eps) * (weight_offset + weight)
 
 x, residual, out: [num_rows, columns], weight: [columns], columns a multiple of what fills 32 bits. Every rank adds in
-the same order, so all have the same bits, and the fused form has those of `all_reduce` followed by `add_rms_norm`.
+the same order, so all have the same bits, whichever way a sum takes.
 
 A program owns a row on every rank and exchanges it with the same program of the others; nothing else is waited for.
 Two ways of sharing the work:

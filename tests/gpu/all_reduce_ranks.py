@@ -122,7 +122,7 @@ def thousands_of_rounds(rank: Rank, *, is_late: bool, replays: int, calls: int =
 
 
 def chained_norms(rank: Rank) -> str:
-    """The chain of a decoder in a graph, late ranks included: fused against NCCL and the separate norm, bit for bit."""
+    """The chain of a decoder: fused against NCCL and a separate norm, then the same bits in a graph with late ranks."""
     shape = (8, 4096)
     weight = random(rank, (1, shape[1]), torch.bfloat16, 8)[0]
     start = random(rank, shape, torch.bfloat16, 400 + rank.rank)
@@ -140,10 +140,12 @@ def chained_norms(rank: Rank) -> str:
             x = x * (0.5 + rank.rank)
         return x, residual
 
-    expected = chain(fused=False)
+    separate, expected = chain(fused=False), chain(fused=True)
+    # Both round to bfloat16 64 times, after sums of squares in another order.
+    if relative_error(expected[1], separate[1]) > 2 * TOLERANCE[torch.bfloat16]:
+        return f"{relative_error(expected[1], separate[1])} from NCCL and the separate norm"
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream()
-    chain(fused=True)
     torch.cuda.synchronize()
     x, residual = start.clone(), random(rank, shape, torch.bfloat16, 9)
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
@@ -158,8 +160,8 @@ def chained_norms(rank: Rank) -> str:
         residual.copy_(random(rank, shape, torch.bfloat16, 9))
         graph.replay()
         for got, wanted in zip((x, residual), expected, strict=True):
-            if rank.size == 2 and not torch.equal(got, wanted):
-                return f"replay {replay}: {relative_error(got, wanted)} from NCCL and the separate norm"
+            if not torch.equal(got, wanted):
+                return f"replay {replay}: {relative_error(got, wanted)} from the same without a graph"
     return ""
 
 
