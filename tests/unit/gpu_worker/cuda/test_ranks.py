@@ -28,7 +28,7 @@ def test_ranks_draw_what_one_worker_draws(tmp_path: Path, kind: str, mode: str) 
     save_model(tmp_path, kind)
     expected = drive(on_cpu(tmp_path))
     command = [sys.executable, "-m", "tests.unit.gpu_worker.cuda.forked_ranks", str(tmp_path), mode]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     ranks = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert sorted(found["rank"] for found in ranks) == [0, 1]
