@@ -18,6 +18,7 @@ from gpu_worker.layers.ops import AttentionHeads, StepPositions, TorchOps
 from gpu_worker.layers.rope import RotaryTables
 
 if TYPE_CHECKING:
+    from gpu_worker.parallel.shares import ParallelContext
     from gpu_worker.layers.norm import Norm
 
 # The kernels' numbers for what `hidden_act` names; others are torch's.
@@ -66,8 +67,12 @@ class CpuOps(TorchOps):
         if num_numbers > self._widened.numel():
             self._widened = torch.empty(num_numbers, dtype=torch.float32)
 
-    def add_norm(self, x: torch.Tensor | None, residual: torch.Tensor, norm: Norm) -> torch.Tensor:
+    def add_norm(
+        self, x: torch.Tensor | None, residual: torch.Tensor, norm: Norm, sums: ParallelContext | None = None
+    ) -> torch.Tensor:
         weight = norm.weight
+        if x is not None and sums is not None:
+            x = sums.all_reduce(x)
         covered = _is_rows(residual) and weight.dtype == torch.bfloat16
         if not covered or (x is not None and not (_is_rows(x) and x.is_contiguous())):
             return super().add_norm(x, residual, norm)

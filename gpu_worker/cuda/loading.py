@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
@@ -29,11 +29,13 @@ from gpu_worker.cuda.compiling import compile_in_parallel
 from gpu_worker.cuda.invariant_ops import InvariantTritonOps
 from gpu_worker.cuda.ops import TritonOps
 from gpu_worker.cuda.packed_linears import PackedLinears
+from gpu_worker.cuda.peer_collectives import PeerCollectives, PeerSizes, open_peer_collectives
 from gpu_worker.cuda.runner import CudaRunner
+from gpu_worker.cuda.stage_link import LinkSizes, StageLink, open_stage_link
 from gpu_worker.cuda.step_graphs import StepGraphs
 from gpu_worker.cuda.step_layout import GRAPH_TOKENS, StepPlanner
 from gpu_worker.cuda.step_program import ProgramBuffers, ProgramLimits, StepProgram
-from gpu_worker.cuda.timeline import NUM_SLOTS, CudaTimeline
+from gpu_worker.cuda.timeline import CudaTimeline, num_slots
 from gpu_worker.device import resolve_dtype
 from gpu_worker.invariant.coverage import CoveredScheme, refuse_uncovered
 from gpu_worker.kv_cache import GIB, KVCache, KVCacheShape, MemoryBudgetError, activation_bytes
@@ -114,6 +116,13 @@ def load_cuda_runner(settings: WorkerSettings, device: torch.device, group: Rank
         reason = f"{spec.architecture} runs through transformers' own code"
     if read_pooling(settings.model, spec, family, settings.task, settings.pooling) is not None:
         reason = "vectors and scores are pooled in plain torch"
+    link: StageLink | None = None
+    if reason is None and group.layout.num_stages > 1:
+        torch.cuda.set_device(device)
+        sizes_of_link = _link_sizes(group, spec, sizes, dtype, with_graphs=not settings.enforce_eager)
+        link = open_stage_link(group, device, sizes_of_link, pdl=_has_pdl(device))
+        if link is None:
+            reason = "stages do not map each other's memory, and hidden states go through the host"
     if reason is not None:
         log.warning("the CUDA kernels cannot run this: plain torch does, many times slower", reason=reason)
         return TorchRunner.load(settings, group)
@@ -123,7 +132,7 @@ def load_cuda_runner(settings: WorkerSettings, device: torch.device, group: Rank
             "float16"
         )
     try:
-        return _load_supported(settings, settings.model, device, spec, family, sizes, dtype, group)
+        return _load_supported(settings, settings.model, device, spec, family, sizes, dtype, group, link)
     except torch.OutOfMemoryError as error:
         free, total = torch.cuda.mem_get_info(device)
         raise MemoryBudgetError(
@@ -141,11 +150,17 @@ def _load_supported(
     sizes: Sizes,
     dtype: torch.dtype,
     group: RankGroup,
+    link: StageLink | None,
 ) -> CudaRunner:
     parallel = group.context()
     begun = time.monotonic()
     torch.cuda.set_device(device)
-    pdl = torch.cuda.get_device_capability(device) >= PDL_CAPABILITY
+    pdl = _has_pdl(device)
+    if parallel.collectives is not None:
+        shared_sizes = _peer_sizes(spec, parallel, sizes, dtype)
+        shared = open_peer_collectives(group, parallel.collectives, device, shared_sizes, pdl=pdl)
+        parallel = replace(parallel, collectives=shared)
+    waiting = [part for part in (link, parallel.collectives) if isinstance(part, StageLink | PeerCollectives)]
     ops = (InvariantTritonOps if settings.deterministic else TritonOps)(device, pdl=pdl)
     scheme: QuantScheme = make_scheme(
         directory,
@@ -164,6 +179,8 @@ def _load_supported(
     model = load_model(settings, family, spec, build, sizes.max_model_len)
     with_graphs = not settings.enforce_eager
     workspace = _workspace_bytes(spec, parallel, sizes, dtype, with_graphs=with_graphs)
+    if link is not None:
+        workspace += 8 * _link_sizes(group, spec, sizes, dtype, with_graphs=with_graphs).region_words
     sizes, plan = plan_memory(settings, spec, parallel, shape, sizes, model.num_bytes(), device, dtype, workspace)
     sizes, plan = agree_on_sizes(sizes, plan, shape, group)
     for line in plan.lines():
@@ -181,11 +198,29 @@ def _load_supported(
         deterministic=settings.deterministic,
     )
     buffers = ProgramBuffers.allocate(parts.program, device)
-    timeline = CudaTimeline(device, BUFFER_WORDS, result_slot_words(parts.planner.max_runs, MAX_NUM_LOGPROBS))
-    program = StepProgram(model, attention, buffers, timeline.packed, timeline.results, parts.program, pdl=pdl)
+    slot_words = result_slot_words(parts.planner.max_runs, MAX_NUM_LOGPROBS)
+    timeline = CudaTimeline(device, BUFFER_WORDS, slot_words, num_slots(group.layout.num_stages))
+    program = StepProgram(
+        model, attention, buffers, timeline.packed, timeline.results, parts.program, pdl=pdl, link=link
+    )
     graphs = StepGraphs(timeline.compute) if with_graphs else None
     facts = worker_facts(directory, spec, sizes, plan, shape, device, dtype)
-    runner = CudaRunner(facts, program, parts.planner, timeline, graphs, device, compile_in_parallel)
+
+    def give_up() -> None:
+        for part in waiting:
+            part.give_up()
+
+    runner = CudaRunner(
+        facts,
+        program,
+        parts.planner,
+        timeline,
+        graphs,
+        device,
+        compile_in_parallel,
+        give_up,
+        is_group=group.layout.world_size > 1,
+    )
     warm_begun = time.monotonic()
     max_tokens = parts.planner.max_tokens
     packed = not isinstance(scheme, Unquantized)
@@ -202,9 +237,27 @@ def _load_supported(
 def _unsupported(spec: ModelSpec, parallel: ParallelContext, sizes: Sizes, device: torch.device) -> str | None:
     if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         return _too_old(device, MIN_CAPABILITY)
-    if not (parallel.is_first_stage and parallel.is_last_stage):
-        return "a step that goes through several stages is not one CUDA graph"
     return unsupported_attention(attention_spec(spec, parallel), sizes.block_size)
+
+
+def _has_pdl(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= PDL_CAPABILITY
+
+
+def _peer_sizes(spec: ModelSpec, parallel: ParallelContext, sizes: Sizes, dtype: torch.dtype) -> PeerSizes:
+    return PeerSizes(parallel.size, spec.hidden_size, spec.vocab_size, sizes.max_num_seqs, dtype)
+
+
+def _link_sizes(group: RankGroup, spec: ModelSpec, sizes: Sizes, dtype: torch.dtype, *, with_graphs: bool) -> LinkSizes:
+    parts = _Parts.of(sizes, spec.vocab_size, with_graphs=with_graphs)
+    return LinkSizes(
+        group.layout.num_stages,
+        parts.planner.max_tokens,
+        parts.planner.max_runs,
+        MAX_NUM_LOGPROBS,
+        spec.hidden_size,
+        dtype,
+    )
 
 
 def _too_old(device: torch.device, needed: tuple[int, int]) -> str:
@@ -261,12 +314,13 @@ def _workspace_bytes(
     )
     no_cache = KVCache(KVCacheShape.of(spec, parallel, sizes.block_size, dtype), 1, meta).layers
     attention = make_attention(attention_spec(spec, parallel), no_cache, parts.attention, dtype=dtype, pdl=False)
-    step_buffers = (NUM_SLOTS + 1) * BUFFER_WORDS * 4
+    step_buffers = (num_slots(max(1, len(parallel.stage_layers))) + 1) * BUFFER_WORDS * 4
     graph_bytes = 0
     if with_graphs:
         num_tokens = min(GRAPH_TOKENS[-1][0], sizes.max_num_batched_tokens)
         graph_bytes = GRAPH_BYTES + activation_bytes(spec, parallel, num_tokens, sizes.max_num_seqs, dtype)
-    return held + attention.num_bytes() + step_buffers + graph_bytes + PROMPT_LOGITS_BYTES
+    shared = 8 * sum(_peer_sizes(spec, parallel, sizes, dtype).words)
+    return held + attention.num_bytes() + step_buffers + graph_bytes + PROMPT_LOGITS_BYTES + shared
 
 
 def _check_free(needed: int, utilization: float, device: torch.device) -> None:

@@ -21,6 +21,7 @@ from gpu_worker.model_spec import LatentSpec, MoeSpec
 
 if TYPE_CHECKING:
     from gpu_worker.layers.norm import Norm
+    from gpu_worker.parallel.shares import ParallelContext
 
 _KERNEL_ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -47,12 +48,19 @@ class TritonOps:
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return linear(x, weight, bias, workspace=self._workspace, pdl=self.pdl)
 
-    def add_norm(self, x: torch.Tensor | None, residual: torch.Tensor, norm: Norm) -> torch.Tensor:
+    def add_norm(
+        self, x: torch.Tensor | None, residual: torch.Tensor, norm: Norm, sums: ParallelContext | None = None
+    ) -> torch.Tensor:
         offset = getattr(norm, "weight_offset", None)
         if offset is None:  # a LayerNorm
-            return TORCH_OPS.add_norm(x, residual, norm)
+            return TORCH_OPS.add_norm(x, residual, norm, sums)
         if x is None:
             return add_rms_norm(residual, None, norm.weight, norm.eps, weight_offset=offset, pdl=self.pdl)
+        if sums is not None:
+            normed = sums.all_reduce_add_norm(x, residual, norm.weight, norm.eps, offset)
+            if normed is not None:
+                return normed
+            x = sums.all_reduce(x)
         # A sublayer's output is read here and nowhere else: its memory takes the norm.
         return add_rms_norm(x, residual, norm.weight, norm.eps, weight_offset=offset, out=x, pdl=self.pdl)
 

@@ -23,9 +23,9 @@ from gpu_worker.cuda.results import NO_RUNS, CudaPendingStep, RecordLayout, Samp
 from gpu_worker.cuda.step_graphs import CapturedStep, GraphCaptureError, GraphKey, GraphKind, StepGraphs
 from gpu_worker.cuda.step_layout import StepLayout, StepPlanner, StepShape, pack, split_changes
 from gpu_worker.cuda.step_program import StepMasks, StepProgram
-from gpu_worker.cuda.timeline import NUM_SLOTS, Timeline
+from gpu_worker.cuda.timeline import Timeline
 from gpu_worker.prompt_logprobs import DescribedRun
-from gpu_worker.row_table import PromptRun
+from gpu_worker.row_table import IntArray, PromptRun
 from gpu_worker.runner_api import RowFault, StepBatch, TokenMask, WorkerFacts
 
 log = structlog.get_logger(__name__)
@@ -40,6 +40,9 @@ class CudaRunner:
     Args:
         graphs: None launches every kernel by itself.
         compiler: context in which launches only compile their kernels.
+        give_up: called at the end, before the device is waited for; ends what waits for other ranks there.
+        is_group: there are other ranks. They must lay every step out alike, so a row that got no token is not forgotten
+            when its result is read, which is another moment on each: the control plane drops it.
     """
 
     def __init__(
@@ -51,7 +54,11 @@ class CudaRunner:
         graphs: StepGraphs | None,
         device: torch.device,
         compiler: Callable[[], AbstractContextManager[None]] = nullcontext,
+        give_up: Callable[[], None] | None = None,
+        *,
+        is_group: bool = False,
     ) -> None:
+        self._give_up, self._is_group = give_up, is_group
         self._facts = facts
         self._program = program
         self._planner = planner
@@ -61,11 +68,15 @@ class CudaRunner:
         self._compiler = compiler
         self._rows = DeviceRows(batch_limits(facts))
         self._layout = RecordLayout(planner.max_runs, facts.max_num_logprobs)
-        self._in_slot: list[CudaPendingStep | None] = [None] * NUM_SLOTS
+        self._in_slot: list[CudaPendingStep | None] = [None] * len(timeline.results)
+        # Slots of steps whose tokens another rank draws, oldest first, and the rows that get them.
+        self._arriving: dict[int, IntArray] = {}
         self._next_slot = 0
         self._to_capture: GraphKey | None = None
         self._eager_uses: Counter[GraphKey] = Counter()
         self._capture_failed = False
+        # Shapes whose capture was tried, and with several ranks the same on all of them.
+        self._attempted: set[GraphKey] = set()
         self._uncaptured = deque(planner.graph_shapes())
         # (row, generation) of rows that got no token, found by the completion thread.
         self._failed: SimpleQueue[tuple[int, int]] = SimpleQueue()
@@ -78,10 +89,14 @@ class CudaRunner:
         return self._program.kv_caches()
 
     def reset(self) -> None:
+        # What the last session's steps drew is still under way: it must not be taken for the next one's.
+        self._await_arrivals(list(self._arriving))
         self._rows.clear()
 
     def close(self) -> None:
         self._rows.clear()
+        if self._give_up is not None:
+            self._give_up()
         self._synchronize()
         if self._graphs is not None:
             self._graphs.clear()
@@ -100,11 +115,12 @@ class CudaRunner:
 
     def idle(self) -> bool:
         """Use a pause: capture the next graph, small first. True: there is more to do in this pause."""
-        if self._graphs is None or not self.has_pause_work():
+        # In a group the first rank decides, and all run the same steps: another's captures may have failed.
+        if self._graphs is None or not (self._is_group or self.has_pause_work()):
             return False
         while self._uncaptured:
             key = GraphKey(self._uncaptured.popleft(), GraphKind.PLAIN)
-            if self._graphs.get(key) is None and self._run_unseen([key.shape]):
+            if key not in self._attempted and self._run_unseen([key.shape]):
                 self._capture(key)
                 return True
         return False
@@ -114,9 +130,9 @@ class CudaRunner:
 
         `compiled_token_counts`: further prefills whose kernels are compiled and not run.
         """
-        with self._unseen_step(NO_RUN_RECORDS), self._compiler():
+        with self._unseen_step(NO_RUN_RECORDS) as slot, self._compiler():
             for count in compiled_token_counts:
-                self._launch_plain(self._planner.prefill_shape(count))
+                self._launch_plain(self._planner.prefill_shape(count), slot)
         shapes = [self._planner.decode_shape(1), self._planner.prefill_shape(num_tokens)]
         shapes += [shape for shape in self._planner.graph_shapes() if shape.num_tokens == num_tokens][-1:]
         self._run_unseen(shapes)
@@ -126,31 +142,35 @@ class CudaRunner:
     def _run_unseen(self, shapes: Sequence[StepShape]) -> bool:
         """Compile what these shapes need, and run them on the scratch row for nobody; False: one cannot be."""
         filled = [(shape, self._planner.unseen_runs(shape, self._facts.max_model_len)) for shape in shapes]
-        with self._unseen_step(NO_RUN_RECORDS), self._compiler():
+        with self._unseen_step(NO_RUN_RECORDS) as slot, self._compiler():
             for shape, _ in filled:
-                self._launch_plain(shape)
+                self._launch_plain(shape, slot)
         for shape, runs in filled:
             if runs is not None:
-                with self._unseen_step(runs):
-                    self._launch_plain(shape)
+                with self._unseen_step(runs) as slot:
+                    self._launch_plain(shape, slot)
         # A slot's buffer is free once the device has read it, and that may wait for another rank.
         self._synchronize()
         return all(runs is not None for _, runs in filled)
 
     @contextmanager
-    def _unseen_step(self, runs: npt.NDArray[np.int32]) -> Iterator[None]:
+    def _unseen_step(self, runs: npt.NDArray[np.int32]) -> Iterator[int]:
         slot = self._free_slot()
         with self._timeline.step(slot, pack(self._timeline.host_buffer(slot), (), runs, (), slot)):
-            yield
+            yield slot
         self._in_slot[slot] = None
 
-    def _launch_plain(self, shape: StepShape) -> None:
+    def _launch_plain(self, shape: StepShape, slot: int) -> None:
         logits = self._program.forward(shape)
         if logits is not None:
             self._program.sample(shape, logits, is_full=False)
+        elif shape.num_logits and not self._program.draws:
+            with self._timeline.arriving(slot):
+                self._program.take_tokens(shape, slot, is_full=False)
 
     def _capture(self, key: GraphKey) -> None:
         """Capture a step whose kernels are compiled. If that fails, steps without a graph stay eager from then on."""
+        self._attempted.add(key)
         if self._graphs is None or self._capture_failed:
             return
 
@@ -174,6 +194,7 @@ class CudaRunner:
         faults: list[RowFault] = []
         sound = self._rows.take(batch, faults)
         slot = self._free_slot()
+        self._await_arrivals(self._touched_by(batch))
         layout = self._planner.lay_out(batch, sound, self._rows) if len(sound) else None
         sampled = NO_RUNS
         prompt_runs: tuple[PromptRun, ...] = ()
@@ -200,7 +221,7 @@ class CudaRunner:
             faults,
             self._layout,
             self._timeline,
-            lambda row, generation: self._failed.put((row, generation)),
+            self._on_failed,
             packed - begun,
             prompts,
         )
@@ -209,6 +230,22 @@ class CudaRunner:
             self._capture(self._to_capture)
             self._to_capture = None
         return pending
+
+    def _touched_by(self, batch: StepBatch) -> list[int]:
+        """Slots of steps whose tokens must be there first: their rows run, or another sequence gets them."""
+        if not self._arriving:
+            return []
+        rows = np.concatenate([batch.run_rows, batch.drop_rows, np.array([add.row for add in batch.adds], np.uint32)])
+        return [slot for slot, sampled in self._arriving.items() if np.isin(sampled, rows).any()]
+
+    def _await_arrivals(self, slots: Sequence[int]) -> None:
+        for slot in slots:
+            self._timeline.await_arrival(slot)
+            del self._arriving[slot]
+
+    def _on_failed(self, row: int, generation: int) -> None:
+        if not self._is_group:
+            self._failed.put((row, generation))
 
     def _forget_failed(self) -> None:
         while True:
@@ -222,11 +259,12 @@ class CudaRunner:
 
     def _free_slot(self) -> int:
         slot = self._next_slot
-        self._next_slot = following = (slot + 1) % NUM_SLOTS
+        self._next_slot = following = (slot + 1) % len(self._in_slot)
         # The step after the slot's former reads when that one ended, from events that are about to be used again.
         for former in (self._in_slot[slot], self._in_slot[following]):
             if former is not None:
                 former.collect()
+        self._arriving.pop(slot, None)
         return slot
 
     def _sampled_runs(self, layout: StepLayout) -> SampledRuns:
@@ -266,6 +304,7 @@ class CudaRunner:
             or bool(self._rows.has_penalties[layout.runs[:, 0]].any())
             or bool((self._rows.num_logprobs[rows] > 0).any())
         )
+        # The same on stages that do not draw, whose graphs hold no more for it: all ranks capture in step.
         kind = GraphKind.FORWARD if needs_masks else GraphKind.FULL if is_full else GraphKind.PLAIN
         # A graph keeps the states of no token but the sampled ones.
         has_graph = self._graphs is not None and shape.has_graph and not prompt_runs
@@ -278,7 +317,9 @@ class CudaRunner:
             hidden = self._program.hidden(shape)
             prompts = self._program.describe_prompts(prompt_runs, hidden)
             logits = self._program.logits(shape, hidden)
-        if captured is None or needs_masks:
+        if not self._program.draws:
+            self._take_drawn(slot, layout, batch, wait_for_mask, is_full=is_full)
+        elif captured is None or needs_masks:
             self._timeline.mark_logits(slot)
             if logits is not None:
                 masks = self._masks(layout, wait_for_mask() if len(batch.mask_rows) else None) if needs_masks else None
@@ -286,6 +327,24 @@ class CudaRunner:
             elif recounts:
                 self._program.recount()
         return prompts
+
+    def _take_drawn(
+        self,
+        slot: int,
+        layout: StepLayout,
+        batch: StepBatch,
+        wait_for_mask: Callable[[], TokenMask],
+        *,
+        is_full: bool,
+    ) -> None:
+        """What another stage draws in this step."""
+        if len(batch.mask_rows):
+            # The last stage applies it; a step that gets none draws nothing.
+            wait_for_mask()
+        if layout.shape.num_logits:
+            with self._timeline.arriving(slot):
+                self._program.take_tokens(layout.shape, slot, is_full=is_full)
+            self._arriving[slot] = layout.sampled_rows
 
     def _captured(self, key: GraphKey) -> CapturedStep | None:
         """The step's graph; None at its first two uses, after which it is captured: its kernels are compiled then."""

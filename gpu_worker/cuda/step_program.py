@@ -20,6 +20,7 @@ from stepwire_kernels.step_input import RowState, StepInput
 from gpu_worker.attention.triton_backend import DeviceStep, TritonAttention
 from gpu_worker.attention.triton_latent import TritonLatentAttention
 from gpu_worker.cuda.device_rows import MAX_BIASES
+from gpu_worker.cuda.stage_link import StageLink
 from gpu_worker.cuda.step_layout import StepShape
 from gpu_worker.layers.decoder import HiddenStates
 from gpu_worker.models.family import ModelFamily
@@ -77,7 +78,7 @@ class StepMasks:
 
 
 class StepProgram:
-    """Launches a step's kernels on the current stream."""
+    """Launches a step's kernels on the current stream. `link`: to the other stages of a pipeline, if there are any."""
 
     def __init__(
         self,
@@ -89,7 +90,9 @@ class StepProgram:
         limits: ProgramLimits,
         *,
         pdl: bool,
+        link: StageLink | None = None,
     ) -> None:
+        self._link = link
         self._model = model
         self._attention = attention
         self._buffers = buffers
@@ -107,6 +110,11 @@ class StepProgram:
             sampled.token_ids, sampled.logprobs, sampled.faults, sampled.top_ids[:, :0], sampled.top_logprobs[:, :0]
         )
 
+    @property
+    def draws(self) -> bool:
+        """Whether this rank draws a step's tokens; else it takes them from the last stage."""
+        return self._link is None or self._link.is_last
+
     def kv_caches(self) -> list[torch.Tensor]:
         return self._attention.kv_caches()
 
@@ -120,29 +128,39 @@ class StepProgram:
 
     @torch.inference_mode()
     def forward(self, shape: StepShape) -> torch.Tensor | None:
-        """Delta, inputs and the model; logits [num_logits, vocab_size] of the first runs, None where none samples."""
+        """Delta, inputs and this stage of the model; logits [num_logits, vocab_size] of the first runs.
+
+        None where none samples, and where another stage has them.
+        """
         return self.logits(shape, self.hidden(shape))
 
     @torch.inference_mode()
     def hidden(self, shape: StepShape) -> HiddenStates:
-        """Delta, inputs and the blocks: states of all tokens, [num_tokens, hidden]."""
+        """Delta, inputs and this stage's blocks: states of all tokens, [num_tokens, hidden]."""
         rows, inputs = self._buffers.rows, self._inputs(shape)
         self.apply_changes()
         step_input.build_step_input(
             self._packed, rows, inputs, self._limits.block_size, one_token_runs=shape.is_decode, pdl=self._pdl
         )
         self._attention.plan(DeviceStep(inputs, rows.block_tables, shape.has_decodes, not shape.is_decode))
-        return self._model.hidden_states(inputs.input_ids, inputs.positions, self._attention)
+        received = None if self._link is None else self._link.receive_hidden(shape.num_tokens)
+        return self._model.hidden_states(inputs.input_ids, inputs.positions, self._attention, received)
 
     @torch.inference_mode()
     def logits(self, shape: StepShape, hidden: HiddenStates) -> torch.Tensor | None:
-        """[num_logits, vocab_size] of the first runs, None where none samples; `hidden` may be overwritten."""
+        """[num_logits, vocab_size] of the first runs; `hidden` may be overwritten.
+
+        None where none samples, and where another stage has them: it is sent the states.
+        """
+        if self._link is not None and not self._link.is_last:
+            self._link.send_hidden(hidden.added())
+            return None
         inputs = self._inputs(shape)
         if shape.num_logits == 0:
             return None
         if not shape.is_decode:
             starts = inputs.query_starts[: shape.num_logits + 1]
-            hidden = HiddenStates(
+            hidden = hidden.of(
                 gather_last_hidden(hidden.output, starts, pdl=self._pdl),
                 gather_last_hidden(hidden.residual, starts, pdl=self._pdl),
             )
@@ -180,6 +198,14 @@ class StepProgram:
         step_result.pack_result(
             self._packed, sampled, inputs, shape.num_logits, self._results, self._limits.max_runs, pdl=self._pdl
         )
+        if self._link is not None:
+            self._link.send_tokens(sampled, inputs, shape.num_logits)
+
+    @torch.inference_mode()
+    def take_tokens(self, shape: StepShape, slot: int, *, is_full: bool) -> None:
+        """What `sample` does, on a stage that does not draw: wait for the tokens, append them, write the results."""
+        if self._link is not None:
+            self._link.take_tokens(self._buffers.rows, self._results[slot], shape.num_logits, is_full=is_full)
 
     def _inputs(self, shape: StepShape) -> StepInput:
         """The step's part of the input buffers."""

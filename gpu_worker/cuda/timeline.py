@@ -22,6 +22,11 @@ Int32Array = npt.NDArray[np.int32]
 NUM_SLOTS = 4
 
 
+def num_slots(num_stages: int) -> int:
+    """One step more than stages is in flight, and a slot's former reads the events of the one after it."""
+    return max(NUM_SLOTS, num_stages + 2)
+
+
 @dataclass(frozen=True, slots=True)
 class StepTimes:
     """A finished step on the device's own clock."""
@@ -35,7 +40,7 @@ class Timeline(Protocol):
     """What a runner needs of streams and events. One implementation drives a CUDA device."""
 
     packed: torch.Tensor  # int32 [capacity]: the step buffer that kernels read
-    results: torch.Tensor  # int32 [NUM_SLOTS, words]: written by the device, read by the host
+    results: torch.Tensor  # int32 [num_slots, words]: written by the device, read by the host
 
     def host_buffer(self, slot: int) -> Int32Array:
         """The slot's buffer for the next step, once the device has taken what it held."""
@@ -49,6 +54,17 @@ class Timeline(Protocol):
         """The forward pass ends here, and sampling begins."""
         ...
 
+    def arriving(self, slot: int) -> AbstractContextManager[None]:
+        """Context in which the slot's step takes what other ranks computed: beside the steps after it, in order.
+
+        The step has not ended before.
+        """
+        ...
+
+    def await_arrival(self, slot: int) -> None:
+        """What is launched from here on waits for what the slot's step takes."""
+        ...
+
     def wait(self, slot: int) -> StepTimes:
         """Block until the slot's step has ended. Any thread."""
         ...
@@ -57,22 +73,21 @@ class Timeline(Protocol):
 class CudaTimeline:
     """Implements `Timeline` for one device."""
 
-    def __init__(self, device: torch.device, capacity: int, result_words: int) -> None:
+    def __init__(self, device: torch.device, capacity: int, result_words: int, num_slots: int = NUM_SLOTS) -> None:
         self.device = device
         self.compute = torch.cuda.Stream(device)
-        self._copy = torch.cuda.Stream(device)
+        self._copy, self._arrivals = torch.cuda.Stream(device), torch.cuda.Stream(device)
         self.packed = torch.zeros(capacity, dtype=torch.int32, device=device)  # [capacity]
-        self._staging = torch.zeros((NUM_SLOTS, capacity), dtype=torch.int32, device=device)  # [NUM_SLOTS, capacity]
-        self._host = torch.zeros((NUM_SLOTS, capacity), dtype=torch.int32, pin_memory=True)
-        self.results = torch.zeros((NUM_SLOTS, result_words), dtype=torch.int32, pin_memory=True)
+        self._staging = torch.zeros((num_slots, capacity), dtype=torch.int32, device=device)  # [num_slots, capacity]
+        self._host = torch.zeros((num_slots, capacity), dtype=torch.int32, pin_memory=True)
+        self.results = torch.zeros((num_slots, result_words), dtype=torch.int32, pin_memory=True)
         self._host_view: Int32Array = self._host.numpy()
-        self._copied = [torch.cuda.Event() for _ in range(NUM_SLOTS)]
-        self._taken = [torch.cuda.Event() for _ in range(NUM_SLOTS)]
+        self._copied, self._taken, self._arrived = ([torch.cuda.Event() for _ in range(num_slots)] for _ in range(3))
         self._begun, self._computed, self._ended = (
-            [torch.cuda.Event(enable_timing=True) for _ in range(NUM_SLOTS)] for _ in range(3)
+            [torch.cuda.Event(enable_timing=True) for _ in range(num_slots)] for _ in range(3)
         )
-        self._has_logits_mark = [False] * NUM_SLOTS
-        self._former: list[int | None] = [None] * NUM_SLOTS
+        self._has_logits_mark, self._has_arrival = [False] * num_slots, [False] * num_slots
+        self._former: list[int | None] = [None] * num_slots
         self._last: int | None = None
         # What the allocations above have queued must not meet the first step.
         torch.cuda.synchronize(device)
@@ -93,7 +108,7 @@ class CudaTimeline:
             self._begun[slot].record(self.compute)
             self.packed[:num_words].copy_(staging, non_blocking=True)
             self._taken[slot].record(self.compute)
-            self._has_logits_mark[slot] = False
+            self._has_logits_mark[slot] = self._has_arrival[slot] = False
             yield
             self._ended[slot].record(self.compute)
         self._former[slot], self._last = self._last, slot
@@ -102,9 +117,21 @@ class CudaTimeline:
         self._computed[slot].record(self.compute)
         self._has_logits_mark[slot] = True
 
+    @contextmanager
+    def arriving(self, slot: int) -> Iterator[None]:
+        with torch.cuda.stream(self._arrivals):
+            yield
+            self._arrived[slot].record(self._arrivals)
+        self._has_arrival[slot] = True
+
+    def await_arrival(self, slot: int) -> None:
+        self.compute.wait_event(self._arrived[slot])
+
     def wait(self, slot: int) -> StepTimes:
         ended = self._ended[slot]
         ended.synchronize()
+        if self._has_arrival[slot]:
+            self._arrived[slot].synchronize()
         computed = self._computed[slot] if self._has_logits_mark[slot] else ended
         former = self._former[slot]
         idle_ns = -1

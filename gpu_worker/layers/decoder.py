@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from gpu_worker.layers.rope import RotaryTables
 from gpu_worker.layers.weighted import Elsewhere, Weighted
 from gpu_worker.loading.kv_scales import KVScales
 from gpu_worker.model_spec import ModelSpec
-from gpu_worker.parallel.shares import Share
+from gpu_worker.parallel.shares import ParallelContext, Share
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +29,20 @@ class HiddenStates:
 
     output: torch.Tensor  # [num_tokens, hidden]
     residual: torch.Tensor  # [num_tokens, hidden]
+    sums: ParallelContext | None = None
+    """The ranks whose outputs are summands of `output`; None: it is the sum."""
 
     def select(self, tokens: torch.Tensor) -> HiddenStates:
         """Only these tokens' states, copied."""
-        return HiddenStates(self.output.index_select(0, tokens), self.residual.index_select(0, tokens))
+        return self.of(self.output.index_select(0, tokens), self.residual.index_select(0, tokens))
+
+    def of(self, output: torch.Tensor, residual: torch.Tensor) -> HiddenStates:
+        """Some of these tokens' states."""
+        return HiddenStates(output, residual, self.sums)
 
     def added(self) -> torch.Tensor:
         """What the next stage goes on with: [num_tokens, hidden]; `residual` is overwritten."""
-        return self.residual.add_(self.output)
+        return self.residual.add_(self.output if self.sums is None else self.sums.all_reduce(self.output))
 
 
 class DecoderBlock:
@@ -47,6 +53,10 @@ class DecoderBlock:
         # Its place in this rank's KV cache, which has the layers of its stage only.
         cached = layer - build.parallel.layers(spec.num_layers).start
         self._ops, self._is_parallel, self._residual_scale = build.ops, spec.parallel_block, spec.residual_scale
+        # Where a sublayer's output goes into the next norm and nowhere else, ranks' outputs are summed there.
+        leaves_sums = spec.pre_norms and not (spec.post_norms or spec.parallel_block) and spec.residual_scale == 1.0
+        self.sums = build.parallel if leaves_sums and build.parallel.size > 1 else None
+        build = replace(build, leaves_sums=self.sums is not None)
         self.attention: Attention | LatentAttention
         if spec.latent is None:
             self.attention = Attention(spec, cached, rope, f"{path}.attention", build)
@@ -89,7 +99,7 @@ class DecoderBlock:
         """What a sublayer reads, once the output of the one before has joined the residual."""
         norm = self.norms[name]
         if norm is not None:
-            return self._ops.add_norm(output, residual, norm)
+            return self._ops.add_norm(output, residual, norm, self.sums)
         return residual if output is None else residual.add_(output)
 
     def _leave(self, output: torch.Tensor, name: str) -> torch.Tensor:
@@ -180,7 +190,7 @@ class Decoder:
             output = block.apply(output, residual, context)
         if output is None:
             raise ValueError("a decoder needs at least one block: the config's num_hidden_layers is 0")
-        return HiddenStates(output, residual)
+        return HiddenStates(output, residual, self.blocks[-1].sums)
 
     def _embedded(self, token_ids: torch.Tensor) -> torch.Tensor:
         residual = self.embedding.lookup(token_ids)  # [num_tokens, hidden]
@@ -188,7 +198,7 @@ class Decoder:
 
     def normed(self, hidden: HiddenStates) -> torch.Tensor:
         """The model's last hidden states [num_tokens, hidden]; the residual of `hidden` is overwritten."""
-        return self._ops.add_norm(hidden.output, hidden.residual, self.final_norm)
+        return self._ops.add_norm(hidden.output, hidden.residual, self.final_norm, hidden.sums)
 
     def logits(self, hidden: HiddenStates) -> torch.Tensor:
         """Of the rows to be sampled -> [num_rows, vocab_size]; their residual is overwritten."""

@@ -32,6 +32,8 @@ class BuildContext:
     dtype: torch.dtype
     device: torch.device
     ops: LayerOps = TORCH_OPS
+    leaves_sums: bool = False
+    """Row-parallel layers return this rank's summand: whoever reads it adds it up with the norm that follows."""
 
     def elsewhere(self) -> BuildContext:
         """For a layer that another rank holds: whole, and without memory."""
@@ -116,7 +118,7 @@ class RowParallelLinear(Linear):
         shape = LinearShape((part,), inputs=inputs, has_bias=bias, holds_bias=build.parallel.rank == 0)
         super().__init__(shape, path, build)
         self._parallel = build.parallel
-        self._reduce = reduce
+        self._reduce = reduce and not build.leaves_sums
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         partial = self.method.apply(x)

@@ -100,6 +100,7 @@ class SharedGate(Weighted):
 class MixtureOfExperts:
     def __init__(self, spec: ModelSpec, moe: MoeSpec, path: str, build: BuildContext) -> None:
         self._parallel = build.parallel
+        self._leaves_sums = build.leaves_sums
         self.router = Router(spec.hidden_size, moe, build)
         self.experts: ExpertLinears | StackedExperts | PackedExperts | PackedFusedExperts
         if moe.storage != "each" and build.ops.stacks_experts and build.quant.fused_experts_are_packed:
@@ -136,4 +137,4 @@ class MixtureOfExperts:
             if self.shared_gate is not None:
                 shared = shared * self.shared_gate.apply(x)
             mixed = mixed.add_(shared)
-        return self._parallel.all_reduce(mixed)
+        return mixed if self._leaves_sums else self._parallel.all_reduce(mixed)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from stepwire_kernels.expert_packed import PackedExpertWeights
 
     from gpu_worker.layers.norm import Norm, RMSNorm
+    from gpu_worker.parallel.shares import ParallelContext
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +88,13 @@ class LayerOps(Protocol):
         """x [num_tokens, in], weight [out, in] -> [num_tokens, out]."""
         ...
 
-    def add_norm(self, x: torch.Tensor | None, residual: torch.Tensor, norm: Norm) -> torch.Tensor:
-        """residual += x (None: nothing), in place; the norm of it as a new tensor [num_tokens, hidden]."""
+    def add_norm(
+        self, x: torch.Tensor | None, residual: torch.Tensor, norm: Norm, sums: ParallelContext | None = None
+    ) -> torch.Tensor:
+        """residual += x (None: nothing), in place; the norm of it as a new tensor [num_tokens, hidden].
+
+        `sums`: x is one summand, and these ranks have the others. x may be overwritten.
+        """
         ...
 
     def gated_activation(self, gate_up: torch.Tensor, kind: str) -> torch.Tensor:
@@ -205,9 +211,11 @@ class TorchOps:
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.linear(x, weight, bias)
 
-    def add_norm(self, x: torch.Tensor | None, residual: torch.Tensor, norm: Norm) -> torch.Tensor:
+    def add_norm(
+        self, x: torch.Tensor | None, residual: torch.Tensor, norm: Norm, sums: ParallelContext | None = None
+    ) -> torch.Tensor:
         if x is not None:
-            residual.add_(x)
+            residual.add_(x if sums is None else sums.all_reduce(x))
         return norm.apply(residual)
 
     def gated_activation(self, gate_up: torch.Tensor, kind: str) -> torch.Tensor:

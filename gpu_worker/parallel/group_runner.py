@@ -52,6 +52,11 @@ class GroupRunner:
     def __init__(self, local: Runner, facts: WorkerFacts, followers: list[Followers], watch: GroupWatch) -> None:
         self._local, self._facts, self._followers, self._watch = local, facts, followers, watch
 
+    @property
+    def local(self) -> Runner:
+        """Rank 0's own part."""
+        return self._local
+
     def describe(self) -> WorkerFacts:
         return self._facts
 

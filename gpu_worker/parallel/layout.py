@@ -41,6 +41,15 @@ class GroupLayout:
     def stage_of(self, rank: int) -> int:
         return rank // self.tensor_parallel_size
 
+    def stage_ranks(self, rank: int) -> range:
+        """The ranks of the stage of `rank`."""
+        first = rank - rank % self.tensor_parallel_size
+        return range(first, first + self.tensor_parallel_size)
+
+    def column_ranks(self, rank: int) -> range:
+        """The rank in the place of `rank` in every stage, first stage first."""
+        return range(rank % self.tensor_parallel_size, self.world_size, self.tensor_parallel_size)
+
     @property
     def sampling_rank(self) -> int:
         """Who draws the tokens: the first rank of the last stage."""

@@ -19,6 +19,7 @@ from torch.distributed.distributed_c10d import AllgatherOptions, AllreduceOption
 
 # torch's stubs of its process groups lack nearly all methods: they are `Any` here.
 from gpu_worker.parallel.layout import GroupError, GroupLayout, Place
+from gpu_worker.parallel.multicast import keep_multicast_off
 from gpu_worker.parallel.shares import ParallelContext
 
 # A collective that takes longer has lost a rank that nobody saw end. Loading is among what ranks wait for.
@@ -85,6 +86,11 @@ class GlooCollectives:
         self._group.allgather([parts], [x.contiguous()]).wait()
         return torch.cat(parts, dim=-1)
 
+    def all_reduce_add_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float
+    ) -> torch.Tensor | None:
+        return None
+
 
 class NcclCollectives:
     """Among ranks of one stage, on the device: launched on the current stream, so that a CUDA graph can hold them."""
@@ -103,6 +109,11 @@ class NcclCollectives:
         parts = x.new_empty(self._size, *x.shape)
         self._group._allgather_base(parts, x.contiguous(), self._gather)
         return torch.cat(parts.unbind(), dim=-1)
+
+    def all_reduce_add_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float
+    ) -> torch.Tensor | None:
+        return None
 
 
 @dataclass(slots=True)
@@ -142,7 +153,7 @@ class RankGroup:
         self._stage: Any = None
         if layout.world_size == 1:
             return
-        self._store = _connect_store(place, server)
+        self.store = _connect_store(place, server)
         try:
             self._everyone = self._gloo("all", place.rank, layout.world_size)
             if layout.tensor_parallel_size > 1:
@@ -163,9 +174,10 @@ class RankGroup:
             return group
         from torch.distributed import ProcessGroupNCCL
 
+        keep_multicast_off()
         options: Any = ProcessGroupNCCL.Options()
         options._timeout = COLLECTIVE_TIMEOUT
-        nccl: Any = ProcessGroupNCCL(PrefixStore(name, self._store), number, layout.tensor_parallel_size, options)
+        nccl: Any = ProcessGroupNCCL(PrefixStore(name, self.store), number, layout.tensor_parallel_size, options)
         nccl.eager_connect_single_device(device)
         return nccl
 
@@ -174,7 +186,7 @@ class RankGroup:
         options = kind._Options()
         options._devices = [kind.create_device(hostname=self.place.host)]
         options._timeout = timedelta(seconds=self.place.timeout_s)
-        return kind(PrefixStore(name, self._store), rank, size, options)
+        return kind(PrefixStore(name, self.store), rank, size, options)
 
     @property
     def samples(self) -> bool:

@@ -23,6 +23,12 @@ class Collectives(Protocol):
         """Every rank's `x` ([..., n]) side by side in rank order: [..., size * n]."""
         ...
 
+    def all_reduce_add_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float
+    ) -> torch.Tensor | None:
+        """residual += the sum of every rank's `x`; its RMSNorm in x's memory. None: nothing is done, do it apart."""
+        ...
+
 
 class ParallelError(ValueError):
     """A model that cannot be split over the asked number of ranks. The message names both numbers."""
@@ -144,6 +150,14 @@ class ParallelContext:
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """Every rank's `x` ([..., n]) side by side in rank order: [..., size * n]."""
         return x if self.size == 1 else self._together().all_gather(x)
+
+    def all_reduce_add_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float
+    ) -> torch.Tensor | None:
+        """As `Collectives` says, for [num_tokens, hidden] each; None: nothing is done, do it apart."""
+        if self.size == 1:
+            return None
+        return self._together().all_reduce_add_norm(x, residual, weight, eps, weight_offset)
 
     def _together(self) -> Collectives:
         if self.collectives is None:

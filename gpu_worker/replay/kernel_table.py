@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import re
 
-INPUT, ATTENTION, LINEARS, SAMPLER, OTHER = "input", "attention", "linears", "sampler", "other"
-PARTS = (INPUT, ATTENTION, LINEARS, SAMPLER, OTHER)
+INPUT, ATTENTION, LINEARS, SAMPLER, RANKS, OTHER = "input", "attention", "linears", "sampler", "ranks", "other"
+PARTS = (INPUT, ATTENTION, LINEARS, SAMPLER, RANKS, OTHER)
 
 # The first that matches. Kernels of stepwire_kernels first, then those of the libraries that torch calls.
 _TABLE = tuple(
     (part, re.compile(pattern))
     for part, pattern in (
         (INPUT, r"_apply_delta_|_build_input_|_list_kernel|memcpy|memset|^input\b"),
-        (SAMPLER, r"_score_kernel|_candidates_|_finish_kernel|_top_logprobs_|_recount_|_write_back_|_pack_result_"),
+        (
+            SAMPLER,
+            r"_score_kernel|_candidates_|_finish_kernel|_top_logprobs_|_recount_|_write_back_|_pack_result_|_message_",
+        ),
         (SAMPLER, r"^sampler$"),
+        # What ranks exchange, with the time that one waits for another.
+        (RANKS, r"_all_reduce_kernel|_send_rows_|_receive_rows_|_parts_kernel|nccl"),
         (ATTENTION, r"_decode_kernel|_prefill_kernel|_combine_kernel|_rope_kv_|_latent_|^attention\.run$|flash"),
         (LINEARS, r"_gemv_|_skinny_|_invariant_|_packed_kernel|_scaled_kernel|_quantize_kernel"),
         # Experts: products that are grouped, and their sum.

@@ -170,19 +170,23 @@ def low_pairs(words, F: tl.constexpr, magic, IS_E2M1: tl.constexpr, X: tl.conste
     `magic` (`magic_bits`) is an argument of the kernel: with two constants the mask and the exponent would be two
     instructions instead of one.
     """
+    # A branch not taken is not compiled; what follows a return in one would be.
     if tl.float32 == X:
         low = (words >> (4 * F)) & 15
         high = (words >> (4 * F + 16)) & 15
         if IS_E2M1:
-            return tl.join(_e2m1_in_float32(low), _e2m1_in_float32(high))
-        return tl.join(low.to(tl.float32), high.to(tl.float32))
-    if IS_E2M1:
+            values = tl.join(_e2m1_in_float32(low), _e2m1_in_float32(high))
+        else:
+            values = tl.join(low.to(tl.float32), high.to(tl.float32))
+    elif IS_E2M1:
         sign = (words << (12 - 4 * F)) & -0x7FFF8000
         UP: tl.constexpr = (6 if tl.bfloat16 == X else 9) - 4 * F
         rest = words << UP if UP >= 0 else words >> -UP
         rest = rest & (0x01C001C0 if tl.bfloat16 == X else 0x0E000E00)
-        return halves(sign | rest, X)
-    return halves(((words >> (4 * F)) & 0x000F000F) | magic, X)
+        values = halves(sign | rest, X)
+    else:
+        values = halves(((words >> (4 * F)) & 0x000F000F) | magic, X)
+    return values
 
 
 @triton.jit
@@ -205,9 +209,11 @@ def high_pairs(wide, F: tl.constexpr, HIGH_BITS: tl.constexpr, magic, X: tl.cons
     if tl.float32 == X:
         low = (wide >> (HIGH_BITS * F)) & MASK
         high = (wide >> (HIGH_BITS * F + 16)) & MASK
-        return tl.join((low * 16).to(tl.float32), (high * 16).to(tl.float32))
-    bits = (wide >> (HIGH_BITS * F)) & (MASK * 0x10001)
-    return halves(bits | (magic + STEP), X)
+        values = tl.join((low * 16).to(tl.float32), (high * 16).to(tl.float32))
+    else:
+        bits = (wide >> (HIGH_BITS * F)) & (MASK * 0x10001)
+        values = halves(bits | (magic + STEP), X)
+    return values
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gpu_worker.runner_api import RowAdd, RowSampling, Runner, StepBatch, StepResult, TokenMask
+from gpu_worker.runner_api import PendingStep, RowAdd, RowSampling, Runner, StepBatch, StepResult, TokenMask
 
 
 def greedy(num_logprobs: int | None = None) -> RowSampling:
@@ -123,6 +123,17 @@ class StepDriver:
 
     def step(self, runs: dict[int, int] | None = None, *, mask: TokenMask | None = None) -> StepResult:
         """One step: `runs` says how many tokens of each row, by default all that wait. Rows that end sample."""
+        return self.finish(self.begin(runs, mask=mask))
+
+    def finish(self, pending: PendingStep) -> StepResult:
+        """Its result, once the rows have got their tokens."""
+        result = pending.result()
+        for index, row in enumerate(result.rows.tolist()):
+            self.rows[row].tokens.append(int(result.token_ids[index]))
+        return result
+
+    def begin(self, runs: dict[int, int] | None = None, *, mask: TokenMask | None = None) -> PendingStep:
+        """Launch a step; what it samples is known to the rows when it is finished."""
         runs = {row: driven.num_waiting for row, driven in self.rows.items()} if runs is None else runs
         new_blocks: list[list[int]] = []
         starts: list[int] = []
@@ -152,10 +163,7 @@ class StepDriver:
             mask_rows=np.zeros(0, dtype=np.uint32) if mask is None else mask.rows,
         )
         self._adds, self._drops = [], []
-        result = self.runner.execute(batch, lambda: _required(mask)).result()
-        for index, row in enumerate(result.rows.tolist()):
-            self.rows[row].tokens.append(int(result.token_ids[index]))
-        return result
+        return self.runner.execute(batch, lambda: _required(mask))
 
 
 def _required(mask: TokenMask | None) -> TokenMask:

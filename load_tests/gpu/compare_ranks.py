@@ -1,11 +1,12 @@
 """Holds a group of ranks against one rank, on the same model: next-token numbers, greedy tokens, time of a decode step.
 
     python -m load_tests.gpu.compare_ranks MODEL_DIR [--tensor-parallel-size 2] [--pipeline-parallel-size 1]
-        [--device cuda] [--dtype bfloat16] [--quantization fp8] [--load-format dummy] [--limit 0.1]
+        [--device cuda] [--dtype bfloat16] [--quantization fp8] [--load-format dummy] [--limit 0.1] [--at-once]
 
-Each side runs in a process of its own, one after the other. What is compared does not drift: the log-probability
-that both give to the same tokens, one step after prompts of many lengths, in chunks and whole. Exit code 1 where the
-largest difference is above the limit. With `--load-format dummy` ranks draw weights of their own: only times compare.
+Each side runs in a process of its own, one after the other; both `--at-once` take half the time, and times mean
+nothing. What is compared does not drift: the log-probability that both give to the same tokens, one step after prompts
+of many lengths, in chunks and whole. Exit code 1 where the largest difference is above the limit. With
+`--load-format dummy` ranks draw weights of their own: only times compare.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import torch
 
 from gpu_worker.config import WorkerSettings
 from gpu_worker.device import resolve_device
+from gpu_worker.parallel.group_runner import GroupRunner
 from gpu_worker.runner import TorchRunner
 from gpu_worker.runner_api import Runner
 from load_tests.cpu_worker.step_driver import StepDriver, greedy
@@ -31,6 +34,8 @@ PROMPT_LENGTHS = (1, 7, 33, 64, 120, 200, 31, 16)
 NUM_GREEDY = 32
 TIMED_ROWS = (1, 8)
 TIMED_STEPS = 24
+WARM_STEPS = 12
+IN_FLIGHT_ROWS = 4
 
 
 def run_side(settings: WorkerSettings) -> dict[str, Any]:
@@ -54,7 +59,14 @@ def run_side(settings: WorkerSettings) -> dict[str, Any]:
             driver.step()
         tokens = [driver.rows[row].tokens[length:] for row, length in enumerate(PROMPT_LENGTHS)]
         times = {str(count): decode_ms(runner, count) for count in TIMED_ROWS}
-        return {"devices": driver.facts.devices, "tops": tops, "tokens": tokens, "decode_ms": times}
+        return {
+            "devices": driver.facts.devices,
+            "runner": type(runner.local if isinstance(runner, GroupRunner) else runner).__name__,
+            "tops": tops,
+            "tokens": tokens,
+            "decode_ms": times,
+            "in_flight_ms": in_flight_ms(runner),
+        }
     finally:
         runner.close()
 
@@ -70,6 +82,30 @@ def decode_ms(runner: Runner, num_rows: int) -> float:
         driver.step()
         times.append((time.perf_counter() - begun) * 1e3)
     return sorted(times[TIMED_STEPS // 2 :])[TIMED_STEPS // 4]
+
+
+def in_flight_ms(runner: Runner) -> float:
+    """Mean of a decode step with one more in flight than there are stages, each with rows of its own."""
+    driver = StepDriver(runner)
+    sets = [
+        range(first, first + IN_FLIGHT_ROWS)
+        for first in range(0, (driver.facts.num_stages + 1) * IN_FLIGHT_ROWS, IN_FLIGHT_ROWS)
+    ]
+    for rows in sets:
+        for row in rows:
+            driver.add(row, list(range(1, 17)), greedy())
+        driver.step({row: 16 for row in rows})
+    pending = [driver.begin({row: 1 for row in rows}) for rows in sets]
+    for number in range(WARM_STEPS + TIMED_STEPS):
+        if number == WARM_STEPS:
+            begun = time.perf_counter()
+        turn = number % len(sets)
+        driver.finish(pending[turn])
+        pending[turn] = driver.begin({row: 1 for row in sets[turn]})
+    taken = time.perf_counter() - begun
+    for each in (*pending[turn + 1 :], *pending[: turn + 1]):
+        driver.finish(each)
+    return taken * 1e3 / TIMED_STEPS
 
 
 def load(settings: WorkerSettings) -> Runner:
@@ -102,9 +138,19 @@ def compare(one: dict[str, Any], many: dict[str, Any]) -> dict[str, Any]:
         "num_compared": len(differences),
         "max_logprob_difference": max(differences, default=float("inf")),
         "equal_greedy_tokens": sum(pairs) / len(pairs),
+        "runner": many["runner"],
         "decode_ms_one_rank": one["decode_ms"],
         "decode_ms_group": many["decode_ms"],
+        "in_flight_ms_one_rank": one["in_flight_ms"],
+        "in_flight_ms_group": many["in_flight_ms"],
     }
+
+
+def _run_side(argv: list[str]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "load_tests.gpu.compare_ranks", *argv, "--side"]
+    output = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+    side: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return side
 
 
 def main(argv: list[str]) -> int:
@@ -118,18 +164,19 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--load-format", default="auto")
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--limit", type=float, default=0.1)
+    parser.add_argument("--at-once", action="store_true", help="run both layouts at the same time")
     parser.add_argument("--side", action="store_true", help="run one layout and print what it computes")
     arguments = parser.parse_args(argv)
     if arguments.side:
-        fields = {name: value for name, value in vars(arguments).items() if name not in ("limit", "side")}
+        fields = {name: value for name, value in vars(arguments).items() if name not in ("limit", "side", "at_once")}
+        if arguments.at_once:
+            fields["gpu_memory_utilization"] = 0.3
         print(json.dumps(run_side(WorkerSettings(**fields, max_model_len=256, cpu_kv_cache_gib=0.05))))
         return 0
-    sides = []
-    for sizes in (["--tensor-parallel-size=1", "--pipeline-parallel-size=1"], []):
-        command = [sys.executable, "-m", "load_tests.gpu.compare_ranks", *argv, *sizes, "--side"]
-        output = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
-        sides.append(json.loads(output.splitlines()[-1]))
-    report = compare(*sides)
+    one_rank = ["--tensor-parallel-size=1", "--pipeline-parallel-size=1"]
+    with ThreadPoolExecutor(2 if arguments.at_once else 1) as threads:
+        one, many = threads.map(_run_side, ([*argv, *one_rank], argv))
+    report = compare(one, many)
     print(json.dumps(report, indent=2))
     return 0 if report["max_logprob_difference"] <= arguments.limit else 1
 

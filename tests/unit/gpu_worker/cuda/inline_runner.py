@@ -20,6 +20,7 @@ from gpu_worker.cuda.invariant_ops import InvariantTritonOps
 from gpu_worker.cuda.ops import TritonOps
 from gpu_worker.cuda.packed_linears import PackedLinears
 from gpu_worker.cuda.runner import CudaRunner
+from gpu_worker.cuda.stage_link import StageLink
 from gpu_worker.cuda.step_layout import StepPlanner
 from gpu_worker.cuda.step_program import ProgramBuffers, ProgramLimits, StepProgram
 from gpu_worker.cuda.timeline import NUM_SLOTS, StepTimes
@@ -51,6 +52,13 @@ class InlineTimeline:
     def mark_logits(self, slot: int) -> None:
         return None
 
+    @contextmanager
+    def arriving(self, slot: int) -> Iterator[None]:
+        yield
+
+    def await_arrival(self, slot: int) -> None:
+        return None
+
     def wait(self, slot: int) -> StepTimes:
         return StepTimes(1, 1, -1)
 
@@ -65,9 +73,11 @@ def load_inline(
     buffer_words: int = 4096,
     with_graphs: bool = False,
     deterministic: bool = False,
+    parallel: ParallelContext | None = None,
+    link: StageLink | None = None,
 ) -> CudaRunner:
     """float32 weights of `directory`, blocks of 16 tokens."""
-    device, parallel = torch.device("cpu"), ParallelContext()
+    device, parallel = torch.device("cpu"), parallel or ParallelContext()
     settings = WorkerSettings(model=directory, device="cpu")
     spec, family = read_spec(directory)
     sizes = Sizes(block_size=16, max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_num_batched_tokens=128)
@@ -99,7 +109,16 @@ def load_inline(
     )
     timeline = InlineTimeline(buffer_words, result_slot_words(planner.max_runs, MAX_NUM_LOGPROBS))
     program = StepProgram(
-        model, attention, ProgramBuffers.allocate(limits, device), timeline.packed, timeline.results, limits, pdl=False
+        model,
+        attention,
+        ProgramBuffers.allocate(limits, device),
+        timeline.packed,
+        timeline.results,
+        limits,
+        pdl=False,
+        link=link,
     )
     facts = worker_facts(directory, spec, sizes, plan, shape, device, torch.float32)
-    return CudaRunner(replace(facts, dtype="float32"), program, planner, timeline, None, device)
+    return CudaRunner(
+        replace(facts, dtype="float32"), program, planner, timeline, None, device, is_group=link is not None
+    )

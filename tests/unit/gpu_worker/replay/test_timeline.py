@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from stepwire_kernels import __path__ as kernel_paths
 
-from gpu_worker.replay.kernel_table import ATTENTION, INPUT, LINEARS, OTHER, SAMPLER, part_of
+from gpu_worker.replay.kernel_table import ATTENTION, INPUT, LINEARS, OTHER, RANKS, SAMPLER, part_of
 from gpu_worker.replay.timeline import read_steps
 
 
@@ -36,7 +36,7 @@ def test_kernels_belong_to_the_step_that_launched_them() -> None:
     first, second = read_steps(events)
     assert (first.number, first.begun_us, first.ended_us) == (0, 200, 280)
     # The attention kernel runs beside the product for 5 us: they count once.
-    assert first.parts == {INPUT: 10, LINEARS: 40, ATTENTION: 15, SAMPLER: 5, OTHER: 0}
+    assert first.parts == {INPUT: 10, LINEARS: 40, ATTENTION: 15, SAMPLER: 5, RANKS: 0, OTHER: 0}
     assert first.gaps_us == 10
     assert sum(first.parts.values()) + first.gaps_us == first.ended_us - first.begun_us
     assert second.parts[OTHER] == 7 and second.idle_before_us == 20
@@ -52,7 +52,7 @@ def test_ranges_of_a_cpu_count_without_what_is_inside() -> None:
         event("user_annotation", "stepwire sampler", 80, 5),
     ]
     (step,) = read_steps(events)
-    assert step.parts == {INPUT: 10, LINEARS: 25, ATTENTION: 15, SAMPLER: 5, OTHER: 45}
+    assert step.parts == {INPUT: 10, LINEARS: 25, ATTENTION: 15, SAMPLER: 5, RANKS: 0, OTHER: 45}
     assert step.names["between layers"] == 45
 
 
@@ -64,6 +64,7 @@ def test_ranges_of_a_cpu_count_without_what_is_inside() -> None:
         ("Memcpy HtoD (Pinned -> Device)", INPUT),
         ("void at::native::vectorized_elementwise_kernel<4, ...>", OTHER),
         ("layer layers.attention.qkv", LINEARS),
+        ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL", RANKS),
         ("layer layers.attention_norm", OTHER),
         ("layer layers.attention.query_norm", OTHER),
         ("layer head", LINEARS),

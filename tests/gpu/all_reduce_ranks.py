@@ -1,0 +1,244 @@
+"""Two ranks on two devices hold the sums over mapped memory against NCCL and float64: what test_all_reduce.py starts.
+
+    python -m tests.gpu.all_reduce_ranks
+
+Rank 0 prints a JSON line for every check: its name and what it found, the empty string where all was well.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from stepwire_kernels import reference
+from stepwire_kernels.all_gather import all_gather
+from stepwire_kernels.all_reduce import AllReduceTuning, all_reduce, all_reduce_add_rms_norm
+from stepwire_kernels.norm import add_rms_norm
+
+from load_tests.kernels.ranks import LOGITS, Rank, run_ranks
+from tests.unit.kernels.checks import TOLERANCE, relative_error
+
+WAYS = [AllReduceTuning(two_shot, flagged) for two_shot, flagged in itertools.product((False, True), repeat=2)]
+SHAPES = ((1, 4096), (3, 576), (5, 2), (17, 4098), (64, 8192), (256, 4096))
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HIDDEN = 8192
+# About a millisecond on the device.
+LATE_CYCLES = 2_000_000
+EPS = 1e-5
+
+
+def random(rank: Rank, shape: tuple[int, int], dtype: torch.dtype, seed: int, scale: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator(rank.device).manual_seed(seed)
+    return (scale * torch.randn(shape, generator=generator, device=rank.device)).to(dtype)
+
+
+def of_all(rank: Rank, x: torch.Tensor) -> torch.Tensor:
+    """Every rank's x: [size, *x.shape]."""
+    return rank.nccl.all_gather(x.reshape(1, -1)).view(rank.size, *x.shape)
+
+
+def against_nccl_and_twin(rank: Rank) -> str:
+    for tuning, shape, dtype in itertools.product(WAYS, SHAPES, DTYPES):
+        if shape[1] * dtype.itemsize % 4:
+            continue
+        mine = random(rank, shape, dtype, 100 + rank.rank)
+        parts = of_all(rank, mine)
+        # Added up in float32 in rank order: exactly this.
+        expected = parts.float().sum(0).to(dtype) if rank.size == 2 else None
+        got = all_reduce(mine.clone(), rank.peers, tuning=tuning)
+        nccl = rank.nccl.all_reduce(mine.clone())
+        if expected is not None and not torch.equal(got, expected):
+            return f"{tuning} {shape} {dtype}: not the rounded sum"
+        if relative_error(got, nccl) > TOLERANCE[dtype]:
+            return f"{tuning} {shape} {dtype}: {relative_error(got, nccl)} from NCCL"
+        if not all(torch.equal(got, other) for other in of_all(rank, got)):
+            return f"{tuning} {shape} {dtype}: ranks differ"
+    return ""
+
+
+def norm_against_twin(rank: Rank) -> str:
+    for tuning, shape, dtype, offset in itertools.product(WAYS, SHAPES, DTYPES, (0.0, 1.0)):
+        mine = random(rank, shape, dtype, 200 + rank.rank)
+        residual, weight = random(rank, shape, dtype, 7, 3.0), random(rank, (1, shape[1]), dtype, 8)[0]
+        total = of_all(rank, mine).float().sum(0).to(dtype)
+        sums = (residual.float() + total.float()).to(dtype)
+        twin = reference.add_rms_norm(sums.double(), None, weight.double(), EPS, weight_offset=offset)
+        got = all_reduce_add_rms_norm(
+            mine, residual, weight, EPS, rank.peers, weight_offset=offset, tuning=tuning, pdl=True
+        )
+        error = relative_error(got, twin)
+        if not error <= TOLERANCE[dtype]:
+            return f"{tuning} {shape} {dtype}: relative error {error}"
+        if not torch.equal(residual, sums):
+            return f"{tuning} {shape} {dtype}: another residual"
+    return ""
+
+
+def _bank(rank: Rank, count: int, shape: tuple[int, int]) -> torch.Tensor:
+    """Small whole numbers: their sums are exact in bfloat16, so a stale row shows in any way of adding."""
+    generator = torch.Generator(rank.device).manual_seed(300 + rank.rank)
+    return torch.randint(-40, 41, (count, *shape), generator=generator, device=rank.device).bfloat16()
+
+
+def thousands_of_rounds(rank: Rank, *, is_late: bool, replays: int, calls: int = 40) -> str:
+    """Replays of a graph of calls of all ways and many sizes; with `is_late`, one rank or the other begins late."""
+    sizes = (1, 8, 256, 2, 33, 1, 1, 128)
+    bank = _bank(rank, calls, (max(sizes), 1024))
+    out = torch.zeros_like(bank)
+    stream = torch.cuda.Stream()
+
+    def launch() -> None:
+        # Other numbers in every replay.
+        bank.copy_(torch.where(bank > 30, -40, bank + 1))
+        out.copy_(bank)
+        for call in range(calls):
+            rows = out[call, : sizes[call % len(sizes)]]
+            all_reduce(rows, rank.peers, tuning=WAYS[(call * 7 // 3) % len(WAYS)], pdl=True)
+
+    with torch.cuda.stream(stream):
+        launch()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        launch()
+    wrong = torch.zeros((), dtype=torch.int64, device=rank.device)
+    for replay in range(replays):
+        if is_late and replay % 3 == rank.rank:
+            torch.cuda._sleep(LATE_CYCLES * (1 + replay % 4))
+        if is_late and replay % 7 == rank.rank:
+            time.sleep(0.01)
+        graph.replay()
+        if replay % 10 == 0:
+            expected = rank.nccl.all_reduce(bank.clone())
+            for call in range(calls):
+                rows = sizes[call % len(sizes)]
+                wrong += (out[call, :rows] != expected[call, :rows]).sum()
+    torch.cuda.synchronize()
+    return f"{int(wrong)} wrong elements after {replays * calls} rounds" if int(wrong) else ""
+
+
+def chained_norms(rank: Rank) -> str:
+    """The chain of a decoder: fused against NCCL and a separate norm, then the same bits in a graph with late ranks."""
+    shape = (8, 4096)
+    weight = random(rank, (1, shape[1]), torch.bfloat16, 8)[0]
+    start = random(rank, shape, torch.bfloat16, 400 + rank.rank)
+
+    def chain(fused: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        residual = random(rank, shape, torch.bfloat16, 9)
+        x = start.clone()
+        for layer in range(64):
+            if fused:
+                tuning = WAYS[layer % len(WAYS)]
+                x = all_reduce_add_rms_norm(x, residual, weight, EPS, rank.peers, tuning=tuning, pdl=True)
+            else:
+                x = add_rms_norm(rank.nccl.all_reduce(x), residual, weight, EPS, out=x)
+            # What ranks hold differs again.
+            x = x * (0.5 + rank.rank)
+        return x, residual
+
+    separate, expected = chain(fused=False), chain(fused=True)
+    # Both round to bfloat16 64 times, after sums of squares in another order.
+    if relative_error(expected[1], separate[1]) > 2 * TOLERANCE[torch.bfloat16]:
+        return f"{relative_error(expected[1], separate[1])} from NCCL and the separate norm"
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    x, residual = start.clone(), random(rank, shape, torch.bfloat16, 9)
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        for layer in range(64):
+            tuning = WAYS[layer % len(WAYS)]
+            x.copy_(all_reduce_add_rms_norm(x, residual, weight, EPS, rank.peers, tuning=tuning, pdl=True))
+            x.mul_(0.5 + rank.rank)
+    for replay in range(40):
+        if replay % 3 == rank.rank:
+            torch.cuda._sleep(LATE_CYCLES)
+        x.copy_(start)
+        residual.copy_(random(rank, shape, torch.bfloat16, 9))
+        graph.replay()
+        for got, wanted in zip((x, residual), expected, strict=True):
+            if not torch.equal(got, wanted):
+                return f"replay {replay}: {relative_error(got, wanted)} from the same without a graph"
+    return ""
+
+
+def logits_against_nccl(rank: Rank) -> str:
+    """Gathers in a graph, a sum before each as a step has, late ranks included."""
+    columns = LOGITS // rank.size
+    for rows in (1, 3, 256):
+        x = random(rank, (rows, columns), torch.bfloat16, 500 + rank.rank)
+        small = torch.zeros(1, 64, dtype=torch.bfloat16, device=rank.device)
+        out = torch.empty(rows, LOGITS, dtype=torch.bfloat16, device=rank.device)
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+        def launch(x: torch.Tensor = x, small: torch.Tensor = small, out: torch.Tensor = out) -> None:
+            for _ in range(4):
+                all_reduce(small, rank.peers, pdl=True)
+                x.mul_(-1)
+                out.copy_(all_gather(x, rank.gather, pdl=True))
+
+        with torch.cuda.stream(stream):
+            launch()
+        stream.synchronize()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            launch()
+        for replay in range(60):
+            if replay % 3 == rank.rank:
+                torch.cuda._sleep(LATE_CYCLES)
+            x.copy_(random(rank, (rows, columns), torch.bfloat16, 600 + 2 * replay + rank.rank))
+            graph.replay()
+            if replay % 5 == 0 and not torch.equal(out, rank.nccl.all_gather(x)):
+                return f"{rows} rows, replay {replay}: not what NCCL gathers"
+    return ""
+
+
+def stop_ends_waiting(rank: Rank) -> str:
+    """Rank 0 calls what nobody else does, and is told to stop. The last check: rounds are out of step after."""
+    if rank.rank != 0:
+        return ""
+    for tuning in WAYS:
+        rank.peers.stop.zero_()
+        all_reduce(torch.zeros(2, 64, device=rank.device), rank.peers, tuning=tuning)
+        time.sleep(0.2)
+        if torch.cuda.current_stream().query():
+            return f"{tuning} did not wait for its peer"
+        rank.peers.stop.fill_(1)
+        begun = time.monotonic()
+        while not torch.cuda.current_stream().query():
+            if time.monotonic() - begun > 20:
+                return f"{tuning} waits on after it was told to stop"
+            time.sleep(0.01)
+    return ""
+
+
+CHECKS: dict[str, Callable[[Rank], str]] = {
+    "against nccl and twin": against_nccl_and_twin,
+    "norm against twin": norm_against_twin,
+    "thousands of rounds": lambda rank: thousands_of_rounds(rank, is_late=False, replays=200),
+    "a late rank": lambda rank: thousands_of_rounds(rank, is_late=True, replays=100),
+    "chained norms in a graph": chained_norms,
+    "logits against nccl": logits_against_nccl,
+    "stop ends waiting": stop_ends_waiting,
+}
+
+
+def run_checks(rank: Rank) -> None:
+    for name, check in CHECKS.items():
+        begun = time.monotonic()
+        problem = check(rank)
+        torch.cuda.synchronize()
+        # A rank that found something has left its peers alone in what follows: all stop together.
+        is_sound = rank.group.least([int(not problem)]) == [1]
+        if problem or rank.rank == 0:
+            took = round(time.monotonic() - begun, 1)
+            line = {"check": name, "rank": rank.rank, "problem": problem or ("" if is_sound else "another rank's")}
+            print(json.dumps({**line, "seconds": took}), flush=True)
+        if not is_sound:
+            return
+
+
+if __name__ == "__main__":
+    run_ranks("tests.gpu.all_reduce_ranks", sys.argv[1:], 2, run_checks, HIDDEN)

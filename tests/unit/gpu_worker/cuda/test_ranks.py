@@ -1,0 +1,37 @@
+"""Two ranks of the CUDA runner against one CPU runner: the same tokens from the same steps."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.unit.gpu_worker.cuda.forked_ranks import drive
+from tests.unit.gpu_worker.cuda.test_runner import on_cpu, save_model
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        # Spinning under the interpreter, each takes the time that the other one needs.
+        pytest.param("llama", "tensor", marks=pytest.mark.slow),
+        ("llama", "pipeline"),
+        # One table for embedding and head, of which either stage has a copy.
+        pytest.param("qwen3", "pipeline", marks=pytest.mark.slow),
+        pytest.param("qwen3", "tensor", marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_draw_what_one_worker_draws(tmp_path: Path, kind: str, mode: str) -> None:
+    save_model(tmp_path, kind)
+    expected = drive(on_cpu(tmp_path))
+    command = [sys.executable, "-m", "tests.unit.gpu_worker.cuda.forked_ranks", str(tmp_path), mode]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ranks = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert sorted(found["rank"] for found in ranks) == [0, 1]
+    for found in ranks:
+        assert (found["tokens"], found["dropped"]) == (expected["tokens"], expected["dropped"])
+        assert found["logprobs"] == pytest.approx(expected["logprobs"], abs=1e-4)
