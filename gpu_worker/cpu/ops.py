@@ -18,8 +18,8 @@ from gpu_worker.layers.ops import AttentionHeads, StepPositions, TorchOps
 from gpu_worker.layers.rope import RotaryTables
 
 if TYPE_CHECKING:
-    from gpu_worker.parallel.shares import ParallelContext
     from gpu_worker.layers.norm import Norm
+    from gpu_worker.parallel.shares import ParallelContext
 
 # The kernels' numbers for what `hidden_act` names; others are torch's.
 _GATES = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "swiglu_oai": 2}
