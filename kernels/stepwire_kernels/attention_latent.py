@@ -297,7 +297,7 @@ def latent_chunk_policy(max_runs: int, num_heads: int) -> ChunkPolicy:
 
 def default_latent_prefill_tuning(dtype: torch.dtype) -> LatentTuning:
     """The launch shape of prefill; to be measured: `python -m load_tests.kernels.sweep latent`."""
-    return LatentTuning(16, 16, 4, 1, 1) if dtype == torch.float32 else LatentTuning()
+    return LatentTuning(16, 16, 4, 1, 1) if dtype == torch.float32 else LatentTuning(64, 64, 8, 2, 1)
 
 
 def latent_tile_tokens(num_heads: int, tuning: LatentTuning) -> int:

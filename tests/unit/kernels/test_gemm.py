@@ -60,6 +60,8 @@ def test_linear_without_a_table_is_torch(device: str) -> None:
 
 def test_shipped_tables_are_well_formed() -> None:
     for entry in (gemm.resources.files("stepwire_kernels") / "tuned").iterdir():
+        if not entry.is_file():  # other kernels' tables
+            continue
         data = json.loads(entry.read_text())
         table = gemm.load_table(f"NVIDIA {data['device']}")
         assert len(table) == len(data["choices"])

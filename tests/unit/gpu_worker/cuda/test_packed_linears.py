@@ -75,7 +75,7 @@ def test_the_kernel_gives_what_the_dequantized_weights_give(name: str, num_token
         (eight_bit(torch.int8), ActivationQuant("int8", "token", symmetric=False), None),
         (random_blocks("Q2_K", 8, 256), None, None),
     ],
-    ids=str,
+    ids=["3-bit", "int8 inputs", "float8", "other inputs", "asymmetric inputs", "Q2_K"],
 )
 def test_what_has_no_kernel_is_left_to_be_dequantized(
     weight: QuantizedWeight, activations: ActivationQuant | None, static: StaticScale | None
