@@ -19,7 +19,8 @@ serve: $(VENV)/.installed
 	exec $(BIN)/stepwire serve $(MODEL) $(SERVE_FLAGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" tests/unit -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not gpu" tests/contract tests/system
 
 test-slow: $(VENV)/.installed-slow
 	$(BIN)/python -m pytest -m "slow and not gpu"
