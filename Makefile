@@ -18,8 +18,9 @@ endif
 serve: $(VENV)/.installed
 	exec $(BIN)/stepwire serve $(MODEL) $(SERVE_FLAGS)
 
+# Two processes of two threads each on two cores would wait for one another.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow and not gpu" tests/unit -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" tests/unit -n 2 --dist loadfile
 	$(BIN)/python -m pytest -m "not slow and not gpu" tests/contract tests/system
 
 test-slow: $(VENV)/.installed-slow
