@@ -100,7 +100,7 @@ class ControlPlaneSettings(ProcessSettings):
     )
     max_queued_tokens: PositiveInt = Field(2**20, description="prompt tokens that may wait, all requests together")
     scheduling_policy: Literal["fcfs", "priority"] = Field(
-        "fcfs", description="who runs first: who came first, or whose priority number is lower"
+        "fcfs", description="who runs first: who came first, or whose priority number is lower; batches come last"
     )
     enable_prefix_caching: bool = Field(
         True, description="keep the KV of finished requests and reuse it for prompts that begin alike"

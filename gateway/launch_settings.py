@@ -181,7 +181,7 @@ class LaunchSettings(ProcessSettings):
     )
     scheduling_policy: Literal["fcfs", "priority"] = Field(
         "fcfs",
-        description="who runs first: who came first, or whose priority number is lower",
+        description="who runs first: who came first, or whose priority number is lower; batches come last",
         json_schema_extra=_passed_to(CONTROL_PLANE),
     )
     enable_prefix_caching: bool = Field(
