@@ -41,6 +41,7 @@ def scheduler_config(worker: worker_pb2.DescribeResponse, config: EngineConfig) 
         block_size=worker.block_size,
         max_num_seqs=worker.max_num_seqs,
         max_num_batched_tokens=_token_budget(worker, config),
+        mixed_step_tokens=config.mixed_step_tokens,
         policy=config.scheduling_policy,
         enable_prefix_caching=config.enable_prefix_caching,
         whole_prompts=worker.pooling.whole_prompts,
