@@ -97,8 +97,8 @@ class ControlPlaneSettings(ProcessSettings):
     )
     mixed_step_tokens: PositiveInt = Field(
         512,
-        description="tokens that a step is filled up to with waiting prompts while other requests generate; more as "
-        "the backlog grows. Smaller: steadier gaps between tokens; larger: sooner first tokens",
+        description="tokens that a step is filled up to with waiting prompts while other requests generate; more if "
+        "many wait. Smaller: steadier gaps between tokens; larger: sooner first tokens",
     )
     max_queued_requests: PositiveInt = Field(
         1024, description="requests that may wait; more are refused with RESOURCE_EXHAUSTED and a time to retry"

@@ -53,7 +53,9 @@ class SchedulerConfig:
     policy: PolicyName = "fcfs"
     enable_prefix_caching: bool = True
     mixed_step_tokens: int = 512
-    """What a step is filled up to with prompts while others generate; more only as the backlog asks."""
+    """What a step is filled up to with prompts while others generate; see `policy.mixed_step_size`."""
+    context_per_prompt_token: int = 0
+    """Tokens of context that cost the worker as much as one prompt token; 0: not known."""
     # Prompts of requests that pool run in one step.
     whole_prompts: bool = False
     num_stages: int = 1
@@ -385,8 +387,11 @@ class Scheduler:
             # Of those that wait, as many as there are rows for.
             num_next = min(len(waiting), self._placement.num_free_rows)
             backlog += self._num_waiting_tokens * num_next // len(self._waiting)
-        num_decodes = len(plan.rows)
-        return mixed_step_size(num_decodes, backlog, self.config.mixed_step_tokens) - num_decodes
+        num_decodes, decode_cost = len(plan.rows), 0
+        if self.config.context_per_prompt_token:
+            num_context_tokens = sum(sequence.num_total for sequence in plan.sequences)
+            decode_cost = num_context_tokens // self.config.context_per_prompt_token
+        return mixed_step_size(num_decodes, decode_cost, backlog, self.config.mixed_step_tokens) - num_decodes
 
     def _make_alone(self, suspect: SequenceState) -> bool:
         """Clear the worker of every other sequence; False while steps of theirs are still in flight.
