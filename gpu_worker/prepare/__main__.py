@@ -6,10 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from gpu_worker.loading.tensor_source import CheckpointError
+from gpu_worker.errors import LoadError
 from gpu_worker.prepare.errors import PrepareError
-from gpu_worker.prepare.gguf_model import OUTPUT_DTYPES, PACKED
 from gpu_worker.prepare.preparation import default_cache_dir, prepare
+from gpu_worker.prepare.written_dtypes import OUTPUT_DTYPES, PACKED
 
 
 def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
             revision=options.revision,
             weights_required=not options.config_only,
         )
-    except (PrepareError, CheckpointError) as error:
+    except (PrepareError, LoadError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

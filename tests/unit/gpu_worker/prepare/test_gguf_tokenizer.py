@@ -35,6 +35,22 @@ def smollm2(smollm2_metadata: dict[str, Any]) -> GgufTokenizer:
     return build_tokenizer(PATH, smollm2_metadata, 8192)
 
 
+@pytest.fixture(scope="module")
+def smollm2_again(smollm2: GgufTokenizer) -> Tokenizer:
+    """As a service reads it from tokenizer.json."""
+    return Tokenizer.from_str(smollm2.tokenizer.to_str())
+
+
+@pytest.fixture(scope="module")
+def smollm2_characters(smollm2: GgufTokenizer) -> st.SearchStrategy[str]:
+    alphabet = bytes_of_byte_level_alphabet(smollm2.tokenizer)
+    # SmolLM2 leaves out 21 bytes, most of which UTF-8 never has; the others begin or end rare characters
+    assert len(alphabet) == 235
+    return st.characters(codec="utf-8", exclude_categories=("Cs",)).filter(
+        lambda character: alphabet.issuperset(character.encode())
+    )
+
+
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
@@ -62,22 +78,17 @@ def test_digits_are_single_tokens(smollm2: GgufTokenizer) -> None:
 
 
 @pytest.mark.parametrize("text", GOLDEN["texts"])
-def test_round_trips(smollm2: GgufTokenizer, text: str) -> None:
+def test_round_trips(smollm2: GgufTokenizer, smollm2_again: Tokenizer, text: str) -> None:
     assert smollm2.tokenizer.decode(_ids(smollm2.tokenizer, text), skip_special_tokens=False) == text
-    again = Tokenizer.from_str(smollm2.tokenizer.to_str())
-    assert _ids(again, text) == _ids(smollm2.tokenizer, text)
+    assert _ids(smollm2_again, text) == _ids(smollm2.tokenizer, text)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_text_whose_bytes_the_vocabulary_has_round_trips(smollm2: GgufTokenizer, data: st.DataObject) -> None:
-    alphabet = bytes_of_byte_level_alphabet(smollm2.tokenizer)
-    # SmolLM2 leaves out 21 bytes, most of which UTF-8 never has; the others begin or end rare characters
-    assert len(alphabet) == 235
-    characters = st.characters(codec="utf-8", exclude_categories=("Cs",)).filter(
-        lambda character: alphabet.issuperset(character.encode())
-    )
-    text = data.draw(st.text(characters, max_size=60))
+def test_any_text_whose_bytes_the_vocabulary_has_round_trips(
+    smollm2: GgufTokenizer, smollm2_characters: st.SearchStrategy[str], data: st.DataObject
+) -> None:
+    text = data.draw(st.text(smollm2_characters, max_size=60))
     assert smollm2.tokenizer.decode(_ids(smollm2.tokenizer, text), skip_special_tokens=False) == text
 
 
