@@ -13,6 +13,7 @@ from itertools import product
 
 import torch
 from stepwire_kernels.gemm import LinearWorkspace, allocate_linear_workspace
+from stepwire_kernels.packed_dense import DenseTuning, dense_linear, dense_weight
 from stepwire_kernels.packed_linear import MAX_STREAM_TOKENS, PackedTuning, StreamTuning, packed_linear
 from stepwire_kernels.packed_weight import PackedWeight
 from stepwire_kernels.quantize_input import quantize_input
@@ -45,7 +46,7 @@ def packed_weight(kind: str, n: int, k: int) -> PackedWeight:
     def halves(groups: int) -> torch.Tensor:
         return torch.rand(groups, n, device="cuda").mul_(0.01).half()
 
-    shape, is_k = (n // 16, k // 64, 128), kind.endswith("_K")
+    shape, is_k = (-(-n // 16), 2 * -(-k // 128), 128), kind.endswith("_K")
     scales = halves(k // group)
     if is_k:
         scales = ints(k // group, n, dtype=torch.int8 if kind == "Q6_K" else torch.uint8) // 4
@@ -95,6 +96,42 @@ def bench_packed(report: Report) -> None:
                     num_bytes=num_bytes,
                     of_bf16=round(plain[count] / ms, 2),
                 )
+
+
+MANY_TOKENS = (128, 256, 512, 1024, 2048, 8192)
+DENSE_TUNINGS = tuple(
+    DenseTuning(*shape) for shape in ((1, 4, 2), (2, 2, 4), (2, 4, 4), (4, 2, 4), (4, 4, 8), (8, 2, 8))
+)
+
+
+def bench_packed_many(report: Report) -> None:
+    """Many tokens: making weights dense (share of what is read and written), then both roads against cuBLAS in bf16."""
+    workspace = allocate_linear_workspace("cuda")
+    scratch = torch.empty(max(n * k for n, k in LLAMA_8B_LINEARS.values()), device="cuda", dtype=BF16)
+    for kind in ("int4-g128", "Q4_K", "Q6_K", "MXFP4"):
+        for name, (n, k) in list(LLAMA_8B_LINEARS.items())[: None if kind == "int4-g128" else 1]:
+            weights = [packed_weight(kind, n, k) for _ in range(_copies(n * k // 2))]
+            out = scratch[: n * k].view(n, k)
+            moved = weights[0].num_bytes() + 2 * n * k
+            for tuning in DENSE_TUNINGS:
+                ms = time_graph(
+                    [partial(dense_weight, w, out, tuning=tuning, pdl=True) for w in weights], target_ms=5, repeats=3
+                )
+                shape = f"{tuning.row_blocks},{tuning.tiles_each},{tuning.num_warps}"
+                report.add("dense_weight", f"{kind} {name} {shape}", ms, num_bytes=moved)
+    for name, (n, k) in LLAMA_8B_LINEARS.items():
+        weights = [packed_weight("int4-g128", n, k) for _ in range(_copies(n * k // 2))]
+        for count in MANY_TOKENS:
+            x = torch.randn(count, k, device="cuda", dtype=BF16)
+            plain = _bf16_ms(n, k, x)
+            roads = {
+                "direct": [partial(packed_linear, x, w, None, workspace, pdl=True) for w in weights],
+                "dense": [partial(dense_linear, x, w, None, scratch, workspace=workspace, pdl=True) for w in weights],
+            }
+            for road, launches in roads.items():
+                ms = time_graph(launches, target_ms=5, repeats=3)
+                flop = 2.0 * count * n * k
+                report.add("packed_many", f"{name} M={count} {road}", ms, flop=flop, of_bf16=round(plain / ms, 2))
 
 
 def _scaled_launch(
