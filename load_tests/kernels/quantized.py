@@ -14,8 +14,9 @@ from itertools import product
 import torch
 from stepwire_kernels.gemm import LinearWorkspace, allocate_linear_workspace
 from stepwire_kernels.packed_dense import DenseTuning, dense_linear, dense_weight
-from stepwire_kernels.packed_linear import MAX_STREAM_TOKENS, PackedTuning, StreamTuning, packed_linear
+from stepwire_kernels.packed_linear import MAX_STREAM_TOKENS, PackedTuning, StreamTuning, Tuning, packed_linear
 from stepwire_kernels.packed_weight import PackedWeight
+from stepwire_kernels.packed_wgmma import WgmmaTuning
 from stepwire_kernels.quantize_input import quantize_input
 from stepwire_kernels.scaled_linear import ScaledTuning, scaled_linear
 
@@ -73,7 +74,7 @@ def packed_weight(kind: str, n: int, k: int) -> PackedWeight:
     )
 
 
-def _bf16_ms(n: int, k: int, x: torch.Tensor) -> float:
+def bf16_ms(n: int, k: int, x: torch.Tensor) -> float:
     weights = [torch.randn(n, k, device="cuda", dtype=BF16) for _ in range(_copies(n * k * 2))]
     return time_graph([lambda w=w: torch.nn.functional.linear(x, w) for w in weights])
 
@@ -83,7 +84,7 @@ def bench_packed(report: Report) -> None:
     workspace = allocate_linear_workspace("cuda")
     for name, (n, k) in LLAMA_8B_LINEARS.items():
         inputs = {count: torch.randn(count, k, device="cuda", dtype=BF16) for count in NUM_TOKENS}
-        plain = {count: _bf16_ms(n, k, x) for count, x in inputs.items()}
+        plain = {count: bf16_ms(n, k, x) for count, x in inputs.items()}
         for kind in KINDS:
             num_bytes = packed_weight(kind, n, k).num_bytes()
             weights = [packed_weight(kind, n, k) for _ in range(_copies(num_bytes))]
@@ -123,7 +124,7 @@ def bench_packed_many(report: Report) -> None:
         weights = [packed_weight("int4-g128", n, k) for _ in range(_copies(n * k // 2))]
         for count in MANY_TOKENS:
             x = torch.randn(count, k, device="cuda", dtype=BF16)
-            plain = _bf16_ms(n, k, x)
+            plain = bf16_ms(n, k, x)
             roads = {
                 "direct": [partial(packed_linear, x, w, None, workspace, pdl=True) for w in weights],
                 "dense": [partial(dense_linear, x, w, None, scratch, workspace=workspace, pdl=True) for w in weights],
@@ -160,7 +161,7 @@ def bench_scaled(report: Report) -> None:
     workspace = allocate_linear_workspace("cuda")
     for name, (n, k) in LLAMA_8B_LINEARS.items():
         inputs = {count: torch.randn(count, k, device="cuda", dtype=BF16) for count in NUM_TOKENS}
-        plain = {count: _bf16_ms(n, k, x) for count, x in inputs.items()}
+        plain = {count: bf16_ms(n, k, x) for count, x in inputs.items()}
         for kind, dtype in (("fp8", torch.float8_e4m3fn), ("fp8-block", torch.float8_e4m3fn), ("int8", torch.int8)):
             blocks = kind == "fp8-block"
             shape = (n // 128, k // 128) if blocks else (n, 1)
@@ -179,27 +180,33 @@ def bench_scaled(report: Report) -> None:
                 )
 
 
-def packed_candidates(count: int) -> Iterator[StreamTuning | PackedTuning]:
+def packed_candidates(count: int) -> Iterator[Tuning]:
     """Launch shapes for so many tokens."""
     if count <= MAX_STREAM_TOKENS:
         for row_blocks, warps, split in product((1, 2), (2, 4, 8), (1, 2)):
             yield StreamTuning(row_blocks, warps, split)
-        return
-    block_m = 32 if count <= 32 else 64 if count <= 64 else 128
-    for split, stages in product((1, 2, 4), (3, 4)):
-        yield PackedTuning(64, block_m, split, 4, stages)
-        yield PackedTuning(128, block_m, split, 8, stages)
+    if count > MAX_STREAM_TOKENS:
+        yield PackedTuning(64, min(128, max(32, count)), 2, 4, 3)
+    small = count <= 64
+    block_m = 1 << max(4, (count - 1).bit_length())
+    for split in (1, 2, 4, 8):
+        yield WgmmaTuning(min(block_m, 128), 8, 1, split, 6 if small else 4, 4 if small else 2)
+        yield WgmmaTuning(min(block_m, 128), 4, 1, split, 6 if small else 3, 4 if small else 2)
+        if split <= 4:
+            yield WgmmaTuning(min(block_m, 128), 8, 2, split, 4 if small else 3, 2)
+        if count > 128:
+            yield WgmmaTuning(256, 8, 1, split, 3, 1)
 
 
 def packed_launches(
     kind: str, n: int, k: int, count: int, workspace: LinearWorkspace
-) -> tuple[int, Callable[[StreamTuning | PackedTuning], list[Launch]]]:
+) -> tuple[int, Callable[[Tuning], list[Launch]]]:
     """Bytes of one weight, and launches over several of them for a tuning."""
     x = torch.randn(count, k, device="cuda", dtype=BF16)
     num_bytes = packed_weight(kind, n, k).num_bytes()
     weights = [packed_weight(kind, n, k) for _ in range(_copies(num_bytes))]
 
-    def launches(tuning: StreamTuning | PackedTuning) -> list[Launch]:
+    def launches(tuning: Tuning) -> list[Launch]:
         return [partial(packed_linear, x, w, None, workspace, tuning=tuning, pdl=True) for w in weights]
 
     return num_bytes, launches
