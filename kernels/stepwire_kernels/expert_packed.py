@@ -19,7 +19,7 @@ import triton.language as tl
 from stepwire_kernels.activation import Activation, activate
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
 from stepwire_kernels.expert_tiles import ExpertTiles
-from stepwire_kernels.packed_linear import format_constants, weight_pointers
+from stepwire_kernels.packed_launch import format_constants, weight_pointers
 from stepwire_kernels.packed_stream import load_words, walk_inputs, word_offsets
 from stepwire_kernels.packed_tile import dense_tile
 from stepwire_kernels.packed_weight import ALIGN_INPUTS, MAGIC_BITS, TILE_ROWS, PackedWeight

@@ -20,22 +20,18 @@ import triton.language as tl
 
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
 from stepwire_kernels.gemm import LinearWorkspace
+from stepwire_kernels.packed_launch import format_constants, num_splits, weight_pointers
 from stepwire_kernels.packed_stream import load_words, walk_inputs, word_offsets
 from stepwire_kernels.packed_tile import dense_tile
 from stepwire_kernels.packed_weight import (
     ALIGN_INPUTS,
-    BF16_E2M1_INPUT_SCALE,
-    BF16_E2M1_SCALE,
-    FP16_E2M1_SCALE,
     MAGIC_BITS,
-    MAGIC_VALUES,
     PackedWeight,
 )
+from stepwire_kernels.packed_wgmma import WgmmaTuning, wgmma_linear
 from stepwire_kernels.split_k import add_up_parts
 
 MAX_STREAM_TOKENS = 16
-# Programs that fill a large device once.
-WANTED_PROGRAMS = 264
 # Their values make no difference to the code, and kernels for each would.
 UNSPECIALIZED = ("num_tokens", "num_tiles", "tiles_each", "magic")
 
@@ -61,6 +57,11 @@ class PackedTuning:
     split_k: int = 0
     num_warps: int = 4
     num_stages: int = 3
+
+
+Tuning = StreamTuning | PackedTuning | WgmmaTuning
+# As tables of launch shapes call them.
+KERNEL_NAMES: dict[type, str] = {StreamTuning: "stream", PackedTuning: "tile", WgmmaTuning: "wgmma"}
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -243,42 +244,6 @@ def _tile_kernel(
         tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & token_mask[None, :])
 
 
-def format_constants(weight: PackedWeight, dtype: torch.dtype, *, streams: bool) -> dict[str, object]:
-    """What a kernel is specialised for: the weight's format, as activations of `dtype` see it."""
-    low, high = MAGIC_VALUES[dtype]
-    magic = 0 if weight.is_e2m1 else low + (high if weight.high_bits else 0)
-    constants: dict[str, object] = {
-        "HIGH_BITS": weight.high_bits,
-        "IS_E2M1": weight.is_e2m1,
-        "EXPONENTS": weight.exponents,
-        "OFFSET": weight.offset,
-        "MAGIC": magic,
-        "HAS_ZEROS": weight.zeros is not None,
-        "HAS_MINIMA": weight.minima is not None,
-        "HAS_OUTER": weight.outer_scales is not None,
-        "SUBTRACTS": weight.has_minimum or magic != 0,
-        "GROUP": weight.group_size,
-    }
-    if streams:
-        is_bf16, is_fp16 = dtype == torch.bfloat16, dtype == torch.float16
-        constants["X_SCALE"] = BF16_E2M1_INPUT_SCALE if weight.is_e2m1 and is_bf16 else 1.0
-        constants["OUT_SCALE"] = 1.0
-        if weight.is_e2m1 and (is_bf16 or is_fp16):
-            constants["OUT_SCALE"] = BF16_E2M1_SCALE if is_bf16 else FP16_E2M1_SCALE
-    return constants
-
-
-def weight_pointers(weight: PackedWeight) -> tuple[torch.Tensor, ...]:
-    """The kernels' pointers in their order; one that a format lacks is never read."""
-    optional = (weight.zeros, weight.minima, weight.outer_scales, weight.outer_minima)
-    return (
-        weight.words,
-        weight.words if weight.high_words is None else weight.high_words,
-        weight.scales,
-        *(weight.scales if tensor is None else tensor for tensor in optional),
-    )
-
-
 def _default_stream_tuning(num_tokens: int, n: int) -> StreamTuning:
     if n >= 8192 or num_tokens > 8:
         return StreamTuning(row_blocks=2, num_warps=4)
@@ -293,20 +258,13 @@ def _default_tuning(num_tokens: int) -> PackedTuning:
     return PackedTuning(block_n=128, block_m=128, num_warps=8)
 
 
-def _num_splits(wanted: int, programs: int, steps: int, tile_words: int, room: LinearWorkspace) -> int:
-    """Parts of the inputs: enough programs to fill a large device, as far as the workspace goes."""
-    wanted = wanted or min(16, max(1, WANTED_PROGRAMS // programs))
-    fitting = room.partial.numel() // (programs * tile_words) if 2 * programs <= room.counters.numel() else 1
-    return max(1, min(wanted, steps, fitting))
-
-
 def packed_linear(
     x: torch.Tensor,
     weight: PackedWeight,
     bias: torch.Tensor | None,
     workspace: LinearWorkspace,
     *,
-    tuning: StreamTuning | PackedTuning | None = None,
+    tuning: Tuning | None = None,
     out: torch.Tensor | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
@@ -333,6 +291,8 @@ def packed_linear(
         if num_tokens > MAX_STREAM_TOKENS:
             raise ValueError(f"packed_linear: {tuning} takes up to {MAX_STREAM_TOKENS} tokens, got {num_tokens}")
         _stream(x, weight, bias, workspace, tuning, out, pdl=pdl)
+    elif isinstance(tuning, WgmmaTuning):
+        wgmma_linear(x, weight, bias, workspace, tuning, out, pdl=pdl)
     else:
         _tile(x, weight, bias, workspace, tuning, out, pdl=pdl)
     return out
@@ -352,7 +312,7 @@ def _stream(
     block_m = 8 if x.shape[0] <= 8 else 16
     columns, pairs = triton.cdiv(n, rows), weight.num_tiles // 2
     steps = triton.cdiv(pairs, tuning.num_warps)
-    splits = _num_splits(tuning.split_k, columns, steps, rows * block_m, workspace)
+    splits = num_splits(tuning.split_k, columns, steps, rows * block_m, workspace)
     _stream_kernel[(columns, splits)](
         x,
         *weight_pointers(weight),
@@ -397,7 +357,7 @@ def _tile(
     n = weight.num_outputs
     columns, token_blocks = triton.cdiv(n, tuning.block_n), triton.cdiv(x.shape[0], tuning.block_m)
     words = tuning.block_n * tuning.block_m
-    splits = _num_splits(tuning.split_k, columns * token_blocks, weight.num_tiles // 4, words, workspace)
+    splits = num_splits(tuning.split_k, columns * token_blocks, weight.num_tiles // 4, words, workspace)
     _tile_kernel[(token_blocks, columns, splits)](
         x,
         *weight_pointers(weight),

@@ -87,6 +87,11 @@ class PackedWeight:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
 
 
+def weight_format(weight: PackedWeight) -> str:
+    """What tables of launch shapes call a format: the number of bits, or e2m1, and the group size."""
+    return f"{'e2m1' if weight.is_e2m1 else f'int{4 + weight.high_bits}'}-g{weight.group_size}"
+
+
 def pack_fields(codes: torch.Tensor, field_bits: int, dtype: torch.dtype) -> torch.Tensor:
     """codes uint8 [..., N, K] of `field_bits` -> `dtype` [..., N / 16, tiles, 128], see the top of this file."""
     *leading, n, k = codes.shape

@@ -25,7 +25,8 @@ from load_tests.kernels.cases import LLAMA_8B, QWEN3_06B, Heads, causal_flop, pa
 from load_tests.kernels.latent import bench_latent
 from load_tests.kernels.measure import Report, measure_ceilings, time_graph
 from load_tests.kernels.mixtures import bench_experts
-from load_tests.kernels.quantized import bench_packed, bench_scaled, bench_sweep
+from load_tests.kernels.packed_mixtures import bench_packed_experts
+from load_tests.kernels.quantized import bench_packed, bench_packed_many, bench_scaled, bench_sweep
 
 BF16 = torch.bfloat16
 
@@ -218,6 +219,8 @@ SECTIONS: dict[str, Callable[[Report], None]] = {
     "experts": bench_experts,
     "latent": bench_latent,
     "packed": bench_packed,
+    "packed_many": bench_packed_many,
+    "packed_experts": bench_packed_experts,
     "scaled": bench_scaled,
 }
 # Long: only when named.

@@ -13,8 +13,10 @@ from itertools import product
 
 import torch
 from stepwire_kernels.gemm import LinearWorkspace, allocate_linear_workspace
-from stepwire_kernels.packed_linear import MAX_STREAM_TOKENS, PackedTuning, StreamTuning, packed_linear
+from stepwire_kernels.packed_dense import DenseTuning, dense_linear, dense_weight
+from stepwire_kernels.packed_linear import MAX_STREAM_TOKENS, PackedTuning, StreamTuning, Tuning, packed_linear
 from stepwire_kernels.packed_weight import PackedWeight
+from stepwire_kernels.packed_wgmma import WgmmaTuning
 from stepwire_kernels.quantize_input import quantize_input
 from stepwire_kernels.scaled_linear import ScaledTuning, scaled_linear
 
@@ -45,7 +47,7 @@ def packed_weight(kind: str, n: int, k: int) -> PackedWeight:
     def halves(groups: int) -> torch.Tensor:
         return torch.rand(groups, n, device="cuda").mul_(0.01).half()
 
-    shape, is_k = (n // 16, k // 64, 128), kind.endswith("_K")
+    shape, is_k = (-(-n // 16), 2 * -(-k // 128), 128), kind.endswith("_K")
     scales = halves(k // group)
     if is_k:
         scales = ints(k // group, n, dtype=torch.int8 if kind == "Q6_K" else torch.uint8) // 4
@@ -72,7 +74,7 @@ def packed_weight(kind: str, n: int, k: int) -> PackedWeight:
     )
 
 
-def _bf16_ms(n: int, k: int, x: torch.Tensor) -> float:
+def bf16_ms(n: int, k: int, x: torch.Tensor) -> float:
     weights = [torch.randn(n, k, device="cuda", dtype=BF16) for _ in range(_copies(n * k * 2))]
     return time_graph([lambda w=w: torch.nn.functional.linear(x, w) for w in weights])
 
@@ -82,7 +84,7 @@ def bench_packed(report: Report) -> None:
     workspace = allocate_linear_workspace("cuda")
     for name, (n, k) in LLAMA_8B_LINEARS.items():
         inputs = {count: torch.randn(count, k, device="cuda", dtype=BF16) for count in NUM_TOKENS}
-        plain = {count: _bf16_ms(n, k, x) for count, x in inputs.items()}
+        plain = {count: bf16_ms(n, k, x) for count, x in inputs.items()}
         for kind in KINDS:
             num_bytes = packed_weight(kind, n, k).num_bytes()
             weights = [packed_weight(kind, n, k) for _ in range(_copies(num_bytes))]
@@ -95,6 +97,42 @@ def bench_packed(report: Report) -> None:
                     num_bytes=num_bytes,
                     of_bf16=round(plain[count] / ms, 2),
                 )
+
+
+MANY_TOKENS = (128, 256, 512, 1024, 2048, 8192)
+DENSE_TUNINGS = tuple(
+    DenseTuning(*shape) for shape in ((1, 4, 2), (2, 2, 4), (2, 4, 4), (4, 2, 4), (4, 4, 8), (8, 2, 8))
+)
+
+
+def bench_packed_many(report: Report) -> None:
+    """Many tokens: making weights dense (share of what is read and written), then both roads against cuBLAS in bf16."""
+    workspace = allocate_linear_workspace("cuda")
+    scratch = torch.empty(max(n * k for n, k in LLAMA_8B_LINEARS.values()), device="cuda", dtype=BF16)
+    for kind in ("int4-g128", "Q4_K", "Q6_K", "MXFP4"):
+        for name, (n, k) in list(LLAMA_8B_LINEARS.items())[: None if kind == "int4-g128" else 1]:
+            weights = [packed_weight(kind, n, k) for _ in range(_copies(n * k // 2))]
+            out = scratch[: n * k].view(n, k)
+            moved = weights[0].num_bytes() + 2 * n * k
+            for tuning in DENSE_TUNINGS:
+                ms = time_graph(
+                    [partial(dense_weight, w, out, tuning=tuning, pdl=True) for w in weights], target_ms=5, repeats=3
+                )
+                shape = f"{tuning.row_blocks},{tuning.tiles_each},{tuning.num_warps}"
+                report.add("dense_weight", f"{kind} {name} {shape}", ms, num_bytes=moved)
+    for name, (n, k) in LLAMA_8B_LINEARS.items():
+        weights = [packed_weight("int4-g128", n, k) for _ in range(_copies(n * k // 2))]
+        for count in MANY_TOKENS:
+            x = torch.randn(count, k, device="cuda", dtype=BF16)
+            plain = bf16_ms(n, k, x)
+            roads = {
+                "direct": [partial(packed_linear, x, w, None, workspace, pdl=True) for w in weights],
+                "dense": [partial(dense_linear, x, w, None, scratch, workspace=workspace, pdl=True) for w in weights],
+            }
+            for road, launches in roads.items():
+                ms = time_graph(launches, target_ms=5, repeats=3)
+                flop = 2.0 * count * n * k
+                report.add("packed_many", f"{name} M={count} {road}", ms, flop=flop, of_bf16=round(plain / ms, 2))
 
 
 def _scaled_launch(
@@ -123,7 +161,7 @@ def bench_scaled(report: Report) -> None:
     workspace = allocate_linear_workspace("cuda")
     for name, (n, k) in LLAMA_8B_LINEARS.items():
         inputs = {count: torch.randn(count, k, device="cuda", dtype=BF16) for count in NUM_TOKENS}
-        plain = {count: _bf16_ms(n, k, x) for count, x in inputs.items()}
+        plain = {count: bf16_ms(n, k, x) for count, x in inputs.items()}
         for kind, dtype in (("fp8", torch.float8_e4m3fn), ("fp8-block", torch.float8_e4m3fn), ("int8", torch.int8)):
             blocks = kind == "fp8-block"
             shape = (n // 128, k // 128) if blocks else (n, 1)
@@ -142,27 +180,33 @@ def bench_scaled(report: Report) -> None:
                 )
 
 
-def packed_candidates(count: int) -> Iterator[StreamTuning | PackedTuning]:
+def packed_candidates(count: int) -> Iterator[Tuning]:
     """Launch shapes for so many tokens."""
     if count <= MAX_STREAM_TOKENS:
         for row_blocks, warps, split in product((1, 2), (2, 4, 8), (1, 2)):
             yield StreamTuning(row_blocks, warps, split)
-        return
-    block_m = 32 if count <= 32 else 64 if count <= 64 else 128
-    for split, stages in product((1, 2, 4), (3, 4)):
-        yield PackedTuning(64, block_m, split, 4, stages)
-        yield PackedTuning(128, block_m, split, 8, stages)
+    if count > MAX_STREAM_TOKENS:
+        yield PackedTuning(64, min(128, max(32, count)), 2, 4, 3)
+    small = count <= 64
+    block_m = 1 << max(4, (count - 1).bit_length())
+    for split in (1, 2, 4, 8):
+        yield WgmmaTuning(min(block_m, 128), 8, 1, split, 6 if small else 4, 4 if small else 2)
+        yield WgmmaTuning(min(block_m, 128), 4, 1, split, 6 if small else 3, 4 if small else 2)
+        if split <= 4:
+            yield WgmmaTuning(min(block_m, 128), 8, 2, split, 4 if small else 3, 2)
+        if count > 128:
+            yield WgmmaTuning(256, 8, 1, split, 3, 1)
 
 
 def packed_launches(
     kind: str, n: int, k: int, count: int, workspace: LinearWorkspace
-) -> tuple[int, Callable[[StreamTuning | PackedTuning], list[Launch]]]:
+) -> tuple[int, Callable[[Tuning], list[Launch]]]:
     """Bytes of one weight, and launches over several of them for a tuning."""
     x = torch.randn(count, k, device="cuda", dtype=BF16)
     num_bytes = packed_weight(kind, n, k).num_bytes()
     weights = [packed_weight(kind, n, k) for _ in range(_copies(num_bytes))]
 
-    def launches(tuning: StreamTuning | PackedTuning) -> list[Launch]:
+    def launches(tuning: Tuning) -> list[Launch]:
         return [partial(packed_linear, x, w, None, workspace, tuning=tuning, pdl=True) for w in weights]
 
     return num_bytes, launches

@@ -1,4 +1,4 @@
-"""Sweep of launch shapes: `python -m load_tests.kernels.sweep decode|prefill|gemm|experts|latent|packed [--top N]`.
+"""Sweep of launch shapes: `python -m load_tests.kernels.sweep WHAT [--top N]`.
 
 Times every candidate on the shapes that matter and prints the best. Candidates compile in parallel worker processes
 first (their only effect is Triton's disk cache). `gemm` also writes kernels/stepwire_kernels/tuned/<device>.json: for
@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import re
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ import torch
 from stepwire_kernels import gemm
 from stepwire_kernels.attention_decode import DecodeTuning, decode_attention
 from stepwire_kernels.attention_prefill import PrefillTuning, prefill_attention, prefill_tile_tokens
+from stepwire_kernels.expert_packed import PackedExpertTuning
 from stepwire_kernels.gemm import GemvTuning, SkinnyTuning
-from stepwire_kernels.packed_linear import PackedTuning, StreamTuning
+from stepwire_kernels.packed_linear import KERNEL_NAMES, Tuning
+from stepwire_kernels.packed_weight import weight_format
 from stepwire_kernels.work_list import LATENCY, THROUGHPUT, ChunkPolicy
 
 from load_tests.kernels.bench import LLAMA_8B_LINEARS, copies
@@ -39,7 +41,9 @@ from load_tests.kernels.latent import (
 )
 from load_tests.kernels.measure import measure_ceilings, time_graph
 from load_tests.kernels.mixtures import MANY_TOKENS, QWEN3_30B, MixtureCase, candidates, short_name, two_layers
-from load_tests.kernels.quantized import packed_candidates, packed_launches
+from load_tests.kernels.packed_mixtures import NUM_TOKENS as MIXTURE_TOKENS
+from load_tests.kernels.packed_mixtures import PACKED_MIXTURES, PackedCase, packed_expert_candidates, packed_layers
+from load_tests.kernels.quantized import bf16_ms, packed_candidates, packed_launches, packed_weight
 
 TUNED = Path(__file__).resolve().parents[2] / "kernels" / "stepwire_kernels" / "tuned"
 BF16 = torch.bfloat16
@@ -118,6 +122,11 @@ def _compile(job: tuple[str, Any]) -> str | None:
             name, num_tokens, tuning = payload
             _, launches = packed_launches(name, 4096, 4096, num_tokens, gemm.allocate_linear_workspace("cuda"))
             launches(tuning)[0]()
+        elif kind == "packed experts":
+            index, num_tokens, tuning = payload
+            mixture, weight_kind = PACKED_MIXTURES[index]
+            small = replace(mixture, num_experts=mixture.num_chosen)
+            PackedCase.make(small, num_tokens, packed_layers(small, weight_kind)).launches(tuning)[0]()
         elif kind == "experts":
             num_tokens, tuning = payload
             MixtureCase.make(QWEN3_30B, num_tokens, [QWEN3_30B.weights()]).launches(tuning)[0]()
@@ -225,25 +234,89 @@ def sweep_latent(top: int) -> None:
         print(f"{ms * 1e3:8.2f} us {prefill_flop(LITE, 8192) / ms / 1e9:6.1f} TFLOP/s  {tuning}", flush=True)
 
 
-def sweep_packed(top: int) -> None:
-    """Launch shapes of linears with packed weights, at Llama-8B's sizes."""
-    counts = {"int4-g128": (1, 8, 16, 32, 256), "Q4_0": (1,), "Q6_K": (1,), "MXFP4": (1,)}
+def sweep_packed(top: int, out: Path, only: str | None, tokens: list[int] | None) -> None:
+    """Launch shapes of linears with packed weights at Llama-8B's sizes, `only` one kind; writes tuned/packed/."""
+    counts = {
+        "int4-g128": (1, 8, 16, 32, 64, 128, 256), "Q4_0": (1, 16), "Q4_K": (16, 256), "Q6_K": (1, 16, 256),
+        "MXFP4": (1, 16, 256),
+    }  # fmt: skip
+    if only is not None:
+        counts = {only: counts[only] if tokens is None else tuple(tokens)}
     jobs = [(kind, count, tuning) for kind, of in counts.items() for count in of for tuning in packed_candidates(count)]
     works = compile_all("packed", jobs)
     ceilings = measure_ceilings()
     print(f"read {ceilings.read_gb_s:.0f} GB/s, bf16 {ceilings.bf16_tflop_s:.0f} TFLOP/s")
     workspace = gemm.allocate_linear_workspace("cuda")
+    choices = []
     for kind, of in counts.items():
         for (name, (n, k)), count in itertools.product(LLAMA_8B_LINEARS.items(), of):
             num_bytes, launches = packed_launches(kind, n, k, count, workspace)
             tunings = [tuning for job_kind, job_count, tuning in works if (job_kind, job_count) == (kind, count)]
-            timed = [(time_graph(launches(tuning), target_ms=3, repeats=3), tuning) for tuning in tunings]
+            timed = [(time_graph(launches(tuning), target_ms=2, repeats=3), tuning) for tuning in tunings]
             timed.sort(key=lambda item: item[0])
+            plain = bf16_ms(n, k, torch.randn(count, k, device="cuda", dtype=BF16))
             shown = " | ".join(
                 f"{ms * 1e3:.1f} us {100 * num_bytes / ms / 1e6 / ceilings.read_gb_s:.0f}% {_short(tuning)}"
                 for ms, tuning in timed[:top]
             )
-            print(f"{kind:10s} {name:8s} M={count:3d} {shown}", flush=True)
+            print(
+                f"{kind:10s} {name:8s} M={count:3d} bf16 {plain * 1e3:.1f} us, x{plain / timed[0][0]:.2f} {shown}",
+                flush=True,
+            )
+            choices.append(
+                {"format": weight_format(packed_weight(kind, 16, k)), "n": n, "k": k, "num_tokens": count,
+                 "kernel": KERNEL_NAMES[type(timed[0][1])], "tuning": asdict(timed[0][1]),
+                 "us": round(timed[0][0] * 1e3, 2), "bf16_us": round(plain * 1e3, 2)}
+            )  # fmt: skip
+    _write_table(out / "packed", choices, name=only)
+
+
+def sweep_packed_experts(top: int, out: Path) -> None:
+    """Launch shapes of experts with packed weights; writes tuned/packed_experts/<device>.json."""
+    cases = list(itertools.product(range(len(PACKED_MIXTURES)), MIXTURE_TOKENS))
+    works = compile_all(
+        "packed experts",
+        [
+            (at, count, tuning)
+            for at, count in cases
+            for tuning in packed_expert_candidates(count, PACKED_MIXTURES[at][0])
+        ],
+    )
+    ceilings = measure_ceilings()
+    print(f"read {ceilings.read_gb_s:.0f} GB/s, bf16 {ceilings.bf16_tflop_s:.0f} TFLOP/s")
+    choices = []
+    for at, (mixture, kind) in enumerate(PACKED_MIXTURES):
+        layers = packed_layers(mixture, kind)
+        for num_tokens in MIXTURE_TOKENS:
+            case = PackedCase.make(mixture, num_tokens, layers)
+            tunings = [tuning for index, count, tuning in works if (index, count) == (at, num_tokens)]
+            timed = [(time_graph(case.launches(tuning), target_ms=4, repeats=3), tuning) for tuning in tunings]
+            default_ms = timed[0][0]
+            timed.sort(key=lambda item: item[0])
+            shown = " | ".join(
+                f"{ms * 1e3:.1f} us {100 * case.num_bytes() / ms / 1e6 / ceilings.read_gb_s:.0f}% {_short(tuning)}"
+                for ms, tuning in timed[:top]
+            )
+            print(f"{mixture.name} {kind} {num_tokens} tokens, default {default_ms * 1e3:.1f} us: {shown}", flush=True)
+            ms, best = timed[0]
+            choices.append(
+                {"format": weight_format(layers[0].down), "experts": mixture.num_experts, "chosen": mixture.num_chosen,
+                 "hidden": mixture.hidden, "inner": mixture.inner, "num_tokens": num_tokens, "tuning": asdict(best),
+                 "us": round(ms * 1e3, 2)}
+            )  # fmt: skip
+        del layers
+        torch.cuda.empty_cache()
+    _write_table(out / "packed_experts", choices)
+
+
+def _write_table(directory: Path, choices: list[dict[str, Any]], name: str | None = None) -> None:
+    """Write `choices` as the table of this device, or as its part `name`, and show it."""
+    device = re.sub(r"^NVIDIA ", "", torch.cuda.get_device_name(0))
+    directory.mkdir(parents=True, exist_ok=True)
+    target = directory / f"{device.lower().replace(' ', '_')}{'' if name is None else '.' + name}.json"
+    lines = ",\n".join("  " + json.dumps(choice) for choice in choices)
+    target.write_text(f'{{"device": "{device}", "dtype": "bfloat16", "choices": [\n{lines}\n]}}\n')
+    print(f"{len(choices)} choices written to {target}:\n{lines}")
 
 
 def _linear_launch(
@@ -300,14 +373,10 @@ def sweep_gemm(top: int, out: Path, token_counts: tuple[int, ...] = (1, 2, 4, 8,
                 )  # fmt: skip
         del weights
         torch.cuda.empty_cache()
-    device = re.sub(r"^NVIDIA ", "", torch.cuda.get_device_name(0))
-    target = out / f"{device.lower().replace(' ', '_')}.json"
-    lines = ",\n".join("  " + json.dumps(choice) for choice in choices)
-    target.write_text(f'{{"device": "{device}", "dtype": "bfloat16", "choices": [\n{lines}\n]}}\n')
-    print(f"{len(choices)} choices written to {target}")
+    _write_table(out, choices)
 
 
-def _short(tuning: GemvTuning | SkinnyTuning | StreamTuning | PackedTuning) -> str:
+def _short(tuning: GemvTuning | SkinnyTuning | Tuning | PackedExpertTuning) -> str:
     return ",".join(str(value) for value in asdict(tuning).values())
 
 
@@ -324,20 +393,24 @@ def _fits(n: int, k: int, num_tokens: int, tuning: SkinnyTuning, workspace: gemm
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["decode", "prefill", "gemm", "experts", "latent", "packed"])
-    parser.add_argument("--out", type=Path, default=TUNED, help="where `gemm` writes its table")
+    parser.add_argument("what", choices=["decode", "prefill", "gemm", "experts", "latent", "packed", "packed_experts"])
+    parser.add_argument("--out", type=Path, default=TUNED, help="where tables are written")
     parser.add_argument("--top", type=int, default=4, help="how many of the best candidates to print")
+    parser.add_argument("--only", help="`packed`: this kind of weights")
+    parser.add_argument("--tokens", type=int, nargs="*", help="with --only: these numbers of tokens")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    if arguments.what == "gemm":
-        sweep_gemm(arguments.top, arguments.out)
+    writers = {"gemm": sweep_gemm, "packed_experts": sweep_packed_experts}
+    if arguments.what == "packed":
+        sweep_packed(arguments.top, arguments.out, arguments.only, arguments.tokens)
+    elif arguments.what in writers:
+        writers[arguments.what](arguments.top, arguments.out)
     else:
         sweeps = {
             "decode": sweep_decode,
             "prefill": sweep_prefill,
             "experts": sweep_experts,
             "latent": sweep_latent,
-            "packed": sweep_packed,
         }
         sweeps[arguments.what](arguments.top)
 
