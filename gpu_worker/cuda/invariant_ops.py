@@ -11,5 +11,7 @@ from gpu_worker.cuda.ops import TritonOps
 class InvariantTritonOps(TritonOps):
     """One kernel for every number of tokens. What stands between the linears goes token by token as it is."""
 
+    fuses = False
+
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return invariant_linear(x, weight, bias, self._workspace, pdl=self.pdl)

@@ -8,6 +8,7 @@ import torch
 from stepwire_kernels.activation import Activation, gated_activation
 from stepwire_kernels.expert_routing import choose_experts
 from stepwire_kernels.experts import ExpertWeights, mix_experts, mix_packed_experts
+from stepwire_kernels.fused_linear import FusedTuning, NormInput, choose_fused, fused_linear
 from stepwire_kernels.gemm import allocate_linear_workspace, linear
 from stepwire_kernels.norm import add_rms_norm
 
@@ -37,6 +38,8 @@ class TritonOps:
     """Implements `LayerOps`. `pdl`: launch kernels before the ones ahead of them have drained (capability 9.0)."""
 
     stacks_experts = True
+    fuses = True
+    """Whether kernels are brought together where that measured faster; benchmarks switch it off to compare."""
 
     def __init__(self, device: torch.device, *, pdl: bool) -> None:
         self.pdl = pdl
@@ -63,6 +66,33 @@ class TritonOps:
             x = sums.all_reduce(x)
         # A sublayer's output is read here and nowhere else: its memory takes the norm.
         return add_rms_norm(x, residual, norm.weight, norm.eps, weight_offset=offset, out=x, pdl=self.pdl)
+
+    def linear_of_norm(
+        self,
+        x: torch.Tensor | None,
+        residual: torch.Tensor,
+        norm: Norm,
+        weight: torch.Tensor,
+        activation: str | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        offset = getattr(norm, "weight_offset", None)
+        if not self.fuses or offset is None:  # None: a LayerNorm
+            return None
+        tuning = self.fused_tuning(residual, weight, gated=activation is not None)
+        if tuning is None:
+            return None
+        return fused_linear(
+            residual if x is None else x,
+            weight,
+            norm=NormInput(None if x is None else residual, norm.weight, norm.eps, offset),
+            activation=None if activation is None else _KERNEL_ACTIVATIONS[activation],
+            tuning=tuning,
+            pdl=self.pdl,
+        )
+
+    def fused_tuning(self, x: torch.Tensor, weight: torch.Tensor, *, gated: bool) -> FusedTuning | None:
+        """How norm and product (and gate) are one launch; None: they are separate ones."""
+        return choose_fused(x, weight, gated=gated)
 
     def gated_activation(self, gate_up: torch.Tensor, kind: str) -> torch.Tensor:
         return gated_activation(gate_up, _KERNEL_ACTIVATIONS[kind], pdl=self.pdl)
@@ -133,5 +163,7 @@ class TritonOps:
     ) -> torch.Tensor:
         if not isinstance(attention, TritonAttention):
             raise TypeError(f"TritonOps writes KV through TritonAttention, not through {type(attention).__name__}")
+        if attention.is_fused:
+            return attention.run_fused(qkv, heads, positions)
         q = attention.rotate_and_write(qkv, heads, positions)
         return attention.run(q, None, None, heads.layer, sinks=heads.sinks)

@@ -12,6 +12,7 @@ from gpu_worker.attention.api import AttentionBackend
 from gpu_worker.layers.linear import BuildContext, RowParallelLinear, qkv_parallel
 from gpu_worker.layers.norm import EachHeadNorm, ProjectionNorm, RMSNorm
 from gpu_worker.layers.ops import AttentionHeads, StepPositions
+from gpu_worker.layers.sublayer_input import SublayerInput
 from gpu_worker.layers.weighted import Weighted
 from gpu_worker.model_spec import ModelSpec
 from gpu_worker.parallel.shares import HeadShare, Share
@@ -101,9 +102,9 @@ class Attention:
         if self.sinks is not None:
             yield "sinks", self.sinks
 
-    def apply(self, x: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+    def apply(self, x: SublayerInput, context: ForwardContext) -> torch.Tensor:
         """x [num_tokens, hidden] -> [num_tokens, hidden]."""
-        qkv = self.qkv.apply(x)  # [num_tokens, (heads + 2 * kv_heads) * head_dim]
+        qkv = x.through(self.qkv)  # [num_tokens, (heads + 2 * kv_heads) * head_dim]
         if self.wide_norms:
             query_norm, key_norm = self.wide_norms
             query_norm.apply_(qkv[:, : self._num_query_columns])

@@ -17,6 +17,7 @@ from gpu_worker.layers.mlp import FeedForward, GatedMLP, PlainMLP
 from gpu_worker.layers.moe import MixtureOfExperts
 from gpu_worker.layers.norm import Norm, hidden_norm
 from gpu_worker.layers.rope import RotaryTables
+from gpu_worker.layers.sublayer_input import SublayerInput
 from gpu_worker.layers.weighted import Elsewhere, Weighted
 from gpu_worker.loading.kv_scales import KVScales
 from gpu_worker.model_spec import ModelSpec
@@ -84,23 +85,25 @@ class DecoderBlock:
         for name, part in self.mlp.weighted():
             yield f"mlp.{name}", part
 
-    def apply(self, output: torch.Tensor | None, residual: torch.Tensor, context: ForwardContext) -> torch.Tensor:
+    def apply(
+        self, output: torch.Tensor | None, residual: torch.Tensor, context: ForwardContext
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The output of the block before (None: there is none) and the residual, both [num_tokens, hidden].
 
-        Returns this block's output; `residual` is updated in place and lacks only that.
+        Returns this block's output, and the residual that lacks only that; what it was given may be overwritten.
         """
-        normed = self._enter(output, residual, "attention_norm")
+        entered = self._enter(output, residual, "attention_norm")
         if self._is_parallel:
-            return self._leave(self.attention.apply(normed, context).add_(self.mlp.apply(normed)), "mlp_post_norm")
-        attended = self._leave(self.attention.apply(normed, context), "attention_post_norm")
-        return self._leave(self.mlp.apply(self._enter(attended, residual, "mlp_norm")), "mlp_post_norm")
+            entered.rows()  # two sublayers read them
+            both = self.attention.apply(entered, context).add_(self.mlp.apply(entered))
+            return self._leave(both, "mlp_post_norm"), entered.residual
+        attended = self._leave(self.attention.apply(entered, context), "attention_post_norm")
+        entered = self._enter(attended, entered.residual, "mlp_norm")
+        return self._leave(self.mlp.apply(entered), "mlp_post_norm"), entered.residual
 
-    def _enter(self, output: torch.Tensor | None, residual: torch.Tensor, name: str) -> torch.Tensor:
+    def _enter(self, output: torch.Tensor | None, residual: torch.Tensor, name: str) -> SublayerInput:
         """What a sublayer reads, once the output of the one before has joined the residual."""
-        norm = self.norms[name]
-        if norm is not None:
-            return self._ops.add_norm(output, residual, norm, self.sums)
-        return residual if output is None else residual.add_(output)
+        return SublayerInput(self._ops, output, residual, self.norms[name], self.sums)
 
     def _leave(self, output: torch.Tensor, name: str) -> torch.Tensor:
         """What a sublayer gives to the residual."""
@@ -187,7 +190,7 @@ class Decoder:
         residual = self._embedded(token_ids) if received is None else received
         output: torch.Tensor | None = None
         for block in self.blocks:
-            output = block.apply(output, residual, context)
+            output, residual = block.apply(output, residual, context)
         if output is None:
             raise ValueError("a decoder needs at least one block: the config's num_hidden_layers is 0")
         return HiddenStates(output, residual, self.blocks[-1].sums)

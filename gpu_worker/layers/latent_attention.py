@@ -14,6 +14,7 @@ import torch
 from gpu_worker.layers.attention import ForwardContext
 from gpu_worker.layers.linear import BuildContext, RowParallelLinear, column_parallel
 from gpu_worker.layers.norm import RMSNorm
+from gpu_worker.layers.sublayer_input import SublayerInput
 from gpu_worker.layers.weighted import Weighted
 from gpu_worker.model_spec import LatentSpec, ModelSpec
 from gpu_worker.parallel.shares import Share
@@ -106,8 +107,9 @@ class LatentAttention:
         yield "projections", self.projections
         yield "output", self.output
 
-    def apply(self, x: torch.Tensor, context: ForwardContext) -> torch.Tensor:
-        """x [num_tokens, hidden] -> [num_tokens, hidden]."""
+    def apply(self, entered: SublayerInput, context: ForwardContext) -> torch.Tensor:
+        """entered [num_tokens, hidden] -> [num_tokens, hidden]."""
+        x = entered.rows()
         latent, num_tokens = self._latent, x.shape[0]
         narrow = x
         if self.query_down is not None and self.query_norm is not None:

@@ -9,6 +9,7 @@ import torch
 
 from gpu_worker.layers.linear import BuildContext, RowParallelLinear, column_parallel
 from gpu_worker.layers.ops import ACTIVATIONS, GATED_ACTIVATIONS
+from gpu_worker.layers.sublayer_input import SublayerInput
 from gpu_worker.layers.weighted import Weighted
 from gpu_worker.model_spec import ModelConfigError, ModelSpec
 
@@ -18,7 +19,7 @@ class FeedForward(Protocol):
 
     def weighted(self) -> Iterator[tuple[str, Weighted]]: ...
 
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
+    def apply(self, x: SublayerInput) -> torch.Tensor:
         """x [num_tokens, hidden] -> [num_tokens, hidden]."""
         ...
 
@@ -41,7 +42,7 @@ class GatedMLP:
         reduce: bool = True,
     ) -> None:
         check_activation(spec.activation, dict(GATED_ACTIVATIONS))
-        self._ops, self._activation = build.ops, spec.activation
+        self._activation = spec.activation
         share = build.parallel.share(intermediate_size or spec.intermediate_size, "intermediate_size")
         self.gate_up = column_parallel(
             spec.hidden_size,
@@ -58,10 +59,9 @@ class GatedMLP:
         yield "gate_up", self.gate_up
         yield "down", self.down
 
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
+    def apply(self, x: SublayerInput) -> torch.Tensor:
         """x [num_tokens, hidden] -> [num_tokens, hidden]."""
-        gate_up = self.gate_up.apply(x)  # [num_tokens, 2 * intermediate]
-        return self.down.apply(self._ops.gated_activation(gate_up, self._activation))
+        return self.down.apply(x.through(self.gate_up, self._activation))
 
 
 class PlainMLP:
@@ -76,6 +76,6 @@ class PlainMLP:
         yield "up", self.up
         yield "down", self.down
 
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
+    def apply(self, x: SublayerInput) -> torch.Tensor:
         """x [num_tokens, hidden] -> [num_tokens, hidden]."""
-        return self.down.apply(self._ops.activation(self.up.apply(x), self._activation))
+        return self.down.apply(self._ops.activation(x.through(self.up), self._activation))

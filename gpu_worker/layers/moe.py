@@ -18,6 +18,7 @@ from gpu_worker.layers.linear import BuildContext
 from gpu_worker.layers.mlp import GatedMLP
 from gpu_worker.layers.packed_experts import PackedExperts, PackedFusedExperts, can_stay_packed
 from gpu_worker.layers.routing import Routing
+from gpu_worker.layers.sublayer_input import SublayerInput
 from gpu_worker.layers.weighted import Weighted
 from gpu_worker.model_spec import ModelSpec, MoeSpec
 from gpu_worker.quant.api import ExpectedTensors, QuantScheme, RandomValues, StoredTensor
@@ -129,12 +130,13 @@ class MixtureOfExperts:
         if self.shared_gate is not None:
             yield "shared_gate", self.shared_gate
 
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
+    def apply(self, x: SublayerInput) -> torch.Tensor:
         """x [num_tokens, hidden] -> [num_tokens, hidden]."""
-        mixed = self.experts.apply(x, self.router.apply(x))
+        rows = x.rows()
+        mixed = self.experts.apply(rows, self.router.apply(rows))
         if self.shared is not None:
             shared = self.shared.apply(x)
             if self.shared_gate is not None:
-                shared = shared * self.shared_gate.apply(x)
+                shared = shared * self.shared_gate.apply(rows)
             mixed = mixed.add_(shared)
         return mixed if self._leaves_sums else self._parallel.all_reduce(mixed)

@@ -97,6 +97,20 @@ class LayerOps(Protocol):
         """
         ...
 
+    def linear_of_norm(
+        self,
+        x: torch.Tensor | None,
+        residual: torch.Tensor,
+        norm: Norm,
+        weight: torch.Tensor,
+        activation: str | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """In one launch: norm(residual + x) times weight [out, in] (and act(gate) * up of that), and the sum.
+
+        None: there is no such launch for these shapes, or separate ones are faster. Neither x nor residual is written.
+        """
+        ...
+
     def gated_activation(self, gate_up: torch.Tensor, kind: str) -> torch.Tensor:
         """act(gate) * up: [num_tokens, 2 * intermediate] -> [num_tokens, intermediate]; `kind` as in `hidden_act`."""
         ...
@@ -217,6 +231,16 @@ class TorchOps:
         if x is not None:
             residual.add_(x if sums is None else sums.all_reduce(x))
         return norm.apply(residual)
+
+    def linear_of_norm(
+        self,
+        x: torch.Tensor | None,
+        residual: torch.Tensor,
+        norm: Norm,
+        weight: torch.Tensor,
+        activation: str | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return None
 
     def gated_activation(self, gate_up: torch.Tensor, kind: str) -> torch.Tensor:
         return GATED_ACTIVATIONS[kind](gate_up, gate_up.shape[1] // 2)

@@ -126,6 +126,10 @@ class LinearMethod(ABC):
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """x [num_tokens, inputs.size] -> [num_tokens, num_outputs]."""
 
+    def plain_weight(self) -> torch.Tensor | None:
+        """W [num_outputs, inputs.size] in the model's dtype, where x W^T is all that `apply` computes; else None."""
+        return None
+
     @abstractmethod
     def num_bytes(self) -> int:
         """Memory that the weights hold."""

@@ -63,6 +63,9 @@ class UnquantizedLinear(LinearMethod):
             return self._packed.multiply(x, self.bias)
         return self._ops.linear(x, self.weight, self.bias)
 
+    def plain_weight(self) -> torch.Tensor | None:
+        return self.weight if self._packed is None and self.bias is None else None
+
     def num_bytes(self) -> int:
         bias = 0 if self.bias is None else self.bias.numel() * self.bias.element_size()
         if self._packed is not None:

@@ -6,6 +6,7 @@ Decoding reads every weight once, so the job is to keep the memory busy:
 
 * `gemv` (1 to 4 tokens): a program owns a few rows of the weight and walks K; no matrix units. With PDL its first
   weight tile is on the way before the previous kernel has ended.
+* `fused_linear` (1 to 4 tokens): as `gemv`, with more or all of a program's weights on their way by then.
 * `skinny_gemm` (up to 64 tokens): matrix units with the weight as the tall operand; K is split over programs where N
   alone does not fill the device, and the last program of a tile adds the parts in order, so that results do not vary
   between runs.
@@ -18,16 +19,16 @@ Decoding reads every weight once, so the job is to keep the memory busy:
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import dataclass
-from importlib import resources
 
 import torch
 import triton
 import triton.language as tl
 
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
+from stepwire_kernels.fused_linear import FusedTuning, fused_linear
 from stepwire_kernels.split_k import add_up_parts
+from stepwire_kernels.tuned_table import tuned_choices
 
 MAX_GEMV_TOKENS = 4
 MAX_SKINNY_TOKENS = 64
@@ -51,6 +52,9 @@ class SkinnyTuning:
     split_k: int = 1
     num_warps: int = 4
     num_stages: int = 4
+
+
+LinearTuning = GemvTuning | SkinnyTuning | FusedTuning
 
 
 @dataclass(frozen=True)
@@ -296,21 +300,13 @@ def skinny_gemm(
 
 
 @functools.cache
-def load_table(device_name: str) -> dict[tuple[int, int, int], GemvTuning | SkinnyTuning]:
+def load_table(device_name: str) -> dict[tuple[int, int, int], LinearTuning]:
     """The measured choices for a device name as torch reports it: (token bucket, N, K) to ours; absent means torch."""
-    directory = resources.files("stepwire_kernels") / "tuned"
-    for entry in directory.iterdir():
-        if not entry.name.endswith(".json"):
-            continue
-        data = json.loads(entry.read_text())
-        if data["device"] not in device_name:
-            continue
-        table: dict[tuple[int, int, int], GemvTuning | SkinnyTuning] = {}
-        for row in data["choices"]:
-            kind = {"gemv": GemvTuning, "skinny": SkinnyTuning}[row["kernel"]]
-            table[(row["num_tokens"], row["n"], row["k"])] = kind(**row["tuning"])
-        return table
-    return {}
+    kinds = {"gemv": GemvTuning, "skinny": SkinnyTuning, "ahead": FusedTuning}
+    return {
+        (row["num_tokens"], row["n"], row["k"]): kinds[row["kernel"]](**row["tuning"])
+        for row in tuned_choices(device_name, "choices")
+    }
 
 
 def _bucket(num_tokens: int) -> int:
@@ -335,6 +331,8 @@ def linear(
         tuning = table.get((_bucket(num_tokens), weight.shape[0], weight.shape[1]))
         if isinstance(tuning, GemvTuning):
             return gemv(x, weight, bias, tuning=tuning, pdl=pdl)
+        if isinstance(tuning, FusedTuning) and bias is None:
+            return fused_linear(x, weight, tuning=tuning, pdl=pdl)[0]
         if isinstance(tuning, SkinnyTuning) and workspace is not None:
             return skinny_gemm(x, weight, bias, workspace, tuning=tuning, pdl=pdl)
     return torch.nn.functional.linear(x, weight, bias)

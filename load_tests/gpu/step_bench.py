@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from gpu_worker.attention.triton_backend import TritonAttention
 from gpu_worker.config import WorkerSettings
 from gpu_worker.cuda.loading import load_cuda_runner
+from gpu_worker.cuda.ops import TritonOps
 from gpu_worker.cuda.runner import CudaRunner
 from load_tests.cpu_worker.step_driver import sampling
 from load_tests.gpu.pipeline import Pipeline
@@ -268,8 +270,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--no-prefill", action="store_true")
     parser.add_argument("--profile", action="store_true", help="print each kernel's share for b1 and the largest batch")
+    parser.add_argument("--separate", action="store_true", help="leave kernels apart that could be one launch")
     parser.add_argument("--output", type=Path, default=RESULTS_DIRECTORY / "gpu_steps.jsonl")
     args = parser.parse_args(argv)
+    TritonOps.fuses = TritonAttention.fuses = not args.separate
     facts = measurement_facts("load_tests.gpu.step_bench", argv)
     rows: list[Row] = []
     for shape in args.shape or ["llama-3.1-8b", "llama-3.2-1b", "qwen3-0.6b"]:

@@ -44,8 +44,8 @@ from load_tests.kernels.mixtures import MANY_TOKENS, QWEN3_30B, MixtureCase, can
 from load_tests.kernels.packed_mixtures import NUM_TOKENS as MIXTURE_TOKENS
 from load_tests.kernels.packed_mixtures import PACKED_MIXTURES, PackedCase, packed_expert_candidates, packed_layers
 from load_tests.kernels.quantized import bf16_ms, packed_candidates, packed_launches, packed_weight
+from load_tests.kernels.tuned_files import TUNED, write_rows
 
-TUNED = Path(__file__).resolve().parents[2] / "kernels" / "stepwire_kernels" / "tuned"
 BF16 = torch.bfloat16
 QWEN3_06B_LINEARS = {"qkv": (4096, 1024), "o": (1024, 2048), "gate_up": (6144, 1024), "down": (1024, 3072)}
 LLAMA_1B_LINEARS = {"qkv": (3072, 2048), "o": (2048, 2048), "gate_up": (16384, 2048), "down": (2048, 8192)}
@@ -100,11 +100,13 @@ def _prefill_launcher(case: AttentionCase, tuning: PrefillTuning) -> list[Callab
     ]
 
 
-def _compile(job: tuple[str, Any]) -> str | None:
+def _compile(job: tuple[str | Callable[[Any], None], Any]) -> str | None:
     """Launch one candidate once, for its entry in the disk cache; returns what went wrong."""
     kind, payload = job
     try:
-        if kind == "decode":
+        if callable(kind):
+            kind(payload)
+        elif kind == "decode":
             for heads in (LLAMA_8B, QWEN3_06B):
                 for launch in _decode_launcher(paged(heads, [1], [300], num_caches=1), heads, payload, THROUGHPUT):
                     launch()
@@ -143,8 +145,8 @@ def _compile(job: tuple[str, Any]) -> str | None:
     return None
 
 
-def compile_all(kind: str, payloads: list[Any]) -> list[Any]:
-    """Compile candidates in parallel; returns those that work."""
+def compile_all(kind: str | Callable[[Any], None], payloads: list[Any]) -> list[Any]:
+    """Compile candidates in parallel; returns those that work. `kind`: of `_compile`, or what launches a payload."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(min(14, os.cpu_count() or 1, len(payloads))) as pool:
         errors = pool.map(_compile, [(kind, payload) for payload in payloads], chunksize=1)
@@ -373,7 +375,7 @@ def sweep_gemm(top: int, out: Path, token_counts: tuple[int, ...] = (1, 2, 4, 8,
                 )  # fmt: skip
         del weights
         torch.cuda.empty_cache()
-    _write_table(out, choices)
+    print(f"{len(choices)} choices written to {write_rows(out, keep=False, choices=choices)}")
 
 
 def _short(tuning: GemvTuning | SkinnyTuning | Tuning | PackedExpertTuning) -> str:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+from importlib import resources
 
 import pytest
 import torch
 from stepwire_kernels import gemm, reference
+from stepwire_kernels.fused_linear import MAX_FUSED_TOKENS, FusedTuning, load_fused_table
 from stepwire_kernels.gemm import GemvTuning, SkinnyTuning, allocate_linear_workspace, gemv, linear, skinny_gemm
 
 from tests.unit.kernels.checks import FLOAT_DTYPES, assert_close, poison
@@ -59,7 +61,7 @@ def test_linear_without_a_table_is_torch(device: str) -> None:
 
 
 def test_shipped_tables_are_well_formed() -> None:
-    for entry in (gemm.resources.files("stepwire_kernels") / "tuned").iterdir():
+    for entry in (resources.files("stepwire_kernels") / "tuned").iterdir():
         if not entry.is_file():  # other kernels' tables
             continue
         data = json.loads(entry.read_text())
@@ -68,8 +70,11 @@ def test_shipped_tables_are_well_formed() -> None:
         for (num_tokens, n, k), tuning in table.items():
             assert num_tokens <= gemm.MAX_SKINNY_TOKENS and n > 0 and k > 0
             assert isinstance(tuning, GemvTuning) is (tuning.__class__.__name__ == "GemvTuning")
-            if isinstance(tuning, GemvTuning):
+            if isinstance(tuning, GemvTuning | FusedTuning):
                 assert num_tokens <= gemm.MAX_GEMV_TOKENS
+        fused = load_fused_table(f"NVIDIA {data['device']}")
+        assert len(fused) == len(data.get("fused", []))
+        assert all(num_tokens <= MAX_FUSED_TOKENS for num_tokens, *_ in fused)
 
 
 def test_unknown_device_has_no_table() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +73,7 @@ def load_inline(
     buffer_words: int = 4096,
     with_graphs: bool = False,
     deterministic: bool = False,
+    make_ops: Callable[..., TritonOps] | None = None,
     parallel: ParallelContext | None = None,
     link: StageLink | None = None,
 ) -> CudaRunner:
@@ -81,7 +82,7 @@ def load_inline(
     settings = WorkerSettings(model=directory, device="cpu")
     spec, family = read_spec(directory)
     sizes = Sizes(block_size=16, max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_num_batched_tokens=128)
-    ops = (InvariantTritonOps if deterministic else TritonOps)(device, pdl=False)
+    ops = (make_ops or (InvariantTritonOps if deterministic else TritonOps))(device, pdl=False)
     kernels = None if deterministic else PackedLinears(device, pdl=False)
     scheme = make_scheme(directory, family.name_rules, canonical_name=family.canonical_name, ops=ops, kernels=kernels)
     build = BuildContext(parallel, scheme, torch.float32, device, ops)

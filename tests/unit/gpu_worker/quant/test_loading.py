@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from gpu_worker.assembly import load_model
 from gpu_worker.config import WorkerSettings
 from gpu_worker.layers.linear import BuildContext
+from gpu_worker.layers.ops import TORCH_OPS
+from gpu_worker.layers.sublayer_input import SublayerInput
 from gpu_worker.loading.dequantized import DequantizedSource
 from gpu_worker.loading.safetensors_reader import SafetensorsReader
 from gpu_worker.loading.tensor_source import CheckpointError
@@ -281,7 +283,7 @@ def test_dummy_weights_and_a_second_quantization(tmp_path: Path) -> None:
     scheme = make_scheme(directory, family.name_rules, has_weights=False)
     model = family(spec, 64, BuildContext(ParallelContext(), scheme, torch.float32, CPU))
     fill_random(model, None, 3)
-    hidden = model.blocks[0].mlp.apply(torch.randn(4, 576))
+    hidden = model.blocks[0].mlp.apply(SublayerInput.of(TORCH_OPS, torch.randn(4, 576)))
     assert torch.isfinite(hidden).all() and 0.05 < hidden.std() < 5
 
 

@@ -1,0 +1,65 @@
+"""What a sublayer reads: the norm of a residual that the sublayer before has joined."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from gpu_worker.layers.ops import LayerOps
+
+if TYPE_CHECKING:
+    from gpu_worker.layers.linear import Linear
+    from gpu_worker.layers.norm import Norm
+    from gpu_worker.parallel.shares import ParallelContext
+
+
+class SublayerInput:
+    """norm(residual + output), not computed before somebody reads it.
+
+    A linear that reads it first may compute sum and norm itself (`through`), where the device's operations can do that
+    in one launch. `residual` is the sum once it has been read; until then it lacks `output`.
+    """
+
+    def __init__(
+        self,
+        ops: LayerOps,
+        output: torch.Tensor | None,
+        residual: torch.Tensor,
+        norm: Norm | None,
+        sums: ParallelContext | None = None,
+    ) -> None:
+        """output: what joins the residual (None: nothing does), both [num_tokens, hidden]; both may be overwritten.
+
+        `norm` None: the sum itself is read. `sums`: output is one summand, and these ranks have the others.
+        """
+        self.residual = residual
+        self._ops, self._output, self._norm, self._sums = ops, output, norm, sums
+        self._rows: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, ops: LayerOps, rows: torch.Tensor) -> SublayerInput:
+        """Rows that are ready to be read, [num_tokens, hidden]."""
+        return cls(ops, None, rows, None)
+
+    def rows(self) -> torch.Tensor:
+        """As a tensor, [num_tokens, hidden]."""
+        if self._rows is None:
+            if self._norm is not None:
+                self._rows = self._ops.add_norm(self._output, self.residual, self._norm, self._sums)
+            else:
+                self._rows = self.residual if self._output is None else self.residual.add_(self._output)
+            self._output = None
+        return self._rows
+
+    def through(self, linear: Linear, activation: str | None = None) -> torch.Tensor:
+        """The linear's product [num_tokens, outputs], or act(gate) * up of it [num_tokens, outputs / 2]."""
+        weight = linear.method.plain_weight()
+        if self._rows is None and self._norm is not None and self._sums is None and weight is not None:
+            fused = self._ops.linear_of_norm(self._output, self.residual, self._norm, weight, activation)
+            if fused is not None:
+                product, self.residual = fused
+                self._output = None
+                return product
+        product = linear.apply(self.rows())
+        return product if activation is None else self._ops.gated_activation(product, activation)

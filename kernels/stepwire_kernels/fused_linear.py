@@ -1,0 +1,264 @@
+"""Linear layers of one to four tokens that take along what stands beside them: the norm before, the gate behind.
+
+    h       = x + residual                                     (rounded to x's dtype; without a norm: h = x)
+    n[t, k] = h[t, k] * (weight_offset + g[k]) / sqrt(mean(h[t]^2) + eps)
+    y       = n @ weight^T,  or  act(n @ gate^T) * (n @ up^T)  with weight = [gate; up]
+
+x, residual: [num_tokens, K]; g: [K]; weight: [N, K], or [2 * I, K] with a gate; y: [num_tokens, N] or [num_tokens, I].
+All arithmetic in float32. What is in brackets of `rsqrt` is summed up beside the products and multiplies them at the
+end, so that no program waits for a norm before it multiplies.
+
+A decode step of few tokens is a chain of kernels that each read some megabytes: half of its time is the way from one
+kernel to the next. Fewer of them are less of that way. And with PDL a program has its weights on their way before the
+kernel ahead has ended: `ahead` tiles of them, in registers, at best all that it multiplies.
+
+Every program computes all of h, and the first writes it: into a buffer of its own, as the others may still read.
+"""
+
+# ruff: noqa: RUF005 (Triton's compiler knows no stars in tuples)
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from stepwire_kernels.activation import ACTIVATIONS, Activation, activate
+from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
+from stepwire_kernels.tuned_table import tuned_choices
+
+MAX_FUSED_TOKENS = 4
+# Neighbours in a row that one thread loads at once; their products are added up before anything crosses threads.
+LANE_COLS = 8
+
+
+@dataclass(frozen=True)
+class FusedTuning:
+    """Launch shape. A program owns `block_n` outputs, a tile is 256 columns a warp of all of their rows."""
+
+    block_n: int = 4
+    num_warps: int = 4
+    ahead: int = 4
+
+
+@dataclass(frozen=True)
+class NormInput:
+    """The norm that a linear's input goes through. `residual` None: x is the sum already."""
+
+    residual: torch.Tensor | None  # [num_tokens, K]
+    weight: torch.Tensor  # [K]
+    eps: float
+    weight_offset: float = 0.0
+
+
+@triton.jit
+def _weight_tile(weight_ptr, row_offsets, row_mask, step, K, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr):
+    """The columns of one step of some rows, [BLOCK_N, BLOCK_K]."""
+    cols = step * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask = row_mask[:, None]
+    if not EVEN_K:
+        mask = mask & (cols < K)[None, :]
+    at = weight_ptr + row_offsets[:, None] + cols[None, :]
+    return tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _lane_sums(products, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, LANE: tl.constexpr):
+    """[ROWS, BLOCK_K] -> [ROWS, BLOCK_K / LANE]: sums of neighbours, which one thread has."""
+    return tl.sum(tl.reshape(products, (ROWS, BLOCK_K // LANE, LANE)), axis=2)
+
+
+@triton.jit
+def _fused_linear_kernel(
+    x_ptr,
+    residual_ptr,
+    norm_ptr,
+    weight_ptr,
+    out_ptr,
+    residual_out_ptr,
+    num_outputs,
+    K,
+    x_stride,
+    residual_stride,
+    weight_stride,
+    out_stride,
+    eps,
+    weight_offset,
+    NUM_TOKENS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr,
+    KIND: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    STEPS: tl.constexpr,
+    AHEAD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    LANE: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    program = tl.program_id(0)
+    rows = program * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask = rows < num_outputs
+    offsets = rows.to(tl.int64) * weight_stride
+    up_offsets = offsets + tl.cast(num_outputs, tl.int64) * weight_stride
+    tiles = ()
+    up_tiles = ()
+    for step in tl.static_range(AHEAD):
+        tiles = tiles + (_weight_tile(weight_ptr, offsets, row_mask, step, K, BLOCK_K, EVEN_K),)
+        if GATED:
+            up_tiles = up_tiles + (_weight_tile(weight_ptr, up_offsets, row_mask, step, K, BLOCK_K, EVEN_K),)
+    release_downstream(USE_PDL)
+    wait_upstream(USE_PDL)
+    sums = ()
+    up_sums = ()
+    squares = ()
+    for _ in tl.static_range(NUM_TOKENS):
+        sums = sums + (tl.zeros([BLOCK_N, BLOCK_K // LANE], dtype=tl.float32),)
+        up_sums = up_sums + (tl.zeros([BLOCK_N, BLOCK_K // LANE], dtype=tl.float32),)
+        squares = squares + (tl.zeros([1, BLOCK_K // LANE], dtype=tl.float32),)
+    for step in tl.static_range(STEPS):
+        if step + AHEAD < STEPS:
+            tiles = tiles + (_weight_tile(weight_ptr, offsets, row_mask, step + AHEAD, K, BLOCK_K, EVEN_K),)
+            if GATED:
+                up_tiles = up_tiles + (
+                    _weight_tile(weight_ptr, up_offsets, row_mask, step + AHEAD, K, BLOCK_K, EVEN_K),
+                )
+        cols = (step * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
+        col_mask = cols < K
+        if HAS_NORM:
+            gain = tl.load(norm_ptr + cols, mask=col_mask, other=0.0).to(tl.float32) + weight_offset
+        new_sums = ()
+        new_up_sums = ()
+        new_squares = ()
+        for token in tl.static_range(NUM_TOKENS):
+            h = tl.load(x_ptr + token * x_stride + cols, mask=col_mask, other=0.0).to(tl.float32)  # [1, BLOCK_K]
+            if HAS_RESIDUAL:
+                h += tl.load(residual_ptr + token * residual_stride + cols, mask=col_mask, other=0.0).to(tl.float32)
+                rounded = h.to(residual_out_ptr.dtype.element_ty)
+                tl.store(residual_out_ptr + token * K + cols, rounded, mask=col_mask & (program == 0))
+                h = rounded.to(tl.float32)
+            if HAS_NORM:
+                new_squares = new_squares + (squares[token] + _lane_sums(h * h, 1, BLOCK_K, LANE),)
+                h = h * gain
+            products = tiles[step].to(tl.float32) * h
+            new_sums = new_sums + (sums[token] + _lane_sums(products, BLOCK_N, BLOCK_K, LANE),)
+            if GATED:
+                products = up_tiles[step].to(tl.float32) * h
+                new_up_sums = new_up_sums + (up_sums[token] + _lane_sums(products, BLOCK_N, BLOCK_K, LANE),)
+        sums = new_sums
+        up_sums = new_up_sums
+        squares = new_squares
+    for token in tl.static_range(NUM_TOKENS):
+        scale = 1.0
+        if HAS_NORM:
+            scale = tl.rsqrt(tl.sum(squares[token], axis=1) / K + eps)  # [1]
+        y = tl.sum(sums[token], axis=1) * scale
+        if GATED:
+            y = activate(y, tl.sum(up_sums[token], axis=1) * scale, KIND)
+        tl.store(out_ptr + token * out_stride + rows, y.to(out_ptr.dtype.element_ty), mask=row_mask)
+
+
+def fused_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    norm: NormInput | None = None,
+    activation: Activation | None = None,
+    tuning: FusedTuning | None = None,
+    out: torch.Tensor | None = None,
+    residual_out: torch.Tensor | None = None,
+    pdl: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y, and the sum h: a new tensor [num_tokens, K], or x where nothing was added to it.
+
+    Raises:
+        ValueError: shapes or strides that do not fit.
+    """
+    _check(x, weight, norm, activation)
+    tuning = tuning or FusedTuning()
+    num_tokens, k = x.shape
+    num_outputs = weight.shape[0] if activation is None else weight.shape[0] // 2
+    if out is None:
+        out = torch.empty((num_tokens, num_outputs), dtype=x.dtype, device=x.device)  # [num_tokens, N]
+    residual = None if norm is None else norm.residual
+    if residual is None:
+        residual_out = x
+    elif residual_out is None:
+        residual_out = torch.empty((num_tokens, k), dtype=residual.dtype, device=x.device)  # [num_tokens, K]
+    block_k = min(256 * tuning.num_warps, max(LANE_COLS, triton.next_power_of_2(k)))
+    steps = triton.cdiv(k, block_k)
+    _fused_linear_kernel[(triton.cdiv(num_outputs, tuning.block_n),)](
+        x,
+        x if residual is None else residual,
+        x if norm is None else norm.weight,
+        weight,
+        out,
+        residual_out,
+        num_outputs,
+        k,
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        weight.stride(0),
+        out.stride(0),
+        0.0 if norm is None else norm.eps,
+        0.0 if norm is None else norm.weight_offset,
+        NUM_TOKENS=num_tokens,
+        HAS_NORM=norm is not None,
+        HAS_RESIDUAL=residual is not None,
+        GATED=activation is not None,
+        KIND=activation,
+        EVEN_K=k % block_k == 0,
+        STEPS=steps,
+        AHEAD=min(tuning.ahead, steps),
+        BLOCK_N=tuning.block_n,
+        BLOCK_K=block_k,
+        LANE=LANE_COLS,
+        USE_PDL=pdl,
+        num_warps=tuning.num_warps,
+        **launch_options(pdl),
+    )
+    return out, residual_out
+
+
+@functools.cache
+def load_fused_table(device_name: str) -> dict[tuple[int, int, int, bool], FusedTuning]:
+    """Where one launch measured faster than norm, product (and gate): (token bucket, N, K, gated) to its shape."""
+    return {
+        (row["num_tokens"], row["n"], row["k"], row["gated"]): FusedTuning(**row["tuning"])
+        for row in tuned_choices(device_name, "fused")
+    }
+
+
+def choose_fused(x: torch.Tensor, weight: torch.Tensor, *, gated: bool) -> FusedTuning | None:
+    """The launch shape for a norm (and gate) in one with the product; None: separate launches are faster."""
+    if not x.is_cuda or x.dtype != torch.bfloat16 or not 1 <= x.shape[0] <= MAX_FUSED_TOKENS:
+        return None
+    table = load_fused_table(torch.cuda.get_device_name(x.device))
+    return table.get((triton.next_power_of_2(x.shape[0]), weight.shape[0], weight.shape[1], gated))
+
+
+def _check(x: torch.Tensor, weight: torch.Tensor, norm: NormInput | None, activation: str | None) -> None:
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or not 1 <= x.shape[0] <= MAX_FUSED_TOKENS:
+        raise ValueError(
+            f"fused_linear: takes x [1..{MAX_FUSED_TOKENS}, K] and weight [N, K], got {tuple(x.shape)} and "
+            f"{tuple(weight.shape)}"
+        )
+    if activation is not None and (activation not in ACTIVATIONS or weight.shape[0] % 2):
+        raise ValueError(
+            f"fused_linear: a gate needs gate's rows and as many of up, and one of {', '.join(ACTIVATIONS)}; got "
+            f"{weight.shape[0]} rows and {activation!r}"
+        )
+    if norm is not None and norm.weight.shape != (x.shape[1],):
+        raise ValueError(f"fused_linear: x is {tuple(x.shape)}, the norm's weight {tuple(norm.weight.shape)}")
+    residual = None if norm is None else norm.residual
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype or residual.stride(1) != 1):
+        raise ValueError(
+            f"fused_linear: the residual must be {tuple(x.shape)} {x.dtype} with contiguous columns, got "
+            f"{tuple(residual.shape)} {residual.dtype}"
+        )
+    if x.stride(1) != 1 or weight.stride(1) != 1:
+        raise ValueError("fused_linear: the K dimension of x and weight must be contiguous")

@@ -1,0 +1,51 @@
+"""Decode steps whose kernels are brought together against the CPU runner, which has none of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from stepwire_kernels.fused_linear import MAX_FUSED_TOKENS, FusedTuning
+
+from gpu_worker.cuda.ops import TritonOps
+from load_tests.cpu_worker.step_driver import StepDriver, greedy
+from tests.unit.gpu_worker.cuda.inline_runner import load_inline
+from tests.unit.gpu_worker.cuda.test_runner import assert_same, on_cpu, prompt, save_model
+
+
+class FusingOps(TritonOps):
+    """Fuses wherever the kernel can, as a device does whose table says so."""
+
+    def __init__(self, device: torch.device, *, pdl: bool) -> None:
+        super().__init__(device, pdl=pdl)
+        self.num_fused = 0
+
+    def fused_tuning(self, x: torch.Tensor, weight: torch.Tensor, *, gated: bool) -> FusedTuning | None:
+        if x.shape[0] > MAX_FUSED_TOKENS:
+            return None
+        self.num_fused += 1
+        return FusedTuning(block_n=16, num_warps=1, ahead=1)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", pytest.param("llama", marks=pytest.mark.slow)])
+def test_fused_decodes_give_the_same_tokens(tmp_path: Path, kind: str) -> None:
+    save_model(tmp_path, kind)
+    made: list[FusingOps] = []
+
+    def make_ops(device: torch.device, *, pdl: bool) -> FusingOps:
+        made.append(FusingOps(device, pdl=pdl))
+        return made[-1]
+
+    ours, theirs = StepDriver(load_inline(tmp_path, make_ops=make_ops)), on_cpu(tmp_path)
+    for driver in (ours, theirs):
+        driver.add(0, prompt(1, 9), greedy(num_logprobs=0))
+        driver.add(2, prompt(2, 5), greedy(num_logprobs=0))
+    for number in range(4):
+        before = made[0].num_fused
+        results = [driver.step({0: 1} if number == 2 else None) for driver in (ours, theirs)]
+        # Two layers, two norms each; the prompts' step has more tokens than the kernel takes.
+        assert made[0].num_fused - before == (0 if number == 0 else 4)
+        assert_same(*results)
+        assert abs(results[0].logprobs - results[1].logprobs).max() < 1e-3
+    assert [row.tokens for row in ours.rows.values()] == [row.tokens for row in theirs.rows.values()]

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from stepwire_kernels import reference
+from stepwire_kernels.activation import ACTIVATIONS
+from stepwire_kernels.fused_linear import FusedTuning, NormInput, fused_linear
+
+from tests.unit.kernels.checks import USUAL_DTYPES, assert_close, poison
+
+# num_tokens, outputs, inputs; a tile of one warp is 256 columns.
+SHAPES = [(1, 16, 256), (1, 37, 300), (2, 9, 1030), (3, 20, 96), (4, 24, 768)]
+
+
+def rows(*shape: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    return torch.randn(shape, device=device).to(dtype)
+
+
+def norm_input(x: torch.Tensor, *, adds: bool, weight_offset: float = 0.0) -> NormInput:
+    residual = (3 * torch.randn_like(x.float())).to(x.dtype) if adds else None
+    return NormInput(residual, torch.randn_like(x[0].float()).to(x.dtype), 1e-5, weight_offset)
+
+
+def twin(x: torch.Tensor, weight: torch.Tensor, norm: NormInput | None, kind: str | None) -> torch.Tensor:
+    """In float64, from the rounded sum of x and residual."""
+    total = x.double()
+    if norm is not None:
+        if norm.residual is not None:
+            total = (total + norm.residual.double()).to(x.dtype).double()
+        total = reference.add_rms_norm(total, None, norm.weight.double(), norm.eps, weight_offset=norm.weight_offset)
+    y = reference.linear(total, weight.double())
+    return y if kind is None else reference.gated_activation(y, kind)
+
+
+@pytest.mark.parametrize("dtype", USUAL_DTYPES)
+@pytest.mark.parametrize(("num_tokens", "n", "k"), SHAPES)
+@pytest.mark.parametrize("ahead", [1, 8])
+def test_norm_and_product_match_twin(
+    device: str, dtype: torch.dtype, num_tokens: int, n: int, k: int, ahead: int
+) -> None:
+    x, weight = rows(num_tokens, k, dtype=dtype, device=device), rows(n, k, dtype=dtype, device=device)
+    norm = norm_input(x, adds=True, weight_offset=1.0)
+    before = norm.residual.clone()
+    out, total = (poison(num_tokens, size, dtype=dtype, device=device) for size in (n, k))
+    tuning = FusedTuning(block_n=8, num_warps=1, ahead=ahead)
+
+    returned, h = fused_linear(x, weight, norm=norm, tuning=tuning, out=out, residual_out=total)
+
+    assert returned is out and h is total
+    assert_close(out, twin(x, weight, norm, None))
+    assert torch.equal(total, (x.double() + before.double()).to(dtype))
+    assert torch.equal(norm.residual, before)  # others still read it
+
+
+@pytest.mark.parametrize("dtype", USUAL_DTYPES)
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_gate_matches_twin(device: str, dtype: torch.dtype, kind: str, num_tokens: int) -> None:
+    x, weight = rows(num_tokens, 520, dtype=dtype, device=device), rows(2 * 21, 520, dtype=dtype, device=device)
+    norm = norm_input(x, adds=True)
+    out = poison(num_tokens, 21, dtype=dtype, device=device)
+    fused_linear(x, weight, norm=norm, activation=kind, tuning=FusedTuning(4, 1, 2), out=out)
+    assert_close(out, twin(x, weight, norm, kind))
+
+
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize(("has_norm", "kind"), [(False, None), (False, "silu"), (True, None), (True, "gelu")])
+def test_each_part_can_be_left_out(device: str, adds: bool, has_norm: bool, kind: str | None) -> None:
+    dtype = torch.float32
+    wide = rows(2, 600, dtype=dtype, device=device)
+    x, weight = wide[:, 100:400], rows(30, 600, dtype=dtype, device=device)[:, :300]
+    norm = norm_input(x, adds=adds) if has_norm else None
+    y, total = fused_linear(x, weight, norm=norm, activation=kind, tuning=FusedTuning(2, 2, 1))
+    assert_close(y, twin(x, weight, norm, kind))
+    if norm is None or norm.residual is None:
+        assert total is x
+    else:
+        assert torch.equal(total, x + norm.residual)
+
+
+def test_misfits_are_refused(device: str) -> None:
+    x, weight = torch.zeros(5, 64, device=device), torch.zeros(7, 64, device=device)
+    with pytest.raises(ValueError, match=r"takes x \[1..4, K\]"):
+        fused_linear(x, weight)
+    x = x[:2]
+    with pytest.raises(ValueError, match="gate's rows and as many of up"):
+        fused_linear(x, weight, activation="silu")
+    with pytest.raises(ValueError, match="the norm's weight"):
+        fused_linear(x, weight, norm=NormInput(None, torch.ones(63, device=device), 1e-5))
+    with pytest.raises(ValueError, match="the residual must be"):
+        fused_linear(x, weight, norm=NormInput(x[:1], torch.ones(64, device=device), 1e-5))
