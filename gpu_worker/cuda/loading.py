@@ -40,7 +40,8 @@ from gpu_worker.device import resolve_dtype
 from gpu_worker.invariant.coverage import CoveredScheme, refuse_uncovered
 from gpu_worker.kv_cache import GIB, KVCache, KVCacheShape, MemoryBudgetError, activation_bytes
 from gpu_worker.layers.linear import BuildContext
-from gpu_worker.layers.moe import experts_can_stay_packed
+from gpu_worker.layers.moe import expert_form
+from gpu_worker.layers.scaled_experts import needs_float8
 from gpu_worker.model_spec import ModelConfigError, ModelSpec
 from gpu_worker.models.family import ModelFamily
 from gpu_worker.models.hf_config import HfConfig
@@ -111,7 +112,9 @@ def load_cuda_runner(settings: WorkerSettings, device: torch.device, group: Rank
     sizes = resolve_sizes(settings, spec, device)
     if settings.deterministic:
         refuse_uncovered(spec, family)
-    reason = _unsupported(spec, parallel, sizes, device) or _packed_experts(settings, settings.model, spec, family)
+    reason = _unsupported(spec, parallel, sizes, device) or _packed_experts(
+        settings, settings.model, spec, family, device
+    )
     if family.host_plans_attention:
         reason = f"{spec.architecture} runs through transformers' own code"
     if read_pooling(settings.model, spec, family, settings.task, settings.pooling) is not None:
@@ -270,7 +273,7 @@ def _reads_float8(device: torch.device) -> bool:
 
 
 def _packed_experts(
-    settings: WorkerSettings, directory: Path, spec: ModelSpec, family: type[ModelFamily]
+    settings: WorkerSettings, directory: Path, spec: ModelSpec, family: type[ModelFamily], device: torch.device
 ) -> str | None:
     """Why a mixture's experts cannot be computed; None: they can."""
     if spec.moe is None or spec.moe.storage != "each":
@@ -280,10 +283,13 @@ def _packed_experts(
     if kind == "auto":
         return None
     scheme = make_scheme(directory, family.name_rules, setting=settings.quantization, has_weights=False)
-    layers = (f"layers.{layer}.mlp.experts" for layer in range(spec.num_layers))
-    if all(experts_can_stay_packed(scheme, path, spec.moe.num_experts) for path in layers):
-        return None
-    return f"experts in {kind} have no grouped kernel, those in 4-bit and 8-bit groups and in 16 or 32 bits have one"
+    paths = [f"layers.{number}.mlp.experts" for number, layer in enumerate(spec.layers) if layer.is_moe]
+    if any(expert_form(scheme, path, spec.moe.num_experts) is None for path in paths):
+        return f"experts in {kind} have no grouped kernel: those of a layer must have one format, and not asymmetric W8A8"
+    methods = [scheme.linear_method(f"{path}.0.{name}") for path in paths for name in ("gate_up", "down")]
+    if not _reads_float8(device) and any(needs_float8(method) for method in methods):
+        return f"experts in {kind} have no grouped kernel here: {_too_old(device, FLOAT8_CAPABILITY)} for it"
+    return None
 
 
 def _token_counts_of_tiles(

@@ -23,9 +23,9 @@ _TABLE = tuple(
         # What ranks exchange, with the time that one waits for another.
         (RANKS, r"_all_reduce_kernel|_send_rows_|_receive_rows_|_parts_kernel|nccl"),
         (ATTENTION, r"_decode_kernel|_prefill_kernel|_combine_kernel|_rope_kv_|_latent_|^attention\.run$|flash"),
-        (LINEARS, r"_gemv_|_skinny_|_invariant_|_stream_kernel|_tile_kernel|_scaled_kernel|_quantize_kernel"),
+        (LINEARS, r"_gemv_|_skinny_|_invariant_|_stream_kernel|_tile_kernel|_scaled_kernel|_quantize_"),
         # Experts: products that are grouped, and their sum.
-        (LINEARS, r"_gate_up_kernel|_down_kernel|_sum_kernel"),
+        (LINEARS, r"_gate_up_kernel|_down_kernel|_sum_kernel|_scaled_expert_"),
         (LINEARS, r"gemm|gemv|cutlass|cublas|nvjet|splitk|xmma"),
         (LINEARS, r"^layer (.*\.)?(qkv|output|gate_up|up|down|head)$"),
     )

@@ -28,7 +28,7 @@ from gpu_worker.kv_cache import KVCache, KVCacheShape, MemoryPlan
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.models.loader import read_spec
 from gpu_worker.parallel.shares import ParallelContext
-from gpu_worker.quant.scheme import make_scheme
+from gpu_worker.quant.scheme import QuantizationSetting, make_scheme
 
 
 class InlineTimeline:
@@ -75,6 +75,7 @@ def load_inline(
     deterministic: bool = False,
     parallel: ParallelContext | None = None,
     link: StageLink | None = None,
+    quantization: QuantizationSetting = "auto",
 ) -> CudaRunner:
     """float32 weights of `directory`, blocks of 16 tokens."""
     device, parallel = torch.device("cpu"), parallel or ParallelContext()
@@ -83,7 +84,14 @@ def load_inline(
     sizes = Sizes(block_size=16, max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_num_batched_tokens=128)
     ops = (InvariantTritonOps if deterministic else TritonOps)(device, pdl=False)
     kernels = None if deterministic else PackedLinears(device, pdl=False)
-    scheme = make_scheme(directory, family.name_rules, canonical_name=family.canonical_name, ops=ops, kernels=kernels)
+    scheme = make_scheme(
+        directory,
+        family.name_rules,
+        setting=quantization,
+        canonical_name=family.canonical_name,
+        ops=ops,
+        kernels=kernels,
+    )
     build = BuildContext(parallel, scheme, torch.float32, device, ops)
     shape = KVCacheShape.of(spec, parallel, 16, resolve_kv_dtype(kv_cache_dtype, torch.float32))
     plan = MemoryPlan("cpu", None, 0, 0, 0, num_blocks, 16)
