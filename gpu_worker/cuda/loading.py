@@ -282,7 +282,13 @@ def _packed_experts(
     kind = settings.quantization if quant is None else quant.label or quant.method
     if kind == "auto":
         return None
-    scheme = make_scheme(directory, family.name_rules, setting=settings.quantization, has_weights=False)
+    scheme = make_scheme(
+        directory,
+        family.name_rules,
+        setting=settings.quantization,
+        has_weights=settings.load_format == "auto",
+        canonical_name=family.canonical_name,
+    )
     paths = [f"layers.{number}.mlp.experts" for number, layer in enumerate(spec.layers) if layer.is_moe]
     if any(expert_form(scheme, path, spec.moe.num_experts) is None for path in paths):
         return f"experts in {kind} have no grouped kernel: those of a layer must have one format, and not asymmetric W8A8"

@@ -20,6 +20,8 @@ class Sizes:
 
     keys: dict[str, Any] = field(default_factory=dict)
     layer: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    written_as: str = ""
+    """`general.architecture`, where it is another name."""
 
 
 _ATTENTION = {
@@ -83,6 +85,52 @@ ARCHITECTURES: Mapping[str, Sizes] = {
     "phi3": Sizes({"rope.dimension_count": HEAD_DIM}, _PHI3),
 }
 
+EXPERTS, EXPERT_INNER = 4, 32
+_EXPERT_KEYS = {"expert_count": EXPERTS, "expert_used_count": 2}
+_EXPERTS = {
+    "ffn_norm.weight": (HIDDEN,),
+    "ffn_gate_inp.weight": (EXPERTS, HIDDEN),
+    "ffn_gate_exps.weight": (EXPERTS, EXPERT_INNER, HIDDEN),
+    "ffn_up_exps.weight": (EXPERTS, EXPERT_INNER, HIDDEN),
+    "ffn_down_exps.weight": (EXPERTS, HIDDEN, EXPERT_INNER),
+}
+_SHARED_EXPERT = {
+    "ffn_gate_inp_shexp.weight": (HIDDEN,),
+    "ffn_gate_shexp.weight": (INNER, HIDDEN),
+    "ffn_up_shexp.weight": (INNER, HIDDEN),
+    "ffn_down_shexp.weight": (HIDDEN, INNER),
+}
+_GPT_OSS = {
+    **{name: shape for name, shape in _EXPERTS.items() if name != "ffn_norm.weight"},
+    "post_attention_norm.weight": (HIDDEN,),
+    "attn_output.bias": (HIDDEN,),
+    "attn_sinks.weight": (HEADS,),
+    "ffn_gate_inp.bias": (EXPERTS,),
+    "ffn_gate_exps.bias": (EXPERTS, EXPERT_INNER),
+    "ffn_up_exps.bias": (EXPERTS, EXPERT_INNER),
+    "ffn_down_exps.bias": (EXPERTS, HIDDEN),
+}
+MIXTURES: Mapping[str, Sizes] = {
+    "mixtral": Sizes(
+        _EXPERT_KEYS | {"rope.dimension_count": HEAD_DIM, "feed_forward_length": EXPERT_INNER},
+        _ATTENTION | _EXPERTS,
+        "llama",
+    ),
+    "qwen2moe": Sizes(_EXPERT_KEYS, _ATTENTION | _QKV_BIAS | _EXPERTS | _SHARED_EXPERT),
+    "qwen3moe": Sizes(_EXPERT_KEYS | {"attention.key_length": HEAD_DIM}, _ATTENTION | _QK_NORMS | _EXPERTS),
+    "gpt-oss": Sizes(
+        _EXPERT_KEYS
+        | {
+            "attention.key_length": HEAD_DIM,
+            "attention.sliding_window": 11,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 4.0,
+            "rope.scaling.original_context_length": 32,
+        },
+        _ATTENTION | _QKV_BIAS | _GPT_OSS,
+    ),
+}
+
 
 def write_gguf(
     path: Path,
@@ -104,7 +152,8 @@ def write_gguf(
         raw_keys: metadata by its whole name.
         quantized: tensors to store in blocks, with their type.
     """
-    sizes = ARCHITECTURES[architecture]
+    sizes = {**ARCHITECTURES, **MIXTURES}[architecture]
+    architecture = sizes.written_as or architecture
     writer = gguf.GGUFWriter(path, architecture)
     metadata = {
         "context_length": 128,
