@@ -48,7 +48,7 @@ from gpu_worker.models.hf_config import HfConfig
 from gpu_worker.models.loader import read_spec
 from gpu_worker.parallel.process_group import RankGroup, single_rank
 from gpu_worker.parallel.shares import ParallelContext
-from gpu_worker.pooling import read_pooling
+from gpu_worker.pooling import Pooler, PoolingSpec, read_pooling
 from gpu_worker.prompt_logprobs import PROMPT_LOGITS_BYTES
 from gpu_worker.quant.api import QuantScheme
 from gpu_worker.quant.none import Unquantized
@@ -117,8 +117,13 @@ def load_cuda_runner(settings: WorkerSettings, device: torch.device, group: Rank
     )
     if family.host_plans_attention:
         reason = f"{spec.architecture} runs through transformers' own code"
-    if read_pooling(settings.model, spec, family, settings.task, settings.pooling) is not None:
-        reason = "vectors and scores are pooled in plain torch"
+    pooling = read_pooling(settings.model, spec, family, settings.task, settings.pooling)
+    if pooling is not None:
+        spec = replace(spec, has_output_head=False)
+        if family.is_encoder:
+            reason = f"{spec.architecture} is an encoder"
+        elif group.layout.num_stages > 1:
+            reason = "vectors and scores are pooled in plain torch where layers are split over stages"
     link: StageLink | None = None
     if reason is None and group.layout.num_stages > 1:
         torch.cuda.set_device(device)
@@ -135,7 +140,7 @@ def load_cuda_runner(settings: WorkerSettings, device: torch.device, group: Rank
             "float16"
         )
     try:
-        return _load_supported(settings, settings.model, device, spec, family, sizes, dtype, group, link)
+        return _load_supported(settings, settings.model, device, spec, family, sizes, dtype, group, link, pooling)
     except torch.OutOfMemoryError as error:
         free, total = torch.cuda.mem_get_info(device)
         raise MemoryBudgetError(
@@ -154,6 +159,7 @@ def _load_supported(
     dtype: torch.dtype,
     group: RankGroup,
     link: StageLink | None,
+    pooling: PoolingSpec | None,
 ) -> CudaRunner:
     parallel = group.context()
     begun = time.monotonic()
@@ -180,7 +186,7 @@ def _load_supported(
     build = BuildContext(parallel, scheme, dtype, device, ops)
     shape = KVCacheShape.of(spec, parallel, sizes.block_size, resolve_kv_dtype(settings.kv_cache_dtype, dtype))
     model = load_model(settings, family, spec, build, sizes.max_model_len)
-    with_graphs = not settings.enforce_eager
+    with_graphs = not settings.enforce_eager and pooling is None
     workspace = _workspace_bytes(spec, parallel, sizes, dtype, with_graphs=with_graphs)
     if link is not None:
         workspace += 8 * _link_sizes(group, spec, sizes, dtype, with_graphs=with_graphs).region_words
@@ -207,7 +213,7 @@ def _load_supported(
         model, attention, buffers, timeline.packed, timeline.results, parts.program, pdl=pdl, link=link
     )
     graphs = StepGraphs(timeline.compute) if with_graphs else None
-    facts = worker_facts(directory, spec, sizes, plan, shape, device, dtype)
+    facts = worker_facts(directory, spec, sizes, plan, shape, device, dtype, pooling)
 
     def give_up() -> None:
         for part in waiting:
@@ -222,6 +228,7 @@ def _load_supported(
         device,
         compile_in_parallel,
         give_up,
+        pooler=None if pooling is None else Pooler(pooling, model),
         is_group=group.layout.world_size > 1,
     )
     warm_begun = time.monotonic()

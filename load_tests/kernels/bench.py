@@ -24,7 +24,7 @@ from stepwire_kernels.rope_kv import rope_and_write_kv
 from load_tests.kernels.cases import LLAMA_8B, QWEN3_06B, Heads, causal_flop, paged
 from load_tests.kernels.latent import bench_latent
 from load_tests.kernels.measure import Report, measure_ceilings, time_graph
-from load_tests.kernels.mixtures import bench_experts
+from load_tests.kernels.mixtures import bench_experts, bench_scaled_experts
 from load_tests.kernels.quantized import bench_packed, bench_scaled, bench_sweep
 
 BF16 = torch.bfloat16
@@ -216,6 +216,7 @@ SECTIONS: dict[str, Callable[[Report], None]] = {
     "step_input": bench_step_input,
     "linear": bench_linear,
     "experts": bench_experts,
+    "scaled_experts": bench_scaled_experts,
     "latent": bench_latent,
     "packed": bench_packed,
     "scaled": bench_scaled,

@@ -28,6 +28,7 @@ from gpu_worker.kv_cache import KVCache, KVCacheShape, MemoryPlan
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.models.loader import read_spec
 from gpu_worker.parallel.shares import ParallelContext
+from gpu_worker.pooling import Pooler, Task, read_pooling
 from gpu_worker.quant.scheme import QuantizationSetting, make_scheme
 
 
@@ -76,11 +77,16 @@ def load_inline(
     parallel: ParallelContext | None = None,
     link: StageLink | None = None,
     quantization: QuantizationSetting = "auto",
+    task: Task = "auto",
+    pooling: str = "auto",
 ) -> CudaRunner:
     """float32 weights of `directory`, blocks of 16 tokens."""
     device, parallel = torch.device("cpu"), parallel or ParallelContext()
     settings = WorkerSettings(model=directory, device="cpu")
     spec, family = read_spec(directory)
+    pooled = read_pooling(directory, spec, family, task, pooling)
+    if pooled is not None:
+        spec = replace(spec, has_output_head=False)
     sizes = Sizes(block_size=16, max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_num_batched_tokens=128)
     ops = (InvariantTritonOps if deterministic else TritonOps)(device, pdl=False)
     kernels = None if deterministic else PackedLinears(device, pdl=False)
@@ -126,7 +132,14 @@ def load_inline(
         pdl=False,
         link=link,
     )
-    facts = worker_facts(directory, spec, sizes, plan, shape, device, torch.float32)
+    facts = worker_facts(directory, spec, sizes, plan, shape, device, torch.float32, pooled)
     return CudaRunner(
-        replace(facts, dtype="float32"), program, planner, timeline, None, device, is_group=link is not None
+        replace(facts, dtype="float32"),
+        program,
+        planner,
+        timeline,
+        None,
+        device,
+        pooler=None if pooled is None else Pooler(pooled, model),
+        is_group=link is not None,
     )
