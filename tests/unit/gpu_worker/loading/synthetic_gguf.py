@@ -88,7 +88,22 @@ ARCHITECTURES: Mapping[str, Sizes] = {
 }
 
 EXPERTS, EXPERT_INNER = 4, 32
-_EXPERT_KEYS = {"expert_count": EXPERTS, "expert_used_count": 2}
+# The attention kernels know no smaller head.
+MIXTURE_HEAD_DIM = 64
+_EXPERT_KEYS = {"expert_count": EXPERTS, "expert_used_count": 2, "attention.key_length": MIXTURE_HEAD_DIM}
+_WIDE_ATTENTION = {
+    "attn_norm.weight": (HIDDEN,),
+    "attn_q.weight": (HEADS * MIXTURE_HEAD_DIM, HIDDEN),
+    "attn_k.weight": (KV_HEADS * MIXTURE_HEAD_DIM, HIDDEN),
+    "attn_v.weight": (KV_HEADS * MIXTURE_HEAD_DIM, HIDDEN),
+    "attn_output.weight": (HIDDEN, HEADS * MIXTURE_HEAD_DIM),
+}
+_WIDE_BIAS = {
+    "attn_q.bias": (HEADS * MIXTURE_HEAD_DIM,),
+    "attn_k.bias": (KV_HEADS * MIXTURE_HEAD_DIM,),
+    "attn_v.bias": (KV_HEADS * MIXTURE_HEAD_DIM,),
+}
+_WIDE_NORMS = {"attn_q_norm.weight": (MIXTURE_HEAD_DIM,), "attn_k_norm.weight": (MIXTURE_HEAD_DIM,)}
 _EXPERTS = {
     "ffn_norm.weight": (HIDDEN,),
     "ffn_gate_inp.weight": (EXPERTS, HIDDEN),
@@ -114,22 +129,21 @@ _GPT_OSS = {
 }
 MIXTURES: Mapping[str, Sizes] = {
     "mixtral": Sizes(
-        _EXPERT_KEYS | {"rope.dimension_count": HEAD_DIM, "feed_forward_length": EXPERT_INNER},
-        _ATTENTION | _EXPERTS,
+        _EXPERT_KEYS | {"rope.dimension_count": MIXTURE_HEAD_DIM, "feed_forward_length": EXPERT_INNER},
+        _WIDE_ATTENTION | _EXPERTS,
         "llama",
     ),
-    "qwen2moe": Sizes(_EXPERT_KEYS, _ATTENTION | _QKV_BIAS | _EXPERTS | _SHARED_EXPERT),
-    "qwen3moe": Sizes(_EXPERT_KEYS | {"attention.key_length": HEAD_DIM}, _ATTENTION | _QK_NORMS | _EXPERTS),
+    "qwen2moe": Sizes(_EXPERT_KEYS, _WIDE_ATTENTION | _WIDE_BIAS | _EXPERTS | _SHARED_EXPERT),
+    "qwen3moe": Sizes(_EXPERT_KEYS, _WIDE_ATTENTION | _WIDE_NORMS | _EXPERTS),
     "gpt-oss": Sizes(
         _EXPERT_KEYS
         | {
-            "attention.key_length": HEAD_DIM,
             "attention.sliding_window": 11,
             "rope.scaling.type": "yarn",
             "rope.scaling.factor": 4.0,
             "rope.scaling.original_context_length": 32,
         },
-        _ATTENTION | _QKV_BIAS | _GPT_OSS,
+        _WIDE_ATTENTION | _WIDE_BIAS | _GPT_OSS,
     ),
 }
 
