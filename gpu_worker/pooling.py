@@ -7,15 +7,15 @@ Normalize modules. A classification head with one output makes a cross encoder.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
+from gpu_worker.layers.decoder import HiddenStates
 from gpu_worker.loading.safetensors_reader import SafetensorsReader
 from gpu_worker.model_spec import ModelConfigError, ModelSpec
 from gpu_worker.models.family import ModelFamily
@@ -218,6 +218,30 @@ class Pooler:
         self._states: dict[int, _RowState] = {}
         self._dense = [_load_dense(module, model.device) for module in spec.dense]
 
+    @torch.inference_mode()
+    def pool(self, runs: Sequence[PooledRun], hidden: HiddenStates) -> tuple[list[int], torch.Tensor | None]:
+        """Rows that have run their last token, and their vectors float32 [num_rows, dimensions] on the device.
+
+        hidden: of all the step's tokens. The states of rows that go on are kept.
+        """
+        spans = [self.tokens_of(run) for run in runs]
+        states = self._states_of([token for span in spans for token in span], hidden)  # [num_needed, hidden]
+        rows, vectors = [], []
+        for run, part in zip(runs, states.split([len(span) for span in spans]), strict=True):
+            vector = self.take(run, part)
+            if vector is not None:
+                rows.append(run.row)
+                vectors.append(vector)
+        return rows, self.finish(torch.stack(vectors)) if rows else None
+
+    def _states_of(self, tokens: list[int], hidden: HiddenStates) -> torch.Tensor:
+        if not tokens:
+            return hidden.output[:0]
+        on_host = torch.tensor(tokens, dtype=torch.int64)
+        if hidden.output.is_cuda:
+            on_host = on_host.pin_memory()
+        return self._model.normed(hidden.select(on_host.to(hidden.output.device, non_blocking=True)))
+
     def tokens_of(self, run: PooledRun) -> range:
         """Which of the step's tokens this run's hidden states are needed of."""
         end = run.first_token + run.num_tokens
@@ -241,16 +265,16 @@ class Pooler:
         self._states[run.row] = _RowState(total, num_tokens)
         return None
 
-    def finish(self, pooled: torch.Tensor) -> np.ndarray:
-        """pooled [num_rows, hidden] -> float32 [num_rows, dimensions] on the host."""
+    def finish(self, pooled: torch.Tensor) -> torch.Tensor:
+        """pooled [num_rows, hidden] -> float32 [num_rows, dimensions]."""
         if self.spec.kind == "score":
             scores = self._model.scores(pooled).float()
-            return (scores.sigmoid() if self.spec.sigmoid else scores).cpu().numpy()
+            return scores.sigmoid() if self.spec.sigmoid else scores
         for (weight, bias), module in zip(self._dense, self.spec.dense, strict=True):
             pooled = _DENSE_ACTIVATIONS[module.activation](F.linear(pooled, weight, bias))
         if self.spec.normalize:
             pooled = F.normalize(pooled, dim=-1)
-        return pooled.cpu().numpy()
+        return pooled
 
     def clear(self) -> None:
         self._states.clear()

@@ -296,18 +296,8 @@ class TorchRunner:
         """Vectors of the rows that pool and have run their last token; the others' states are kept."""
         if self._pooler is None or not inputs.pooled:
             return PooledVectors()
-        spans = [self._pooler.tokens_of(run) for run in inputs.pooled]
-        tokens = torch.tensor([token for span in spans for token in span], dtype=torch.int64, device=self._device)
-        states = self.model.normed(hidden.select(tokens))  # [num_needed, hidden]
-        rows, vectors = [], []
-        for run, part in zip(inputs.pooled, states.split([len(span) for span in spans]), strict=True):
-            vector = self._pooler.take(run, part)
-            if vector is not None:
-                rows.append(run.row)
-                vectors.append(vector)
-        if not rows:
-            return PooledVectors()
-        return PooledVectors(rows, self._pooler.finish(torch.stack(vectors)))
+        rows, vectors = self._pooler.pool(inputs.pooled, hidden)
+        return PooledVectors() if vectors is None else PooledVectors(rows, vectors.cpu().numpy())
 
     def _write_pooled(self, pooled: PooledVectors, result: StepResult) -> None:
         if not pooled.rows:

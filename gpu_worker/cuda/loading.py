@@ -40,14 +40,15 @@ from gpu_worker.device import resolve_dtype
 from gpu_worker.invariant.coverage import CoveredScheme, refuse_uncovered
 from gpu_worker.kv_cache import GIB, KVCache, KVCacheShape, MemoryBudgetError, activation_bytes
 from gpu_worker.layers.linear import BuildContext
-from gpu_worker.layers.moe import experts_can_stay_packed
+from gpu_worker.layers.moe import expert_form
+from gpu_worker.layers.scaled_experts import needs_float8
 from gpu_worker.model_spec import ModelConfigError, ModelSpec
 from gpu_worker.models.family import ModelFamily
 from gpu_worker.models.hf_config import HfConfig
 from gpu_worker.models.loader import read_spec
 from gpu_worker.parallel.process_group import RankGroup, single_rank
 from gpu_worker.parallel.shares import ParallelContext
-from gpu_worker.pooling import read_pooling
+from gpu_worker.pooling import Pooler, PoolingSpec, read_pooling
 from gpu_worker.prompt_logprobs import PROMPT_LOGITS_BYTES
 from gpu_worker.quant.api import QuantScheme
 from gpu_worker.quant.none import Unquantized
@@ -111,11 +112,18 @@ def load_cuda_runner(settings: WorkerSettings, device: torch.device, group: Rank
     sizes = resolve_sizes(settings, spec, device)
     if settings.deterministic:
         refuse_uncovered(spec, family)
-    reason = _unsupported(spec, parallel, sizes, device) or _packed_experts(settings, settings.model, spec, family)
+    reason = _unsupported(spec, parallel, sizes, device) or _packed_experts(
+        settings, settings.model, spec, family, device
+    )
     if family.host_plans_attention:
         reason = f"{spec.architecture} runs through transformers' own code"
-    if read_pooling(settings.model, spec, family, settings.task, settings.pooling) is not None:
-        reason = "vectors and scores are pooled in plain torch"
+    pooling = read_pooling(settings.model, spec, family, settings.task, settings.pooling)
+    if pooling is not None:
+        spec = replace(spec, has_output_head=False)
+        if family.is_encoder:
+            reason = f"{spec.architecture} is an encoder"
+        elif group.layout.num_stages > 1:
+            reason = "vectors and scores are pooled in plain torch where layers are split over stages"
     link: StageLink | None = None
     if reason is None and group.layout.num_stages > 1:
         torch.cuda.set_device(device)
@@ -132,7 +140,7 @@ def load_cuda_runner(settings: WorkerSettings, device: torch.device, group: Rank
             "float16"
         )
     try:
-        return _load_supported(settings, settings.model, device, spec, family, sizes, dtype, group, link)
+        return _load_supported(settings, settings.model, device, spec, family, sizes, dtype, group, link, pooling)
     except torch.OutOfMemoryError as error:
         free, total = torch.cuda.mem_get_info(device)
         raise MemoryBudgetError(
@@ -151,6 +159,7 @@ def _load_supported(
     dtype: torch.dtype,
     group: RankGroup,
     link: StageLink | None,
+    pooling: PoolingSpec | None,
 ) -> CudaRunner:
     parallel = group.context()
     begun = time.monotonic()
@@ -177,7 +186,7 @@ def _load_supported(
     build = BuildContext(parallel, scheme, dtype, device, ops)
     shape = KVCacheShape.of(spec, parallel, sizes.block_size, resolve_kv_dtype(settings.kv_cache_dtype, dtype))
     model = load_model(settings, family, spec, build, sizes.max_model_len)
-    with_graphs = not settings.enforce_eager
+    with_graphs = not settings.enforce_eager and pooling is None
     workspace = _workspace_bytes(spec, parallel, sizes, dtype, with_graphs=with_graphs)
     if link is not None:
         workspace += 8 * _link_sizes(group, spec, sizes, dtype, with_graphs=with_graphs).region_words
@@ -204,7 +213,7 @@ def _load_supported(
         model, attention, buffers, timeline.packed, timeline.results, parts.program, pdl=pdl, link=link
     )
     graphs = StepGraphs(timeline.compute) if with_graphs else None
-    facts = worker_facts(directory, spec, sizes, plan, shape, device, dtype)
+    facts = worker_facts(directory, spec, sizes, plan, shape, device, dtype, pooling)
 
     def give_up() -> None:
         for part in waiting:
@@ -219,6 +228,7 @@ def _load_supported(
         device,
         compile_in_parallel,
         give_up,
+        pooler=None if pooling is None else Pooler(pooling, model),
         is_group=group.layout.world_size > 1,
     )
     warm_begun = time.monotonic()
@@ -270,7 +280,7 @@ def _reads_float8(device: torch.device) -> bool:
 
 
 def _packed_experts(
-    settings: WorkerSettings, directory: Path, spec: ModelSpec, family: type[ModelFamily]
+    settings: WorkerSettings, directory: Path, spec: ModelSpec, family: type[ModelFamily], device: torch.device
 ) -> str | None:
     """Why a mixture's experts cannot be computed; None: they can."""
     if spec.moe is None or spec.moe.storage != "each":
@@ -279,11 +289,20 @@ def _packed_experts(
     kind = settings.quantization if quant is None else quant.label or quant.method
     if kind == "auto":
         return None
-    scheme = make_scheme(directory, family.name_rules, setting=settings.quantization, has_weights=False)
-    layers = (f"layers.{layer}.mlp.experts" for layer in range(spec.num_layers))
-    if all(experts_can_stay_packed(scheme, path, spec.moe.num_experts) for path in layers):
-        return None
-    return f"experts in {kind} have no grouped kernel, those in 4-bit and 8-bit groups and in 16 or 32 bits have one"
+    scheme = make_scheme(
+        directory,
+        family.name_rules,
+        setting=settings.quantization,
+        has_weights=settings.load_format == "auto",
+        canonical_name=family.canonical_name,
+    )
+    paths = [f"layers.{number}.mlp.experts" for number, layer in enumerate(spec.layers) if layer.is_moe]
+    if any(expert_form(scheme, path, spec.moe.num_experts) is None for path in paths):
+        return f"experts in {kind} have no grouped kernel: those of a layer must have one format, and not asymmetric W8A8"
+    methods = [scheme.linear_method(f"{path}.0.{name}") for path in paths for name in ("gate_up", "down")]
+    if not _reads_float8(device) and any(needs_float8(method) for method in methods):
+        return f"experts in {kind} have no grouped kernel here: {_too_old(device, FLOAT8_CAPABILITY)} for it"
+    return None
 
 
 def _token_counts_of_tiles(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from stepwire_kernels.activation import Activation, gated_activation
 from stepwire_kernels.expert_routing import choose_experts
+from stepwire_kernels.expert_scaled import ScaledExpertWeights, mix_scaled_experts
 from stepwire_kernels.experts import ExpertWeights, mix_experts, mix_packed_experts
 from stepwire_kernels.fused_linear import FusedTuning, NormInput, choose_fused, fused_linear
 from stepwire_kernels.gemm import allocate_linear_workspace, linear
@@ -130,16 +131,14 @@ class TritonOps:
         )
 
     def mix_packed_experts(self, x: torch.Tensor, routing: Routing, experts: PackedStack) -> torch.Tensor:
-        return mix_packed_experts(
-            x,
-            routing.weights,
-            routing.experts,
-            experts.held,
-            _KERNEL_ACTIVATIONS[experts.activation],
-            num_experts=experts.num_experts,
-            first_expert=experts.first_expert,
-            pdl=self.pdl,
-        )
+        held, kind = experts.held, _KERNEL_ACTIVATIONS[experts.activation]
+        whole, first = experts.num_experts, experts.first_expert
+        weights, chosen = routing.weights, routing.experts
+        if isinstance(held, ScaledExpertWeights):
+            return mix_scaled_experts(
+                x, weights, chosen, held, kind, num_experts=whole, first_expert=first, pdl=self.pdl
+            )
+        return mix_packed_experts(x, weights, chosen, held, kind, num_experts=whole, first_expert=first, pdl=self.pdl)
 
     def attend_latent(
         self,

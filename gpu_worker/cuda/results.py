@@ -18,6 +18,7 @@ from stepwire_kernels.step_result import (
 )
 
 from gpu_worker.cuda.device_rows import NO_LOGPROBS
+from gpu_worker.cuda.pooled import PooledRows
 from gpu_worker.cuda.timeline import StepTimes, Timeline
 from gpu_worker.prompt_logprobs import DescribedRun
 from gpu_worker.row_table import IntArray
@@ -59,6 +60,7 @@ class CudaPendingStep:
     """Told (row, generation) of rows that got no token."""
     input_ns: int
     prompts: Sequence[DescribedRun] = ()
+    pooled: PooledRows | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _taken: tuple[npt.NDArray[np.int32], StepTimes] | None = None
 
@@ -103,6 +105,8 @@ class CudaPendingStep:
         if self.prompts:
             failed_rows = {fault.row for fault in faults}
             result.prompt_logprobs = [each.result() for each in self.prompts if each.run.row not in failed_rows]
+        if self.pooled is not None:
+            self.pooled.write(result, self.on_failed)
         if (self.sampled.num_logprobs != NO_LOGPROBS).any():
             self._add_logprobs(result, slot, records, kept)
         return result

@@ -10,6 +10,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from queue import Empty, SimpleQueue
 
 import numpy as np
@@ -19,11 +20,13 @@ import torch
 
 from gpu_worker.assembly import batch_limits
 from gpu_worker.cuda.device_rows import DeviceRows, StagedChanges
+from gpu_worker.cuda.pooled import PooledRows, pooled_runs
 from gpu_worker.cuda.results import NO_RUNS, CudaPendingStep, RecordLayout, SampledRuns
 from gpu_worker.cuda.step_graphs import CapturedStep, GraphCaptureError, GraphKey, GraphKind, StepGraphs
 from gpu_worker.cuda.step_layout import StepLayout, StepPlanner, StepShape, pack, split_changes
 from gpu_worker.cuda.step_program import StepMasks, StepProgram
 from gpu_worker.cuda.timeline import Timeline
+from gpu_worker.pooling import Pooler
 from gpu_worker.prompt_logprobs import DescribedRun
 from gpu_worker.row_table import IntArray, PromptRun
 from gpu_worker.runner_api import RowFault, StepBatch, TokenMask, WorkerFacts
@@ -41,6 +44,7 @@ class CudaRunner:
         graphs: None launches every kernel by itself.
         compiler: context in which launches only compile their kernels.
         give_up: called at the end, before the device is waited for; ends what waits for other ranks there.
+        pooler: rows are worth a vector each, and no token is ever drawn; such steps are launched kernel by kernel.
         is_group: there are other ranks. They must lay every step out alike, so a row that got no token is not forgotten
             when its result is read, which is another moment on each: the control plane drops it.
     """
@@ -56,8 +60,10 @@ class CudaRunner:
         compiler: Callable[[], AbstractContextManager[None]] = nullcontext,
         give_up: Callable[[], None] | None = None,
         *,
+        pooler: Pooler | None = None,
         is_group: bool = False,
     ) -> None:
+        self._pooler = pooler
         self._give_up, self._is_group = give_up, is_group
         self._facts = facts
         self._program = program
@@ -92,6 +98,8 @@ class CudaRunner:
         # What the last session's steps drew is still under way: it must not be taken for the next one's.
         self._await_arrivals(list(self._arriving))
         self._rows.clear()
+        if self._pooler is not None:
+            self._pooler.clear()
 
     def close(self) -> None:
         self._rows.clear()
@@ -161,6 +169,9 @@ class CudaRunner:
         self._in_slot[slot] = None
 
     def _launch_plain(self, shape: StepShape, slot: int) -> None:
+        if self._pooler is not None:
+            self._program.hidden(shape)
+            return
         logits = self._program.forward(shape)
         if logits is not None:
             self._program.sample(shape, logits, is_full=False)
@@ -195,7 +206,10 @@ class CudaRunner:
         sound = self._rows.take(batch, faults)
         slot = self._free_slot()
         self._await_arrivals(self._touched_by(batch))
-        layout = self._planner.lay_out(batch, sound, self._rows) if len(sound) else None
+        pooler = self._pooler
+        to_run = batch if pooler is None else replace(batch, run_samples=np.zeros_like(batch.run_samples))
+        layout = self._planner.lay_out(to_run, sound, self._rows) if len(sound) else None
+        pooled: PooledRows | None = None
         sampled = NO_RUNS
         prompt_runs: tuple[PromptRun, ...] = ()
         prompts: list[DescribedRun] = []
@@ -212,6 +226,8 @@ class CudaRunner:
                 self._program.apply_changes()
                 if recounts:
                     self._program.recount()
+            elif pooler is not None:
+                pooled = self._launch_pooling(pooler, layout, batch)
             else:
                 prompts = self._launch(slot, layout, batch, wait_for_mask, recounts, prompt_runs)
         pending = CudaPendingStep(
@@ -224,6 +240,7 @@ class CudaRunner:
             self._on_failed,
             packed - begun,
             prompts,
+            pooled,
         )
         self._in_slot[slot] = pending
         if self._to_capture is not None:
@@ -327,6 +344,11 @@ class CudaRunner:
             elif recounts:
                 self._program.recount()
         return prompts
+
+    def _launch_pooling(self, pooler: Pooler, layout: StepLayout, batch: StepBatch) -> PooledRows | None:
+        hidden = self._program.hidden(layout.shape)
+        rows, vectors = pooler.pool(pooled_runs(layout, batch), hidden)
+        return None if vectors is None else PooledRows.begin_copy(rows, self._rows.generations[rows], vectors)
 
     def _take_drawn(
         self,

@@ -2,13 +2,15 @@
 
 Every rank holds a part of each expert (its share of the intermediate size), or, expert parallel, some experts whole; in
 both cases a rank's output is a summand, and one all-reduce adds them up. On a CPU, and in formats that the grouped
-kernels cannot read, experts are linears of their own; the GPU holds all of a layer in two stacks, plain or packed.
+kernels cannot read, experts are linears of their own; the GPU holds all of a layer in two stacks, plain, packed or
+8-bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,26 +20,32 @@ from gpu_worker.layers.linear import BuildContext
 from gpu_worker.layers.mlp import GatedMLP
 from gpu_worker.layers.packed_experts import PackedExperts, PackedFusedExperts, can_stay_packed
 from gpu_worker.layers.routing import Routing
+from gpu_worker.layers.scaled_experts import ScaledExperts, activations_of, can_stay_scaled
 from gpu_worker.layers.sublayer_input import SublayerInput
 from gpu_worker.layers.weighted import Weighted
 from gpu_worker.model_spec import ModelSpec, MoeSpec
 from gpu_worker.quant.api import ExpectedTensors, QuantScheme, RandomValues, StoredTensor
-from gpu_worker.quant.none import Unquantized
-from gpu_worker.quant.stored import StoredLinear
+from gpu_worker.quant.none import UnquantizedLinear
 
 CORRECTION = "e_score_correction_bias"
 
 
-def experts_can_stay_packed(scheme: QuantScheme, path: str, num_experts: int) -> bool:
-    """Whether all experts under `path` have one format, which grouped kernels read."""
-    kinds = set()
-    for expert in range(num_experts):
-        for name in ("gate_up", "down"):
-            method = scheme.linear_method(f"{path}.{expert}.{name}")
-            if not isinstance(method, StoredLinear) or not can_stay_packed(method.format):
-                return False
-            kinds.add((name, method.format))
-    return len(kinds) == 2  # gate-up's and down's
+ExpertForm = Literal["plain", "packed", "scaled"]
+
+
+def expert_form(scheme: QuantScheme, path: str, num_experts: int) -> ExpertForm | None:
+    """How grouped kernels read the experts under `path`; None: they do not, or not all of them in one way."""
+    methods = [
+        scheme.linear_method(f"{path}.{expert}.{name}") for name in ("gate_up", "down") for expert in range(num_experts)
+    ]
+    if all(isinstance(method, UnquantizedLinear) for method in methods):
+        return "plain"
+    if all(can_stay_packed(method) for method in methods):
+        return "packed"
+    formats = {getattr(method, "format", None) for method in methods}
+    if all(can_stay_scaled(method) for method in methods) and len(formats) == 1:
+        return "scaled"
+    return None
 
 
 class Router(Weighted):
@@ -98,22 +106,34 @@ class SharedGate(Weighted):
         return F.linear(x, self.weight).sigmoid()
 
 
+Experts = ExpertLinears | StackedExperts | PackedExperts | PackedFusedExperts | ScaledExperts
+
+
+def make_experts(hidden_size: int, moe: MoeSpec, path: str, build: BuildContext) -> Experts:
+    """As the checkpoint stores them and the operations multiply by them."""
+    stacks = build.ops.stacks_experts
+    if moe.storage != "each":
+        if stacks and build.quant.fused_experts_are_packed:
+            return PackedFusedExperts(hidden_size, moe, path, build)
+        return FusedExperts(hidden_size, moe, build)
+    match expert_form(build.quant, path, moe.num_experts) if stacks else None:
+        case "plain":
+            return StackedExperts(hidden_size, moe, build)
+        case "packed":
+            return PackedExperts(hidden_size, moe, path, build)
+        case "scaled":
+            quant = activations_of(build.quant.linear_method(f"{path}.0.gate_up"))
+            return ScaledExperts(hidden_size, moe, path, quant, build)
+        case _:
+            return ExpertLinears(hidden_size, moe, path, build)
+
+
 class MixtureOfExperts:
     def __init__(self, spec: ModelSpec, moe: MoeSpec, path: str, build: BuildContext) -> None:
         self._parallel = build.parallel
         self._leaves_sums = build.leaves_sums
         self.router = Router(spec.hidden_size, moe, build)
-        self.experts: ExpertLinears | StackedExperts | PackedExperts | PackedFusedExperts
-        if moe.storage != "each" and build.ops.stacks_experts and build.quant.fused_experts_are_packed:
-            self.experts = PackedFusedExperts(spec.hidden_size, moe, f"{path}.experts", build)
-        elif moe.storage != "each":
-            self.experts = FusedExperts(spec.hidden_size, moe, build)
-        elif build.ops.stacks_experts and isinstance(build.quant, Unquantized):
-            self.experts = StackedExperts(spec.hidden_size, moe, build)
-        elif build.ops.stacks_experts and experts_can_stay_packed(build.quant, f"{path}.experts", moe.num_experts):
-            self.experts = PackedExperts(spec.hidden_size, moe, f"{path}.experts", build)
-        else:
-            self.experts = ExpertLinears(spec.hidden_size, moe, f"{path}.experts", build)
+        self.experts = make_experts(spec.hidden_size, moe, f"{path}.experts", build)
         self.shared: GatedMLP | None = None
         if moe.shared_intermediate_size:
             shared = replace(spec, activation=moe.activation, intermediate_size=moe.shared_intermediate_size)

@@ -21,6 +21,7 @@ from gpu_worker.model_spec import LatentSpec, MoeSpec
 
 if TYPE_CHECKING:
     from stepwire_kernels.expert_packed import PackedExpertWeights
+    from stepwire_kernels.expert_scaled import ScaledExpertWeights
 
     from gpu_worker.layers.norm import Norm, RMSNorm
     from gpu_worker.parallel.shares import ParallelContext
@@ -55,9 +56,9 @@ class StackedExpertWeights:
 
 @dataclass(frozen=True, slots=True)
 class PackedStack:
-    """This rank's experts with packed weights, for operations that stack experts."""
+    """This rank's experts with packed or 8-bit weights, for operations that stack experts."""
 
-    held: PackedExpertWeights
+    held: PackedExpertWeights | ScaledExpertWeights
     activation: str
     num_experts: int
     """Of the whole model."""

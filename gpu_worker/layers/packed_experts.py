@@ -4,99 +4,72 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import structlog
 import torch
 from stepwire_kernels.expert_packed import PackedExpertWeights
-from stepwire_kernels.packed_weight import PackedWeight
+from stepwire_kernels.packed_weight import PackedWeight, unpack
 
-from gpu_worker.layers.experts import expert_shapes
-from gpu_worker.layers.linear import BuildContext, Linear
+from gpu_worker.layers.expert_parts import expert_parts
+from gpu_worker.layers.linear import BuildContext
 from gpu_worker.layers.mlp import check_activation
 from gpu_worker.layers.ops import GATED_ACTIVATIONS, PackedStack, StackedExpertWeights
 from gpu_worker.layers.routing import Routing
-from gpu_worker.layers.weighted import Elsewhere, Weighted
+from gpu_worker.layers.weighted import Weighted
 from gpu_worker.model_spec import MoeSpec
-from gpu_worker.parallel.shares import ParallelContext, ParallelError
+from gpu_worker.parallel.shares import ParallelError
 from gpu_worker.quant.affine_formats import AwqFormat, GptqFormat, PackQuantizedFormat
-from gpu_worker.quant.api import ExpectedTensors, OutputSpan, RandomValues, StoredTensor, dtype_problem
+from gpu_worker.quant.api import ExpectedTensors, LinearMethod, RandomValues, StoredTensor, dtype_problem
 from gpu_worker.quant.expert_stack import pack_expert, stack_experts
 from gpu_worker.quant.float4_formats import Float4Format
-from gpu_worker.quant.formats import WeightFormat
+from gpu_worker.quant.gguf_format import GgufFormat
 from gpu_worker.quant.products import dequantized
-from gpu_worker.quant.stored import StoredLinear
-from gpu_worker.quant.weights import Float4Weight, QuantizedWeight
+from gpu_worker.quant.stored import LinearParts, SplitLinear, StoredLinear
+from gpu_worker.quant.weights import Float4Weight
 
 log = structlog.get_logger(__name__)
 
-PACKED_FORMATS = (AwqFormat, GptqFormat, PackQuantizedFormat, Float4Format)
+PACKED_FORMATS = (AwqFormat, GptqFormat, PackQuantizedFormat, Float4Format, GgufFormat)
 MXFP4_GROUP = 32
 SCALE_DTYPES = (torch.uint8, torch.float8_e8m0fnu)
 
 
-def can_stay_packed(kind: WeightFormat) -> bool:
-    """Whether grouped kernels read experts in this format."""
-    return isinstance(kind, PACKED_FORMATS) and kind.activations is None
-
-
-class _Expert(Weighted):
-    """One linear of one expert: loaded as any other, then handed to the stack instead of multiplying by itself."""
-
-    def __init__(self, linear: Linear, stack: _Stack, place: int) -> None:
-        assert isinstance(linear.method, StoredLinear)
-        self._linear, self._method, self._stack, self._place = linear, linear.method, stack, place
-
-    def load(self, part: str, tensor: str, source: StoredTensor) -> None:
-        self._linear.load(part, tensor, source)
-
-    def expected(self) -> ExpectedTensors:
-        return self._linear.expected()
-
-    def optional(self) -> frozenset[tuple[str, str]]:
-        return self._linear.optional()
-
-    def problem(self, part: str, tensor: str, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
-        return self._linear.problem(part, tensor, shape, dtype)
-
-    def num_outputs(self, part: str) -> int:
-        return self._linear.num_outputs(part)
-
-    def output_span(self, part: str, tensor: str) -> OutputSpan | None:
-        return self._linear.output_span(part, tensor)
-
-    def fill_random(self, source: RandomValues) -> None:
-        self._linear.fill_random(source)
-
-    def finish(self) -> None:
-        parts = self._method.take_parts()
-        self._stack.add(self._place, parts, self._method.bias)
-
-    def num_bytes(self) -> int:
-        # The first place stands for the whole stack.
-        return self._stack.num_bytes() if self._place == 0 else 0
+def can_stay_packed(method: LinearMethod) -> bool:
+    """Whether grouped kernels read experts that are loaded by this method; those of their layer are held together."""
+    if isinstance(method, SplitLinear):
+        return all(can_stay_packed(part) for part in method.methods.values())
+    return (
+        isinstance(method, StoredLinear)
+        and isinstance(method.format, PACKED_FORMATS)
+        and method.format.activations is None
+    )
 
 
 class _Stack:
     """gate-up or down of all experts held here: packed, or dense where one of them cannot stay so."""
 
-    def __init__(self, name: str, num_experts: int, num_outputs: int, *, has_bias: bool, build: BuildContext) -> None:
-        self._name, self._num_outputs, self._build = name, num_outputs, build
+    def __init__(
+        self, name: str, num_experts: int, num_outputs: int, num_parts: int, *, has_bias: bool, build: BuildContext
+    ) -> None:
+        self._name, self._num_outputs, self._num_parts, self._build = name, num_outputs, num_parts, build
         self._waiting: dict[int, PackedWeight | torch.Tensor] = {}
         self._num_experts = num_experts
         self.packed: PackedWeight | None = None
         self.dense: torch.Tensor | None = None  # [experts, outputs, inputs]
         self.bias = torch.zeros(num_experts, num_outputs, dtype=build.dtype, device=build.device) if has_bias else None
 
-    def add(self, place: int, parts: list[QuantizedWeight], bias: torch.Tensor | None) -> None:
-        packed = pack_expert(parts)
-        self._waiting[place] = packed if packed is not None else self._as_dense(parts)
+    def add(self, place: int, parts: LinearParts, bias: torch.Tensor | None) -> None:
+        weights = [weight for weight, _ in parts]
+        packed = pack_expert(weights)
+        if packed is None:
+            self._waiting[place] = torch.cat([dequantized(weight, self._build.dtype) for weight in weights])
+        else:
+            self._waiting[place] = packed
         if self.bias is not None and bias is not None:
             self.bias[place] = bias
         if len(self._waiting) == self._num_experts:
             self._close()
-
-    def _as_dense(self, parts: list[QuantizedWeight]) -> torch.Tensor:
-        return torch.cat([dequantized(part, self._build.dtype) for part in parts])
 
     def _close(self) -> None:
         ordered = [self._waiting[place] for place in range(self._num_experts)]
@@ -105,10 +78,26 @@ class _Stack:
         if len(packed) == len(ordered):
             self.packed = stack_experts(packed)
             return
-        if packed:
-            raise ValueError(f"{self._name}: some experts have inputs in an order of their own, and some have not")
-        log.warning("experts are held in the model's type: their inputs have an order of their own", layer=self._name)
-        self.dense = torch.stack([one for one in ordered if isinstance(one, torch.Tensor)])
+        log.warning("experts have no kernel in their format, and are held in the model's type", layer=self._name)
+        self.dense = torch.stack([self._as_dense(one) if isinstance(one, PackedWeight) else one for one in ordered])
+
+    def _as_dense(self, packed: PackedWeight) -> torch.Tensor:
+        """One expert without the rows that fill gate's and up's up to whole blocks."""
+        halves = unpack(packed).chunk(self._num_parts)
+        size = self._num_outputs // self._num_parts
+        return torch.cat([half[:size] for half in halves]).to(self._build.dtype)
+
+    def make_dense(self) -> torch.Tensor:
+        """In the model's type, whatever it was: [experts, outputs, inputs]."""
+        if self.packed is not None:
+            fields = {name: value for name, value in vars(self.packed).items() if isinstance(value, torch.Tensor)}
+            ones = (
+                replace(self.packed, **{name: value[place] for name, value in fields.items()})
+                for place in range(self._num_experts)
+            )
+            self.dense, self.packed = torch.stack([self._as_dense(one) for one in ones]), None
+        assert self.dense is not None
+        return self.dense
 
     def num_bytes(self) -> int:
         held = sum(one.numel() * one.element_size() for one in (self.dense, self.bias) if one is not None)
@@ -123,8 +112,8 @@ class _StackedPair:
         self._ops, self._moe = build.ops, moe
         self.share = build.parallel.experts(moe.num_experts, moe.intermediate_size)
         held, inner = self.share.experts.size, self.share.intermediate.size
-        self.gate_up = _Stack(f"{path}.gate_up", held, 2 * inner, has_bias=moe.expert_bias, build=build)
-        self.down = _Stack(f"{path}.down", held, hidden_size, has_bias=moe.expert_bias, build=build)
+        self.gate_up = _Stack(f"{path}.gate_up", held, 2 * inner, 2, has_bias=moe.expert_bias, build=build)
+        self.down = _Stack(f"{path}.down", held, hidden_size, 1, has_bias=moe.expert_bias, build=build)
         self._stacked: StackedExpertWeights | PackedStack | None = None
 
     def apply(self, x: torch.Tensor, routing: Routing) -> torch.Tensor:
@@ -140,9 +129,8 @@ class _StackedPair:
         if gate_up.packed is not None and down.packed is not None:
             held = PackedExpertWeights(gate_up.packed, down.packed, gate_up.bias, down.bias)
             return PackedStack(held, activation, count, first)
-        if gate_up.dense is None or down.dense is None:
-            raise ValueError("gate_up and down of a layer's experts must both be packed, or both dense")
-        return StackedExpertWeights(gate_up.dense, down.dense, gate_up.bias, down.bias, activation, count, first)
+        dense = gate_up.make_dense(), down.make_dense()
+        return StackedExpertWeights(*dense, gate_up.bias, down.bias, activation, count, first)
 
 
 class PackedExperts(_StackedPair):
@@ -150,21 +138,7 @@ class PackedExperts(_StackedPair):
 
     def __init__(self, hidden_size: int, moe: MoeSpec, path: str, build: BuildContext) -> None:
         super().__init__(hidden_size, moe, path, build)
-        shapes = expert_shapes(hidden_size, self.share, bias=moe.expert_bias)
-        whole_share = ParallelContext().experts(moe.num_experts, moe.intermediate_size)
-        whole = expert_shapes(hidden_size, whole_share, bias=moe.expert_bias)
-        self._parts: dict[str, Weighted] = {}
-        for expert in range(moe.num_experts):
-            is_held = self.share.experts.start <= expert < self.share.experts.stop
-            for name, shape, other, stack in zip(
-                ("gate_up", "down"), shapes, whole, (self.gate_up, self.down), strict=True
-            ):
-                part = f".{expert}.{name}"
-                if is_held:
-                    linear = Linear(shape, path + part, build)
-                    self._parts[part] = _Expert(linear, stack, expert - self.share.experts.start)
-                else:
-                    self._parts[part] = Elsewhere(Linear(other, path + part, build.elsewhere()))
+        self._parts = expert_parts(hidden_size, moe, self.share, path, (self.gate_up, self.down), build)
 
     def weighted(self) -> Iterator[tuple[str, Weighted]]:
         yield from self._parts.items()
@@ -246,16 +220,14 @@ class PackedFusedExperts(_StackedPair, Weighted):
                     torch.ones(exponents.shape[0], device=self._device),
                     MXFP4_GROUP,
                 )
-                parts: list[QuantizedWeight] = [whole]
-                if stack is self.gate_up:
-                    parts = _halves(whole)
-                stack.add(place, parts, None if biases is None else biases[place])
+                parts = _halves(whole) if stack is self.gate_up else [whole]
+                stack.add(place, [(part, None) for part in parts], None if biases is None else biases[place])
 
     def num_bytes(self) -> int:
         return self.gate_up.num_bytes() + self.down.num_bytes()
 
 
-def _halves(weight: Float4Weight) -> list[QuantizedWeight]:
+def _halves(weight: Float4Weight) -> list[Float4Weight]:
     half = weight.num_outputs // 2
     return [
         Float4Weight(weight.packed[rows], weight.scales[rows], weight.row_divisors[rows], weight.group_size)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from gpu_worker.loading.gguf_names import MIXTRAL
 from gpu_worker.loading.gguf_reader import GgufReader
 from gpu_worker.loading.tensor_source import CheckpointError
 
@@ -50,6 +51,9 @@ class _ConfigBuilder:
             "llama": self._add_llama,
             "qwen2": self._add_qwen,
             "qwen3": self._add_qwen,
+            "qwen2moe": self._add_qwen_moe,
+            "qwen3moe": self._add_qwen_moe,
+            "gpt-oss": self._add_gpt_oss,
             "gemma": self._add_gemma,
             "gemma2": self._add_gemma2,
             "gemma3": self._add_gemma3,
@@ -137,6 +141,10 @@ class _ConfigBuilder:
         if rope_size != config["head_dim"]:
             raise self._fail(f"rotates {rope_size} of {config['head_dim']} dimensions of a head")
         config["mlp_bias"] = "blk.0.ffn_gate.bias" in self._tensors
+        if self._reader.architecture is MIXTRAL:
+            config["num_local_experts"] = self._required("expert_count", int)
+            config["num_experts_per_tok"] = self._required("expert_used_count", int)
+            config["sliding_window"] = None
         if "rope_freqs.weight" in self._tensors:
             config["rope_scaling"] = self._llama3_scaling(config)
 
@@ -168,6 +176,32 @@ class _ConfigBuilder:
 
     def _add_qwen(self, config: Config) -> None:
         config["use_sliding_window"] = False
+
+    def _add_qwen_moe(self, config: Config) -> None:
+        self._add_qwen(config)
+        is_qwen3 = self._prefix == "qwen3moe"
+        config["num_experts"] = self._required("expert_count", int)
+        config["num_experts_per_tok"] = self._required("expert_used_count", int)
+        config["moe_intermediate_size"] = self._shape("blk.0.ffn_gate_exps.weight")[1]
+        # The file does not say it; all released models of either have this.
+        config["norm_topk_prob"] = is_qwen3
+        if is_qwen3:
+            return
+        config["qkv_bias"] = config.pop("attention_bias")
+        config["shared_expert_intermediate_size"] = self._shape("blk.0.ffn_gate_shexp.weight")[0]
+
+    def _add_gpt_oss(self, config: Config) -> None:
+        config["num_local_experts"] = self._required("expert_count", int)
+        config["num_experts_per_tok"] = self._required("expert_used_count", int)
+        config["intermediate_size"] = self._shape("blk.0.ffn_gate_exps.weight")[1]
+        config["sliding_window"] = self._required("attention.sliding_window", int)
+        config["layer_types"] = [
+            "full_attention" if layer % 2 else "sliding_attention" for layer in range(config["num_hidden_layers"])
+        ]
+        if config["rope_scaling"] is not None:
+            config["rope_scaling"] |= {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+        # gate and up are tensors of their own here, and so is every expert.
+        config["expert_storage"] = "each"
 
     def _add_gemma(self, config: Config) -> None:
         config["hidden_act"] = config["hidden_activation"] = "gelu_pytorch_tanh"

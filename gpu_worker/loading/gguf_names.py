@@ -2,13 +2,14 @@
 
 One table per architecture that `gpu_worker` loads from GGUF. What differs between them: whether q and k rows are
 interleaved for rope (`llama` only), whether norms carry their +1 (Gemma), what `ffn_norm` means, and fused projections.
+A mixture's experts are one tensor in the file, and each by itself here.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
@@ -28,8 +29,13 @@ class TensorRule:
     """The Hugging Face name (with `{layer}` in a layer), and what the file did to the values."""
 
     hf_name: str
+    """With `{expert}` where the file has all experts in one tensor."""
     row_order: RowOrder = RowOrder.PLAIN
     plus_one: bool = False
+    is_bare: bool = False
+    """The tensor has no `.weight` behind its name."""
+    lacks_row: bool = False
+    """A matrix of one row, which the file has as a vector."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +92,33 @@ _SANDWICH_NORMS = {
 }
 
 
+_EXPERTS = {
+    "ffn_norm": _layer("post_attention_layernorm"),
+    "ffn_gate_inp": _layer("mlp.gate"),
+    "ffn_gate_exps": _layer("mlp.experts.{{expert}}.gate_proj"),
+    "ffn_up_exps": _layer("mlp.experts.{{expert}}.up_proj"),
+    "ffn_down_exps": _layer("mlp.experts.{{expert}}.down_proj"),
+}
+_SHARED_EXPERT = {
+    "ffn_gate_inp_shexp": TensorRule("model.layers.{layer}.mlp.shared_expert_gate", lacks_row=True),
+    "ffn_gate_shexp": _layer("mlp.shared_expert.gate_proj"),
+    "ffn_up_shexp": _layer("mlp.shared_expert.up_proj"),
+    "ffn_down_shexp": _layer("mlp.shared_expert.down_proj"),
+}
+_MIXTRAL_EXPERTS = {
+    "ffn_norm": _layer("post_attention_layernorm"),
+    "ffn_gate_inp": _layer("block_sparse_moe.gate"),
+    "ffn_gate_exps": _layer("block_sparse_moe.experts.{{expert}}.w1"),
+    "ffn_up_exps": _layer("block_sparse_moe.experts.{{expert}}.w3"),
+    "ffn_down_exps": _layer("block_sparse_moe.experts.{{expert}}.w2"),
+}
+_GPT_OSS = _EXPERTS | {
+    "post_attention_norm": _layer("post_attention_layernorm"),
+    "attn_sinks": TensorRule("model.layers.{layer}.self_attn.sinks", is_bare=True),
+    "ffn_gate_inp": _layer("mlp.router"),
+}
+
+
 def _with_plus_one(rules: Mapping[str, TensorRule]) -> dict[str, TensorRule]:
     """Gemma multiplies by 1 + weight; its converter stores that sum for every norm."""
     return {
@@ -96,6 +129,11 @@ def _with_plus_one(rules: Mapping[str, TensorRule]) -> dict[str, TensorRule]:
 ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     "llama": GgufArchitecture("llama", "LlamaForCausalLM", _WHOLE, _INTERLEAVED_ATTENTION | _GATED_MLP),
     "qwen2": GgufArchitecture("qwen2", "Qwen2ForCausalLM", _WHOLE, _ATTENTION | _GATED_MLP),
+    "qwen2moe": GgufArchitecture(
+        "qwen2_moe", "Qwen2MoeForCausalLM", _WHOLE, _ATTENTION | _EXPERTS | _SHARED_EXPERT
+    ),
+    "qwen3moe": GgufArchitecture("qwen3_moe", "Qwen3MoeForCausalLM", _WHOLE, _ATTENTION | _QK_NORMS | _EXPERTS),
+    "gpt-oss": GgufArchitecture("gpt_oss", "GptOssForCausalLM", _WHOLE, _ATTENTION | _GPT_OSS),
     "qwen3": GgufArchitecture("qwen3", "Qwen3ForCausalLM", _WHOLE, _ATTENTION | _QK_NORMS | _GATED_MLP),
     "gemma": GgufArchitecture(
         "gemma", "GemmaForCausalLM", _with_plus_one(_WHOLE), _with_plus_one(_ATTENTION | _GATED_MLP)
@@ -127,10 +165,16 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     ),
 }
 
+MIXTRAL = GgufArchitecture("mixtral", "MixtralForCausalLM", _WHOLE, _INTERLEAVED_ATTENTION | _MIXTRAL_EXPERTS)
+"""What calls itself `llama` and has experts."""
+MIXTURES = ("qwen2moe", "qwen3moe", "gpt-oss")
+
 # Not weights: they say how rope is scaled, and go into the config. `attn_rot_embd` is the inv_freq buffer of old files.
 ROPE_TENSORS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
 _IGNORED = re.compile(r"blk\.\d+\.attn_rot_embd\.weight|" + "|".join(re.escape(name) for name in sorted(ROPE_TENSORS)))
 _LAYER_NAME = re.compile(r"blk\.(?P<layer>\d+)\.(?P<part>.+)")
+# Files of 2023 have every expert of Mixtral in a tensor of its own.
+_LONE_EXPERT = re.compile(r"(?P<part>ffn_(gate|up|down))\.(?P<expert>\d+)")
 
 
 def architecture_of(path: Path, metadata: Mapping[str, object]) -> tuple[str, GgufArchitecture]:
@@ -145,10 +189,13 @@ def architecture_of(path: Path, metadata: Mapping[str, object]) -> tuple[str, Gg
             f"is of the architecture {name!r}",
             advice=f"from GGUF these can be loaded: {known}; try the safetensors version of the model",
         )
-    if metadata.get(f"{name}.expert_count", 0):
+    num_experts = metadata.get(f"{name}.expert_count", 0)
+    if num_experts and name == "llama":
+        return name, MIXTRAL
+    if num_experts and name not in MIXTURES:
         raise CheckpointError(
             path,
-            f"is a mixture of {metadata[f'{name}.expert_count']} experts, which is not read from GGUF",
+            f"is a mixture of {num_experts} experts, which is not read from GGUF for {name!r}",
             advice="use the safetensors version of the model",
         )
     return name, ARCHITECTURES[name]
@@ -164,7 +211,9 @@ def rule_for(path: Path, architecture: GgufArchitecture, gguf_name: str) -> Tens
         return None
     stem, _, kind = gguf_name.rpartition(".")
     match = _LAYER_NAME.fullmatch(stem)
-    rule = architecture.per_layer.get(match["part"]) if match else architecture.whole.get(stem)
+    part = match["part"] if match else ""
+    lone = _LONE_EXPERT.fullmatch(part)
+    rule = architecture.per_layer.get(f"{lone['part']}_exps" if lone else part) if match else architecture.whole.get(stem)
     if rule is None or kind not in ("weight", "bias"):
         raise CheckpointError(
             path,
@@ -173,4 +222,6 @@ def rule_for(path: Path, architecture: GgufArchitecture, gguf_name: str) -> Tens
             advice="the file is of a variant that is not known: use the safetensors version of the model",
         )
     hf_name = rule.hf_name.format(layer=match["layer"] if match else "")
-    return TensorRule(f"{hf_name}.{kind}", rule.row_order, rule.plus_one)
+    if lone:
+        hf_name = hf_name.format(expert=lone["expert"])
+    return replace(rule, hf_name=hf_name if rule.is_bare else f"{hf_name}.{kind}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -12,6 +13,18 @@ from gpu_worker.loading.gguf_blocks import GgmlType, decode_rows
 from gpu_worker.loading.gguf_file import GgufFile, GgufTensor
 from gpu_worker.loading.gguf_names import GgufArchitecture, RowOrder, TensorRule, architecture_of, rule_for
 from gpu_worker.loading.tensor_source import CheckpointError, TensorIndex, TensorInfo, resolve_index
+
+EXPERT = "{expert}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """One tensor by its Hugging Face name: all of a tensor in the file, or one expert of it."""
+
+    tensor: GgufTensor
+    rule: TensorRule
+    shape: tuple[int, ...]
+    first_row: int = 0
 
 
 class GgufReader:
@@ -31,50 +44,70 @@ class GgufReader:
             self.file.close()
             raise
 
-    def _map_tensors(self, architecture: GgufArchitecture) -> dict[str, tuple[GgufTensor, TensorRule]]:
-        weights: dict[str, tuple[GgufTensor, TensorRule]] = {}
+    def _map_tensors(self, architecture: GgufArchitecture) -> dict[str, _Stored]:
+        weights: dict[str, _Stored] = {}
         for gguf_name, tensor in self.file.tensors.items():
             rule = rule_for(self.path, architecture, gguf_name)
             if rule is None:
+                continue
+            if EXPERT in rule.hf_name:
+                weights |= self._experts(tensor, rule)
                 continue
             if len(tensor.shape) > 2:
                 raise CheckpointError(
                     self.path, f"has the shape {list(tensor.shape)}, not 1 or 2 sizes", tensor=gguf_name
                 )
             self._head_rows(tensor, rule)
-            weights[rule.hf_name] = (tensor, rule)
+            shape = (1, *tensor.shape) if rule.lacks_row and len(tensor.shape) == 1 else tensor.shape
+            weights[rule.hf_name] = _Stored(tensor, rule, shape)
         return weights
 
+    def _experts(self, tensor: GgufTensor, rule: TensorRule) -> dict[str, _Stored]:
+        """Every expert of one tensor: [experts, rows, columns], biases [experts, rows]."""
+        num_experts = self.file.metadata.get(f"{self.architecture_name}.expert_count")
+        is_bias = rule.hf_name.endswith(".bias")
+        if len(tensor.shape) != (2 if is_bias else 3) or tensor.shape[0] != num_experts:
+            raise CheckpointError(
+                self.path, f"has the shape {list(tensor.shape)}, not those of {num_experts} experts", tensor=tensor.name
+            )
+        _, *shape = tensor.shape
+        rows_each = 1 if is_bias else shape[0]
+        return {
+            rule.hf_name.replace(EXPERT, str(expert)): _Stored(tensor, rule, tuple(shape), expert * rows_each)
+            for expert in range(tensor.shape[0])
+        }
+
     def names(self) -> Iterable[TensorInfo]:
-        return [TensorInfo(name, tensor.shape, torch.float32, self.path) for name, (tensor, _) in self._weights.items()]
+        return [TensorInfo(name, stored.shape, torch.float32, self.path) for name, stored in self._weights.items()]
 
     def read(self, name: str, index: TensorIndex | None = None) -> torch.Tensor:
-        tensor, rule = self._weights[name]
-        bounds = resolve_index(name, tensor.shape, index)
-        if len(tensor.shape) == 1 and rule.row_order is RowOrder.PLAIN:
-            values = self._decode(tensor, self.file.read_rows(tensor.name))[0]  # [size]
+        stored = self._weights[name]
+        tensor, rule = stored.tensor, stored.rule
+        bounds = resolve_index(name, stored.shape, index)
+        if len(stored.shape) == 1:
+            raw = self.file.read_rows(tensor.name, stored.first_row, stored.first_row + 1)
+            values = self._decode(tensor, raw)[0]  # [size]
+            if rule.row_order is not RowOrder.PLAIN:
+                values = _unpair(values[:, None], self._head_rows(tensor, rule))[:, 0]
             values = values[slice(*bounds[0])]
-        elif len(tensor.shape) == 1:
-            values = self._decode(tensor, self.file.read_rows(tensor.name))[0]  # [num_rows]
-            values = _unpair(values[:, None], self._head_rows(tensor, rule))[:, 0][slice(*bounds[0])]
         else:
-            rows = self._read_rows_in_hf_order(tensor, rule, *bounds[0])  # [num_rows, row_bytes]
+            rows = self._read_rows_in_hf_order(stored, *bounds[0])  # [num_rows, row_bytes]
             values = self._decode(tensor, rows)[:, slice(*bounds[1])]  # [num_rows, num_columns]
         return values - 1 if rule.plus_one else values
 
     def stored_type(self, name: str) -> GgmlType:
         """How the file stores a tensor."""
-        return self._weights[name][0].ggml_type
+        return self._weights[name].tensor.ggml_type
 
     def read_packed(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows of a matrix without decoding, in HF row order: `[num_rows, row_bytes]` uint8.
 
         For layers that keep weights packed. Row order and packing are independent: a block never spans rows.
         """
-        tensor, rule = self._weights[name]
-        if len(tensor.shape) != 2 or rule.plus_one:
-            raise ValueError(f"tensor {name!r} with shape {list(tensor.shape)} is no matrix that can stay packed")
-        return self._read_rows_in_hf_order(tensor, rule, start, tensor.num_rows if stop is None else stop)
+        stored = self._weights[name]
+        if len(stored.shape) != 2 or stored.rule.plus_one:
+            raise ValueError(f"tensor {name!r} with shape {list(stored.shape)} is no matrix that can stay packed")
+        return self._read_rows_in_hf_order(stored, start, stored.shape[0] if stop is None else stop)
 
     def close(self) -> None:
         self.file.close()
@@ -91,10 +124,11 @@ class GgufReader:
         except ModuleNotFoundError as error:
             raise CheckpointError(self.path, str(error), tensor=tensor.name) from error
 
-    def _read_rows_in_hf_order(self, tensor: GgufTensor, rule: TensorRule, start: int, stop: int) -> torch.Tensor:
-        head_rows = self._head_rows(tensor, rule)
+    def _read_rows_in_hf_order(self, stored: _Stored, start: int, stop: int) -> torch.Tensor:
+        tensor = stored.tensor
+        head_rows = self._head_rows(tensor, stored.rule)
         if head_rows == 0:
-            return self.file.read_rows(tensor.name, start, stop)
+            return self.file.read_rows(tensor.name, stored.first_row + start, stored.first_row + stop)
         # rows move within their head only: read the heads that the asked rows touch
         first = start // head_rows * head_rows
         last = -(-stop // head_rows) * head_rows

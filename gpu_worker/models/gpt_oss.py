@@ -26,6 +26,12 @@ class GptOss(ModelFamily):
         "layers.{i}.attention.sinks": {"": "model.layers.{i}.self_attn"},
         "layers.{i}.mlp.router": {"": "model.layers.{i}.mlp.router"},
         "layers.{i}.mlp.experts": {"": "model.layers.{i}.mlp.experts"},
+        # Of GGUF files.
+        "layers.{i}.mlp.experts.{e}.gate_up": {
+            "gate": "model.layers.{i}.mlp.experts.{e}.gate_proj",
+            "up": "model.layers.{i}.mlp.experts.{e}.up_proj",
+        },
+        "layers.{i}.mlp.experts.{e}.down": {"": "model.layers.{i}.mlp.experts.{e}.down_proj"},
     }
 
     @staticmethod
@@ -54,7 +60,7 @@ class GptOss(ModelFamily):
                 renormalize=True,
                 router_bias=True,
                 expert_bias=True,
-                storage="fused",
+                storage="each" if config.text("expert_storage", "fused") == "each" else "fused",
                 activation="swiglu_oai",
             ),
         )

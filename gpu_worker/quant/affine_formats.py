@@ -103,11 +103,7 @@ class GptqFormat(_AffineFormat):
 
     def decode(self, tensors: Tensors, rows: Share, cols: Share) -> QuantizedWeight:
         codes = self._packing.unpack(tensors["qweight"].view(torch.int32).t().contiguous(), cols)  # [N, K]
-        words = tensors["qzeros"].view(torch.int32)
-        if self.zeros_minus_one:
-            # The writer subtracts from whole words, with borrows from value to value; adding undoes just that.
-            words = words + _ones_in_every_value(self.bits, words)
-        zeros = self._packing.unpack(words, rows).t().contiguous()  # [N, G]
+        zeros = self._zeros(tensors["qzeros"].view(torch.int32), rows).t().contiguous()  # [N, G]
         scales = tensors["scales"].float().t().contiguous()  # [N, G]
         group = self.effective_group(cols.total)
         by_position = torch.arange(cols.start, cols.stop, device=codes.device) // group  # [K]
@@ -118,16 +114,16 @@ class GptqFormat(_AffineFormat):
             return AffineWeight(codes, zeros[:, touched], scales[:, touched], group, self.bits)
         return AffineWeight(codes, zeros, scales, group, self.bits, groups)
 
-
-def _ones_in_every_value(bits: int, words: torch.Tensor) -> torch.Tensor:
-    """Words [..., n] with the value 1 packed everywhere (`bits` that do not divide 32 run on over words)."""
-    if 32 % bits == 0:
-        ones = sum(1 << shift for shift in range(0, 32, bits))
-        return torch.tensor(ones, dtype=torch.int64, device=words.device).to(torch.int32)
-    run = sum(1 << shift for shift in range(0, 32 * bits, bits))
-    pattern = [(run >> (32 * word)) & 0xFFFFFFFF for word in range(bits)]
-    repeats = -(-words.shape[-1] // bits)
-    return torch.tensor(pattern * repeats, device=words.device)[: words.shape[-1]].to(torch.int32)
+    def _zeros(self, words: torch.Tensor, rows: Share) -> torch.Tensor:
+        """uint8 [G, rows.size]."""
+        if not self.zeros_minus_one:
+            return self._packing.unpack(words, rows)
+        if 32 % self.bits:
+            # Values that run on over words have 1 subtracted each by itself (auto-gptq 0.7.1, GPTQModel 7.7).
+            return (self._packing.unpack(words, rows) + 1) & ((1 << self.bits) - 1)
+        # The writer subtracts from whole words, with borrows from value to value; adding undoes just that.
+        ones = sum(1 << shift for shift in range(0, 32, self.bits))
+        return self._packing.unpack(words + torch.tensor(ones, device=words.device).to(torch.int32), rows)
 
 
 @dataclass(frozen=True, slots=True)

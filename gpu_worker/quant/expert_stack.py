@@ -15,7 +15,7 @@ from gpu_worker.quant.weights import QuantizedWeight
 def pack_expert(parts: Sequence[QuantizedWeight]) -> PackedWeight | None:
     """One expert's parts (gate and up) below each other, each from a whole block of rows on.
 
-    None where a form or size has no kernel, or its inputs an order of their own.
+    None where a form or size has no kernel, the parts differ in form, or inputs have an order of their own.
     """
     packed: list[PackedWeight] = []
     for part in parts:
@@ -25,6 +25,8 @@ def pack_expert(parts: Sequence[QuantizedWeight]) -> PackedWeight | None:
         packed.append(repacked.weight)
     if len(packed) == 1:
         return packed[0]
+    if len({_form(weight) for weight in packed}) > 1:
+        return None
     rows = max(weight.words.shape[0] for weight in packed) * TILE_ROWS
     alike = _with_alike_zeros(packed)
 
@@ -37,6 +39,20 @@ def pack_expert(parts: Sequence[QuantizedWeight]) -> PackedWeight | None:
         return torch.cat([_padded(tensor, rows) for tensor in present], dim=-1)
 
     return _combined(alike, below)
+
+
+def _form(weight: PackedWeight) -> tuple[object, ...]:
+    """What parts must have in common beside zero points, which can be written out."""
+    return (
+        weight.num_inputs,
+        weight.group_size,
+        weight.high_bits,
+        weight.is_e2m1,
+        weight.exponents,
+        weight.minima is None,
+        weight.outer_scales is None,
+        weight.row_scales is None,
+    )
 
 
 def stack_experts(experts: Sequence[PackedWeight]) -> PackedWeight:

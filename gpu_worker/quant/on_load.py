@@ -15,6 +15,7 @@ from gpu_worker.quant.activations import FLOAT8_MAX, MIN_SCALE, ActivationQuant
 from gpu_worker.quant.api import ExpectedTensors, LinearMethod, LinearShape, RandomValues, StoredTensor
 from gpu_worker.quant.none import UnquantizedLinear
 from gpu_worker.quant.products import PackedKernels, make_product
+from gpu_worker.quant.stored import LinearParts
 from gpu_worker.quant.weights import ROW_STEP, ScaledWeight
 
 KINDS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
@@ -24,12 +25,13 @@ class QuantizingLinear(LinearMethod):
     """Loads as an unquantized linear does, into a weight that is there from its first tensor to `finish` only."""
 
     def __init__(self, kind: Literal["fp8", "int8"], ops: LayerOps, kernels: PackedKernels | None) -> None:
-        self._kind, self._ops, self._kernels = kind, ops, kernels
-        self._activations = ActivationQuant("float8" if kind == "fp8" else "int8", "token", dynamic=True)
+        self.kind, self._ops, self._kernels = kind, ops, kernels
+        self.activations = ActivationQuant("float8" if kind == "fp8" else "int8", "token", dynamic=True)
 
     def create(self, shape: LinearShape, dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self._dtype, self._device = shape, dtype, device
         self._plain: UnquantizedLinear | None = None
+        self.bias: torch.Tensor | None = None
 
     def _loading(self) -> UnquantizedLinear:
         if self._plain is None:
@@ -48,19 +50,23 @@ class QuantizingLinear(LinearMethod):
     def fill_random(self, source: RandomValues) -> None:
         self._loading().fill_random(source)
 
-    def finish(self) -> None:
+    def take_parts(self) -> LinearParts:
+        """Instead of `finish`, for a caller that multiplies by itself: the quantized weight, which is not kept."""
         plain = self._loading()
-        self._bias = plain.bias
-        weight = quantize_by_output(plain.weight, KINDS[self._kind])
+        self.bias = plain.bias
+        weight = quantize_by_output(plain.weight, KINDS[self.kind])
         self._plain = None
-        del plain
-        self._product = make_product(weight, self._activations, None, self._dtype, self._ops, self._kernels)
+        return [(weight, None)]
+
+    def finish(self) -> None:
+        ((weight, _),) = self.take_parts()
+        self._product = make_product(weight, self.activations, None, self._dtype, self._ops, self._kernels)
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        return self._product.apply(x, self._bias)
+        return self._product.apply(x, self.bias)
 
     def num_bytes(self) -> int:
-        bias = 0 if self._bias is None else self._bias.numel() * self._bias.element_size()
+        bias = 0 if self.bias is None else self.bias.numel() * self.bias.element_size()
         return self._product.num_bytes() + bias
 
 

@@ -21,6 +21,10 @@ from gpu_worker.quant.products import PackedKernels, Product, make_product
 from gpu_worker.quant.weights import QuantizedWeight, stack
 
 
+LinearParts = list[tuple[QuantizedWeight, StaticScale | None]]
+"""The parts of a fused linear, in their order, each with the checkpoint's scale for its input."""
+
+
 class StoredLinear(LinearMethod):
     """One format for all parts. Nothing is allocated before a tensor of this linear arrives."""
 
@@ -28,7 +32,7 @@ class StoredLinear(LinearMethod):
         self.format = weight_format
         self._ops, self._kernels = ops, kernels
         self._products: list[Product] = []
-        self._random: list[tuple[QuantizedWeight, StaticScale | None]] = []
+        self._random: LinearParts = []
 
     def create(self, shape: LinearShape, dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self._dtype, self._device = shape, dtype, device
@@ -113,12 +117,12 @@ class StoredLinear(LinearMethod):
         if self.shape.has_bias and self.bias is None:
             self.bias = torch.zeros(self.shape.num_outputs, dtype=self._dtype, device=self._device)
 
-    def take_parts(self) -> list[QuantizedWeight]:
+    def take_parts(self) -> LinearParts:
         """Instead of `finish`, for a caller that multiplies by itself: the parts' weights, which are not kept."""
         parts = self._random or [self._decode(part) for part in self.shape.parts]
         self._tensors.clear()
         self._random = []
-        return [weight for weight, _ in parts]
+        return parts
 
     def _decode(self, part: LinearPart) -> tuple[QuantizedWeight, StaticScale | None]:
         tensors = self._tensors[part.name]
@@ -136,9 +140,7 @@ class StoredLinear(LinearMethod):
         return sum(product.num_bytes() for product in self._products) + bias
 
 
-def _fused(
-    parts: list[tuple[QuantizedWeight, StaticScale | None]],
-) -> list[tuple[QuantizedWeight, StaticScale | None]]:
+def _fused(parts: LinearParts) -> LinearParts:
     """All parts as one where groups and input scales agree, else each alone."""
     first = parts[0][1]
     for _, static in parts[1:]:
@@ -183,6 +185,18 @@ class SplitLinear(LinearMethod):
     def finish(self) -> None:
         for method in self.methods.values():
             method.finish()
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        biases = [method.bias for method in self.methods.values() if isinstance(method, StoredLinear)]
+        present = [bias for bias in biases if bias is not None]
+        return torch.cat(present) if len(present) == len(self.methods) else None
+
+    def take_parts(self) -> LinearParts:
+        """As `StoredLinear.take_parts`; for parts that are all stored."""
+        stored = [method for method in self.methods.values() if isinstance(method, StoredLinear)]
+        assert len(stored) == len(self.methods)
+        return [part for method in stored for part in method.take_parts()]
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([method.apply(x) for method in self.methods.values()], dim=1)

@@ -29,10 +29,10 @@ _TABLE = tuple(
         (
             LINEARS,
             r"_gemv_|_skinny_|_fused_linear_|_invariant_|_stream_kernel|_tile_kernel|_dense_kernel|_scaled_kernel"
-            r"|_quantize_kernel",
+            r"|_quantize_",
         ),
         # Experts: products that are grouped, and their sum.
-        (LINEARS, r"_gate_up_kernel|_down_kernel|_sum_kernel"),
+        (LINEARS, r"_gate_up_kernel|_down_kernel|_sum_kernel|_scaled_expert_"),
         (LINEARS, r"gemm|gemv|cutlass|cublas|nvjet|splitk|xmma"),
         (LINEARS, r"^layer (.*\.)?(qkv|output|gate_up|up|down|head)$"),
     )

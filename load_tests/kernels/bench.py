@@ -25,7 +25,7 @@ from load_tests.kernels.cases import LLAMA_8B, QWEN3_06B, Heads, causal_flop, pa
 from load_tests.kernels.fused_attention import bench_fused_attention, sweep_fused_attention
 from load_tests.kernels.latent import bench_latent
 from load_tests.kernels.measure import Report, measure_ceilings, time_graph
-from load_tests.kernels.mixtures import bench_experts
+from load_tests.kernels.mixtures import bench_experts, bench_scaled_experts
 from load_tests.kernels.packed_mixtures import bench_packed_experts
 from load_tests.kernels.quantized import bench_packed, bench_packed_many, bench_scaled, bench_sweep
 
@@ -218,6 +218,7 @@ SECTIONS: dict[str, Callable[[Report], None]] = {
     "step_input": bench_step_input,
     "linear": bench_linear,
     "experts": bench_experts,
+    "scaled_experts": bench_scaled_experts,
     "latent": bench_latent,
     "packed": bench_packed,
     "packed_many": bench_packed_many,

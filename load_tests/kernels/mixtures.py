@@ -1,6 +1,7 @@
 """Benchmarks of mixtures of experts at the shapes of real models, and the launch shapes that a sweep tries.
 
-Section `experts` of `load_tests.kernels.bench`: routing, tiles, and the whole mixture, against the bytes of the experts
+Sections `experts` and `scaled_experts` (8-bit weights) of `load_tests.kernels.bench`: routing, tiles, and the whole
+mixture, against the bytes of the experts
 that were chosen (each read once) or, from 1,024 tokens on, against the matrix rate. Routing is uniform.
 """
 
@@ -16,6 +17,7 @@ from stepwire_kernels.activation import Activation
 from stepwire_kernels.expert_gemm import TileTuning
 from stepwire_kernels.expert_gemv import PairTuning
 from stepwire_kernels.expert_routing import choose_experts
+from stepwire_kernels.expert_scaled import ScaledExpertWeights, ScaledStack, mix_scaled_experts
 from stepwire_kernels.expert_tiles import build_expert_tiles
 from stepwire_kernels.experts import TILES, ExpertTuning, ExpertWeights, default_expert_tuning, mix_experts
 
@@ -119,6 +121,40 @@ def bench_experts(report: Report) -> None:
         for num_tokens in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 8192):
             case = MixtureCase.make(mixture, num_tokens, layers)
             report.add("experts", f"{mixture.name} {num_tokens} tokens", time_graph(case.launches()), **case.work())
+        del layers
+        torch.cuda.empty_cache()
+
+
+def scaled_weights(mixture: Mixture, kind: torch.dtype, block: int | None) -> ScaledExpertWeights:
+    """Random 8-bit numbers; a scale for every output and token, or for blocks and groups of inputs."""
+
+    def stack(n: int, k: int) -> ScaledStack:
+        values = torch.randint(0, 100, (mixture.num_experts, n, k), dtype=torch.int8, device="cuda")
+        rows, cols = (n, 1) if block is None else (-(-n // block), -(-k // block))
+        scales = torch.full((mixture.num_experts, rows, cols), 1e-3, device="cuda")
+        return ScaledStack(values.view(kind), scales, block or 1, block or k)
+
+    gate_up, down = stack(2 * mixture.inner, mixture.hidden), stack(mixture.hidden, mixture.inner)
+    return ScaledExpertWeights(gate_up, down, input_group=block)
+
+
+def bench_scaled_experts(report: Report) -> None:
+    """Experts of 8 bits, the quantization of inputs and inner values included; bytes of the chosen experts' weights."""
+    kinds = {
+        "fp8-channel": (torch.float8_e4m3fn, None),
+        "fp8-block": (torch.float8_e4m3fn, 128),
+        "int8": (torch.int8, None),
+    }
+    for name, (kind, block) in kinds.items():
+        layers = [scaled_weights(QWEN3_30B, kind, block) for _ in range(2)]
+        for num_tokens in (1, 4, 16, 64, 256, 1024, 8192):
+            case = MixtureCase.make(QWEN3_30B, num_tokens, [])
+            launches = [
+                partial(mix_scaled_experts, case.x, *routing, held, "silu", pdl=True)
+                for routing, held in zip(case.routings, cycle(layers), strict=False)
+            ]
+            work = {"flop": case.flop()} if num_tokens >= MANY_TOKENS else {"num_bytes": case.num_bytes() / 2}
+            report.add("scaled_experts", f"{QWEN3_30B.name} {name} {num_tokens} tokens", time_graph(launches), **work)
         del layers
         torch.cuda.empty_cache()
 

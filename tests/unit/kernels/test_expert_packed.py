@@ -24,6 +24,10 @@ MAKES: dict[str, Make] = {
     "nvfp4": lambda seed, n, k: float4(n, k, 16, seed=seed),
     "Q8_0": lambda seed, n, k: random_blocks("Q8_0", n, k, seed=seed),
 }
+# Two levels of scales, in blocks of 256 inputs.
+MAKES_K: dict[str, Make] = {
+    name: (lambda seed, n, k, name=name: random_blocks(name, n, k, seed=seed)) for name in ("Q4_K", "Q5_K", "Q6_K")
+}
 QUICK = ("int4-g64", "mxfp4")
 ROADS = {
     "stream": PackedExpertTuning(8, num_warps=2),
@@ -38,8 +42,9 @@ def make(
     """Packed experts, and the same as dense float64."""
     gates, downs, dense_gates, dense_downs = [], [], [], []
     for expert in range(num_experts):
-        parts = [MAKES[name](2 * expert + part, inner, hidden) for part in range(2)]
-        down = MAKES[name](100 + expert, hidden, inner)
+        make_weight = (MAKES | MAKES_K)[name]
+        parts = [make_weight(2 * expert + part, inner, hidden) for part in range(2)]
+        down = make_weight(100 + expert, hidden, inner)
         for packed, to in ((pack_expert(parts), gates), (pack_expert([down]), downs)):
             assert packed is not None
             to.append(packed)
@@ -81,6 +86,13 @@ def check(
 @pytest.mark.parametrize("road", ["stream", pytest.param("stream of 16", marks=pytest.mark.slow), "tiles"])
 def test_every_format_matches_its_twin(device: str, name: str, road: str) -> None:
     check(name, device, ROADS[road])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MAKES_K)
+@pytest.mark.parametrize("road", ["stream", "tiles"])
+def test_k_types(device: str, name: str, road: str) -> None:
+    check(name, device, ROADS[road], sizes=(256, 256))
 
 
 @pytest.mark.parametrize("road", ["stream", pytest.param("stream of 16", marks=pytest.mark.slow), "tiles"])

@@ -28,7 +28,8 @@ from gpu_worker.kv_cache import KVCache, KVCacheShape, MemoryPlan
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.models.loader import read_spec
 from gpu_worker.parallel.shares import ParallelContext
-from gpu_worker.quant.scheme import make_scheme
+from gpu_worker.pooling import Pooler, Task, read_pooling
+from gpu_worker.quant.scheme import QuantizationSetting, make_scheme
 
 
 class InlineTimeline:
@@ -76,15 +77,28 @@ def load_inline(
     make_ops: Callable[..., TritonOps] | None = None,
     parallel: ParallelContext | None = None,
     link: StageLink | None = None,
+    quantization: QuantizationSetting = "auto",
+    task: Task = "auto",
+    pooling: str = "auto",
 ) -> CudaRunner:
     """float32 weights of `directory`, blocks of 16 tokens."""
     device, parallel = torch.device("cpu"), parallel or ParallelContext()
     settings = WorkerSettings(model=directory, device="cpu")
     spec, family = read_spec(directory)
+    pooled = read_pooling(directory, spec, family, task, pooling)
+    if pooled is not None:
+        spec = replace(spec, has_output_head=False)
     sizes = Sizes(block_size=16, max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_num_batched_tokens=128)
     ops = (make_ops or (InvariantTritonOps if deterministic else TritonOps))(device, pdl=False)
     kernels = None if deterministic else PackedLinears(device, pdl=False)
-    scheme = make_scheme(directory, family.name_rules, canonical_name=family.canonical_name, ops=ops, kernels=kernels)
+    scheme = make_scheme(
+        directory,
+        family.name_rules,
+        setting=quantization,
+        canonical_name=family.canonical_name,
+        ops=ops,
+        kernels=kernels,
+    )
     build = BuildContext(parallel, scheme, torch.float32, device, ops)
     shape = KVCacheShape.of(spec, parallel, 16, resolve_kv_dtype(kv_cache_dtype, torch.float32))
     plan = MemoryPlan("cpu", None, 0, 0, 0, num_blocks, 16)
@@ -119,7 +133,14 @@ def load_inline(
         pdl=False,
         link=link,
     )
-    facts = worker_facts(directory, spec, sizes, plan, shape, device, torch.float32)
+    facts = worker_facts(directory, spec, sizes, plan, shape, device, torch.float32, pooled)
     return CudaRunner(
-        replace(facts, dtype="float32"), program, planner, timeline, None, device, is_group=link is not None
+        replace(facts, dtype="float32"),
+        program,
+        planner,
+        timeline,
+        None,
+        device,
+        pooler=None if pooled is None else Pooler(pooled, model),
+        is_group=link is not None,
     )

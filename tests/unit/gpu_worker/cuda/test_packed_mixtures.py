@@ -15,6 +15,8 @@ from transformers.models.qwen3_moe import Qwen3MoeConfig
 
 from gpu_worker.cuda.runner import CudaRunner
 from gpu_worker.layers.packed_experts import PackedExperts, PackedFusedExperts
+from gpu_worker.prepare.preparation import prepare
+from gpu_worker.prepare.progress import SilentProgress
 from load_tests.cpu_worker.step_driver import StepDriver, greedy
 from tests.unit.gpu_worker.cuda.inline_runner import load_inline
 from tests.unit.gpu_worker.cuda.test_mixtures import BASE
@@ -55,7 +57,7 @@ def compare(directory: Path) -> CudaRunner:
     runner = load_inline(directory)
     ours, theirs = StepDriver(runner), on_cpu(directory)
     for driver in (ours, theirs):
-        driver.add(0, [3, 17, 9, 60, 31, 8, 44, 2, 12], greedy(num_logprobs=0))
+        driver.add(0, [3, 17, 9, 36, 31, 8, 34, 2, 12], greedy(num_logprobs=0))
         driver.add(2, [29], greedy(num_logprobs=0))
     steps: list[dict[int, int] | None] = [{0: 9}, {2: 1}, None]
     for runs in steps:
@@ -114,3 +116,25 @@ def test_gpt_oss_as_it_is_published(tmp_path: Path) -> None:
     experts = experts_of(compare(tmp_path))
     assert isinstance(experts, PackedFusedExperts)
     assert experts.gate_up.packed is not None and experts.gate_up.dense is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "gate_up", "down"),
+    [("qwen3moe", "Q4_0", "Q8_0"), ("gpt-oss", "MXFP4", "MXFP4"), ("mixtral", "Q5_1", "Q4_0"), ("mixtral", "Q8_0", "IQ4_NL")],
+)
+def test_experts_of_a_gguf_file(tmp_path: Path, architecture: str, gate_up: str, down: str) -> None:
+    """Types differ within a layer; of one that has no kernel the layer's experts are held in the model's type."""
+    from gguf import GGMLQuantizationType as Kind
+
+    from tests.unit.gpu_worker.loading.synthetic_gguf import write_gguf
+
+    kinds = {"ffn_gate_exps": gate_up, "ffn_up_exps": gate_up, "ffn_down_exps": down}
+    quantized = {
+        f"blk.{layer}.{name}.weight": Kind[kind] for layer in (0, 1) for name, kind in kinds.items()
+    }
+    write_gguf(tmp_path / "m.gguf", architecture, quantized=quantized)
+    directory = prepare(tmp_path / "m.gguf", tmp_path / "cache", dtype="packed", progress=SilentProgress()).path
+    experts = experts_of(compare(directory))
+    assert isinstance(experts, PackedExperts)
+    assert (experts.gate_up.packed is not None) == (down != "IQ4_NL")

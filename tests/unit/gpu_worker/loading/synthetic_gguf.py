@@ -11,6 +11,8 @@ import gguf
 import gguf.quants
 import numpy as np
 
+from tests.unit.gpu_worker.quant.packed_cases import random_blocks
+
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCABULARY = 64, 96, 4, 2, 16, 2, 40
 
 
@@ -20,6 +22,8 @@ class Sizes:
 
     keys: dict[str, Any] = field(default_factory=dict)
     layer: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    written_as: str = ""
+    """`general.architecture`, where it is another name."""
 
 
 _ATTENTION = {
@@ -83,6 +87,66 @@ ARCHITECTURES: Mapping[str, Sizes] = {
     "phi3": Sizes({"rope.dimension_count": HEAD_DIM}, _PHI3),
 }
 
+EXPERTS, EXPERT_INNER = 4, 32
+# The attention kernels know no smaller head.
+MIXTURE_HEAD_DIM = 64
+_EXPERT_KEYS = {"expert_count": EXPERTS, "expert_used_count": 2, "attention.key_length": MIXTURE_HEAD_DIM}
+_WIDE_ATTENTION = {
+    "attn_norm.weight": (HIDDEN,),
+    "attn_q.weight": (HEADS * MIXTURE_HEAD_DIM, HIDDEN),
+    "attn_k.weight": (KV_HEADS * MIXTURE_HEAD_DIM, HIDDEN),
+    "attn_v.weight": (KV_HEADS * MIXTURE_HEAD_DIM, HIDDEN),
+    "attn_output.weight": (HIDDEN, HEADS * MIXTURE_HEAD_DIM),
+}
+_WIDE_BIAS = {
+    "attn_q.bias": (HEADS * MIXTURE_HEAD_DIM,),
+    "attn_k.bias": (KV_HEADS * MIXTURE_HEAD_DIM,),
+    "attn_v.bias": (KV_HEADS * MIXTURE_HEAD_DIM,),
+}
+_WIDE_NORMS = {"attn_q_norm.weight": (MIXTURE_HEAD_DIM,), "attn_k_norm.weight": (MIXTURE_HEAD_DIM,)}
+_EXPERTS = {
+    "ffn_norm.weight": (HIDDEN,),
+    "ffn_gate_inp.weight": (EXPERTS, HIDDEN),
+    "ffn_gate_exps.weight": (EXPERTS, EXPERT_INNER, HIDDEN),
+    "ffn_up_exps.weight": (EXPERTS, EXPERT_INNER, HIDDEN),
+    "ffn_down_exps.weight": (EXPERTS, HIDDEN, EXPERT_INNER),
+}
+_SHARED_EXPERT = {
+    "ffn_gate_inp_shexp.weight": (HIDDEN,),
+    "ffn_gate_shexp.weight": (INNER, HIDDEN),
+    "ffn_up_shexp.weight": (INNER, HIDDEN),
+    "ffn_down_shexp.weight": (HIDDEN, INNER),
+}
+_GPT_OSS = {
+    **{name: shape for name, shape in _EXPERTS.items() if name != "ffn_norm.weight"},
+    "post_attention_norm.weight": (HIDDEN,),
+    "attn_output.bias": (HIDDEN,),
+    "attn_sinks.weight": (HEADS,),
+    "ffn_gate_inp.bias": (EXPERTS,),
+    "ffn_gate_exps.bias": (EXPERTS, EXPERT_INNER),
+    "ffn_up_exps.bias": (EXPERTS, EXPERT_INNER),
+    "ffn_down_exps.bias": (EXPERTS, HIDDEN),
+}
+MIXTURES: Mapping[str, Sizes] = {
+    "mixtral": Sizes(
+        _EXPERT_KEYS | {"rope.dimension_count": MIXTURE_HEAD_DIM, "feed_forward_length": EXPERT_INNER},
+        _WIDE_ATTENTION | _EXPERTS,
+        "llama",
+    ),
+    "qwen2moe": Sizes(_EXPERT_KEYS, _WIDE_ATTENTION | _WIDE_BIAS | _EXPERTS | _SHARED_EXPERT),
+    "qwen3moe": Sizes(_EXPERT_KEYS, _WIDE_ATTENTION | _WIDE_NORMS | _EXPERTS),
+    "gpt-oss": Sizes(
+        _EXPERT_KEYS
+        | {
+            "attention.sliding_window": 11,
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": 4.0,
+            "rope.scaling.original_context_length": 32,
+        },
+        _WIDE_ATTENTION | _WIDE_BIAS | _GPT_OSS,
+    ),
+}
+
 
 def write_gguf(
     path: Path,
@@ -104,7 +168,8 @@ def write_gguf(
         raw_keys: metadata by its whole name.
         quantized: tensors to store in blocks, with their type.
     """
-    sizes = ARCHITECTURES[architecture]
+    sizes = {**ARCHITECTURES, **MIXTURES}[architecture]
+    architecture = sizes.written_as or architecture
     writer = gguf.GGUFWriter(path, architecture)
     metadata = {
         "context_length": 128,
@@ -136,12 +201,21 @@ def write_gguf(
         if kind is None:
             writer.add_tensor(name, values)
         else:
-            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+            writer.add_tensor(name, _packed(values, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return tensors
+
+
+def _packed(values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """Blocks of these values; of types that the package cannot write, blocks of other values."""
+    try:
+        return gguf.quants.quantize(values, kind)
+    except NotImplementedError:
+        rows = values.size // values.shape[-1]
+        return random_blocks(kind.name, rows, values.shape[-1]).blocks.numpy().reshape(*values.shape[:-1], -1)
 
 
 def minimal_tokenizer() -> dict[str, Any]:
