@@ -95,19 +95,29 @@ FILTERS = [
 ]
 
 
-@pytest.mark.parametrize("shape", ["normal", "peaked", "flat"])
-def test_filters_match_the_sorted_twin(shape: str) -> None:
+@pytest.mark.parametrize(
+    ("shape", "filters"),
+    [
+        ("normal", FILTERS),
+        ("peaked", FILTERS[::3]),
+        ("flat", FILTERS[1::3]),
+        pytest.param("peaked", FILTERS, marks=pytest.mark.slow),
+        pytest.param("flat", FILTERS, marks=pytest.mark.slow),
+    ],
+)
+def test_filters_match_the_sorted_twin(shape: str, filters: list[RowParameters]) -> None:
     vocab_size = 5200
     scale = {"normal": 2.0, "peaked": 12.0, "flat": 0.01}[shape]
-    logits = scale * torch.randn(len(FILTERS), vocab_size)
-    parameters = [dataclasses.replace(item, seed=index) for index, item in enumerate(FILTERS)]
+    logits = scale * torch.randn(len(filters), vocab_size)
+    parameters = [dataclasses.replace(item, seed=index) for index, item in enumerate(filters)]
     assert_same(*run(logits, parameters))
 
 
 def test_filters_on_massive_ties() -> None:
     vocab_size = 4500
-    logits = torch.randint(0, 3, (len(FILTERS), vocab_size)).float()
-    parameters = [dataclasses.replace(item, seed=index) for index, item in enumerate(FILTERS)]
+    filters = FILTERS[1::2]
+    logits = torch.randint(0, 3, (len(filters), vocab_size)).float()
+    parameters = [dataclasses.replace(item, seed=index) for index, item in enumerate(filters)]
     assert_same(*run(logits, parameters))
     equal = [RowParameters(top_k=40), RowParameters(top_p=0.9), RowParameters(top_k=20, top_p=0.8)]
     assert_same(*run(torch.zeros(len(equal), vocab_size), equal))
@@ -115,15 +125,15 @@ def test_filters_on_massive_ties() -> None:
 
 def test_kept_sets_are_exact() -> None:
     """Drawing many tokens from one distribution visits the twin's kept set and nothing else."""
-    logits = torch.randn(1, 300).repeat(20, 1) * 2
+    logits = torch.randn(1, 300).repeat(12, 1) * 2
     item = RowParameters(top_k=7, top_p=0.9, temperature=2.0)
-    out, twin = run(logits, [item] * 20, positions=list(range(20)))
+    out, twin = run(logits, [item] * 12, positions=list(range(12)))
     assert_same(out, twin)
     kept = reference.keep_tokens(logits[0].double() / 2.0, item).nonzero().flatten().tolist()
-    assert set(out.token_ids.tolist()) <= set(kept) and len(set(out.token_ids.tolist())) > 2
+    assert set(out.token_ids.tolist()) <= set(kept) and len(set(out.token_ids.tolist())) > 1
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     seed=st.integers(0, 2**64 - 1),
     temperature=st.floats(0.05, 4.0),
