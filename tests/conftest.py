@@ -12,9 +12,9 @@ import pytest
 from hypothesis import settings
 
 # A submission is judged on examples that do not change from run to run; everybody else draws fresh ones.
-settings.register_profile("ci", derandomize=True, deadline=None)
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=60)
 # How long an example takes says how busy the machine is.
-settings.register_profile("fresh", deadline=None)
+settings.register_profile("fresh", deadline=None, max_examples=60)
 settings.load_profile("ci" if os.environ.get("CI") else "fresh")
 
 # Triton decides how a kernel runs when its module is imported: without a device, by the interpreter. It must be said

@@ -24,7 +24,7 @@ from control_plane.core.request import (
     VectorArray,
 )
 from control_plane.frontend.errors import RequestRefused, Violation, internal_error
-from control_plane.frontend.request_builder import check_vocabulary
+from control_plane.frontend.prompt_limits import check_vocabulary
 from control_plane.frontend.request_intake import RequestIntake
 from control_plane.frontend.tokenizer import TextTokenizer
 

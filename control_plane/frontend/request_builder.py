@@ -17,18 +17,22 @@ from control_plane.frontend.grammar import GrammarCompiler, GrammarError
 from control_plane.frontend.output_rules import OutputRules
 from control_plane.frontend.parsers.registry import schemas_of
 from control_plane.frontend.parsers.scanner import IncrementalParser
-from control_plane.frontend.request_fields import MAX_CACHE_SALT_CHARS, FieldChecks, StopFields
+from control_plane.frontend.prompt_limits import (
+    CONTEXT_LENGTH_EXCEEDED,
+    check_num_prompt_logprobs,
+    check_vocabulary,
+    max_tokens_of,
+    truncated,
+)
+from control_plane.frontend.request_fields import MAX_CACHE_SALT_CHARS, FieldChecks
 from control_plane.frontend.served_model import ServedModel
 from control_plane.frontend.stop import StopStrings
 from control_plane.frontend.tokenizer import TextTokenizer
 
-CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
 # Text is refused unread beyond this many characters a token of context: no prose has nearly as many.
 MAX_CHARS_PER_TOKEN = 32
 MAX_BAD_WORDS = 256
 MAX_BAD_WORD_CHARS = 256
-# Of a prompt's tokens and their alternatives together: they travel in one message.
-MAX_PROMPT_LOGPROBS = 2**20
 # (before, after, here it goes): Qwen 2.5 Coder; StarCoder, Granite Code; DeepSeek Coder; Code Llama.
 _INFILL_MARKS = (
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
@@ -131,13 +135,13 @@ class RequestBuilder:
         checks.raise_if_any()
 
         prompt = await self._prompt(request, facts)
-        prompt_ids = _truncated(prompt.ids, request, facts.max_model_len)
-        _check_num_prompt_logprobs(len(prompt_ids), num_prompt_logprobs)
+        prompt_ids = truncated(prompt.ids, request, facts.max_model_len)
+        check_num_prompt_logprobs(len(prompt_ids), num_prompt_logprobs)
         core = CoreRequest(
             request_id=uuid.uuid4().hex,
             prompt_ids=prompt_ids,
             sampling=sampling,
-            max_tokens=max(1, _max_tokens(len(prompt_ids), stop, facts.max_model_len, _input_field(request))),
+            max_tokens=max(1, max_tokens_of(len(prompt_ids), stop, facts.max_model_len, _input_field(request))),
             min_tokens=stop.min_tokens,
             stop_token_ids=stop.token_ids,
             num_sequences=num_sequences,
@@ -372,17 +376,6 @@ def _wants_prompt(output: pb.OutputOptions) -> bool:
     return output.prompt_text or output.prompt_token_ids or output.HasField("prompt_logprobs")
 
 
-def _check_num_prompt_logprobs(num_prompt_tokens: int, num_top: int | None) -> None:
-    if num_top is not None and num_prompt_tokens * (num_top + 1) > MAX_PROMPT_LOGPROBS:
-        raise RequestRefused.invalid(
-            Violation(
-                "output.prompt_logprobs",
-                f"{num_prompt_tokens} prompt tokens with {num_top + 1} logprobs each are more than the "
-                f"{MAX_PROMPT_LOGPROBS} that one answer holds: ask for fewer, or shorten the prompt",
-            )
-        )
-
-
 def _check_prompt_outputs(request: pb.GenerateRequest, checks: FieldChecks, facts: ModelFacts) -> None:
     if request.output.HasField("prompt_logprobs") and not facts.can_prompt_logprobs:
         checks.add("output.prompt_logprobs", "is not supported by this server's worker; leave it out")
@@ -397,57 +390,3 @@ def _check_prompt_outputs(request: pb.GenerateRequest, checks: FieldChecks, fact
     for index, word in enumerate(request.sampling.bad_words):
         if not word or len(word) > MAX_BAD_WORD_CHARS:
             checks.add(f"sampling.bad_words[{index}]", f"must have 1 to {MAX_BAD_WORD_CHARS} characters")
-
-
-def _truncated(ids: TokenIdArray, request: pb.GenerateRequest, max_model_len: int) -> TokenIdArray:
-    """The prompt's last tokens, if only they are wanted."""
-    if not request.HasField("truncate_prompt_tokens"):
-        return ids
-    wanted = request.truncate_prompt_tokens
-    if wanted > max_model_len:
-        raise RequestRefused.invalid(
-            Violation("truncate_prompt_tokens", f"is {wanted}, but this model's context holds {max_model_len} tokens")
-        )
-    if wanted == -1:
-        room = max(request.stop.max_tokens if request.stop.HasField("max_tokens") else 1, request.stop.min_tokens, 1)
-        wanted = max(1, max_model_len - room)
-    return ids[-wanted:]
-
-
-def check_vocabulary(field: str, ids: TokenIdArray, vocab_size: int) -> None:
-    """Name the first id that the model does not have."""
-    if not len(ids) or int(ids.max()) < vocab_size:
-        return
-    index = int(np.argmax(ids >= vocab_size))
-    raise RequestRefused.invalid(
-        Violation(f"{field}[{index}]", f"token id {ids[index]} is out of vocabulary: ids are below {vocab_size}")
-        if field.endswith("ids")
-        else Violation(
-            field,
-            f"the tokenizer gives token id {ids[index]}, but the worker's model has ids below {vocab_size}: "
-            "the control plane and the worker were started with different models",
-        )
-    )
-
-
-def _max_tokens(num_prompt_tokens: int, stop: StopFields, max_model_len: int, input_field: str) -> int:
-    """What the request asked for, or what the context leaves."""
-    if num_prompt_tokens >= max_model_len:
-        raise _too_long(
-            input_field,
-            f"the prompt has {num_prompt_tokens} tokens, but this model's context holds {max_model_len}, "
-            "of which at least 1 must be left to generate",
-        )
-    left = max_model_len - num_prompt_tokens
-    asked = max(stop.max_tokens or 0, stop.min_tokens)
-    if asked > left:
-        raise _too_long(
-            "stop.min_tokens" if stop.max_tokens is None else "stop.max_tokens",
-            f"{num_prompt_tokens} prompt tokens and {asked} tokens to generate make {num_prompt_tokens + asked}, "
-            f"but this model's context holds {max_model_len}: shorten the prompt or ask for at most {left}",
-        )
-    return left if stop.max_tokens is None else stop.max_tokens
-
-
-def _too_long(field: str, description: str) -> RequestRefused:
-    return RequestRefused.invalid(Violation(field, description), reason=CONTEXT_LENGTH_EXCEEDED)

@@ -17,9 +17,10 @@ on its neighbours, its place in the batch, or what came before a restart. Log-pr
 l - logsumexp(l).
 
 logits: [num_runs, vocab_size] bf16 / f16 / f32. masks: int32 [num_masks, ceil(vocab_size / 32)], bit i of word w is
-token 32 w + i. Kernels: scores, over (vocabulary splits, runs); weights and candidates of the rows that filter, over
-(stretches of the vocabulary, runs), where other rows' programs end at once (`threshold_search.py`); one program a run
-that finishes it; and one for top log-probabilities, if asked for.
+token 32 w + i. Kernels: scores, over (vocabulary splits, runs) (`sampler_scores.py`); weights and candidates of the
+rows that filter, over (stretches of the vocabulary, runs), where other rows' programs end at once
+(`sampler_filters.py`, `threshold_search.py`); one program a run that finishes it; and one for top log-probabilities,
+if asked for.
 
 Source: Gumbel-max trick: Maddison et al., "A* Sampling", 2014; nucleus: Holtzman et al., 2020; min-p: Nguyen et al.,
 2024; repetition penalty: Keskar et al., "CTRL", 2019.
@@ -35,7 +36,8 @@ import triton.language as tl
 
 from stepwire_kernels import philox
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
-from stepwire_kernels.philox import gumbel_from_word, gumbel_of_tokens, random_words
+from stepwire_kernels.sampler_filters import filtered_token, sampler_candidates_kernel
+from stepwire_kernels.sampler_scores import row_filters, sampler_score_kernel
 from stepwire_kernels.step_input import RowState
 from stepwire_kernels.threshold_search import (
     CAPACITY,
@@ -44,14 +46,10 @@ from stepwire_kernels.threshold_search import (
     STRETCH_TOKENS,
     WEIGH_WIDTH,
     WEIGHTS_WIDTH,
-    collect_stretch,
     copy_candidates,
     float_to_key,
     key_to_float,
     narrow_interval,
-    search_registers,
-    select_interval,
-    weigh_stretch,
 )
 
 FAULT_NAN_LOGITS = 2
@@ -122,350 +120,6 @@ def allocate_sampled(max_runs: int, max_top_logprobs: int, device: torch.device 
 
 
 @triton.jit
-def _float_parameter(parameters, INDEX: tl.constexpr):
-    return tl.load(parameters + INDEX).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _filters(parameters, vocab_size):
-    """(temperature, top_k, top_p, min_p, whether any of the last three restricts the row)."""
-    temperature = _float_parameter(parameters, 0)
-    top_p = _float_parameter(parameters, 1)
-    min_p = _float_parameter(parameters, 2)
-    top_k = tl.load(parameters + 6)
-    limits_k = (top_k > 0) & (top_k < vocab_size)
-    restricts = (temperature > 0.0) & (limits_k | (top_p < 1.0) | (min_p > 0.0))
-    return temperature, top_k, top_p, min_p, restricts
-
-
-@triton.jit
-def _adjust(
-    raw,
-    tokens,
-    in_vocab,
-    parameters,
-    biases,
-    counts,
-    mask_words,
-    mask_row,
-    MAX_BIASES: tl.constexpr,
-    HAS_MASKS: tl.constexpr,
-    HAS_COUNTS: tl.constexpr,
-):
-    """Bias, grammar mask and penalties of one stretch of a row's logits."""
-    z = raw
-    num_biases = tl.load(parameters + 10)
-    for index in range(0, num_biases):
-        token = tl.load(biases + index)
-        value = tl.load(biases + MAX_BIASES + index).to(tl.float32, bitcast=True)
-        z = tl.where(tokens == token, z + value, z)
-    if HAS_MASKS:  # noqa: SIM102  (a compile-time condition, then a run-time one)
-        if mask_row >= 0:
-            words = tl.load(mask_words + tokens // 32, mask=in_vocab, other=0)
-            z = tl.where(((words >> (tokens % 32)) & 1) != 0, z, float("-inf"))
-    if HAS_COUNTS:
-        repetition = _float_parameter(parameters, 3)
-        presence = _float_parameter(parameters, 4)
-        frequency = _float_parameter(parameters, 5)
-        if (repetition != 1.0) | (presence != 0.0) | (frequency != 0.0):
-            word = tl.load(counts + tokens, mask=in_vocab, other=0)
-            output_count = word & 0x7FFFFFFF
-            z = tl.where(word != 0, tl.where(z > 0.0, z / repetition, z * repetition), z)
-            z -= frequency * output_count.to(tl.float32) + tl.where(output_count > 0, presence, 0.0)
-    return z
-
-
-@triton.jit
-def _load_raw(row_logits, tokens, vocab_size):
-    """Logits in float32 with NaN as -inf, and which were NaN."""
-    raw = tl.load(row_logits + tokens, mask=tokens < vocab_size, other=float("-inf")).to(tl.float32)
-    is_nan = raw != raw
-    return tl.where(is_nan, float("-inf"), raw), is_nan.to(tl.float32)
-
-
-@triton.jit
-def _score_kernel(
-    logits_ptr,
-    run_rows_ptr,
-    positions_ptr,
-    parameters_ptr,
-    biases_ptr,
-    counts_ptr,
-    masks_ptr,
-    mask_rows_ptr,
-    adjusted_ptr,
-    partial_ptr,
-    partial_ids_ptr,
-    logits_stride,
-    mask_stride,
-    vocab_size,
-    MAX_BIASES: tl.constexpr,
-    HAS_MASKS: tl.constexpr,
-    HAS_COUNTS: tl.constexpr,
-    LANE: tl.constexpr,
-    USE_PDL: tl.constexpr,
-):
-    split = tl.program_id(0)
-    num_splits = tl.num_programs(0)
-    run = tl.program_id(1).to(tl.int64)
-    release_downstream(USE_PDL)
-    wait_upstream(USE_PDL)
-    row = tl.load(run_rows_ptr + run).to(tl.int64)
-    position = tl.load(positions_ptr + run)
-    parameters = parameters_ptr + row * 16
-    temperature, _, _, _, restricts = _filters(parameters, vocab_size)
-    inverse_temperature = 1.0 / tl.where(temperature > 0.0, temperature, 1.0)
-    random = (temperature > 0.0) & (restricts == 0)
-    mask_row = -1
-    if HAS_MASKS:
-        mask_row = tl.load(mask_rows_ptr + run)
-    mask_words = masks_ptr + tl.maximum(mask_row, 0).to(tl.int64) * mask_stride
-    offsets = tl.arange(0, LANE)
-    w0 = tl.zeros([LANE], dtype=tl.uint32)
-    w1 = w0
-    w2 = w0
-    w3 = w0
-    if random:
-        w0, w1, w2, w3 = random_words(
-            tl.load(parameters + 7), tl.load(parameters + 8), tl.load(parameters + 9), position, split * LANE + offsets
-        )
-    first = split * (4 * LANE)
-    row_logits = logits_ptr + run * logits_stride
-    raw0, nan0 = _load_raw(row_logits, first + offsets, vocab_size)
-    raw1, nan1 = _load_raw(row_logits, first + LANE + offsets, vocab_size)
-    raw2, nan2 = _load_raw(row_logits, first + 2 * LANE + offsets, vocab_size)
-    raw3, nan3 = _load_raw(row_logits, first + 3 * LANE + offsets, vocab_size)
-    num_nan = tl.sum(nan0 + nan1 + nan2 + nan3, axis=0)
-    split_max = tl.max(tl.maximum(tl.maximum(raw0, raw1), tl.maximum(raw2, raw3)), axis=0)
-    # All -inf: nothing is summed, and inf - inf must not enter.
-    shift = tl.where(split_max == float("-inf"), 0.0, split_max)
-    exps = tl.exp(raw0 - shift) + tl.exp(raw1 - shift) + tl.exp(raw2 - shift) + tl.exp(raw3 - shift)
-    split_sum = tl.sum(exps, axis=0)
-    best = tl.full([LANE], float("-inf"), dtype=tl.float32)
-    best_id = tl.full([LANE], 0x7FFFFFFF, dtype=tl.int32)
-    for lane in tl.static_range(4):
-        if lane == 0:
-            word = w0
-            raw = raw0
-        elif lane == 1:
-            word = w1
-            raw = raw1
-        elif lane == 2:
-            word = w2
-            raw = raw2
-        else:
-            word = w3
-            raw = raw3
-        tokens = first + lane * LANE + offsets
-        in_vocab = tokens < vocab_size
-        z = _adjust(
-            raw,
-            tokens,
-            in_vocab,
-            parameters,
-            biases_ptr + row * (2 * MAX_BIASES),
-            counts_ptr + row * vocab_size,
-            mask_words,
-            mask_row,
-            MAX_BIASES,
-            HAS_MASKS,
-            HAS_COUNTS,
-        )
-        t = z * inverse_temperature
-        if restricts:
-            tl.store(adjusted_ptr + run * vocab_size + tokens, t, mask=in_vocab)
-        score = t
-        if random:
-            score = t + gumbel_from_word(word)
-        better = score > best
-        best = tl.where(better, score, best)
-        best_id = tl.where(better, tokens, best_id)
-    top = tl.max(best, axis=0)
-    top_id = tl.min(tl.where(best == top, best_id, 0x7FFFFFFF), axis=0)
-    at = run * num_splits + split
-    tl.store(partial_ptr + at * 4, top)
-    tl.store(partial_ptr + at * 4 + 1, split_max)
-    tl.store(partial_ptr + at * 4 + 2, split_sum)
-    tl.store(partial_ptr + at * 4 + 3, num_nan)
-    tl.store(partial_ids_ptr + at, top_id)
-
-
-@triton.jit
-def _best_of_row(
-    values_ptr,
-    vocab_size,
-    threshold,
-    seed_low,
-    seed_high,
-    sequence_index,
-    position,
-    LANE: tl.constexpr,
-):
-    """Gumbel-max over the tokens at or above the threshold, reading the whole row."""
-    offsets = tl.arange(0, LANE)
-    best = tl.full([LANE], float("-inf"), dtype=tl.float32)
-    best_id = tl.full([LANE], 0x7FFFFFFF, dtype=tl.int32)
-    for base in range(0, vocab_size, LANE):
-        tokens = base + offsets
-        value = tl.load(values_ptr + tokens, mask=tokens < vocab_size, other=float("-inf"))
-        score = value + gumbel_of_tokens(seed_low, seed_high, sequence_index, position, tokens)
-        score = tl.where(float_to_key(value) >= threshold, score, float("-inf"))
-        better = score > best
-        best = tl.where(better, score, best)
-        best_id = tl.where(better, tokens, best_id)
-    top = tl.max(best, axis=0)
-    return tl.min(tl.where(best == top, best_id, 0x7FFFFFFF), axis=0)
-
-
-@triton.jit
-def _search_bounds(parameters, vocab_size, top, LOWEST: tl.constexpr):
-    """(low, high, amount, by_mass, limits_k, limits_p, top_p) of a row that filters; `top` is its greatest t."""
-    _, top_k, top_p, min_p, _ = _filters(parameters, vocab_size)
-    high = float_to_key(top)
-    # The smallest finite key: masked tokens (-inf) are never candidates.
-    low = tl.full([], LOWEST, tl.int32) + 1
-    if min_p > 0.0:
-        low = tl.maximum(low, tl.minimum(float_to_key(top + tl.log(min_p)), high))
-    limits_k = (top_k > 0) & (top_k < vocab_size)
-    limits_p = top_p < 1.0
-    # Neither (min-p alone): more than all the mass, which keeps what min-p kept.
-    amount = tl.where(limits_k, top_k.to(tl.float32), tl.where(limits_p, top_p, 2.0))
-    return low, high, amount, limits_k == 0, limits_k, limits_p, top_p
-
-
-@triton.jit
-def _row_top(partial_ptr, run, num_splits, BLOCK_SPLITS: tl.constexpr):
-    """The greatest score of a row over its splits (t itself, for rows that filter)."""
-    splits = tl.arange(0, BLOCK_SPLITS)
-    best = tl.load(partial_ptr + (run * num_splits + splits) * 4, mask=splits < num_splits, other=float("-inf"))
-    return tl.max(best, axis=0)
-
-
-@triton.jit
-def _candidates_kernel(
-    run_rows_ptr,
-    parameters_ptr,
-    adjusted_ptr,
-    partial_ptr,
-    weights_ptr,
-    candidate_values_ptr,
-    candidate_ids_ptr,
-    vocab_size,
-    num_splits,
-    COLLECTS: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-    BLOCK_STRETCHES: tl.constexpr,
-    STRETCH: tl.constexpr,
-    TILE: tl.constexpr,
-    LIMIT: tl.constexpr,
-    LOWEST: tl.constexpr,
-    USE_PDL: tl.constexpr,
-):
-    """For rows that filter: weigh each stretch at the pivots (first launch), then copy the candidates (second)."""
-    stretch = tl.program_id(0)
-    num_stretches = tl.num_programs(0)
-    run = tl.program_id(1).to(tl.int64)
-    release_downstream(USE_PDL)
-    wait_upstream(USE_PDL)
-    row = tl.load(run_rows_ptr + run).to(tl.int64)
-    parameters = parameters_ptr + row * 16
-    _, _, _, _, restricts = _filters(parameters, vocab_size)
-    if restricts:
-        top = _row_top(partial_ptr, run, num_splits, BLOCK_SPLITS)
-        low, high, amount, by_mass, _, _, _ = _search_bounds(parameters, vocab_size, top, LOWEST)
-        values = adjusted_ptr + run * vocab_size
-        weights = weights_ptr + run * num_stretches * 16
-        first = stretch * STRETCH
-        last = tl.minimum(first + STRETCH, vocab_size)
-        if COLLECTS:
-            low, _, count, _, before = select_interval(
-                weights, stretch, num_stretches, top, low, high, amount, by_mass, BLOCK_STRETCHES
-            )
-            if count <= LIMIT:
-                collect_stretch(
-                    values,
-                    first,
-                    last,
-                    vocab_size,
-                    low,
-                    high,
-                    before.to(tl.int32),
-                    candidate_values_ptr + run * LIMIT,
-                    candidate_ids_ptr + run * LIMIT,
-                    TILE,
-                )
-        else:
-            weigh_stretch(values, first, last, vocab_size, top, low, high, weights + stretch * 16, TILE)
-
-
-@triton.jit
-def _filtered_token(
-    values_ptr,
-    weights_ptr,
-    candidate_values_ptr,
-    candidate_ids_ptr,
-    parameters,
-    vocab_size,
-    num_stretches,
-    top,
-    position,
-    BLOCK_STRETCHES: tl.constexpr,
-    TILE: tl.constexpr,
-    LIMIT: tl.constexpr,
-    LANE: tl.constexpr,
-    LOWEST: tl.constexpr,
-):
-    """Token of a row that filters; `top` is the maximum of its t."""
-    seed_low = tl.load(parameters + 7)
-    seed_high = tl.load(parameters + 8)
-    sequence_index = tl.load(parameters + 9)
-    low, high, amount, by_mass, limits_k, limits_p, top_p = _search_bounds(parameters, vocab_size, top, LOWEST)
-    first_low = low
-    low, high_left, count, target, _ = select_interval(
-        weights_ptr, 0, num_stretches, top, low, high, amount, by_mass, BLOCK_STRETCHES
-    )
-    if count > LIMIT:
-        # The pivots were too coarse, or the distribution is flat: narrow by passes over the row.
-        low, high_left, count, target = narrow_interval(
-            values_ptr, vocab_size, top, first_low, high, amount, by_mass, TILE, LIMIT
-        )
-        if (count > LIMIT) & limits_k & limits_p:
-            # `low` is the exact k-th value with more ties than fit; top-p starts over above it.
-            low, high_left, count, target = narrow_interval(
-                values_ptr, vocab_size, top, low, high, top_p, limits_p, TILE, LIMIT
-            )
-            limits_k = limits_k & (count < 0.0)
-        if count <= LIMIT:
-            none_yet = tl.full([], 0, tl.int32)
-            copy_candidates(
-                values_ptr, vocab_size, low, high, none_yet, candidate_values_ptr, candidate_ids_ptr, TILE, LIMIT
-            )
-    token = tl.full([], 0, tl.int32)
-    if count <= LIMIT:
-        offsets = tl.arange(0, LIMIT)
-        present = offsets < count.to(tl.int32)
-        values = tl.load(candidate_values_ptr + offsets, mask=present, other=float("-inf"))
-        ids = tl.load(candidate_ids_ptr + offsets, mask=present, other=0)
-        keys = float_to_key(values)
-        masses = tl.exp(values - top)
-        if limits_k:
-            low = search_registers(keys, tl.where(present, 1.0, 0.0), low, high_left, target)
-            if limits_p:
-                mass = tl.sum(tl.where(keys >= low, masses, 0.0))
-                low = search_registers(keys, masses, low, high, top_p * mass)
-        else:
-            if limits_p:
-                low = search_registers(keys, masses, low, high_left, target)
-        noise = gumbel_of_tokens(seed_low, seed_high, sequence_index, position, ids)
-        score = tl.where(present & (keys >= low), values + noise, float("-inf"))
-        best = tl.max(score, axis=0)
-        token = tl.min(tl.where(score == best, ids, 0x7FFFFFFF), axis=0)
-    else:
-        token = _best_of_row(values_ptr, vocab_size, low, seed_low, seed_high, sequence_index, position, LANE)
-    return token
-
-
-@triton.jit
 def _finish_kernel(
     logits_ptr,
     run_rows_ptr,
@@ -498,7 +152,7 @@ def _finish_kernel(
     row = tl.load(run_rows_ptr + run).to(tl.int64)
     position = tl.load(positions_ptr + run)
     parameters = parameters_ptr + row * 16
-    _, _, _, _, restricts = _filters(parameters, vocab_size)
+    _, _, _, _, restricts = row_filters(parameters, vocab_size)
     splits = tl.arange(0, BLOCK_SPLITS)
     in_row = splits < num_splits
     partial = partial_ptr + (run * num_splits + splits) * 4
@@ -512,7 +166,7 @@ def _finish_kernel(
     peak = tl.max(raw_max, axis=0)
     log_total = peak + tl.log(tl.sum(raw_sum * tl.exp(raw_max - peak), axis=0))
     if restricts & (top > float("-inf")) & (top < float("inf")):
-        token = _filtered_token(
+        token = filtered_token(
             adjusted_ptr + run * vocab_size,
             weights_ptr + run * num_stretches * 16,
             candidate_values_ptr + run * LIMIT,
@@ -639,7 +293,7 @@ def sample(
     num_splits = triton.cdiv(vocab_size, philox.TILE_TOKENS)
     block_splits = triton.next_power_of_2(num_splits)
     options = launch_options(pdl)
-    _score_kernel[(num_splits, num_runs)](
+    sampler_score_kernel[(num_splits, num_runs)](
         logits,
         run_rows,
         sample_positions,
@@ -665,7 +319,7 @@ def sample(
     num_stretches = triton.cdiv(vocab_size, STRETCH_TOKENS)
     block_stretches = triton.next_power_of_2(num_stretches)
     for collects in (False, True):
-        _candidates_kernel[(num_stretches, num_runs)](
+        sampler_candidates_kernel[(num_stretches, num_runs)](
             run_rows,
             rows.parameters,
             workspace.adjusted,

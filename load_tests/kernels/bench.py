@@ -18,7 +18,7 @@ from stepwire_kernels.attention_decode import decode_attention
 from stepwire_kernels.attention_prefill import default_prefill_tuning, prefill_attention, prefill_tile_tokens
 from stepwire_kernels.gather import gather_last_hidden
 from stepwire_kernels.norm import add_rms_norm
-from stepwire_kernels.reference import RowParameters
+from stepwire_kernels.reference_steps import RowParameters
 from stepwire_kernels.rope_kv import rope_and_write_kv
 
 from load_tests.kernels.cases import LLAMA_8B, QWEN3_06B, Heads, causal_flop, paged

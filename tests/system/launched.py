@@ -37,7 +37,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0, what: str
 class Launched:
     """A running `stepwire serve`; leaving the context stops it and checks that nothing is left."""
 
-    def __init__(self, model: str | Path, *flags: str, ready_timeout_s: float = 60.0) -> None:
+    def __init__(self, model: str | Path, *flags: str, ready_timeout_s: float = 180.0) -> None:
         self.port, self.grpc_port, self.metrics_port = free_port(), free_port(), free_port()
         self.base_url = f"http://127.0.0.1:{self.port}/v1"
         command = [sys.executable, "-m", "gateway.cli", "serve", str(model), *flags]

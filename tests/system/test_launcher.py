@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import openai
@@ -20,14 +21,21 @@ from .launched import ROOT, Launched, wait_until
 SIMULATED = ("--runner=simulated", "--served-model-name=sim")
 
 
-@pytest.fixture
-def bare_model(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def bare_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A config.json alone: no tokenizer, so token ids go in and out."""
-    directory = tmp_path / "bare"
+    directory = tmp_path_factory.mktemp("models") / "bare"
     directory.mkdir()
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 1_000_000}
     (directory / "config.json").write_text(json.dumps(config))
     return directory
+
+
+@pytest.fixture(scope="module")
+def lasting(bare_model: Path) -> Iterator[Launched]:
+    """One that tests share, whose parts may die: leave it running."""
+    with Launched(bare_model, *SIMULATED) as launched:
+        yield launched
 
 
 async def stream(
@@ -70,27 +78,27 @@ async def eight_streams(launched: Launched, model: str, max_tokens: int) -> list
     )
 
 
-def test_streams_survive_the_death_of_the_worker(bare_model: Path) -> None:
+def test_streams_survive_the_death_of_the_worker(lasting: Launched) -> None:
     """kill -9 in the middle of eight streams: every one goes on, token for token as if nothing had happened."""
-    with Launched(bare_model, *SIMULATED) as launched:
-        undisturbed = asyncio.run(eight_streams(launched, "sim", 1000))
-        assert all(len(tokens) == 1000 for choices in undisturbed for tokens in choices.values())
+    undisturbed = asyncio.run(eight_streams(lasting, "sim", 1000))
+    assert all(len(tokens) == 1000 for choices in undisturbed for tokens in choices.values())
+    losses = lasting.metric("stepwire_worker_losses_total")
 
-        async def disturbed() -> list[dict[int, list]]:
-            streams = asyncio.create_task(eight_streams(launched, "sim", 1000))
-            for _ in range(2):
-                before = launched.metric("stepwire_generation_tokens_total")
-                while launched.metric("stepwire_generation_tokens_total") < before + 500:
-                    await asyncio.sleep(0.01)
-                launched.child("gpu_worker").kill()
-                connections = launched.metric("stepwire_worker_connections_total")
-                while launched.metric("stepwire_worker_connections_total") == connections:
-                    await asyncio.sleep(0.01)
-            return await streams
+    async def disturbed() -> list[dict[int, list]]:
+        streams = asyncio.create_task(eight_streams(lasting, "sim", 1000))
+        for _ in range(2):
+            before = lasting.metric("stepwire_generation_tokens_total")
+            while lasting.metric("stepwire_generation_tokens_total") < before + 500:
+                await asyncio.sleep(0.01)
+            connections = lasting.metric("stepwire_worker_connections_total")
+            lasting.child("gpu_worker").kill()
+            while lasting.metric("stepwire_worker_connections_total") == connections:
+                await asyncio.sleep(0.01)
+        return await streams
 
-        assert asyncio.run(disturbed()) == undisturbed
-        assert launched.metric("stepwire_worker_losses_total") == 2
-        assert launched.metric("stepwire_kv_blocks_in_use") == 0
+    assert asyncio.run(disturbed()) == undisturbed
+    assert lasting.metric("stepwire_worker_losses_total") == losses + 2
+    assert lasting.metric("stepwire_kv_blocks_in_use") == 0
 
 
 def test_a_hung_worker_is_replaced(bare_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,31 +189,25 @@ def test_no_orphan_outlives_a_killed_launcher(bare_model: Path) -> None:
         )
 
 
-def test_a_dead_control_plane_and_a_dead_gateway_are_started_again(bare_model: Path) -> None:
-    with Launched(bare_model, *SIMULATED) as launched:
-        for module in ("control_plane", "gateway"):
-            launched.child(module).kill()
-            deadline = time.monotonic() + 20
-            while True:
-                try:
-                    assert len(asyncio.run(stream(launched.base_url, "sim", [1, 2], 5, seed=0))[0]) == 5
-                    break
-                except openai.APIError:
-                    assert time.monotonic() < deadline, launched.read()
-                    time.sleep(0.1)
+def test_a_dead_control_plane_and_a_dead_gateway_are_started_again(lasting: Launched) -> None:
+    for module in ("control_plane", "gateway"):
+        lasting.child(module).kill()
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                assert len(asyncio.run(stream(lasting.base_url, "sim", [1, 2], 5, seed=0))[0]) == 5
+                break
+            except openai.APIError:
+                assert time.monotonic() < deadline, lasting.read()
+                time.sleep(0.1)
 
 
-def test_a_second_stack_on_the_ports_of_the_first_is_refused(bare_model: Path) -> None:
-    with Launched(bare_model, *SIMULATED) as launched:
-        ports = [
-            f"--port={launched.port}",
-            f"--grpc-port={launched.grpc_port}",
-            f"--metrics-port={launched.metrics_port}",
-        ]
-        run = run_serve(str(bare_model), *SIMULATED, *ports)
-        assert run.returncode == 1 and "Traceback" not in run.stderr
-        assert f"port {launched.port}" in run.stderr and "--port" in run.stderr
-        assert "ready after" not in run.stdout
+def test_a_second_stack_on_the_ports_of_the_first_is_refused(lasting: Launched, bare_model: Path) -> None:
+    ports = [f"--port={lasting.port}", f"--grpc-port={lasting.grpc_port}", f"--metrics-port={lasting.metrics_port}"]
+    run = run_serve(str(bare_model), *SIMULATED, *ports)
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert f"port {lasting.port}" in run.stderr and "--port" in run.stderr
+    assert "ready after" not in run.stdout
 
 
 def run_serve(*arguments: str) -> subprocess.CompletedProcess[str]:

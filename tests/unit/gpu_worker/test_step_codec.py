@@ -350,7 +350,7 @@ def test_masks_need_the_capability() -> None:
 BYTE_FIELDS = [field.name for field in worker_pb2.StepBatch.DESCRIPTOR.fields if field.type == field.TYPE_BYTES]
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.dictionaries(st.sampled_from(BYTE_FIELDS), st.binary(max_size=24)), st.integers(0, 40), st.booleans())
 def test_no_bytes_at_all_raise_anything_but_a_step_error(fields: dict[str, bytes], bucket: int, in_add: bool) -> None:
     message = good_step()

@@ -10,7 +10,7 @@ from stepwire_kernels.attention_prefill import (
     prefill_tile_tokens,
 )
 
-from tests.unit.kernels.checks import FLOAT_DTYPES, assert_close, poison
+from tests.unit.kernels.checks import USUAL_DTYPES, assert_close, poison
 from tests.unit.kernels.paged_case import PagedCase, make_case
 
 SMALL = PrefillTuning(block_rows=32, tile_tokens=16, num_warps=4, num_stages=1)
@@ -36,7 +36,7 @@ def run_prefill(
 RUNS = [(1, 0), (33, 0), (5, 60), (20, 13)]
 
 
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("dtype", USUAL_DTYPES)
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "head_dim", "block_size"),
     [(4, 1, 64, 16), (4, 2, 80, 64), (7, 1, 96, 32), (2, 2, 128, 64), (2, 1, 256, 128)],
@@ -48,7 +48,7 @@ def test_matches_twin(
     assert_close(run_prefill(case), case.twin())
 
 
-@pytest.mark.parametrize("window", [1, 7, 16, 40, 500])
+@pytest.mark.parametrize("window", [1, 16, 40, *(pytest.param(window, marks=pytest.mark.slow) for window in (7, 500))])
 def test_sliding_window(device: str, window: int) -> None:
     case = make_case([(33, 0), (5, 60), (40, 13)], 4, 2, 64, 16, torch.float32, device)
     assert_close(run_prefill(case, window=window), case.twin(window=window))

@@ -72,7 +72,7 @@ def _poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("road", ROADS)
 @pytest.mark.parametrize(
     ("num_tokens", "num_chosen", "num_experts", "hidden", "inner"),
-    [(1, 2, 4, 64, 96), (5, 3, 7, 60, 45), (9, 1, 3, 33, 70)],
+    [(1, 2, 4, 64, 96), (5, 3, 7, 60, 45), pytest.param(9, 1, 3, 33, 70, marks=pytest.mark.slow)],
 )
 def test_matches_twin(
     device: str,
@@ -94,15 +94,15 @@ def test_matches_twin(
 @pytest.mark.parametrize("road", ["pairs", "tiles"])
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_activations(device: str, road: str, kind: str) -> None:
-    held = make(4, 48, 40, torch.float32, device, bias=True)
-    x = 4 * torch.randn(6, 48, device=device)
-    weights, chosen = route(6, 2, 4, device)
+    held = make(4, 32, 24, torch.float32, device, bias=True)
+    x = 4 * torch.randn(4, 32, device=device)
+    weights, chosen = route(4, 2, 4, device)
     out = mix_experts(x, weights, chosen, held, kind, tuning=ROADS[road])
     assert_close(out, twin(x, weights, chosen, held, kind))
 
 
 @pytest.mark.parametrize("road", ROADS)
-@pytest.mark.parametrize("first", [0, 3, 6, 40])
+@pytest.mark.parametrize("first", [0, 3, pytest.param(6, marks=pytest.mark.slow), 40])
 def test_a_rank_adds_up_the_experts_it_holds(device: str, road: str, first: int) -> None:
     """Others' pairs are read from nowhere; a token without a held expert gets zeros."""
     held = make(3, 32, 48, torch.float32, device, bias=True)
@@ -139,10 +139,10 @@ def test_a_token_that_is_not_finite_stays_alone(device: str) -> None:
 
 def test_results_do_not_vary_and_strided_inputs_are_read(device: str) -> None:
     held = make(6, 64, 32, torch.bfloat16, device)
-    x = torch.randn(20, 128, device=device).bfloat16()[:, :64]
-    weights, chosen = route(20, 3, 6, device)
+    x = torch.randn(14, 128, device=device).bfloat16()[:, :64]
+    weights, chosen = route(14, 3, 6, device)
     first = mix_experts(x, weights, chosen, held, "silu")
-    for _ in range(3):
+    for _ in range(1 if device == "cpu" else 3):
         assert torch.equal(mix_experts(x.contiguous(), weights, chosen, held, "silu"), first)
 
 

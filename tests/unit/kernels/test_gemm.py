@@ -9,7 +9,7 @@ from stepwire_kernels import gemm, reference
 from stepwire_kernels.fused_linear import MAX_FUSED_TOKENS, FusedTuning, load_fused_table
 from stepwire_kernels.gemm import GemvTuning, SkinnyTuning, allocate_linear_workspace, gemv, linear, skinny_gemm
 
-from tests.unit.kernels.checks import FLOAT_DTYPES, assert_close, poison
+from tests.unit.kernels.checks import USUAL_DTYPES, assert_close, poison
 
 
 def operands(
@@ -20,7 +20,7 @@ def operands(
     return x, weight, bias
 
 
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("dtype", USUAL_DTYPES)
 @pytest.mark.parametrize(
     ("num_tokens", "n", "k"), [(1, 64, 512), (1, 37, 300), (2, 20, 700), (3, 16, 96), (4, 9, 1030)]
 )
@@ -32,7 +32,7 @@ def test_gemv_matches_twin(device: str, dtype: torch.dtype, num_tokens: int, n: 
     assert_close(out, reference.linear(x.double(), weight.double(), bias.double() if has_bias else None))
 
 
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("dtype", USUAL_DTYPES)
 @pytest.mark.parametrize(("num_tokens", "n", "k"), [(5, 64, 512), (17, 70, 300), (64, 128, 384), (1, 33, 129)])
 @pytest.mark.parametrize("split_k", [1, 2, 3, 8])
 def test_skinny_gemm_matches_twin(

@@ -9,7 +9,7 @@ from stepwire_kernels.packed_weight import PackedWeight, unpack
 
 from gpu_worker.quant.repack import repack
 from tests.unit.gpu_worker.quant.packed_cases import WEIGHTS, affine
-from tests.unit.kernels.checks import FLOAT_DTYPES, assert_close, poison
+from tests.unit.kernels.checks import USUAL_DTYPES, assert_close, poison
 
 
 def packed(name: str, device: str) -> PackedWeight:
@@ -52,7 +52,7 @@ def test_every_format_matches_its_twin(device: str, name: str, num_tokens: int, 
     check(packed(name, device), num_tokens, torch.bfloat16, device, tuning)
 
 
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("dtype", USUAL_DTYPES)
 @pytest.mark.parametrize(
     "name",
     [

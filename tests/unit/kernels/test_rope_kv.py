@@ -5,7 +5,7 @@ import torch
 from stepwire_kernels import reference
 from stepwire_kernels.rope_kv import rope_and_write_kv
 
-from tests.unit.kernels.checks import FLOAT_DTYPES, assert_close, poison
+from tests.unit.kernels.checks import USUAL_DTYPES, assert_close, poison
 
 
 def tables(max_position: int, rotary_dim: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,7 +26,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("dtype", USUAL_DTYPES)
 @pytest.mark.parametrize("case", CASES)
 def test_matches_twin(device: str, dtype: torch.dtype, case: tuple) -> None:
     num_tokens, num_heads, num_kv_heads, head_dim, rotary_dim, interleaved, has_norm, norm_offset = case

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stepwire_kernels import reference, step_input
+from stepwire_kernels import reference_steps, step_input
 from stepwire_kernels.step_input import (
     RUN_COUNTS,
     RUN_SAMPLES,
@@ -52,7 +52,7 @@ def assert_same_step(step: StepInput, twin: StepInput) -> None:
 
 def added_row(row: int, tokens: list[int], blocks: list[int], prompt: int) -> tuple[list[TableWrite], list[int]]:
     table_width = -(-MAX_LEN // BLOCK_SIZE)
-    parameters = reference.RowParameters(temperature=0.5, seed=row + 2**40, biases=((3, 1.5),))
+    parameters = reference_steps.RowParameters(temperature=0.5, seed=row + 2**40, biases=((3, 1.5),))
     writes = [
         TableWrite(step_input.TABLE_TOKENS, row * MAX_LEN, np.array(tokens, dtype=np.int32)),
         TableWrite(step_input.TABLE_LENGTHS, row, np.array([len(tokens)], dtype=np.int32)),
@@ -92,21 +92,21 @@ def test_mixed_step_matches_twin(seed: int, lengths: list[int], bucket: int) -> 
     twin_rows.token_counts.fill_(9)
     step_input.apply_delta(buffer, rows, num_programs=3)
     step_input.recount_tokens(buffer, rows, num_programs=2)
-    reference.apply_delta(buffer, twin_rows)
-    reference.recount_tokens(buffer, twin_rows)
+    reference_steps.apply_delta(buffer, twin_rows)
+    reference_steps.recount_tokens(buffer, twin_rows)
     assert same_rows(rows, twin_rows)
 
     num_tokens = sum(run[2] for run in runs)
     max_runs = len(runs) + (2 if bucket else 0)
     step, twin = (poisoned_step(max_runs, num_tokens + bucket) for _ in range(2))
     step_input.build_step_input(buffer, rows, step, BLOCK_SIZE, one_token_runs=False)
-    reference.build_step_input(buffer, twin_rows, twin, BLOCK_SIZE, one_token_runs=False)
+    reference_steps.build_step_input(buffer, twin_rows, twin, BLOCK_SIZE, one_token_runs=False)
     assert_same_step(step, twin)
     assert int(step.query_starts[-1]) == num_tokens + bucket
 
     sampled = torch.from_numpy(rng.integers(0, VOCAB, max_runs).astype(np.int32)).to(DEVICE)
     step_input.write_back_tokens(sampled, step, rows)
-    reference.write_back_tokens(sampled, twin, twin_rows)
+    reference_steps.write_back_tokens(sampled, twin, twin_rows)
     assert same_rows(rows, twin_rows)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from stepwire_kernels import reference, step_result
+from stepwire_kernels import reference_steps, step_result
 from stepwire_kernels.sampler import Sampled
 from stepwire_kernels.step_input import HEADER_WORDS, StepInput, allocate_step_input
 
@@ -41,7 +41,7 @@ def test_results_of_a_step_are_in_the_slot_it_names(max_runs: int, num_runs: int
     buffer[step_result.RESULT_SLOT_WORD] = 2
     step_result.pack_result(buffer, sampled, step, num_runs, ring, max_runs)
     expected = torch.full((words,), UNWRITTEN, dtype=torch.int32, device=device)
-    reference.pack_result(sampled, step, num_runs, expected, max_runs)
+    reference_steps.pack_result(sampled, step, num_runs, expected, max_runs)
     assert ring[2].tolist() == expected.tolist()
     assert (ring[:2] == UNWRITTEN).all()
 
@@ -56,7 +56,7 @@ def test_the_ring_may_be_page_locked_memory_of_the_host(device: str) -> None:
     step_result.pack_result(buffer, sampled, step, 20, ring, 20)
     torch.cuda.synchronize()
     expected = torch.full((words,), UNWRITTEN, dtype=torch.int32, device=device)
-    reference.pack_result(sampled, step, 20, expected, 20)
+    reference_steps.pack_result(sampled, step, 20, expected, 20)
     assert ring[1].tolist() == expected.tolist() and (ring[0] == UNWRITTEN).all()
 
 

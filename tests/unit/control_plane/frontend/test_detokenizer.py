@@ -35,7 +35,7 @@ def test_the_kind_is_seen(kind: str) -> None:
 
 
 @each_kind
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=120)
 @given(data=st.data())
 def test_joined_deltas_equal_decode(kind: str, data: st.DataObject) -> None:
     tokenizer = TOKENIZERS[kind][0]()
@@ -51,7 +51,7 @@ def test_joined_deltas_equal_decode(kind: str, data: st.DataObject) -> None:
     assert "".join(deltas) == tokenizer.decode(ids, skip_special_tokens=skip)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=120)
 @given(data=st.lists(st.integers(0, 255), max_size=20))
 def test_any_bytes_give_what_a_lossy_decoder_gives(data: list[int]) -> None:
     """Truncated, overlong and surrogate sequences, one byte a token."""

@@ -143,7 +143,7 @@ def test_what_is_let_through_as_a_call_has_the_tools_arguments(
     start = output_format.start(schemas_of([("weather", SCHEMA)]), "")
     assert start is not None
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=60, deadline=None)
     @given(st.lists(st.sampled_from(PIECES), max_size=9).map("".join))
     def check(text: str) -> None:
         parser = start()

@@ -25,7 +25,7 @@ def check(team: Team, num_rows: int, num_inputs: int, num_outputs: int, *, has_b
     torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=1e-5 * num_inputs)
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     num_rows=st.integers(1, 8),
     num_inputs=st.integers(1, 400),

@@ -37,7 +37,7 @@ def test_a_row_has_the_same_bits_with_any_others_from_any_address(num_threads: i
         expected = in_row_tiles(product, x, tile_rows)
         if dtype == torch.float32:
             torch.testing.assert_close(expected, F.linear(x, weight), atol=5e-4, rtol=0)
-        for start in range(0, NUM_ROWS, 4):
+        for start in range(0, NUM_ROWS, 8):
             for stop in {start + 1, min(start + 1 + 7 * start % 40, NUM_ROWS), NUM_ROWS}:
                 # Where they lie, which is anywhere; and in memory of their own.
                 for rows in (x[start:stop], x[start:stop].clone()):

@@ -71,7 +71,9 @@ def test_what_cannot_be_split_is_named_with_both_numbers() -> None:
 def test_a_group_of_processes_computes_what_one_rank_computes(
     name: str, size: int, experts: str, tmp_path: Path
 ) -> None:
-    save_tiny(name, tmp_path, **({"num_local_experts": 4} if name == "mixtral" else {}))
+    # What divides by the ranks: experts, and KV heads or the ranks by them.
+    changes = {("mixtral", 2): {"num_local_experts": 4}, ("gpt-oss", 3): {"num_key_value_heads": 3}}
+    save_tiny(name, tmp_path, **changes.get((name, size), {}))
     expected = tensor_parallel_rank.prompt_logits(tmp_path, ParallelContext())
     torch.testing.assert_close(logits_of_group(tmp_path, size, experts), expected, atol=1e-4, rtol=1e-4)
 
