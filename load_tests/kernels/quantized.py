@@ -13,6 +13,7 @@ from itertools import product
 
 import torch
 from stepwire_kernels.gemm import LinearWorkspace, allocate_linear_workspace
+from stepwire_kernels.packed_choice import multiply_packed
 from stepwire_kernels.packed_dense import DenseTuning, dense_linear, dense_weight
 from stepwire_kernels.packed_linear import MAX_STREAM_TOKENS, PackedTuning, StreamTuning, Tuning, packed_linear
 from stepwire_kernels.packed_weight import PackedWeight
@@ -89,7 +90,7 @@ def bench_packed(report: Report) -> None:
             num_bytes = packed_weight(kind, n, k).num_bytes()
             weights = [packed_weight(kind, n, k) for _ in range(_copies(num_bytes))]
             for count, x in inputs.items():
-                ms = time_graph([lambda w=w, x=x: packed_linear(x, w, None, workspace, pdl=True) for w in weights])
+                ms = time_graph([lambda w=w, x=x: multiply_packed(x, w, None, workspace, pdl=True) for w in weights])
                 report.add(
                     "packed_linear",
                     f"{kind} {name} M={count}",
@@ -126,7 +127,7 @@ def bench_packed_many(report: Report) -> None:
             x = torch.randn(count, k, device="cuda", dtype=BF16)
             plain = bf16_ms(n, k, x)
             roads = {
-                "direct": [partial(packed_linear, x, w, None, workspace, pdl=True) for w in weights],
+                "direct": [partial(multiply_packed, x, w, None, workspace, pdl=True) for w in weights],
                 "dense": [partial(dense_linear, x, w, None, scratch, workspace=workspace, pdl=True) for w in weights],
             }
             for road, launches in roads.items():
