@@ -335,22 +335,24 @@ def _wgmma_kernel(
         _copy_inputs(x_one, x_two, x_at, token_mask, cols, first + ahead, last, ahead, K, EVEN_K)
         async_copy.commit_group()
 
-    async_copy.wait_group(INPUTS_AHEAD)
-    one = words_one.index(0).load(WORDS)
-    two = words_two.index(0).load(WORDS)
-    high_one, high_two = one, two
+    high_one, high_two = word, word
     if HIGH_BITS > 0:
         high_one = _load_high(high_ptr, words_at, first, last, in_weight, HIGH_BITS)
         high_two = _load_high(high_ptr, words_at + 128, first, last, in_weight, HIGH_BITS)
-    a_one = _decode(
-        one, high_one, scales, zeros, minima, outer, outer_low, magic, 0, PARTS, HIGH_BITS, IS_E2M1, EXPONENTS, OFFSET,
-        HAS_ZEROS, HAS_MINIMA, HAS_OUTER, WORDS, ROWS, A, X,
-    )  # fmt: skip
+    async_copy.wait_group(INPUTS_AHEAD)
     acc = gl.zeros([BLOCK_N, BLOCK_M], dtype=gl.float32, layout=ACC)
+    a_two = gl.zeros([BLOCK_N, 64], dtype=X, layout=A)
     words_slot = 0
     x_slot = 0
     free_slot = INPUTS_AHEAD
     for pair in range(first, last):
+        one = words_one.index(words_slot).load(WORDS)
+        two = words_two.index(words_slot).load(WORDS)
+        # While the second half of the iteration before is multiplied.
+        a_one = _decode(
+            one, high_one, scales, zeros, minima, outer, outer_low, magic, 0, PARTS, HIGH_BITS, IS_E2M1, EXPONENTS,
+            OFFSET, HAS_ZEROS, HAS_MINIMA, HAS_OUTER, WORDS, ROWS, A, X,
+        )  # fmt: skip
         # The inputs of this iteration and the words of the next are there, for every thread.
         async_copy.wait_group(INPUTS_AHEAD - 1)
         fence_async_shared()
@@ -362,39 +364,31 @@ def _wgmma_kernel(
         async_copy.commit_group()
         _barrier()
         product = warpgroup_mma(a_one, x_one.index(x_slot).permute((1, 0)), acc, is_async=True)
-        # What the next iteration needs is fetched while this one multiplies.
-        next_scales = _load_groups(scales_ptr, pair + 1, rows, part, N, K, GROUP)
-        next_zeros, next_minima, next_outer, next_outer_low = zeros, minima, outer, outer_low
-        if HAS_ZEROS:
-            next_zeros = _load_groups(zeros_ptr, pair + 1, rows, part, N, K, GROUP)
-        if HAS_MINIMA:
-            next_minima = _load_groups(minima_ptr, pair + 1, rows, part, N, K, GROUP)
-        if HAS_OUTER:
-            next_outer = _load_outer(outer_scales_ptr, pair + 1, outer_rows, N, K)
-            if HAS_MINIMA:
-                next_outer_low = _load_outer(outer_minima_ptr, pair + 1, outer_rows, N, K)
-        next_high_one, next_high_two = one, two
-        if HIGH_BITS > 0:
-            next_high_one = _load_high(high_ptr, words_at, pair + 1, last, in_weight, HIGH_BITS)
-            next_high_two = _load_high(high_ptr, words_at + 128, pair + 1, last, in_weight, HIGH_BITS)
+        # A product reads its left operand until it is done: only then may the registers be written.
+        product, a_two = warpgroup_mma_wait(1, deps=(product, a_two))
         a_two = _decode(
             two, high_two, scales, zeros, minima, outer, outer_low, magic, 1, PARTS, HIGH_BITS, IS_E2M1, EXPONENTS,
             OFFSET, HAS_ZEROS, HAS_MINIMA, HAS_OUTER, WORDS, ROWS, A, X,
         )  # fmt: skip
         product = warpgroup_mma(a_two, x_two.index(x_slot).permute((1, 0)), product, is_async=True)
+        # What the next iteration needs is fetched while this one multiplies.
+        scales = _load_groups(scales_ptr, pair + 1, rows, part, N, K, GROUP)
+        if HAS_ZEROS:
+            zeros = _load_groups(zeros_ptr, pair + 1, rows, part, N, K, GROUP)
+        if HAS_MINIMA:
+            minima = _load_groups(minima_ptr, pair + 1, rows, part, N, K, GROUP)
+        if HAS_OUTER:
+            outer = _load_outer(outer_scales_ptr, pair + 1, outer_rows, N, K)
+            if HAS_MINIMA:
+                outer_low = _load_outer(outer_minima_ptr, pair + 1, outer_rows, N, K)
+        if HIGH_BITS > 0:
+            high_one = _load_high(high_ptr, words_at, pair + 1, last, in_weight, HIGH_BITS)
+            high_two = _load_high(high_ptr, words_at + 128, pair + 1, last, in_weight, HIGH_BITS)
         words_slot = words_slot + 1 if words_slot < WORDS_AHEAD - 1 else 0
         x_slot = x_slot + 1 if x_slot < X_SLOTS - 1 else 0
         free_slot = free_slot + 1 if free_slot < X_SLOTS - 1 else 0
-        one = words_one.index(words_slot).load(WORDS)
-        two = words_two.index(words_slot).load(WORDS)
-        scales, zeros, minima, outer, outer_low = next_scales, next_zeros, next_minima, next_outer, next_outer_low
-        high_one, high_two = next_high_one, next_high_two
         acc, a_one = warpgroup_mma_wait(1, deps=(product, a_one))
-        a_one = _decode(
-            one, high_one, scales, zeros, minima, outer, outer_low, magic, 0, PARTS, HIGH_BITS, IS_E2M1, EXPONENTS,
-            OFFSET, HAS_ZEROS, HAS_MINIMA, HAS_OUTER, WORDS, ROWS, A, X,
-        )  # fmt: skip
-    acc = warpgroup_mma_wait(0, deps=(acc,))
+    acc, a_two = warpgroup_mma_wait(0, deps=(acc, a_two))
     async_copy.wait_group(0)
 
     OUT: gl.constexpr = gl.BlockedLayout([4, 1], [32, 1], [1, WARPS], [0, 1])
