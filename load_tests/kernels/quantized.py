@@ -189,14 +189,14 @@ def packed_candidates(count: int) -> Iterator[Tuning]:
     if count > MAX_STREAM_TOKENS:
         yield PackedTuning(64, min(128, max(32, count)), 2, 4, 3)
     small = count <= 64
-    block_m = 1 << max(4, (count - 1).bit_length())
+    block_m = min(128, 1 << max(4, (count - 1).bit_length()))
     for split in (1, 2, 4, 8):
-        yield WgmmaTuning(min(block_m, 128), 8, 1, split, 6 if small else 4, 4 if small else 2)
-        yield WgmmaTuning(min(block_m, 128), 4, 1, split, 6 if small else 3, 4 if small else 2)
+        yield WgmmaTuning(block_m, 8, 1, split, 6 if small else 4, 4 if small else 3)
+        yield WgmmaTuning(block_m, 4, 1, split, 6 if small else 4, 4 if small else 2)
         if split <= 4:
-            yield WgmmaTuning(min(block_m, 128), 8, 2, split, 4 if small else 3, 2)
+            yield WgmmaTuning(block_m, 8, 2, split, 4 if small else 3, 3 if small else 2)
         if count > 128:
-            yield WgmmaTuning(256, 8, 1, split, 3, 1)
+            yield WgmmaTuning(256, 8, 1, split, 3, 2)
 
 
 def packed_launches(
