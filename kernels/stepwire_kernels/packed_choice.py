@@ -42,14 +42,13 @@ def dense_from(x: torch.Tensor, weight: PackedWeight) -> int:
 
 @functools.cache
 def _choices(directory: str, device_name: str) -> tuple[dict[str, Any], ...]:
-    for entry in sorted(
-        (resources.files("stepwire_kernels") / "tuned" / directory).iterdir(), key=lambda one: one.name
-    ):
+    choices: list[dict[str, Any]] = []
+    for entry in (resources.files("stepwire_kernels") / "tuned" / directory).iterdir():
         if entry.name.endswith(".json"):
             data = json.loads(entry.read_text())
             if data["device"] in device_name:
-                return tuple(data["choices"])
-    return ()
+                choices += data["choices"]
+    return tuple(choices)
 
 
 def _device_name(tensor: torch.Tensor) -> str | None:

@@ -17,6 +17,7 @@ from stepwire_kernels.packed_choice import (
 )
 from stepwire_kernels.packed_linear import PackedTuning, StreamTuning
 from stepwire_kernels.packed_weight import PackedWeight, unpack
+from stepwire_kernels.packed_wgmma import WgmmaTuning
 from stepwire_kernels.reference_packed import rounded
 
 from tests.unit.gpu_worker.quant.packed_cases import WEIGHTS
@@ -43,6 +44,15 @@ def test_experts_take_the_nearest_measured_number_of_tokens() -> None:
     assert measured_experts(H100, held, 8, 8, 128) is None  # neither 1 nor 32 is near
     assert measured_experts(H100, held, 32, 4, 128) is None
     assert measured_experts("another device", held, 32, 8, 128) is None
+
+
+def test_linears_take_the_next_larger_measured_number_of_tokens() -> None:
+    weight = shape_only(4096, 4096, 128)
+    shapes = [measured_linear(H100, weight, num_tokens) for num_tokens in (1, 12, 16, 200, 257)]
+    assert isinstance(shapes[1], WgmmaTuning) and shapes[1] == shapes[2]
+    assert isinstance(shapes[3], WgmmaTuning) and shapes[3].block_m == 128
+    assert shapes[4] is None
+    assert measured_linear(H100, shape_only(4096, 4096, 64), 1) is None
 
 
 def test_what_was_not_measured_has_a_default() -> None:
