@@ -67,6 +67,8 @@ BUFFER_WORDS = 1 << 20
 # Graphs' own memory. Their intermediate tensors are counted beside it: the pool keeps them apart from eager steps'.
 GRAPH_BYTES = GIB
 WARM_UP_TOKENS = 256
+# Packed linears have a kernel for each of these, and one that makes weights dense.
+PACKED_TOKENS = (8, 16, 32, 64, 128, 256, 1024)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +173,8 @@ def _load_supported(
         parallel = replace(parallel, collectives=shared)
     waiting = [part for part in (link, parallel.collectives) if isinstance(part, StageLink | PeerCollectives)]
     ops = (InvariantTritonOps if settings.deterministic else TritonOps)(device, pdl=pdl)
+    # The packed kernels pick their tiles by the number of tokens.
+    kernels = None if settings.deterministic else PackedLinears(device, pdl=pdl, reads_float8=_reads_float8(device))
     scheme: QuantScheme = make_scheme(
         directory,
         family.name_rules,
@@ -178,8 +182,7 @@ def _load_supported(
         has_weights=settings.load_format == "auto",
         canonical_name=family.canonical_name,
         ops=ops,
-        # The packed kernels pick their tiles by the number of tokens.
-        kernels=None if settings.deterministic else PackedLinears(device, pdl=pdl, reads_float8=_reads_float8(device)),
+        kernels=kernels,
     )
     if settings.deterministic:
         scheme = CoveredScheme(scheme)
@@ -188,6 +191,8 @@ def _load_supported(
     model = load_model(settings, family, spec, build, sizes.max_model_len)
     with_graphs = not settings.enforce_eager and pooling is None
     workspace = _workspace_bytes(spec, parallel, sizes, dtype, with_graphs=with_graphs)
+    if kernels is not None:
+        workspace += kernels.num_bytes()
     if link is not None:
         workspace += 8 * _link_sizes(group, spec, sizes, dtype, with_graphs=with_graphs).region_words
     sizes, plan = plan_memory(settings, spec, parallel, shape, sizes, model.num_bytes(), device, dtype, workspace)
@@ -234,7 +239,10 @@ def _load_supported(
     warm_begun = time.monotonic()
     max_tokens = parts.planner.max_tokens
     packed = not isinstance(scheme, Unquantized)
-    runner.warm_up(min(WARM_UP_TOKENS, max_tokens), _token_counts_of_tiles(spec, max_tokens, dtype, packed=packed))
+    compiled = {*_token_counts_of_tiles(spec, max_tokens, dtype, packed=packed)}
+    if packed:
+        compiled.update(count for count in PACKED_TOKENS if count <= max_tokens)
+    runner.warm_up(min(WARM_UP_TOKENS, max_tokens), sorted(compiled))
     torch.cuda.synchronize(device)
     log.info(
         "kernels are warm",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import structlog
 import torch
 from stepwire_kernels.gemm import LinearWorkspace, allocate_linear_workspace
-from stepwire_kernels.packed_linear import packed_linear
+from stepwire_kernels.packed_choice import multiply_packed
 from stepwire_kernels.quantize_input import quantize_input
 from stepwire_kernels.scaled_linear import scaled_linear
 
@@ -19,6 +19,27 @@ log = structlog.get_logger(__name__)
 MIN_GROUP = 16
 
 
+class DenseScratch:
+    """Where one weight at a time is made dense for many tokens: shared by all linears, the largest of them fits."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._numbers: torch.Tensor | None = None
+
+    def reserve(self, count: int, dtype: torch.dtype) -> None:
+        """Room for `count` numbers of the model's type; before any graph is captured."""
+        if self._numbers is None or self._numbers.numel() < count or self._numbers.dtype != dtype:
+            self._numbers = None
+            self._numbers = torch.empty(count, dtype=dtype, device=self._device)
+
+    def numbers(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """All of it; None where there is none of this type."""
+        return self._numbers if self._numbers is not None and self._numbers.dtype == dtype else None
+
+    def num_bytes(self) -> int:
+        return 0 if self._numbers is None else self._numbers.numel() * self._numbers.element_size()
+
+
 class PackedLinears:
     """`pdl`: launch kernels before the ones ahead of them have drained (capability 9.0).
 
@@ -29,6 +50,11 @@ class PackedLinears:
         self._pdl, self._reads_float8 = pdl, reads_float8
         self._has_warned = False
         self._workspace = allocate_linear_workspace(device)
+        self._scratch = DenseScratch(device)
+
+    def num_bytes(self) -> int:
+        """What all products share beside their weights; known once they are made."""
+        return self._scratch.num_bytes()
 
     def product(
         self,
@@ -51,7 +77,8 @@ class PackedLinears:
         repacked = repack(weight)
         if repacked is None or not self._can_read(repacked.weight.scales):
             return None
-        return _PackedProduct(repacked, self._workspace, pdl=self._pdl)
+        self._scratch.reserve(repacked.weight.num_outputs * repacked.weight.num_inputs, dtype)
+        return _PackedProduct(repacked, self._workspace, self._scratch, pdl=self._pdl)
 
     def _can_read(self, numbers: torch.Tensor) -> bool:
         if self._reads_float8 or numbers.dtype != torch.float8_e4m3fn:
@@ -68,16 +95,17 @@ class PackedLinears:
 class _PackedProduct(Product):
     """Weights of a few bits, inputs as they are."""
 
-    def __init__(self, repacked: Repacked, workspace: LinearWorkspace, *, pdl: bool) -> None:
+    def __init__(self, repacked: Repacked, workspace: LinearWorkspace, scratch: DenseScratch, *, pdl: bool) -> None:
         self._weight, self._order = repacked.weight, repacked.order
-        self._workspace, self._pdl = workspace, pdl
+        self._workspace, self._scratch, self._pdl = workspace, scratch, pdl
 
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if self._order is not None:
             if self._order.numel() > x.shape[1]:  # places that no input fills read the zero behind the last one
                 x = torch.nn.functional.pad(x, (0, 1))
             x = x.index_select(1, self._order)
-        return packed_linear(x, self._weight, bias, self._workspace, pdl=self._pdl)
+        scratch = self._scratch.numbers(x.dtype)
+        return multiply_packed(x, self._weight, bias, self._workspace, scratch=scratch, pdl=self._pdl)
 
     def num_bytes(self) -> int:
         order = 0 if self._order is None else self._order.numel() * self._order.element_size()

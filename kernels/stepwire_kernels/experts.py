@@ -19,6 +19,7 @@ from stepwire_kernels.expert_gemm import TileTuning, expert_down, expert_gate_up
 from stepwire_kernels.expert_gemv import PairTuning, pair_down, pair_gate_up
 from stepwire_kernels.expert_packed import PackedExpertTuning, PackedExpertWeights, packed_expert_product
 from stepwire_kernels.expert_tiles import build_expert_tiles
+from stepwire_kernels.packed_choice import measured_experts
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,11 @@ def mix_packed_experts(
         raise ValueError("mix_packed_experts: takes weights in float32 and experts in int32, [num_tokens, num_chosen]")
     if num_tokens == 0:
         return torch.empty_like(x)
-    tuning = tuning or default_packed_tuning(num_tokens, num_chosen, num_experts or held.num_experts, x.dtype)
+    num_experts = num_experts or held.num_experts
+    if tuning is None and x.is_cuda and x.dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(x.device)
+        tuning = measured_experts(name, held, num_tokens, num_chosen, num_experts)
+    tuning = tuning or default_packed_tuning(num_tokens, num_chosen, num_experts, x.dtype)
     tiles = build_expert_tiles(experts, held.num_experts, tuning.tile_rows, first_expert=first_expert, pdl=pdl)
     inner = packed_expert_product(
         x,

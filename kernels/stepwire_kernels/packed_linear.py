@@ -244,27 +244,13 @@ def _tile_kernel(
         tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & token_mask[None, :])
 
 
-def _default_stream_tuning(num_tokens: int, n: int) -> StreamTuning:
-    if n >= 8192 or num_tokens > 8:
-        return StreamTuning(row_blocks=2, num_warps=4)
-    return StreamTuning()
-
-
-def _default_tuning(num_tokens: int) -> PackedTuning:
-    if num_tokens <= 32:
-        return PackedTuning(block_m=32)
-    if num_tokens <= 64:
-        return PackedTuning()
-    return PackedTuning(block_n=128, block_m=128, num_warps=8)
-
-
 def packed_linear(
     x: torch.Tensor,
     weight: PackedWeight,
     bias: torch.Tensor | None,
     workspace: LinearWorkspace,
     *,
-    tuning: Tuning | None = None,
+    tuning: Tuning,
     out: torch.Tensor | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
@@ -284,9 +270,6 @@ def packed_linear(
         out = torch.empty((num_tokens, n), dtype=x.dtype, device=x.device)  # [num_tokens, N]
     if num_tokens == 0:
         return out
-    if tuning is None:
-        streams = num_tokens <= MAX_STREAM_TOKENS
-        tuning = _default_stream_tuning(num_tokens, n) if streams else _default_tuning(num_tokens)
     if isinstance(tuning, StreamTuning):
         if num_tokens > MAX_STREAM_TOKENS:
             raise ValueError(f"packed_linear: {tuning} takes up to {MAX_STREAM_TOKENS} tokens, got {num_tokens}")

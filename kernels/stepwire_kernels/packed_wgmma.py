@@ -40,7 +40,7 @@ _barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 class WgmmaTuning:
     """Launch shape. `words_ahead` and `inputs_ahead`: iterations of 128 inputs that copies run ahead.
 
-    A program has 16 * num_warps * row_blocks rows; `num_warps` 4 or 8; words must be further ahead than inputs.
+    A program has 16 * num_warps * row_blocks rows; `num_warps` 4 or 8; 2 <= `inputs_ahead` <= `words_ahead`.
     """
 
     block_m: int = 64
@@ -271,7 +271,7 @@ def _wgmma_kernel(
     BLOCKS: gl.constexpr = WARPS * ROW_BLOCKS
     BLOCK_N: gl.constexpr = BLOCKS * 16
     PARTS: gl.constexpr = 1 if GROUP >= 128 else 128 // GROUP
-    X_SLOTS: gl.constexpr = INPUTS_AHEAD + 2
+    X_SLOTS: gl.constexpr = INPUTS_AHEAD + 1
     WORDS: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
     GROUPS: gl.constexpr = gl.BlockedLayout([2 * PARTS], [32], [WARPS], [0])
     ROWS: gl.constexpr = gl.BlockedLayout([2], [32], [WARPS], [0])
@@ -335,66 +335,64 @@ def _wgmma_kernel(
         _copy_inputs(x_one, x_two, x_at, token_mask, cols, first + ahead, last, ahead, K, EVEN_K)
         async_copy.commit_group()
 
-    async_copy.wait_group(INPUTS_AHEAD)
-    one = words_one.index(0).load(WORDS)
-    two = words_two.index(0).load(WORDS)
-    high_one, high_two = one, two
+    high_one, high_two = word, word
     if HIGH_BITS > 0:
         high_one = _load_high(high_ptr, words_at, first, last, in_weight, HIGH_BITS)
         high_two = _load_high(high_ptr, words_at + 128, first, last, in_weight, HIGH_BITS)
-    a_one = _decode(
-        one, high_one, scales, zeros, minima, outer, outer_low, magic, 0, PARTS, HIGH_BITS, IS_E2M1, EXPONENTS, OFFSET,
-        HAS_ZEROS, HAS_MINIMA, HAS_OUTER, WORDS, ROWS, A, X,
-    )  # fmt: skip
+    # The first words and inputs are there, for every thread and for the matrix units.
+    async_copy.wait_group(INPUTS_AHEAD - 1)
+    fence_async_shared()
+    _barrier()
     acc = gl.zeros([BLOCK_N, BLOCK_M], dtype=gl.float32, layout=ACC)
+    a_two = gl.zeros([BLOCK_N, 64], dtype=X, layout=A)
     words_slot = 0
     x_slot = 0
     free_slot = INPUTS_AHEAD
     for pair in range(first, last):
-        # The inputs of this iteration and the words of the next are there, for every thread.
-        async_copy.wait_group(INPUTS_AHEAD - 1)
+        one = words_one.index(words_slot).load(WORDS)
+        two = words_two.index(words_slot).load(WORDS)
+        # While the second half of the iteration before is multiplied.
+        a_one = _decode(
+            one, high_one, scales, zeros, minima, outer, outer_low, magic, 0, PARTS, HIGH_BITS, IS_E2M1, EXPONENTS,
+            OFFSET, HAS_ZEROS, HAS_MINIMA, HAS_OUTER, WORDS, ROWS, A, X,
+        )  # fmt: skip
+        product = warpgroup_mma(a_one, x_one.index(x_slot).permute((1, 0)), acc, is_async=True)
+        # A product reads its left operand until it is done: only then may the registers be written.
+        product, a_two = warpgroup_mma_wait(1, deps=(product, a_two))
+        a_two = _decode(
+            two, high_two, scales, zeros, minima, outer, outer_low, magic, 1, PARTS, HIGH_BITS, IS_E2M1, EXPONENTS,
+            OFFSET, HAS_ZEROS, HAS_MINIMA, HAS_OUTER, WORDS, ROWS, A, X,
+        )  # fmt: skip
+        product = warpgroup_mma(a_two, x_two.index(x_slot).permute((1, 0)), product, is_async=True)
+        # The rest is done while both halves are multiplied.
+        scales = _load_groups(scales_ptr, pair + 1, rows, part, N, K, GROUP)
+        if HAS_ZEROS:
+            zeros = _load_groups(zeros_ptr, pair + 1, rows, part, N, K, GROUP)
+        if HAS_MINIMA:
+            minima = _load_groups(minima_ptr, pair + 1, rows, part, N, K, GROUP)
+        if HAS_OUTER:
+            outer = _load_outer(outer_scales_ptr, pair + 1, outer_rows, N, K)
+            if HAS_MINIMA:
+                outer_low = _load_outer(outer_minima_ptr, pair + 1, outer_rows, N, K)
+        if HIGH_BITS > 0:
+            high_one = _load_high(high_ptr, words_at, pair + 1, last, in_weight, HIGH_BITS)
+            high_two = _load_high(high_ptr, words_at + 128, pair + 1, last, in_weight, HIGH_BITS)
+        # The next iteration's inputs and words are there. All warps are through with the iteration before this one,
+        # whose slot is filled again.
+        async_copy.wait_group(INPUTS_AHEAD - 2)
         fence_async_shared()
+        _barrier()
         _copy_inputs(x_one, x_two, x_at, token_mask, cols, pair + INPUTS_AHEAD, last, free_slot, K, EVEN_K)
         mask = in_weight & (pair + WORDS_AHEAD < last)
         following = words_ptr + words_at + (pair + WORDS_AHEAD) * 256
         async_copy.async_copy_global_to_shared(words_one.index(words_slot), following, mask=mask)
         async_copy.async_copy_global_to_shared(words_two.index(words_slot), following + 128, mask=mask)
         async_copy.commit_group()
-        _barrier()
-        product = warpgroup_mma(a_one, x_one.index(x_slot).permute((1, 0)), acc, is_async=True)
-        # What the next iteration needs is fetched while this one multiplies.
-        next_scales = _load_groups(scales_ptr, pair + 1, rows, part, N, K, GROUP)
-        next_zeros, next_minima, next_outer, next_outer_low = zeros, minima, outer, outer_low
-        if HAS_ZEROS:
-            next_zeros = _load_groups(zeros_ptr, pair + 1, rows, part, N, K, GROUP)
-        if HAS_MINIMA:
-            next_minima = _load_groups(minima_ptr, pair + 1, rows, part, N, K, GROUP)
-        if HAS_OUTER:
-            next_outer = _load_outer(outer_scales_ptr, pair + 1, outer_rows, N, K)
-            if HAS_MINIMA:
-                next_outer_low = _load_outer(outer_minima_ptr, pair + 1, outer_rows, N, K)
-        next_high_one, next_high_two = one, two
-        if HIGH_BITS > 0:
-            next_high_one = _load_high(high_ptr, words_at, pair + 1, last, in_weight, HIGH_BITS)
-            next_high_two = _load_high(high_ptr, words_at + 128, pair + 1, last, in_weight, HIGH_BITS)
-        a_two = _decode(
-            two, high_two, scales, zeros, minima, outer, outer_low, magic, 1, PARTS, HIGH_BITS, IS_E2M1, EXPONENTS,
-            OFFSET, HAS_ZEROS, HAS_MINIMA, HAS_OUTER, WORDS, ROWS, A, X,
-        )  # fmt: skip
-        product = warpgroup_mma(a_two, x_two.index(x_slot).permute((1, 0)), product, is_async=True)
         words_slot = words_slot + 1 if words_slot < WORDS_AHEAD - 1 else 0
         x_slot = x_slot + 1 if x_slot < X_SLOTS - 1 else 0
         free_slot = free_slot + 1 if free_slot < X_SLOTS - 1 else 0
-        one = words_one.index(words_slot).load(WORDS)
-        two = words_two.index(words_slot).load(WORDS)
-        scales, zeros, minima, outer, outer_low = next_scales, next_zeros, next_minima, next_outer, next_outer_low
-        high_one, high_two = next_high_one, next_high_two
         acc, a_one = warpgroup_mma_wait(1, deps=(product, a_one))
-        a_one = _decode(
-            one, high_one, scales, zeros, minima, outer, outer_low, magic, 0, PARTS, HIGH_BITS, IS_E2M1, EXPONENTS,
-            OFFSET, HAS_ZEROS, HAS_MINIMA, HAS_OUTER, WORDS, ROWS, A, X,
-        )  # fmt: skip
-    acc = warpgroup_mma_wait(0, deps=(acc,))
+    acc, a_two = warpgroup_mma_wait(0, deps=(acc, a_two))
     async_copy.wait_group(0)
 
     OUT: gl.constexpr = gl.BlockedLayout([4, 1], [32, 1], [1, WARPS], [0, 1])
@@ -485,10 +483,12 @@ def wgmma_linear(
     """x [num_tokens, K] -> out [num_tokens, N]; other checks and the choice of a road: `packed_linear`.
 
     Raises:
-        ValueError: this kernel does not serve them.
+        ValueError: this kernel does not serve them, or has no such launch shape.
     """
     if not serves(x, weight):
         raise ValueError(f"wgmma_linear: takes 16-bit inputs on a device of capability 9, got {x.dtype} on {x.device}")
+    if not 2 <= tuning.inputs_ahead <= tuning.words_ahead:
+        raise ValueError(f"wgmma_linear: {tuning}: inputs must be 2 iterations ahead at least, and words as far")
     n, num_tokens = weight.num_outputs, x.shape[0]
     rows, pairs = 16 * tuning.num_warps * tuning.row_blocks, weight.num_tiles // 2
     columns, token_blocks = triton.cdiv(n, rows), triton.cdiv(num_tokens, tuning.block_m)

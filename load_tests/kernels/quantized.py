@@ -13,6 +13,7 @@ from itertools import product
 
 import torch
 from stepwire_kernels.gemm import LinearWorkspace, allocate_linear_workspace
+from stepwire_kernels.packed_choice import multiply_packed
 from stepwire_kernels.packed_dense import DenseTuning, dense_linear, dense_weight
 from stepwire_kernels.packed_linear import MAX_STREAM_TOKENS, PackedTuning, StreamTuning, Tuning, packed_linear
 from stepwire_kernels.packed_weight import PackedWeight
@@ -89,7 +90,7 @@ def bench_packed(report: Report) -> None:
             num_bytes = packed_weight(kind, n, k).num_bytes()
             weights = [packed_weight(kind, n, k) for _ in range(_copies(num_bytes))]
             for count, x in inputs.items():
-                ms = time_graph([lambda w=w, x=x: packed_linear(x, w, None, workspace, pdl=True) for w in weights])
+                ms = time_graph([lambda w=w, x=x: multiply_packed(x, w, None, workspace, pdl=True) for w in weights])
                 report.add(
                     "packed_linear",
                     f"{kind} {name} M={count}",
@@ -126,7 +127,7 @@ def bench_packed_many(report: Report) -> None:
             x = torch.randn(count, k, device="cuda", dtype=BF16)
             plain = bf16_ms(n, k, x)
             roads = {
-                "direct": [partial(packed_linear, x, w, None, workspace, pdl=True) for w in weights],
+                "direct": [partial(multiply_packed, x, w, None, workspace, pdl=True) for w in weights],
                 "dense": [partial(dense_linear, x, w, None, scratch, workspace=workspace, pdl=True) for w in weights],
             }
             for road, launches in roads.items():
@@ -188,14 +189,14 @@ def packed_candidates(count: int) -> Iterator[Tuning]:
     if count > MAX_STREAM_TOKENS:
         yield PackedTuning(64, min(128, max(32, count)), 2, 4, 3)
     small = count <= 64
-    block_m = 1 << max(4, (count - 1).bit_length())
+    block_m = min(128, 1 << max(4, (count - 1).bit_length()))
     for split in (1, 2, 4, 8):
-        yield WgmmaTuning(min(block_m, 128), 8, 1, split, 6 if small else 4, 4 if small else 2)
-        yield WgmmaTuning(min(block_m, 128), 4, 1, split, 6 if small else 3, 4 if small else 2)
+        yield WgmmaTuning(block_m, 8, 1, split, 6 if small else 4, 4 if small else 3)
+        yield WgmmaTuning(block_m, 4, 1, split, 6 if small else 4, 4 if small else 2)
         if split <= 4:
-            yield WgmmaTuning(min(block_m, 128), 8, 2, split, 4 if small else 3, 2)
+            yield WgmmaTuning(block_m, 8, 2, split, 4 if small else 3, 3 if small else 2)
         if count > 128:
-            yield WgmmaTuning(256, 8, 1, split, 3, 1)
+            yield WgmmaTuning(256, 8, 1, split, 3, 2)
 
 
 def packed_launches(

@@ -4,6 +4,7 @@ import pytest
 import torch
 from stepwire_kernels import reference
 from stepwire_kernels.gemm import allocate_linear_workspace
+from stepwire_kernels.packed_choice import choose_linear
 from stepwire_kernels.packed_linear import PackedTuning, StreamTuning, packed_linear
 from stepwire_kernels.packed_weight import PackedWeight, unpack
 
@@ -38,7 +39,7 @@ def check(weight: PackedWeight, num_tokens: int, dtype: torch.dtype, device: str
     workspace = allocate_linear_workspace(device, partial_words=1 << 17)
     workspace.partial.fill_(float("nan"))
     out = poison(num_tokens, weight.num_outputs, dtype=dtype, device=device)
-    packed_linear(x, weight, bias, workspace, tuning=tuning, out=out)
+    packed_linear(x, weight, bias, workspace, tuning=tuning or choose_linear(x, weight), out=out)
     # Many tokens: weights are rounded to the activations' type, each by half a unit, which averages out.
     assert_close(out, reference.linear(x.double(), unpack(weight), bias.double()), factor=2.0)
     assert not workspace.counters.any()
@@ -108,13 +109,17 @@ def test_a_workspace_that_is_too_small_means_fewer_parts(device: str) -> None:
     weight = packed("int4-g64-odd-k", device)
     x = torch.randn(2, 576, device=device)
     workspace = allocate_linear_workspace(device, partial_words=16)
-    assert_close(packed_linear(x, weight, None, workspace), reference.linear(x.double(), unpack(weight)), factor=2.0)
+    assert_close(
+        packed_linear(x, weight, None, workspace, tuning=StreamTuning()),
+        reference.linear(x.double(), unpack(weight)),
+        factor=2.0,
+    )
 
 
 def test_misfits_are_refused(device: str) -> None:
     workspace = allocate_linear_workspace(device, partial_words=16)
     weight = packed("int4-g64-odd-k", device)
     with pytest.raises(ValueError, match=r"takes x \[num_tokens, 576\]"):
-        packed_linear(torch.zeros(2, 512, device=device), weight, None, workspace)
+        packed_linear(torch.zeros(2, 512, device=device), weight, None, workspace, tuning=STREAM)
     with pytest.raises(ValueError, match="contiguous columns"):
-        packed_linear(torch.zeros(576, 2, device=device).T, weight, None, workspace)
+        packed_linear(torch.zeros(576, 2, device=device).T, weight, None, workspace, tuning=STREAM)

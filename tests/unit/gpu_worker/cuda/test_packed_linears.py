@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from stepwire_kernels.packed_choice import DENSE_FROM_TOKENS
 from structlog.testing import capture_logs
 
 from gpu_worker.cuda.packed_linears import PackedLinears
@@ -114,3 +115,21 @@ def test_a_real_checkpoint_through_the_kernels(name: str) -> None:
     expected = dict(case["top5_logprobs"][0])[case["generated_ids"][0]]
     tolerance = 1e-3 if name in ("awq-g64", "gptq-g64-desc", "gptq-g32-asym-v2", "ct-w4a16-asym") else 0.1
     assert logits.log_softmax(-1).max().item() == pytest.approx(expected, abs=tolerance)
+
+
+def test_the_largest_weight_sizes_the_scratch_of_all() -> None:
+    linears = PackedLinears(CPU, pdl=False)
+    assert linears.num_bytes() == 0
+    for n, k in ((24, 256), (64, 512), (16, 128)):
+        assert linears.product(affine(n, k, 64, 4), None, None, torch.bfloat16) is not None
+    assert linears.num_bytes() == 64 * 512 * 2
+
+
+def test_many_tokens_go_through_a_dense_copy_in_the_scratch() -> None:
+    weight = affine(24, 256, 64, 4)
+    linears = PackedLinears(CPU, pdl=False)
+    product = linears.product(weight, None, None, torch.bfloat16)
+    assert product is not None
+    x = torch.randn(DENSE_FROM_TOKENS, 256, generator=torch.Generator().manual_seed(4)).bfloat16()
+    dense = weight.dequantize().bfloat16()
+    torch.testing.assert_close(product.apply(x, None), torch.nn.functional.linear(x, dense))
