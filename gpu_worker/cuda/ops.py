@@ -15,7 +15,14 @@ from stepwire_kernels.norm import add_rms_norm
 from gpu_worker.attention.api import AttentionBackend
 from gpu_worker.attention.triton_backend import TritonAttention
 from gpu_worker.attention.triton_latent import TritonLatentAttention
-from gpu_worker.layers.ops import TORCH_OPS, AttentionHeads, PackedStack, StackedExpertWeights, StepPositions
+from gpu_worker.layers.ops import (
+    TORCH_OPS,
+    AttentionHeads,
+    PackedStack,
+    ProductOfNorm,
+    StackedExpertWeights,
+    StepPositions,
+)
 from gpu_worker.layers.rope import RotaryTables
 from gpu_worker.layers.routing import SIGMOID_SUM_EPS, Routing
 from gpu_worker.model_spec import LatentSpec, MoeSpec
@@ -74,21 +81,26 @@ class TritonOps:
         norm: Norm,
         weight: torch.Tensor,
         activation: str | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        *,
+        keeps_normed: bool = False,
+    ) -> ProductOfNorm | None:
         offset = getattr(norm, "weight_offset", None)
         if not self.fuses or offset is None:  # None: a LayerNorm
             return None
         tuning = self.fused_tuning(residual, weight, gated=activation is not None)
         if tuning is None:
             return None
-        return fused_linear(
+        normed = torch.empty_like(residual) if keeps_normed else None
+        product, total = fused_linear(
             residual if x is None else x,
             weight,
             norm=NormInput(None if x is None else residual, norm.weight, norm.eps, offset),
             activation=None if activation is None else _KERNEL_ACTIVATIONS[activation],
             tuning=tuning,
+            normed_out=normed,
             pdl=self.pdl,
         )
+        return ProductOfNorm(product, total, normed)
 
     def fused_tuning(self, x: torch.Tensor, weight: torch.Tensor, *, gated: bool) -> FusedTuning | None:
         """How norm and product (and gate) are one launch; None: they are separate ones."""
