@@ -7,7 +7,6 @@ import json
 from importlib import resources
 from typing import Any
 
-
 # Chips with the same multiprocessors and other memory: a list that a device's own table lacks is taken from its twin's.
 TWINS = {"H200": "H100 80GB HBM3"}
 
