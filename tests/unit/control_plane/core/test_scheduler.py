@@ -361,7 +361,7 @@ def test_a_burst_of_prompts_gets_larger_steps() -> None:
     driver.run()
     sizes = [sum(plan.num_run_tokens) for plan in driver.plans[first:]]
     # A thirty-second of 30,000 tokens, then of what is left, and never less than 512 while there are as many.
-    assert sizes[0] == 960
+    assert sizes[0] == 1024
     assert sizes[: sizes.index(512)] == sorted(sizes[: sizes.index(512)], reverse=True)
 
 
@@ -374,15 +374,15 @@ def test_prompts_may_cost_a_step_what_its_context_does() -> None:
     driver.answer()
     driver.scheduler.add_request(make_request(1, 3000, max_tokens=9), 0.0)
     driver.run()
-    # 511 beside the one that generates, and half of its 3,000 tokens of context: 2,011, up to a multiple of 64.
-    assert tokens_of(driver.plans[2], 1) == 2047
+    # Half of the 3,000 tokens of context beside it, and up to a multiple of 128.
+    assert tokens_of(driver.plans[2], 1) == 1535
 
 
 @given(st.integers(1, 600), st.integers(0, 9000), st.integers(1, 100_000), st.integers(1, 4096))
 def test_a_mixed_step_takes_some_of_what_waits(num_decodes: int, cost: int, backlog: int, at_least: int) -> None:
     part = mixed_step_size(num_decodes, cost, backlog, at_least) - num_decodes
-    wanted = max(256, at_least - num_decodes + cost, backlog / BACKLOG_STEPS)
-    assert min(backlog, wanted) <= part <= max(wanted, min(backlog, 1.25 * (wanted + 64))) + 64
+    wanted = max(256, at_least - num_decodes, cost, backlog / BACKLOG_STEPS)
+    assert min(backlog, wanted) <= part <= max(wanted, min(backlog, 1.25 * (wanted + 128))) + 128
 
 
 def test_what_context_costs_is_known_from_the_worker() -> None:
