@@ -175,7 +175,5 @@ class TritonOps:
     ) -> torch.Tensor:
         if not isinstance(attention, TritonAttention):
             raise TypeError(f"TritonOps writes KV through TritonAttention, not through {type(attention).__name__}")
-        if attention.is_fused:
-            return attention.run_fused(qkv, heads, positions)
         q = attention.rotate_and_write(qkv, heads, positions)
         return attention.run(q, None, None, heads.layer, sinks=heads.sinks)
