@@ -12,11 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from stepwire_kernels.attention_decode import SUPPORTED_HEAD_DIMS, allocate_decode_workspace, decode_attention
-from stepwire_kernels.attention_fused import (
-    HeadNorms,
-    allocate_fused_attention_workspace,
-    fused_decode_attention,
-)
 from stepwire_kernels.attention_latent import unsupported_latent
 from stepwire_kernels.attention_prefill import default_prefill_tuning, prefill_attention, prefill_tile_tokens
 from stepwire_kernels.rope_kv import rope_and_write_kv
@@ -36,9 +31,6 @@ from gpu_worker.layers.ops import AttentionHeads, StepPositions
 from gpu_worker.loading.kv_scales import KVScales
 
 MAX_GROUP_SIZE = 64
-# Decode steps of so many runs go from the projection to the result in one launch: they are bound by the way from one
-# kernel to the next, larger ones by their reads, which the separate kernels do better.
-MAX_FUSED_RUNS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,9 +187,6 @@ class PlannedAttention:
 class TritonAttention(PlannedAttention):
     """Attention over `kv_caches`, one a layer: [2, num_blocks, num_kv_heads, block_size, head_dim], keys and values."""
 
-    fuses = True
-    """Whether small decode steps take one launch a layer; benchmarks switch it off to compare."""
-
     def __init__(
         self,
         spec: AttentionSpec,
@@ -210,10 +199,6 @@ class TritonAttention(PlannedAttention):
     ) -> None:
         self._keys = [cache[0] for cache in kv_caches]
         self._values = [cache[1] for cache in kv_caches]
-        self._is_fused = False
-        self._fused_workspace = allocate_fused_attention_workspace(
-            min(MAX_FUSED_RUNS, limits.max_runs), spec.num_heads, spec.num_kv_heads, spec.head_dim, kv_caches[0].device
-        )
         self._prefill_tuning = default_prefill_tuning(spec.head_dim, kv_caches[0].shape[3], kv_caches[0].dtype)
         super().__init__(
             spec,
@@ -224,59 +209,6 @@ class TritonAttention(PlannedAttention):
             pdl=pdl,
             kv_scales=kv_scales,
             deterministic=deterministic,
-        )
-
-    @property
-    def is_fused(self) -> bool:
-        """Whether this step's layers go through `run_fused`; it has no work lists then."""
-        return self._is_fused
-
-    def plan(self, step: DeviceStep) -> None:
-        inputs = step.inputs
-        self._is_fused = (
-            self.fuses
-            and not (step.has_prefills or self._deterministic)
-            and inputs.max_runs == inputs.max_tokens <= self._fused_workspace.counters.shape[0]
-        )
-        if self._is_fused:
-            self._step, self._decode_work, self._prefill_work = step, {}, None
-        else:
-            super().plan(step)
-
-    def run_fused(self, qkv: torch.Tensor, heads: AttentionHeads, positions: StepPositions) -> torch.Tensor:
-        """`rotate_and_write` and `run` in one launch, for the steps that `is_fused` names.
-
-        qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim] -> [num_tokens, num_heads * head_dim].
-        """
-        step, layer, scales = self._planned(), heads.layer, self._kv_scales[heads.layer]
-        norms = None
-        if heads.query_norm is not None and heads.key_norm is not None:
-            query_norm = heads.query_norm
-            norms = HeadNorms(query_norm.weight, heads.key_norm.weight, query_norm.eps, query_norm.weight_offset)
-        return fused_decode_attention(
-            qkv,
-            self._keys[layer],
-            self._values[layer],
-            step.inputs.kv_lens,
-            step.inputs.run_rows,
-            step.block_tables,
-            positions.tables.cos,
-            positions.tables.sin,
-            self._fused_workspace,
-            self.spec.scale,
-            norms=norms,
-            interleaved=positions.tables.interleaved,
-            window=self._windows[layer],
-            soft_cap=self.spec.softcap or 0.0,
-            sinks=heads.sinks,
-            k_scale=scales.key,
-            v_scale=scales.value,
-            pdl=self._pdl,
-        ).flatten(1)
-
-    def num_bytes(self) -> int:
-        return super().num_bytes() + sum(
-            tensor.numel() * tensor.element_size() for tensor in vars(self._fused_workspace).values()
         )
 
     def rotate_and_write(self, qkv: torch.Tensor, heads: AttentionHeads, positions: StepPositions) -> torch.Tensor:

@@ -16,7 +16,14 @@ from stepwire_kernels.norm import add_rms_norm
 from gpu_worker.attention.api import AttentionBackend
 from gpu_worker.attention.triton_backend import TritonAttention
 from gpu_worker.attention.triton_latent import TritonLatentAttention
-from gpu_worker.layers.ops import TORCH_OPS, AttentionHeads, PackedStack, StackedExpertWeights, StepPositions
+from gpu_worker.layers.ops import (
+    TORCH_OPS,
+    AttentionHeads,
+    PackedStack,
+    ProductOfNorm,
+    StackedExpertWeights,
+    StepPositions,
+)
 from gpu_worker.layers.rope import RotaryTables
 from gpu_worker.layers.routing import SIGMOID_SUM_EPS, Routing
 from gpu_worker.model_spec import LatentSpec, MoeSpec
@@ -75,21 +82,26 @@ class TritonOps:
         norm: Norm,
         weight: torch.Tensor,
         activation: str | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        *,
+        keeps_normed: bool = False,
+    ) -> ProductOfNorm | None:
         offset = getattr(norm, "weight_offset", None)
         if not self.fuses or offset is None:  # None: a LayerNorm
             return None
         tuning = self.fused_tuning(residual, weight, gated=activation is not None)
         if tuning is None:
             return None
-        return fused_linear(
+        normed = torch.empty_like(residual) if keeps_normed else None
+        product, total = fused_linear(
             residual if x is None else x,
             weight,
             norm=NormInput(None if x is None else residual, norm.weight, norm.eps, offset),
             activation=None if activation is None else _KERNEL_ACTIVATIONS[activation],
             tuning=tuning,
+            normed_out=normed,
             pdl=self.pdl,
         )
+        return ProductOfNorm(product, total, normed)
 
     def fused_tuning(self, x: torch.Tensor, weight: torch.Tensor, *, gated: bool) -> FusedTuning | None:
         """How norm and product (and gate) are one launch; None: they are separate ones."""
@@ -162,7 +174,5 @@ class TritonOps:
     ) -> torch.Tensor:
         if not isinstance(attention, TritonAttention):
             raise TypeError(f"TritonOps writes KV through TritonAttention, not through {type(attention).__name__}")
-        if attention.is_fused:
-            return attention.run_fused(qkv, heads, positions)
         q = attention.rotate_and_write(qkv, heads, positions)
         return attention.run(q, None, None, heads.layer, sinks=heads.sinks)

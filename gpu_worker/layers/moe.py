@@ -77,9 +77,14 @@ class Router(Weighted):
     def num_bytes(self) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in self._tensors().values())
 
-    def apply(self, x: torch.Tensor) -> Routing:
+    def apply(self, x: SublayerInput) -> Routing:
         """x [num_tokens, hidden]."""
-        logits = self._ops.linear(x.to(self.weight.dtype), self.weight, self.bias)  # [num_tokens, num_experts]
+        logits = None
+        if self.bias is None and x.residual.dtype == self.weight.dtype:
+            logits = x.times(self.weight, keeps_rows=True)
+        if logits is None:
+            logits = self._ops.linear(x.rows().to(self.weight.dtype), self.weight, self.bias)
+        # [num_tokens, num_experts]
         return self._ops.choose_experts(logits, self._moe, self.correction)
 
 
@@ -152,8 +157,9 @@ class MixtureOfExperts:
 
     def apply(self, x: SublayerInput) -> torch.Tensor:
         """x [num_tokens, hidden] -> [num_tokens, hidden]."""
+        routing = self.router.apply(x)
         rows = x.rows()
-        mixed = self.experts.apply(rows, self.router.apply(rows))
+        mixed = self.experts.apply(rows, routing)
         if self.shared is not None:
             shared = self.shared.apply(x)
             if self.shared_gate is not None:

@@ -66,6 +66,15 @@ class PackedStack:
 
 
 @dataclass(frozen=True, slots=True)
+class ProductOfNorm:
+    """What one launch made of a residual, what joins it, a norm and a weight."""
+
+    product: torch.Tensor  # [num_tokens, out], or the gated [num_tokens, out / 2]
+    residual: torch.Tensor  # [num_tokens, hidden]: the sum, in a buffer of its own if anything joined
+    normed: torch.Tensor | None = None  # [num_tokens, hidden], if it was asked for
+
+
+@dataclass(frozen=True, slots=True)
 class StepPositions:
     """Where a step's tokens stand: what rotation needs, prepared once for all layers."""
 
@@ -105,7 +114,9 @@ class LayerOps(Protocol):
         norm: Norm,
         weight: torch.Tensor,
         activation: str | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        *,
+        keeps_normed: bool = False,
+    ) -> ProductOfNorm | None:
         """In one launch: norm(residual + x) times weight [out, in] (and act(gate) * up of that), and the sum.
 
         None: there is no such launch for these shapes, or separate ones are faster. Neither x nor residual is written.
@@ -240,7 +251,9 @@ class TorchOps:
         norm: Norm,
         weight: torch.Tensor,
         activation: str | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        *,
+        keeps_normed: bool = False,
+    ) -> ProductOfNorm | None:
         return None
 
     def gated_activation(self, gate_up: torch.Tensor, kind: str) -> torch.Tensor:

@@ -55,11 +55,26 @@ class SublayerInput:
     def through(self, linear: Linear, activation: str | None = None) -> torch.Tensor:
         """The linear's product [num_tokens, outputs], or act(gate) * up of it [num_tokens, outputs / 2]."""
         weight = linear.method.plain_weight()
-        if self._rows is None and self._norm is not None and self._sums is None and weight is not None:
-            fused = self._ops.linear_of_norm(self._output, self.residual, self._norm, weight, activation)
-            if fused is not None:
-                product, self.residual = fused
-                self._output = None
-                return product
-        product = linear.apply(self.rows())
-        return product if activation is None else self._ops.gated_activation(product, activation)
+        product = None if weight is None else self.times(weight, activation)
+        if product is None:
+            product = linear.apply(self.rows())
+            if activation is not None:
+                product = self._ops.gated_activation(product, activation)
+        return product
+
+    def times(
+        self, weight: torch.Tensor, activation: str | None = None, *, keeps_rows: bool = False
+    ) -> torch.Tensor | None:
+        """`through` for a weight [outputs, hidden], where norm and product are one launch; else None.
+
+        `keeps_rows`: others read the rows too.
+        """
+        if self._rows is not None or self._norm is None or self._sums is not None:
+            return None
+        fused = self._ops.linear_of_norm(
+            self._output, self.residual, self._norm, weight, activation, keeps_normed=keeps_rows
+        )
+        if fused is None:
+            return None
+        self._output, self.residual, self._rows = None, fused.residual, fused.normed
+        return fused.product

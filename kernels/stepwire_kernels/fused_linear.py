@@ -12,7 +12,8 @@ A decode step of few tokens is a chain of kernels that each read some megabytes:
 kernel to the next. Fewer of them are less of that way. And with PDL a program has its weights on their way before the
 kernel ahead has ended: `ahead` tiles of them, in registers, at best all that it multiplies.
 
-Every program computes all of h, and the first writes it: into a buffer of its own, as the others may still read.
+Every program computes all of h, and the first writes it: into a buffer of its own, as the others may still read. Who
+reads n as well (experts beside their router) gets it from all programs, some columns each.
 """
 
 # ruff: noqa: RUF005 (Triton's compiler knows no stars in tuples)
@@ -79,6 +80,7 @@ def _fused_linear_kernel(
     weight_ptr,
     out_ptr,
     residual_out_ptr,
+    normed_ptr,
     num_outputs,
     K,
     x_stride,
@@ -90,6 +92,7 @@ def _fused_linear_kernel(
     NUM_TOKENS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_NORMED: tl.constexpr,
     GATED: tl.constexpr,
     KIND: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -97,6 +100,7 @@ def _fused_linear_kernel(
     AHEAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    NORMED_COLS: tl.constexpr,
     LANE: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
@@ -160,6 +164,16 @@ def _fused_linear_kernel(
         if GATED:
             y = activate(y, tl.sum(up_sums[token], axis=1) * scale, KIND)
         tl.store(out_ptr + token * out_stride + rows, y.to(out_ptr.dtype.element_ty), mask=row_mask)
+        if HAS_NORMED:
+            cols = (program * NORMED_COLS + tl.arange(0, NORMED_COLS))[None, :]
+            col_mask = cols < K
+            h = tl.load(x_ptr + token * x_stride + cols, mask=col_mask, other=0.0).to(tl.float32)  # [1, NORMED_COLS]
+            if HAS_RESIDUAL:
+                h += tl.load(residual_ptr + token * residual_stride + cols, mask=col_mask, other=0.0).to(tl.float32)
+                h = h.to(residual_out_ptr.dtype.element_ty).to(tl.float32)
+            gain = tl.load(norm_ptr + cols, mask=col_mask, other=0.0).to(tl.float32) + weight_offset
+            normed = h * scale[:, None] * gain
+            tl.store(normed_ptr + token * K + cols, normed.to(normed_ptr.dtype.element_ty), mask=col_mask)
 
 
 def fused_linear(
@@ -171,9 +185,12 @@ def fused_linear(
     tuning: FusedTuning | None = None,
     out: torch.Tensor | None = None,
     residual_out: torch.Tensor | None = None,
+    normed_out: torch.Tensor | None = None,
     pdl: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y, and the sum h: a new tensor [num_tokens, K], or x where nothing was added to it.
+
+    `normed_out` and `residual_out`, [num_tokens, K], are contiguous; the former gets n where it is given.
 
     Raises:
         ValueError: shapes or strides that do not fit.
@@ -191,13 +208,15 @@ def fused_linear(
         residual_out = torch.empty((num_tokens, k), dtype=residual.dtype, device=x.device)  # [num_tokens, K]
     block_k = min(256 * tuning.num_warps, max(LANE_COLS, triton.next_power_of_2(k)))
     steps = triton.cdiv(k, block_k)
-    _fused_linear_kernel[(triton.cdiv(num_outputs, tuning.block_n),)](
+    programs = triton.cdiv(num_outputs, tuning.block_n)
+    _fused_linear_kernel[(programs,)](
         x,
         x if residual is None else residual,
         x if norm is None else norm.weight,
         weight,
         out,
         residual_out,
+        x if normed_out is None else normed_out,
         num_outputs,
         k,
         x.stride(0),
@@ -209,6 +228,7 @@ def fused_linear(
         NUM_TOKENS=num_tokens,
         HAS_NORM=norm is not None,
         HAS_RESIDUAL=residual is not None,
+        HAS_NORMED=norm is not None and normed_out is not None,
         GATED=activation is not None,
         KIND=activation,
         EVEN_K=k % block_k == 0,
@@ -216,6 +236,7 @@ def fused_linear(
         AHEAD=min(tuning.ahead, steps),
         BLOCK_N=tuning.block_n,
         BLOCK_K=block_k,
+        NORMED_COLS=1 if normed_out is None else triton.next_power_of_2(triton.cdiv(k, programs)),
         LANE=LANE_COLS,
         USE_PDL=pdl,
         num_warps=tuning.num_warps,

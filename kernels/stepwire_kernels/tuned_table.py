@@ -7,14 +7,20 @@ import json
 from importlib import resources
 from typing import Any
 
+# Chips with the same multiprocessors and other memory: a list that a device's own table lacks is taken from its twin's.
+TWINS = {"H200": "H100 80GB HBM3"}
+
 
 @functools.cache
 def tuned_choices(device_name: str, name: str) -> tuple[dict[str, Any], ...]:
     """The rows of one list of the table for a device name as torch reports it; empty where there is none."""
-    for entry in (resources.files("stepwire_kernels") / "tuned").iterdir():
-        if not entry.name.endswith(".json"):
-            continue
-        data = json.loads(entry.read_text())
-        if data["device"] in device_name:
-            return tuple(data.get(name, ()))
-    return ()
+    tables = [
+        json.loads(entry.read_text())
+        for entry in (resources.files("stepwire_kernels") / "tuned").iterdir()
+        if entry.name.endswith(".json")
+    ]
+    lists = {table["device"]: tuple(table[name]) for table in tables if name in table}
+    device = next((table["device"] for table in tables if table["device"] in device_name), None)
+    if device is None:
+        return ()
+    return lists.get(device, lists.get(TWINS.get(device, ""), ()))

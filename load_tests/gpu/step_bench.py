@@ -9,6 +9,7 @@ plane, no gRPC. The floor counts weights and KV read once at 4.3 TB/s, and matri
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import time
 from collections.abc import Sequence
@@ -20,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from gpu_worker.attention.triton_backend import TritonAttention
 from gpu_worker.config import WorkerSettings
 from gpu_worker.cuda.loading import load_cuda_runner
 from gpu_worker.cuda.ops import TritonOps
@@ -270,14 +270,15 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--no-prefill", action="store_true")
     parser.add_argument("--profile", action="store_true", help="print each kernel's share for b1 and the largest batch")
-    parser.add_argument("--separate", action="store_true", help="leave kernels apart that could be one launch")
+    parser.add_argument("--separate", action="store_true", help="norms and gates in launches of their own")
     parser.add_argument("--output", type=Path, default=RESULTS_DIRECTORY / "gpu_steps.jsonl")
     args = parser.parse_args(argv)
-    TritonOps.fuses = TritonAttention.fuses = not args.separate
+    TritonOps.fuses = not args.separate
     facts = measurement_facts("load_tests.gpu.step_bench", argv)
     rows: list[Row] = []
     for shape in args.shape or ["llama-3.1-8b", "llama-3.2-1b", "qwen3-0.6b"]:
         rows += measure_shape(shape, args)
+        gc.collect()  # a runner's parts know each other: without it the next one finds no memory
         torch.cuda.empty_cache()
     for row in rows:
         anchor = ANCHORS.get((row.shape, row.name))

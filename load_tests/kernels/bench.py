@@ -22,7 +22,6 @@ from stepwire_kernels.reference_steps import RowParameters
 from stepwire_kernels.rope_kv import rope_and_write_kv
 
 from load_tests.kernels.cases import LLAMA_8B, QWEN3_06B, Heads, causal_flop, paged
-from load_tests.kernels.fused_attention import bench_fused_attention, sweep_fused_attention
 from load_tests.kernels.latent import bench_latent
 from load_tests.kernels.measure import Report, measure_ceilings, time_graph
 from load_tests.kernels.mixtures import bench_experts, bench_scaled_experts
@@ -224,12 +223,10 @@ SECTIONS: dict[str, Callable[[Report], None]] = {
     "packed_many": bench_packed_many,
     "packed_experts": bench_packed_experts,
     "scaled": bench_scaled,
-    "fused_attention": bench_fused_attention,
 }
 # Long: only when named.
 EXTRA_SECTIONS: dict[str, Callable[[Report], None]] = {
     "quantized_sweep": bench_sweep,
-    "fused_attention_sweep": sweep_fused_attention,
 }
 
 

@@ -47,7 +47,7 @@ class Work:
 
     @classmethod
     def of(cls, name: str, n: int, k: int) -> Work:
-        return cls(n, k, has_norm=name in ("qkv", "gate_up"), gated=name == "gate_up")
+        return cls(n, k, has_norm=name in ("qkv", "gate_up", "router"), gated=name == "gate_up")
 
     def candidates(self, num_tokens: int) -> list[FusedTuning]:
         """Launch shapes whose weights on the way and sums fit into registers, and that fill the device."""
@@ -59,7 +59,8 @@ class Work:
             for ahead in sorted({1, 2, 4, min(steps, 8)}):
                 registers = ahead * block_n * rows_of * 4
                 sums = block_n * rows_of * num_tokens
-                if ahead <= steps and 12 <= registers <= 72 and sums <= 32 and programs >= 200:
+                fits = registers <= 72 and sums <= 32 and programs >= min(200, self.n // rows_of)
+                if ahead <= steps and fits and (registers >= 12 or ahead == steps):
                     found.append(FusedTuning(block_n, warps, ahead))
         return found
 

@@ -78,6 +78,17 @@ def test_each_part_can_be_left_out(device: str, adds: bool, has_norm: bool, kind
         assert torch.equal(total, x + norm.residual)
 
 
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize(("n", "k"), [(30, 300), (5, 64), (3, 700)])
+def test_normed_rows_are_kept_for_others(device: str, adds: bool, n: int, k: int) -> None:
+    x, weight = (rows(size, k, dtype=torch.bfloat16, device=device) for size in (2, n))
+    norm = norm_input(x, adds=adds)
+    normed = poison(2, k, dtype=x.dtype, device=device)
+    y, total = fused_linear(x, weight, norm=norm, tuning=FusedTuning(2, 1, 1), normed_out=normed)
+    assert_close(y, twin(x, weight, norm, None))
+    assert_close(normed, reference.add_rms_norm(total.double(), None, norm.weight.double(), norm.eps))
+
+
 def test_misfits_are_refused(device: str) -> None:
     x, weight = torch.zeros(5, 64, device=device), torch.zeros(7, 64, device=device)
     with pytest.raises(ValueError, match=r"takes x \[1..4, K\]"):

@@ -11,6 +11,7 @@ from stepwire_kernels.fused_linear import MAX_FUSED_TOKENS, FusedTuning
 from gpu_worker.cuda.ops import TritonOps
 from load_tests.cpu_worker.step_driver import StepDriver, greedy
 from tests.unit.gpu_worker.cuda.inline_runner import load_inline
+from tests.unit.gpu_worker.cuda.test_mixtures import KINDS, save_mixture
 from tests.unit.gpu_worker.cuda.test_runner import assert_same, on_cpu, prompt, save_model
 
 
@@ -28,9 +29,9 @@ class FusingOps(TritonOps):
         return FusedTuning(block_n=16, num_warps=1, ahead=1)
 
 
-@pytest.mark.parametrize("kind", ["qwen3", pytest.param("llama", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3-moe", pytest.param("llama", marks=pytest.mark.slow)])
 def test_fused_decodes_give_the_same_tokens(tmp_path: Path, kind: str) -> None:
-    save_model(tmp_path, kind)
+    (save_mixture if kind in KINDS else save_model)(tmp_path, kind)
     made: list[FusingOps] = []
 
     def make_ops(device: torch.device, *, pdl: bool) -> FusingOps:
@@ -44,7 +45,7 @@ def test_fused_decodes_give_the_same_tokens(tmp_path: Path, kind: str) -> None:
     for number in range(4):
         before = made[0].num_fused
         results = [driver.step({0: 1} if number == 2 else None) for driver in (ours, theirs)]
-        # Two layers, two norms each; the prompts' step has more tokens than the kernel takes.
+        # Two layers, two norms each (a mixture's goes with its router); the prompts' step has too many tokens.
         assert made[0].num_fused - before == (0 if number == 0 else 4)
         assert_same(*results)
         assert abs(results[0].logprobs - results[1].logprobs).max() < 1e-3
