@@ -92,7 +92,9 @@ def _adapt_bloom(module: Any, attend: Attend, config: Any) -> None:
 
 
 def _adapt_mpt(module: Any, attend: Attend, config: Any) -> None:
-    bias = _own(module, "build_mpt_alibi_tensor")(module.n_heads, 2, config.attn_config.alibi_bias_max, device="cpu")  # [heads, 1, 2]
+    bias = _own(module, "build_mpt_alibi_tensor")(
+        module.n_heads, 2, config.attn_config.alibi_bias_max, device="cpu"
+    )  # [heads, 1, 2]
     slopes = (-bias[:, 0, 0]).tolist()
 
     def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:

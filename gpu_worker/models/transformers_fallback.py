@@ -224,9 +224,7 @@ class TransformersModel(ModelFamily, LoadsItself):
     ) -> HiddenStates:
         self._attention, self._positions = attention, positions
         places = {"position_ids": positions.unsqueeze(0)} if self._takes_positions else {}
-        output = self._run_trunk(
-            input_ids=token_ids.unsqueeze(0), attention_mask=self._mask, use_cache=False, **places
-        )
+        output = self._run_trunk(input_ids=token_ids.unsqueeze(0), attention_mask=self._mask, use_cache=False, **places)
         self._output_type = type(output)
         states = output.last_hidden_state[0]  # [num_tokens, hidden]
         # The final norm is done.

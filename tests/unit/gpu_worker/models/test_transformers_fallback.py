@@ -66,7 +66,9 @@ CARRIED = {
     "gptj": Tiny(GPTJConfig, {"n_head": 6, "rotary_dim": 8}),
     "codegen": Tiny(CodeGenConfig, {"num_attention_heads": 4, "hidden_size": 64, "rotary_dim": 8}),
     # Learnt positions, no scale, every second layer with a window.
-    "gpt-neo": Tiny(GPTNeoConfig, {"num_hidden_layers": 4, "attention_types": [[["global", "local"], 2]], "window_size": 11}),
+    "gpt-neo": Tiny(
+        GPTNeoConfig, {"num_hidden_layers": 4, "attention_types": [[["global", "local"], 2]], "window_size": 11}
+    ),
     "falcon": Tiny(FalconConfig, {"multi_query": True, "parallel_attn": True, "bias": False}),
     "falcon-groups": Tiny(FalconConfig, {"new_decoder_architecture": True, "num_kv_heads": 2}),
     # ALiBi. Transformers rounds Falcon's to bfloat16, which holds the products of 8 heads' slopes, and its eager
