@@ -306,7 +306,9 @@ def _packed_experts(
     )
     paths = [f"layers.{number}.mlp.experts" for number, layer in enumerate(spec.layers) if layer.is_moe]
     if any(expert_form(scheme, path, spec.moe.num_experts) is None for path in paths):
-        return f"experts in {kind} have no grouped kernel: those of a layer must have one format, and not asymmetric W8A8"
+        return (
+            f"experts in {kind} have no grouped kernel: those of a layer must have one format, and not asymmetric W8A8"
+        )
     methods = [scheme.linear_method(f"{path}.0.{name}") for path in paths for name in ("gate_up", "down")]
     if not _reads_float8(device) and any(needs_float8(method) for method in methods):
         return f"experts in {kind} have no grouped kernel here: {_too_old(device, FLOAT8_CAPABILITY)} for it"

@@ -129,9 +129,7 @@ def _with_plus_one(rules: Mapping[str, TensorRule]) -> dict[str, TensorRule]:
 ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     "llama": GgufArchitecture("llama", "LlamaForCausalLM", _WHOLE, _INTERLEAVED_ATTENTION | _GATED_MLP),
     "qwen2": GgufArchitecture("qwen2", "Qwen2ForCausalLM", _WHOLE, _ATTENTION | _GATED_MLP),
-    "qwen2moe": GgufArchitecture(
-        "qwen2_moe", "Qwen2MoeForCausalLM", _WHOLE, _ATTENTION | _EXPERTS | _SHARED_EXPERT
-    ),
+    "qwen2moe": GgufArchitecture("qwen2_moe", "Qwen2MoeForCausalLM", _WHOLE, _ATTENTION | _EXPERTS | _SHARED_EXPERT),
     "qwen3moe": GgufArchitecture("qwen3_moe", "Qwen3MoeForCausalLM", _WHOLE, _ATTENTION | _QK_NORMS | _EXPERTS),
     "gpt-oss": GgufArchitecture("gpt_oss", "GptOssForCausalLM", _WHOLE, _ATTENTION | _GPT_OSS),
     "qwen3": GgufArchitecture("qwen3", "Qwen3ForCausalLM", _WHOLE, _ATTENTION | _QK_NORMS | _GATED_MLP),
@@ -213,7 +211,9 @@ def rule_for(path: Path, architecture: GgufArchitecture, gguf_name: str) -> Tens
     match = _LAYER_NAME.fullmatch(stem)
     part = match["part"] if match else ""
     lone = _LONE_EXPERT.fullmatch(part)
-    rule = architecture.per_layer.get(f"{lone['part']}_exps" if lone else part) if match else architecture.whole.get(stem)
+    rule = (
+        architecture.per_layer.get(f"{lone['part']}_exps" if lone else part) if match else architecture.whole.get(stem)
+    )
     if rule is None or kind not in ("weight", "bias"):
         raise CheckpointError(
             path,

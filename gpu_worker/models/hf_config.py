@@ -34,7 +34,11 @@ class HfConfig:
         Raises:
             ModelConfigError: there is none, or it is not a JSON object.
         """
-        file = directory / "config.json"
+        return cls.read(directory / "config.json")
+
+    @classmethod
+    def read(cls, file: Path) -> HfConfig:
+        """Read one JSON file; errors as those of `open`."""
         try:
             fields = json.loads(file.read_text(encoding="utf-8"))
         except OSError as error:

@@ -1,7 +1,7 @@
 """Any causal language model that `transformers` has code for and this package has no file for.
 
 Its forward pass is transformers' own; only attention is replaced, by the paged backend, through transformers' attention
-interface. A step's tokens go in as one sequence with their own positions: everything outside attention treats tokens
+interface (architectures that do not use it: `attention_adapters.py`). A step's tokens go in as one sequence with their own positions: everything outside attention treats tokens
 one by one, and a model that does not is refused. What attention looks like (heads, sizes, windows, scales) is asked of
 the model itself, in a forward pass without memory (device meta), since configs name these things differently.
 """
@@ -24,6 +24,7 @@ from gpu_worker.layers.weighted import Weighted
 from gpu_worker.loading.safetensors_reader import SafetensorsReader
 from gpu_worker.loading.tensor_source import CheckpointError
 from gpu_worker.model_spec import LayerSpec, ModelConfigError, ModelSpec
+from gpu_worker.models.attention_adapters import adapt, is_adapted, placeholder_mask
 from gpu_worker.models.family import LoadsItself, ModelFamily, NameRules
 from gpu_worker.models.hf_config import FULL, SLIDING, HfConfig
 from gpu_worker.quant.api import RandomValues
@@ -35,7 +36,9 @@ INTERFACE = "stepwire"
 _SLOT = "stepwire_slot"
 _PROBE_TOKENS = 3
 # What attention functions are given beside q, k and v, as far as the paged backend has it or need not know it.
-_CARRIED = {"scaling", "sliding_window", "softcap", "s_aux", "is_causal"}
+_CARRIED = {"scaling", "sliding_window", "softcap", "s_aux", "is_causal", "alibi_slopes"}
+# Positions in two digits, each of which any dtype holds exactly.
+_POSITION_DIGIT = 256
 _INDIFFERENT = {
     "dropout",
     "position_ids",
@@ -69,11 +72,14 @@ class AttentionCall:
     window: int | None
     softcap: float | None
     has_sinks: bool
+    alibi_slopes: tuple[float, ...] | None = None
+    """What a head's scores grow by with every position of the key. Keys then carry their position in two more
+    dimensions, and queries what it is multiplied by: for the attention below it is a product like any other."""
 
     @property
     def head_dim(self) -> int:
         """Keys and values lie in one cache: the narrower of them is padded with zeros."""
-        return max(self.key_dim, self.value_dim)
+        return max(self.key_dim + (2 if self.alibi_slopes else 0), self.value_dim)
 
 
 def is_known(architecture: str) -> bool:
@@ -111,7 +117,7 @@ class TransformersModel(ModelFamily, LoadsItself):
             num_heads=first.num_heads,
             num_kv_heads=first.num_kv_heads,
             head_dim=max(call.head_dim for call in calls),
-            max_position_embeddings=int(getattr(text_config, "max_position_embeddings", None) or 2048),
+            max_position_embeddings=_context(text_config),
             norm_eps=1e-5,
             layers=tuple(LayerSpec(rope=None, sliding_window=call.window) for call in calls),
             dtype=config.dtype(),
@@ -153,7 +159,7 @@ class TransformersModel(ModelFamily, LoadsItself):
                 path,
                 config=_open_config(path),
                 dtype=self.dtype,
-                attn_implementation=INTERFACE,
+                attn_implementation=_implementation(self.spec.architecture),
                 trust_remote_code=False,
                 use_safetensors=True,
                 local_files_only=True,
@@ -169,7 +175,10 @@ class TransformersModel(ModelFamily, LoadsItself):
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_config(
-            _open_config(directory), dtype=self.dtype, attn_implementation=INTERFACE, trust_remote_code=False
+            _open_config(directory),
+            dtype=self.dtype,
+            attn_implementation=_implementation(self.spec.architecture),
+            trust_remote_code=False,
         )
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -183,6 +192,7 @@ class TransformersModel(ModelFamily, LoadsItself):
             layers=self.spec.num_layers,
         )
         self._model = model.eval()
+        adapt(model, _paged_attention)
         calls = probe_attention(model.config, self.spec.architecture)
         modules = dict(model.named_modules())
         for layer, call in enumerate(calls):
@@ -190,6 +200,7 @@ class TransformersModel(ModelFamily, LoadsItself):
         # The head's own road (scaling, soft caps) is taken for the rows that are sampled only: it is handed the states
         # that the trunk gave before.
         trunk = model.get_decoder()
+        self._takes_positions, self._mask = _takes_positions(trunk), placeholder_mask(model, self.device)
         self._run_trunk, trunk.forward = trunk.forward, self._states_for_head
 
     def weighted(self) -> Iterator[tuple[str, Weighted]]:
@@ -211,8 +222,9 @@ class TransformersModel(ModelFamily, LoadsItself):
         attention: AttentionBackend[Any],
         received: torch.Tensor | None = None,
     ) -> HiddenStates:
-        self._attention = attention
-        output = self._run_trunk(input_ids=token_ids.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False)
+        self._attention, self._positions = attention, positions
+        places = {"position_ids": positions.unsqueeze(0)} if self._takes_positions else {}
+        output = self._run_trunk(input_ids=token_ids.unsqueeze(0), attention_mask=self._mask, use_cache=False, **places)
         self._output_type = type(output)
         states = output.last_hidden_state[0]  # [num_tokens, hidden]
         # The final norm is done.
@@ -240,11 +252,28 @@ class TransformersModel(ModelFamily, LoadsItself):
         """query [1, num_heads, num_tokens, key_dim] -> [1, num_tokens, num_heads, value_dim]; keys and values alike."""
         if self._attention is None:
             raise RuntimeError("attention is asked for outside of a step")
+        if call.alibi_slopes is not None:
+            query, key = _with_positions(query, key, self._positions, call.alibi_slopes, call.scale)
         if call.scale != self.spec.attention_scale:
             query = query * (call.scale / self.spec.attention_scale)
         q, k, v = (_by_token(tensor, self.spec.head_dim) for tensor in (query, key, value))
         attended = self._attention.run(q, k, v, layer, sinks=None if sinks is None else sinks.float())
         return attended.view(1, q.shape[0], call.num_heads, self.spec.head_dim)[..., : call.value_dim]
+
+
+def _with_positions(
+    query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor, slopes: tuple[float, ...], scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two more dimensions, whose products are slope * position / scale."""
+    digits = torch.stack((positions // _POSITION_DIGIT, positions % _POSITION_DIGIT), dim=-1).to(key.dtype)
+    key = torch.cat((key, digits.expand(*key.shape[:-1], 2)), dim=-1)
+    factors = torch.tensor(slopes, device=query.device) / scale  # [num_heads]
+    both = torch.stack((factors * _POSITION_DIGIT, factors), dim=-1).to(query.dtype)  # [num_heads, 2]
+    return torch.cat((query, both[None, :, None].expand(*query.shape[:-1], 2)), dim=-1), key
+
+
+def _takes_positions(trunk: torch.nn.Module) -> bool:
+    return "position_ids" in inspect.signature(trunk.forward).parameters
 
 
 def _by_token(heads: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -298,6 +327,7 @@ class _Probe:
                 window=options.get("sliding_window"),
                 softcap=options.get("softcap"),
                 has_sinks=options.get("s_aux") is not None,
+                alibi_slopes=None if options.get("alibi_slopes") is None else tuple(options["alibi_slopes"]),
             )
         )
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
@@ -338,22 +368,27 @@ def probe_attention(hf_config: Any, architecture: str) -> list[AttentionCall]:
     _check_independent_tokens(hf_config, architecture)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=INTERFACE, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(
+                hf_config, attn_implementation=_implementation(architecture), trust_remote_code=False
+            )
     except KeyError as error:
         reason = "its attention does not go through the attention interface"
         raise refused(architecture, reason if error.args == (INTERFACE,) else f"transformers lacks {error}") from error
     except (ValueError, ImportError) as error:
         raise refused(architecture, f"transformers cannot build it ({_first_line(error)})") from error
     _check_class(model, architecture)
+    adapt(model, _paged_attention)
     trunk = model.get_decoder()
+    places = {"position_ids": torch.arange(_PROBE_TOKENS, device="meta").unsqueeze(0)}
+    mask = placeholder_mask(model, "meta")
     probe = _Probe(architecture, {module: name for name, module in model.named_modules()})
     for module in model.modules():
         module.__dict__[_SLOT] = probe
     try:
         with torch.inference_mode():
             ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.int64, device="meta")
-            positions = torch.arange(_PROBE_TOKENS, device="meta").unsqueeze(0)
-            output = trunk(input_ids=ids, position_ids=positions, use_cache=False)
+            given_places = places if _takes_positions(trunk) else {}
+            output = trunk(input_ids=ids, attention_mask=mask, use_cache=False, **given_places)
             takers: list[None] = []
 
             def given(*args: Any, **kwargs: Any) -> Any:
@@ -389,9 +424,10 @@ def _check_class(model: Any, architecture: str) -> None:
         raise refused(architecture, f"its model_type stands for {type(model).__name__}")
     if getattr(model, "_is_stateful", False):
         raise refused(architecture, "it keeps a state for every sequence, which is no KV cache")
-    if not getattr(model, "_supports_flash_attn", False):
+    adapted = is_adapted(architecture)
+    if not adapted and not getattr(model, "_supports_flash_attn", False):
         raise refused(architecture, "its attention needs a mask, which the interface does not carry")
-    if "position_ids" not in inspect.signature(model.get_decoder().forward).parameters:
+    if not adapted and not _takes_positions(model.get_decoder()):
         raise refused(architecture, "it counts positions by itself, and takes no position_ids")
     mixing = [name for name, module in model.named_modules() if isinstance(module, torch.nn.modules.conv._ConvNd)]
     if mixing:
@@ -421,6 +457,19 @@ def _open_config(directory: Path) -> Any:
     # Only to be warned of padding, which a step has none of; looking for it reads token ids back from the device.
     config.get_text_config().pad_token_id = None
     return config
+
+
+def _context(config: Any) -> int:
+    """Positions that the model was made for."""
+    for name in ("max_position_embeddings", "max_seq_len", "seq_length"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return 2048
+
+
+def _implementation(architecture: str) -> str:
+    return "eager" if is_adapted(architecture) else INTERFACE
 
 
 def _widest(config: Any) -> int:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from gpu_worker.model_spec import ModelConfigError
 from gpu_worker.quant.activations import ActivationQuant
 from gpu_worker.quant.affine_formats import AwqFormat, GptqFormat
+from gpu_worker.quant.float4_formats import Float4Format
 from gpu_worker.quant.formats import WeightFormat
 from gpu_worker.quant.scaled_formats import ScaledFormat
 
@@ -20,7 +22,7 @@ FIELD = "quantization_config"
 SUPPORTED = (
     "awq (4 bit, version gemm), gptq (2, 3, 4 or 8 bit, v1 and v2), compressed-tensors (pack-quantized, "
     "int-quantized, float-quantized, naive-quantized, nvfp4-pack-quantized, mxfp4-pack-quantized), "
-    "fp8 (e4m3, a scale per tensor or per block), mxfp4, gguf"
+    "fp8 (e4m3, a scale per tensor or per block), modelopt (FP8, NVFP4), mxfp4, gguf"
 )
 GPTQ_BITS = (2, 3, 4, 8)
 
@@ -105,6 +107,8 @@ def read_gptq(section: ConfigSection) -> QuantConfig:
     kind = section.text("checkpoint_format", section.text("format", "gptq"))
     if kind not in ("gptq", "gptq_v2"):
         raise section.refuse(f"gptq with checkpoint_format {kind!r}")
+    if section.boolean("is_marlin_format", False):
+        raise section.refuse("gptq with is_marlin_format")
     pack_dtype = section.text("pack_dtype", "int32")
     if pack_dtype != "int32":
         raise section.refuse(f"gptq with pack_dtype {pack_dtype!r}")
@@ -204,6 +208,29 @@ def _fp8_tensors(section: ConfigSection, scheme: str, stored_names: Collection[s
         input_scale_name=input_name,
         activations=ActivationQuant("float8", "tensor", dynamic=False),
     )
+
+
+def read_modelopt(section: ConfigSection) -> QuantConfig:
+    """NVIDIA's ModelOpt: FP8 with static scales, and NVFP4 whose second scale multiplies."""
+    algorithm = section.text("quant_algo", "")
+    if algorithm == "FP8":
+        stored: WeightFormat = ScaledFormat(
+            "float8",
+            "tensor",
+            input_scale_name="input_scale",
+            activations=ActivationQuant("float8", "tensor", dynamic=False),
+        )
+    elif algorithm == "NVFP4" and section.integer("group_size", 16) == 16:
+        stored = Float4Format("nvfp4", dialect="modelopt")
+    else:
+        raise section.refuse(f"modelopt with quant_algo {algorithm or None!r}")
+    left_out = section.names("exclude_modules", "ignore")
+
+    def format_of(name: str) -> WeightFormat | None:
+        is_left_out = is_module(name, left_out) or any(fnmatchcase(name, entry) for entry in left_out)
+        return None if is_left_out or name.split(".")[-1] == "lm_head" else stored
+
+    return QuantConfig("modelopt", format_of, "weight_scale", f"modelopt {algorithm}")
 
 
 def read_mxfp4(section: ConfigSection) -> QuantConfig:

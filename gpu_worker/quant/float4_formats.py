@@ -1,4 +1,5 @@
-"""4-bit floats (e2m1) with a scale to every 16 or 32 inputs: compressed-tensors' NVFP4 and MXFP4.
+"""4-bit floats (e2m1) with a scale to every 16 or 32 inputs: compressed-tensors' NVFP4 and MXFP4,
+ModelOpt's NVFP4.
 
 Activations that a W4A4 checkpoint would quantize to 4 bits as well stay as they are: weights alone are what the memory
 is saved by, and no result gets worse.
@@ -22,6 +23,12 @@ class Float4Format(WeightFormat):
     """`nvfp4`: groups of 16, float8 scales under one float32 divisor; `mxfp4`: groups of 32, scales are powers of 2."""
 
     kind: Literal["nvfp4", "mxfp4"]
+    dialect: Literal["compressed-tensors", "modelopt"] = "compressed-tensors"
+    """ModelOpt's NVFP4 has other names, and a float32 factor where the other has a divisor."""
+
+    @property
+    def packed_name(self) -> str:
+        return "weight" if self.dialect == "modelopt" else "weight_packed"
 
     @property
     def group_size(self) -> int:
@@ -30,16 +37,19 @@ class Float4Format(WeightFormat):
     def rules(self, num_outputs: int, num_inputs: int) -> Rules:
         scale_dtypes = (torch.float8_e4m3fn,) if self.kind == "nvfp4" else (torch.uint8, torch.float8_e8m0fnu)
         rules = {
-            "weight_packed": TensorRule(((num_outputs, num_inputs // 2),), (torch.uint8,)),
+            self.packed_name: TensorRule(((num_outputs, num_inputs // 2),), (torch.uint8,)),
             "weight_scale": TensorRule(((num_outputs, -(-num_inputs // self.group_size)),), scale_dtypes),
         }
-        if self.kind == "nvfp4":
+        if self.dialect == "modelopt":
+            rules["weight_scale_2"] = TensorRule(SCALAR, FLOAT_SCALES)
+            rules["input_scale"] = TensorRule(SCALAR, FLOAT_SCALES, optional=True)
+        elif self.kind == "nvfp4":
             rules["weight_global_scale"] = TensorRule(SCALAR, FLOAT_SCALES)
             rules["input_global_scale"] = TensorRule(SCALAR, FLOAT_SCALES, optional=True)
         return rules
 
     def size_of(self, shapes: dict[str, Shape]) -> tuple[int, int]:
-        num_outputs, num_bytes = shapes["weight_packed"]
+        num_outputs, num_bytes = shapes[self.packed_name]
         return num_outputs, num_bytes * 2
 
     def index(self, tensor: str, shape: Shape, rows: Share, cols: Share) -> tuple[slice, ...]:
@@ -48,21 +58,21 @@ class Float4Format(WeightFormat):
                 f"inputs {cols.start} to {cols.stop} of {cols.total} are no whole {self.kind} groups of "
                 f"{self.group_size}: use another tensor_parallel_size"
             )
-        match tensor:
-            case "weight_packed":
-                return (rows.as_slice(), slice(cols.start // 2, cols.stop // 2))
-            case "weight_scale":
-                return (rows.as_slice(), slice(cols.start // self.group_size, cols.stop // self.group_size))
-            case _:
-                return ()
+        if tensor == self.packed_name:
+            return (rows.as_slice(), slice(cols.start // 2, cols.stop // 2))
+        if tensor == "weight_scale":
+            return (rows.as_slice(), slice(cols.start // self.group_size, cols.stop // self.group_size))
+        return ()
 
     def output_span(self, tensor: str) -> OutputSpan | None:
-        return OutputSpan(0) if tensor in ("weight_packed", "weight_scale") else None
+        return OutputSpan(0) if tensor in (self.packed_name, "weight_scale") else None
 
     def decode(self, tensors: Tensors, rows: Share, cols: Share) -> QuantizedWeight:
-        packed, scales = tensors["weight_packed"], tensors["weight_scale"]
+        packed, scales = tensors[self.packed_name], tensors["weight_scale"]
         divisors = torch.ones(rows.size, device=packed.device)
-        if self.kind == "nvfp4":
+        if self.dialect == "modelopt":
+            divisors /= as_scalar(tensors["weight_scale_2"])
+        elif self.kind == "nvfp4":
             divisors *= as_scalar(tensors["weight_global_scale"])
         elif scales.dtype != torch.uint8:
             scales = scales.view(torch.uint8)

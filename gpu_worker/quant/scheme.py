@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from gpu_worker.layers.ops import TORCH_OPS, LayerOps
 from gpu_worker.loading.checkpoint import GGUF_NAME, open_checkpoint
@@ -22,6 +22,7 @@ from gpu_worker.quant.config import (
     read_awq,
     read_fp8,
     read_gptq,
+    read_modelopt,
     read_mxfp4,
 )
 from gpu_worker.quant.formats import WeightFormat
@@ -33,6 +34,8 @@ from gpu_worker.quant.stored import SplitLinear, StoredLinear
 
 QuantizationSetting = Literal["auto", "fp8", "int8"]
 ON_LOAD = ("fp8", "int8")
+# Files beside config.json in which old tools, and ModelOpt, say how they quantized.
+OWN_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 
 
 def read_quantization(config: HfConfig, stored_names: Collection[str] = ()) -> QuantConfig | None:
@@ -42,14 +45,12 @@ def read_quantization(config: HfConfig, stored_names: Collection[str] = ()) -> Q
         ModelConfigError: a variant that is not supported, or a field that says nothing; the message has its name and
             the list of what works.
     """
-    fields = config.fields.get(FIELD)
+    fields = quantization_fields(config)
     if not fields:
         return None
     if not isinstance(fields, dict):
         raise config.error(FIELD, f"is {fields!r:.60}, expected an object")
-    method = fields.get("quant_method")
-    if method is None and fields.get("config_groups"):
-        method = "compressed-tensors"
+    method = _method(fields)
     section = ConfigSection(fields, config.error)
     match method:
         case "gptq":
@@ -62,10 +63,38 @@ def read_quantization(config: HfConfig, stored_names: Collection[str] = ()) -> Q
             return read_compressed_tensors(section)
         case "mxfp4":
             return read_mxfp4(section)
+        case "modelopt" | "modelopt_fp4":
+            return read_modelopt(section)
         case "gguf":
             return QuantConfig("gguf", lambda name: None, None, "gguf")
         case _:
             raise config.error(FIELD, f"names quant_method {method!r}, which is not supported; supported: {SUPPORTED}")
+
+
+def quantization_fields(config: HfConfig) -> Any:
+    """`quantization_config`, wherever a checkpoint has it; None: nowhere.
+
+    Multimodal models may have it in their text part, and files of 2023 in a file of its own.
+    """
+    text = config.fields.get("text_config")
+    for fields in (config.fields, text if isinstance(text, dict) else {}):
+        if fields.get(FIELD):
+            return fields[FIELD]
+    for name, method in OWN_FILES.items():
+        file = Path(config.file).parent / name
+        if Path(config.file).name == "config.json" and file.is_file():
+            own = HfConfig.read(file).fields
+            return {"quant_method": method} | own.get("quantization", own)
+    return None
+
+
+def _method(fields: dict[str, Any]) -> Any:
+    """`quant_method`, or what the other fields say where it is missing."""
+    if fields.get("quant_method") is not None:
+        return fields["quant_method"]
+    if fields.get("load_in_4bit") or fields.get("load_in_8bit"):
+        return "bitsandbytes"
+    return "compressed-tensors" if fields.get("config_groups") else None
 
 
 def stored_names(directory: Path) -> frozenset[str]:
@@ -101,7 +130,7 @@ def make_scheme(
         CheckpointError: the checkpoint is damaged.
     """
     config = HfConfig.open(directory)
-    names = stored_names(directory) if has_weights and config.fields.get(FIELD) else frozenset()
+    names = stored_names(directory) if has_weights and quantization_fields(config) else frozenset()
     quant = read_quantization(config, names)
     if setting != "auto" and quant is not None and quant.method != setting:
         raise ModelConfigError(
@@ -112,7 +141,7 @@ def make_scheme(
         return Unquantized(ops) if setting == "auto" else OnLoadScheme(setting, ops, kernels)
     if quant.method == "gguf" and has_weights:
         return GgufScheme(directory / GGUF_NAME, name_rules, ops, kernels, canonical_name)
-    return CheckpointScheme(quant, name_rules, names, ops, kernels)
+    return CheckpointScheme(quant, name_rules, names, ops, kernels, canonical_name)
 
 
 class _ByName:
@@ -149,15 +178,22 @@ class CheckpointScheme(_ByName):
         names: Collection[str],
         ops: LayerOps = TORCH_OPS,
         kernels: PackedKernels | None = None,
+        canonical_name: Callable[[str], str] = str,
     ) -> None:
         super().__init__(name_rules, ops, kernels)
         self._quant, self._names = quant, names
+        # Lists of modules are in the checkpoint's own names.
+        self._stored_modules = {
+            canonical_name(name).rpartition(".")[0]: name.rpartition(".")[0]
+            for name in names
+            if canonical_name(name) != name
+        }
         self.fused_experts_are_packed = quant.method == "mxfp4" and (
             not names or any(name.endswith("_blocks") for name in names)
         )
 
     def format_of(self, name: str) -> WeightFormat | None:
-        return module_format(self._quant, name, self._names)
+        return module_format(self._quant, self._stored_modules.get(name, name), self._names)
 
 
 class GgufScheme(_ByName):

@@ -20,7 +20,6 @@ from gpu_worker.quant.formats import Rules, Tensors, WeightFormat
 from gpu_worker.quant.products import PackedKernels, Product, make_product
 from gpu_worker.quant.weights import QuantizedWeight, stack
 
-
 LinearParts = list[tuple[QuantizedWeight, StaticScale | None]]
 """The parts of a fused linear, in their order, each with the checkpoint's scale for its input."""
 

@@ -4,11 +4,12 @@ The formulas of `expert_gemm.py` on values that have scales:
 
     x[r, k] = x_values[r, k] * x_scales[r, k / group],   w[e, n, k] = values[e, n, k] * scales[e, n / block_n, k / group]
 
-Three kinds of inputs: quantized by token or by group of inputs on the way (`quantize_input.py`), quantized with a
-scale that the checkpoint has for each expert (`quantize_by_expert`: a row of values for each pair then, since a token
+Three kinds of inputs: quantized by token or by group of inputs on the way (`quantize_input.py`), quantized with a scale
+that the checkpoint has for each expert (`quantize_by_expert`: a row of values for each pair then, since a token
 means other 8-bit values to every expert), or left as they are, with weights made as wide in registers. Scales for the
 whole row multiply the whole sum, scales of groups the sums of each group. Sums leave the matrix units every step, as in
-`scaled_linear.py`, and few tokens of float8 are multiplied as float16, which holds every float8 exactly.
+`scaled_linear.py`: those round float8's to some 14 bits within 128 inputs. (Few tokens as float16, exactly: 20 us slower
+for a token of Qwen3-30B-A3B on an H100, of 26 us.)
 
 Inner values are kept by pair, not by place: their scales are found without the order of the tiles. gate_up and down as
 in `expert_gemm.py`, both products from the same kernel.
@@ -29,8 +30,6 @@ from stepwire_kernels.expert_tiles import ExpertTiles, build_expert_tiles
 from stepwire_kernels.quantize_input import FLOAT8_LIMIT, INT8_LIMIT, ROUNDING, quantize_input
 
 EIGHT_BIT = (torch.float8_e4m3fn, torch.int8)
-# Up to here the matrix units have time for float16.
-MAX_WIDENED_ROWS = 32
 MIN_GROUP = 16
 # Inputs that share a scale where all of them do.
 ONE_GROUP = 1 << 30
@@ -140,17 +139,46 @@ def _quantize_by_expert_kernel(
 
 
 @triton.jit
-def _product(w, x, WIDEN: tl.constexpr, IS_INT: tl.constexpr, IS_PLAIN: tl.constexpr):
+def _product(w, x, IS_INT: tl.constexpr, IS_PLAIN: tl.constexpr):
     """w [BLOCK_N, BLOCK_K] times x [BLOCK_M, BLOCK_K] transposed, float32."""
     if IS_PLAIN:
         product = tl.dot(w.to(x.dtype), tl.trans(x), input_precision="ieee")
     elif IS_INT:
         product = tl.dot(w, tl.trans(x), out_dtype=tl.int32).to(tl.float32)
-    elif WIDEN:
-        product = tl.dot(w.to(tl.float16), tl.trans(x.to(tl.float16)))
     else:
         product = tl.dot(w, tl.trans(x))
     return product
+
+
+@triton.jit
+def _step_scales(
+    x_scales_at, w_scales_at, v_scales_at, x_mask, w_mask, start, K, IS_GROUPED: tl.constexpr, IS_PLAIN: tl.constexpr,
+    IS_GATE_UP: tl.constexpr, X_GROUP: tl.constexpr, W_GROUP: tl.constexpr,
+):  # fmt: skip
+    """A step's scales of the inputs, of gate's (or down's) rows and of up's, shaped as their pointers."""
+    exists = start < K
+    x_scale = tl.full(x_mask.shape, 1.0, dtype=tl.float32)
+    w_scale = tl.full(w_mask.shape, 1.0, dtype=tl.float32)
+    v_scale = w_scale
+    if IS_GROUPED:
+        if not IS_PLAIN:
+            x_scale = tl.load(x_scales_at + start // X_GROUP, mask=x_mask & exists, other=0.0)
+        w_scale = tl.load(w_scales_at + start // W_GROUP, mask=w_mask & exists, other=0.0)
+        if IS_GATE_UP:
+            v_scale = tl.load(v_scales_at + start // W_GROUP, mask=w_mask & exists, other=0.0)
+    return x_scale, w_scale, v_scale
+
+
+@triton.jit
+def _add_scaled(acc, product, x_scale, w_scale, IS_GROUPED: tl.constexpr, ONE_BLOCK: tl.constexpr):
+    """acc [BLOCK_N, BLOCK_M] and the step's product with its scales."""
+    if not IS_GROUPED:
+        acc += product
+    elif ONE_BLOCK:  # the block's scale goes to the inputs': one product with the large tile instead of two
+        acc += product * (x_scale * w_scale)[None, :]
+    else:
+        acc += product * w_scale[:, None] * x_scale[None, :]
+    return acc
 
 
 @triton.jit
@@ -176,7 +204,6 @@ def _scaled_expert_kernel(
     HAS_BIAS: tl.constexpr,
     IS_INT: tl.constexpr,
     IS_PLAIN: tl.constexpr,
-    WIDEN: tl.constexpr,
     IS_GROUPED: tl.constexpr,
     X_GROUP: tl.constexpr,
     W_GROUP: tl.constexpr,
@@ -206,12 +233,28 @@ def _scaled_expert_kernel(
         x_at = x_ptr + x_rows[:, None] * x_stride + lanes[None, :]
         x_scales_at = x_scales_ptr + x_rows * x_scales_stride
         w_at = values_ptr + expert * expert_stride + cols.to(tl.int64)[:, None] * K + lanes[None, :]
-        w_scales_at = scales_ptr + expert * scales_expert_stride + (cols // SCALE_ROWS) * scales_row_stride
+        # Where all columns of the tile lie in one block of rows, one pointer is enough.
+        ONE_BLOCK: tl.constexpr = IS_GROUPED and SCALE_ROWS % BLOCK_N == 0
+        scaled = cols
+        if ONE_BLOCK:
+            scaled = tl.program_id(0) * BLOCK_N + tl.arange(0, 1)
+        scaled_mask = scaled < num_cols
+        w_scales_at = scales_ptr + expert * scales_expert_stride + (scaled // SCALE_ROWS) * scales_row_stride
         v_at = w_at + tl.cast(num_cols, tl.int64) * K
-        v_scales_at = scales_ptr + expert * scales_expert_stride + ((num_cols + cols) // SCALE_ROWS) * scales_row_stride
+        v_rows = (num_cols + scaled) // SCALE_ROWS
+        v_scales_at = scales_ptr + expert * scales_expert_stride + v_rows * scales_row_stride
         acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
         up = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+        # Scales are fetched a step ahead: they would not be a part of the pipeline, and every step would wait for them.
+        x_scale, w_scale, v_scale = _step_scales(
+            x_scales_at, w_scales_at, v_scales_at, row_mask, scaled_mask, 0, K, IS_GROUPED, IS_PLAIN, IS_GATE_UP,
+            X_GROUP, W_GROUP,
+        )  # fmt: skip
         for start in tl.range(0, K, BLOCK_K, num_stages=NUM_STAGES):
+            next_x_scale, next_w_scale, next_v_scale = _step_scales(
+                x_scales_at, w_scales_at, v_scales_at, row_mask, scaled_mask, start + BLOCK_K, K, IS_GROUPED, IS_PLAIN,
+                IS_GATE_UP, X_GROUP, W_GROUP,
+            )  # fmt: skip
             w_mask = col_mask[:, None]
             x_mask = row_mask[:, None]
             if not EVEN_K:
@@ -219,23 +262,13 @@ def _scaled_expert_kernel(
                 x_mask = x_mask & (start + lanes < K)[None, :]
             x = tl.load(x_at + start, mask=x_mask, other=0.0)  # [BLOCK_M, BLOCK_K]
             w = tl.load(w_at + start, mask=w_mask, other=0.0)  # [BLOCK_N, BLOCK_K]
-            product = _product(w, x, WIDEN, IS_INT, IS_PLAIN)
-            if IS_GROUPED:
-                w_scale = tl.load(w_scales_at + start // W_GROUP, mask=col_mask, other=0.0)  # [BLOCK_N]
-                product = product * w_scale[:, None]
-                if not IS_PLAIN:
-                    x_scale = tl.load(x_scales_at + start // X_GROUP, mask=row_mask, other=0.0)  # [BLOCK_M]
-                    product = product * x_scale[None, :]
-            acc += product
+            acc = _add_scaled(acc, _product(w, x, IS_INT, IS_PLAIN), x_scale, w_scale, IS_GROUPED, ONE_BLOCK)
             if IS_GATE_UP:
                 v = tl.load(v_at + start, mask=w_mask, other=0.0)
-                other = _product(v, x, WIDEN, IS_INT, IS_PLAIN)
-                if IS_GROUPED:
-                    v_scale = tl.load(v_scales_at + start // W_GROUP, mask=col_mask, other=0.0)
-                    other = other * v_scale[:, None]
-                    if not IS_PLAIN:
-                        other = other * x_scale[None, :]
-                up += other
+                up = _add_scaled(up, _product(v, x, IS_INT, IS_PLAIN), x_scale, v_scale, IS_GROUPED, ONE_BLOCK)
+            x_scale = next_x_scale
+            w_scale = next_w_scale
+            v_scale = next_v_scale
         if not IS_GROUPED:
             acc = acc * tl.load(w_scales_at, mask=col_mask, other=0.0)[:, None]
             if IS_GATE_UP:
@@ -349,7 +382,6 @@ def _product_of(
         HAS_BIAS=stack.bias is not None,
         IS_INT=stack.values.dtype == torch.int8,
         IS_PLAIN=is_plain,
-        WIDEN=tiles.tile_rows <= MAX_WIDENED_ROWS,
         IS_GROUPED=bool(groups),
         X_GROUP=inputs.group or ONE_GROUP,
         W_GROUP=stack.weight_group or ONE_GROUP,
@@ -428,7 +460,9 @@ def check_scaled_experts(
     if weights.shape != experts.shape or experts.shape[0] != x.shape[0] or experts.dtype != torch.int32:
         raise ValueError("mix_scaled_experts: takes weights and int32 experts, [num_tokens, num_chosen] each")
     if weights.dtype != torch.float32 or x.stride(1) != 1 or not (weights.is_contiguous() and experts.is_contiguous()):
-        raise ValueError("mix_scaled_experts: weights must be float32, and columns of x, weights and experts contiguous")
+        raise ValueError(
+            "mix_scaled_experts: weights must be float32, and columns of x, weights and experts contiguous"
+        )
     if held.gate_up.values.dtype not in EIGHT_BIT or held.down.values.dtype != held.gate_up.values.dtype:
         raise ValueError(f"mix_scaled_experts: takes float8_e4m3fn or int8 weights, got {held.gate_up.values.dtype}")
     if inner % held.gate_up.block_n:

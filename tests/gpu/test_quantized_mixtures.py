@@ -78,7 +78,9 @@ def test_experts_of_a_gguf_file(tmp_path: Path, architecture: str, gate_up: str,
 
     kinds = {"ffn_gate_exps": gate_up, "ffn_up_exps": gate_up, "ffn_down_exps": down}
     quantized = {
-        f"blk.{layer}.{name}.weight": gguf.GGMLQuantizationType[kind] for layer in (0, 1) for name, kind in kinds.items()
+        f"blk.{layer}.{name}.weight": gguf.GGMLQuantizationType[kind]
+        for layer in (0, 1)
+        for name, kind in kinds.items()
     }
     write_gguf(tmp_path / "m.gguf", architecture, quantized=quantized)
     drive(prepare(tmp_path / "m.gguf", tmp_path / "cache", dtype="packed", progress=SilentProgress()).path, 2e-3)

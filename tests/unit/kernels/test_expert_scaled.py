@@ -77,7 +77,14 @@ def check(
     x = torch.randn(num_tokens, hidden, device=device).to(dtype)
     weights, chosen = route(num_tokens, 2, num_experts, device)
     out = mix_scaled_experts(
-        x, weights, chosen, held, kind, num_experts=num_experts, first_expert=first, tuning=tuning  # type: ignore[arg-type]
+        x,
+        weights,
+        chosen,
+        held,
+        kind,
+        num_experts=num_experts,
+        first_expert=first,
+        tuning=tuning,  # type: ignore[arg-type]
     )
     expected = reference_experts.mix_scaled_experts(x, weights, chosen, held, kind, first_expert=first)
     if dtype == torch.float32:

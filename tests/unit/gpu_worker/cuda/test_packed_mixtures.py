@@ -121,7 +121,12 @@ def test_gpt_oss_as_it_is_published(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "gate_up", "down"),
-    [("qwen3moe", "Q4_0", "Q8_0"), ("gpt-oss", "MXFP4", "MXFP4"), ("mixtral", "Q5_1", "Q4_0"), ("mixtral", "Q8_0", "IQ4_NL")],
+    [
+        ("qwen3moe", "Q4_0", "Q8_0"),
+        ("gpt-oss", "MXFP4", "MXFP4"),
+        ("mixtral", "Q5_1", "Q4_0"),
+        ("mixtral", "Q8_0", "IQ4_NL"),
+    ],
 )
 def test_experts_of_a_gguf_file(tmp_path: Path, architecture: str, gate_up: str, down: str) -> None:
     """Types differ within a layer; of one that has no kernel the layer's experts are held in the model's type."""
@@ -130,9 +135,7 @@ def test_experts_of_a_gguf_file(tmp_path: Path, architecture: str, gate_up: str,
     from tests.unit.gpu_worker.loading.synthetic_gguf import write_gguf
 
     kinds = {"ffn_gate_exps": gate_up, "ffn_up_exps": gate_up, "ffn_down_exps": down}
-    quantized = {
-        f"blk.{layer}.{name}.weight": Kind[kind] for layer in (0, 1) for name, kind in kinds.items()
-    }
+    quantized = {f"blk.{layer}.{name}.weight": Kind[kind] for layer in (0, 1) for name, kind in kinds.items()}
     write_gguf(tmp_path / "m.gguf", architecture, quantized=quantized)
     directory = prepare(tmp_path / "m.gguf", tmp_path / "cache", dtype="packed", progress=SilentProgress()).path
     experts = experts_of(compare(directory))

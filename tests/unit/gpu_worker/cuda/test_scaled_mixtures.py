@@ -29,7 +29,14 @@ def compressed(number: str, strategy: str, inputs: dict[str, Any] | None, **weig
     kind = {"float": "float-quantized", "int": "int-quantized"}[number]
     group = {
         "targets": ["re:.*experts.*"],
-        "weights": {"num_bits": 8, "type": number, "strategy": strategy, "symmetric": True, "dynamic": False, **weights},
+        "weights": {
+            "num_bits": 8,
+            "type": number,
+            "strategy": strategy,
+            "symmetric": True,
+            "dynamic": False,
+            **weights,
+        },
         "input_activations": None if inputs is None else {"num_bits": 8, "type": number, "symmetric": True, **inputs},
     }
     return {"quant_method": "compressed-tensors", "format": kind, "config_groups": {"group_0": group}, "ignore": []}
@@ -140,7 +147,9 @@ def test_checkpoints_of_8_bit_experts(tmp_path: Path, name: str) -> None:
     assert num_weights < held < 1.2 * num_weights
 
 
-@pytest.mark.parametrize("setting", [pytest.param("fp8", marks=pytest.mark.slow), pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "setting", [pytest.param("fp8", marks=pytest.mark.slow), pytest.param("int8", marks=pytest.mark.slow)]
+)
 def test_plain_experts_are_quantized_while_they_are_loaded(tmp_path: Path, setting: Setting) -> None:
     save_eight_bit(tmp_path, None)
     assert isinstance(experts_of(compare(tmp_path, setting)), ScaledExperts)

@@ -71,7 +71,9 @@ def test_gpt_oss_computes_as_its_safetensors_release_does(tmp_path: Path) -> Non
     from transformers import GptOssConfig, GptOssForCausalLM
 
     stored = write_gguf(
-        tmp_path / "m.gguf", "gpt-oss", quantized={f"blk.0.ffn_{n}_exps.weight": Kind.Q8_0 for n in ("gate", "up", "down")}
+        tmp_path / "m.gguf",
+        "gpt-oss",
+        quantized={f"blk.0.ffn_{n}_exps.weight": Kind.Q8_0 for n in ("gate", "up", "down")},
     )
     packed = prepare(tmp_path / "m.gguf", tmp_path / "cache", dtype="packed", progress=SilentProgress())
     spec = read_spec(packed.path)[0]

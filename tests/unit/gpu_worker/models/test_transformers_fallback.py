@@ -11,19 +11,24 @@ import torch
 from structlog.testing import capture_logs
 from transformers.models.biogpt import BioGptConfig
 from transformers.models.bloom import BloomConfig
+from transformers.models.codegen import CodeGenConfig
 from transformers.models.falcon import FalconConfig
 from transformers.models.gemma import GemmaConfig
 from transformers.models.glm import GlmConfig
 from transformers.models.gpt2 import GPT2Config
+from transformers.models.gpt_neo import GPTNeoConfig
 from transformers.models.gpt_neox import GPTNeoXConfig
 from transformers.models.gptj import GPTJConfig
 from transformers.models.jamba import JambaConfig
 from transformers.models.mamba import MambaConfig
+from transformers.models.mpt import MptConfig
 from transformers.models.nemotron import NemotronConfig
 from transformers.models.olmo import OlmoConfig
 from transformers.models.opt import OPTConfig
 from transformers.models.phi import PhiConfig
+from transformers.models.stablelm import StableLmConfig
 from transformers.models.vaultgemma import VaultGemmaConfig
+from transformers.models.xglm import XGLMConfig
 
 from gpu_worker.config import WorkerSettings
 from gpu_worker.layers.linear import BuildContext
@@ -56,11 +61,33 @@ CARRIED = {
         VaultGemmaConfig,
         {"head_dim": 16, "sliding_window": 11, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0},
     ),
+    "stablelm": Tiny(StableLmConfig, {"partial_rotary_factor": 0.5, "hidden_size": 72, "use_parallel_residual": True}),
+    # Attention of their own, rotated pairs.
+    "gptj": Tiny(GPTJConfig, {"n_head": 6, "rotary_dim": 8}),
+    "codegen": Tiny(CodeGenConfig, {"num_attention_heads": 4, "hidden_size": 64, "rotary_dim": 8}),
+    # Learnt positions, no scale, every second layer with a window.
+    "gpt-neo": Tiny(
+        GPTNeoConfig, {"num_hidden_layers": 4, "attention_types": [[["global", "local"], 2]], "window_size": 11}
+    ),
+    "falcon": Tiny(FalconConfig, {"multi_query": True, "parallel_attn": True, "bias": False}),
+    "falcon-groups": Tiny(FalconConfig, {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    # ALiBi. Transformers rounds Falcon's to bfloat16, which holds the products of 8 heads' slopes, and its eager
+    # attention adds it twice (once within the mask).
+    "falcon-alibi": Tiny(
+        FalconConfig,
+        {
+            "alibi": True,
+            "num_attention_heads": 8,
+            "hidden_size": 64,
+            "multi_query": False,
+            "attn_implementation": "sdpa",
+        },
+    ),
+    "bloom": Tiny(BloomConfig, {"n_head": 6}),
+    "mpt": Tiny(MptConfig, {"d_model": 60, "n_heads": 6, "n_layers": 2, "max_seq_len": 256}),
 }
 REFUSED = {
-    "bloom": (Tiny(BloomConfig, {"n_head": 6}), "attention needs a mask"),
-    "falcon": (Tiny(FalconConfig, {"alibi": True}), "FalconForCausalLM .*attention interface"),
-    "gptj": (Tiny(GPTJConfig, {"n_head": 6, "rotary_dim": 8}), "GPTJForCausalLM .*attention interface"),
+    "xglm": (Tiny(XGLMConfig, {"attention_heads": 6}), "XGLMForCausalLM"),
     "mamba": (Tiny(MambaConfig, {"state_size": 4}), "layers of the kinds linear_attention"),
     "jamba": (Tiny(JambaConfig, {"num_experts": 2}), "JambaForCausalLM"),
 }

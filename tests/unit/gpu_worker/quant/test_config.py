@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from gpu_worker.model_spec import ModelConfigError
 from gpu_worker.models.hf_config import HfConfig
 from gpu_worker.models.llama import LLAMA_NAMES
+from gpu_worker.parallel.shares import Share
 from gpu_worker.quant.activations import ActivationQuant
 from gpu_worker.quant.affine_formats import AwqFormat, GptqFormat, PackQuantizedFormat
 from gpu_worker.quant.config import QuantConfig
+from gpu_worker.quant.float4_formats import Float4Format
 from gpu_worker.quant.none import UnquantizedLinear
 from gpu_worker.quant.scaled_formats import ScaledFormat
 from gpu_worker.quant.scheme import CheckpointScheme, read_quantization
@@ -146,3 +151,62 @@ def test_a_module_that_gptq_left_plain_without_saying_so_is_read_plainly() -> No
     scheme = CheckpointScheme(read(fields), LLAMA_NAMES, names)
     assert isinstance(scheme.linear_method("layers.3.mlp.down"), UnquantizedLinear)
     assert isinstance(scheme.linear_method("layers.3.attention.output"), StoredLinear)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "label"),
+    [
+        ("quantize_config.json", {"bits": 4, "group_size": 128, "desc_act": True}, "gptq 4 bit"),
+        ("quant_config.json", {"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"}, "awq 4 bit"),
+        (
+            "hf_quant_config.json",
+            {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}},
+            "modelopt FP8",
+        ),
+    ],
+)
+def test_a_file_of_its_own_says_it_where_the_config_does_not(
+    tmp_path: Path, name: str, content: dict[str, Any], label: str
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_text(json.dumps(content))
+    quant = read_quantization(HfConfig.open(tmp_path))
+    assert quant is not None and quant.label == label
+    assert quant.format_of("model.layers.0.mlp.up_proj") is not None and quant.format_of("lm_head") is None
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "mxfp4"}}))
+    quant = read_quantization(HfConfig.open(tmp_path))
+    assert quant is not None and quant.method == "mxfp4"
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "'bitsandbytes'"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "'bitsandbytes'"),
+        ({"quant_method": "hqq"}, "'hqq'"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "is_marlin_format": True}, "is_marlin_format"),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "W4A8_AWQ"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_its_name(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ModelConfigError, match=words) as refusal:
+        read_quantization(HfConfig({"quantization_config": fields}))
+    assert "compressed-tensors (pack-quantized" in str(refusal.value)
+
+
+def test_modelopt_nvfp4_multiplies_by_its_second_scale() -> None:
+    """Against compressed-tensors' decoding of the same numbers, whose global scale is the reciprocal."""
+    fields = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "ignore": ["*.self_attn*"]}
+    quant = read_quantization(HfConfig({"quantization_config": fields}))
+    assert quant is not None and quant.format_of("model.layers.0.self_attn.q_proj") is None
+    kind = quant.format_of("model.layers.0.mlp.up_proj")
+    assert isinstance(kind, Float4Format)
+    packed = torch.randint(0, 256, (8, 32)).to(torch.uint8)
+    scales = (torch.rand(8, 4) * 8).to(torch.float8_e4m3fn)
+    rows, cols = Share(0, 8, 8), Share(0, 64, 64)
+    ours = kind.decode({"weight": packed, "weight_scale": scales, "weight_scale_2": torch.tensor(0.25)}, rows, cols)
+    other = Float4Format("nvfp4").decode(
+        {"weight_packed": packed, "weight_scale": scales, "weight_global_scale": torch.tensor([4.0])}, rows, cols
+    )
+    assert torch.equal(ours.dequantize(), other.dequantize())
+    assert set(kind.rules(8, 64)) == {"weight", "weight_scale", "weight_scale_2", "input_scale"}
