@@ -11,7 +11,6 @@ from __future__ import annotations
 import numpy as np
 
 from gpu_worker.cpu.intrinsics import (
-    add_panel_product,
     comparing,
     compiled,
     float32s,
@@ -24,6 +23,7 @@ from gpu_worker.cpu.intrinsics import (
 )
 from gpu_worker.cpu.layout import LAYER, PANEL_COLUMNS, PANEL_ROWS, PREFILL_KEYS, STEP
 from gpu_worker.cpu.row_kernels import exp, load_head, rotate_head, tanh
+from gpu_worker.cpu.vectors import add_panel_product
 
 _ZERO, _ONE, _LOWEST = np.float32(0), np.float32(1), np.float32(-np.inf)
 
