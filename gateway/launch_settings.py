@@ -150,6 +150,11 @@ class LaunchSettings(ProcessSettings):
         description="compiled kernels for --dtype bfloat16 on a CPU; auto: where it has no instructions for bfloat16",
         json_schema_extra=_passed_to(WORKER),
     )
+    kernel_cache_dir: Path | None = Field(
+        None,
+        description="directory that keeps compiled CPU kernels; default: ~/.cache/stepwire/kernels",
+        json_schema_extra=_passed_to(WORKER),
+    )
     num_threads: PositiveInt | None = Field(
         None,
         description="CPU threads of the worker; default: one per physical core",

@@ -188,6 +188,11 @@ async def _prepare(settings: LaunchSettings) -> Path:
         command.append("--config-only")
     device = settings.device if settings.gguf_weights == "auto" else settings.gguf_weights
     command.append(f"--dtype={_WEIGHTS_FOR[device]}")
+    if settings.dtype == "bfloat16" and settings.device != "cuda" and settings.runner != "simulated":
+        # The worker will take them on a CPU: better to wait for them here, where somebody is told.
+        command.append(f"--cpu-kernels={'off' if settings.deterministic else settings.cpu_kernels}")
+        if settings.kernel_cache_dir is not None:
+            command.append(f"--kernel-cache-dir={settings.kernel_cache_dir}")
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, start_new_session=True)
     try:
         output, _ = await process.communicate()

@@ -28,7 +28,7 @@ LINEAR_BUFFER_BYTES: Final = 4 * max(
 # Keys that a tile of queries meets at a time.
 PREFILL_KEYS: Final = 32
 # Queries of a run that one item attends for.
-PREFILL_QUERIES: Final = 16
+PREFILL_QUERIES: Final = 32
 # Keys of a row that one item attends to, about: whole blocks.
 SPAN_KEYS: Final = 256
 

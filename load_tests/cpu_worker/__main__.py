@@ -17,12 +17,12 @@ from rich.table import Table
 
 from load_tests.cpu_worker.contestants import (
     Contestant,
-    LlamaCpp,
     ServedStepwire,
     Stepwire,
     Transformers,
     TransformersContinuous,
 )
+from load_tests.cpu_worker.llama_cpp_batch import LlamaCpp
 from load_tests.results import RESULTS_DIRECTORY, append_result, measurement_facts
 
 MODULE = "load_tests.cpu_worker"
@@ -39,9 +39,11 @@ class Scenario:
 
 
 SCENARIOS = (
-    Scenario("one stream", 1, ("stepwire", "stepwire served", "transformers generate", "llama-cpp-python")),
+    Scenario("one stream", 1, ("stepwire", "stepwire served", "transformers generate", LlamaCpp.name)),
     Scenario(
-        "16 concurrent", 16, ("stepwire", "stepwire served", "transformers generate", "transformers generate_batch")
+        "16 concurrent",
+        16,
+        ("stepwire", "stepwire served", "transformers generate", "transformers generate_batch", LlamaCpp.name),
     ),
 )
 OURS = (Stepwire.name, ServedStepwire.name)
@@ -143,7 +145,11 @@ def _contestants(
     elif gguf is None:
         absent[LlamaCpp.name] = "no GGUF file: give --gguf"
     else:
-        made.append(LlamaCpp(gguf, args.threads))
+        num_sequences = max(scenario.num_prompts for scenario in SCENARIOS)
+        max_tokens = args.prompt_tokens + args.output_tokens
+        # Version 0.3.36 crashes in its AMX kernels with Q4_1 weights; without repacking it uses AVX-512.
+        repacks = not torch.cpu._is_amx_tile_supported()
+        made.append(LlamaCpp(gguf, args.threads, num_sequences, max_tokens, repacks_weights=repacks))
     return {contestant.name: contestant for contestant in made}, absent
 
 
