@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
         if _is_installed(package)
     }
     torch.set_num_threads(args.threads)
-    model = args.model or _default_model()
+    model = args.model or default_model()
     with ServedStepwire(model, args.dtype, args.threads) as served:
         contestants, absent = _contestants(args, model, served)
         _compare(contestants, absent, args, model.name, facts)
@@ -115,7 +115,7 @@ def _is_installed(package: str) -> bool:
     return True
 
 
-def _default_model() -> Path:
+def default_model() -> Path:
     from gpu_worker.prepare.preparation import prepare
 
     return prepare(DEFAULT_SOURCE, MODELS).path
@@ -153,7 +153,7 @@ def _contestants(
     return {contestant.name: contestant for contestant in made}, absent
 
 
-def _prompts(num_prompts: int, num_tokens: int, turn: int) -> list[list[int]]:
+def random_prompts(num_prompts: int, num_tokens: int, turn: int) -> list[list[int]]:
     """Different for every turn, so that no engine profits from what it cached before."""
     generator = torch.Generator().manual_seed(1000 + turn)
     return torch.randint(100, 40_000, (num_prompts, num_tokens), generator=generator).tolist()
@@ -163,9 +163,9 @@ def _run(scenario: Scenario, contestants: dict[str, Contestant], args: argparse.
     names = [name for name in scenario.contestants if name in contestants]
     rates: dict[str, list[float]] = {name: [] for name in names}
     for name in names:
-        contestants[name].generate(_prompts(scenario.num_prompts, args.prompt_tokens, 0), 4)
+        contestants[name].generate(random_prompts(scenario.num_prompts, args.prompt_tokens, 0), 4)
     for turn in range(args.repeats):
-        prompts = _prompts(scenario.num_prompts, args.prompt_tokens, turn + 1)
+        prompts = random_prompts(scenario.num_prompts, args.prompt_tokens, turn + 1)
         # The order turns around each time: what one engine leaves behind in caches and clocks meets every other one.
         for name in names if turn % 2 == 0 else reversed(names):
             rates[name].append(contestants[name].generate(prompts, args.output_tokens).tokens_per_s)

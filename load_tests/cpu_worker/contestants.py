@@ -43,9 +43,7 @@ class Stepwire:
         begun = time.perf_counter()
         for row, prompt in enumerate(prompts):
             driver.add(row, prompt, greedy())
-        budget = driver.facts.max_num_batched_tokens
-        while any(driven.num_computed < driven.num_prompt_tokens for driven in driver.rows.values()):
-            driver.step(_prefill_chunk(driver, budget))
+        run_prompts(driver)
         while any(len(driven.tokens) < driven.num_prompt_tokens + num_tokens for driven in driver.rows.values()):
             driver.step(
                 {
@@ -55,6 +53,13 @@ class Stepwire:
                 }
             )
         return Timing(len(prompts) * num_tokens, time.perf_counter() - begun)
+
+
+def run_prompts(driver: StepDriver) -> None:
+    """Steps until every row has its first token."""
+    budget = driver.facts.max_num_batched_tokens
+    while any(driven.num_computed < driven.num_prompt_tokens for driven in driver.rows.values()):
+        driver.step(_prefill_chunk(driver, budget))
 
 
 def _prefill_chunk(driver: StepDriver, budget: int) -> dict[int, int]:
