@@ -74,6 +74,8 @@ def _compare(
 ) -> None:
     console = Console(width=110)
     for scenario in SCENARIOS:
+        if args.only not in (None, scenario.name):
+            continue
         result = _run(scenario, contestants, args)
         _print(scenario, result, absent, args, console)
         if not args.no_record:
@@ -100,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5, help="the engines take turns this often; medians are shown")
+    parser.add_argument("--only", choices=[scenario.name for scenario in SCENARIOS], help="one scenario, not all")
     parser.add_argument(
         "--note", default="", help="said in the recorded lines, such as what else the machine was doing"
     )
