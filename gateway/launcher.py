@@ -180,7 +180,7 @@ _WEIGHTS_FOR = {"auto": "auto", "cuda": "packed", "packed": "packed", "cpu": "bf
 
 
 def prepare_command(settings: LaunchSettings) -> list[str]:
-    """What turns the model source into what the services read, and compiles what the worker would at its first start."""
+    """Turns the model source into what the services read; compiles what the worker would at its first start."""
     command = [sys.executable, "-m", "gpu_worker.prepare", settings.model]
     if settings.cache_dir is not None:
         command += ["--cache-dir", str(settings.cache_dir)]
