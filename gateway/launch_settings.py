@@ -115,8 +115,8 @@ class LaunchSettings(ProcessSettings):
     max_num_batched_tokens: PositiveInt | None = Field(
         None, description="most tokens one step runs", json_schema_extra=_passed_to(WORKER)
     )
-    mixed_step_tokens: PositiveInt | None = Field(
-        None,
+    mixed_step_tokens: PositiveInt = Field(
+        512,
         description="tokens that a step is filled up to with waiting prompts while other requests generate",
         json_schema_extra=_passed_to(CONTROL_PLANE),
     )
