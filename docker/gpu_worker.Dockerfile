@@ -52,7 +52,7 @@ FROM python:${PYTHON_VERSION}-slim AS runtime
 RUN groupadd --gid 10001 stepwire \
     && useradd --uid 10001 --gid stepwire --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin stepwire \
     # A named volume takes its owner from the directory that it is first mounted on.
-    && install --directory --owner 10001 --group 10001 /models /cache/triton
+    && install --directory --owner 10001 --group 10001 /models /cache/triton /cache/kernels
 COPY --from=code /app /app
 ENV PATH=/opt/stepwire/bin:$PATH PYTHONPATH=/app PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HOME=/tmp \
     STEPWIRE_LISTEN=0.0.0.0:50061
@@ -95,7 +95,8 @@ RUN if [ "${TORCH_BACKEND}" != cpu ]; then \
         && rm -rf /var/lib/apt/lists/*; \
     fi
 COPY --from=build-worker /opt/stepwire /opt/stepwire
-ENV TRITON_CACHE_DIR=/cache/triton NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# Kernels for GPUs, and those for CPUs without bfloat16: compiled when a worker first wants them, for what it runs on.
+ENV TRITON_CACHE_DIR=/cache/triton STEPWIRE_KERNEL_CACHE_DIR=/cache/kernels NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 10001:10001
 EXPOSE 50061
 # Loading a large model takes minutes, during which it is not unhealthy.

@@ -115,8 +115,8 @@ class LaunchSettings(ProcessSettings):
     max_num_batched_tokens: PositiveInt | None = Field(
         None, description="most tokens one step runs", json_schema_extra=_passed_to(WORKER)
     )
-    mixed_step_tokens: PositiveInt | None = Field(
-        None,
+    mixed_step_tokens: PositiveInt = Field(
+        512,
         description="tokens that a step is filled up to with waiting prompts while other requests generate",
         json_schema_extra=_passed_to(CONTROL_PLANE),
     )
@@ -153,6 +153,11 @@ class LaunchSettings(ProcessSettings):
     cpu_kernels: Literal["auto", "on", "off"] = Field(
         "auto",
         description="compiled kernels for --dtype bfloat16 on a CPU; auto: where it has no instructions for bfloat16",
+        json_schema_extra=_passed_to(WORKER),
+    )
+    kernel_cache_dir: Path | None = Field(
+        None,
+        description="directory that keeps compiled CPU kernels; default: ~/.cache/stepwire/kernels",
         json_schema_extra=_passed_to(WORKER),
     )
     num_threads: PositiveInt | None = Field(

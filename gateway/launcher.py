@@ -179,16 +179,29 @@ def _check_ports(settings: LaunchSettings) -> None:
 _WEIGHTS_FOR = {"auto": "auto", "cuda": "packed", "packed": "packed", "cpu": "bfloat16", "dequantized": "bfloat16"}
 
 
-async def _prepare(settings: LaunchSettings) -> Path:
-    """Have the model source turned into what the services read; returns the directory."""
+def prepare_command(settings: LaunchSettings) -> list[str]:
+    """Turns the model source into what the services read; compiles what the worker would at its first start."""
     command = [sys.executable, "-m", "gpu_worker.prepare", settings.model]
     if settings.cache_dir is not None:
         command += ["--cache-dir", str(settings.cache_dir)]
-    if settings.load_format == "dummy" or settings.runner == "simulated":
+    is_simulated = settings.runner == "simulated"
+    if settings.load_format == "dummy" or is_simulated:
         command.append("--config-only")
     device = settings.device if settings.gguf_weights == "auto" else settings.gguf_weights
     command.append(f"--dtype={_WEIGHTS_FOR[device]}")
-    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, start_new_session=True)
+    wants_kernels = settings.dtype == "bfloat16" and settings.device != "cuda"
+    if wants_kernels and settings.cpu_kernels != "off" and not (is_simulated or settings.deterministic):
+        command.append(f"--cpu-kernels={settings.cpu_kernels}")
+        if settings.kernel_cache_dir is not None:
+            command.append(f"--kernel-cache-dir={settings.kernel_cache_dir}")
+    return command
+
+
+async def _prepare(settings: LaunchSettings) -> Path:
+    """Have the model source turned into what the services read; returns the directory."""
+    process = await asyncio.create_subprocess_exec(
+        *prepare_command(settings), stdout=asyncio.subprocess.PIPE, start_new_session=True
+    )
     try:
         output, _ = await process.communicate()
     except asyncio.CancelledError:

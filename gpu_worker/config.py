@@ -24,6 +24,7 @@ _NOT_REPLAYED = frozenset(
         "tls_key",
         "tls_client_ca",
         "hang_limit_s",
+        "kernel_cache_dir",
         "shutdown_grace_s",
         "record",
         "sim_crash_at_step",
@@ -161,6 +162,9 @@ class WorkerSettings(ProcessSettings):
         "auto",
         description="compiled kernels for --dtype bfloat16 on a CPU (they need numba); auto takes them where the CPU "
         "has no instructions for bfloat16, off is torch alone",
+    )
+    kernel_cache_dir: Path | None = Field(
+        None, description="directory that keeps compiled CPU kernels; default: ~/.cache/stepwire/kernels"
     )
     num_threads: PositiveInt | None = Field(None, description="CPU threads of torch; default: one per physical core")
 

@@ -161,7 +161,7 @@ class TorchRunner:
             _refuse_other_devices(device)
         team = None
         if not (settings.deterministic or family.is_encoder or family.host_plans_attention):
-            team = choose_team(settings.cpu_kernels, device, dtype)
+            team = choose_team(settings.cpu_kernels, device, dtype, settings.kernel_cache_dir)
         attends_compiled = team is not None and spec.latent is None and kv_dtype == torch.bfloat16
         ops: LayerOps = PiecewiseOps() if settings.deterministic else TORCH_OPS
         if team is not None:

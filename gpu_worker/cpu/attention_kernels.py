@@ -11,7 +11,6 @@ from __future__ import annotations
 import numpy as np
 
 from gpu_worker.cpu.intrinsics import (
-    add_panel_product,
     comparing,
     compiled,
     float32s,
@@ -22,8 +21,9 @@ from gpu_worker.cpu.intrinsics import (
     uint16s,
     widen,
 )
-from gpu_worker.cpu.layout import LAYER, PANEL_COLUMNS, PANEL_ROWS, PREFILL_KEYS, STEP
+from gpu_worker.cpu.layout import LAYER, PANEL_COLUMNS, PANEL_ROWS, PREFILL_KEYS, STEP, TURNED
 from gpu_worker.cpu.row_kernels import exp, load_head, rotate_head, tanh
+from gpu_worker.cpu.vectors import add_panel_product, turn_widened
 
 _ZERO, _ONE, _LOWEST = np.float32(0), np.float32(1), np.float32(-np.inf)
 
@@ -313,11 +313,20 @@ def _stage_keys(
         _fill(keys, head_dim * _KEYS, _ZERO)
     if num_keys < _KEYS or head_dim < padded_dim:
         _fill(values, _KEYS * padded_dim, _ZERO)
+    num_turned = 0
+    if first % TURNED == 0 and block_size % TURNED == 0:
+        num_turned = num_keys // TURNED * TURNED
+    whole_dim = head_dim // TURNED * TURNED
+    for key in range(0, num_turned, TURNED):
+        position = first + key
+        source = _tile_address(layer, blocks[position // block_size], kv_head) + position % block_size * head_dim * 2
+        for i in range(0, whole_dim, TURNED):
+            turn_widened(source + i * 2, head_dim * 2, keys + (i * _KEYS + key) * 4, _KEYS * 4)
     for key in range(num_keys):
         position = first + key
         source = _tile_address(layer, blocks[position // block_size], kv_head) + position % block_size * head_dim * 2
         bits = uint16s(source)
-        for i in range(head_dim):
+        for i in range(whole_dim if key < num_turned else 0, head_dim):
             columns[i * _KEYS + key] = widen(bits[i])
         _widen_into(source + plane, values + key * padded_dim * 4, head_dim)
 

@@ -6,7 +6,9 @@ after all files that kernels are made of. Where nothing can be written, kernels 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib.metadata
 import os
 import time
 from dataclasses import dataclass
@@ -23,6 +25,9 @@ log = structlog.get_logger(__name__)
 
 # Beyond this a start has compiled, and says so.
 _NOTABLE_S = 3.0
+
+# Stands beside the machine code once all of it has been written.
+_COMPLETE = "complete"
 
 _loaded: CompiledKernels | None = None
 
@@ -47,6 +52,13 @@ def default_cache_dir() -> Path | None:
         return None
 
 
+def are_kept(cache_dir: Path | None = None) -> bool:
+    """Whether `load_kernels` will find them compiled, as far as can be told without importing numba."""
+    cache_dir = default_cache_dir() if cache_dir is None else cache_dir
+    directory = None if cache_dir is None else cache_dir / _digest(importlib.metadata.version("numba"))
+    return directory is not None and (directory / _COMPLETE).exists()
+
+
 def load_kernels(cache_dir: Path | None = None) -> CompiledKernels:
     """From the directory, or compiled (about 20 s) and kept there; a process has them once.
 
@@ -68,11 +80,12 @@ def _load(cache_dir: Path | None) -> CompiledKernels:
         log.warning("compiled kernels cannot be kept: they are compiled at every start", directory=str(directory))
         loaded = _compile(keep=False)
     else:
-        if not any(directory.rglob("*.nbi")):
+        if not (directory / _COMPLETE).exists():
             log.info("compiling kernels for this CPU; the next start finds them", directory=str(directory))
         # Where numba keeps what is marked with cache=True from here on.
         numba.config.CACHE_DIR = str(directory)
         loaded = _compile(keep=True)
+        _mark_complete(directory)
     seconds = time.perf_counter() - begun
     (log.info if seconds > _NOTABLE_S else log.debug)("kernels are ready", seconds=round(seconds, 1))
     return loaded
@@ -89,6 +102,11 @@ def _compile(keep: bool) -> CompiledKernels:
             raise
         log.warning("kept kernels cannot be read or written: they are compiled anew", error=repr(error))
         return _compile(keep=False)
+
+
+def _mark_complete(directory: Path) -> None:
+    with contextlib.suppress(OSError):  # a disk that is full: it is only a mark
+        (directory / _COMPLETE).touch()
 
 
 def _digest(version: str) -> str:

@@ -13,10 +13,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
 from numba.extending import intrinsic
-
-from gpu_worker.cpu.layout import PANEL_COLUMNS, PANEL_ROWS
 
 
 def compiled(function: Callable[..., Any]) -> Any:
@@ -102,56 +99,6 @@ def prefetch(typing_context: Any, address: Any) -> Any:
         return context.get_dummy_value()
 
     return types.none(types.int64), generate
-
-
-_VECTOR, _NUM_VECTORS = ir.VectorType(ir.FloatType(), 8), PANEL_COLUMNS // 8
-
-
-@intrinsic
-def add_panel_product(
-    typing_context: Any, a: Any, a_bytes: Any, b: Any, b_bytes: Any, depth: Any, c: Any, c_bytes: Any
-) -> Any:
-    """C [4, 16] += A [4, depth] B [depth, 16] in float32; each has its rows so many bytes apart.
-
-    Vectors by hand: B and C may be one memory for all that the compiler knows, so it would load and store C in every
-    turn. Eight sums stay in registers here.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        a, a_bytes, b, b_bytes, depth, c, c_bytes = arguments
-
-        def place(base: Any, row_bytes: Any, row: Any, offset: int, kind: Any) -> Any:
-            address = builder.add(builder.add(base, builder.mul(row_bytes, row)), ir.Constant(_INT64, offset))
-            return builder.inttoptr(address, kind.as_pointer())
-
-        def c_place(row: int, vector: int) -> Any:
-            return place(c, c_bytes, ir.Constant(_INT64, row), 32 * vector, _VECTOR)
-
-        cells = [(row, vector) for row in range(PANEL_ROWS) for vector in range(_NUM_VECTORS)]
-        sums = {cell: cgutils.alloca_once(builder, _VECTOR) for cell in cells}
-        for cell in cells:
-            builder.store(builder.load(c_place(*cell), align=4), sums[cell])
-        with cgutils.for_range(builder, depth) as loop:
-            vectors = [
-                builder.load(place(b, b_bytes, loop.index, 32 * vector, _VECTOR), align=4)
-                for vector in range(_NUM_VECTORS)
-            ]
-            column = builder.mul(loop.index, ir.Constant(_INT64, 4))
-            for row in range(PANEL_ROWS):
-                address = builder.add(column, a)
-                value = builder.load(place(address, a_bytes, ir.Constant(_INT64, row), 0, ir.FloatType()), align=4)
-                one = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), value, ir.Constant(_INT32, 0))
-                same = ir.Constant(ir.VectorType(_INT32, 8), [0] * 8)
-                spread = builder.shuffle_vector(one, ir.Constant(_VECTOR, ir.Undefined), same)
-                for vector in range(_NUM_VECTORS):
-                    product = builder.fmul(spread, vectors[vector], flags=("contract",))
-                    cell = sums[row, vector]
-                    builder.store(builder.fadd(builder.load(cell), product, flags=("contract",)), cell)
-        for cell in cells:
-            builder.store(builder.load(sums[cell]), c_place(*cell), align=4)
-        return context.get_dummy_value()
-
-    return types.none(*(types.int64,) * 7), generate
 
 
 @intrinsic

@@ -24,7 +24,18 @@ from gpu_worker.cpu.intrinsics import (
     store_release,
     yield_core,
 )
-from gpu_worker.cpu.layout import BLOCK_ROWS, KIND, LAYER, STEP, TEAM, TILE_OUTPUTS, TILE_ROWS
+from gpu_worker.cpu.layout import (
+    BLOCK_ROWS,
+    KIND,
+    LARGE_ROWS,
+    LAYER,
+    PANEL_COLUMNS,
+    PANEL_ROWS,
+    STEP,
+    TEAM,
+    TILE_OUTPUTS,
+    TILE_ROWS,
+)
 from gpu_worker.cpu.linear_kernels import widen_rows
 
 _TICKET, _NUM_DONE, _ENDS, _NUM_THREADS = TEAM.TICKET * 8, TEAM.NUM_DONE * 8, TEAM.ENDS * 8, TEAM.NUM_THREADS
@@ -32,6 +43,7 @@ _BUFFERS, _BUFFER_BYTES, _KERNELS = TEAM.BUFFERS, TEAM.BUFFER_BYTES, TEAM.KERNEL
 _KIND, _NUM_ITEMS, _JOB = TEAM.JOB_KIND, TEAM.JOB_NUM_ITEMS, TEAM.JOB * 8
 _IS_PARKED, _LINE = TEAM.IS_PARKED * 8, TEAM.LINE * 8
 _MULTIPLY, _NORM, _GATE = KIND.MULTIPLY, KIND.NORM, KIND.GATE
+_MULTIPLY_LARGE, _WIDEN = KIND.MULTIPLY_LARGE, KIND.WIDEN
 _DECODE, _STORE, _PREFILL = KIND.DECODE, KIND.STORE, KIND.PREFILL
 _NUM_KV_HEADS = LAYER.NUM_KV_HEADS
 _NUM_SPANS, _MERGES, _NUM_TILES, _NUM_PREFILL = STEP.NUM_SPANS, STEP.MERGES, STEP.NUM_TILES, STEP.NUM_PREFILL
@@ -42,6 +54,8 @@ _ITEM_BYTES = 64 * 1024
 # The same where many rows meet them: what the second-level cache holds beside a block of rows. And those rows.
 _LARGE_ITEM_BYTES = 192 * 1024
 _ITEM_ROWS = 256
+# Rows from which panels are faster.
+_LARGE_FROM = 12
 # Elements of rows below which a job is not worth another thread's attention.
 _ITEM_ELEMENTS = 8192
 # Looks at the ticket before a helper lets others have its core between looks, and before it ends its watch.
@@ -105,6 +119,32 @@ def help_team(team: int, thread: int) -> None:
     store_release(team + _IS_PARKED + thread * _LINE, 1)
 
 
+@compiled
+def _multiply_large(
+    team: int,
+    x: int,
+    x_stride: int,
+    weight: int,
+    bias: int,
+    y: int,
+    num_rows: int,
+    num_inputs: int,
+    num_outputs: int,
+    widened: int,
+) -> None:
+    a = int64s(team + _JOB)
+    per_item = max(1, _ITEM_ELEMENTS // num_inputs)
+    int64s(team)[_KIND] = _WIDEN
+    a[0], a[1], a[2], a[3], a[4] = x, x_stride, widened, num_rows, num_inputs
+    a[5], a[6] = -(-num_rows // PANEL_ROWS) * PANEL_ROWS, per_item
+    _run(team, -(-num_rows // per_item))
+    per_item = max(1, _ITEM_BYTES // (2 * num_inputs * PANEL_COLUMNS)) * PANEL_COLUMNS
+    int64s(team)[_KIND] = _MULTIPLY_LARGE
+    a[0], a[1], a[2], a[3] = widened, weight, bias, y
+    a[4], a[5], a[6], a[7], a[8] = num_rows, num_inputs, num_outputs, per_item, LARGE_ROWS
+    _run(team, -(-num_outputs // per_item) * -(-num_rows // LARGE_ROWS))
+
+
 def linear(
     team: int,
     x: int,
@@ -121,6 +161,9 @@ def linear(
 
     widened: float32 [num_rows padded to TILE_ROWS, num_inputs].
     """
+    if num_rows >= _LARGE_FROM:
+        _multiply_large(team, x, x_stride, weight, bias, y, num_rows, num_inputs, num_outputs, widened)
+        return
     padded = 1 if num_rows == 1 else -(-num_rows // TILE_ROWS) * TILE_ROWS
     widen_rows(x, x_stride, widened, num_rows, num_inputs, padded)
     item_bytes = _ITEM_BYTES if num_rows <= BLOCK_ROWS else _LARGE_ITEM_BYTES

@@ -14,15 +14,21 @@ TILE_OUTPUTS: Final = 3
 # take stays in the second and the first cache.
 BLOCK_ROWS: Final = 64
 STAGED_INPUTS: Final = 768
-LINEAR_BUFFER_BYTES: Final = 4 * TILE_OUTPUTS * (STAGED_INPUTS + BLOCK_ROWS)
 
-# The product of small matrices: rows and columns at a time.
-PANEL_ROWS: Final = 4
+# The product of small matrices: rows and columns at a time. And the rows and columns that are turned at a time.
+PANEL_ROWS: Final = 6
 PANEL_COLUMNS: Final = 16
+TURNED: Final = 8
+# Rows and inputs of a large linear that meet a panel of weights: it stays in the first cache, they in the second.
+LARGE_ROWS: Final = 252
+PANEL_INPUTS: Final = 384
+LINEAR_BUFFER_BYTES: Final = 4 * max(
+    TILE_OUTPUTS * (STAGED_INPUTS + BLOCK_ROWS), PANEL_COLUMNS * (PANEL_INPUTS + LARGE_ROWS)
+)
 # Keys that a tile of queries meets at a time.
 PREFILL_KEYS: Final = 32
 # Queries of a run that one item attends for.
-PREFILL_QUERIES: Final = 16
+PREFILL_QUERIES: Final = 32
 # Keys of a row that one item attends to, about: whole blocks.
 SPAN_KEYS: Final = 256
 
@@ -58,7 +64,7 @@ class STEP:
 class KIND:
     """What a job's items are."""
 
-    MULTIPLY, NORM, GATE, DECODE, STORE, PREFILL = range(6)
+    MULTIPLY, NORM, GATE, DECODE, STORE, PREFILL, MULTIPLY_LARGE, WIDEN = range(8)
 
 
 class TEAM:

@@ -12,7 +12,7 @@ import torch
 
 from gpu_worker.attention.api import AttentionBackend
 from gpu_worker.cpu.attention import CpuAttention
-from gpu_worker.cpu.layout import LINEAR_BUFFER_BYTES
+from gpu_worker.cpu.layout import LINEAR_BUFFER_BYTES, PANEL_ROWS
 from gpu_worker.cpu.team import Team
 from gpu_worker.layers.ops import AttentionHeads, StepPositions, TorchOps
 from gpu_worker.layers.rope import RotaryTables
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 # The kernels' numbers for what `hidden_act` names; others are torch's.
 _GATES = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "swiglu_oai": 2}
-
-_TILE_ROWS = 4
 
 
 class CpuOps(TorchOps):
@@ -63,7 +61,7 @@ class CpuOps(TorchOps):
         return y
 
     def _reserve(self, num_rows: int, num_inputs: int) -> None:
-        num_numbers = (num_rows + _TILE_ROWS - 1) * num_inputs
+        num_numbers = (num_rows + PANEL_ROWS - 1) * num_inputs
         if num_numbers > self._widened.numel():
             self._widened = torch.empty(num_numbers, dtype=torch.float32)
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gpu_worker.errors import LoadError
 from gpu_worker.prepare.errors import PrepareError
 from gpu_worker.prepare.preparation import default_cache_dir, prepare
+from gpu_worker.prepare.progress import Progress, default_progress
 from gpu_worker.prepare.written_dtypes import OUTPUT_DTYPES, PACKED
+
+if TYPE_CHECKING:
+    from gpu_worker.cpu.choice import CpuKernelsSetting
 
 
 def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -35,6 +41,14 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--revision", help="branch, tag or commit of a Hugging Face id")
     parser.add_argument("--config-only", action="store_true", help="accept a directory without weights")
+    parser.add_argument(
+        "--cpu-kernels",
+        choices=["auto", "on", "off"],
+        default="off",
+        help="compile the kernels for bfloat16 on this CPU as well, so that the first start need not; auto: where the "
+        "worker would take them (default: %(default)s)",
+    )
+    parser.add_argument("--kernel-cache-dir", type=Path, help="directory that keeps them; the worker's own default")
     return parser.parse_args(arguments)
 
 
@@ -44,9 +58,20 @@ def _dtype_for_this_machine() -> str:
     return PACKED if torch.cuda.is_available() else "bfloat16"
 
 
+def _compile_kernels(setting: CpuKernelsSetting, cache_dir: Path | None, progress: Progress) -> None:
+    """Once for this CPU, if the worker will want them."""
+    if setting == "off":
+        return
+    from gpu_worker.cpu.choice import prepare_kernels
+
+    with contextlib.redirect_stdout(sys.stderr):  # log lines: standard output is for the path alone
+        prepare_kernels(setting, cache_dir, progress.note)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Prints the path of the prepared directory on standard output; everything else goes to standard error."""
     options = _parse_arguments(arguments)
+    progress = default_progress()
     try:
         model = prepare(
             options.source,
@@ -55,7 +80,9 @@ def main(arguments: list[str] | None = None) -> int:
             dtype=_dtype_for_this_machine() if options.dtype == "auto" else options.dtype,
             revision=options.revision,
             weights_required=not options.config_only,
+            progress=progress,
         )
+        _compile_kernels(options.cpu_kernels, options.kernel_cache_dir, progress)
     except (PrepareError, LoadError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

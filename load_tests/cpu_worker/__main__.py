@@ -17,12 +17,12 @@ from rich.table import Table
 
 from load_tests.cpu_worker.contestants import (
     Contestant,
-    LlamaCpp,
     ServedStepwire,
     Stepwire,
     Transformers,
     TransformersContinuous,
 )
+from load_tests.cpu_worker.llama_cpp_batch import LlamaCpp
 from load_tests.results import RESULTS_DIRECTORY, append_result, measurement_facts
 
 MODULE = "load_tests.cpu_worker"
@@ -39,9 +39,11 @@ class Scenario:
 
 
 SCENARIOS = (
-    Scenario("one stream", 1, ("stepwire", "stepwire served", "transformers generate", "llama-cpp-python")),
+    Scenario("one stream", 1, ("stepwire", "stepwire served", "transformers generate", LlamaCpp.name)),
     Scenario(
-        "16 concurrent", 16, ("stepwire", "stepwire served", "transformers generate", "transformers generate_batch")
+        "16 concurrent",
+        16,
+        ("stepwire", "stepwire served", "transformers generate", "transformers generate_batch", LlamaCpp.name),
     ),
 )
 OURS = (Stepwire.name, ServedStepwire.name)
@@ -56,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
         if _is_installed(package)
     }
     torch.set_num_threads(args.threads)
-    model = args.model or _default_model()
+    model = args.model or default_model()
     with ServedStepwire(model, args.dtype, args.threads) as served:
         contestants, absent = _contestants(args, model, served)
         _compare(contestants, absent, args, model.name, facts)
@@ -72,6 +74,8 @@ def _compare(
 ) -> None:
     console = Console(width=110)
     for scenario in SCENARIOS:
+        if args.only not in (None, scenario.name):
+            continue
         result = _run(scenario, contestants, args)
         _print(scenario, result, absent, args, console)
         if not args.no_record:
@@ -98,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5, help="the engines take turns this often; medians are shown")
+    parser.add_argument("--only", choices=[scenario.name for scenario in SCENARIOS], help="one scenario, not all")
     parser.add_argument(
         "--note", default="", help="said in the recorded lines, such as what else the machine was doing"
     )
@@ -113,7 +118,7 @@ def _is_installed(package: str) -> bool:
     return True
 
 
-def _default_model() -> Path:
+def default_model() -> Path:
     from gpu_worker.prepare.preparation import prepare
 
     return prepare(DEFAULT_SOURCE, MODELS).path
@@ -143,11 +148,15 @@ def _contestants(
     elif gguf is None:
         absent[LlamaCpp.name] = "no GGUF file: give --gguf"
     else:
-        made.append(LlamaCpp(gguf, args.threads))
+        num_sequences = max(scenario.num_prompts for scenario in SCENARIOS)
+        max_tokens = args.prompt_tokens + args.output_tokens
+        # Version 0.3.36 crashes in its AMX kernels with Q4_1 weights; without repacking it uses AVX-512.
+        repacks = not torch.cpu._is_amx_tile_supported()
+        made.append(LlamaCpp(gguf, args.threads, num_sequences, max_tokens, repacks_weights=repacks))
     return {contestant.name: contestant for contestant in made}, absent
 
 
-def _prompts(num_prompts: int, num_tokens: int, turn: int) -> list[list[int]]:
+def random_prompts(num_prompts: int, num_tokens: int, turn: int) -> list[list[int]]:
     """Different for every turn, so that no engine profits from what it cached before."""
     generator = torch.Generator().manual_seed(1000 + turn)
     return torch.randint(100, 40_000, (num_prompts, num_tokens), generator=generator).tolist()
@@ -157,9 +166,9 @@ def _run(scenario: Scenario, contestants: dict[str, Contestant], args: argparse.
     names = [name for name in scenario.contestants if name in contestants]
     rates: dict[str, list[float]] = {name: [] for name in names}
     for name in names:
-        contestants[name].generate(_prompts(scenario.num_prompts, args.prompt_tokens, 0), 4)
+        contestants[name].generate(random_prompts(scenario.num_prompts, args.prompt_tokens, 0), 4)
     for turn in range(args.repeats):
-        prompts = _prompts(scenario.num_prompts, args.prompt_tokens, turn + 1)
+        prompts = random_prompts(scenario.num_prompts, args.prompt_tokens, turn + 1)
         # The order turns around each time: what one engine leaves behind in caches and clocks meets every other one.
         for name in names if turn % 2 == 0 else reversed(names):
             rates[name].append(contestants[name].generate(prompts, args.output_tokens).tokens_per_s)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -13,22 +12,11 @@ import torch
 from gpu_worker.config import WorkerSettings
 from gpu_worker.runner import TorchRunner
 from load_tests.cpu_worker.step_driver import StepDriver, greedy
+from load_tests.cpu_worker.timing import Timing
 from load_tests.records import RequestRecord
 from load_tests.stack import ServedStack
 from load_tests.target import TargetSpec, open_target
 from load_tests.workload import RequestSpec
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """One run: all prompts together."""
-
-    num_tokens: int
-    seconds: float
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.num_tokens / self.seconds
 
 
 class Contestant(Protocol):
@@ -55,9 +43,7 @@ class Stepwire:
         begun = time.perf_counter()
         for row, prompt in enumerate(prompts):
             driver.add(row, prompt, greedy())
-        budget = driver.facts.max_num_batched_tokens
-        while any(driven.num_computed < driven.num_prompt_tokens for driven in driver.rows.values()):
-            driver.step(_prefill_chunk(driver, budget))
+        run_prompts(driver)
         while any(len(driven.tokens) < driven.num_prompt_tokens + num_tokens for driven in driver.rows.values()):
             driver.step(
                 {
@@ -67,6 +53,13 @@ class Stepwire:
                 }
             )
         return Timing(len(prompts) * num_tokens, time.perf_counter() - begun)
+
+
+def run_prompts(driver: StepDriver) -> None:
+    """Steps until every row has its first token."""
+    budget = driver.facts.max_num_batched_tokens
+    while any(driven.num_computed < driven.num_prompt_tokens for driven in driver.rows.values()):
+        driver.step(_prefill_chunk(driver, budget))
 
 
 def _prefill_chunk(driver: StepDriver, budget: int) -> dict[int, int]:
@@ -168,40 +161,3 @@ class TransformersContinuous:
         if generated != len(prompts) * num_tokens:
             raise RuntimeError(f"generate_batch gave {generated} tokens, expected {len(prompts) * num_tokens}")
         return Timing(generated, seconds)
-
-
-class LlamaCpp:
-    """llama.cpp through llama-cpp-python, one stream, on the GGUF file that the model was prepared from."""
-
-    name = "llama-cpp-python"
-
-    def __init__(self, gguf: Path, num_threads: int) -> None:
-        from llama_cpp import Llama, llama_cpp
-
-        defaults = llama_cpp.llama_model_default_params
-
-        def without_repacking() -> Any:
-            # Version 0.3.36 crashes in its AMX kernels with Q4_1 weights; without repacking it uses AVX-512.
-            params = defaults()
-            params.use_extra_bufts = False
-            return params
-
-        llama_cpp.llama_model_default_params = without_repacking
-        try:
-            self._model: Any = Llama(
-                str(gguf), n_ctx=2048, n_threads=num_threads, n_threads_batch=num_threads, verbose=False
-            )
-        finally:
-            llama_cpp.llama_model_default_params = defaults
-
-    def generate(self, prompts: list[list[int]], num_tokens: int) -> Timing:
-        if len(prompts) != 1:
-            raise ValueError("llama-cpp-python generates one stream")
-        begun = time.perf_counter()
-        self._model.reset()
-        tokens = []
-        for token in self._model.generate(prompts[0], temp=0.0, repeat_penalty=1.0):
-            tokens.append(token)
-            if len(tokens) == num_tokens:
-                break
-        return Timing(len(tokens), time.perf_counter() - begun)

@@ -242,6 +242,15 @@ def test_the_gpu_profile_reserves_a_gpu_and_installs_cuda() -> None:
     assert f"triton-cache:{triton_cache}" in worker["volumes"]
 
 
+def test_a_cpu_worker_keeps_its_compiled_kernels() -> None:
+    """Its home is a tmpfs: there they would be compiled at every start."""
+    kernel_cache = environment_of_image("gpu_worker", None)["STEPWIRE_KERNEL_CACHE_DIR"]
+    assert f"kernel-cache:{kernel_cache}" in process_services("cpu")["gpu_worker"]["volumes"]
+    image = (DOCKER / "gpu_worker.Dockerfile").read_text()
+    owned = next(line for line in image.splitlines() if "install --directory --owner" in line)
+    assert kernel_cache in owned.split(), "a volume takes its owner from the image's directory"
+
+
 def test_two_gpus_are_shared_by_one_group_or_dealt_to_two() -> None:
     def gpus(service: dict[str, Any]) -> list[str]:
         [device] = service["deploy"]["resources"]["reservations"]["devices"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from control_plane.config import ControlPlaneSettings
 from gateway.config import GatewaySettings
 from gateway.launch_settings import CONTROL_PLANE, GATEWAY, WORKER, LaunchSettings
+from gateway.launcher import prepare_command
 from gpu_worker.config import WorkerSettings
 
 SETTINGS = {GATEWAY: GatewaySettings, CONTROL_PLANE: ControlPlaneSettings, WORKER: WorkerSettings}
@@ -38,3 +41,23 @@ def test_every_setting_of_every_process_is_described() -> None:
     for settings_class in (LaunchSettings, *SETTINGS.values()):
         bare = [name for name, field in settings_class.model_fields.items() if not field.description]
         assert not bare, f"{settings_class.__name__}: {bare}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags"),
+    [
+        ({}, []),
+        ({"dtype": "bfloat16"}, ["--cpu-kernels=auto"]),
+        ({"dtype": "bfloat16", "device": "cpu", "cpu_kernels": "on"}, ["--cpu-kernels=on"]),
+        ({"dtype": "bfloat16", "kernel_cache_dir": "/k"}, ["--cpu-kernels=auto", "--kernel-cache-dir=/k"]),
+        ({"dtype": "bfloat16", "device": "cuda"}, []),
+        ({"dtype": "bfloat16", "cpu_kernels": "off"}, []),
+        ({"dtype": "bfloat16", "deterministic": True}, []),
+        ({"dtype": "bfloat16", "runner": "simulated"}, []),
+    ],
+)
+def test_kernels_that_the_worker_would_compile_are_compiled_while_the_model_is_prepared(
+    changes: dict[str, Any], flags: list[str]
+) -> None:
+    command = prepare_command(LaunchSettings(model="m", **changes))
+    assert [word for word in command if "kernel" in word] == flags

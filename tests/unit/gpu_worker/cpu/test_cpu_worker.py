@@ -20,9 +20,10 @@ TEXT = (
     "The Danube rises in the Black Forest in Germany and flows south-east for 2,850 km, passing through or bordering "
     "ten countries before it reaches the Black Sea. It is the second-longest river in Europe, after the Volga."
 )
+# Its first token wins by 1.4, more than bfloat16 moves logits; after "What is the capital of France?" it is 0.1.
 QUESTION = (
     "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-    "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
+    "<|im_start|>user\nName the capital of France.<|im_end|>\n<|im_start|>assistant\n"
 )
 
 

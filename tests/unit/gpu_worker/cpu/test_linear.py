@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gpu_worker.cpu.layout import BLOCK_ROWS, STAGED_INPUTS
+from gpu_worker.cpu.layout import BLOCK_ROWS, LARGE_ROWS, PANEL_INPUTS, STAGED_INPUTS
 from gpu_worker.cpu.ops import CpuOps
 from gpu_worker.cpu.team import Team
 
@@ -27,7 +27,7 @@ def check(team: Team, num_rows: int, num_inputs: int, num_outputs: int, *, has_b
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    num_rows=st.integers(1, 8),
+    num_rows=st.integers(1, 30),
     num_inputs=st.integers(1, 400),
     num_outputs=st.integers(1, 300),
     has_bias=st.booleans(),
@@ -37,8 +37,8 @@ def test_few_rows(team: Team, num_rows: int, num_inputs: int, num_outputs: int, 
     check(team, num_rows, num_inputs, num_outputs, has_bias=has_bias, seed=seed)
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 4, 5, BLOCK_ROWS - 1, BLOCK_ROWS, BLOCK_ROWS + 2, 300])
-@pytest.mark.parametrize("num_inputs", [STAGED_INPUTS, STAGED_INPUTS + 1, 2 * STAGED_INPUTS + 7])
+@pytest.mark.parametrize("num_rows", [1, 2, 4, 5, BLOCK_ROWS - 1, LARGE_ROWS, LARGE_ROWS + 1, 600])
+@pytest.mark.parametrize("num_inputs", [PANEL_INPUTS, STAGED_INPUTS, STAGED_INPUTS + 1, 2 * STAGED_INPUTS + 7])
 def test_rows_and_inputs_in_several_parts(team: Team, num_rows: int, num_inputs: int) -> None:
     check(team, num_rows, num_inputs, 131, has_bias=True)
 
@@ -48,10 +48,12 @@ def test_other_types_are_torchs(team: Team) -> None:
     assert torch.equal(CpuOps(team, attends=False).linear(x, weight, None), torch.nn.functional.linear(x, weight))
 
 
-def test_what_is_not_finite_stays_in_its_row(team: Team) -> None:
-    x, weight = torch.ones(6, 40).bfloat16(), torch.ones(7, 40).bfloat16()
+@pytest.mark.parametrize("num_rows", [6, 20])
+def test_what_is_not_finite_stays_in_its_row(team: Team, num_rows: int) -> None:
+    x, weight = torch.ones(num_rows, 40).bfloat16(), torch.ones(23, 40).bfloat16()
     x[2, 3], x[4, 0] = float("nan"), float("inf")
     y = CpuOps(team, attends=False).linear(x, weight, None)
     assert y[2].isnan().all()
     assert y[4].isinf().all()
-    assert torch.equal(y[[0, 1, 3, 5]], torch.full((4, 7), 40.0).bfloat16())
+    others = [row for row in range(num_rows) if row not in (2, 4)]
+    assert torch.equal(y[others], torch.full((num_rows - 2, 23), 40.0).bfloat16())

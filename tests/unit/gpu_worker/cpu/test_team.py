@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.metadata
 import subprocess
 import sys
 import threading
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpu_worker.cpu.choice import choose_team
+from gpu_worker.cpu import choice, compiling
+from gpu_worker.cpu.choice import choose_team, prepare_kernels
 from gpu_worker.cpu.compiling import CompiledKernels
 from gpu_worker.cpu.ops import CpuOps
 from gpu_worker.cpu.team import Team
@@ -93,3 +95,30 @@ def test_kernels_are_compiled_where_nothing_can_be_kept(tmp_path: Path, kernels:
     (tmp_path / "file").touch()
     assert not _is_writable(tmp_path / "file" / "kernels")
     assert _is_writable(tmp_path / "new" / "kernels")
+
+
+def test_what_is_compiled_beforehand_is_not_compiled_again(
+    tmp_path: Path, kernels: CompiledKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(choice, "cpu_computes_bfloat16", lambda: False)
+    monkeypatch.setattr(choice, "load_kernels", lambda directory: said.append(f"compiled in {directory}"))
+    prepare_kernels("auto", None, said.append)  # where the fixture has them from
+    prepare_kernels("off", tmp_path, said.append)
+    assert said == []
+    prepare_kernels("auto", tmp_path, said.append)
+    assert "about 20 s" in said[0] and said[1:] == [f"compiled in {tmp_path}"]
+    monkeypatch.setattr(choice, "cpu_computes_bfloat16", lambda: True)
+    prepare_kernels("auto", tmp_path, said.append)
+    assert len(said) == 2, "this CPU's workers would not take them"
+
+
+def test_kernels_cut_off_while_they_were_written_are_not_taken_for_whole(tmp_path: Path) -> None:
+    compiling._mark_complete(tmp_path / "missing")
+    assert not compiling.are_kept(tmp_path)
+    directory = tmp_path / compiling._digest(importlib.metadata.version("numba"))
+    directory.mkdir()
+    (directory / "multiply.nbi").touch()
+    assert not compiling.are_kept(tmp_path)
+    compiling._mark_complete(directory)
+    assert compiling.are_kept(tmp_path)
