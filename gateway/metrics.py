@@ -86,3 +86,8 @@ class GatewayMetrics:
             "Sessions with the control plane after the first one.",
             registry=self.registry,
         )
+
+    def count_streamed(self, num_events: int, num_bytes: int, num_sends: int) -> None:
+        self.streams.num_events += num_events
+        self.streams.num_bytes += num_bytes
+        self.streams.num_sends += num_sends

@@ -20,6 +20,7 @@ from gateway import errors
 from gateway.client import ControlPlaneClient
 from gateway.config import GatewaySettings
 from gateway.middleware import Lifecycle
+from gateway.response_body import BodyWritingProtocol
 
 _log = structlog.get_logger(__name__)
 
@@ -142,7 +143,7 @@ async def serve(app: FastAPI, settings: GatewaySettings, listener: socket.socket
     config = uvicorn.Config(
         app,
         loop="uvloop",
-        http="httptools",
+        http=BodyWritingProtocol,
         ws="none",
         lifespan="on",
         log_config=None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from typing import Any
 
 import orjson
@@ -96,14 +96,17 @@ class ResponsesServing:
         if self._store is not None and body.store is not False:
             await self._store.put(StoredResponse(answer, items, body.previous_response_id))
 
-    def keep_later(self, body: ResponsesBody, answer: dict[str, Any], items: list[dict[str, Any]]) -> None:
-        """From where nothing can be awaited. The store keeps the order: whoever asks afterwards finds it."""
-        self._spawn(self.keep(body, answer, items))
+    def keep_later(
+        self, body: ResponsesBody, answer: dict[str, Any], items: list[dict[str, Any]]
+    ) -> asyncio.Task[None]:
+        """From where nothing can be awaited; done once whoever asks, any process, finds it."""
+        return self._spawn(self.keep(body, answer, items))
 
-    def _spawn(self, work: Any) -> None:
-        task = asyncio.ensure_future(work)
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     # ---- in the background ----
 
@@ -222,6 +225,7 @@ class _StoringEvents:
         self._serving = serving
         self._body = body
         self._items = items
+        self._keeping: asyncio.Task[None] | None = None
 
     @property
     def num_events(self) -> int:
@@ -232,13 +236,17 @@ class _StoringEvents:
 
     def end(self, usage: UsageTotals) -> bytes:
         events = self._output.end(usage)
-        self._serving.keep_later(self._body, self._output.answer, self._items)
+        self._keeping = self._serving.keep_later(self._body, self._output.answer, self._items)
         return events
 
     def fail(self, error: ApiError) -> bytes:
         events = self._output.fail(error)
-        self._serving.keep_later(self._body, self._output.answer, self._items)
+        self._keeping = self._serving.keep_later(self._body, self._output.answer, self._items)
         return events
+
+    async def settle(self) -> None:
+        if self._keeping is not None:
+            await asyncio.wait([self._keeping])
 
 
 def _not_found(response_id: str, param: str | None) -> ApiError:
