@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gateway.config import GatewaySettings
-from gateway.server import ListenError, bind_socket
+from gateway.listening import ListenError, bind_socket
 
 
 def test_a_port_in_use_is_named() -> None:
