@@ -68,6 +68,7 @@ class Services:
     step_ms: float
     num_streams: int
     worker_module: str = "gpu_worker"
+    worker_flags: tuple[str, ...] = ()
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def start(self) -> None:
@@ -80,6 +81,7 @@ class Services:
             *("--runner", "simulated", "--listen", worker, "--sim-step-ms", str(self.step_ms)),
             *("--sim-max-num-seqs", str(self.num_streams), "--sim-max-model-len", str(MAX_MODEL_LEN)),
             *("--sim-num-blocks", str(num_blocks)),
+            *self.worker_flags,
             module=self.worker_module,
         )
         ports = ["--grpc-port", "0", "--metrics-port", str(self.metrics_port)]
