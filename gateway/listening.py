@@ -35,19 +35,30 @@ def reserve_port(settings: GatewaySettings) -> socket.socket:
     connections. Raises `ListenError` where somebody listens there."""
     with bind_socket(settings) as probe:
         port = probe.getsockname()[1]
-    holder = _tcp_socket(settings, shares_port=True)
+    try:
+        return _bound(settings, port, reuse_address=False)
+    except OSError:
+        # Connections of an earlier server that are not quite over. The port is then safe once one of ours listens.
+        try:
+            return _bound(settings, port, reuse_address=True)
+        except OSError as error:
+            raise ListenError(_listen_problem(settings, error)) from error
+
+
+def _bound(settings: GatewaySettings, port: int, *, reuse_address: bool) -> socket.socket:
+    holder = _tcp_socket(settings, shares_port=True, reuse_address=reuse_address)
     try:
         holder.bind((settings.host, port))
-    except OSError as error:
+    except OSError:
         holder.close()
-        raise ListenError(_listen_problem(settings, error)) from error
+        raise
     return holder
 
 
-def _tcp_socket(settings: GatewaySettings, *, shares_port: bool) -> socket.socket:
+def _tcp_socket(settings: GatewaySettings, *, shares_port: bool, reuse_address: bool = True) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     created = socket.socket(family, socket.SOCK_STREAM)
-    created.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    created.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, int(reuse_address))
     if shares_port:
         # The kernel deals new connections out among all that listen.
         created.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
