@@ -69,6 +69,7 @@ class Services:
     num_streams: int
     worker_module: str = "gpu_worker"
     worker_flags: tuple[str, ...] = ()
+    gateway_flags: tuple[str, ...] = ()
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def start(self) -> None:
@@ -86,7 +87,7 @@ class Services:
         )
         ports = ["--grpc-port", "0", "--metrics-port", str(self.metrics_port)]
         self._start("control_plane", *model, "--workers", worker, "--listen", control_plane, *ports)
-        self._start("gateway", "--port", str(self.port), "--control-plane", control_plane)
+        self._start("gateway", "--port", str(self.port), "--control-plane", control_plane, *self.gateway_flags)
 
     def __post_init__(self) -> None:
         self.port, self.metrics_port = _free_ports(2)

@@ -1,4 +1,4 @@
-"""One Session, plain and as the gateway has it, against a Generate call per request: `python -m load_tests.session_cost`.
+"""One Session, plain and as the gateway has it, against a call per request: `python -m load_tests.session_cost`.
 
 The same requests (token ids in, text out, steps of a simulated worker) are sent all ways, in turns, and CPU a token is
 read of the control plane and of this client. `packed` is a Session with `SessionOptions`: texts packed, one message at
