@@ -8,14 +8,11 @@ import sys
 import time
 
 import structlog
-import uvloop
 from stepwire.process.logs import set_up_logging
 from stepwire.process.parent import end_with_parent
 
-from gateway.app import create_app
-from gateway.client import CredentialsError
-from gateway.config import PROGRAM, parse_settings
-from gateway.server import ListenError, bind_socket, check_certificate, serve
+from gateway.config import PROGRAM, GatewaySettings, parse_settings
+from gateway.listening import ListenError, bind_socket, check_certificate
 from gateway.store import StoreError
 
 
@@ -28,16 +25,36 @@ def main() -> None:
     _raise_file_limit()
     try:
         check_certificate(settings)
-        app = create_app(settings)
-        listener = bind_socket(settings)
-    except (ListenError, CredentialsError, StoreError) as error:
+        if settings.gateway_processes > 1 and not settings.is_one_of_several:
+            from gateway.processes import run_several
+
+            sys.exit(run_several(settings, sys.argv[1:]))
+        _serve(settings, started_at)
+    except (ListenError, StoreError) as error:
         sys.exit(f"{PROGRAM}: {error}")
+
+
+def _serve(settings: GatewaySettings, started_at: float) -> None:
+    """Answer requests in this process, until a signal."""
+    # What a process that only starts others has no need of.
+    import uvloop
+
+    from gateway.app import create_app
+    from gateway.client import CredentialsError
+    from gateway.server import serve
+
+    try:
+        app = create_app(settings)
+    except CredentialsError as error:
+        sys.exit(f"{PROGRAM}: {error}")
+    listener = bind_socket(settings)
     where = settings.uds or "{}:{}".format(*listener.getsockname()[:2])
     scheme = "unix:" if settings.uds else ("https://" if settings.tls_cert else "http://")
     structlog.get_logger("gateway").info(
         "listening",
         url=f"{scheme}{where}",
         control_plane=settings.control_plane,
+        process=settings.gateway_process,
         api_key="needed" if settings.api_key else "none",
         seconds=round(time.monotonic() - started_at, 2),
     )

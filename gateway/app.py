@@ -29,6 +29,7 @@ from gateway.middleware import BodyLimitMiddleware, Lifecycle, RequestContextMid
 from gateway.responses.serving import ResponsesServing
 from gateway.responses.store import ResponseStore
 from gateway.routes import batches, chat, completions, console, messages, models, ops, pooling, responses, tokens
+from gateway.run_directory import RunDirectory
 from gateway.serving import Serving
 from gateway.store import Store
 
@@ -37,17 +38,21 @@ _log = structlog.get_logger(__name__)
 
 def create_app(settings: GatewaySettings) -> FastAPI:
     """`app.state` holds what routes need: `serving`, `client`, `metrics`, `lifecycle`."""
-    metrics = GatewayMetrics()
+    several = settings.is_one_of_several
+    run_directory = None if settings.gateway_run_dir is None else RunDirectory(settings.gateway_run_dir)
+    metrics = GatewayMetrics(run_directory)
     lifecycle = Lifecycle()
     client = ControlPlaneClient(settings, metrics)
     admin = AdminClient(settings)
-    store = Store(settings.data_dir)
+    store = Store(settings.data_dir, shares=several)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await client.start()
         await app.state.responses.start()
         await app.state.batches.start()
+        if run_directory is not None and settings.gateway_process is not None:
+            run_directory.enter(settings.gateway_process)
         try:
             yield
         finally:
@@ -73,17 +78,25 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     app.state.client = client
     app.state.admin = admin
     app.state.serving = Serving(client, metrics, settings.max_batch_prompts, settings.sse_keepalive_s)
-    kept = ResponseStore(store, max_responses=settings.responses_max, ttl_s=settings.responses_ttl_s)
-    app.state.responses = ResponsesServing(app.state.serving, kept if settings.responses_store else None)
+    kept = ResponseStore(
+        store,
+        max_responses=settings.responses_max,
+        ttl_s=settings.responses_ttl_s,
+        process=settings.gateway_process,
+    )
+    app.state.responses = ResponsesServing(
+        app.state.serving, kept if settings.responses_store else None, is_one_of_several=several
+    )
     app.state.files = FileStore(store, max_total_bytes=settings.files_max_total_bytes, ttl_s=settings.files_ttl_s)
     app.state.batches = BatchRunner(
         store,
         app.state.files,
         app.state.serving,
-        lifecycle,
         concurrency=settings.batch_concurrency,
         max_lines=settings.batch_max_requests,
         window_s=settings.batch_window_s,
+        num_interactive=metrics.num_in_flight,
+        is_one_of_several=several,
     )
     app.openapi = functools.partial(openapi.describe, app)  # type: ignore[method-assign]
     for resource in (chat, completions, messages, responses, batches, pooling, models, tokens, ops):

@@ -41,6 +41,10 @@ MAX_MESSAGE_BYTES = 64 * 2**20
 # of tokens. A gateway short of CPU would send each one late; a control plane that has to wait puts more of them
 # into one message. A message that is larger than the window is let through whole when it is read.
 RECEIVE_WINDOW_BYTES = 4096
+# One message at a time: while we write its events the control plane puts the next one together. Each one more that may
+# be on its way makes every token late by what it takes to write 256 streams.
+_SESSION_OPTIONS = inference_pb2.SessionOptions(packed_texts=True, max_outstanding_messages=1)
+_RECEIPT = inference_pb2.SessionRequest(receipt=inference_pb2.SessionReceipt())
 
 _Response = TypeVar("_Response")
 _SessionCall = grpc.aio.StreamStreamCall[inference_pb2.SessionRequest, inference_pb2.SessionResponse]
@@ -238,13 +242,14 @@ class ControlPlaneClient:
         call: _SessionCall = self._stub.Session(metadata=self._metadata)
         outgoing: asyncio.Queue[inference_pb2.SessionRequest] = asyncio.Queue()
         writer = asyncio.create_task(_write_all(call, outgoing), name="control-plane-session-writer")
+        outgoing.put_nowait(inference_pb2.SessionRequest(options=_SESSION_OPTIONS))
         self._outgoing = outgoing
         self._metrics.control_plane_connected.set(1)
         _log.info("session with the control plane opened", control_plane=self._settings.control_plane)
         self._down = errors.control_plane_unreachable()
         lost = errors.control_plane_lost()
         try:
-            await self._read_all(call)
+            await self._read_all(call, outgoing)
             _log.warning("the control plane ended the session", num_requests=len(self._running))
         except grpc.aio.AioRpcError as error:
             lost = self._session_error(error)
@@ -272,13 +277,18 @@ class ControlPlaneClient:
             return self._down
         return errors.control_plane_lost()
 
-    async def _read_all(self, call: _SessionCall) -> None:
+    async def _read_all(self, call: _SessionCall, outgoing: asyncio.Queue[inference_pb2.SessionRequest]) -> None:
         """Hand every response to its mailbox. The loop that every token passes."""
         running = self._running
         while True:
             message: Any = await call.read()
             if message is grpc.aio.EOF:  # type: ignore[attr-defined]
                 return
+            texts = message.texts
+            for tag, text, num_tokens in zip(texts.tags, texts.texts, texts.num_tokens, strict=True):
+                entry = running.get(tag)
+                if entry is not None:
+                    entry[0].mailbox.put_text(entry[1], text, num_tokens)
             for tagged in message.responses:
                 tag = tagged.tag
                 entry = running.get(tag)
@@ -291,6 +301,8 @@ class ControlPlaneClient:
                     self._fail(generation, prompt, response.error)
                 elif generation.mailbox.put(prompt, response):
                     del running[tag]
+            # Streams are written before the writer's turn comes: it says that we have room for the next message.
+            outgoing.put_nowait(_RECEIPT)
 
     def _fail(self, generation: Generation, prompt: int, error: inference_pb2.RequestError) -> None:
         """One prompt's error is the whole HTTP request's error: the other prompts are cancelled."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field, SecretStr, model_validator
 from stepwire.process import settings as process_settings
@@ -31,6 +31,17 @@ class GatewaySettings(ProcessSettings):
     tls_cert: Path | None = Field(None, description="PEM certificate chain of this server; with tls_key")
     tls_key: Path | None = Field(None, description="PEM private key of tls_cert")
 
+    # Several of them on one port.
+    gateway_processes: PositiveInt = Field(
+        1, description="processes that answer on the port: each takes connections and asks the control plane by itself"
+    )
+    gateway_process: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="which of several processes this is; given by the one that starts them"
+    )
+    gateway_run_dir: Path | None = Field(
+        None, description="what several processes share while they live; given by the one that starts them"
+    )
+
     # Whom it asks.
     control_plane: str = Field(
         "127.0.0.1:50051", description="the control plane's public gRPC service: HOST:PORT or unix:/PATH"
@@ -56,8 +67,8 @@ class GatewaySettings(ProcessSettings):
     # What it remembers.
     data_dir: Path | None = Field(
         None,
-        description="directory for stored responses, files and batches; one gateway each; default: a temporary one "
-        "that ends with the process",
+        description="directory for stored responses, files and batches; one gateway each, with all its processes; "
+        "default: a temporary one that ends with the gateway",
     )
     responses_store: bool = Field(True, description="keep responses of /v1/responses unless a request says otherwise")
     responses_max: PositiveInt = Field(10_000, description="responses kept; the oldest go first")
@@ -80,7 +91,7 @@ class GatewaySettings(ProcessSettings):
     # Limits.
     max_body_bytes: PositiveInt = Field(8 * 2**20, description="largest request body, in bytes")
     max_concurrent_requests: PositiveInt = Field(
-        4096, description="HTTP requests answered at one time; more are refused with 429"
+        4096, description="HTTP requests that a process answers at one time; more are refused with 429"
     )
     max_batch_prompts: PositiveInt = Field(1024, description="most prompts in one request to /v1/completions")
     sse_keepalive_s: float = Field(
@@ -100,6 +111,10 @@ class GatewaySettings(ProcessSettings):
             )
         if self.control_plane_tls_cert is not None and self.control_plane_tls_ca is None:
             raise ValueError("--control-plane-tls-cert needs --control-plane-tls-ca: without it nothing is encrypted")
+        if self.gateway_processes > 1 and self.uds is not None:
+            raise ValueError("--gateway-processes share a port, not a socket: leave --uds out, or have one process")
+        if (self.gateway_process is None) != (self.gateway_run_dir is None):
+            raise ValueError("--gateway-process and --gateway-run-dir are for processes that a gateway has started")
         for flag, address in (
             ("--control-plane", self.control_plane),
             ("--control-plane-admin", self.control_plane_admin),
@@ -107,6 +122,10 @@ class GatewaySettings(ProcessSettings):
             if address is not None and not address.startswith("unix:") and ":" not in address:
                 raise ValueError(f"{flag} must be HOST:PORT or unix:/PATH, got {address!r}")
         return self
+
+    @property
+    def is_one_of_several(self) -> bool:
+        return self.gateway_process is not None
 
     @property
     def api_keys(self) -> tuple[str, ...]:

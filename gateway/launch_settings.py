@@ -57,10 +57,15 @@ class LaunchSettings(ProcessSettings):
     data_dir: Path | None = Field(
         None,
         description="directory for stored responses, files and batches; one gateway each; default: a temporary one "
-        "that ends with the process",
+        "that ends with the gateway",
         json_schema_extra=_passed_to(GATEWAY),
     )
     console: bool = Field(True, description="serve the web console at /", json_schema_extra=_passed_to(GATEWAY))
+    gateway_processes: PositiveInt = Field(
+        1,
+        description="processes that answer REST on the port: one takes about 30,000 tokens/s",
+        json_schema_extra=_passed_to(GATEWAY),
+    )
 
     runner: Literal["torch", "simulated"] = Field(
         "torch",

@@ -8,7 +8,6 @@ ends by itself when the launcher is killed.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import re
@@ -18,28 +17,22 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import structlog
 from stepwire.process.logs import set_up_logging
 from stepwire.process.settings import parse_settings
 
+from gateway.child_process import ChildFailed, ChildProcess, first_failure, raise_failure, unless
 from gateway.launch_settings import CONTROL_PLANE, GATEWAY, WORKER, LaunchSettings
 from gateway.worker_processes import TooFewDevices, WorkerStart, worker_starts
 
 log = structlog.get_logger("stepwire")
 
-T = TypeVar("T")
-
 _POLL_S = 0.05
 _ANSWER_TIMEOUT_S = 1.0
-# Pauses before a process that died is started again: at once, then longer while it keeps dying.
-_RESTART_PAUSES_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)
-# A process that has run this long starts its count of deaths anew.
-_STABLE_S = 60.0
 # What a process may take to end on top of its time for draining.
 _STOP_MARGIN_S = 5.0
 
@@ -48,64 +41,13 @@ class LaunchError(Exception):
     """The stack cannot be started; one line that says what to do."""
 
 
-@dataclass(slots=True)
-class Service:
-    """One of the processes, over all its lives."""
-
-    name: str
-    module: str
-    arguments: list[str]
-    environment: dict[str, str]
-    stop_timeout_s: float
-    process: asyncio.subprocess.Process | None = None
-    was_ready: bool = False
-
-    async def keep_running(self) -> None:
-        """Start the process, and again whenever it dies. Raises `LaunchError` if it dies before it was ever ready."""
-        num_deaths = 0
-        while True:
-            started_s = time.monotonic()
-            self.process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                self.module,
-                *self.arguments,
-                env=self.environment,
-                stdin=asyncio.subprocess.DEVNULL,
-                # Ctrl-C in the terminal reaches the launcher alone: it decides who ends when.
-                start_new_session=True,
-            )
-            code = await self.process.wait()
-            how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            if not self.was_ready:
-                raise LaunchError(f"{self.name} ended before it was ready ({how}): its own message above says why")
-            num_deaths = 1 if time.monotonic() - started_s > _STABLE_S else num_deaths + 1
-            pause_s = _RESTART_PAUSES_S[min(num_deaths, len(_RESTART_PAUSES_S)) - 1]
-            log.error("a process died, starting it again", process=self.name, how=how, pause_s=pause_s)
-            await asyncio.sleep(pause_s)
-
-    async def stop(self, hurry: asyncio.Event) -> None:
-        """Let the process finish what it is doing; no longer than its limit, or than `hurry` allows."""
-        if self.process is None or self.process.returncode is not None:
-            return
-        self.process.terminate()
-        ended = asyncio.create_task(self.process.wait())
-        hurried = asyncio.create_task(hurry.wait())
-        await asyncio.wait([ended, hurried], timeout=self.stop_timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        hurried.cancel()
-        if not ended.done():
-            log.warning("still running, killing it", process=self.name)
-            self.process.kill()
-        await ended
-
-
 def serve(arguments: Sequence[str]) -> int:
     """Run the stack until Ctrl-C or SIGTERM; returns the exit code."""
     settings = parse_settings(LaunchSettings, arguments)
     set_up_logging(settings)
     try:
         asyncio.run(_serve(settings))
-    except LaunchError as error:
+    except (LaunchError, ChildFailed) as error:
         print(f"{settings.program}: {error}", file=sys.stderr)
         return 1
     return 0
@@ -123,38 +65,24 @@ async def _serve(settings: LaunchSettings) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
     _check_ports(settings)
-    model = await _unless(stop, _prepare(settings))
+    model = await unless(stop, _prepare(settings))
     if model is None:
         return
     with tempfile.TemporaryDirectory(prefix="stepwire-") as directory:
         services = _services(settings, model, Path(directory))
         keepers = [asyncio.create_task(service.keep_running()) for service in services]
         try:
-            if await _unless(stop, _wait_ready(settings, keepers)):
+            if await unless(stop, _wait_ready(settings, keepers)):
                 for service in services:
                     service.was_ready = True
                 print(_banner(settings, model, time.monotonic() - started_s), flush=True)
-                await _unless(stop, _first_failure(keepers))
+                await unless(stop, first_failure(keepers))
         finally:
             for keeper in keepers:
                 keeper.cancel()
             await asyncio.gather(*keepers, return_exceptions=True)
             for service in services:
                 await service.stop(hurry)
-
-
-async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of `work`, or None if `stop` came first."""
-    task = asyncio.create_task(work)
-    stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait([task, stopping], return_when=asyncio.FIRST_COMPLETED)
-    stopping.cancel()
-    if task.done():
-        return task.result()
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
-    return None
 
 
 def _check_ports(settings: LaunchSettings) -> None:
@@ -213,7 +141,7 @@ async def _prepare(settings: LaunchSettings) -> Path:
     return Path(output.decode().strip().splitlines()[-1])
 
 
-def _services(settings: LaunchSettings, model: Path, directory: Path) -> list[Service]:
+def _services(settings: LaunchSettings, model: Path, directory: Path) -> list[ChildProcess]:
     """The processes, in the order in which they are to end: requests stop flowing first."""
     control_plane_socket = f"unix:{directory}/control-plane.sock"
     admin_socket = f"unix:{directory}/admin.sock"
@@ -255,11 +183,11 @@ def _services(settings: LaunchSettings, model: Path, directory: Path) -> list[Se
         arguments[CONTROL_PLANE].append(f"--served-model-name={_source_name(settings.model)}")
     stop_timeout_s = settings.drain_timeout_s + _STOP_MARGIN_S
 
-    def service(module: str, own: Sequence[str], name: str = "", extra: dict[str, str] | None = None) -> Service:
+    def service(module: str, own: Sequence[str], name: str = "", extra: dict[str, str] | None = None) -> ChildProcess:
         flags = [*own, *settings.flags_for(module), *common]
-        return Service(name or module, module, flags, environment | (extra or {}), stop_timeout_s)
+        return ChildProcess(name or module, module, flags, environment | (extra or {}), stop_timeout_s)
 
-    def worker_service(number: int, worker: WorkerStart) -> Service:
+    def worker_service(number: int, worker: WorkerStart) -> ChildProcess:
         own = [f"--model={model}", f"--listen={worker.socket}", *worker.flags]
         name = f"{WORKER} {number}" if len(workers) > 1 else WORKER
         return service(WORKER, own, name, worker.environment)
@@ -284,10 +212,10 @@ async def _wait_ready(settings: LaunchSettings, keepers: Sequence[asyncio.Task[N
     try:
         async with asyncio.timeout(settings.ready_timeout_s):
             while not await _is_ready(settings):
-                _raise_failure(keepers)
+                raise_failure(keepers)
                 await asyncio.sleep(_POLL_S)
             # Whoever answered: if a process of ours has ended meanwhile, it was not ours.
-            _raise_failure(keepers)
+            raise_failure(keepers)
     except TimeoutError:
         raise LaunchError(
             f"not ready after {settings.ready_timeout_s:g} s: the log above says how far it came; "
@@ -306,17 +234,6 @@ async def _is_ready(settings: LaunchSettings) -> bool:
     _, page = await _get(host, settings.metrics_port, "/metrics")
     connected = re.findall(r"^stepwire_worker_connected{.*} 1\.0$", page, re.MULTILINE)
     return len(connected) == settings.data_parallel_size
-
-
-async def _first_failure(keepers: Sequence[asyncio.Task[None]]) -> None:
-    await asyncio.wait(keepers, return_when=asyncio.FIRST_COMPLETED)
-    _raise_failure(keepers)
-
-
-def _raise_failure(keepers: Sequence[asyncio.Task[None]]) -> None:
-    for keeper in keepers:
-        if keeper.done():
-            keeper.result()
 
 
 async def _get(host: str, port: int, path: str) -> tuple[int | None, str]:

@@ -8,7 +8,7 @@ text. Values are copied out of the protobuf messages, because a message that is 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from stepwire.v1 import inference_pb2
@@ -148,7 +148,7 @@ class UsageTotals:
 class Mailbox:
     """One HTTP request's incoming side: `num_prompts` requests of the session with `num_samples` sequences each.
 
-    Everything runs on one event loop; there is one taker.
+    Everything runs on one event loop; there is one taker. A streaming one sets `on_news` and takes what it is told of.
     """
 
     def __init__(self, num_prompts: int, num_samples: int, *, stream: bool) -> None:
@@ -161,7 +161,8 @@ class Mailbox:
         self._num_running = num_prompts
         self._waiter: asyncio.Future[None] | None = None
         self._error: ApiError | None = None
-        self._poked = False
+        # Called instead of waking a taker: a stream's own way of being told.
+        self.on_news: Callable[[], None] | None = None
         self.disconnected = False
         self.usage = UsageTotals()
         # Filled before a prompt's first update comes, where something of the prompts was asked for.
@@ -175,6 +176,17 @@ class Mailbox:
     @property
     def error(self) -> ApiError | None:
         return self._error
+
+    def put_text(self, prompt: int, text: str, num_tokens: int) -> None:
+        """A delta of the prompt's first sequence that is text and nothing else."""
+        index = prompt * self._num_samples
+        update = self._updates.get(index)
+        if update is None:
+            update = self._updates[index] = SequenceUpdate(index)
+        update.text_parts.append(text)
+        update.num_tokens += num_tokens
+        if self._stream:
+            self._wake()
 
     def put(self, prompt: int, response: inference_pb2.GenerateResponse) -> bool:
         """Take one message of the prompt's request in; True if it was that request's last one. Errors go to `fail`."""
@@ -220,11 +232,6 @@ class Mailbox:
         self._updates.clear()
         self._wake()
 
-    def poke(self) -> None:
-        """Let `take` return although nothing has come."""
-        self._poked = True
-        self._wake()
-
     async def accepted(self) -> Sequence[inference_pb2.Accepted]:
         """Wait until every prompt is accepted. Raises the `ApiError` that refused one; empty if the client left."""
         while self._num_unaccepted and self._error is None and not self.disconnected:
@@ -235,11 +242,8 @@ class Mailbox:
             raise self._error
         return [accepted for accepted in self._accepted if accepted is not None]
 
-    async def take(self) -> list[SequenceUpdate]:
-        """All updates since the last call, waiting for the first; empty after the end or a `poke`."""
-        while not self._updates and not self.ended and not self._poked:
-            await self._wait()
-        self._poked = False
+    def take_updates(self) -> list[SequenceUpdate]:
+        """All updates since the last call."""
         updates = list(self._updates.values())
         self._updates.clear()
         return updates
@@ -260,6 +264,9 @@ class Mailbox:
             self._waiter = None
 
     def _wake(self) -> None:
+        if self.on_news is not None:
+            self.on_news()
+            return
         waiter = self._waiter
         if waiter is not None and not waiter.done():
             waiter.set_result(None)

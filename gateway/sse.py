@@ -121,6 +121,9 @@ class _Chunks:
         self.num_events += 2
         return error_event(error) + DONE
 
+    async def settle(self) -> None:
+        """Nothing is kept of these."""
+
     def _render_with_extras(self, update: SequenceUpdate, head: bytes, events: list[bytes]) -> None:
         self._num_completion_tokens += update.num_tokens
         tail = self._usage_so_far() if self._shape.continuous_usage else self._tail

@@ -1,7 +1,8 @@
 """The gateway's only memory: one SQLite file in its data directory, for stored responses and batches.
 
 Everything else of the gateway is stateless. Without `--data-dir` the directory is a temporary one and ends with the
-process. A directory belongs to one process at a time: a lock says so.
+process. A directory belongs to one gateway at a time: a lock says so. Where a gateway is several processes, the one
+that started them has the lock, and all of them the directory.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _Result = TypeVar("_Result")
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS responses (
     id TEXT PRIMARY KEY, created_s REAL NOT NULL, previous_id TEXT, status TEXT NOT NULL,
-    answer BLOB NOT NULL, input BLOB NOT NULL
+    answer BLOB NOT NULL, input BLOB NOT NULL, process INTEGER
 );
 CREATE INDEX IF NOT EXISTS responses_by_age ON responses (created_s);
 CREATE TABLE IF NOT EXISTS files (
@@ -31,7 +32,10 @@ CREATE TABLE IF NOT EXISTS files (
 CREATE TABLE IF NOT EXISTS batches (
     id TEXT PRIMARY KEY, created_s REAL NOT NULL, status TEXT NOT NULL, object BLOB NOT NULL
 );
+CREATE TABLE IF NOT EXISTS batch_cancels (id TEXT PRIMARY KEY, at_s REAL NOT NULL);
 """
+# How long a writer waits for another process's write.
+_BUSY_LIMIT_S = 10.0
 
 
 class StoreError(Exception):
@@ -41,21 +45,25 @@ class StoreError(Exception):
 class Store:
     """`run` executes one function at a time, on a thread of its own, in the order of the calls.
 
+    `shares`: this is one of a gateway's processes, and the directory is theirs already.
+
     Raises:
         StoreError: the directory cannot be used, or another gateway uses it.
     """
 
-    def __init__(self, directory: Path | None) -> None:
+    def __init__(self, directory: Path | None, *, shares: bool = False) -> None:
         self._is_temporary = directory is None
         self.directory = Path(tempfile.mkdtemp(prefix="stepwire-gateway-")) if directory is None else directory
         try:
             (self.directory / "files").mkdir(parents=True, exist_ok=True)
             self._lock = (self.directory / "lock").open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not shares:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._connection = sqlite3.connect(
-                self.directory / "stepwire.sqlite", check_same_thread=False, isolation_level=None
+                self.directory / "stepwire.sqlite", timeout=_BUSY_LIMIT_S, check_same_thread=False, isolation_level=None
             )
             self._connection.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;" + _SCHEMA)
+            _add_missing_columns(self._connection)
         except BlockingIOError as error:
             raise StoreError(
                 f"--data-dir {self.directory} is in use by another gateway: give each a directory of its own"
@@ -78,3 +86,9 @@ class Store:
         self._lock.close()
         if self._is_temporary:
             shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _add_missing_columns(connection: sqlite3.Connection) -> None:
+    """Those that a file of an earlier version lacks."""
+    if "process" not in {row[1] for row in connection.execute("PRAGMA table_info(responses)")}:
+        connection.execute("ALTER TABLE responses ADD COLUMN process INTEGER")

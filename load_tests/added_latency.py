@@ -28,6 +28,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import psutil
 import uvloop
 from stepwire.v1 import inference_pb2, inference_pb2_grpc
 from tokenizers import Tokenizer
@@ -74,10 +75,14 @@ def chat_request(port: int, content: str, max_tokens: int) -> bytes:
 
 @contextlib.contextmanager
 def running(
-    write_model: Callable[[Path], None], step_ms: float, num_streams: int, worker_module: str
+    write_model: Callable[[Path], None],
+    step_ms: float,
+    num_streams: int,
+    worker_module: str,
+    gateway_flags: tuple[str, ...] = (),
 ) -> Iterator[Services]:
     directory = Path(tempfile.mkdtemp(prefix="stepwire-"))
-    services = Services(directory, step_ms, num_streams, worker_module)
+    services = Services(directory, step_ms, num_streams, worker_module, gateway_flags=gateway_flags)
     try:
         write_model(directory)
         services.start()
@@ -100,9 +105,9 @@ async def measure_streams(services: Services, seconds: float) -> dict[str, Any]:
     await asyncio.sleep(WARM_UP_S)
     pids = {name: process.pid for name, process in services.processes.items()} | {"driver": os.getpid()}
     begin_ns, idle_s = time.monotonic_ns(), idle_cpu_s()
-    begin_cpu = {name: read_cpu(pid).total_s for name, pid in pids.items()}
+    begin_cpu = {name: _cpu_s(pid) for name, pid in pids.items()}
     await asyncio.sleep(seconds)
-    cpu_s = {name: read_cpu(pid).total_s - begin_cpu[name] for name, pid in pids.items()}
+    cpu_s = {name: _cpu_s(pid) - begin_cpu[name] for name, pid in pids.items()}
     end_ns, idle_s = time.monotonic_ns(), idle_cpu_s() - idle_s
     for stream in streams:
         stream.transport.abort()  # type: ignore[attr-defined]
@@ -123,6 +128,12 @@ async def measure_streams(services: Services, seconds: float) -> dict[str, Any]:
         "cpu_us_per_token": {name: round(seconds / len(delays) * 1e6, 2) for name, seconds in cpu_s.items()},
         "others_cores": round(others, 3),
     }
+
+
+def _cpu_s(pid: int) -> float:
+    """Of a process and those that it has started; the driver's own children are the services."""
+    children = [] if pid == os.getpid() else psutil.Process(pid).children()
+    return sum(read_cpu(each).total_s for each in [pid, *(child.pid for child in children)])
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -215,6 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", default=["streams", "first_byte"], help="streams, first_byte or both")
     parser.add_argument("--streams", type=int, default=256, help="streams at one time (default 256)")
+    parser.add_argument("--gateway-processes", type=int, default=1, help="processes of the gateway (default 1)")
     parser.add_argument("--step-ms", type=float, default=5.0, help="length of a step (default 5)")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of the window (default 10)")
     parser.add_argument("--requests", type=int, default=200, help="first bytes to measure (default 200)")
@@ -231,10 +243,11 @@ def main() -> None:
                 arguments.step_ms,
                 arguments.streams,
                 "load_tests.stamping_worker",
+                ("--gateway-processes", str(arguments.gateway_processes)),
             )
             with stamped as services:
                 numbers = uvloop.run(measure_streams(services, arguments.seconds))
-            numbers |= {"num_streams": arguments.streams}
+            numbers |= {"num_streams": arguments.streams, "gateway_processes": arguments.gateway_processes}
             numbers |= {"goal_tokens_per_s": GOAL_TOKENS_PER_S, "goal_added_p99_ms": GOAL_STREAM_P99_MS}
         else:
             model: Path = arguments.model

@@ -68,6 +68,8 @@ class Services:
     step_ms: float
     num_streams: int
     worker_module: str = "gpu_worker"
+    worker_flags: tuple[str, ...] = ()
+    gateway_flags: tuple[str, ...] = ()
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def start(self) -> None:
@@ -80,11 +82,12 @@ class Services:
             *("--runner", "simulated", "--listen", worker, "--sim-step-ms", str(self.step_ms)),
             *("--sim-max-num-seqs", str(self.num_streams), "--sim-max-model-len", str(MAX_MODEL_LEN)),
             *("--sim-num-blocks", str(num_blocks)),
+            *self.worker_flags,
             module=self.worker_module,
         )
         ports = ["--grpc-port", "0", "--metrics-port", str(self.metrics_port)]
         self._start("control_plane", *model, "--workers", worker, "--listen", control_plane, *ports)
-        self._start("gateway", "--port", str(self.port), "--control-plane", control_plane)
+        self._start("gateway", "--port", str(self.port), "--control-plane", control_plane, *self.gateway_flags)
 
     def __post_init__(self) -> None:
         self.port, self.metrics_port = _free_ports(2)

@@ -1,16 +1,19 @@
-"""One Session against a Generate call per request: `python -m load_tests.session_cost`.
+"""One Session, plain and as the gateway has it, against a call per request: `python -m load_tests.session_cost`.
 
-The same requests (token ids in and out, steps of a simulated worker) are sent both ways, in turns, and CPU a token is
-read of the control plane and of this client. One line goes into load_tests/results/session_cost.jsonl.
+The same requests (token ids in, text out, steps of a simulated worker) are sent all ways, in turns, and CPU a token is
+read of the control plane and of this client. `packed` is a Session with `SessionOptions`: texts packed, one message at
+a time. One line goes into load_tests/results/session_cost.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -22,6 +25,7 @@ import uvloop
 from stepwire.v1 import inference_pb2 as pb
 from stepwire.v1 import inference_pb2_grpc as pb_grpc
 
+from load_tests.gateway_cost import write_model
 from load_tests.process_cpu import idle_cpu_s, read_cpu
 from load_tests.results import RESULTS_DIRECTORY, append_result, measurement_facts
 from load_tests.stack import ControlPlaneStack
@@ -56,6 +60,25 @@ async def read_session(stub: Any, num_requests: int, count: Count) -> None:
             count.take(tagged.response)
 
 
+async def read_packed(stub: Any, num_requests: int, count: Count) -> None:
+    receipts: asyncio.Queue[pb.SessionRequest] = asyncio.Queue()
+    receipt = pb.SessionRequest(receipt=pb.SessionReceipt())
+
+    async def requests() -> AsyncIterator[pb.SessionRequest]:
+        yield pb.SessionRequest(options=pb.SessionOptions(packed_texts=True, max_outstanding_messages=1))
+        for tag in range(1, num_requests + 1):
+            yield pb.SessionRequest(tag=tag, generate=pb.SessionGenerate(request=endless(tag)))
+        while True:
+            yield await receipts.get()
+
+    async for message in stub.Session(requests()):
+        for num_tokens in message.texts.num_tokens:
+            count.num_tokens += num_tokens
+        for tagged in message.responses:
+            count.take(tagged.response)
+        receipts.put_nowait(receipt)
+
+
 async def read_calls(stub: Any, num_requests: int, count: Count) -> None:
     async def one(index: int) -> None:
         async for response in stub.Generate(endless(index)):
@@ -68,7 +91,8 @@ async def window(stack: ControlPlaneStack, way: str, num_requests: int, seconds:
     async with grpc.aio.insecure_channel(stack.grpc_address) as channel:
         stub = pb_grpc.InferenceServiceStub(channel)  # type: ignore[no-untyped-call]
         count = Count()
-        reading = asyncio.create_task((read_session if way == "session" else read_calls)(stub, num_requests, count))
+        read = {"session": read_session, "packed": read_packed, "calls": read_calls}[way]
+        reading = asyncio.create_task(read(stub, num_requests, count))
         await asyncio.sleep(_SETTLE_S)
         pids = {"control_plane": stack.pids()["control_plane"], "client": os.getpid()}
         begin = {name: read_cpu(pid).total_s for name, pid in pids.items()}
@@ -90,7 +114,7 @@ async def window(stack: ControlPlaneStack, way: str, num_requests: int, seconds:
 
 
 async def measure(stack: ControlPlaneStack, num_requests: int, seconds: float, repeats: int) -> dict[str, Any]:
-    turns: dict[str, list[dict[str, float]]] = {"session": [], "calls": []}
+    turns: dict[str, list[dict[str, float]]] = {"session": [], "packed": [], "calls": []}
     for _ in range(repeats):
         for way, windows in turns.items():
             windows.append(await window(stack, way, num_requests, seconds))
@@ -98,6 +122,8 @@ async def measure(stack: ControlPlaneStack, num_requests: int, seconds: float, r
     for name in ("control_plane_us_per_token", "client_us_per_token"):
         ratios = [calls[name] / session[name] for calls, session in zip(turns["calls"], turns["session"], strict=True)]
         numbers[f"calls_over_session_{name.partition('_us')[0]}"] = round(median(ratios), 2)
+        ratios = [packed[name] / plain[name] for packed, plain in zip(turns["packed"], turns["session"], strict=True)]
+        numbers[f"packed_over_session_{name.partition('_us')[0]}"] = round(median(ratios), 2)
     return numbers
 
 
@@ -111,8 +137,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS_DIRECTORY / f"{SCENARIO}.jsonl")
     arguments = parser.parse_args()
     facts = measurement_facts(f"load_tests.{SCENARIO}", sys.argv[1:])
-    context = ["--sim-max-model-len", "131072", "--sim-num-blocks", "1100000", "--sim-vocab-size", "32000"]
-    with ControlPlaneStack(["--sim-step-ms", str(arguments.step_ms), *context]) as stack:
+    context = ["--sim-max-model-len", "131072", "--sim-num-blocks", "1100000"]
+    with contextlib.ExitStack() as on_exit:
+        directory = Path(on_exit.enter_context(tempfile.TemporaryDirectory(prefix="stepwire-")))
+        write_model(directory)
+        model = ["--model", str(directory)]
+        worker = ["--sim-step-ms", str(arguments.step_ms), *context, *model]
+        stack = on_exit.enter_context(ControlPlaneStack(worker, model))
         numbers = uvloop.run(measure(stack, arguments.requests, arguments.seconds, arguments.repeats))
     result = facts | {"scenario": SCENARIO, "label": arguments.label, "step_ms": arguments.step_ms} | numbers
     append_result(arguments.output, result)

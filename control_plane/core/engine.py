@@ -28,7 +28,6 @@ from control_plane.core.request import (
     ModelFacts,
     OutputSink,
     RequestFault,
-    SequenceOutput,
 )
 from control_plane.core.router import GroupLoad, RequestNeeds, choose_group
 from control_plane.core.scheduler import Scheduler
@@ -400,7 +399,10 @@ class Engine:
         for state, output in events.outputs:
             entry = entries.get(state.request.request_id)
             if entry is not None:
-                self._deliver(state.request.request_id, entry.sink, output)
+                try:
+                    entry.sink.on_output(output)
+                except Exception:
+                    self._give_up(state.request.request_id, entry.sink)
         for state, fault in events.ended:
             entry = entries.pop(state.request.request_id, None)
             if entry is not None:
@@ -408,14 +410,11 @@ class Engine:
         if events.ended:
             self._note_idle()
 
-    def _deliver(self, request_id: str, sink: OutputSink, output: SequenceOutput) -> None:
-        """One request's output; what goes wrong with it ends that request and no other."""
-        try:
-            sink.on_output(output)
-        except Exception:
-            log.exception("an output could not be delivered", request_id=request_id)
-            self.cancel(request_id)
-            sink.on_end(0, RequestFault("INTERNAL", "the output could not be delivered", retryable=False))
+    def _give_up(self, request_id: str, sink: OutputSink) -> None:
+        """One request's output went wrong: that ends this request and no other."""
+        log.exception("an output could not be delivered", request_id=request_id)
+        self.cancel(request_id)
+        sink.on_end(0, RequestFault("INTERNAL", "the output could not be delivered", retryable=False))
 
     def _note_connections(self) -> None:
         if any(group.is_connected for group in self._groups):

@@ -71,6 +71,7 @@ class CoreMetrics:
         )
         # (time, prompt tokens started) of the last seconds: how fast the queue empties.
         self._started: deque[tuple[float, int]] = deque()
+        self._num_started_tokens = 0
 
     def watch(self, engine: Engine) -> None:
         """Export the engine's own counts whenever somebody scrapes."""
@@ -100,13 +101,14 @@ class CoreMetrics:
         if start.sequence.index == 0 and not start.sequence.output_ids:
             self._queue_seconds.observe(now - request.arrival_s)
             self._started.append((now, start.sequence.num_prompt_tokens))
+            self._num_started_tokens += start.sequence.num_prompt_tokens
 
     def prompt_tokens_per_s(self) -> float:
-        """Prompt tokens taken up per second, over the last seconds, by all groups together."""
+        """Prompt tokens taken up per second, over the last seconds, by all groups together. Asked at each arrival."""
         horizon = time.monotonic() - _RATE_WINDOW_S
         while self._started and self._started[0][0] < horizon:
-            self._started.popleft()
-        return sum(num_tokens for _, num_tokens in self._started) / _RATE_WINDOW_S
+            self._num_started_tokens -= self._started.popleft()[1]
+        return self._num_started_tokens / _RATE_WINDOW_S
 
 
 @dataclass(frozen=True, slots=True)

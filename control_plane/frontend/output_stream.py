@@ -93,6 +93,7 @@ class RequestOutput:
         "_error",
         "_has_ended",
         "_is_accepted_sent",
+        "_is_plain",
         "_is_ready",
         "_metrics",
         "_num_cached_tokens",
@@ -137,6 +138,19 @@ class RequestOutput:
         self._num_cached_tokens = 0
         self._prompt = None if built.output.prompt is None else PromptAssembly(built, detokenization)
         self._sequences = [self._start_sequence() for _ in range(built.core.num_sequences)]
+        # One sequence, of which nothing but its text is wanted and to which nothing is done: most are.
+        self._is_plain = self._is_only_text(built)
+
+    def _is_only_text(self, built: BuiltRequest) -> bool:
+        plan, first = built.output, self._sequences[0]
+        return (
+            len(self._sequences) == 1
+            and first.detokenizer is not None
+            and first.matcher is None
+            and first.parser is None
+            and self._prompt is None
+            and not (plan.sends_token_ids or self.sends_logprobs or plan.generates_nothing)
+        )
 
     @property
     def request_id(self) -> str:
@@ -163,6 +177,15 @@ class RequestOutput:
     def on_output(self, output: SequenceOutput) -> None:
         sequence = self._sequences[output.index]
         if sequence.has_ended or self._has_ended:
+            return
+        if self._is_plain and output.finish_reason is None and sequence.detokenizer is not None:
+            text = sequence.detokenizer.push(output.token_ids)
+            sequence.num_new += output.num_tokens
+            if text:
+                sequence.texts.append(text)
+                sequence.has_news = True
+                if not self._is_ready:
+                    self._notify()
             return
         if output.prompt_logprobs is not None and self._prompt is not None:
             self._prompt.add(output.prompt_logprobs)
@@ -294,6 +317,21 @@ class RequestOutput:
         self._on_ready(self)
 
     # ---- out ----
+
+    def take_text(self, texts: list[str], now_s: float) -> int:
+        """Append the text that has come, if that is all there is to say; its tokens, or 0: `take` has it all."""
+        if not self._is_plain or self._has_ended or not self._is_accepted_sent:
+            return 0
+        sequence = self._sequences[0]
+        num_new, parts = sequence.num_new, sequence.texts
+        if not num_new or not parts or sequence.finish_reason is not None:
+            return 0
+        self._is_ready = sequence.has_news = False
+        texts.append(parts[0] if len(parts) == 1 else "".join(parts))
+        parts.clear()
+        sequence.num_new = 0
+        self._observe(sequence, num_new, now_s)
+        return num_new
 
     def take(self, response: pb.GenerateResponse, now_s: float) -> None:
         """Move everything that has come into one message; sets `is_closed` with the last one."""

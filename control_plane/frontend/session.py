@@ -1,7 +1,9 @@
 """One Session stream: many requests of one client, all their outputs of a step in one message.
 
 One task reads, one task writes (two concurrent writes would end the stream). The writer wakes when a mailbox has
-something, takes all that have, and awaits the write: while the client is slow to read, the mailboxes collect.
+something, takes all that have, and awaits the write: while the client is slow to read, the mailboxes collect. A client
+may bound the messages that it has not dealt with (`SessionOptions`): what would wait in buffers between the two, and be
+late one message behind the other, then grows together in the mailboxes as well.
 """
 
 from __future__ import annotations
@@ -49,6 +51,9 @@ class SessionStream:
         self._ready: list[RequestOutput] = []
         self._refused: list[tuple[int, RequestRefused]] = []
         self._wake = asyncio.Event()
+        self._packs_texts = False
+        self._max_outstanding = 0  # 0: no limit
+        self._num_outstanding = 0
 
     async def run(self, requests: AsyncIterable[pb.SessionRequest]) -> None:
         """Serve until the client ends the stream or goes away; then nothing of it runs on."""
@@ -60,7 +65,8 @@ class SessionStream:
             while True:
                 await self._wake.wait()
                 self._wake.clear()
-                while self._ready or self._refused:
+                while (self._ready or self._refused) and self._may_write():
+                    self._num_outstanding += 1
                     await self._context.write(self._collect())
                 if reader.done():
                     break
@@ -80,10 +86,15 @@ class SessionStream:
                     self._generate(message.tag, message.generate)
                 case "cancel":
                     self._drop(message.tag)
+                case "receipt":
+                    self._num_outstanding -= 1
+                    self._wake.set()
+                case "options":
+                    self._packs_texts = message.options.packed_texts
+                    self._max_outstanding = message.options.max_outstanding_messages
                 case _:
-                    self._refuse(
-                        message.tag, RequestRefused.invalid(Violation("action", "is missing: give generate or cancel"))
-                    )
+                    description = "is missing: give generate, cancel, options or receipt"
+                    self._refuse(message.tag, RequestRefused.invalid(Violation("action", description)))
 
     def _generate(self, tag: int, generate: pb.SessionGenerate) -> None:
         if tag in self._entries:
@@ -146,6 +157,9 @@ class SessionStream:
 
     # ---- out ----
 
+    def _may_write(self) -> bool:
+        return not self._max_outstanding or self._num_outstanding < self._max_outstanding
+
     def _collect(self) -> pb.SessionResponse:
         """One message with all that has come since the last."""
         message = pb.SessionResponse()
@@ -157,8 +171,15 @@ class SessionStream:
         ready, self._ready = self._ready, []
         now_s = time.monotonic()
         num_bytes = 0
+        tags: list[int] = []
+        texts: list[str] = []
+        counts: list[int] = []
         for position, output in enumerate(ready, 1):
             if output.is_closed:  # cancelled since it became ready
+                continue
+            if self._packs_texts and (num_tokens := output.take_text(texts, now_s)):
+                tags.append(output.tag)
+                counts.append(num_tokens)
                 continue
             tagged = add()
             tagged.tag = output.tag
@@ -170,4 +191,8 @@ class SessionStream:
                 if num_bytes > _MESSAGE_BYTES:
                     self._ready = ready[position:]
                     break
+        if tags:
+            message.texts.tags.extend(tags)
+            message.texts.texts.extend(texts)
+            message.texts.num_tokens.extend(counts)
         return message

@@ -59,30 +59,42 @@ class FileStore:
         await self.expire()
         file_id = new_file_id()
         num_bytes = await asyncio.to_thread(_copy, content, self.path(file_id))
-        used = sum(file.num_bytes for file in await self.list_all())
-        if used + num_bytes > self._max_total_bytes:
+        file = self._new(file_id, filename, purpose, num_bytes)
+
+        def write(connection: sqlite3.Connection) -> int:
+            # One transaction: two that come at a time, to two processes, may not both take the last room.
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                others = connection.execute(
+                    "SELECT COALESCE(SUM(num_bytes), 0) FROM files WHERE expires_s IS NULL OR expires_s > ?",
+                    (file.created_s,),
+                ).fetchone()[0]
+                if others + num_bytes <= self._max_total_bytes:
+                    _insert(connection, file)
+            finally:
+                connection.execute("COMMIT")
+            return int(others) + num_bytes
+
+        used = await self._store.run(write)
+        if used > self._max_total_bytes:
             self.path(file_id).unlink(missing_ok=True)
             raise ApiError(
                 413,
-                f"The files would be {used + num_bytes} bytes together, and at most {self._max_total_bytes} are kept "
+                f"The files would be {used} bytes together, and at most {self._max_total_bytes} are kept "
                 "(--files-max-total-bytes): delete some.",
                 code="files_full",
             )
-        return await self.register(file_id, filename, purpose, num_bytes)
+        return file
 
     async def register(self, file_id: str, filename: str, purpose: str, num_bytes: int) -> StoredFile:
         """A file whose content is there already."""
-        now = time.time()
-        file = StoredFile(file_id, now, now + self._ttl_s, purpose, filename, num_bytes)
-
-        def write(connection: sqlite3.Connection) -> None:
-            connection.execute(
-                "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)",
-                (file.id, file.created_s, file.expires_s, file.purpose, file.filename, file.num_bytes),
-            )
-
-        await self._store.run(write)
+        file = self._new(file_id, filename, purpose, num_bytes)
+        await self._store.run(lambda connection: _insert(connection, file))
         return file
+
+    def _new(self, file_id: str, filename: str, purpose: str, num_bytes: int) -> StoredFile:
+        now = time.time()
+        return StoredFile(file_id, now, now + self._ttl_s, purpose, filename, num_bytes)
 
     async def list_all(self) -> list[StoredFile]:
         """Newest first."""
@@ -116,6 +128,13 @@ class FileStore:
 
         for file_id in await self._store.run(write):
             self.path(file_id).unlink(missing_ok=True)
+
+
+def _insert(connection: sqlite3.Connection, file: StoredFile) -> None:
+    connection.execute(
+        "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)",
+        (file.id, file.created_s, file.expires_s, file.purpose, file.filename, file.num_bytes),
+    )
 
 
 def _copy(content: BinaryIO, path: Path) -> int:

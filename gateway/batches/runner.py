@@ -2,17 +2,22 @@
 
 A result is one line in the output or error file, written whole; the lines that are there are the progress. So a process
 that dies loses nothing but the requests in flight, and those are sent again.
+
+Of several processes one runs the batches: the one that holds a lock, which goes to another when it dies. Any may be
+asked to create or cancel one; the runner finds it in the store.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import sqlite3
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import orjson
 import structlog
@@ -23,7 +28,6 @@ from gateway.batch_lines import BatchLine, LineError, error_line, read_line, res
 from gateway.batches.files import FileStore, new_file_id
 from gateway.convert import GenerationPlan, plan_chat, plan_completion
 from gateway.errors import ApiError
-from gateway.middleware import Lifecycle
 from gateway.schemas import ChatCompletionBody, CompletionBody
 from gateway.serving import Serving, stream_shape
 from gateway.store import Store
@@ -35,26 +39,39 @@ ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
 BATCH_PRIORITY = 1_000_000
 MAX_LISTED_ERRORS = 20
 _UNFINISHED = ("validating", "in_progress", "finalizing", "cancelling")
+# A batch as it was saved, and when another process than the runner was asked to cancel it.
+_Row = tuple[bytes, float | None]
+_SELECT = "SELECT object, batch_cancels.at_s FROM batches LEFT JOIN batch_cancels USING (id)"
+# How soon the runner notices what other processes were asked for, or that there is no runner any more.
+_FOLLOW_S = 0.25
 _YIELD_S = 0.05
 _MAX_PAUSE_S = 10.0
 
 
 class BatchRunner:
+    """`num_interactive` says how many requests of people are being answered, by all processes together."""
+
     def __init__(
         self,
         store: Store,
         files: FileStore,
         serving: Serving,
-        lifecycle: Lifecycle,
         *,
         concurrency: int,
         max_lines: int,
         window_s: float,
+        num_interactive: Callable[[], int],
+        is_one_of_several: bool = False,
     ) -> None:
         self._store = store
+        self._is_one_of_several = is_one_of_several
+        self._lock: BinaryIO | None = None
+        self._following: asyncio.Task[None] | None = None
+        # Those that this process has begun.
+        self._begun: set[str] = set()
         self._files = files
         self._serving = serving
-        self._lifecycle = lifecycle
+        self._num_interactive = num_interactive
         self._concurrency = concurrency
         self._max_lines = max_lines
         self._window_s = window_s
@@ -62,16 +79,68 @@ class BatchRunner:
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     async def start(self) -> None:
-        """Go on with what an earlier process has left."""
-        for batch in await self.list_all():
-            if batch["status"] in _UNFINISHED:
+        """Go on with what an earlier process has left, if this is the one that runs batches."""
+        if self._become_runner():
+            await self._begin_new()
+        if self._is_one_of_several:
+            self._following = asyncio.create_task(self._follow(), name="batches-follow")
+
+    @property
+    def _is_runner(self) -> bool:
+        return self._lock is not None
+
+    def _become_runner(self) -> bool:
+        """Whether this process runs the batches; it does as soon as no other does."""
+        if self._lock is None:
+            lock = (self._store.directory / "batches.lock").open("wb")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.close()
+            else:
+                self._lock = lock
+        return self._is_runner
+
+    async def _follow(self) -> None:
+        """Take up what other processes were asked for."""
+        while True:
+            await asyncio.sleep(_FOLLOW_S)
+            try:
+                if self._become_runner():
+                    await self._begin_new()
+                    await self._cancel_wanted()
+            except (sqlite3.Error, OSError):
+                _log.exception("the stored batches cannot be read")
+
+    async def _begin_new(self) -> None:
+        for batch in await self._unfinished():
+            if batch["id"] not in self._begun:
                 self._begin(batch)
 
+    async def _cancel_wanted(self) -> None:
+        def read(connection: sqlite3.Connection) -> list[str]:
+            return [row[0] for row in connection.execute("SELECT id FROM batch_cancels")]
+
+        for batch_id in await self._store.run(read):
+            with contextlib.suppress(ApiError):  # it has ended
+                await self.cancel(batch_id)
+
+            def forget(connection: sqlite3.Connection, batch_id: str = batch_id) -> None:
+                connection.execute("DELETE FROM batch_cancels WHERE id = ?", (batch_id,))
+
+            await self._store.run(forget)
+
     async def close(self) -> None:
+        if self._following is not None:
+            self._following.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._following
         for task in tuple(self._tasks.values()):
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+        if self._lock is not None:
+            self._lock.close()
 
     # ---- what the routes ask ----
 
@@ -107,26 +176,38 @@ class BatchRunner:
             "_output": new_file_id(),
             "_errors": new_file_id(),
         }
-        await self._save(batch)
-        self._begin(batch)
+        if self._is_runner:
+            self._begun.add(batch["id"])
+            await self._save(batch)
+            self._begin(batch)
+        else:
+            await self._save(batch)
         return batch
 
     async def get(self, batch_id: str) -> dict[str, Any]:
-        def read(connection: sqlite3.Connection) -> bytes | None:
-            row = connection.execute("SELECT object FROM batches WHERE id = ?", (batch_id,)).fetchone()
-            return None if row is None else row[0]
+        def read(connection: sqlite3.Connection) -> _Row | None:
+            row: _Row | None = connection.execute(f"{_SELECT} WHERE batches.id = ?", (batch_id,)).fetchone()
+            return row
 
         found = await self._store.run(read)
         if found is None:
             raise ApiError(404, f"There is no batch '{batch_id[:80]}'.", code="batch_not_found")
-        batch: dict[str, Any] = orjson.loads(found)
-        return batch
+        return _batch_of(found)
 
     async def list_all(self) -> list[dict[str, Any]]:
         """Newest first."""
 
+        def read(connection: sqlite3.Connection) -> list[_Row]:
+            return connection.execute(f"{_SELECT} ORDER BY created_s DESC, batches.rowid DESC").fetchall()
+
+        return [_batch_of(found) for found in await self._store.run(read)]
+
+    async def _unfinished(self) -> list[dict[str, Any]]:
+        """As they were saved."""
+        marks = ",".join("?" * len(_UNFINISHED))
+
         def read(connection: sqlite3.Connection) -> list[bytes]:
-            rows = connection.execute("SELECT object FROM batches ORDER BY created_s DESC, rowid DESC").fetchall()
+            rows = connection.execute(f"SELECT object FROM batches WHERE status IN ({marks})", _UNFINISHED)
             return [row[0] for row in rows]
 
         return [orjson.loads(found) for found in await self._store.run(read)]
@@ -135,6 +216,9 @@ class BatchRunner:
         batch = await self.get(batch_id)
         if batch["status"] not in _UNFINISHED:
             raise ApiError(409, f"The batch is {batch['status']}; only one that runs can be cancelled.")
+        if not self._is_runner:
+            await self._want_cancelled(batch_id)
+            return await self.get(batch_id)
         task = self._tasks.pop(batch_id, None)
         if task is not None:
             task.cancel()
@@ -146,9 +230,16 @@ class BatchRunner:
             await self._end(batch, "cancelled")
         return batch
 
+    async def _want_cancelled(self, batch_id: str) -> None:
+        def write(connection: sqlite3.Connection) -> None:
+            connection.execute("INSERT OR IGNORE INTO batch_cancels VALUES (?, ?)", (batch_id, time.time()))
+
+        await self._store.run(write)
+
     # ---- the work ----
 
     def _begin(self, batch: dict[str, Any]) -> None:
+        self._begun.add(batch["id"])
         task = asyncio.create_task(self._run(batch), name=batch["id"])
         self._tasks[batch["id"]] = task
         task.add_done_callback(lambda _: self._tasks.pop(batch["id"], None))
@@ -279,7 +370,7 @@ class BatchRunner:
 
     async def _wait_for_turn(self) -> None:
         """Each interactive request that is being answered takes one of the batches' places; one always remains."""
-        while self._num_running >= max(1, self._concurrency - self._lifecycle.num_in_flight):
+        while self._num_running >= max(1, self._concurrency - self._num_interactive()):
             await asyncio.sleep(_YIELD_S)
 
     async def _generate(self, line: BatchLine, request_id: str) -> bytes:
@@ -310,6 +401,13 @@ class BatchRunner:
         except ValidationError as error:
             raise errors.from_validation_error(error) from error
         return plan_completion(body, request_id, self._serving.max_batch_prompts)
+
+
+def _batch_of(row: _Row) -> dict[str, Any]:
+    batch: dict[str, Any] = orjson.loads(row[0])
+    if row[1] is not None and batch["status"] in _UNFINISHED:
+        batch |= {"status": "cancelling", "cancelling_at": int(row[1])}
+    return batch
 
 
 def public_batch(batch: dict[str, Any]) -> dict[str, Any]:

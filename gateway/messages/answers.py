@@ -113,6 +113,9 @@ class MessageEvents:
         self.num_events += 1
         return b"event: error\ndata: " + orjson.dumps(message_error(error)) + b"\n\n"
 
+    async def settle(self) -> None:
+        """Nothing is kept of these."""
+
     def _start(self, events: list[bytes]) -> None:
         if not self._has_started:
             self._has_started = True

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sqlite3
 import uuid
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from typing import Any
 
 import orjson
@@ -27,14 +28,20 @@ from gateway.serving import Serving, read_body
 _log = structlog.get_logger(__name__)
 
 _RUNNING = ("queued", "in_progress")
+# How soon a process notices that another one has cancelled or deleted a response of its own.
+_FOLLOW_S = 0.25
 
 
 class ResponsesServing:
-    """`store` is None where responses are not kept: then everything that needs one is refused."""
+    """`store` is None where responses are not kept: then everything that needs one is refused.
 
-    def __init__(self, serving: Serving, store: ResponseStore | None) -> None:
+    `is_one_of_several`: other processes read and write the same store.
+    """
+
+    def __init__(self, serving: Serving, store: ResponseStore | None, *, is_one_of_several: bool = False) -> None:
         self._serving = serving
         self._store = store
+        self._is_one_of_several = is_one_of_several
         # Response id -> its generation, of those that run in the background.
         self._background: dict[str, Generation] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -42,6 +49,26 @@ class ResponsesServing:
     async def start(self) -> None:
         if self._store is not None and (num_failed := await self._store.fail_interrupted()):
             _log.warning("responses of an earlier process will not end", num_responses=num_failed)
+        if self._store is not None and self._is_one_of_several:
+            self._spawn(self._follow(self._store))
+
+    async def _follow(self, store: ResponseStore) -> None:
+        """Stop what other processes were told to stop."""
+        while True:
+            await asyncio.sleep(_FOLLOW_S)
+            if not self._background:
+                continue
+            mine = tuple(self._background)
+            try:
+                still_running = await store.still_running(mine)
+            except sqlite3.Error:
+                _log.exception("the stored responses cannot be read")
+                continue
+            for response_id in mine:
+                generation = self._background.get(response_id)
+                if generation is not None and response_id not in still_running:
+                    del self._background[response_id]
+                    generation.disconnect()
 
     async def close(self) -> None:
         for generation in self._background.values():
@@ -96,14 +123,17 @@ class ResponsesServing:
         if self._store is not None and body.store is not False:
             await self._store.put(StoredResponse(answer, items, body.previous_response_id))
 
-    def keep_later(self, body: ResponsesBody, answer: dict[str, Any], items: list[dict[str, Any]]) -> None:
-        """From where nothing can be awaited. The store keeps the order: whoever asks afterwards finds it."""
-        self._spawn(self.keep(body, answer, items))
+    def keep_later(
+        self, body: ResponsesBody, answer: dict[str, Any], items: list[dict[str, Any]]
+    ) -> asyncio.Task[None]:
+        """From where nothing can be awaited; done once whoever asks, any process, finds it."""
+        return self._spawn(self.keep(body, answer, items))
 
-    def _spawn(self, work: Any) -> None:
-        task = asyncio.ensure_future(work)
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     # ---- in the background ----
 
@@ -143,7 +173,7 @@ class ResponsesServing:
             return
         answer["status"] = "in_progress"
         try:
-            await store.update(answer, unless="cancelled")
+            await store.update(answer)
             updates = await generation.mailbox.take_all()
             if generation.mailbox.disconnected:
                 return  # cancelled, and stored as that
@@ -157,7 +187,7 @@ class ResponsesServing:
         finally:
             self._background.pop(answer["id"], None)
             generation.cancel()
-        await store.update(answer, unless="cancelled")
+        await store.update(answer)
 
     # ---- what was stored ----
 
@@ -178,8 +208,11 @@ class ResponsesServing:
         if not answer["background"]:
             raise ApiError(400, "Only a response that was created with background can be cancelled.")
         if answer["status"] in _RUNNING and self._store is not None:
-            answer = {**answer, "status": "cancelled"}
-            await self._store.update(answer)
+            cancelled = {**answer, "status": "cancelled"}
+            if not await self._store.update(cancelled):
+                # It has ended meanwhile.
+                return _json((await self._stored(response_id)).answer)
+            answer = cancelled
             generation = self._background.pop(response_id, None)
             if generation is not None:
                 generation.disconnect()
@@ -222,6 +255,7 @@ class _StoringEvents:
         self._serving = serving
         self._body = body
         self._items = items
+        self._keeping: asyncio.Task[None] | None = None
 
     @property
     def num_events(self) -> int:
@@ -232,13 +266,17 @@ class _StoringEvents:
 
     def end(self, usage: UsageTotals) -> bytes:
         events = self._output.end(usage)
-        self._serving.keep_later(self._body, self._output.answer, self._items)
+        self._keeping = self._serving.keep_later(self._body, self._output.answer, self._items)
         return events
 
     def fail(self, error: ApiError) -> bytes:
         events = self._output.fail(error)
-        self._serving.keep_later(self._body, self._output.answer, self._items)
+        self._keeping = self._serving.keep_later(self._body, self._output.answer, self._items)
         return events
+
+    async def settle(self) -> None:
+        if self._keeping is not None:
+            await asyncio.wait([self._keeping])
 
 
 def _not_found(response_id: str, param: str | None) -> ApiError:

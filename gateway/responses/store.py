@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +26,11 @@ class StoredResponse:
 
 
 class ResponseStore:
-    def __init__(self, store: Store, *, max_responses: int, ttl_s: float) -> None:
+    """`process`: which of several processes this is; None: the only one."""
+
+    def __init__(self, store: Store, *, max_responses: int, ttl_s: float, process: int | None = None) -> None:
         self._store = store
+        self._process = process
         self._max_responses = max_responses
         self._ttl_s = ttl_s
 
@@ -40,10 +44,11 @@ class ResponseStore:
             answer["status"],
             orjson.dumps(answer),
             orjson.dumps(stored.input),
+            self._process,
         )
 
         def write(connection: sqlite3.Connection) -> None:
-            connection.execute("INSERT OR REPLACE INTO responses VALUES (?, ?, ?, ?, ?, ?)", row)
+            connection.execute("INSERT OR REPLACE INTO responses VALUES (?, ?, ?, ?, ?, ?, ?)", row)
             connection.execute("DELETE FROM responses WHERE created_s < ?", (time.time() - self._ttl_s,))
             connection.execute(
                 "DELETE FROM responses WHERE id IN "
@@ -53,17 +58,30 @@ class ResponseStore:
 
         await self._store.run(write)
 
-    async def update(self, answer: dict[str, Any], *, unless: str | None = None) -> bool:
-        """Replace the answer of a response that is still there, and whose status is not `unless`."""
+    async def update(self, answer: dict[str, Any]) -> bool:
+        """Replace the answer of a response that is still there and has not ended; whether it was."""
 
         def write(connection: sqlite3.Connection) -> bool:
             changed = connection.execute(
-                "UPDATE responses SET answer = ?, status = ? WHERE id = ? AND status IS NOT ?",
-                (orjson.dumps(answer), answer["status"], answer["id"], unless),
+                "UPDATE responses SET answer = ?, status = ? WHERE id = ? AND status IN ('queued', 'in_progress')",
+                (orjson.dumps(answer), answer["status"], answer["id"]),
             )
             return changed.rowcount > 0
 
         return await self._store.run(write)
+
+    async def still_running(self, response_ids: Collection[str]) -> set[str]:
+        """Those of them that nobody, this process or another, has ended or deleted."""
+        marks = ",".join("?" * len(response_ids))
+
+        def read(connection: sqlite3.Connection) -> set[str]:
+            rows = connection.execute(
+                f"SELECT id FROM responses WHERE status IN ('queued', 'in_progress') AND id IN ({marks})",
+                tuple(response_ids),
+            )
+            return {row[0] for row in rows}
+
+        return await self._store.run(read)
 
     async def get(self, response_id: str) -> StoredResponse | None:
         oldest_s = time.time() - self._ttl_s
@@ -97,11 +115,13 @@ class ResponseStore:
         return await self._store.run(write)
 
     async def fail_interrupted(self) -> int:
-        """Those that an earlier process was at; how many."""
+        """Those that an earlier life of this process was at; how many."""
 
         def write(connection: sqlite3.Connection) -> int:
             rows = connection.execute(
-                "SELECT id, answer FROM responses WHERE status IN ('queued', 'in_progress')"
+                "SELECT id, answer FROM responses WHERE status IN ('queued', 'in_progress') "
+                "AND (? IS NULL OR process = ?)",
+                (self._process, self._process),
             ).fetchall()
             for response_id, answer in rows:
                 failed = orjson.loads(answer) | {

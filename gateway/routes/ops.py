@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import stepwire
 from fastapi import APIRouter, Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from gateway.answers import LoadAnswer, VersionAnswer
 from gateway.client import ControlPlaneClient
@@ -38,9 +40,9 @@ async def ready(request: Request) -> Response:
     responses={200: {"model": LoadAnswer}, **error_responses(401)},
 )
 async def load(request: Request) -> Response:
-    lifecycle: Lifecycle = request.app.state.lifecycle
+    metrics: GatewayMetrics = request.app.state.metrics
     return Response(
-        LoadAnswer(server_load=lifecycle.num_in_flight - 1).model_dump_json(), media_type="application/json"
+        LoadAnswer(server_load=metrics.num_in_flight() - 1).model_dump_json(), media_type="application/json"
     )
 
 
@@ -56,4 +58,4 @@ async def version() -> Response:
 @router.get("/metrics", summary="Metrics of this gateway, for Prometheus")
 async def metrics(request: Request) -> Response:
     own: GatewayMetrics = request.app.state.metrics
-    return Response(generate_latest(own.registry), media_type=CONTENT_TYPE_LATEST)
+    return Response(await asyncio.to_thread(own.page), media_type=CONTENT_TYPE_LATEST)

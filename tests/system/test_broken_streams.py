@@ -341,7 +341,8 @@ def test_what_waits_for_a_stalled_gateway_grows_together(served: Stack) -> None:
         raw.close()
     assert len({text_of(piece) for piece in received}) == 1
     num_events = served.gateway_metric("stepwire_gateway_sse_events_total") - sent
-    assert num_events < 20 * num_streams
+    # What the message in its hands and the next one hold, and the end.
+    assert num_events < 5 * num_streams
     assert_nothing_left(served)
 
 

@@ -426,14 +426,30 @@ class RequestError(_message.Message):
     def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., violations: _Optional[_Iterable[_Union[_error_details_pb2.BadRequest.FieldViolation, _Mapping]]] = ..., retry_after: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., retryable: _Optional[bool] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class SessionRequest(_message.Message):
-    __slots__ = ("tag", "generate", "cancel")
+    __slots__ = ("tag", "generate", "cancel", "options", "receipt")
     TAG_FIELD_NUMBER: _ClassVar[int]
     GENERATE_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    RECEIPT_FIELD_NUMBER: _ClassVar[int]
     tag: int
     generate: SessionGenerate
     cancel: SessionCancel
-    def __init__(self, tag: _Optional[int] = ..., generate: _Optional[_Union[SessionGenerate, _Mapping]] = ..., cancel: _Optional[_Union[SessionCancel, _Mapping]] = ...) -> None: ...
+    options: SessionOptions
+    receipt: SessionReceipt
+    def __init__(self, tag: _Optional[int] = ..., generate: _Optional[_Union[SessionGenerate, _Mapping]] = ..., cancel: _Optional[_Union[SessionCancel, _Mapping]] = ..., options: _Optional[_Union[SessionOptions, _Mapping]] = ..., receipt: _Optional[_Union[SessionReceipt, _Mapping]] = ...) -> None: ...
+
+class SessionOptions(_message.Message):
+    __slots__ = ("packed_texts", "max_outstanding_messages")
+    PACKED_TEXTS_FIELD_NUMBER: _ClassVar[int]
+    MAX_OUTSTANDING_MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    packed_texts: bool
+    max_outstanding_messages: int
+    def __init__(self, packed_texts: _Optional[bool] = ..., max_outstanding_messages: _Optional[int] = ...) -> None: ...
+
+class SessionReceipt(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class SessionGenerate(_message.Message):
     __slots__ = ("request", "timeout", "traceparent")
@@ -450,10 +466,22 @@ class SessionCancel(_message.Message):
     def __init__(self) -> None: ...
 
 class SessionResponse(_message.Message):
-    __slots__ = ("responses",)
+    __slots__ = ("responses", "texts")
     RESPONSES_FIELD_NUMBER: _ClassVar[int]
+    TEXTS_FIELD_NUMBER: _ClassVar[int]
     responses: _containers.RepeatedCompositeFieldContainer[TaggedResponse]
-    def __init__(self, responses: _Optional[_Iterable[_Union[TaggedResponse, _Mapping]]] = ...) -> None: ...
+    texts: PackedTexts
+    def __init__(self, responses: _Optional[_Iterable[_Union[TaggedResponse, _Mapping]]] = ..., texts: _Optional[_Union[PackedTexts, _Mapping]] = ...) -> None: ...
+
+class PackedTexts(_message.Message):
+    __slots__ = ("tags", "texts", "num_tokens")
+    TAGS_FIELD_NUMBER: _ClassVar[int]
+    TEXTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    tags: _containers.RepeatedScalarFieldContainer[int]
+    texts: _containers.RepeatedScalarFieldContainer[str]
+    num_tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, tags: _Optional[_Iterable[int]] = ..., texts: _Optional[_Iterable[str]] = ..., num_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class TaggedResponse(_message.Message):
     __slots__ = ("tag", "response")

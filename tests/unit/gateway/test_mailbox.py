@@ -34,11 +34,11 @@ async def test_updates_of_a_sequence_are_merged_until_taken() -> None:
     mailbox = Mailbox(1, 2, stream=True)
     for response in (delta(0, "a"), delta(1, "x"), delta(0, "b"), delta(0, "", finish=pb.FINISH_REASON_LENGTH)):
         assert not mailbox.put(0, response)
-    first, second = await mailbox.take()
+    first, second = mailbox.take_updates()
     assert (first.index, first.text, first.num_tokens, first.finish_reason) == (0, "ab", 3, "length")
     assert (second.index, second.text, second.num_tokens, second.finish_reason) == (1, "x", 1, None)
     mailbox.put(0, delta(1, "y"))
-    (update,) = await mailbox.take()
+    (update,) = mailbox.take_updates()
     assert (update.index, update.text) == (1, "y")
 
 
@@ -51,10 +51,10 @@ def test_no_text_is_lost_or_reordered_however_it_is_taken(script: list[tuple[int
             mailbox.put(0, delta(index, text))
             expected[index] += text
             if take_now:
-                for update in await mailbox.take():
+                for update in mailbox.take_updates():
                     got[update.index] += update.text
         assert mailbox.put(0, usage())
-        for update in await mailbox.take():
+        for update in mailbox.take_updates():
             got[update.index] += update.text
         assert got == expected
         assert mailbox.ended
@@ -82,12 +82,12 @@ async def test_stop_reasons_and_logprobs_are_copied() -> None:
     mailbox = Mailbox(1, 1, stream=True)
     mailbox.put(0, delta(0, "a", token_ids=[7], logprobs=[logprob]))
     mailbox.put(0, delta(0, "", token_ids=[8], finish=pb.FINISH_REASON_STOP, stop_string="END"))
-    (update,) = await mailbox.take()
+    (update,) = mailbox.take_updates()
     assert update.token_ids == [7, 8]
     assert (update.logprobs[0].token, update.logprobs[0].top[0].token) == (b"a", b"b")
     assert update.stop_reason == "END"
     mailbox.put(0, delta(0, "", finish=pb.FINISH_REASON_STOP, stop_token_id=0))
-    assert (await mailbox.take())[0].stop_reason == 0
+    assert mailbox.take_updates()[0].stop_reason == 0
 
 
 async def test_accepted_waits_for_every_prompt() -> None:
@@ -115,9 +115,9 @@ async def test_a_streams_error_comes_after_the_text_before_it() -> None:
     mailbox.put(0, ACCEPTED)
     mailbox.put(0, delta(0, "a"))
     mailbox.fail(control_plane_lost())
-    assert [update.text for update in await mailbox.take()] == ["a"]
+    assert [update.text for update in mailbox.take_updates()] == ["a"]
     assert mailbox.ended and mailbox.error is not None
-    assert await mailbox.take() == []
+    assert mailbox.take_updates() == []
 
 
 async def test_a_whole_answer_raises_its_error() -> None:
@@ -130,7 +130,7 @@ async def test_a_whole_answer_raises_its_error() -> None:
         await waiting
 
 
-@pytest.mark.parametrize("method", ["accepted", "take", "take_all"])
+@pytest.mark.parametrize("method", ["accepted", "take_all"])
 async def test_a_client_that_leaves_wakes_whoever_waits(method: str) -> None:
     mailbox = Mailbox(1, 1, stream=method != "take_all")
     waiting = asyncio.ensure_future(getattr(mailbox, method)())
@@ -140,15 +140,25 @@ async def test_a_client_that_leaves_wakes_whoever_waits(method: str) -> None:
     assert mailbox.ended and mailbox.disconnected
 
 
-async def test_poke_wakes_a_taker_once() -> None:
-    mailbox = Mailbox(1, 1, stream=True)
-    waiting = asyncio.ensure_future(mailbox.take())
-    await asyncio.sleep(0)
-    mailbox.poke()
-    assert await waiting == []
-    assert not mailbox.ended
-    waiting = asyncio.ensure_future(mailbox.take())
-    await asyncio.sleep(0)
-    assert not waiting.done()
-    mailbox.put(0, delta(0, "a"))
-    assert len(await waiting) == 1
+async def test_a_stream_is_told_of_news_and_takes_them_together() -> None:
+    mailbox = Mailbox(2, 2, stream=True)
+    told: list[bool] = []
+    mailbox.on_news = lambda: told.append(mailbox.ended)
+    mailbox.put_text(1, "a", 1)
+    mailbox.put(1, delta(0, "b"))
+    mailbox.put_text(1, "c", 2)
+    assert told == [False] * 3
+    (update,) = mailbox.take_updates()
+    assert (update.index, update.text, update.num_tokens) == (2, "abc", 4)
+    assert mailbox.put(0, usage()) and mailbox.put(1, usage())
+    assert told[-1]
+
+
+async def test_nobody_is_told_of_the_pieces_of_a_whole_answer() -> None:
+    mailbox = Mailbox(1, 1, stream=False)
+    told: list[None] = []
+    mailbox.on_news = lambda: told.append(None)
+    mailbox.put_text(0, "a", 1)
+    assert not told
+    mailbox.put(0, usage())
+    assert told

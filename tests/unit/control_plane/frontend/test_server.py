@@ -228,6 +228,62 @@ async def test_a_session_sends_a_step_in_one_message(model: ServedModel) -> None
         assert {tagged.response.deltas[0].text for tagged in message.responses} == {"hello"}
 
 
+async def packed_session(running: Running, tags: Sequence[int]) -> tuple[Any, dict[int, str]]:
+    """A session of packed texts, one message at a time; everything is accepted and receipted."""
+    session = running.stub.Session()
+    options = pb.SessionOptions(packed_texts=True, max_outstanding_messages=1)
+    await session.write(pb.SessionRequest(options=options))
+    request_ids: dict[int, str] = {}
+    for tag in tags:
+        await session.write(pb.SessionRequest(tag=tag, generate=pb.SessionGenerate(request=token_request())))
+    while len(request_ids) < len(tags):
+        for tagged in (await session.read()).responses:
+            request_ids[tagged.tag] = tagged.response.accepted.request_id
+        await session.write(RECEIPT)
+    return session, request_ids
+
+
+RECEIPT = pb.SessionRequest(receipt=pb.SessionReceipt())
+
+
+async def test_texts_are_packed_where_a_session_asks_for_it(model: ServedModel) -> None:
+    async with serving(model) as running:
+        session, request_ids = await packed_session(running, [1, 2, 3])
+        for tag, text in ((1, "a"), (2, "hello"), (3, "b")):
+            running.engine.output(ids(text), request_id=request_ids[tag])
+        running.engine.output([], request_id=request_ids[3], finish=FinishReason.LENGTH)
+        message = await session.read()
+        packed = message.texts
+        assert dict(zip(packed.tags, packed.texts, strict=True)) == {1: "a", 2: "hello"}
+        assert list(packed.num_tokens) == [len(ids("a")), len(ids("hello"))]
+        # What says more than text says all of it at once.
+        [tagged] = message.responses
+        delta = tagged.response.deltas[0]
+        assert (tagged.tag, delta.text, delta.finish_reason) == (3, "b", pb.FINISH_REASON_LENGTH)
+
+
+async def test_what_comes_before_a_receipt_grows_together(model: ServedModel) -> None:
+    async with serving(model) as running:
+        session, request_ids = await packed_session(running, [1, 2])
+        for text in "abcdef":
+            for request_id in request_ids.values():
+                running.engine.output(ids(text), request_id=request_id)
+            await asyncio.sleep(0)
+        first = await session.read()
+        reading = asyncio.ensure_future(session.read())
+        done, _ = await asyncio.wait([reading], timeout=0.2)
+        assert not done, "the first one is still in the client's hands"
+        await session.write(RECEIPT)
+        second = await reading
+        for position in (0, 1):
+            assert first.texts.texts[position] + second.texts.texts[position] == "abcdef"
+        assert sum(second.texts.num_tokens) + sum(first.texts.num_tokens) == 12
+        # A cancelled request is not spoken of any more, whatever is still to be said.
+        running.engine.output(ids("x"), request_id=request_ids[2])
+        await session.write(pb.SessionRequest(tag=2, cancel=pb.SessionCancel()))
+        await until(lambda: running.engine.cancelled == [request_ids[2]])
+
+
 async def test_ending_a_session_cancels_what_runs(model: ServedModel) -> None:
     async with serving(model) as running:
         session, request_ids = await open_session(running, [1, 2, 3])
