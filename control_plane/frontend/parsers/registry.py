@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from control_plane.frontend.parsers import json_calls, marked_calls
+from control_plane.frontend.parsers import json_calls, marked_calls, python_calls
 from control_plane.frontend.parsers.reasoning import ReasoningMarks, only_text, with_reasoning
 from control_plane.frontend.parsers.scanner import IncrementalParser, Parsing, Scanner
 
@@ -31,6 +31,10 @@ class CallSyntax:
     opening: str = ""
     # What may follow the last of them.
     closing: str = ""
+    # How the arguments are written: "json" or "xml".
+    arguments: str = "json"
+    # Calls may also be a list of Python's.
+    may_be_python: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,6 @@ _PYTHON_TAG = "<|python_tag|>"
 _PARAMETERS = CallSyntax(
     '{"name": "', '", "parameters": ', "}", separator="; ", opening=r"(<\|python_tag\|>[ \n]{0,4})?"
 )
-# The Python form that these models know as well is read, and not held to anything.
 _FENCED = CallSyntax(
     '{"name": "',
     '", "parameters": ',
@@ -60,6 +63,15 @@ _FENCED = CallSyntax(
     separator="\n",
     opening=r"(```(json|tool_code|python)?[ \n]{0,4})?",
     closing=r"([ \n]{0,4}```)?[ \n]{0,4}",
+    may_be_python=True,
+)
+_XML = CallSyntax(
+    "<tool_call>\n<function=",
+    ">\n",
+    "</function>\n</tool_call>",
+    separator="\n",
+    trigger="<tool_call>",
+    arguments="xml",
 )
 
 
@@ -84,10 +96,10 @@ def _deepseek(before_name: str, after_name: str, end: str) -> CallSyntax:
 
 TOOL_FORMATS: Mapping[str, ToolFormat] = {
     "hermes": _format(json_calls.hermes, _HERMES, "<tool_call>", "</tool_call>"),
-    "qwen3_coder": ToolFormat(marked_calls.qwen3_coder, _HERMES, ("<tool_call>", "</tool_call>")),
+    "qwen3_coder": ToolFormat(marked_calls.qwen3_coder, _XML, ("<tool_call>", "</tool_call>")),
     "llama3_json": _format(json_calls.llama3, _PARAMETERS, _PYTHON_TAG),
-    "pythonic": _format(json_calls.gemma3, _FENCED),
-    "gemma3": _format(json_calls.gemma3, _FENCED),
+    "pythonic": ToolFormat(python_calls.pythonic, _FENCED),
+    "gemma3": ToolFormat(python_calls.pythonic, _FENCED),
     "mistral": _format(json_calls.mistral, _array("[TOOL_CALLS]"), "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
     "granite": _format(json_calls.granite, _array("<|tool_call|>"), "<|tool_call|>", "<tool_call>"),
     "phi4_mini_json": _format(

@@ -227,6 +227,43 @@ class Scanner:
                 return scalar
             yield
 
+    def python_value(self, emit: Emit) -> Parsing[bool]:
+        """Emit a literal of Python as it stands, up to the comma or bracket after it; False if the text ends inside."""
+        depth, quote, escaped = 0, "", False
+        while True:
+            for position, character in enumerate(self._buffer):
+                if quote:
+                    if escaped or character == "\\":
+                        escaped = not escaped
+                    elif character == quote:
+                        quote = ""
+                elif character in "\"'":
+                    quote = character
+                elif character in "([{":
+                    depth += 1
+                elif character in ",)]}":
+                    if not depth:
+                        emit(self._take(position))
+                        return True
+                    depth -= character != ","
+            emit(self._take(len(self._buffer)))
+            if self._is_ended:
+                return False
+            yield
+
+    def word(self, more: str = "") -> Parsing[str]:
+        """Take letters, digits, underscores and the characters `more`; empty where none comes next."""
+        taken: list[str] = []
+        while True:
+            length = 0
+            while length < len(self._buffer) and (self._buffer[length].isalnum() or self._buffer[length] in "_" + more):
+                length += 1
+            is_over = length < len(self._buffer)
+            taken.append(self._take(length))
+            if is_over or self._is_ended:
+                return "".join(taken)
+            yield
+
 
 def _is_json(text: str) -> bool:
     try:
