@@ -305,7 +305,7 @@ class RequestBuilder:
             raise RequestRefused.invalid(
                 Violation("chat", "this model has no chat template; use text, or start the server with --chat-template")
             )
-        conversation = read_conversation(chat, template)
+        conversation = read_conversation(chat, template, self._model.output_format.syntax)
         self.check_num_chars("chat.messages", conversation.num_chars, facts)
         ids, end = await tokenizer.encode_chat(
             template,

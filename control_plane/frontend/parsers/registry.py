@@ -49,7 +49,7 @@ def _format(program: Program, syntax: CallSyntax, *marks: str) -> ToolFormat:
     return ToolFormat(lambda schemas: program, syntax, marks)
 
 
-_HERMES = CallSyntax(
+HERMES = CallSyntax(
     '<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", separator="\n", trigger="<tool_call>"
 )
 _PYTHON_TAG = "<|python_tag|>"
@@ -95,7 +95,7 @@ def _deepseek(before_name: str, after_name: str, end: str) -> CallSyntax:
 
 
 TOOL_FORMATS: Mapping[str, ToolFormat] = {
-    "hermes": _format(json_calls.hermes, _HERMES, "<tool_call>", "</tool_call>"),
+    "hermes": _format(json_calls.hermes, HERMES, "<tool_call>", "</tool_call>"),
     "qwen3_coder": ToolFormat(marked_calls.qwen3_coder, _XML, ("<tool_call>", "</tool_call>")),
     "llama3_json": _format(json_calls.llama3, _PARAMETERS, _PYTHON_TAG),
     "pythonic": ToolFormat(python_calls.pythonic, _FENCED),
@@ -146,8 +146,10 @@ def find_tool_format(template: str) -> str:
         return "deepseek_v3" if "```json" in template else "deepseek_v31"
     if "<tool_call>" in template:
         return "hermes"
+    if "<|tool|>" in template:
+        return "phi4_mini_json"
     if "<|tool_call|>" in template:
-        return "phi4_mini_json" if "<|/tool_call|>" in template else "granite"
+        return "granite"
     if "<|python_tag|>" in template or "<|start_header_id|>" in template:
         return "llama3_json"
     return "gemma3" if "<start_of_turn>" in template else "hermes"
@@ -159,7 +161,7 @@ def find_reasoning_format(template: str) -> str:
         return "openai_gptoss"
     if "[THINK]" in template:
         return "mistral"
-    if "thought process" in template:
+    if "Here is my thought process" in template:
         return "granite"
     if "</think>" in template:
         return "deepseek_r1" if "<｜Assistant｜>" in template and _DEEPSEEK_MARKS[0] in template else "qwen3"
@@ -175,9 +177,16 @@ class OutputFormat:
     reasoning_parser: str
 
     @classmethod
-    def choose(cls, template: str, tool_parser: str, reasoning_parser: str) -> OutputFormat:
-        """Names of parsers, "auto" or "none"."""
+    def choose(
+        cls, template: str, tool_parser: str, reasoning_parser: str, *, shows_tools: bool = True
+    ) -> OutputFormat:
+        """Names of parsers, "auto" or "none".
+
+        A template that shows no tools leaves it to us what the model is asked for: Gemma's own form, or Hermes'.
+        """
         tool = find_tool_format(template) if tool_parser == "auto" else tool_parser
+        if tool_parser == "auto" and not shows_tools and tool != "gemma3":
+            tool = "hermes"
         reasoning = find_reasoning_format(template) if reasoning_parser == "auto" else reasoning_parser
         return cls("" if tool == NONE else tool, "" if reasoning == NONE else reasoning)
 

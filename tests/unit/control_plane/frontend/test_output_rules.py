@@ -117,7 +117,12 @@ def test_without_a_mark_a_call_is_told_by_how_the_text_begins(
         assert not passes(matcher, table, "<|python_tag|>" + written_call(name, "{}"))
     else:
         assert passes(matcher, table, f"```json\n{call}\n```")
-        assert passes(matcher, table, '[weather(city="Rome")]')
+        one, other = '[weather(city="Rome")]', "[ weather(city = 'Rome') , weather(city='Oslo')\n]"
+        for text in (one, other, f"```tool_code\n{one}\n```", "[1, 2]", "[weather]", "[weathers(x=1)]"):
+            assert passes(matcher, table, text), text
+        for wrong in ("[weather(city=3)]", '[weather(town="Rome")]', "[weather()]", one[:-1]):
+            assert not passes(matcher, table, wrong), wrong
+        assert passes(alone, table, one) and not passes(alone, table, other)
 
 
 PIECES = [
