@@ -22,7 +22,7 @@ from control_plane.frontend.parsers.argument_types import (
     type_of,
     written_as,
 )
-from control_plane.frontend.text_constraints import REFUSED, text_terminal
+from control_plane.frontend.text_constraints import REFUSED, check_disjoint, text_terminal
 
 # (schema text, a prefix for the names of rules) -> an expression of Lark, and rules on the lines after it.
 ArgumentForm = Callable[[str, str], str]
@@ -197,6 +197,8 @@ class _PythonValues:
             return self._referred(schema["$ref"])
         for keyword in ("anyOf", "oneOf"):
             if isinstance(schema.get(keyword), list):
+                if keyword == "oneOf":
+                    check_disjoint(schema[keyword], self._root)
                 rest = {key: value for key, value in schema.items() if key != keyword}
                 return self._either(
                     [{**rest, **each} if isinstance(each, Mapping) else each for each in schema[keyword]]

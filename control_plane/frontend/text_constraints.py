@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from control_plane.frontend.grammar import GrammarError, quoted
-from control_plane.frontend.parsers.argument_types import resolved
+from control_plane.frontend.parsers.argument_types import resolved, value_types
 
 # They may say something of a string that no terminal holds.
 REFUSED = frozenset({"not", "if", "$dynamicRef"})
@@ -67,11 +67,22 @@ def text_terminal(schema: Any, root: Mapping[str, Any], depth: int = _MAX_DEPTH)
     ]
     if isinstance(schema.get("$ref"), str):
         parts.append(text_terminal(resolved(schema["$ref"], root), root, depth - 1))
+    if isinstance(schema.get("oneOf"), list):
+        check_disjoint(schema["oneOf"], root)
     for keyword in ("anyOf", "oneOf"):
         parts.append(_either(schema.get(keyword), root, depth))
     for branch in schema["allOf"] if isinstance(schema.get("allOf"), list) else ():
         parts.append(text_terminal(branch, root, depth - 1))
     return " & ".join(f"({part})" for part in parts if part)
+
+
+def check_disjoint(branches: Sequence[Any], root: Mapping[str, Any]) -> None:
+    """Raise `GrammarError` unless the branches of a `oneOf` are of different types: no two may hold at once."""
+    seen: set[str] = set()
+    for types in (value_types(branch, root) for branch in branches):
+        if seen & types or ({"integer", "number"} <= seen | types):
+            raise GrammarError("a 'oneOf' whose branches may both hold cannot be held")
+        seen |= types
 
 
 def _either(branches: Any, root: Mapping[str, Any], depth: int) -> str:

@@ -10,8 +10,11 @@ _NAME_KEYS = ("name", "function")
 _ARGUMENT_KEYS = ("arguments", "parameters")
 
 
-def call_object(s: Scanner, before: str = "") -> Parsing[bool]:
-    """One `{"name": ..., "arguments": {...}}`, its keys in any order; what is none is said as text, after `before`."""
+def call_object(s: Scanner, before: str = "", *, is_marked: bool = False) -> Parsing[bool]:
+    """One `{"name": ..., "arguments": {...}}`, its keys in any order; what is none is said as text, after `before`.
+
+    is_marked: a mark has told that it is one. Then the beginning of an object that was cut off is no text either.
+    """
     s.start_record()
     name, pending, is_open = "", "", False
     if (yield from s.literal("{")):
@@ -48,7 +51,9 @@ def call_object(s: Scanner, before: str = "") -> Parsing[bool]:
     if is_open:
         s.close_call()
     else:
-        s.say(before + s.take_record())
+        text = s.take_record()
+        if not (is_marked and s.is_over and text.startswith("{")):
+            s.say(before + text)
     return is_open
 
 
@@ -92,11 +97,11 @@ def call_array(s: Scanner) -> Parsing[None]:
     """`[{...}, {...}]`, or a single object."""
     yield from s.blanks()
     if not (yield from s.literal("[")):
-        yield from call_object(s)
+        yield from call_object(s, is_marked=True)
         return
     while True:
         yield from s.blanks()
-        if (yield from s.literal("]")) or not (yield from call_object(s)):
+        if (yield from s.literal("]")) or not (yield from call_object(s, is_marked=True)):
             return
         yield from s.blanks()
         if not (yield from s.literal(",")):
@@ -192,4 +197,4 @@ def llama3(s: Scanner) -> Parsing[None]:
         yield from s.blanks()
     while (yield from s.until(("<|python_tag|>",), s.say)) is not None:
         yield from s.blanks()
-        yield from call_object(s)
+        yield from call_object(s, is_marked=True)

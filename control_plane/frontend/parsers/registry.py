@@ -212,22 +212,23 @@ class OutputFormat:
         return TOOL_FORMATS[self.tool_parser].syntax if self.tool_parser else None
 
     def start(
-        self, schemas: Mapping[str, Mapping[str, Any]] | None, prompt_end: str
+        self, schemas: Mapping[str, Mapping[str, Any]] | None, prompt_end: str, *, calls_only: bool = False
     ) -> Callable[[], IncrementalParser] | None:
         """Parsers of one request's sequences; None where text is text.
 
         schemas: those of the tools, by name; None without tools. prompt_end: the rendered prompt's last characters.
+        calls_only: the answer is held to calls.
         """
         reasoning = self.reasoning
         if self.is_harmony:
-            return lambda: IncrementalParser(marked_calls.harmony)
+            return lambda: IncrementalParser(marked_calls.harmony, is_mute=calls_only)
         has_tools = schemas is not None and bool(self.tool_parser)
         if not has_tools and reasoning is None:
             return None
         program = TOOL_FORMATS[self.tool_parser].program(schemas or {}) if has_tools else only_text
         if reasoning is not None:
             program = with_reasoning(reasoning, program, is_begun=self.is_reasoning_begun(prompt_end))
-        return lambda: IncrementalParser(program)
+        return lambda: IncrementalParser(program, is_mute=calls_only)
 
     def is_reasoning_begun(self, prompt_end: str) -> bool:
         reasoning = self.reasoning

@@ -46,10 +46,12 @@ class ParsedDelta:
 class Scanner:
     """The text that was not taken yet, and what was made of the rest."""
 
-    __slots__ = ("_arguments", "_buffer", "_is_ended", "_num_calls", "_record", "delta", "is_reasoning")
+    __slots__ = ("_arguments", "_buffer", "_is_ended", "_is_mute", "_num_calls", "_record", "delta", "is_reasoning")
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_mute: bool = False) -> None:
         self.delta = ParsedDelta()
+        # Nothing but calls was asked for: what is none, like the beginning of one that was cut off, is not text.
+        self._is_mute = is_mute
         # Whether what comes next belongs to the reasoning, as far as is known.
         self.is_reasoning = False
         self._buffer = ""
@@ -61,7 +63,8 @@ class Scanner:
     # ---- out ----
 
     def say(self, text: str) -> None:
-        self.delta.text += text
+        if not self._is_mute:
+            self.delta.text += text
 
     def think(self, text: str) -> None:
         self.delta.reasoning += text
@@ -102,6 +105,11 @@ class Scanner:
 
     def end(self) -> None:
         self._is_ended = True
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing is left, and nothing comes."""
+        return self._is_ended and not self._buffer
 
     def _take(self, count: int) -> str:
         taken, self._buffer = self._buffer[:count], self._buffer[count:]
@@ -278,8 +286,8 @@ class IncrementalParser:
 
     __slots__ = ("_scanner", "_steps")
 
-    def __init__(self, program: Callable[[Scanner], Parsing[None]]) -> None:
-        self._scanner = Scanner()
+    def __init__(self, program: Callable[[Scanner], Parsing[None]], *, is_mute: bool = False) -> None:
+        self._scanner = Scanner(is_mute=is_mute)
         self._steps = program(self._scanner)
         self._advance()
 
