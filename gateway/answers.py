@@ -211,11 +211,7 @@ def completion(
         choices.append(
             CompletionChoice(
                 text=update.text if echo is None else echo.text + update.text,
-                logprobs=None
-                if shape.num_top_logprobs is None
-                else CompletionLogprobs(shape.num_top_logprobs).columns(
-                    update.logprobs if echo is None else [*echo.logprobs, *update.logprobs]
-                ),
+                logprobs=_completion_logprobs(shape, update, echo),
                 **_common(shape, update),
                 **_of_prompt(shape, prompt),
             )
@@ -230,6 +226,18 @@ def completion(
             usage=_usage(usage),
         )
     )
+
+
+def _completion_logprobs(
+    shape: StreamShape, update: SequenceUpdate, echo: PromptOutput | None
+) -> dict[str, Any] | None:
+    if shape.num_top_logprobs is None:
+        return None
+    columns = CompletionLogprobs(shape.num_top_logprobs)
+    if echo is None:
+        return columns.columns(update.logprobs)
+    of_prompt, own = columns.echoed(echo.logprobs, echo.text), columns.columns(update.logprobs)
+    return {name: [*of_prompt[name], *own[name]] for name in of_prompt}
 
 
 def _of_prompt(shape: StreamShape, prompt: PromptOutput | None) -> dict[str, Any]:

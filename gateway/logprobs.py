@@ -66,13 +66,23 @@ class CompletionLogprobs:
     """The columns of one completions choice: `tokens`, `token_logprobs`, `top_logprobs`, `text_offset`.
 
     Keeps the offset from one chunk to the next. A token's offset is the number of whole characters before it, counted
-    over the tokens themselves, so that it does not depend on how the text was cut into chunks.
+    over the tokens themselves, so that it does not depend on how the text was cut into chunks. Of an echoed prompt the
+    whole text is known: tokens that are not in it, like one that begins every prompt, take no room.
     """
 
     def __init__(self, num_top: int) -> None:
         self._num_top = num_top
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._num_chars = 0
+
+    def echoed(self, entries: Iterable[TokenLogprob], prompt: str) -> dict[str, Any]:
+        """Of the prompt's own tokens; what is generated comes after its text."""
+        entries = list(entries)
+        columns = self.columns(entries)
+        columns["text_offset"] = _offsets_in(prompt, [entry.token for entry in entries])
+        self._num_chars = len(prompt)
+        self._decoder.reset()
+        return columns
 
     def columns(self, entries: Iterable[TokenLogprob]) -> dict[str, Any]:
         tokens: list[str] = []
@@ -102,3 +112,18 @@ class CompletionLogprobs:
             top.setdefault(token_text(candidate.token), floored(candidate.logprob))
         top.setdefault(text, floored(entry.logprob))
         return top
+
+
+def _offsets_in(text: str, tokens: Sequence[bytes]) -> list[int]:
+    """Where each token begins in the text, in characters."""
+    encoded = text.encode()
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    position, decoded, offsets = 0, 0, []
+    for token in tokens:
+        offsets.append(decoded)
+        # The blank before a text's first word is part of the token, and not of the text, in some vocabularies.
+        found = next((each for each in (token, token.removeprefix(b" ")) if encoded.startswith(each, position)), b"")
+        # A character counts once its last byte has come.
+        decoded += len(decoder.decode(found))
+        position += len(found)
+    return offsets

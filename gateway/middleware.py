@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from stepwire.process.traces import HEADER, traced
 
 from gateway.errors import RATE_LIMIT, ApiError, draining
+from gateway.messages.errors import PREFIX as MESSAGES
 from gateway.messages.errors import error_body
 from gateway.metrics import GatewayMetrics
 
@@ -133,9 +134,12 @@ class RequestContextMiddleware:
             if message["type"] == "http.response.start":
                 nonlocal status
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (REQUEST_ID_HEADER, request_id)]
+                message["headers"] = [*message.get("headers", ()), *((name, request_id) for name in id_headers)]
             await send(message)
 
+        # Anthropic's clients look for it under their own name.
+        is_message = scope["path"].startswith(MESSAGES)
+        id_headers = (REQUEST_ID_HEADER, b"request-id") if is_message else (REQUEST_ID_HEADER,)
         started_at = time.perf_counter()
         refusal = self._refusal(scope["path"])
         self._lifecycle.started()

@@ -255,7 +255,7 @@ class CompletionChunks(_Chunks):
             return
         logprobs: dict[str, Any] | None = None
         if self._shape.echo and self._shape.num_top_logprobs is not None:
-            logprobs = self._columns_of(index).columns(prompt.logprobs)
+            logprobs = self._columns_of(index).echoed(prompt.logprobs, prompt.text)
         choice = b'"text":' + orjson.dumps(prompt.text if self._shape.echo else "")
         choice += b',"logprobs":' + orjson.dumps(logprobs) + b',"finish_reason":null'
         if self._shape.return_token_ids:

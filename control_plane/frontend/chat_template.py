@@ -12,6 +12,7 @@ import jinja2
 from control_plane.frontend.errors import RequestRefused, Violation
 from control_plane.frontend.model_files import ModelFilesError
 from control_plane.frontend.template_sandbox import ChatTemplateEnvironment, TemplateRefusal, time_limit
+from control_plane.frontend.template_traits import find_traits
 
 Message = dict[str, Any]
 
@@ -44,12 +45,19 @@ class ChatTemplate:
         self.source = source
         self._special_tokens = dict(special_tokens)
         self._time_limit_s = time_limit_s
+        # What stands for no tools; some templates iterate over them unasked.
+        self._no_tools: list[Any] | None = None
+        self._content_as_parts = False
+        if self._attempt([{"role": "user", "content": "x"}], None) is None:
+            self._no_tools = []
         self._content_as_parts = self._wants_parts()
+        self.traits = find_traits(self._attempt)
 
-    @property
-    def shows_tools(self) -> bool:
-        """Whether the template has a place for tools."""
-        return "tools" in self.source
+    def _attempt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None) -> str | None:
+        try:
+            return self._run(messages, MAX_TEMPLATE_CHARS, add_generation_prompt=True, tools=tools)
+        except RequestRefused:
+            return None
 
     def render(
         self,
@@ -105,10 +113,14 @@ class ChatTemplate:
         arguments: Mapping[str, Any] = MappingProxyType({}),
     ) -> str:
         if self._content_as_parts:
-            messages = [{**message, "content": _as_parts(message["content"] or "")} for message in messages]
+            # Where there is nothing but calls, nothing stands for the content.
+            messages = [
+                message if message["content"] is None else {**message, "content": _as_parts(message["content"])}
+                for message in messages
+            ]
         own = {
             "messages": [dict(message) for message in messages],
-            "tools": tools or None,
+            "tools": tools or self._no_tools,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
             **self._special_tokens,

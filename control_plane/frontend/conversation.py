@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -13,10 +14,12 @@ from stepwire.v1 import inference_pb2 as pb
 
 from control_plane.frontend.chat_template import ChatTemplate, Message
 from control_plane.frontend.errors import RequestRefused, Violation
+from control_plane.frontend.parsers.registry import HERMES, CallSyntax
+from control_plane.frontend.template_traits import NUM_SHORT_ID_CHARS, TemplateTraits, ToolsPlace
 
 _TOOL_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
 _EFFORT_PREFIX = "REASONING_EFFORT_"
-# For templates that have no place for tools: the prompt that Hermes' models were trained with says it best.
+# For templates that have no place for tools: what Hermes' models were trained with, and Gemma's guide in its own words.
 _TOOLS_PROMPT = """You may call one or more functions to assist with the user query.
 
 You are provided with function signatures within <tools></tools> XML tags:
@@ -24,10 +27,8 @@ You are provided with function signatures within <tools></tools> XML tags:
 {tools}
 </tools>
 
-For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
-<tool_call>
-{{"name": <function-name>, "arguments": <args-json-object>}}
-</tool_call>"""
+For each function call, return a json object with function name and arguments{where}:
+{example}"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +40,12 @@ class Conversation:
     num_chars: int
 
 
-def read_conversation(chat: pb.ChatInput, template: ChatTemplate) -> Conversation:
-    """Texts of one message that came in several parts are joined by line breaks. Raises `RequestRefused`."""
+def read_conversation(chat: pb.ChatInput, template: ChatTemplate, syntax: CallSyntax | None = None) -> Conversation:
+    """The conversation as this template wants it.
+
+    Texts of one message that came in several parts are joined by line breaks. syntax: how the model is asked to write
+    calls where its template does not tell it; Hermes' if None. Raises `RequestRefused`.
+    """
     if not chat.messages:
         raise RequestRefused.invalid(Violation("chat.messages", "is empty: give at least one message"))
     violations: list[Violation] = []
@@ -52,8 +57,15 @@ def read_conversation(chat: pb.ChatInput, template: ChatTemplate) -> Conversatio
         for message in messages:
             if message["role"] == "developer":
                 message["role"] = "system"
-    if tools and not template.shows_tools:
-        messages = _with_tools_prompt(messages, tools)
+    _name_results(messages)
+    if tools and template.traits.tools is ToolsPlace.NOWHERE:
+        messages = _with_tools_prompt(messages, tools, syntax or HERMES, takes_system=template.traits.takes_system)
+    else:
+        messages = [_as_wanted(message, template.traits, syntax or HERMES) for message in messages]
+        if tools and template.traits.tools is ToolsPlace.SYSTEM_MESSAGE:
+            if messages[0]["role"] != "system":
+                messages.insert(0, {"role": "system", "content": ""})
+            messages[0] = {**messages[0], "tools": json.dumps(tools, ensure_ascii=False)}
     arguments = _arguments(chat)
     num_chars = _num_chars(messages) + _num_chars(tools) + _num_chars(arguments)
     return Conversation(messages, tools, arguments, num_chars)
@@ -128,24 +140,91 @@ def _tools(chat: pb.ChatInput, violations: list[Violation]) -> list[dict[str, An
     return [] if choice.mode == pb.TOOL_CHOICE_MODE_NONE else tools
 
 
-def _with_tools_prompt(messages: list[Message], tools: Sequence[Mapping[str, Any]]) -> list[Message]:
+def _name_results(messages: list[Message]) -> None:
+    """The result of a call gets the name of what was called, if it came without."""
+    called = {call["id"]: call["function"]["name"] for message in messages for call in message.get("tool_calls", ())}
+    for message in messages:
+        name = called.get(message.get("tool_call_id", ""))
+        if name and message["role"] == "tool":
+            message.setdefault("name", name)
+
+
+def _as_wanted(message: Message, traits: TemplateTraits, syntax: CallSyntax) -> Message:
+    made = dict(message)
+    if "tool_calls" in message and not traits.shows_calls:
+        made["content"] = _with_calls(message, syntax)
+        return made
+    if message["content"] is None:
+        made["content"] = traits.no_content
+    if "tool_call_id" in message and traits.has_short_call_ids:
+        made["tool_call_id"] = _short_id(message["tool_call_id"])
+    if "tool_calls" in message:
+        made["tool_calls"] = [_wanted_call(call, traits) for call in message["tool_calls"]]
+    return made
+
+
+def _wanted_call(call: Mapping[str, Any], traits: TemplateTraits) -> dict[str, Any]:
+    made = dict(call)
+    if traits.has_short_call_ids:
+        made["id"] = _short_id(call["id"])
+    if traits.arguments_as_text:
+        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        made["function"] = {**call["function"], "arguments": arguments}
+    return made
+
+
+def _short_id(call_id: str) -> str:
+    """As it is if it is short; otherwise the same nine letters and digits for the same id."""
+    if len(call_id) == NUM_SHORT_ID_CHARS and call_id.isascii() and call_id.isalnum():
+        return call_id
+    return hashlib.sha256(call_id.encode()).hexdigest()[:NUM_SHORT_ID_CHARS]
+
+
+def _with_tools_prompt(
+    messages: list[Message], tools: Sequence[Mapping[str, Any]], syntax: CallSyntax, *, takes_system: bool
+) -> list[Message]:
+    """Such templates know neither calls nor their results: both become text, the results that of one user's message."""
     listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
-    prompt = _TOOLS_PROMPT.format(tools=listed)
-    # Such templates know neither calls nor their results.
-    known: list[Message] = [{"role": "system", "content": prompt}]
+    is_tagged = syntax.trigger.startswith("<") and syntax.end.endswith(">")
+    where = f" within {syntax.trigger}{syntax.end.strip('}').strip()} XML tags" if is_tagged else ", and nothing else"
+    example = _written(syntax, [("<function-name>", "<args-json-object>")])
+    prompt = _TOOLS_PROMPT.format(tools=listed, where=where, example=example)
+    known: list[Message] = []
     for message in messages:
         content = message["content"] or ""
-        if message["role"] == "system" and len(known) == 1:
-            known[0] = {"role": "system", "content": f"{content}\n\n{prompt}"}
-        elif message["role"] == "tool":
-            known.append({"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"})
+        if message["role"] == "tool":
+            result = f"<tool_response>\n{content}\n</tool_response>"
+            if known and known[-1].pop("is_result", False):
+                result = f"{known[-1]['content']}\n{result}"
+                known.pop()
+            known.append({"role": "user", "content": result, "is_result": True})
         elif "tool_calls" in message:
-            calls = [json.dumps(call["function"], ensure_ascii=False) for call in message["tool_calls"]]
-            text = "\n".join([content, *(f"<tool_call>\n{call}\n</tool_call>" for call in calls)]).strip()
-            known.append({"role": message["role"], "content": text})
+            known.append({"role": message["role"], "content": _with_calls(message, syntax)})
         else:
             known.append(message)
+    for message in known:
+        message.pop("is_result", None)
+    first = next((at for at, each in enumerate(known) if each["role"] == "user"), None)
+    if known[0]["role"] == "system":
+        known[0] = {"role": "system", "content": f"{known[0]['content']}\n\n{prompt}"}
+    elif takes_system or first is None:
+        known.insert(0, {"role": "system", "content": prompt})
+    else:
+        known[first] = {**known[first], "content": f"{prompt}\n\n{known[first]['content']}"}
     return known
+
+
+def _with_calls(message: Message, syntax: CallSyntax) -> str:
+    """A message's text and, below it, its calls as text."""
+    functions = [call["function"] for call in message["tool_calls"]]
+    calls = [(each["name"], json.dumps(each["arguments"], ensure_ascii=False)) for each in functions]
+    return f"{message['content'] or ''}\n{_written(syntax, calls)}".strip()
+
+
+def _written(syntax: CallSyntax, calls: Sequence[tuple[str, str]]) -> str:
+    """Calls as the model is asked to write them: (name, JSON text of the arguments) each."""
+    each = [f"{syntax.before_name}{name}{syntax.after_name}{arguments}{syntax.end}" for name, arguments in calls]
+    return f"{syntax.begin_section}{syntax.separator.join(each)}{syntax.end_section}"
 
 
 def _arguments(chat: pb.ChatInput) -> dict[str, Any]:

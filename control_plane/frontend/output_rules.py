@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from stepwire.v1 import inference_pb2 as pb
 
 from control_plane.frontend import grammar, harmony_calls
+from control_plane.frontend.argument_forms import ArgumentForm, json_arguments, python_arguments, xml_arguments
 from control_plane.frontend.errors import RequestRefused, Violation
 from control_plane.frontend.grammar import GrammarError, regex_literal
 from control_plane.frontend.parsers.registry import CallSyntax, OutputFormat
 from control_plane.frontend.tokenizer import TextTokenizer
 
 _ANY_TEXT = "/(.|\\n)*/"
-_ANY_OBJECT = '{"type":"object"}'
+_NO_ARGUMENTS = '{"type":"object","properties":{},"additionalProperties":false}'
+_FORMS: Mapping[str, ArgumentForm] = {"json": json_arguments, "xml": xml_arguments, "python": python_arguments}
 _PYTHON_TAG = "<|python_tag|>"
 
 
@@ -71,24 +73,19 @@ class OutputRules:
         calls = self._calls(chat, syntax, allowed)
         thinking = self._thinking(prompt_end)
         more = f" ({self._literal(syntax.separator)} call)*" if several and syntax.separator else ""
-        start = " ".join(
-            part
-            for part in (
-                thinking[0] if thinking else "",
-                self._literal(syntax.begin_section),
-                "call" + more,
-                self._literal(syntax.end_section),
-            )
-            if part
-        )
-        return grammar.lark_grammar(f"start: {start}\n{calls}\n{thinking[1] if thinking else ''}")
+        section = [self._literal(syntax.begin_section), "call" + more, self._literal(syntax.end_section)]
+        answer = " ".join(filter(None, section))
+        if syntax.may_be_python and (python := self._python_calls(chat, allowed, several=several)):
+            answer, calls = f"({answer} | {python[0]})", f"{calls}\n{python[1]}"
+        before, thoughts = thinking or ("", "")
+        return grammar.lark_grammar(f"start: {before} {answer}\n{calls}\n{thoughts}")
 
     def optional_calls(self, chat: pb.ChatInput, prompt_end: str) -> str | None:
         """Free text in which a call, once it has begun, is held to its tool; None where nothing tells its beginning."""
         syntax = self._format.syntax
         if self._format.is_harmony:
             return self._harmony_calls(chat, prompt_end)
-        if syntax is None or self._format.tool_parser == "qwen3_coder":
+        if syntax is None:
             return None
         body, rules = self._triggered_calls(chat, syntax) if syntax.trigger else self._whole_calls(chat, syntax)
         thinking = self._thinking(prompt_end)
@@ -127,16 +124,24 @@ class OutputRules:
         """(expression, rules): calls and nothing else, or a text that does not begin like one.
 
         Where no mark tells a call from text, an object with a name at the very beginning does: for the format's parser
-        it is one. Each head is one terminal, so that a text and a call are told apart letter by letter.
+        it is one. So is a list of Python's calls of tools, where the format knows it. Each head is one terminal, so
+        that a text and a call are told apart letter by letter.
         """
         tag_id = self._tokenizer.special_id(_PYTHON_TAG) if _PYTHON_TAG in self._format.marks else None
         opening = syntax.opening if tag_id is None else ""
         blank = r"[ \n]{0,8}"
         object_begin = rf'\{{{blank}("type"{blank}:{blank}"function"{blank},{blank})?"name"'
         begin = rf"[ \n]{{0,16}}{opening}{object_begin}"
-        rules = [f"TEXT: {_ANY_TEXT} & ~/{begin}(.|\\n)*/"]
+        allowed = list(chat.tool_choice.allowed_function_names)
+        text = f"TEXT: {_ANY_TEXT} & ~/{begin}(.|\\n)*/"
+        several = _may_be_several(chat)
+        python = self._python_calls(chat, allowed, several=several, opening=opening) if syntax.may_be_python else None
+        if syntax.may_be_python:
+            names_of_tools = "|".join(regex_literal(tool.function.name) for tool in chat.tools)
+            text += rf" & ~/[ \n]{{0,16}}{opening}\[{blank}({names_of_tools})\((.|\n)*/"
+        rules = [text]
         names = []
-        for index, function, arguments in self._tools(chat, list(chat.tool_choice.allowed_function_names)):
+        for index, function, arguments in self._tools(chat, allowed, syntax.arguments):
             rest = (
                 rf'{blank}:{blank}"{regex_literal(function.name)}"{blank},'
                 rf'{blank}"(parameters|arguments)"{blank}:{blank}'
@@ -150,15 +155,43 @@ class OutputRules:
                 f"args_{index}: {arguments}",
             ]
         firsts, nexts = (" | ".join(f"{kind}_{index}" for index in names) for kind in ("first", "next"))
-        more = f" (SEPARATOR ({nexts}))*" if _may_be_several(chat) else ""
+        more = f" (SEPARATOR ({nexts}))*" if several else ""
         closing = " CLOSING?" if syntax.closing else ""
         rules += [r"END: /[ \n]{0,16}\}/", r"SEPARATOR: /[ \n]{0,4};[ \n]{0,4}|\n{1,4}/"]
         if syntax.closing:
             rules.append(f"CLOSING: /{syntax.closing}/")
         calls = f"({firsts}){more}{closing}"
+        if python is not None:
+            calls = f"({calls} | {python[0]}{closing})"
+            rules.append(python[1])
         if tag_id is not None:
             return f"TEXT | {calls} | TEXT <[{tag_id}]> {calls}", "\n".join(rules)
         return f"TEXT | {calls}", "\n".join(rules)
+
+    def _python_calls(
+        self, chat: pb.ChatInput, allowed: list[str], *, several: bool, opening: str = ""
+    ) -> tuple[str, str] | None:
+        """(expression, rules): a list of Python's calls; None where one of the tools has arguments that it cannot hold.
+
+        Then the list is not the model's to write: objects are.
+        """
+        rules = [r"COMMA: /[ \n]{0,4},[ \n]{0,4}/", r"BRACKET: /[ \n]{0,4}\]/"]
+        indexes = []
+        try:
+            for index, function, arguments in self._tools(chat, allowed, "python"):
+                name = regex_literal(function.name)
+                indexes.append(index)
+                rules += [
+                    f'pyfirst_{index}: PYFIRST_{index} pyargs_{index} ")"',
+                    rf"PYFIRST_{index}: /[ \n]{{0,16}}{opening}\[[ \n]{{0,8}}{name}\(/",
+                    f'pynext_{index}: {grammar.quoted(function.name + "(")} pyargs_{index} ")"',
+                    f"pyargs_{index}: {arguments}",
+                ]
+        except RequestRefused:
+            return None
+        firsts, nexts = (" | ".join(f"{kind}_{index}" for index in indexes) for kind in ("pyfirst", "pynext"))
+        more = f" (COMMA ({nexts}))*" if several else ""
+        return f"({firsts}){more} BRACKET", "\n".join(rules)
 
     def _harmony_calls(self, chat: pb.ChatInput, prompt_end: str) -> str | None:
         if not harmony_calls.can_be_told(self._special, prompt_end):
@@ -174,14 +207,17 @@ class OutputRules:
         token_id = self._tokenizer.special_id(mark)
         return "" if token_id is None else f"<[{token_id}]>"
 
-    def _tools(self, chat: pb.ChatInput, allowed: list[str]) -> Iterator[tuple[int, pb.FunctionTool, str]]:
-        """(index, function, its arguments as a part of a Lark rule) of the tools that may be called."""
+    def _tools(
+        self, chat: pb.ChatInput, allowed: list[str], form: str = "json"
+    ) -> Iterator[tuple[int, pb.FunctionTool, str]]:
+        """(index, function, its arguments as the end of a Lark rule) of the tools that may be called."""
+        prefix = "pyargs" if form == "python" else "args"
         for index, tool in enumerate(chat.tools):
             function = tool.function
             if allowed and function.name not in allowed:
                 continue
             try:
-                arguments = grammar.json_rule(function.parameters or _ANY_OBJECT)
+                arguments = _FORMS[form](function.parameters or _NO_ARGUMENTS, f"{prefix}_{index}")
             except (GrammarError, ValueError) as error:
                 field = f"chat.tools[{index}].function.parameters"
                 raise RequestRefused.invalid(Violation(field, str(error))) from error
@@ -191,7 +227,7 @@ class OutputRules:
         """Rules `call` and one for each tool."""
         rules = []
         before = syntax.before_name[len(syntax.trigger) :] if after_trigger else syntax.before_name
-        for index, function, arguments in self._tools(chat, allowed):
+        for index, function, arguments in self._tools(chat, allowed, syntax.arguments):
             parts = (
                 self._literal(before + function.name + syntax.after_name),
                 f"args_{index}",

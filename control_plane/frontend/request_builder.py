@@ -245,7 +245,8 @@ class RequestBuilder:
         chat = request.chat
         has_tools = bool(chat.tools) and chat.tool_choice.mode != pb.TOOL_CHOICE_MODE_NONE
         tools = [(tool.function.name, tool.function.parameters) for tool in chat.tools]
-        return self._model.output_format.start(schemas_of(tools) if has_tools else None, prompt_end)
+        schemas = schemas_of(tools) if has_tools else None
+        return self._model.output_format.start(schemas, prompt_end, calls_only=_forces_calls(chat))
 
     async def _prompt_output(
         self, request: pb.GenerateRequest, ids: TokenIdArray, *, is_whole: bool
@@ -309,7 +310,7 @@ class RequestBuilder:
             raise RequestRefused.invalid(
                 Violation("chat", "this model has no chat template; use text, or start the server with --chat-template")
             )
-        conversation = read_conversation(chat, template)
+        conversation = read_conversation(chat, template, self._model.output_format.syntax)
         self.check_num_chars("chat.messages", conversation.num_chars, facts)
         ids, end = await tokenizer.encode_chat(
             template,

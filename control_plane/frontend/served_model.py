@@ -13,6 +13,7 @@ from control_plane.frontend.chat_template import ChatTemplate
 from control_plane.frontend.detokenizer import Detokenization
 from control_plane.frontend.model_files import ModelFilesError, read_model_files
 from control_plane.frontend.parsers.registry import OutputFormat
+from control_plane.frontend.template_traits import ToolsPlace
 from control_plane.frontend.tokenizer import TextTokenizer
 
 log = structlog.get_logger(__name__)
@@ -80,7 +81,12 @@ def load_served_model(
         log.warning("no eos_token_id in the model's files: sequences end at max_tokens or at the context's end")
     output_format = OutputFormat("", "")
     if template is not None:
-        output_format = OutputFormat.choose(template.source, tool_call_parser, reasoning_parser)
+        output_format = OutputFormat.choose(
+            template.source,
+            tool_call_parser,
+            reasoning_parser,
+            shows_tools=template.traits.tools is not ToolsPlace.NOWHERE,
+        )
     return ServedModel(
         tuple(names),
         tokenizer,

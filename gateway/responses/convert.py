@@ -35,13 +35,22 @@ def _normalized(param: str, item: Any) -> dict[str, Any]:
     if kind not in ("message", "reasoning", "function_call", "function_call_output"):
         shown = f"'{kind[:40]}'" if isinstance(kind, str) else type_name(kind)
         raise ApiError(400, f"{param}.type: {shown} is not an item that this server knows.", param=f"{param}.type")
-    made = {"type": kind, **item, "id": item.get("id") or f"{_ID_PREFIXES[kind]}_{uuid.uuid4().hex}"}
+    made = {**_LEFT_OUT[kind], "type": kind, **{name: value for name, value in item.items() if value is not None}}
+    made["id"] = item.get("id") or f"{_ID_PREFIXES[kind]}_{uuid.uuid4().hex}"
     if kind == "message":
         role = made.get("role")
         made["content"] = _content(f"{param}.content", made.get("content"), role)
+        made.setdefault("status", "completed")
     return made
 
 
+# What clients may leave out of an item that they send, and find in one that they get.
+_LEFT_OUT: dict[str, dict[str, Any]] = {
+    "message": {},
+    "reasoning": {"summary": []},
+    "function_call": {"status": "completed"},
+    "function_call_output": {"status": "completed"},
+}
 _ID_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco"}
 
 
@@ -53,7 +62,7 @@ def _content(param: str, content: Any, role: Any) -> list[dict[str, Any]]:
         raise ApiError(400, f"{param}: must be a string or a list of parts, not {type_name(content)}.", param=param)
     for index, part in enumerate(content):
         _part_text(f"{param}[{index}]", part)
-    return content
+    return [{"annotations": [], **part} if part["type"] == "output_text" else part for part in content]
 
 
 def _part_text(param: str, part: Any) -> str:

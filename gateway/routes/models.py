@@ -6,9 +6,11 @@ from fastapi import APIRouter, Request, Response
 
 from gateway.answers import ModelList, ModelObject, model_list, model_object
 from gateway.client import ControlPlaneClient
+from gateway.messages.models import is_anthropics, model_info, model_page
 from gateway.openapi import error_responses
 
 router = APIRouter(tags=["models"])
+_JSON = "application/json"
 
 
 @router.get(
@@ -18,7 +20,8 @@ router = APIRouter(tags=["models"])
 )
 async def list_models(request: Request) -> Response:
     client: ControlPlaneClient = request.app.state.client
-    return _json(model_list(await client.models()))
+    models = await client.models()
+    return Response(model_page(models), media_type=_JSON) if is_anthropics(request) else _json(model_list(models))
 
 
 # Ids may hold slashes, as those of a hub do.
@@ -29,8 +32,9 @@ async def list_models(request: Request) -> Response:
 )
 async def get_model(request: Request, model: str) -> Response:
     client: ControlPlaneClient = request.app.state.client
-    return _json(model_object(await client.model(model)))
+    found = await client.model(model)
+    return Response(model_info(found), media_type=_JSON) if is_anthropics(request) else _json(model_object(found))
 
 
 def _json(answer: ModelList | ModelObject) -> Response:
-    return Response(answer.model_dump_json(), media_type="application/json")
+    return Response(answer.model_dump_json(), media_type=_JSON)

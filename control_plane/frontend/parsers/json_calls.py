@@ -1,20 +1,20 @@
-"""Calls written as JSON objects with a name and arguments: Hermes, Qwen, Granite, Phi-4, Mistral, Llama 3, Gemma 3."""
+"""Calls written as JSON objects with a name and arguments: Hermes, Qwen, Granite, Phi-4, Mistral, Llama 3."""
 
 from __future__ import annotations
 
-import ast
 import json
-from typing import Any
 
 from control_plane.frontend.parsers.scanner import Parsing, Scanner, discard
 
 _NAME_KEYS = ("name", "function")
 _ARGUMENT_KEYS = ("arguments", "parameters")
-_MAX_PYTHON_CHARS = 64 * 1024
 
 
-def call_object(s: Scanner) -> Parsing[bool]:
-    """One `{"name": ..., "arguments": {...}}`, its keys in any order; what is none is said as text."""
+def call_object(s: Scanner, before: str = "", *, is_marked: bool = False) -> Parsing[bool]:
+    """One `{"name": ..., "arguments": {...}}`, its keys in any order; what is none is said as text, after `before`.
+
+    is_marked: a mark has told that it is one. Then the beginning of an object that was cut off is no text either.
+    """
     s.start_record()
     name, pending, is_open = "", "", False
     if (yield from s.literal("{")):
@@ -51,7 +51,9 @@ def call_object(s: Scanner) -> Parsing[bool]:
     if is_open:
         s.close_call()
     else:
-        s.say(s.take_record())
+        text = s.take_record()
+        if not (is_marked and s.is_over and text.startswith("{")):
+            s.say(before + text)
     return is_open
 
 
@@ -78,7 +80,12 @@ def _text_of(raw: str) -> str:
         value = json.loads(raw)
     except (ValueError, RecursionError):
         return ""
-    return value if isinstance(value, str) else ""
+    # Half of a surrogate pair is JSON, and no text.
+    return value if isinstance(value, str) and _is_text(value) else ""
+
+
+def _is_text(value: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _unwrapped(raw: str) -> str:
@@ -90,11 +97,11 @@ def call_array(s: Scanner) -> Parsing[None]:
     """`[{...}, {...}]`, or a single object."""
     yield from s.blanks()
     if not (yield from s.literal("[")):
-        yield from call_object(s)
+        yield from call_object(s, is_marked=True)
         return
     while True:
         yield from s.blanks()
-        if (yield from s.literal("]")) or not (yield from call_object(s)):
+        if (yield from s.literal("]")) or not (yield from call_object(s, is_marked=True)):
             return
         yield from s.blanks()
         if not (yield from s.literal(",")):
@@ -190,56 +197,4 @@ def llama3(s: Scanner) -> Parsing[None]:
         yield from s.blanks()
     while (yield from s.until(("<|python_tag|>",), s.say)) is not None:
         yield from s.blanks()
-        yield from call_object(s)
-
-
-def gemma3(s: Scanner) -> Parsing[None]:
-    """The two forms that Gemma's guide asks for: `{"name": ..., "parameters": {...}}` and `[name(key=value), ...]`.
-
-    Either may stand in a fence. The Python form is read once it is complete.
-    """
-    for fence in ("```json", "```tool_code", "```python", "```"):
-        if (yield from s.blanks_then(fence)):
-            yield from s.blanks()
-            break
-    first = yield from s.peek()
-    if first == "{":
-        while (yield from s.peek()) == "{" and (yield from call_object(s)):
-            yield from s.blanks()
-        yield from s.blanks_then("```")
-    elif first == "[":
-        yield from pythonic(s)
-
-
-def pythonic(s: Scanner) -> Parsing[None]:
-    """`[name(key=value, ...), ...]`: Llama 3.2 and 4, Gemma 3."""
-    raw: list[str] = []
-    yield from s.until((), raw.append)
-    text = "".join(raw)
-    body = text.strip().removesuffix("```").strip()
-    calls = _python_calls(body) if len(body) <= _MAX_PYTHON_CHARS else None
-    if calls is None:
-        s.say(text)
-        return
-    for name, arguments in calls:
-        s.open_call(name)
-        s.argue(json.dumps(arguments, ensure_ascii=False))
-        s.close_call()
-
-
-def _python_calls(text: str) -> list[tuple[str, dict[str, Any]]] | None:
-    """None for what is not a list of calls with literal keyword arguments."""
-    try:
-        tree = ast.parse(text, mode="eval").body
-        if not isinstance(tree, ast.List) or not tree.elts:
-            return None
-        calls = []
-        for call in tree.elts:
-            if not isinstance(call, ast.Call) or call.args:
-                return None
-            arguments = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords if each.arg}
-            json.dumps(arguments, allow_nan=False)
-            calls.append((ast.unparse(call.func), arguments))
-    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
-        return None
-    return calls
+        yield from call_object(s, is_marked=True)

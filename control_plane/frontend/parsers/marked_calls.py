@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from control_plane.frontend.parsers.argument_types import Written, properties_of, top_level, written_as
 from control_plane.frontend.parsers.json_calls import call_array
 from control_plane.frontend.parsers.scanner import Parsing, Scanner, discard
 
@@ -41,7 +42,7 @@ def _deepseek_call(s: Scanner, name: str) -> Parsing[None]:
 def qwen3_coder(schemas: Mapping[str, Mapping[str, Any]]) -> Callable[[Scanner], Parsing[None]]:
     """`<tool_call><function=NAME><parameter=KEY>VALUE</parameter>...</function></tool_call>`.
 
-    Values are bare text: the tool's schema says which of them are strings.
+    Values are bare text: the tool's schema says which of them are strings. Those are sent on as they are written.
     """
 
     def program(s: Scanner) -> Parsing[None]:
@@ -69,31 +70,63 @@ def _xml_call(s: Scanner, schemas: Mapping[str, Mapping[str, Any]]) -> Parsing[N
         s.say("".join(called))
         return
     name = "".join(called).strip()
-    properties = schemas.get(name, {}).get("properties")
-    properties = properties if isinstance(properties, dict) else {}
+    root = schemas.get(name, {})
+    properties = properties_of(top_level(root))
     s.open_call(name)
-    num_parameters = 0
-    while (yield from s.until(("<parameter=", "</function>"), discard)) == "<parameter=":
-        key: list[str] = []
-        yield from s.until((">",), key.append)
-        value: list[str] = []
-        if (yield from s.until(("</parameter>",), value.append)) is None:
+    is_first = True
+    while True:
+        mark = yield from s.until(("<parameter=", "</function>"), discard)
+        if mark is None:
             return  # cut off: the call is never complete
-        text = "".join(value).removeprefix("\n").removesuffix("\n")
+        if mark == "</function>":
+            break
+        key: list[str] = []
+        if (yield from s.until((">",), key.append)) is None:
+            return
         own_key = "".join(key).strip()
-        pair = f"{json.dumps(own_key, ensure_ascii=False)}: {_as_json(text, properties.get(own_key))}"
-        s.argue((", " if num_parameters else "{") + pair)
-        num_parameters += 1
-    s.argue("}" if num_parameters else "{}")
+        s.argue(f"{'{' if is_first else ', '}{json.dumps(own_key, ensure_ascii=False)}: ")
+        is_first = False
+        yield from s.literal("\n")
+        if not (yield from _xml_value(s, written_as(properties.get(own_key), root))):
+            return
+    s.argue("{}" if is_first else "}")
     s.close_call()
 
 
-def _as_json(text: str, schema: Any) -> str:
-    """A bare value by its schema: a string stays one even where it looks like a number."""
-    kind = schema.get("type") if isinstance(schema, dict) else None
-    if kind == "string" or (isinstance(kind, list) and "string" in kind and text != "null"):
-        return json.dumps(text, ensure_ascii=False)
-    if kind == "boolean" and text.strip().lower() in ("true", "false"):
+_PARAMETER_ENDS = ("\n</parameter>", "</parameter>")
+
+
+def _xml_value(s: Scanner, written: Written) -> Parsing[bool]:
+    """One value to its closing mark, as JSON; False if the text ends before. Strings come as they are written."""
+    if written is Written.TEXT_OR_NULL:
+        for end in _PARAMETER_ENDS:
+            if (yield from s.literal(f"null{end}")):
+                s.argue("null")
+                return True
+        written = Written.TEXT
+    if written is Written.TEXT:
+        s.argue('"')
+        is_whole = (yield from s.until(_PARAMETER_ENDS, lambda text: s.argue(_within_quotes(text)))) is not None
+        s.argue('"' * is_whole)
+        return is_whole
+    value: list[str] = []
+    yield from s.blanks()
+    if (yield from s.peek()) in ("{", "[", '"'):
+        # The mark may stand in one of its strings.
+        yield from s.json_value(value.append)
+    if (yield from s.until(_PARAMETER_ENDS, value.append)) is None:
+        return False
+    s.argue(_as_json("".join(value)))
+    return True
+
+
+def _within_quotes(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+def _as_json(text: str) -> str:
+    """A bare value of a type that may be several: what is no JSON is a string."""
+    if text.strip().lower() in ("true", "false"):
         return text.strip().lower()
     try:
         json.loads(text)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from control_plane.frontend.parsers import json_calls, marked_calls
+from control_plane.frontend.parsers import json_calls, marked_calls, python_calls
 from control_plane.frontend.parsers.reasoning import ReasoningMarks, only_text, with_reasoning
 from control_plane.frontend.parsers.scanner import IncrementalParser, Parsing, Scanner
 
@@ -31,6 +31,10 @@ class CallSyntax:
     opening: str = ""
     # What may follow the last of them.
     closing: str = ""
+    # How the arguments are written: "json" or "xml".
+    arguments: str = "json"
+    # Calls may also be a list of Python's.
+    may_be_python: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +49,13 @@ def _format(program: Program, syntax: CallSyntax, *marks: str) -> ToolFormat:
     return ToolFormat(lambda schemas: program, syntax, marks)
 
 
-_HERMES = CallSyntax(
+HERMES = CallSyntax(
     '<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", separator="\n", trigger="<tool_call>"
 )
 _PYTHON_TAG = "<|python_tag|>"
 _PARAMETERS = CallSyntax(
     '{"name": "', '", "parameters": ', "}", separator="; ", opening=r"(<\|python_tag\|>[ \n]{0,4})?"
 )
-# The Python form that these models know as well is read, and not held to anything.
 _FENCED = CallSyntax(
     '{"name": "',
     '", "parameters": ',
@@ -60,6 +63,15 @@ _FENCED = CallSyntax(
     separator="\n",
     opening=r"(```(json|tool_code|python)?[ \n]{0,4})?",
     closing=r"([ \n]{0,4}```)?[ \n]{0,4}",
+    may_be_python=True,
+)
+_XML = CallSyntax(
+    "<tool_call>\n<function=",
+    ">\n",
+    "</function>\n</tool_call>",
+    separator="\n",
+    trigger="<tool_call>",
+    arguments="xml",
 )
 
 
@@ -83,11 +95,11 @@ def _deepseek(before_name: str, after_name: str, end: str) -> CallSyntax:
 
 
 TOOL_FORMATS: Mapping[str, ToolFormat] = {
-    "hermes": _format(json_calls.hermes, _HERMES, "<tool_call>", "</tool_call>"),
-    "qwen3_coder": ToolFormat(marked_calls.qwen3_coder, _HERMES, ("<tool_call>", "</tool_call>")),
+    "hermes": _format(json_calls.hermes, HERMES, "<tool_call>", "</tool_call>"),
+    "qwen3_coder": ToolFormat(marked_calls.qwen3_coder, _XML, ("<tool_call>", "</tool_call>")),
     "llama3_json": _format(json_calls.llama3, _PARAMETERS, _PYTHON_TAG),
-    "pythonic": _format(json_calls.gemma3, _FENCED),
-    "gemma3": _format(json_calls.gemma3, _FENCED),
+    "pythonic": ToolFormat(python_calls.pythonic, _FENCED),
+    "gemma3": ToolFormat(python_calls.pythonic, _FENCED),
     "mistral": _format(json_calls.mistral, _array("[TOOL_CALLS]"), "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
     "granite": _format(json_calls.granite, _array("<|tool_call|>"), "<|tool_call|>", "<tool_call>"),
     "phi4_mini_json": _format(
@@ -134,8 +146,10 @@ def find_tool_format(template: str) -> str:
         return "deepseek_v3" if "```json" in template else "deepseek_v31"
     if "<tool_call>" in template:
         return "hermes"
+    if "<|tool|>" in template:
+        return "phi4_mini_json"
     if "<|tool_call|>" in template:
-        return "phi4_mini_json" if "<|/tool_call|>" in template else "granite"
+        return "granite"
     if "<|python_tag|>" in template or "<|start_header_id|>" in template:
         return "llama3_json"
     return "gemma3" if "<start_of_turn>" in template else "hermes"
@@ -147,7 +161,7 @@ def find_reasoning_format(template: str) -> str:
         return "openai_gptoss"
     if "[THINK]" in template:
         return "mistral"
-    if "thought process" in template:
+    if "Here is my thought process" in template:
         return "granite"
     if "</think>" in template:
         return "deepseek_r1" if "<｜Assistant｜>" in template and _DEEPSEEK_MARKS[0] in template else "qwen3"
@@ -163,9 +177,16 @@ class OutputFormat:
     reasoning_parser: str
 
     @classmethod
-    def choose(cls, template: str, tool_parser: str, reasoning_parser: str) -> OutputFormat:
-        """Names of parsers, "auto" or "none"."""
+    def choose(
+        cls, template: str, tool_parser: str, reasoning_parser: str, *, shows_tools: bool = True
+    ) -> OutputFormat:
+        """Names of parsers, "auto" or "none".
+
+        A template that shows no tools leaves it to us what the model is asked for: Gemma's own form, or Hermes'.
+        """
         tool = find_tool_format(template) if tool_parser == "auto" else tool_parser
+        if tool_parser == "auto" and not shows_tools and tool != "gemma3":
+            tool = "hermes"
         reasoning = find_reasoning_format(template) if reasoning_parser == "auto" else reasoning_parser
         return cls("" if tool == NONE else tool, "" if reasoning == NONE else reasoning)
 
@@ -191,22 +212,23 @@ class OutputFormat:
         return TOOL_FORMATS[self.tool_parser].syntax if self.tool_parser else None
 
     def start(
-        self, schemas: Mapping[str, Mapping[str, Any]] | None, prompt_end: str
+        self, schemas: Mapping[str, Mapping[str, Any]] | None, prompt_end: str, *, calls_only: bool = False
     ) -> Callable[[], IncrementalParser] | None:
         """Parsers of one request's sequences; None where text is text.
 
         schemas: those of the tools, by name; None without tools. prompt_end: the rendered prompt's last characters.
+        calls_only: the answer is held to calls.
         """
         reasoning = self.reasoning
         if self.is_harmony:
-            return lambda: IncrementalParser(marked_calls.harmony)
+            return lambda: IncrementalParser(marked_calls.harmony, is_mute=calls_only)
         has_tools = schemas is not None and bool(self.tool_parser)
         if not has_tools and reasoning is None:
             return None
         program = TOOL_FORMATS[self.tool_parser].program(schemas or {}) if has_tools else only_text
         if reasoning is not None:
             program = with_reasoning(reasoning, program, is_begun=self.is_reasoning_begun(prompt_end))
-        return lambda: IncrementalParser(program)
+        return lambda: IncrementalParser(program, is_mute=calls_only)
 
     def is_reasoning_begun(self, prompt_end: str) -> bool:
         reasoning = self.reasoning

@@ -46,10 +46,12 @@ class ParsedDelta:
 class Scanner:
     """The text that was not taken yet, and what was made of the rest."""
 
-    __slots__ = ("_arguments", "_buffer", "_is_ended", "_num_calls", "_record", "delta", "is_reasoning")
+    __slots__ = ("_arguments", "_buffer", "_is_ended", "_is_mute", "_num_calls", "_record", "delta", "is_reasoning")
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_mute: bool = False) -> None:
         self.delta = ParsedDelta()
+        # Nothing but calls was asked for: what is none, like the beginning of one that was cut off, is not text.
+        self._is_mute = is_mute
         # Whether what comes next belongs to the reasoning, as far as is known.
         self.is_reasoning = False
         self._buffer = ""
@@ -61,7 +63,8 @@ class Scanner:
     # ---- out ----
 
     def say(self, text: str) -> None:
-        self.delta.text += text
+        if not self._is_mute:
+            self.delta.text += text
 
     def think(self, text: str) -> None:
         self.delta.reasoning += text
@@ -102,6 +105,11 @@ class Scanner:
 
     def end(self) -> None:
         self._is_ended = True
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing is left, and nothing comes."""
+        return self._is_ended and not self._buffer
 
     def _take(self, count: int) -> str:
         taken, self._buffer = self._buffer[:count], self._buffer[count:]
@@ -227,6 +235,43 @@ class Scanner:
                 return scalar
             yield
 
+    def python_value(self, emit: Emit) -> Parsing[bool]:
+        """Emit a literal of Python as it stands, up to the comma or bracket after it; False if the text ends inside."""
+        depth, quote, escaped = 0, "", False
+        while True:
+            for position, character in enumerate(self._buffer):
+                if quote:
+                    if escaped or character == "\\":
+                        escaped = not escaped
+                    elif character == quote:
+                        quote = ""
+                elif character in "\"'":
+                    quote = character
+                elif character in "([{":
+                    depth += 1
+                elif character in ",)]}":
+                    if not depth:
+                        emit(self._take(position))
+                        return True
+                    depth -= character != ","
+            emit(self._take(len(self._buffer)))
+            if self._is_ended:
+                return False
+            yield
+
+    def word(self, more: str = "") -> Parsing[str]:
+        """Take letters, digits, underscores and the characters `more`; empty where none comes next."""
+        taken: list[str] = []
+        while True:
+            length = 0
+            while length < len(self._buffer) and (self._buffer[length].isalnum() or self._buffer[length] in "_" + more):
+                length += 1
+            is_over = length < len(self._buffer)
+            taken.append(self._take(length))
+            if is_over or self._is_ended:
+                return "".join(taken)
+            yield
+
 
 def _is_json(text: str) -> bool:
     try:
@@ -241,8 +286,8 @@ class IncrementalParser:
 
     __slots__ = ("_scanner", "_steps")
 
-    def __init__(self, program: Callable[[Scanner], Parsing[None]]) -> None:
-        self._scanner = Scanner()
+    def __init__(self, program: Callable[[Scanner], Parsing[None]], *, is_mute: bool = False) -> None:
+        self._scanner = Scanner(is_mute=is_mute)
         self._steps = program(self._scanner)
         self._advance()
 

@@ -85,8 +85,8 @@ def test_completions_of_a_batch() -> None:
     Completion.model_validate(answer, strict=True)
     assert [choice["text"] for choice in answer["choices"]] == ["Pa", "Pb", "Qc", "Qd"]
     assert [choice["prompt_token_ids"] for choice in answer["choices"]] == [[1], [1], [2], [2]]
-    # Every choice counts its own characters.
-    assert all(choice["logprobs"]["text_offset"] == [0, 1] for choice in answer["choices"])
+    # Every choice counts its own characters, after the prompt's.
+    assert all(choice["logprobs"]["text_offset"] == [1, 2] for choice in answer["choices"])
 
 
 def test_a_plain_completion_has_no_extra_fields() -> None:

@@ -69,3 +69,22 @@ def test_text_offsets_do_not_depend_on_how_bytes_were_cut(text: str, data: st.Da
         before = raw[:position]
         assert offset == len(before.decode(errors="ignore"))
         position += len(token)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "prompt", "offsets"),
+    [
+        # A token that begins every prompt is not in its text; nor is the blank before the first word.
+        ([b"<s>", b" Once", b" upon"], "Once upon", [0, 0, 4]),
+        ([b"Once", b"<|eot|>", b" upon"], "Once upon", [0, 4, 4]),
+        # Parts of a character stand where it begins.
+        (["é".encode()[:1], "é".encode()[1:], b"a"], "éa", [0, 0, 1]),
+    ],
+)
+def test_offsets_of_an_echoed_prompt_are_those_of_its_text(
+    tokens: list[bytes], prompt: str, offsets: list[int]
+) -> None:
+    columns = CompletionLogprobs(0)
+    assert columns.echoed([entry(token, -1.0) for token in tokens], prompt)["text_offset"] == offsets
+    after = columns.columns([entry(b" a", -1.0), entry(b"b", -1.0)])["text_offset"]
+    assert after == [len(prompt), len(prompt) + 2]

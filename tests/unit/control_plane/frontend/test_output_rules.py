@@ -20,6 +20,8 @@ from control_plane.frontend.tokenizer import TextTokenizer
 SCHEMA = '{"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}'
 TOOL = pb.Tool(function=pb.FunctionTool(name="weather", parameters=SCHEMA))
 ARGUMENTS = '{"city": "Rome"}'
+# In XML every text is a string.
+WRONG = ('{"city": 3}', '{"town": "Rome"}')
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +43,10 @@ def accepts(table: LLTokenizer, source: str, text: str) -> bool:
 
 def written_call(name: str, arguments: str) -> str:
     syntax = TOOL_FORMATS[name].syntax
+    if syntax.arguments == "xml":
+        arguments = "".join(
+            f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in json.loads(arguments).items()
+        )
     return (
         f"{syntax.begin_section}{syntax.before_name}weather{syntax.after_name}{arguments}{syntax.end}"
         f"{syntax.end_section}"
@@ -53,7 +59,7 @@ def test_forced_calls_are_what_the_parser_reads(name: str, tokenizer: TextTokeni
     chat = pb.ChatInput(tools=[TOOL], tool_choice=pb.ToolChoice(mode=pb.TOOL_CHOICE_MODE_REQUIRED))
     source = OutputRules(tokenizer, output_format).forced_calls(chat, "")
     assert accepts(table, source, written_call(name, ARGUMENTS))
-    assert not accepts(table, source, written_call(name, '{"city": 3}'))
+    assert not accepts(table, source, written_call(name, WRONG[name == "qwen3_coder"]))
     assert not accepts(table, source, "Sure.")
     start = output_format.start(schemas_of([("weather", SCHEMA)]), "")
     assert start is not None
@@ -68,13 +74,10 @@ def test_a_call_that_begins_in_free_text_is_held_to_its_tool(
     name: str, tokenizer: TextTokenizer, table: LLTokenizer
 ) -> None:
     source = OutputRules(tokenizer, OutputFormat(name, "")).optional_calls(pb.ChatInput(tools=[TOOL]), "")
-    if name == "qwen3_coder":
-        assert source is None  # it writes XML, whose values no schema describes
-        return
     assert source is not None
     assert accepts(table, source, "Just text.")
     assert accepts(table, source, "Let me see. " + written_call(name, ARGUMENTS))
-    assert not accepts(table, source, written_call(name, '{"city": 3}'))
+    assert not accepts(table, source, written_call(name, WRONG[name == "qwen3_coder"]))
 
 
 UNMARKED = [name for name, entry in TOOL_FORMATS.items() if entry.syntax.opening]
@@ -114,7 +117,12 @@ def test_without_a_mark_a_call_is_told_by_how_the_text_begins(
         assert not passes(matcher, table, "<|python_tag|>" + written_call(name, "{}"))
     else:
         assert passes(matcher, table, f"```json\n{call}\n```")
-        assert passes(matcher, table, '[weather(city="Rome")]')
+        one, other = '[weather(city="Rome")]', "[ weather(city = 'Rome') , weather(city='Oslo')\n]"
+        for text in (one, other, f"```tool_code\n{one}\n```", "[1, 2]", "[weather]", "[weathers(x=1)]"):
+            assert passes(matcher, table, text), text
+        for wrong in ("[weather(city=3)]", '[weather(town="Rome")]', "[weather()]", one[:-1]):
+            assert not passes(matcher, table, wrong), wrong
+        assert passes(alone, table, one) and not passes(alone, table, other)
 
 
 PIECES = [

@@ -1,0 +1,88 @@
+"""What a chat template wants of its messages, found by rendering small conversations with it.
+
+Templates disagree where clients do not: whether an assistant's turn that only called has no content or an empty one,
+whether a call's arguments are an object or its text, how long a call's id is, where tools are listed, whether there are
+system messages. Each is tried in the order in which most templates have it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+Message = dict[str, Any]
+# (messages, tools) -> the prompt; None where the template fails.
+Try = Callable[[Sequence[Message], Sequence[Mapping[str, Any]] | None], str | None]
+
+NUM_SHORT_ID_CHARS = 9
+
+
+class ToolsPlace(Enum):
+    ARGUMENT = "argument"
+    # Their JSON text in the system message's `tools` (Phi-4 mini).
+    SYSTEM_MESSAGE = "system_message"
+    NOWHERE = "nowhere"
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateTraits:
+    # Of an assistant's message that is nothing but calls.
+    no_content: str | None = None
+    arguments_as_text: bool = False
+    # Ids of calls are nine letters and digits (Mistral).
+    has_short_call_ids: bool = False
+    tools: ToolsPlace = ToolsPlace.ARGUMENT
+    takes_system: bool = True
+    # Whether an assistant's calls are rendered at all.
+    shows_calls: bool = True
+
+
+def find_traits(attempt: Try) -> TemplateTraits:
+    nonce = "q" + secrets.token_hex(6)
+    user: Message = {"role": "user", "content": "x"}
+    tool = {"type": "function", "function": {"name": nonce, "description": "x", "parameters": _parameters("a")}}
+    tools = ToolsPlace.NOWHERE
+    if nonce in (attempt([user], [tool]) or ""):
+        tools = ToolsPlace.ARGUMENT
+    elif nonce in (attempt([{"role": "system", "content": "x", "tools": json.dumps([tool])}, user], None) or ""):
+        tools = ToolsPlace.SYSTEM_MESSAGE
+    takes_system = nonce in (attempt([{"role": "system", "content": nonce}, user], None) or "")
+    of_calls = _of_calls(attempt, nonce)
+    return TemplateTraits(*(of_calls or ("", False, False)), tools, takes_system, of_calls is not None)
+
+
+def _of_calls(attempt: Try, nonce: str) -> tuple[str | None, bool, bool] | None:
+    """(no_content, arguments_as_text, has_short_call_ids) with which calls come out right; None: nothing helps."""
+    key, value = f"k{nonce}", f"v{nonce}"
+    for short, as_text, no_content in itertools.product((False, True), (False, True), (None, "")):
+        call_id = "abcdef012" if short else "call_0123456789abcdef"
+        arguments: Any = json.dumps({key: value}) if as_text else {key: value}
+        function = {"name": f"n{nonce}", "arguments": arguments}
+        text = attempt(
+            [
+                {"role": "user", "content": "x"},
+                {
+                    "role": "assistant",
+                    "content": no_content,
+                    "tool_calls": [{"id": call_id, "type": "function", "function": function}],
+                },
+                {"role": "tool", "tool_call_id": call_id, "name": f"n{nonce}", "content": f"r{nonce}"},
+            ],
+            [{"type": "function", "function": {"name": "x", "description": "x", "parameters": _parameters("a")}}],
+        )
+        if text is None or any(part not in text for part in (f"n{nonce}", key, value, f"r{nonce}")):
+            continue
+        # Python's own spelling of an object or of nothing, or a text within a text: not what the model has learnt.
+        if f"'{key}'" in text or f'\\"{key}' in text or (no_content is None and "None" in text):
+            continue
+        return no_content, as_text, short
+    return None
+
+
+def _parameters(key: str) -> dict[str, Any]:
+    return {"type": "object", "properties": {key: {"type": "string", "description": "x"}}, "required": []}

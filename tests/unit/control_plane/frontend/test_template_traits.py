@@ -1,0 +1,158 @@
+"""Conversations with tools come out right whatever a template wants of its messages.
+
+The templates are cut down to what their families do differently; each says in which models it is found.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from stepwire.v1 import inference_pb2 as pb
+
+from control_plane.frontend.chat_template import ChatTemplate
+from control_plane.frontend.conversation import read_conversation
+from control_plane.frontend.parsers.registry import OutputFormat
+from control_plane.frontend.template_traits import ToolsPlace
+
+_TURN = "<|im_start|>{{ message.role }}\n"
+_CALLS = (
+    "{% for call in message.tool_calls or [] %}<tool_call>"
+    "{{ {'name': call.function.name, 'arguments': call.function.arguments} | tojson }}</tool_call>{% endfor %}"
+)
+_LISTED = "{% if tools %}{% for tool in tools %}{{ tool | tojson }}{% endfor %}{% endif %}"
+
+
+def looped(body: str) -> str:
+    return "{% for message in messages %}" + body + "{% endfor %}"
+
+
+TEMPLATES = {
+    # Qwen3, QwQ, GPT-OSS: what an assistant said is searched, and must be a text.
+    "content is searched": _LISTED
+    + looped(_TURN + "{% if '</think>' in message.content %}{% endif %}{{ message.content }}" + _CALLS),
+    # DeepSeek V3: a turn without content is one of calls.
+    "no content is a call": _LISTED
+    + looped(
+        "{{ message.content if message.content is not none else '' }}{% if message.content is none %}"
+        + _CALLS
+        + "{% endif %}"
+    ),
+    # DeepSeek V3.1: arguments are put beside text.
+    "arguments are text": _LISTED
+    + looped(
+        "{{ message.content or '' }}{% for call in message.tool_calls or [] %}"
+        "<sep>{{ call.function.name + ' ' + call.function.arguments }}<end>{% endfor %}"
+    ),
+    # Mistral 7B to Small 3.2.
+    "ids have nine letters": _LISTED
+    + looped(
+        "{{ message.content or '' }}{% for call in message.tool_calls or [] %}{% if call.id | length != 9 %}"
+        "{{ raise_exception('ids have nine letters') }}{% endif %}{{ call.id }}{% endfor %}"
+        + _CALLS
+        + "{% if message.role == 'tool' and message.tool_call_id | length != 9 %}"
+        "{{ raise_exception('nine') }}{% endif %}"
+        "{{ message.tool_call_id | default('') }}"
+    ),
+    # Phi-4 mini: tools are the system message's.
+    "tools in the system message": looped(
+        "<|{{ message.role }}|>{{ message.content }}"
+        "{% if message.tools is defined %}<|tool|>{{ message.tools }}<|/tool|>{% endif %}" + _CALLS
+    ),
+    # Granite 3.3, LFM2: calls are not shown.
+    "calls are not shown": _LISTED + looped(_TURN + "{{ message.content }}"),
+    # Gemma 2: turns alternate, and none is the system's.
+    "no tools and no system": looped(
+        "{% if message.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}"
+        "<start_of_turn>{{ message.role }}\n{{ message.content }}"
+    ),
+    # Hermes 2 Pro and 3: tools are gone through whether there are any or not.
+    "tools without asking": "{% for tool in tools %}{{ tool | tojson }}{% endfor %}"
+    + looped("{{ message.content or '' }}" + _CALLS),
+    # Llama 3.2 Vision, Gemma 3: content in parts.
+    "content in parts": _LISTED + looped("{% for part in message.content or [] %}{{ part.text }}{% endfor %}" + _CALLS),
+}
+SCHEMA = '{"type": "object", "properties": {"city": {"type": "string"}}}'
+IDS = ("call_0123456789abcdef", "call_fedcba9876543210")
+
+
+def conversation() -> pb.ChatInput:
+    calls = [
+        pb.ToolCall(id=call_id, name="weather", arguments=json.dumps({"city": city}))
+        for call_id, city in zip(IDS, ("Rome", "Oslo"), strict=True)
+    ]
+    results = [
+        pb.ChatMessage(role="tool", tool_call_id=call_id, content=[pb.ContentPart(text=text)])
+        for call_id, text in zip(IDS, ("warm", "cold"), strict=True)
+    ]
+    asked = pb.ChatMessage(role="user", content=[pb.ContentPart(text="Where is it warm?")])
+    tool = pb.Tool(function=pb.FunctionTool(name="weather", description="of a city", parameters=SCHEMA))
+    return pb.ChatInput(messages=[asked, pb.ChatMessage(role="assistant", tool_calls=calls), *results], tools=[tool])
+
+
+def rendered(source: str, chat: pb.ChatInput) -> str:
+    template = ChatTemplate(source, {})
+    shows_tools = template.traits.tools is not ToolsPlace.NOWHERE
+    syntax = OutputFormat.choose(source, "auto", "auto", shows_tools=shows_tools).syntax
+    read = read_conversation(chat, template, syntax)
+    return template.render(read.messages, max_chars=10_000, tools=read.tools, arguments=read.arguments)
+
+
+@pytest.mark.parametrize("source", TEMPLATES.values(), ids=TEMPLATES)
+def test_tools_calls_and_results_are_shown(source: str) -> None:
+    text = rendered(source, conversation())
+    for shown in ("Where is it warm?", "weather", "of a city", "Rome", "Oslo", "warm", "cold"):
+        assert shown in text, shown
+    assert '{"city": "Rome"}' in text and "None" not in text and "{'" not in text
+    plain = pb.ChatInput(messages=[pb.ChatMessage(role="user", content=[pb.ContentPart(text="Hi")])])
+    assert "Hi" in rendered(source, plain) and "tool" not in rendered(source, plain)
+
+
+def test_ids_are_shortened_alike_wherever_they_stand() -> None:
+    text = rendered(TEMPLATES["ids have nine letters"], conversation())
+    ids = ChatTemplate(TEMPLATES["ids have nine letters"], {})
+    assert ids.traits.has_short_call_ids
+    assert not any(call_id in text for call_id in IDS)
+    chat = conversation()
+    for message in chat.messages:
+        message.tool_call_id = message.tool_call_id.replace(IDS[0], "abc123DEF")
+        for call in message.tool_calls:
+            call.id = call.id.replace(IDS[0], "abc123DEF")
+    assert rendered(TEMPLATES["ids have nine letters"], chat).count("abc123DEF") == 2
+
+
+def test_the_model_is_asked_for_the_calls_that_are_read() -> None:
+    """Gemma's own form for Gemma, Hermes' for a model of which nothing is known; that is what the parser is then."""
+    gemma, other = TEMPLATES["no tools and no system"], looped("{{ message.content }}")
+    assert '{"name": "<function-name>", "parameters": <args-json-object>}' in rendered(gemma, conversation())
+    assert "<tool_call>" not in rendered(gemma, conversation())
+    assert '<tool_call>\n{"name": "<function-name>", "arguments": <args-json-object>}\n</tool_call>' in rendered(
+        other, conversation()
+    )
+    llama3 = looped("<|start_header_id|>{{ message.content }}")
+    assert OutputFormat.choose(llama3, "auto", "auto", shows_tools=False).tool_parser == "hermes"
+    assert OutputFormat.choose(llama3, "auto", "auto").tool_parser == "llama3_json"
+    assert OutputFormat.choose(llama3, "mistral", "auto", shows_tools=False).tool_parser == "mistral"
+
+
+@pytest.mark.parametrize(
+    ("mark", "tool_parser", "reasoning_parser"),
+    [
+        ("<|channel|>analysis", "openai", "openai_gptoss"),
+        ("<tool_call>\n<function=a>", "qwen3_coder", ""),
+        ("<tool_call></tool_call><think></think>", "hermes", "qwen3"),
+        ("[TOOL_CALLS][THINK]", "mistral", "mistral"),
+        ("<｜tool▁calls▁begin｜>```json<｜Assistant｜></think>", "deepseek_v3", "deepseek_r1"),
+        ("<｜tool▁calls▁begin｜><｜Assistant｜></think>", "deepseek_v31", "deepseek_r1"),
+        ("<|tool|><|/tool|>", "phi4_mini_json", ""),
+        ("<|tool_call|> Here is my thought process:", "granite", "granite"),
+        ("<|tool_call|> <think></think> thought process", "granite", "qwen3"),
+        ("<|start_header_id|><|python_tag|>", "llama3_json", ""),
+        ("<start_of_turn>", "gemma3", ""),
+        ("", "hermes", ""),
+    ],
+)
+def test_formats_are_told_by_the_marks_in_the_template(mark: str, tool_parser: str, reasoning_parser: str) -> None:
+    assert OutputFormat.choose(mark, "auto", "auto") == OutputFormat(tool_parser, reasoning_parser)
