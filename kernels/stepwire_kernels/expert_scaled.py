@@ -2,7 +2,8 @@
 
 The formulas of `expert_gemm.py` on values that have scales:
 
-    x[r, k] = x_values[r, k] * x_scales[r, k / group],   w[e, n, k] = values[e, n, k] * scales[e, n / block_n, k / group]
+    x[r, k] = x_values[r, k] * x_scales[r, k / group]
+    w[e, n, k] = values[e, n, k] * scales[e, n / block_n, k / group]
 
 Three kinds of inputs: quantized by token or by group of inputs on the way (`quantize_input.py`), quantized with a scale
 that the checkpoint has for each expert (`quantize_by_expert`: a row of values for each pair then, since a token
