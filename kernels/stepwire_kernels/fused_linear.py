@@ -38,9 +38,13 @@ LANE_COLS = 8
 
 @dataclass(frozen=True)
 class FusedTuning:
-    """Launch shape. A program owns `block_n` outputs, a tile is 256 columns a warp of all of their rows."""
+    """Launch shape. A program owns `block_n` outputs; a tile is `block_k` columns of all of their rows.
+
+    One warp loads 256 columns of a row at once: tiles as wide share rows out among the warps, wider ones columns.
+    """
 
     block_n: int = 4
+    block_k: int = 1024
     num_warps: int = 4
     ahead: int = 4
 
@@ -57,19 +61,19 @@ class NormInput:
 
 @triton.jit
 def _weight_tile(weight_ptr, row_offsets, row_mask, step, K, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr):
-    """The columns of one step of some rows, [BLOCK_N, BLOCK_K]."""
+    """The columns of one step of some rows [ABREAST, ROWS]: [ABREAST, ROWS, BLOCK_K]."""
     cols = step * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask = row_mask[:, None]
+    mask = row_mask[:, :, None]
     if not EVEN_K:
-        mask = mask & (cols < K)[None, :]
-    at = weight_ptr + row_offsets[:, None] + cols[None, :]
+        mask = mask & (cols < K)[None, None, :]
+    at = weight_ptr + row_offsets[:, :, None] + cols[None, None, :]
     return tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
-def _lane_sums(products, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, LANE: tl.constexpr):
-    """[ROWS, BLOCK_K] -> [ROWS, BLOCK_K / LANE]: sums of neighbours, which one thread has."""
-    return tl.sum(tl.reshape(products, (ROWS, BLOCK_K // LANE, LANE)), axis=2)
+def _lane_sums(products, ABREAST: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, LANE: tl.constexpr):
+    """[ABREAST, ROWS, BLOCK_K] -> [ABREAST, ROWS, BLOCK_K / LANE]: sums of neighbours, which one thread has."""
+    return tl.sum(tl.reshape(products, (ABREAST, ROWS, BLOCK_K // LANE, LANE)), axis=3)
 
 
 @triton.jit
@@ -98,14 +102,17 @@ def _fused_linear_kernel(
     EVEN_K: tl.constexpr,
     STEPS: tl.constexpr,
     AHEAD: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
+    ABREAST: tl.constexpr,
     BLOCK_K: tl.constexpr,
     NORMED_COLS: tl.constexpr,
     LANE: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     program = tl.program_id(0)
-    rows = program * BLOCK_N + tl.arange(0, BLOCK_N)
+    # ABREAST rows share a tile's threads; the inputs have that dimension too, so that both lie on the same threads.
+    places = tl.arange(0, ABREAST)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+    rows = program * (ROWS * ABREAST) + places  # [ABREAST, ROWS]
     row_mask = rows < num_outputs
     offsets = rows.to(tl.int64) * weight_stride
     up_offsets = offsets + tl.cast(num_outputs, tl.int64) * weight_stride
@@ -121,9 +128,9 @@ def _fused_linear_kernel(
     up_sums = ()
     squares = ()
     for _ in tl.static_range(NUM_TOKENS):
-        sums = sums + (tl.zeros([BLOCK_N, BLOCK_K // LANE], dtype=tl.float32),)
-        up_sums = up_sums + (tl.zeros([BLOCK_N, BLOCK_K // LANE], dtype=tl.float32),)
-        squares = squares + (tl.zeros([1, BLOCK_K // LANE], dtype=tl.float32),)
+        sums = sums + (tl.zeros([ABREAST, ROWS, BLOCK_K // LANE], dtype=tl.float32),)
+        up_sums = up_sums + (tl.zeros([ABREAST, ROWS, BLOCK_K // LANE], dtype=tl.float32),)
+        squares = squares + (tl.zeros([ABREAST, 1, BLOCK_K // LANE], dtype=tl.float32),)
     for step in tl.static_range(STEPS):
         if step + AHEAD < STEPS:
             tiles = tiles + (_weight_tile(weight_ptr, offsets, row_mask, step + AHEAD, K, BLOCK_K, EVEN_K),)
@@ -131,7 +138,7 @@ def _fused_linear_kernel(
                 up_tiles = up_tiles + (
                     _weight_tile(weight_ptr, up_offsets, row_mask, step + AHEAD, K, BLOCK_K, EVEN_K),
                 )
-        cols = (step * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
+        cols = (step * BLOCK_K + tl.arange(0, BLOCK_K))[None, None, :] + tl.zeros([ABREAST, 1, BLOCK_K], dtype=tl.int32)
         col_mask = cols < K
         if HAS_NORM:
             gain = tl.load(norm_ptr + cols, mask=col_mask, other=0.0).to(tl.float32) + weight_offset
@@ -139,30 +146,31 @@ def _fused_linear_kernel(
         new_up_sums = ()
         new_squares = ()
         for token in tl.static_range(NUM_TOKENS):
-            h = tl.load(x_ptr + token * x_stride + cols, mask=col_mask, other=0.0).to(tl.float32)  # [1, BLOCK_K]
+            h = tl.load(x_ptr + token * x_stride + cols, mask=col_mask, other=0.0).to(tl.float32)
             if HAS_RESIDUAL:
                 h += tl.load(residual_ptr + token * residual_stride + cols, mask=col_mask, other=0.0).to(tl.float32)
                 rounded = h.to(residual_out_ptr.dtype.element_ty)
-                tl.store(residual_out_ptr + token * K + cols, rounded, mask=col_mask & (program == 0))
+                first = (program == 0) & (tl.arange(0, ABREAST) == 0)[:, None, None]
+                tl.store(residual_out_ptr + token * K + cols, rounded, mask=col_mask & first)
                 h = rounded.to(tl.float32)
             if HAS_NORM:
-                new_squares = new_squares + (squares[token] + _lane_sums(h * h, 1, BLOCK_K, LANE),)
+                new_squares = new_squares + (squares[token] + _lane_sums(h * h, ABREAST, 1, BLOCK_K, LANE),)
                 h = h * gain
             products = tiles[step].to(tl.float32) * h
-            new_sums = new_sums + (sums[token] + _lane_sums(products, BLOCK_N, BLOCK_K, LANE),)
+            new_sums = new_sums + (sums[token] + _lane_sums(products, ABREAST, ROWS, BLOCK_K, LANE),)
             if GATED:
                 products = up_tiles[step].to(tl.float32) * h
-                new_up_sums = new_up_sums + (up_sums[token] + _lane_sums(products, BLOCK_N, BLOCK_K, LANE),)
+                new_up_sums = new_up_sums + (up_sums[token] + _lane_sums(products, ABREAST, ROWS, BLOCK_K, LANE),)
         sums = new_sums
         up_sums = new_up_sums
         squares = new_squares
     for token in tl.static_range(NUM_TOKENS):
         scale = 1.0
         if HAS_NORM:
-            scale = tl.rsqrt(tl.sum(squares[token], axis=1) / K + eps)  # [1]
-        y = tl.sum(sums[token], axis=1) * scale
+            scale = tl.rsqrt(tl.sum(squares[token], axis=2) / K + eps)  # [ABREAST, 1], all the same
+        y = tl.sum(sums[token], axis=2) * scale  # [ABREAST, ROWS]
         if GATED:
-            y = activate(y, tl.sum(up_sums[token], axis=1) * scale, KIND)
+            y = activate(y, tl.sum(up_sums[token], axis=2) * scale, KIND)
         tl.store(out_ptr + token * out_stride + rows, y.to(out_ptr.dtype.element_ty), mask=row_mask)
         if HAS_NORMED:
             cols = (program * NORMED_COLS + tl.arange(0, NORMED_COLS))[None, :]
@@ -172,7 +180,7 @@ def _fused_linear_kernel(
                 h += tl.load(residual_ptr + token * residual_stride + cols, mask=col_mask, other=0.0).to(tl.float32)
                 h = h.to(residual_out_ptr.dtype.element_ty).to(tl.float32)
             gain = tl.load(norm_ptr + cols, mask=col_mask, other=0.0).to(tl.float32) + weight_offset
-            normed = h * scale[:, None] * gain
+            normed = h * tl.max(scale, axis=0)[:, None] * gain
             tl.store(normed_ptr + token * K + cols, normed.to(normed_ptr.dtype.element_ty), mask=col_mask)
 
 
@@ -206,8 +214,9 @@ def fused_linear(
         residual_out = x
     elif residual_out is None:
         residual_out = torch.empty((num_tokens, k), dtype=residual.dtype, device=x.device)  # [num_tokens, K]
-    block_k = min(256 * tuning.num_warps, max(LANE_COLS, triton.next_power_of_2(k)))
+    block_k = min(tuning.block_k, max(LANE_COLS, triton.next_power_of_2(k)))
     steps = triton.cdiv(k, block_k)
+    abreast = min(tuning.block_n, max(1, 32 * LANE_COLS * tuning.num_warps // block_k))
     programs = triton.cdiv(num_outputs, tuning.block_n)
     _fused_linear_kernel[(programs,)](
         x,
@@ -234,7 +243,8 @@ def fused_linear(
         EVEN_K=k % block_k == 0,
         STEPS=steps,
         AHEAD=min(tuning.ahead, steps),
-        BLOCK_N=tuning.block_n,
+        ROWS=tuning.block_n // abreast,
+        ABREAST=abreast,
         BLOCK_K=block_k,
         NORMED_COLS=1 if normed_out is None else triton.next_power_of_2(triton.cdiv(k, programs)),
         LANE=LANE_COLS,

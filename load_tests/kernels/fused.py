@@ -53,15 +53,22 @@ class Work:
         """Launch shapes whose weights on the way and sums fit into registers, and that fill the device."""
         rows_of = 2 if self.gated else 1
         found = []
-        for block_n, warps in itertools.product((1, 2, 4, 8, 16), (2, 4, 8)):
-            steps = -(-self.k // (256 * warps))
+        for block_n, columns, warps in itertools.product((1, 2, 4, 8, 16), (1, 4, 8), (4, 8)):
+            if columns > warps or block_n * columns < warps:
+                continue
+            block_k = 256 * columns
+            steps = -(-self.k // block_k)
+            # Of a thread, for one tile: registers of weights, and sums.
+            of_tile, sums = (block_n * rows_of * columns * per // warps for per in (4, num_tokens))
             programs = self.n // rows_of // block_n
-            for ahead in sorted({1, 2, 4, min(steps, 8)}):
-                registers = ahead * block_n * rows_of * 4
-                sums = block_n * rows_of * num_tokens
-                fits = registers <= 72 and sums <= 32 and programs >= min(200, self.n // rows_of)
-                if ahead <= steps and fits and (registers >= 12 or ahead == steps):
-                    found.append(FusedTuning(block_n, warps, ahead))
+            if sums > 16 or programs < min(200, self.n // rows_of):
+                continue
+            # All that a program multiplies, or as much of it as registers hold.
+            found += [
+                FusedTuning(block_n, block_k, warps, ahead)
+                for ahead in sorted({min(steps, wanted // of_tile) for wanted in (24, 40, 64)})
+                if ahead > 0
+            ]
         return found
 
 
@@ -132,7 +139,7 @@ def measure(models: Sequence[str], token_counts: Sequence[int], top: int, out: P
             timed.sort(key=lambda item: item[0])
             shown = " | ".join(
                 f"{ms * 1e3:.2f} us {100 * moved / ms / 1e6 / ceilings.read_gb_s:.0f}% "
-                f"n{tuning.block_n} w{tuning.num_warps} a{tuning.ahead}"
+                f"n{tuning.block_n} k{tuning.block_k} w{tuning.num_warps} a{tuning.ahead}"
                 for ms, tuning in timed[:top]
             )
             print(f"{name:22s} M={count} apart {apart * 1e3:6.2f} us, together {shown}", flush=True)

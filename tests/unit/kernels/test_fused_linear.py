@@ -8,7 +8,7 @@ from stepwire_kernels.fused_linear import FusedTuning, NormInput, fused_linear
 
 from tests.unit.kernels.checks import USUAL_DTYPES, assert_close, poison
 
-# num_tokens, outputs, inputs; a tile of one warp is 256 columns.
+# num_tokens, outputs, inputs
 SHAPES = [(1, 16, 256), (1, 37, 300), (2, 9, 1030), (3, 20, 96), (4, 24, 768)]
 
 
@@ -42,7 +42,7 @@ def test_norm_and_product_match_twin(
     norm = norm_input(x, adds=True, weight_offset=1.0)
     before = norm.residual.clone()
     out, total = (poison(num_tokens, size, dtype=dtype, device=device) for size in (n, k))
-    tuning = FusedTuning(block_n=8, num_warps=1, ahead=ahead)
+    tuning = FusedTuning(block_n=8, block_k=256, num_warps=1, ahead=ahead)
 
     returned, h = fused_linear(x, weight, norm=norm, tuning=tuning, out=out, residual_out=total)
 
@@ -59,7 +59,7 @@ def test_gate_matches_twin(device: str, dtype: torch.dtype, kind: str, num_token
     x, weight = rows(num_tokens, 520, dtype=dtype, device=device), rows(2 * 21, 520, dtype=dtype, device=device)
     norm = norm_input(x, adds=True)
     out = poison(num_tokens, 21, dtype=dtype, device=device)
-    fused_linear(x, weight, norm=norm, activation=kind, tuning=FusedTuning(4, 1, 2), out=out)
+    fused_linear(x, weight, norm=norm, activation=kind, tuning=FusedTuning(4, 256, 1, 2), out=out)
     assert_close(out, twin(x, weight, norm, kind))
 
 
@@ -70,7 +70,7 @@ def test_each_part_can_be_left_out(device: str, adds: bool, has_norm: bool, kind
     wide = rows(2, 600, dtype=dtype, device=device)
     x, weight = wide[:, 100:400], rows(30, 600, dtype=dtype, device=device)[:, :300]
     norm = norm_input(x, adds=adds) if has_norm else None
-    y, total = fused_linear(x, weight, norm=norm, activation=kind, tuning=FusedTuning(2, 2, 1))
+    y, total = fused_linear(x, weight, norm=norm, activation=kind, tuning=FusedTuning(2, 512, 2, 1))
     assert_close(y, twin(x, weight, norm, kind))
     if norm is None or norm.residual is None:
         assert total is x
@@ -84,7 +84,7 @@ def test_normed_rows_are_kept_for_others(device: str, adds: bool, n: int, k: int
     x, weight = (rows(size, k, dtype=torch.bfloat16, device=device) for size in (2, n))
     norm = norm_input(x, adds=adds)
     normed = poison(2, k, dtype=x.dtype, device=device)
-    y, total = fused_linear(x, weight, norm=norm, tuning=FusedTuning(2, 1, 1), normed_out=normed)
+    y, total = fused_linear(x, weight, norm=norm, tuning=FusedTuning(2, 256, 1, 1), normed_out=normed)
     assert_close(y, twin(x, weight, norm, None))
     assert_close(normed, reference.add_rms_norm(total.double(), None, norm.weight.double(), norm.eps))
 

@@ -26,7 +26,7 @@ class FusingOps(TritonOps):
         if x.shape[0] > MAX_FUSED_TOKENS:
             return None
         self.num_fused += 1
-        return FusedTuning(block_n=16, num_warps=1, ahead=1)
+        return FusedTuning(block_n=16, block_k=256, num_warps=1, ahead=1)
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3-moe", pytest.param("llama", marks=pytest.mark.slow)])
