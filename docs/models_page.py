@@ -155,7 +155,7 @@ def native_table() -> list[str]:
 
 
 def fallback_lines() -> list[str]:
-    carried = sorted(_architecture(tiny.config_class) for tiny in CARRIED.values())
+    carried = sorted({_architecture(tiny.config_class) for tiny in CARRIED.values()})
     refused = sorted(_architecture(tiny.config_class) for tiny, _ in REFUSED.values())
     names = ", ".join(f"`{name}`" for name in refused)
     return [
@@ -198,7 +198,8 @@ POOLING = """\
 or the mean, then Dense and Normalize), an encoder, a decoder saved without its head (`Qwen3Model`, `MistralModel`), or
 a classifier with one label (`...ForSequenceClassification`, a cross encoder). `--task embed` makes vectors of any
 decoder above; `--pooling` chooses the hidden states. `/v1/embeddings` takes texts and token ids. `/v1/rerank` and
-`/v1/score` use a cross encoder's score, or the cosine of two embeddings. On a GPU all of it runs in plain torch.
+`/v1/score` use a cross encoder's score, or the cosine of two embeddings. On a GPU decoders
+run in its kernels and are pooled on the device; encoders (BERT), and layers split over stages, run in plain torch.
 """
 WEIGHTS = """\
 ## Weights

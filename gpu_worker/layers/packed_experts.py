@@ -91,13 +91,16 @@ class _Stack:
     def make_dense(self) -> torch.Tensor:
         """In the model's type, whatever it was: [experts, outputs, inputs]."""
         if self.packed is not None:
-            fields = {name: value for name, value in vars(self.packed).items() if isinstance(value, torch.Tensor)}
+            fields: dict[str, Any] = {
+                name: value for name, value in vars(self.packed).items() if isinstance(value, torch.Tensor)
+            }
+            whole = self.packed
 
-            def one(packed: PackedWeight, place: int) -> PackedWeight:
-                parts: dict[str, Any] = {name: value[place] for name, value in fields.items()}
-                return replace(packed, **parts)
+            def one(place: int) -> PackedWeight:
+                own: dict[str, Any] = {name: value[place] for name, value in fields.items()}
+                return replace(whole, **own)
 
-            ones = (one(self.packed, place) for place in range(self._num_experts))
+            ones = (one(place) for place in range(self._num_experts))
             self.dense, self.packed = torch.stack([self._as_dense(one) for one in ones]), None
         assert self.dense is not None
         return self.dense

@@ -1,10 +1,10 @@
 """Any causal language model that `transformers` has code for and this package has no file for.
 
-Its forward pass is transformers' own; only attention is replaced, by the paged backend, through transformers' attention
-interface (architectures that do not use it: `attention_adapters.py`). A step's tokens go in as one sequence with their
-own positions: everything outside attention treats tokens one by one, and a model that does not is refused. What
-attention looks like (heads, sizes, windows, scales) is asked of the model itself, in a forward pass without memory
-(device meta), since configs name these things differently.
+Its forward pass is transformers' own; only attention is replaced, by the paged backend, through transformers'
+attention interface (architectures that do not use it: `attention_adapters.py`). A step's tokens go in as one sequence
+with their own positions: everything outside attention treats tokens one by one, and a model that does not is refused.
+What attention looks like (heads, sizes, windows, scales) is asked of the model itself, in a forward pass without
+memory (device meta), since configs name these things differently.
 """
 
 from __future__ import annotations

@@ -2,15 +2,14 @@
 
 The formulas of `expert_gemm.py` on values that have scales:
 
-    x[r, k] = x_values[r, k] * x_scales[r, k / group]
+    x[r, k]    = x_values[r, k] * x_scales[r, k / group]
     w[e, n, k] = values[e, n, k] * scales[e, n / block_n, k / group]
 
 Three kinds of inputs: quantized by token or by group of inputs on the way (`quantize_input.py`), quantized with a scale
 that the checkpoint has for each expert (`quantize_by_expert`: a row of values for each pair then, since a token means
 other 8-bit values to every expert), or left as they are, with weights made as wide in registers. Scales for the whole
 row multiply the whole sum, scales of groups the sums of each group. Sums leave the matrix units every step, as in
-`scaled_linear.py`: those round float8's to some 14 bits within 128 inputs. (Few tokens as float16, exactly: 20 us
-slower for a token of Qwen3-30B-A3B on an H100, of 26 us.)
+`scaled_linear.py`: within 128 inputs those round float8's to some 14 bits.
 
 Inner values are kept by pair, not by place: their scales are found without the order of the tiles. gate_up and down as
 in `expert_gemm.py`, both products from the same kernel.

@@ -67,7 +67,7 @@ def test_logits_are_those_of_transformers(tmp_path: Path, architecture: str) -> 
 
 
 def test_gpt_oss_computes_as_its_safetensors_release_does(tmp_path: Path) -> None:
-    """The file's gate and up are even and odd rows of the release's tensor, and its matrices the transposed ones."""
+    """Gate and up of the file are the even and odd rows of the release's tensor, matrices the transposed ones."""
     from transformers import GptOssConfig, GptOssForCausalLM
 
     stored = write_gguf(

@@ -1,6 +1,7 @@
 """Loads a model in a process of its own and prints how far its memory rose; started by `test_loading_memory.py`.
 
-Arguments: the model directory, the quantization while loading (or `auto`).
+Arguments: the model directory, the quantization while loading (or `auto`), `packed` for the layers of a GPU (which hold
+packed weights and all experts of a layer together; the device is the host here, so its memory is counted as well).
 Prints a JSON object of bytes. Counts anonymous memory only: pages of the mapped
 checkpoint belong to the system's cache and can be taken away at any time.
 """
@@ -11,12 +12,15 @@ import json
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from gpu_worker.layers.linear import BuildContext
+from gpu_worker.layers.ops import TORCH_OPS, LayerOps
 from gpu_worker.models.loader import load_weights, read_spec
 from gpu_worker.parallel.shares import ParallelContext
+from gpu_worker.quant.products import PackedKernels
 from gpu_worker.quant.scheme import make_scheme
 
 SAMPLE_EVERY_S = 0.001
@@ -49,8 +53,18 @@ def main() -> None:
     before = anonymous_bytes()
     sampler = PeakSampler()
     sampler.start()
-    scheme = make_scheme(directory, family.name_rules, setting=sys.argv[2])  # type: ignore[arg-type]
-    build = BuildContext(ParallelContext(), scheme, torch.bfloat16, torch.device("cpu"))
+    device = torch.device("cpu")
+    ops: LayerOps = TORCH_OPS
+    kernels: PackedKernels | None = None
+    if sys.argv[3:] == ["packed"]:
+        from gpu_worker.cuda.ops import TritonOps
+        from gpu_worker.cuda.packed_linears import PackedLinears
+
+        ops, kernels = TritonOps(device, pdl=False), PackedLinears(device, pdl=False)
+        before = sampler.peak = anonymous_bytes()
+    setting: Any = sys.argv[2]
+    scheme = make_scheme(directory, family.name_rules, setting=setting, ops=ops, kernels=kernels)
+    build = BuildContext(ParallelContext(), scheme, torch.bfloat16, device, ops)
     model = family(spec, 512, build)
     load_weights(model, directory)
     sampler.finished.set()
