@@ -109,7 +109,12 @@ def _of_constraint(param: str, kind: str, value: Any) -> tuple[inference_pb2.Str
         case _:
             message.structural_tags.CopyFrom(_structural_tags(param, value))
             field = "structural_tags"
-    return message, {f"structured_output.{field}": param, "structured_output": param}
+    whole = field.partition(".")[0]
+    return message, {
+        f"structured_output.{field}": param,
+        f"structured_output.{whole}": param,
+        "structured_output": param,
+    }
 
 
 def _structural_tags(param: str, value: Any) -> inference_pb2.StructuralTags:

@@ -28,6 +28,7 @@ MAX_CHOICES = 4096
 MAX_NESTING = 64
 MAX_CACHED_GRAMMARS = 256
 COMPILE_TIMEOUT_S = 5.0
+MAX_LEFT_THREADS = 2
 # Blanks between the parts of a JSON text: a model that is held to a schema may otherwise say nothing else for ever.
 JSON_BLANKS = r"[\x20\x0A\x0D\x09]{1,16}"
 
@@ -50,23 +51,46 @@ class GrammarCompiler:
         self._tokenizer: llguidance.LLTokenizer | None = None
         # Work on the tokenizer's table cannot be interrupted: one at a time keeps a core free for the steps.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        # Threads that still work on what was given up.
+        self._num_left = 0
         self._cache: OrderedDict[str, Grammar] = OrderedDict()
 
     async def compile(self, source: str) -> Grammar:
         """`source` is what `lark_grammar` and its kin return. Raises `GrammarError`."""
         grammar = self._cache.get(source)
         if grammar is None:
-            compiling = asyncio.get_running_loop().run_in_executor(self._thread, self._compile, source)
-            try:
-                grammar = await asyncio.wait_for(asyncio.shield(compiling), COMPILE_TIMEOUT_S)
-            except TimeoutError:
-                compiling.add_done_callback(lambda late: late.cancelled() or late.exception())
-                raise GrammarError(f"took longer than {COMPILE_TIMEOUT_S:g} s to compile: make it simpler") from None
+            grammar = await self._compiled(source)
         self._cache[source] = grammar
         self._cache.move_to_end(source)
         if len(self._cache) > MAX_CACHED_GRAMMARS:
             self._cache.popitem(last=False)
         return grammar
+
+    async def _compiled(self, source: str) -> Grammar:
+        while True:
+            thread = self._thread
+            compiling = asyncio.get_running_loop().run_in_executor(thread, self._compile, source)
+            try:
+                return await asyncio.wait_for(asyncio.shield(compiling), COMPILE_TIMEOUT_S)
+            except TimeoutError:
+                self._leave(thread, compiling)
+                raise GrammarError(f"took longer than {COMPILE_TIMEOUT_S:g} s to compile: make it simpler") from None
+            except asyncio.CancelledError:
+                # It waited behind one that took too long: its turn comes in the next thread.
+                if not compiling.cancelled():
+                    raise
+
+    def _leave(self, thread: ThreadPoolExecutor, compiling: asyncio.Future[Grammar]) -> None:
+        """Work that cannot be interrupted keeps its thread, and nobody else waits for it: others get a new one."""
+        if thread is self._thread and self._num_left < MAX_LEFT_THREADS:
+            self._num_left += 1
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+            thread.shutdown(wait=False, cancel_futures=True)
+            compiling.add_done_callback(self._come_back)
+        compiling.add_done_callback(lambda late: late.cancelled() or late.exception())
+
+    def _come_back(self, _: asyncio.Future[Grammar]) -> None:
+        self._num_left -= 1
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)

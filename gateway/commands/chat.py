@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import readline
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ from rich.console import Console
 from gateway.commands.server_client import CommandError, ServerClient
 
 HISTORY_LINES = 1000
+# All but the tabulator and the line break: escape sequences begin with one of them.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _HELP = "/new starts over, /system TEXT sets the system message, /undo takes the last turn back, /quit or Ctrl-D ends"
 
 
@@ -56,7 +59,7 @@ class Conversation:
         return "".join(answer)
 
     def _write(self, text: str, style: str | None = None) -> None:
-        self._console.print(text, end="", style=style, markup=False, highlight=False, soft_wrap=True)
+        _show(self._console, text, style)
 
     def interact(self, history_file: Path | None) -> None:
         """Read and answer lines until the end of input."""
@@ -97,8 +100,14 @@ def complete(client: ServerClient, body: Mapping[str, Any], console: Console) ->
     """One completion, printed as it comes."""
     for chunk in client.stream("/v1/completions", body):
         for choice in chunk["choices"]:
-            console.print(choice["text"], end="", markup=False, highlight=False, soft_wrap=True)
+            _show(console, choice["text"])
     console.print()
+
+
+def _show(console: Console, text: str, style: str | None = None) -> None:
+    """Text as it comes; what would steer the terminal is not sent to it."""
+    harmless = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+    console.print(harmless, end="", style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _load_history(file: Path | None) -> None:

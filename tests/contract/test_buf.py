@@ -55,3 +55,34 @@ def test_a_broken_contract_is_noticed(current: Path, tmp_path: Path) -> None:
     told = buf(["breaking", broken, "--against", RELEASED], BREAKING)
     assert told.returncode != 0
     assert "num_prompt_tokens" in told.stdout and "num_completion_tokens" in told.stdout
+
+
+def test_everything_public_is_described(current: Path) -> None:
+    """Every method, field and value of the public contract has a comment of its own."""
+    files = FileDescriptorSet.FromString(current.read_bytes())
+    missing = []
+    for file in files.file:
+        if file.name != "stepwire/v1/inference.proto":
+            continue
+        comments = {
+            tuple(place.path): (place.leading_comments + place.trailing_comments).strip()
+            for place in file.source_code_info.location
+        }
+        named = [
+            ((4, outer, 2, inner), f"{message.name}.{each.name}")
+            for outer, message in enumerate(file.message_type)
+            for inner, each in enumerate(message.field)
+        ]
+        named += [
+            ((5, outer, 2, inner), each.name)
+            for outer, enum in enumerate(file.enum_type)
+            for inner, each in enumerate(enum.value)
+        ]
+        named += [
+            ((6, outer, 2, inner), each.name)
+            for outer, service in enumerate(file.service)
+            for inner, each in enumerate(service.method)
+        ]
+        assert len(named) > 150
+        missing += [name for path, name in named if not comments.get(path)]
+    assert not missing

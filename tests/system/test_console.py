@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,4 +105,69 @@ async def test_chat_probabilities_and_live_view(watched: Stack) -> None:
         await page.wait_for("document.querySelectorAll('.turn.assistant')[1].querySelector('.token') !== null")
         await page.evaluate("document.getElementById('stop').click()")
         await page.wait_for("document.querySelectorAll('.turn.assistant .meta')[1].textContent.includes('stopped')")
+        # The last answer can be copied and asked for again; only the last one.
+        assert await page.evaluate("document.querySelectorAll('.actions .again').length") == 1
+        await page.evaluate("document.getElementById('max_tokens').value = 5; document.querySelector('.again').click()")
+        await page.wait_for("document.querySelectorAll('.turn.assistant .meta')[1].textContent.includes('5 tokens')")
+        asked = await page.evaluate("history.map((each) => each.role).join()")
+        assert asked == "user,assistant,user,assistant"
+        # Told to forget everything while an answer is coming, it does.
+        await page.evaluate(
+            "document.getElementById('max_tokens').value = 1000;"
+            "document.getElementById('prompt').value = 'And of Italy?';"
+            "document.getElementById('ask').requestSubmit(); document.getElementById('clear').click()"
+        )
+        await page.wait_for("running === null")
+        assert await page.evaluate("history.length + document.querySelectorAll('.turn').length") == 0
     watched.wait_idle()
+
+
+MARKDOWN = """# A <b>title</b>
+Some **bold** and `code` <img src=x onerror="window.broken=1"> [link](javascript:alert(1))
+
+```html
+<script>window.broken = 1</script>
+```
+1. one
+2. two
+- <svg onload="window.broken=1">"""
+
+
+@needs_chromium
+async def test_what_a_model_writes_stays_text_and_a_narrow_page_is_whole(stack: Stack) -> None:
+    async with Page() as page:
+        await page.open(stack.url)
+        await page.wait_for("document.getElementById('models').value === 'tiny'")
+        written = await page.evaluate(
+            f"const made = element('div', 'text'); renderMarkdown(made, {json.dumps(MARKDOWN)});"
+            "document.getElementById('log').append(made);"
+            "[[...made.querySelectorAll('*')].map((each) => each.localName).join(), made.textContent, window.broken]"
+        )
+        names, text, *broken = written
+        assert names == "h3,p,strong,code,pre,code,ol,li,li,ul,li" and broken in ([None], [])
+        assert '<img src=x onerror="window.broken=1">' in text and "<script>window.broken = 1</script>" in text
+        # A question that fails says why, and can be asked again.
+        await page.evaluate(
+            "document.getElementById('temperature').value = 9; document.getElementById('logprobs').checked = false;"
+            "document.getElementById('prompt').value = 'Hello'; document.getElementById('ask').requestSubmit()"
+        )
+        await page.wait_for("(document.querySelector('.turn .error') || {}).textContent?.includes('temperature')")
+        await page.evaluate(
+            "document.getElementById('temperature').value = ''; document.getElementById('max_tokens').value = 5;"
+            "document.querySelector('.again').click()"
+        )
+        await page.wait_for("document.querySelector('.copy') !== null")
+        assert await page.evaluate("document.querySelector('.turn.assistant .markdown') !== null")
+        await page.command(
+            "Emulation.setDeviceMetricsOverride", width=390, height=800, deviceScaleFactor=1, mobile=True
+        )
+        await page.command("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+        assert await page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert await page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(14, 17, 22)"
+        await page.screenshot(ARTIFACTS / "console-narrow.png")
+        # Everything that can be used has a name.
+        unnamed = await page.evaluate(
+            "[...document.querySelectorAll('button, input, select, textarea')].filter((each) =>"
+            " !(each.textContent.trim() || each.getAttribute('aria-label') || each.closest('label'))).length"
+        )
+        assert unnamed == 0

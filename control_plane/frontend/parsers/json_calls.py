@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 
 from control_plane.frontend.parsers.scanner import Parsing, Scanner, discard
 
+# At the end of a text; after it, marks between name and arguments may have begun.
+_BEGUN_NAME = re.compile(r"\s*[\w.-]{0,128}\s*(\[[A-Z_]*)?")
 _NAME_KEYS = ("name", "function")
 _ARGUMENT_KEYS = ("arguments", "parameters")
 
@@ -150,6 +153,11 @@ def mistral(s: Scanner) -> Parsing[None]:
         yield from s.blanks()
 
 
+def unless_cut_off(text: str) -> str:
+    """The last of a text behind a mark: nothing if it is the beginning of a name, itself otherwise."""
+    return "" if _BEGUN_NAME.fullmatch(text) else text
+
+
 def _named_call(s: Scanner) -> Parsing[None]:
     name: list[str] = []
     mark = yield from s.until(("[CALL_ID]", "[ARGS]", "{"), name.append)
@@ -157,7 +165,7 @@ def _named_call(s: Scanner) -> Parsing[None]:
         mark = yield from s.until(("[ARGS]",), discard)
     called = "".join(name).strip()
     if mark is None or not called:
-        s.say("".join(name))
+        s.say(unless_cut_off("".join(name)))
         return
     s.open_call(called)
     if mark == "{":

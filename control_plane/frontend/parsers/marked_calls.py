@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from control_plane.frontend.parsers.argument_types import Written, properties_of, top_level, written_as
-from control_plane.frontend.parsers.json_calls import call_array
+from control_plane.frontend.parsers.json_calls import call_array, unless_cut_off
 from control_plane.frontend.parsers.scanner import Parsing, Scanner, discard
 
 _CALLS_BEGIN, _CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
@@ -67,7 +67,7 @@ def qwen3_coder(schemas: Mapping[str, Mapping[str, Any]]) -> Callable[[Scanner],
 def _xml_call(s: Scanner, schemas: Mapping[str, Mapping[str, Any]]) -> Parsing[None]:
     called: list[str] = []
     if (yield from s.until((">",), called.append)) is None:
-        s.say("".join(called))
+        s.say(unless_cut_off("".join(called)))
         return
     name = "".join(called).strip()
     root = schemas.get(name, {})

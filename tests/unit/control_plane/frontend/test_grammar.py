@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 from tokenizers import Tokenizer
@@ -94,6 +97,23 @@ KEYWORDS: list[tuple[dict[str, Any], list[Any], list[Any]]] = [
     ({"type": "string", "format": "uuid"}, ["12345678-1234-1234-1234-123456789abc"], ["x"]),
     ({"type": "string", "format": "ipv4"}, ["127.0.0.1"], ["127.0.0.256"]),
     ({"type": "string", "format": "email"}, ["a@b.org"], ["a"]),
+    ({"type": "string", "format": "duration"}, ["P1DT2H", "PT5M"], ["1D", "P"]),
+    ({"type": "string", "format": "hostname"}, ["a.b-c.org"], ["-a.org"]),
+    ({"type": "string", "format": "ipv6"}, ["::1", "2001:db8::8:800:200c:417a"], ["12345::"]),
+    ({"type": "string", "format": "uri"}, ["https://a.org/b?c=d#e"], ["a b"]),
+    ({"type": "number", "multipleOf": 0.5}, [1.5, 2], [1.3]),
+    ({"type": "string", "pattern": "b"}, ["abc", "b"], ["ac"]),
+    ({"minLength": 2, "type": ["string", "integer"]}, ["ab", 1], ["a"]),
+    ({"type": "array", "items": {"$ref": "#"}}, [[], [[], [[]]]], [[1]]),
+    # Without effect: annotations, and what the specification does not know.
+    (
+        {"type": "null", "title": "t", "default": 3, "examples": [1], "x-odd": {}, "contentEncoding": "base64"},
+        [None],
+        [3],
+    ),
+    # A property that is required without being described.
+    ({"type": "object", "properties": {}, "required": ["a"]}, [{"a": [1]}], [{}]),
+    ({"type": "object", "properties": {"a": False}}, [{}, {"b": 1}], [{"a": 1}]),
 ]
 
 
@@ -102,6 +122,10 @@ async def test_documented_keywords_are_enforced(
     compiler: GrammarCompiler, tokenizer: Tokenizer, schema: dict[str, Any], valid: list[Any], invalid: list[Any]
 ) -> None:
     source = grammar.json_schema_grammar(json.dumps(schema))
+    # The examples are what the specification says, formats apart: those need packages of their own to be checked.
+    judge = jsonschema.Draft202012Validator(schema)
+    assert all(map(judge.is_valid, valid))
+    assert "format" in schema or not any(map(judge.is_valid, invalid))
     for value in valid:
         assert await accepts(compiler, tokenizer, source, json.dumps(value)), value
     for value in invalid:
@@ -114,6 +138,9 @@ async def test_documented_keywords_are_enforced(
         {"not": {}},
         {"if": {"type": "string"}, "then": {"minLength": 2}},
         {"contains": {"type": "string"}},
+        {"type": "array", "contains": {"type": "null"}, "minContains": 2, "maxContains": 3},
+        {"type": "array", "unevaluatedItems": False},
+        {"type": "string", "minLength": 3, "maxLength": 2},
         {"type": "array", "uniqueItems": True},
         {"dependentRequired": {"a": ["b"]}},
         {"dependentSchemas": {}},
@@ -161,6 +188,30 @@ BOMB = json.dumps({"$ref": "#/$defs/a0", "$defs": {**REFERENCES, "a20": {"type":
 async def test_bombs_and_nonsense_are_refused(compiler: GrammarCompiler, make: Any) -> None:
     with pytest.raises((GrammarError, ValueError)):
         await compiler.compile(make())
+
+
+async def test_whoever_waits_behind_a_bomb_is_served(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes too long cannot be interrupted; it keeps its thread, and others get another one."""
+    compiler = GrammarCompiler(tokenizer.to_str(), VOCAB_SIZE, [EOS])
+    await compiler.compile(grammar.regex_grammar("a"))
+    stuck, compile_one = threading.Event(), compiler._compile
+
+    def slow(source: str) -> Any:
+        if "bomb" in source:
+            stuck.wait(60)
+        return compile_one(source)
+
+    monkeypatch.setattr(compiler, "_compile", slow)
+    monkeypatch.setattr(grammar, "COMPILE_TIMEOUT_S", 0.5)
+    bomb = asyncio.create_task(compiler.compile(grammar.regex_grammar("bomb")))
+    await asyncio.sleep(0.1)
+    monkeypatch.setattr(grammar, "COMPILE_TIMEOUT_S", 30)
+    behind = asyncio.create_task(compiler.compile(grammar.regex_grammar("b")))
+    with pytest.raises(GrammarError, match="took longer"):
+        await bomb
+    assert await behind is not None
+    stuck.set()
+    compiler.close()
 
 
 async def test_references_to_references_are_never_written_out(compiler: GrammarCompiler) -> None:

@@ -89,6 +89,32 @@ def test_a_call_that_is_cut_off_is_never_complete(name: str, text: str) -> None:
         assert len(parse(OutputFormat(name, ""), [text[:end]])[2]) <= len(whole)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"), [(name, text) for name, text, said, _ in EXAMPLES if name not in ("llama3_json", "gemma3")]
+)
+def test_nothing_of_a_marked_call_is_text_wherever_it_is_cut_off(name: str, text: str) -> None:
+    """What stands before a call is; with tools that must be called, nothing at all is."""
+    whole = parse(OutputFormat(name, ""), [text])[0]
+    start = OutputFormat(name, "").start(SCHEMAS, "", calls_only=True)
+    assert start is not None
+    for end in range(len(text)):
+        said = parse(OutputFormat(name, ""), [text[:end]])[0]
+        # The beginning of a mark may be text, as long as nothing more has come.
+        assert said.startswith(whole[:end]) and not any(mark in said for mark in ("{", "weather", "Rome")), said
+        parser = start()
+        assert parser.push(text[:end]).text == "" == parser.finish().text
+
+
+def test_a_string_of_a_marked_call_comes_as_it_is_written() -> None:
+    """A long text that a model writes into an argument is sent on piece by piece."""
+    start = OutputFormat("qwen3_coder", "").start(SCHEMAS, "")
+    assert start is not None
+    parser = start()
+    parser.push("<tool_call>\n<function=weather>\n<parameter=city>\nRome")
+    pieces = [parser.push(piece).calls[0].arguments for piece in (" is", ' "old"', " and")]
+    assert pieces == [" is", ' \\"old\\"', " and"]
+
+
 @pytest.mark.parametrize(("name", "text"), [(name, text) for name, text, _, _ in EXAMPLES])
 @given(data=st.data())
 def test_cuts_change_nothing(name: str, text: str, data: st.DataObject) -> None:
