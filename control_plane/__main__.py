@@ -135,6 +135,7 @@ async def _drain(settings: ControlPlaneSettings, engine: Engine, server: Fronten
 def _engine_config(settings: ControlPlaneSettings) -> EngineConfig:
     return EngineConfig(
         max_num_batched_tokens=settings.max_num_batched_tokens,
+        mixed_step_tokens=settings.mixed_step_tokens,
         max_queued_requests=settings.max_queued_requests,
         max_queued_tokens=settings.max_queued_tokens,
         scheduling_policy=settings.scheduling_policy,

@@ -95,6 +95,11 @@ class ControlPlaneSettings(ProcessSettings):
     max_num_batched_tokens: PositiveInt | None = Field(
         None, description="most tokens one step runs, prefill and decode together; default: what the worker announces"
     )
+    mixed_step_tokens: PositiveInt = Field(
+        512,
+        description="tokens that a step is filled up to with waiting prompts while other requests generate; more if "
+        "many wait. Smaller: steadier gaps between tokens; larger: sooner first tokens",
+    )
     max_queued_requests: PositiveInt = Field(
         1024, description="requests that may wait; more are refused with RESOURCE_EXHAUSTED and a time to retry"
     )

@@ -115,6 +115,11 @@ class LaunchSettings(ProcessSettings):
     max_num_batched_tokens: PositiveInt | None = Field(
         None, description="most tokens one step runs", json_schema_extra=_passed_to(WORKER)
     )
+    mixed_step_tokens: PositiveInt | None = Field(
+        None,
+        description="tokens that a step is filled up to with waiting prompts while other requests generate",
+        json_schema_extra=_passed_to(CONTROL_PLANE),
+    )
     tensor_parallel_size: PositiveInt = Field(
         1,
         description="devices that share every layer",

@@ -214,6 +214,7 @@ def worker_facts(
         can_mask_tokens=pooling is None,
         can_prompt_logprobs=pooling is None,
         pooling=None if pooling is None else pooling_facts(pooling),
+        weights_per_token=sum(spec.layer_weights()),
     )
 
 

@@ -170,3 +170,13 @@ class ModelSpec:
     @property
     def attention_scale(self) -> float:
         return self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
+
+    def layer_weights(self) -> list[int]:
+        """Weights of each layer that a token is multiplied with; of experts, those that it chooses."""
+        attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        dense = (3 if self.gated_mlp else 2) * self.hidden_size * self.intermediate_size
+        experts = dense
+        if self.moe is not None:
+            width = self.moe.num_chosen * self.moe.intermediate_size + self.moe.shared_intermediate_size
+            experts = 3 * self.hidden_size * width
+        return [attention + (experts if layer.is_moe else dense) for layer in self.layers]

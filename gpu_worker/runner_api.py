@@ -61,6 +61,7 @@ class WorkerFacts:
     pooling: PoolingFacts | None = None
     num_stages: int = 1
     """Parts of the worker that work on different steps at a time."""
+    weights_per_token: int = 0
 
 
 @dataclass(frozen=True, slots=True)

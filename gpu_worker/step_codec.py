@@ -177,6 +177,7 @@ def encode_facts(facts: WorkerFacts, instance_id: str, version: str) -> worker_p
         block_bytes=facts.block_bytes,
         pooling=pooling,
         num_stages=facts.num_stages,
+        weights_per_token=facts.weights_per_token,
     )
 
 

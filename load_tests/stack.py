@@ -18,7 +18,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -49,8 +49,10 @@ class _Processes:
         self._log = self.directory / "log"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
-    def _start(self, name: str, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
-        environment = dict(os.environ)
+    def _start(
+        self, name: str, arguments: Sequence[str], variables: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
+        environment = {**os.environ, **(variables or {})}
         sources = [str(REPOSITORY_ROOT / source) for source in ("", "proto", "kernels")]
         environment["PYTHONPATH"] = os.pathsep.join([*sources, environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
         with self._log.open("ab") as log:

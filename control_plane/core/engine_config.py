@@ -12,6 +12,7 @@ class EngineConfig:
     """The same for every group. The queue's bounds are for all of them together."""
 
     max_num_batched_tokens: int | None = None
+    mixed_step_tokens: int = 512
     max_queued_requests: int = 1024
     max_queued_tokens: int = 1 << 20
     scheduling_policy: PolicyName = "fcfs"

@@ -9,6 +9,7 @@ from stepwire.v1 import worker_pb2
 
 from control_plane.core.admission import AdmissionLimits
 from control_plane.core.engine_config import EngineConfig
+from control_plane.core.policy import context_per_prompt_token
 from control_plane.core.request import ModelFacts, PoolingFacts
 from control_plane.core.scheduler import SchedulerConfig
 from control_plane.core.worker_link import WorkerRefused
@@ -41,6 +42,10 @@ def scheduler_config(worker: worker_pb2.DescribeResponse, config: EngineConfig) 
         block_size=worker.block_size,
         max_num_seqs=worker.max_num_seqs,
         max_num_batched_tokens=_token_budget(worker, config),
+        mixed_step_tokens=config.mixed_step_tokens,
+        context_per_prompt_token=context_per_prompt_token(
+            worker.weights_per_token, worker.block_bytes / worker.block_size
+        ),
         policy=config.scheduling_policy,
         enable_prefix_caching=config.enable_prefix_caching,
         whole_prompts=worker.pooling.whole_prompts,

@@ -57,6 +57,10 @@ class Placement:
         return bool(self._free_rows)
 
     @property
+    def num_free_rows(self) -> int:
+        return len(self._free_rows)
+
+    @property
     def has_free_block(self) -> bool:
         return self._pool.num_free > 0
 

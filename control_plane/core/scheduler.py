@@ -19,7 +19,7 @@ from itertools import count as counting_up
 from operator import attrgetter
 
 from control_plane.core.placement import Placement
-from control_plane.core.policy import PolicyName, choose_victim, is_background, sort_key
+from control_plane.core.policy import PolicyName, choose_victim, is_background, mixed_step_size, sort_key
 from control_plane.core.prefix_cache import BlockHash, root_hash
 from control_plane.core.request import (
     CoreRequest,
@@ -52,6 +52,10 @@ class SchedulerConfig:
     max_num_batched_tokens: int
     policy: PolicyName = "fcfs"
     enable_prefix_caching: bool = True
+    mixed_step_tokens: int = 512
+    """What a step is filled up to with prompts while others generate; see `policy.mixed_step_size`."""
+    context_per_prompt_token: int = 0
+    """Tokens of context that cost the worker as much as one prompt token; 0: not known."""
     # Prompts of requests that pool run in one step.
     whole_prompts: bool = False
     num_stages: int = 1
@@ -269,6 +273,8 @@ class Scheduler:
                 prefills.append(sequence)
             elif budget and self._plan_decode(plan, sequence):
                 budget -= 1
+        if plan.rows and (prefills or waiting):
+            budget = min(budget, self._prompt_share(plan, prefills, waiting))
         for sequence in prefills:
             if budget and sequence.row != NO_ROW:
                 budget -= self._plan_prefill(plan, sequence, budget)
@@ -371,6 +377,21 @@ class Scheduler:
         share = -(-len(rested) // (num_stages - len(recent)))
         in_turn = {*rested[:share], *others}
         return [sequence for sequence in running if sequence in in_turn]
+
+    def _prompt_share(self, plan: StepPlan, prefills: list[SequenceState], waiting: list[SequenceState]) -> int:
+        """Prompt tokens that a step should take in which others generate."""
+        if self.config.whole_prompts:
+            return self.config.max_num_batched_tokens
+        backlog = sum(sequence.num_total - sequence.num_computed for sequence in prefills)
+        if waiting:
+            # Of those that wait, as many as there are rows for.
+            num_next = min(len(waiting), self._placement.num_free_rows)
+            backlog += self._num_waiting_tokens * num_next // len(self._waiting)
+        num_decodes, decode_cost = len(plan.rows), 0
+        if self.config.context_per_prompt_token:
+            num_context_tokens = sum(sequence.num_total for sequence in plan.sequences)
+            decode_cost = num_context_tokens // self.config.context_per_prompt_token
+        return mixed_step_size(num_decodes, decode_cost, backlog, self.config.mixed_step_tokens) - num_decodes
 
     def _make_alone(self, suspect: SequenceState) -> bool:
         """Clear the worker of every other sequence; False while steps of theirs are still in flight.

@@ -30,7 +30,7 @@ TOKEN_MULTIPLE = 32
 SMALL_NUM_RUNS = (16, 64)
 # (up to, in steps of): token counts that have graphs. Padding costs a quarter at worst but for the smallest steps, and
 # beyond the last one the device needs longer for a step than the host for launching its kernels one by one.
-GRAPH_TOKENS = ((512, 64), (1024, 128), (2048, 256), (4096, 512))
+GRAPH_TOKENS = ((1024, 64), (2048, 256), (4096, 512))
 
 
 @dataclass(frozen=True, slots=True)

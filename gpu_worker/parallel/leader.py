@@ -94,7 +94,7 @@ def layout_for(settings: WorkerSettings, spec: ModelSpec) -> GroupLayout:
     return plan_layout(
         settings.tensor_parallel_size,
         settings.pipeline_parallel_size,
-        layer_costs=layer_costs(spec),
+        layer_costs=spec.layer_weights(),
         # A step looks up a row for every token, and multiplies by the whole head.
         first_cost=spec.hidden_size,
         last_cost=spec.vocab_size * spec.hidden_size,
@@ -102,17 +102,6 @@ def layout_for(settings: WorkerSettings, spec: ModelSpec) -> GroupLayout:
         expert_parallel=settings.enable_expert_parallel,
         num_nodes=settings.num_nodes,
     )
-
-
-def layer_costs(spec: ModelSpec) -> list[float]:
-    """Weights that a token meets in each layer, which is what a decode step is bound by."""
-    attention = spec.hidden_size * spec.head_dim * (2 * spec.num_heads + 2 * spec.num_kv_heads)
-    dense = (3 if spec.gated_mlp else 2) * spec.hidden_size * spec.intermediate_size
-    experts = dense
-    if spec.moe is not None:
-        width = spec.moe.num_chosen * spec.moe.intermediate_size + spec.moe.shared_intermediate_size
-        experts = 3 * spec.hidden_size * width
-    return [float(attention + (experts if layer.is_moe else dense)) for layer in spec.layers]
 
 
 def check_split(settings: WorkerSettings, model: Path, layout: GroupLayout) -> None:

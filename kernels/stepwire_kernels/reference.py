@@ -251,10 +251,20 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def decode_records(
-    query_starts: list[int], kv_lens: list[int], run_rows: list[int], *, window: int, min_chunk: int, max_chunks: int
+    query_starts: list[int],
+    kv_lens: list[int],
+    run_rows: list[int],
+    *,
+    window: int,
+    min_chunk: int,
+    max_chunks: int,
+    wanted_records: int = 0,
 ) -> list[tuple[int, ...]]:
     """The decode list's records, in `work_list.DECODE_FIELDS` order."""
     records: list[tuple[int, ...]] = []
+    decodes = [kv_len for run, kv_len in enumerate(kv_lens) if query_starts[run + 1] - query_starts[run] == 1]
+    total_visible = sum(min(kv_len, window or kv_len) for kv_len in decodes)
+    even_chunk = min(max(total_visible // wanted_records, 64), 2048) if wanted_records else 0
     for run, (kv_len, row) in enumerate(zip(kv_lens, run_rows, strict=True)):
         first, last = query_starts[run], query_starts[run + 1]
         first_item = len(records)
@@ -263,6 +273,9 @@ def decode_records(
         elif last - first == 1:
             visible_from = max(0, kv_len - window) if window else 0
             chunk = min_chunk
+            if wanted_records:
+                num_parts = max(1, (kv_len - visible_from + even_chunk // 2) // even_chunk)
+                chunk = -(-(kv_len - visible_from) // (num_parts * 64)) * 64
             while chunk * max_chunks < kv_len - visible_from:
                 chunk *= 2
             starts = list(range(visible_from // chunk * chunk, kv_len, chunk))

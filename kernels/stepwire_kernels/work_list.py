@@ -4,9 +4,11 @@ A *run* is one row's share of a step: `query_starts` int32 [num_runs + 1] says w
 int32 [num_runs] how many tokens of KV it sees (context and this step's tokens), `run_rows` int32 [num_runs] whose block
 table it uses. A run with kv_len 0 is padding.
 
-Decode list (runs of one query token): the visible KV is cut into chunks at multiples of the chunk size. The chunk size
-is the policy's `min_chunk`, doubled until a run has at most `max_chunks`: it depends on the run's own length and on
-nothing else in the batch, so results do not either, and the partial results need a bounded buffer.
+Decode list (runs of one query token): the visible KV is cut into chunks at multiples of the run's chunk size. Where
+the policy has `wanted_records`, that many chunks are shared out over the runs by their lengths, and a run's chunks are
+alike: as many as keep the device busy, and no more, since each leaves a partial result. Without, the chunk size is the
+policy's `min_chunk`. Either is doubled until a run has at most `max_chunks`, so that the partial results need a bounded
+buffer.
 Padding runs get one item per token, which makes the attention kernel write zeros there.
 
 Prefill list: tiles of `tile_tokens` query tokens, the last tile of a run (the one with most KV) first.
@@ -31,16 +33,22 @@ PREFILL_FIELDS = ("run", "row", "token", "num_queries", "position", "kv_len", "u
 
 @dataclass(frozen=True)
 class ChunkPolicy:
-    """How finely a decode run's KV is split; both numbers are powers of two.
+    """How finely a decode run's KV is split.
 
     Two policies give results that differ in the last bits. A server whose results must not depend on the batch uses one
-    policy throughout; otherwise each captured bucket may take `chunk_policy_for`.
+    policy throughout, without `wanted_records`; otherwise each captured bucket may take `chunk_policy_for`.
     """
 
     min_chunk: int = 256
+    """Tokens; a power of two."""
     max_chunks: int = 16
+    """Of a run; a power of two."""
+    wanted_records: int = 0
+    """Chunks that a step is to have in all; 0: a run's chunks depend on its own length alone."""
 
     def __post_init__(self) -> None:
+        if self.wanted_records < 0:
+            raise ValueError(f"ChunkPolicy: wanted_records must be 0 or more, got {self.wanted_records}")
         for name, value in (("min_chunk", self.min_chunk), ("max_chunks", self.max_chunks)):
             if value < 1 or value & (value - 1):
                 raise ValueError(f"ChunkPolicy: {name} must be a power of two, got {value}")
@@ -50,9 +58,18 @@ THROUGHPUT = ChunkPolicy()
 LATENCY = ChunkPolicy(min_chunk=64, max_chunks=64)
 
 
+# Programs of the decode kernel that keep an H100's memory busy: measured best between 256 and 512.
+WANTED_PROGRAMS = 384
+# Beyond this a program that has its chunk alone makes the others wait.
+LONGEST_CHUNK = tl.constexpr(2048)
+# What chunks that are shared out are multiples of: every tile's size divides it.
+CHUNK_MULTIPLE = tl.constexpr(64)
+
+
 def chunk_policy_for(max_runs: int, num_kv_heads: int) -> ChunkPolicy:
-    """The faster policy for a bucket: small batches need small chunks to reach every multiprocessor."""
-    return LATENCY if max_runs * num_kv_heads <= 64 else THROUGHPUT
+    """The policy for a bucket: chunks as large as keep the device busy."""
+    max_chunks = LATENCY.max_chunks if max_runs * num_kv_heads <= 64 else THROUGHPUT.max_chunks
+    return ChunkPolicy(CHUNK_MULTIPLE.value, max_chunks, max(1, WANTED_PROGRAMS // num_kv_heads))
 
 
 @dataclass(frozen=True)
@@ -93,21 +110,49 @@ def _allocate(capacity: int, max_runs: int, device: torch.device | str, policy: 
 
 
 @triton.jit
-def _chunk_tokens(visible, MIN_CHUNK: tl.constexpr, CHUNK_LIMIT: tl.constexpr):
-    """The chunk size for a run that sees `visible` tokens: MIN_CHUNK doubled until CHUNK_LIMIT chunks suffice."""
+def _first_visible(kv_len, WINDOW: tl.constexpr):
+    """Position of the first token that a run's query sees."""
+    first = kv_len * 0
+    if WINDOW > 0:
+        first = tl.maximum(kv_len - WINDOW, 0)
+    return first
+
+
+@triton.jit
+def _even_chunk(total_visible, WANTED_RECORDS: tl.constexpr):
+    """Tokens of a chunk if `total_visible` tokens made WANTED_RECORDS of them; 0 where runs are cut by themselves."""
+    even_chunk = total_visible * 0
+    if WANTED_RECORDS > 0:
+        even_chunk = tl.minimum(tl.maximum(total_visible // WANTED_RECORDS, CHUNK_MULTIPLE), LONGEST_CHUNK)
+    return even_chunk
+
+
+@triton.jit
+def _chunk_tokens(visible, even_chunk, MIN_CHUNK: tl.constexpr, CHUNK_LIMIT: tl.constexpr, IS_SHARED: tl.constexpr):
+    """The chunk size for a run that sees `visible` tokens, doubled until CHUNK_LIMIT chunks suffice."""
     chunk = visible * 0 + MIN_CHUNK
+    if IS_SHARED:
+        num_parts = tl.maximum((visible + even_chunk // 2) // even_chunk, 1)
+        part = (visible + num_parts - 1) // num_parts
+        chunk = tl.maximum((part + CHUNK_MULTIPLE - 1) // CHUNK_MULTIPLE, 1) * CHUNK_MULTIPLE
     for _ in tl.static_range(16):
         chunk = tl.where(chunk * CHUNK_LIMIT < visible, chunk * 2, chunk)
     return chunk
 
 
 @triton.jit
-def _decode_items(num_queries, kv_len, WINDOW: tl.constexpr, MIN_CHUNK: tl.constexpr, CHUNK_LIMIT: tl.constexpr):
+def _decode_items(
+    num_queries,
+    kv_len,
+    even_chunk,
+    WINDOW: tl.constexpr,
+    MIN_CHUNK: tl.constexpr,
+    CHUNK_LIMIT: tl.constexpr,
+    IS_SHARED: tl.constexpr,
+):
     """(number of items, chunk size, first chunk) of a run; works on scalars and on tensors."""
-    first_visible = kv_len * 0
-    if WINDOW > 0:
-        first_visible = tl.maximum(kv_len - WINDOW, 0)
-    chunk = _chunk_tokens(kv_len - first_visible, MIN_CHUNK, CHUNK_LIMIT)
+    first_visible = _first_visible(kv_len, WINDOW)
+    chunk = _chunk_tokens(kv_len - first_visible, even_chunk, MIN_CHUNK, CHUNK_LIMIT, IS_SHARED)
     first_chunk = first_visible // chunk
     num_chunks = (kv_len + chunk - 1) // chunk - first_chunk
     is_decode = (num_queries == 1) & (kv_len > 0)
@@ -127,10 +172,12 @@ def _decode_list_kernel(
     WINDOW: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
     CHUNK_LIMIT: tl.constexpr,
+    WANTED_RECORDS: tl.constexpr,
     BLOCK_RUNS: tl.constexpr,
     BLOCK_ITEMS: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
+    IS_SHARED: tl.constexpr = WANTED_RECORDS > 0
     run = tl.program_id(0)
     runs = tl.arange(0, BLOCK_RUNS)
     in_step = runs < num_runs
@@ -139,7 +186,9 @@ def _decode_list_kernel(
     starts = tl.load(query_starts_ptr + runs, mask=in_step, other=0)
     ends = tl.load(query_starts_ptr + runs + 1, mask=in_step, other=0)
     lens = tl.load(kv_lens_ptr + runs, mask=in_step, other=0)
-    counts, _, _ = _decode_items(ends - starts, lens, WINDOW, MIN_CHUNK, CHUNK_LIMIT)
+    visible = tl.where(ends - starts == 1, lens - _first_visible(lens, WINDOW), 0)
+    even_chunk = _even_chunk(tl.sum(visible, axis=0), WANTED_RECORDS)
+    counts, _, _ = _decode_items(ends - starts, lens, even_chunk, WINDOW, MIN_CHUNK, CHUNK_LIMIT, IS_SHARED)
     first_item = tl.sum(tl.where(runs < run, counts, 0), axis=0)
     if run == 0:
         tl.store(num_records_ptr, tl.sum(counts, axis=0))
@@ -148,7 +197,9 @@ def _decode_list_kernel(
     num_queries = tl.load(query_starts_ptr + run + 1) - token
     kv_len = tl.load(kv_lens_ptr + run)
     row = tl.load(run_rows_ptr + run)
-    num_items, chunk, first_chunk = _decode_items(num_queries, kv_len, WINDOW, MIN_CHUNK, CHUNK_LIMIT)
+    num_items, chunk, first_chunk = _decode_items(
+        num_queries, kv_len, even_chunk, WINDOW, MIN_CHUNK, CHUNK_LIMIT, IS_SHARED
+    )
     is_padding = kv_len == 0
     tl.store(list_runs_ptr + run * 4, token)
     tl.store(list_runs_ptr + run * 4 + 1, first_item)
@@ -256,6 +307,7 @@ def build_decode_list(
         WINDOW=window,
         MIN_CHUNK=work.policy.min_chunk,
         CHUNK_LIMIT=work.policy.max_chunks,
+        WANTED_RECORDS=work.policy.wanted_records,
         BLOCK_RUNS=triton.next_power_of_2(num_runs),
         BLOCK_ITEMS=32,
         USE_PDL=pdl,

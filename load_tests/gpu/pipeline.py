@@ -46,13 +46,16 @@ class Pipeline:
             )
         )
 
+    def holds(self, row: int) -> bool:
+        return row in self._computed
+
     def drop(self, row: int) -> None:
         self._free += self._blocks.pop(row)
         del self._computed[row]
         self._drops.append(row)
 
-    def launch(self, runs: dict[int, int], *, samples: bool) -> None:
-        """One step with so many tokens of each row; all of its rows sample, or none."""
+    def launch(self, runs: dict[int, int], *, samples: bool, silent_row: int | None = None) -> None:
+        """One step with so many tokens of each row; all of its rows but `silent_row` sample, or none."""
         new_blocks: list[list[int]] = []
         starts: list[int] = []
         for row, num_tokens in runs.items():
@@ -72,7 +75,7 @@ class Pipeline:
             run_rows=np.array(list(runs), dtype=np.uint32),
             run_start_positions=np.array(starts, dtype=np.uint32),
             run_num_tokens=np.array(list(runs.values()), dtype=np.uint32),
-            run_samples=np.full(len(runs), samples),
+            run_samples=np.array([samples and row != silent_row for row in runs]),
             run_num_new_blocks=np.array([len(taken) for taken in new_blocks], dtype=np.uint32),
             new_block_ids=np.array([block for taken in new_blocks for block in taken], dtype=np.uint32),
             mask_rows=np.zeros(0, dtype=np.uint32),

@@ -1,4 +1,4 @@
-"""The whole stack on a GPU: worker and control plane as processes, the load driver over gRPC with token ids.
+"""The whole stack on GPUs: workers and control plane as processes, the load driver over gRPC with token ids.
 
     python -m load_tests.gpu.stack_bench --shape llama-3.1-8b --run 'decode --batch-size 32' --run nano --output DIR
 
@@ -27,29 +27,33 @@ _READY_LIMIT_S = 120.0
 
 
 class WorkerStack(_Processes):
-    """One GPU worker and a control plane that takes and gives token ids. Ready when entered."""
+    """GPU workers, each a group, and a control plane that takes and gives token ids. Ready when entered."""
 
-    def __init__(self, shape: str, worker_flags: Sequence[str], control_plane_flags: Sequence[str]) -> None:
+    def __init__(
+        self, shape: str, worker_flags: Sequence[str], control_plane_flags: Sequence[str], num_groups: int = 1
+    ) -> None:
         super().__init__()
+        self._num_groups = num_groups
         self._shape, self._worker_flags, self._control_plane_flags = shape, worker_flags, control_plane_flags
         self.grpc_address = f"unix:{self.directory}/public.sock"
         # From the first process's start.
         self.ready_s = 0.0
 
     def __enter__(self) -> Self:
-        worker = f"unix:{self.directory}/worker.sock"
+        workers = [f"unix:{self.directory}/worker{number}.sock" for number in range(self._num_groups)]
         started_s = time.monotonic()
         model = str(SHAPES_DIRECTORY / self._shape)
         try:
-            self._start(
-                "gpu_worker",
-                ["gpu_worker", "--model", model, "--load-format", "dummy", "--listen", worker, *self._worker_flags],
-            )
+            for number, worker in enumerate(workers):
+                # One group may have several devices; several have one each.
+                device = {"CUDA_VISIBLE_DEVICES": str(number)} if self._num_groups > 1 else {}
+                command = ["gpu_worker", "--model", model, "--load-format", "dummy", "--listen", worker]
+                self._start(f"gpu_worker {number}", [*command, *self._worker_flags], device)
             self._start(
                 "control_plane",
                 [
                     "control_plane",
-                    *("--workers", worker, "--listen", self.grpc_address),
+                    *("--workers", ",".join(workers), "--listen", self.grpc_address),
                     *("--grpc-port", "0", "--metrics-port", str(free_port())),
                     *self._control_plane_flags,
                 ],
@@ -84,6 +88,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--shape", required=True, choices=sorted(path.name for path in SHAPES_DIRECTORY.iterdir()))
     parser.add_argument("--control-plane-flags", default="", help="for python -m control_plane")
     parser.add_argument("--worker-flags", default="--max-model-len 9216", help="for python -m gpu_worker")
+    parser.add_argument("--data-parallel-size", type=int, default=1, help="workers of one device each")
     parser.add_argument(
         "--run", action="append", required=True, help="a scenario of python -m load_tests and its flags"
     )
@@ -94,7 +99,10 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     has_failed = False
     label = f"worker: {args.worker_flags}; control plane: {args.control_plane_flags or 'defaults'}"
-    with WorkerStack(args.shape, shlex.split(args.worker_flags), shlex.split(args.control_plane_flags)) as stack:
+    if args.data_parallel_size > 1:
+        label += f"; {args.data_parallel_size} groups"
+    flags = shlex.split(args.worker_flags), shlex.split(args.control_plane_flags)
+    with WorkerStack(args.shape, *flags, args.data_parallel_size) as stack:
         print(f"{args.shape}: ready {stack.ready_s:.1f} s after the start", flush=True)
         time.sleep(args.settle_s)
         for scenario in args.run:

@@ -1,6 +1,6 @@
 """Times a CUDA runner's steps at two in flight, beside the floor, vLLM's figure and the goal.
 
-    python -m load_tests.gpu.step_bench [--shape llama-3.1-8b ...] [--profile] [--output FILE]
+    python -m load_tests.gpu.step_bench [--shape llama-3.1-8b ...] [--mixed 64:512 ...] [--profile]
 
 Random weights, random keys and values; contexts of 1,024 tokens. What is measured is the worker alone: no control
 plane, no gRPC. The floor counts weights and KV read once at 4.3 TB/s, and matrix products at 790 TFLOP/s.
@@ -119,6 +119,52 @@ def measure_decode(runner: CudaRunner, shape: str, num_rows: int) -> Row:
     )
 
 
+class MixedLoad:
+    """Steps of `num_rows` decodes at the usual context and `num_tokens` of one prompt, prompt after prompt."""
+
+    def __init__(self, runner: CudaRunner, num_rows: int, num_tokens: int) -> None:
+        self.pipeline = Pipeline(runner)
+        self._num_rows, self._num_tokens = num_rows, num_tokens
+        self._left = 0
+        self._rng = np.random.default_rng(num_tokens)
+        occupy(self.pipeline, num_rows, self.pipeline.facts.vocab_size)
+
+    def launch(self) -> None:
+        runs = dict.fromkeys(range(self._num_rows), 1)
+        free = self._num_tokens
+        row = self._num_rows
+        if free and self._left == 0:
+            if self.pipeline.holds(row):
+                self.pipeline.drop(row)
+            self._left = max(CONTEXT, self._num_tokens)
+            tokens = self._rng.integers(0, self.pipeline.facts.vocab_size, self._left).tolist()
+            self.pipeline.add(row, tokens, sampling(temperature=0.6, seed=row))
+        if free:
+            runs[row] = min(free, self._left)
+            self._left -= runs[row]
+        self.pipeline.launch(runs, samples=True, silent_row=row if self._left else None)
+
+
+def measure_mixed(runner: CudaRunner, shape: str, num_rows: int, num_tokens: int) -> Row:
+    load = MixedLoad(runner, num_rows, num_tokens)
+    for _ in range(WARM_STEPS + DECODE_STEPS):
+        load.launch()
+    pipeline = load.pipeline
+    pipeline.finish()
+    times = [pending.times() for pending in pipeline.pending[WARM_STEPS:]]  # type: ignore[attr-defined]
+    wall_ms = (pipeline.finished_s[-1] - pipeline.finished_s[WARM_STEPS - 1]) / DECODE_STEPS * 1e3
+    return Row(
+        shape,
+        f"mixed d{num_rows} p{num_tokens} ms",
+        wall_ms,
+        {
+            "device_ms": median(t.forward_ns + t.sample_ns for t in times) / 1e6,
+            "idle_us": median(t.idle_ns for t in times) / 1e3,
+            "execute_ms": median(pipeline.execute_s[WARM_STEPS:]) * 1e3,
+        },
+    )
+
+
 def measure_prefill(runner: CudaRunner, shape: str, num_prompts: int, length: int) -> Row:
     """One prompt: milliseconds from the step to its token. Several: prompt tokens per second, two steps in flight."""
     vocab_size, budget = runner.describe().vocab_size, runner.describe().max_num_batched_tokens
@@ -143,21 +189,19 @@ def measure_prefill(runner: CudaRunner, shape: str, num_prompts: int, length: in
     return Row(shape, f"prefill {num_prompts}x{length} tok/s", num_prompts * length / samples[-1], details)
 
 
-def profile_decode(runner: CudaRunner, num_rows: int) -> list[tuple[str, float, int]]:
+def profile_steps(runner: CudaRunner, num_rows: int, num_tokens: int = 0) -> list[tuple[str, float, int]]:
     """(kernel, microseconds a step, launches a step), the longest first."""
     from torch.profiler import ProfilerActivity, profile
 
-    pipeline = Pipeline(runner)
-    occupy(pipeline, num_rows, pipeline.facts.vocab_size)
-    runs = dict.fromkeys(range(num_rows), 1)
+    load = MixedLoad(runner, num_rows, num_tokens)
     for _ in range(6):
-        pipeline.launch(runs, samples=True)
-    pipeline.finish()
+        load.launch()
+    load.pipeline.finish()
     num_steps = 4
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
         for _ in range(num_steps):
-            pipeline.launch(runs, samples=True)
-        pipeline.finish()
+            load.launch()
+        load.pipeline.finish()
         torch.cuda.synchronize()
     kernels = [event for event in recorded.key_averages() if event.self_device_time_total > 0]
     kernels.sort(key=lambda event: -event.self_device_time_total)
@@ -194,22 +238,32 @@ def measure_shape(shape: str, args: argparse.Namespace) -> list[Row]:
     fill_cache(runner, max(args.batch_sizes) * (CONTEXT // runner.describe().block_size + 2) + 2)
     for num_rows in args.batch_sizes:
         rows.append(measure_decode(runner, shape, num_rows))
+    for num_rows, num_tokens in args.mixed:
+        rows.append(measure_mixed(runner, shape, num_rows, num_tokens))
     if not args.no_prefill:
         rows.append(measure_prefill(runner, shape, 1, 1024))
         rows.append(measure_prefill(runner, shape, 8, 8192))
     if args.profile:
-        for num_rows in sorted({1, 32, max(args.batch_sizes)}):
-            print(f"--- {shape} b{num_rows}: microseconds a step, by kernel")
-            for name, us, count in profile_decode(runner, num_rows)[:14]:
+        for num_rows, num_tokens in [*((size, 0) for size in sorted({1, 32, max(args.batch_sizes)})), *args.mixed]:
+            print(f"--- {shape} {num_rows} decodes, {num_tokens} prompt tokens: microseconds a step, by kernel")
+            for name, us, count in profile_steps(runner, num_rows, num_tokens)[:14]:
                 print(f"{us:10.1f} {count:5d} {name}")
     runner.close()
     return rows
+
+
+def mixed_sizes(text: str) -> tuple[int, int]:
+    num_rows, num_tokens = text.split(":")
+    return int(num_rows), int(num_tokens)
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m load_tests.gpu.step_bench", description=__doc__)
     parser.add_argument("--shape", action="append", choices=sorted(path.name for path in SHAPES_DIRECTORY.iterdir()))
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 32, 128, 256])
+    parser.add_argument(
+        "--mixed", type=mixed_sizes, nargs="+", default=[], help="D:P, decodes and prompt tokens of a step"
+    )
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--no-prefill", action="store_true")

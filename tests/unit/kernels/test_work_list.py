@@ -38,14 +38,20 @@ def listed(work: WorkList) -> list[tuple[int, ...]]:
 @given(
     runs=st.one_of(RUNS, DECODES),
     window=st.sampled_from([0, 1, 100, 4096]),
-    policy=st.sampled_from([LATENCY, THROUGHPUT, ChunkPolicy(16, 4)]),
+    policy=st.sampled_from([LATENCY, THROUGHPUT, ChunkPolicy(16, 4), ChunkPolicy(64, 16, 24), ChunkPolicy(64, 64, 5)]),
 )
 def test_decode_list_matches_twin(runs: list[tuple[int, int | None]], window: int, policy: ChunkPolicy) -> None:
     starts, lens, rows = arrays(runs)
     work = work_list.allocate_decode_list(len(runs), starts[-1], DEVICE, policy=policy)
     work_list.build_decode_list(*tensors(starts, lens, rows), work, window=window)
     expected = reference.decode_records(
-        starts, lens, rows, window=window, min_chunk=policy.min_chunk, max_chunks=policy.max_chunks
+        starts,
+        lens,
+        rows,
+        window=window,
+        min_chunk=policy.min_chunk,
+        max_chunks=policy.max_chunks,
+        wanted_records=policy.wanted_records,
     )
     assert listed(work) == expected
     assert len(expected) <= work.capacity
@@ -73,6 +79,23 @@ def test_a_run_keeps_its_chunks_whatever_the_batch() -> None:
     work_list.build_decode_list(*tensors([0, 1, 2, 3], [70_000, 9000, 12], [1, 4, 2]), batch)
     ranges = [record[4:6] for record in listed(batch) if record[0] == 1]
     assert ranges == [record[4:6] for record in listed(alone)]
+
+
+@pytest.mark.parametrize(
+    ("lens", "chunks"),
+    [
+        ([1100] * 4, [9] * 4),  # 4,400 tokens to 48 chunks of 91: parts of 128
+        ([1100] * 60, [1] * 60),  # of 1,375
+        ([8200] * 60, [4] * 60),  # none beyond 2,048, and its parts are alike
+        ([8200] * 3 + [40], [15, 15, 15, 1]),
+    ],
+)
+def test_a_step_has_as_many_chunks_as_keep_the_device_busy(lens: list[int], chunks: list[int]) -> None:
+    num_runs = len(lens)
+    work = work_list.allocate_decode_list(num_runs, num_runs, DEVICE, policy=work_list.chunk_policy_for(num_runs, 8))
+    work_list.build_decode_list(*tensors(list(range(num_runs + 1)), lens, list(range(num_runs))), work)
+    assert [num_chunks for _, _, num_chunks, _ in work.runs.tolist()] == chunks
+    assert int(work.num_records) <= work.capacity
 
 
 def test_mismatched_arrays_are_refused() -> None:

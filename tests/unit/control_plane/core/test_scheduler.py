@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from control_plane.core.policy import BACKGROUND_PRIORITY
+from control_plane.core.policy import BACKGROUND_PRIORITY, BACKLOG_STEPS, context_per_prompt_token, mixed_step_size
 from control_plane.core.request import CoreRequest, FinishReason
 from control_plane.core.scheduler import Scheduler, SchedulerConfig
 from control_plane.core.step_plan import ProtocolError, RowFailure, StepOutcome, StepPlan
@@ -312,3 +314,78 @@ def test_background_work_stays_where_there_is_room() -> None:
     driver.scheduler.add_request(make_request(1, 15, max_tokens=3), 0.0)
     driver.run()
     assert driver.scheduler.counters.num_preemptions == 0
+
+
+def generating(driver: Driver, num_requests: int, max_tokens: int) -> None:
+    """Let so many requests of one prompt token come as far as their second token."""
+    for number in range(num_requests):
+        driver.scheduler.add_request(make_request(number, [number], max_tokens=max_tokens), 0.0)
+    driver.fill()
+    driver.answer()
+
+
+def test_a_prompt_is_spread_over_steps_in_which_others_generate() -> None:
+    driver = Driver(Scheduler(config(num_blocks=2001, max_num_batched_tokens=4096)))
+    generating(driver, 4, max_tokens=20)
+    first = len(driver.plans)
+    driver.scheduler.add_request(make_request(9, 1300, max_tokens=2), 0.0)
+    driver.run()
+    # 512 with the four that generate.
+    steps = [tokens_of(plan, 9) for plan in driver.plans[first : first + 3]]
+    assert steps == [508, 508, 284]
+    assert all(len(plan.rows) == 5 for plan in driver.plans[first : first + 3])
+
+
+def test_a_small_rest_of_a_prompt_is_no_step_of_its_own() -> None:
+    driver = Driver(Scheduler(config(num_blocks=2001, max_num_batched_tokens=4096)))
+    generating(driver, 4, max_tokens=20)
+    first = len(driver.plans)
+    driver.scheduler.add_request(make_request(9, 1100, max_tokens=2), 0.0)
+    driver.run()
+    assert [tokens_of(plan, 9) for plan in driver.plans[first : first + 2]] == [508, 592]
+
+
+def test_a_prompt_that_nobody_generates_beside_is_run_at_once() -> None:
+    driver = Driver(Scheduler(config(num_blocks=2001, max_num_batched_tokens=4096)))
+    driver.scheduler.add_request(make_request(0, 3000, max_tokens=2), 0.0)
+    driver.run()
+    assert tokens_of(driver.plans[0], 0) == 3000
+
+
+def test_a_burst_of_prompts_gets_larger_steps() -> None:
+    driver = Driver(Scheduler(config(num_blocks=9001, max_num_seqs=64, max_num_batched_tokens=4096)))
+    generating(driver, 4, max_tokens=60)
+    first = len(driver.plans)
+    for number in range(20, 50):
+        driver.scheduler.add_request(make_request(number, 1000, max_tokens=2), 0.0)
+    driver.run()
+    sizes = [sum(plan.num_run_tokens) for plan in driver.plans[first:]]
+    # A thirty-second of 30,000 tokens, then of what is left, and never less than 512 while there are as many.
+    assert sizes[0] == 1024
+    assert sizes[: sizes.index(512)] == sorted(sizes[: sizes.index(512)], reverse=True)
+
+
+def test_prompts_may_cost_a_step_what_its_context_does() -> None:
+    """A small model with much context: many small steps would read that context as many times."""
+    costly = config(num_blocks=2001, max_num_batched_tokens=4096, context_per_prompt_token=2)
+    driver = Driver(Scheduler(costly))
+    driver.scheduler.add_request(make_request(0, 3000, max_tokens=9), 0.0)
+    driver.fill()
+    driver.answer()
+    driver.scheduler.add_request(make_request(1, 3000, max_tokens=9), 0.0)
+    driver.run()
+    # Half of the 3,000 tokens of context beside it, and up to a multiple of 128.
+    assert tokens_of(driver.plans[2], 1) == 1535
+
+
+@given(st.integers(1, 600), st.integers(0, 9000), st.integers(1, 100_000), st.integers(1, 4096))
+def test_a_mixed_step_takes_some_of_what_waits(num_decodes: int, cost: int, backlog: int, at_least: int) -> None:
+    part = mixed_step_size(num_decodes, cost, backlog, at_least) - num_decodes
+    wanted = max(256, at_least - num_decodes, cost, backlog / BACKLOG_STEPS)
+    assert min(backlog, wanted) <= part <= max(wanted, min(backlog, 1.25 * (wanted + 128))) + 128
+
+
+def test_what_context_costs_is_known_from_the_worker() -> None:
+    # Llama-3.1-8B in bfloat16: 6.98e9 weights in its layers and 128 KiB of KV for each token.
+    assert context_per_prompt_token(6_979_321_856, 131_072) == 532
+    assert context_per_prompt_token(0, 131_072) == context_per_prompt_token(6_979_321_856, 0) == 0
