@@ -69,7 +69,10 @@ def test_arrays_of_a_million(http: httpx.Client, path: str, field: str, element:
 def test_schemas_that_explode_are_refused_or_held(http: httpx.Client, schema: dict[str, Any]) -> None:
     answer = http.post(CHAT, json={**BODY, "structured_outputs": {"json": schema}})
     assert answer.status_code in (200, 400), answer.text[:300]
-    assert answer.status_code == 200 or answer.json()["error"]["param"].startswith("structured_outputs")
+    if answer.status_code == 400:
+        # Refused while it is compiled, or ended where a mask became too much work.
+        error = answer.json()["error"]
+        assert "structured_output" in (error["param"] or "") or "the structured output" in error["message"], error
 
 
 def exchange(stack: Stack, request: bytes, *, is_half_closed: bool = False) -> bytes:

@@ -97,7 +97,7 @@ async def test_chat_probabilities_and_live_view(watched: Stack) -> None:
 
         # A second question stops when it is told to.
         await page.evaluate(
-            "document.getElementById('max_tokens').value = 1000;"
+            "document.getElementById('max_tokens').value = 3000;"
             "document.getElementById('prompt').value = 'And of Spain?';"
             "document.getElementById('ask').requestSubmit()"
         )
@@ -113,7 +113,7 @@ async def test_chat_probabilities_and_live_view(watched: Stack) -> None:
         assert asked == "user,assistant,user,assistant"
         # Told to forget everything while an answer is coming, it does.
         await page.evaluate(
-            "document.getElementById('max_tokens').value = 1000;"
+            "document.getElementById('max_tokens').value = 3000;"
             "document.getElementById('prompt').value = 'And of Italy?';"
             "document.getElementById('ask').requestSubmit(); document.getElementById('clear').click()"
         )

@@ -155,7 +155,7 @@ def check_refused(http: httpx.Client, path: str, name: str, wrong: list[Any]) ->
         (COMPLETIONS, {"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
         (CHAT, {"prompt_logprobs": -1}, "prompt_logprobs"),
         (CHAT, {"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
-        (CHAT, {"continue_final_message": True}, "messages"),
+        (CHAT, {"continue_final_message": True}, "continue_final_message"),
         (CHAT, {"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex"),
         (CHAT, {"tools": TOOLS, "tool_choice": "required", "guided_regex": "a"}, "guided_regex"),
         (COMPLETIONS, {"echo": True, "suffix": "x"}, "echo"),
