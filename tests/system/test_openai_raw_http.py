@@ -191,6 +191,25 @@ def test_a_client_that_leaves_a_whole_answer_frees_its_blocks(slow: Stack, path:
     assert slow.gateway_metric(f'stepwire_gateway_http_requests_total{{code="499",route="{path}"}}') == 1
 
 
+@pytest.fixture(scope="module")
+def sluggish(tiny_model: Path) -> Iterator[Stack]:
+    """1.5 s a step: far longer than a cancellation takes from the client to the scheduler."""
+    with Stack(tiny_model, worker_flags=["--sim-step-ms", "1500"]) as running:
+        yield running
+
+
+@pytest.mark.parametrize("is_stream", [True, False], ids=["stream", "whole answer"])
+def test_no_step_is_planned_for_a_client_that_has_left(sluggish: Stack, is_stream: bool) -> None:
+    content = json.dumps({**ENDLESS, "stream": is_stream}).encode()
+    with closing(socket.create_connection(("127.0.0.1", sluggish.port), timeout=30)) as raw:
+        raw.sendall(request_head(CHAT, content) + content)
+        wait_until(lambda: sluggish.control_plane_metric("stepwire_kv_blocks_in_use") > 0, 10, sluggish.logs)
+    num_answered = sluggish.control_plane_metric("stepwire_step_tokens_count")
+    sluggish.wait_idle()
+    # What is in flight when it leaves comes to its end; its blocks are free after that and not a step later.
+    assert sluggish.control_plane_metric("stepwire_step_tokens_count") <= num_answered + 2
+
+
 def test_clients_that_give_up_in_crowds_do_not_hold_up_the_next(slow: Stack) -> None:
     with ThreadPoolExecutor(16) as pool:
 
