@@ -18,14 +18,21 @@ from gpu_worker.parallel.shares import ParallelContext
 from tests.unit.gpu_worker.cuda.test_mixtures import KINDS
 
 
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a chip can do is asked of torch, which finds none here."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a chip")
+
+
 def reason(directory: Path, kind: str, quantization: str = "auto", **fields: Any) -> str | None:
     config = KINDS[kind]().to_dict() | fields
     config["architectures"] = [type(KINDS[kind]()).__name__.replace("Config", "ForCausalLM")]
     (directory / "config.json").write_text(json.dumps(config, default=str))
     spec, family = read_spec(directory)
-    settings = WorkerSettings(model=directory, quantization=quantization)  # type: ignore[arg-type]
+    settings = WorkerSettings(model=directory, load_format="dummy", quantization=quantization)  # type: ignore[arg-type]
     return unsupported_attention(attention_spec(spec, ParallelContext()), 64) or _packed_experts(
-        settings, directory, spec, family
+        settings, directory, spec, family, torch.device("cuda", 0)
     )
 
 
@@ -45,10 +52,19 @@ def test_experts_in_4_bit_groups_are_served(tmp_path: Path) -> None:
     assert reason(tmp_path, "mixtral", quantization_config=gptq) is None
 
 
-def test_8_bit_experts_are_not_and_the_reason_says_which(tmp_path: Path) -> None:
-    assert "experts in int8 have no grouped kernel" in str(reason(tmp_path, "mixtral", "int8"))
-    fp8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-    assert "no grouped kernel" in str(reason(tmp_path, "qwen3-moe", quantization_config=fp8))
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+
+
+def test_8_bit_experts_are_served(tmp_path: Path) -> None:
+    assert reason(tmp_path, "mixtral", "int8") is None
+    assert reason(tmp_path, "qwen3-moe", quantization_config=FP8) is None
+
+
+def test_float8_experts_need_a_chip_that_multiplies_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    refusal = reason(tmp_path, "qwen3-moe", quantization_config=FP8)
+    assert refusal is not None and "a chip has compute capability 8.0, and the kernels need 8.9" in refusal
+    assert reason(tmp_path, "mixtral", "int8") is None
 
 
 def test_warming_up_meets_every_launch_shape_of_the_experts(tmp_path: Path) -> None:
