@@ -80,15 +80,16 @@ async def eight_streams(launched: Launched, model: str, max_tokens: int) -> list
 
 def test_streams_survive_the_death_of_the_worker(lasting: Launched) -> None:
     """kill -9 in the middle of eight streams: every one goes on, token for token as if nothing had happened."""
-    undisturbed = asyncio.run(eight_streams(lasting, "sim", 1000))
-    assert all(len(tokens) == 1000 for choices in undisturbed for tokens in choices.values())
+    undisturbed = asyncio.run(eight_streams(lasting, "sim", 3000))
+    assert all(len(tokens) == 3000 for choices in undisturbed for tokens in choices.values())
     losses = lasting.metric("stepwire_worker_losses_total")
 
     async def disturbed() -> list[dict[int, list]]:
-        streams = asyncio.create_task(eight_streams(lasting, "sim", 1000))
+        streams = asyncio.create_task(eight_streams(lasting, "sim", 3000))
         for _ in range(2):
             before = lasting.metric("stepwire_generation_tokens_total")
             while lasting.metric("stepwire_generation_tokens_total") < before + 500:
+                assert not streams.done(), "over before the worker was lost"
                 await asyncio.sleep(0.01)
             connections = lasting.metric("stepwire_worker_connections_total")
             lasting.child("gpu_worker").kill()

@@ -141,5 +141,5 @@ def test_a_body_is_served_or_its_wrong_field_is_named(stack: Stack, path: str, s
             assert error["message"] and error["param"], (body, error)
 
         send()
-    assert served > 1
+    assert served
     stack.wait_idle(30)
