@@ -141,14 +141,14 @@ class SseResponse(Response):
         try:
             # Updates may hold nothing to show yet: half a character, the beginning of a stop string.
             data = self._chunks.render(mailbox.take_updates())
+            if data:
+                self._body.write(data)
         except Exception:
-            _log.exception("a stream's events could not be made", request_id=self._request_id)
+            # Of this stream alone: others are written in the same turn.
+            _log.exception("a stream's events could not be made or written", request_id=self._request_id)
             mailbox.fail(errors.internal())
             return 0, 0
-        if not data:
-            return 0, 0
-        self._body.write(data)
-        return self._num_new_events(), len(data)
+        return (self._num_new_events(), len(data)) if data else (0, 0)
 
     async def _resume(self) -> None:
         await self._body.drain()

@@ -22,7 +22,8 @@ from stepwire.v1 import worker_pb2
 
 from control_plane.core.metrics import CoreMetrics
 from control_plane.core.request import CoreRequest, ModelFacts, OutputSink
-from control_plane.core.scheduler import Scheduler, SchedulerConfig
+from control_plane.core.scheduler import Scheduler
+from control_plane.core.scheduler_config import SchedulerConfig
 from control_plane.core.step_codec import decode_result, encode_step
 from control_plane.core.step_plan import StepPlan
 from control_plane.frontend.metrics import FrontendMetrics

@@ -27,6 +27,8 @@ def render(results: Iterable[dict[str, Any]]) -> str:
     sections: dict[str, dict[str, Any]] = {}
     engines = EngineResults()
     for result in results:
+        if result.get("arm") == "before":
+            continue  # what a change was measured against: for the notes
         if "scenario" in result and "parameters" in result:
             key = (
                 result["scenario"],

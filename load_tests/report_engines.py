@@ -39,8 +39,6 @@ class EngineResults:
             self._cpu_worker[result["scenario"]] = result
         elif "gateway_cpu_us_per_token" in result:
             self._gateway.append(result)
-        elif result.get("arm") == "before":
-            pass  # what a change was measured against: for the notes
         elif "part" in result:
             key = (
                 result["part"],

@@ -11,7 +11,7 @@ from control_plane.core.admission import AdmissionLimits
 from control_plane.core.engine_config import EngineConfig
 from control_plane.core.policy import context_per_prompt_token
 from control_plane.core.request import ModelFacts, PoolingFacts
-from control_plane.core.scheduler import SchedulerConfig
+from control_plane.core.scheduler_config import SchedulerConfig
 from control_plane.core.worker_link import WorkerRefused
 
 

@@ -13,23 +13,24 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from itertools import count as counting_up
 from operator import attrgetter
 
+from control_plane.core.outcomes import check_rows, fault_of, take_prompt_logprobs
 from control_plane.core.placement import Placement
-from control_plane.core.policy import PolicyName, choose_victim, is_background, mixed_step_size, sort_key
+from control_plane.core.policy import choose_victim, is_background, mixed_step_size, sort_key
 from control_plane.core.prefix_cache import BlockHash, root_hash
 from control_plane.core.request import (
     CoreRequest,
     FinishReason,
-    PromptLogprobs,
     RequestFault,
     SequenceOutput,
     VectorArray,
 )
+from control_plane.core.scheduler_config import SchedulerConfig, SchedulerCounters
 from control_plane.core.sequence import NO_ROW, RequestState, SequenceState
+from control_plane.core.stage_turns import rows_in_turn
 from control_plane.core.step_plan import ProtocolError, RowFailure, RowStart, StepEvents, StepOutcome, StepPlan
 
 _by_sort_key = attrgetter("sort_key")
@@ -39,45 +40,6 @@ _by_sort_key = attrgetter("sort_key")
 _MAX_START_TOKENS = 2**21
 # How many further tokens clear a sequence of suspicion.
 _TOKENS_THAT_CLEAR = 4
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerConfig:
-    """What the worker has, and how it is to be used."""
-
-    first_block_id: int
-    num_blocks: int
-    block_size: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    policy: PolicyName = "fcfs"
-    enable_prefix_caching: bool = True
-    mixed_step_tokens: int = 512
-    """What a step is filled up to with prompts while others generate; see `policy.mixed_step_size`."""
-    context_per_prompt_token: int = 0
-    """Tokens of context that cost the worker as much as one prompt token; 0: not known."""
-    # Prompts of requests that pool run in one step.
-    whole_prompts: bool = False
-    num_stages: int = 1
-    """Steps that the worker computes at the same time, each in another stage."""
-
-    @property
-    def wanted_in_flight(self) -> int:
-        """Steps in flight below which a stage would wait: one in each, and one on its way."""
-        return self.num_stages + 1 if self.num_stages > 1 else 1
-
-
-@dataclass(slots=True)
-class SchedulerCounters:
-    """Totals since the start, for whoever exports them."""
-
-    num_preemptions: int = 0
-    num_prefix_queries: int = 0  # tokens looked up
-    num_prefix_hits: int = 0  # tokens found
-    num_prompt_tokens: int = 0
-    num_generated_tokens: int = 0
-    num_discarded_tokens: int = 0  # sampled after their sequence had ended
-    num_recomputed_tokens: int = 0  # run again after a preemption or a lost worker
 
 
 class Scheduler:
@@ -261,7 +223,7 @@ class Scheduler:
             waiting = [only] if only.row == NO_ROW else []
         else:
             self._make_way()
-            running, waiting = self._take_turns(self._running), self._waiting
+            running, waiting = rows_in_turn(self._running, self._in_flight, self.config.num_stages), self._waiting
         budget = self.config.max_num_batched_tokens
         num_preemptions = self.counters.num_preemptions
 
@@ -273,7 +235,7 @@ class Scheduler:
                 prefills.append(sequence)
             elif budget and self._plan_decode(plan, sequence):
                 budget -= 1
-        if plan.rows and (prefills or waiting):
+        if plan.rows and (prefills or (waiting and self._placement.has_free_row)):
             budget = min(budget, self._prompt_share(plan, prefills, waiting))
         for sequence in prefills:
             if budget and sequence.row != NO_ROW:
@@ -300,19 +262,19 @@ class Scheduler:
             raise ProtocolError(f"the worker answered step {outcome.step_id}, expected {expected}")
         plan = self._in_flight[0]
         failures = {failure.row: failure for failure in outcome.failures}
-        _check_rows(plan, outcome, failures)
+        check_rows(plan, outcome, failures)
         self._in_flight.popleft()
         self._retire(plan)
         events = StepEvents()
         if plan.prompt_logprob_runs:
-            _take_prompt_logprobs(plan, outcome, failures, events)
+            take_prompt_logprobs(plan, outcome, failures, events)
         self._take_tokens(plan, outcome, failures, events)
         if failures:
             for sequence, row in zip(plan.sequences, plan.rows, strict=True):
                 if row in failures and not sequence.finished:
                     # What it computed may be as wrong as its logits: nobody is to share it from now on.
                     self._placement.forget_contents(sequence)
-                    self._fail(sequence.request, _fault_of(failures[row]), events)
+                    self._fail(sequence.request, fault_of(failures[row]), events)
         if self._marked:
             self._clear_suspicion(plan.sequences)
         return events
@@ -355,28 +317,6 @@ class Scheduler:
         self.reset(self.config)
 
     # ---- planning ----
-
-    def _take_turns(self, running: list[SequenceState]) -> list[SequenceState]:
-        """Who runs in the next step of a worker of several stages.
-
-        A stage must wait for a row's newest token until the last stage has drawn it. So a row that samples sits out the
-        next `num_stages - 1` steps, and those that do not are spread evenly over the steps until the first come back.
-        """
-        num_stages = self.config.num_stages
-        if num_stages == 1:
-            return list(running)
-        recent = list(self._in_flight)[1 - num_stages :]
-        decodes = [sequence for sequence in running if sequence.samples_left and _waits_for_token(sequence)]
-        is_decode = set(decodes)
-        others = [sequence for sequence in running if sequence.samples_left and sequence not in is_decode]
-        rested = _without_sampling_in(recent, decodes)
-        while recent and not rested and not others:
-            # Nobody else is there: better a stage that waits a little than one that has nothing.
-            recent = recent[1:]
-            rested = _without_sampling_in(recent, decodes)
-        share = -(-len(rested) // (num_stages - len(recent)))
-        in_turn = {*rested[:share], *others}
-        return [sequence for sequence in running if sequence in in_turn]
 
     def _prompt_share(self, plan: StepPlan, prefills: list[SequenceState], waiting: list[SequenceState]) -> int:
         """Prompt tokens that a step should take in which others generate."""
@@ -662,70 +602,3 @@ class Scheduler:
             raise RuntimeError(
                 f"{unfinished} unfinished sequences, {len(self._running)} running, {len(self._waiting)} waiting"
             )
-
-
-def _check_rows(plan: StepPlan, outcome: StepOutcome, failures: Mapping[int, RowFailure]) -> None:
-    """Raise `ProtocolError` unless exactly the rows that sample gave a token, and those that pool a vector."""
-    rows: list[int] = []
-    pooled: list[int] = []
-    for sequence, row, sample in zip(plan.sequences, plan.rows, plan.samples, strict=True):
-        if sample and row not in failures:
-            (pooled if sequence.pools else rows).append(row)
-    if rows != outcome.rows:
-        raise ProtocolError(
-            f"step {plan.step_id} was to sample rows {rows[:8]}..., the worker sampled {outcome.rows[:8]}..."
-        )
-    if pooled != list(outcome.vectors):
-        raise ProtocolError(
-            f"step {plan.step_id} was to pool rows {pooled[:8]}..., the worker pooled {list(outcome.vectors)[:8]}..."
-        )
-    described = {run.row: (run.start_position, run.num_tokens) for run in plan.prompt_logprob_runs}
-    given = {row: (part.start_position, len(part.logprobs)) for row, part in outcome.prompt_logprobs.items()}
-    if {row: part for row, part in described.items() if row not in failures} != given:
-        raise ProtocolError(
-            f"step {plan.step_id} was to give prompt logprobs of (start, tokens) {described}, the worker gave {given}"
-        )
-
-
-def _take_prompt_logprobs(
-    plan: StepPlan, outcome: StepOutcome, failures: Mapping[int, RowFailure], events: StepEvents
-) -> None:
-    """The parts of prompts that are new: what is computed again after a preemption was told before."""
-    for run in plan.prompt_logprob_runs:
-        sequence = run.sequence
-        if run.row in failures or sequence.finished:
-            continue
-        num_known = sequence.num_prompt_tokens - sequence.num_prompt_logprobs_left
-        num_old = num_known - run.start_position
-        if num_old >= run.num_tokens:
-            continue
-        part = outcome.prompt_logprobs[run.row]
-        part = PromptLogprobs(
-            num_known,
-            part.logprobs[num_old:],
-            part.ranks[num_old:],
-            part.top_token_ids[num_old:],
-            part.top_logprobs[num_old:],
-        )
-        sequence.num_prompt_logprobs_left -= len(part.logprobs)
-        output = SequenceOutput(sequence.index, [], 0, prompt_logprobs=part)
-        events.outputs.append((sequence.request, output))
-
-
-def _waits_for_token(sequence: SequenceState) -> bool:
-    """Whether all that it has left to run is its newest token."""
-    return sequence.num_total - sequence.num_computed == 1
-
-
-def _without_sampling_in(plans: list[StepPlan], sequences: list[SequenceState]) -> list[SequenceState]:
-    """Those of `sequences` that none of the plans samples."""
-    sampling = {
-        sequence for plan in plans for sequence, sample in zip(plan.sequences, plan.samples, strict=True) if sample
-    }
-    return [sequence for sequence in sequences if sequence not in sampling]
-
-
-def _fault_of(failure: RowFailure) -> RequestFault:
-    return RequestFault(
-        "INTERNAL", f"the worker refused this request's row ({failure.code}): {failure.message}", retryable=False
-    )

@@ -55,20 +55,21 @@ def _device_name(tensor: torch.Tensor) -> str | None:
     return torch.cuda.get_device_name(tensor.device) if tensor.is_cuda else None
 
 
+@functools.cache
+def _linear_table(device_name: str) -> dict[tuple[str, int, int], list[tuple[int, Tuning]]]:
+    """(format, N, K) to launch shapes by numbers of tokens, ascending."""
+    kinds = {name: kind for kind, name in KERNEL_NAMES.items()}
+    table: dict[tuple[str, int, int], list[tuple[int, Tuning]]] = {}
+    for row in sorted(_choices("packed", device_name), key=lambda one: int(one["num_tokens"])):
+        tuning: Tuning = kinds[row["kernel"]](**row["tuning"])
+        table.setdefault((row["format"], row["n"], row["k"]), []).append((row["num_tokens"], tuning))
+    return table
+
+
 def measured_linear(device_name: str, weight: PackedWeight, num_tokens: int) -> Tuning | None:
     """The choice for the next larger number of tokens that was measured of this format and shape."""
-    rows = [
-        row
-        for row in _choices("packed", device_name)
-        if (row["format"], row["n"], row["k"]) == (weight_format(weight), weight.num_outputs, weight.num_inputs)
-        and num_tokens <= row["num_tokens"]
-    ]
-    if not rows:
-        return None
-    row = min(rows, key=lambda one: one["num_tokens"])
-    kind = next(kind for kind, name in KERNEL_NAMES.items() if name == row["kernel"])
-    tuning: Tuning = kind(**row["tuning"])
-    return tuning
+    rows = _linear_table(device_name).get((weight_format(weight), weight.num_outputs, weight.num_inputs), ())
+    return next((tuning for most, tuning in rows if num_tokens <= most), None)
 
 
 def choose_linear(x: torch.Tensor, weight: PackedWeight) -> Tuning:

@@ -100,29 +100,8 @@ def occupy(pipeline: Pipeline, num_rows: int, vocab_size: int) -> None:
         pipeline.add(row, tokens, sampling(temperature=0.6, seed=row), num_computed=CONTEXT)
 
 
-def measure_decode(runner: CudaRunner, shape: str, num_rows: int) -> Row:
-    pipeline = Pipeline(runner)
-    occupy(pipeline, num_rows, pipeline.facts.vocab_size)
-    runs = dict.fromkeys(range(num_rows), 1)
-    for _ in range(WARM_STEPS + DECODE_STEPS):
-        pipeline.launch(runs, samples=True)
-    pipeline.finish()
-    times = [pending.times() for pending in pipeline.pending[WARM_STEPS:]]  # type: ignore[attr-defined]
-    wall_ms = (pipeline.finished_s[-1] - pipeline.finished_s[WARM_STEPS - 1]) / DECODE_STEPS * 1e3
-    return Row(
-        shape,
-        f"decode b{num_rows} ms",
-        wall_ms,
-        {
-            "device_ms": median(t.forward_ns + t.sample_ns for t in times) / 1e6,
-            "idle_us": median(t.idle_ns for t in times) / 1e3,
-            "execute_ms": median(pipeline.execute_s[WARM_STEPS:]) * 1e3,
-        },
-    )
-
-
 class MixedLoad:
-    """Steps of `num_rows` decodes at the usual context and `num_tokens` of one prompt, prompt after prompt."""
+    """Steps of `num_rows` decodes at the usual context and `num_tokens` (0 is none) of one prompt after another."""
 
     def __init__(self, runner: CudaRunner, num_rows: int, num_tokens: int) -> None:
         self.pipeline = Pipeline(runner)
@@ -138,16 +117,17 @@ class MixedLoad:
         if free and self._left == 0:
             if self.pipeline.holds(row):
                 self.pipeline.drop(row)
-            self._left = max(CONTEXT, self._num_tokens)
+            # Whole parts: every step holds as many tokens.
+            self._left = -(-CONTEXT // free) * free
             tokens = self._rng.integers(0, self.pipeline.facts.vocab_size, self._left).tolist()
             self.pipeline.add(row, tokens, sampling(temperature=0.6, seed=row))
         if free:
-            runs[row] = min(free, self._left)
-            self._left -= runs[row]
+            runs[row] = free
+            self._left -= free
         self.pipeline.launch(runs, samples=True, silent_row=row if self._left else None)
 
 
-def measure_mixed(runner: CudaRunner, shape: str, num_rows: int, num_tokens: int) -> Row:
+def measure_steps(runner: CudaRunner, shape: str, num_rows: int, num_tokens: int = 0) -> Row:
     load = MixedLoad(runner, num_rows, num_tokens)
     for _ in range(WARM_STEPS + DECODE_STEPS):
         load.launch()
@@ -157,7 +137,7 @@ def measure_mixed(runner: CudaRunner, shape: str, num_rows: int, num_tokens: int
     wall_ms = (pipeline.finished_s[-1] - pipeline.finished_s[WARM_STEPS - 1]) / DECODE_STEPS * 1e3
     return Row(
         shape,
-        f"mixed d{num_rows} p{num_tokens} ms",
+        f"mixed d{num_rows} p{num_tokens} ms" if num_tokens else f"decode b{num_rows} ms",
         wall_ms,
         {
             "device_ms": median(t.forward_ns + t.sample_ns for t in times) / 1e6,
@@ -239,9 +219,9 @@ def measure_shape(shape: str, args: argparse.Namespace) -> list[Row]:
     rows.append(Row(shape, "captures s", captures_s, {"graphs": num_captures, "free_gib": free_gib}))
     fill_cache(runner, max(args.batch_sizes) * (CONTEXT // runner.describe().block_size + 2) + 2)
     for num_rows in args.batch_sizes:
-        rows.append(measure_decode(runner, shape, num_rows))
+        rows.append(measure_steps(runner, shape, num_rows))
     for num_rows, num_tokens in args.mixed:
-        rows.append(measure_mixed(runner, shape, num_rows, num_tokens))
+        rows.append(measure_steps(runner, shape, num_rows, num_tokens))
     if not args.no_prefill:
         rows.append(measure_prefill(runner, shape, 1, 1024))
         rows.append(measure_prefill(runner, shape, 8, 8192))

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import multiprocessing
 import os
-import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -44,7 +42,7 @@ from load_tests.kernels.mixtures import MANY_TOKENS, QWEN3_30B, MixtureCase, can
 from load_tests.kernels.packed_mixtures import NUM_TOKENS as MIXTURE_TOKENS
 from load_tests.kernels.packed_mixtures import PACKED_MIXTURES, PackedCase, packed_expert_candidates, packed_layers
 from load_tests.kernels.quantized import bf16_ms, packed_candidates, packed_launches, packed_weight
-from load_tests.kernels.tuned_files import TUNED, write_rows
+from load_tests.kernels.tuned_files import TUNED, show_choices, write_rows
 
 BF16 = torch.bfloat16
 QWEN3_06B_LINEARS = {"qkv": (4096, 1024), "o": (1024, 2048), "gate_up": (6144, 1024), "down": (1024, 3072)}
@@ -270,7 +268,7 @@ def sweep_packed(top: int, out: Path, only: str | None, tokens: list[int] | None
                  "kernel": KERNEL_NAMES[type(timed[0][1])], "tuning": asdict(timed[0][1]),
                  "us": round(timed[0][0] * 1e3, 2), "bf16_us": round(plain * 1e3, 2)}
             )  # fmt: skip
-    _write_table(out / "packed", choices, name=only)
+    show_choices(out / "packed", choices, part=only)
 
 
 def sweep_packed_experts(top: int, out: Path) -> None:
@@ -308,17 +306,7 @@ def sweep_packed_experts(top: int, out: Path) -> None:
             )  # fmt: skip
         del layers
         torch.cuda.empty_cache()
-    _write_table(out / "packed_experts", choices)
-
-
-def _write_table(directory: Path, choices: list[dict[str, Any]], name: str | None = None) -> None:
-    """Write `choices` as the table of this device, or as its part `name`, and show it."""
-    device = re.sub(r"^NVIDIA ", "", torch.cuda.get_device_name(0))
-    directory.mkdir(parents=True, exist_ok=True)
-    target = directory / f"{device.lower().replace(' ', '_')}{'' if name is None else '.' + name}.json"
-    lines = ",\n".join("  " + json.dumps(choice) for choice in choices)
-    target.write_text(f'{{"device": "{device}", "dtype": "bfloat16", "choices": [\n{lines}\n]}}\n')
-    print(f"{len(choices)} choices written to {target}:\n{lines}")
+    show_choices(out / "packed_experts", choices)
 
 
 def _linear_launch(

@@ -24,7 +24,7 @@ def table_name() -> str:
     for path in TUNED.glob("*.json"):
         if json.loads(path.read_text())["device"] in device:
             return path.name
-    return f"{device.lower().replace(' ', '_')}.json"
+    return f"{_file_stem(device)}.json"
 
 
 def write_rows(directory: Path, *, keep: bool = True, **lists: Sequence[Row]) -> Path:
@@ -43,6 +43,20 @@ def write_rows(directory: Path, *, keep: bool = True, **lists: Sequence[Row]) ->
     target = directory / name
     target.write_text("{" + ", ".join(parts) + "}\n")
     return target
+
+
+def show_choices(directory: Path, choices: Sequence[Row], part: str | None = None) -> None:
+    """Write `choices` as this device's table in a directory of such tables, or as its part, and print it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    device = device_name()
+    target = directory / f"{_file_stem(device)}{'' if part is None else '.' + part}.json"
+    lines = ",\n".join("  " + json.dumps(choice) for choice in choices)
+    target.write_text(f'{{"device": "{device}", "dtype": "bfloat16", "choices": [\n{lines}\n]}}\n')
+    print(f"{len(choices)} choices written to {target}:\n{lines}")
+
+
+def _file_stem(device: str) -> str:
+    return device.lower().replace(" ", "_")
 
 
 def _shape(row: Row) -> tuple[object, ...]:

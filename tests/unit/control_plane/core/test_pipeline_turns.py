@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from control_plane.core.scheduler import Scheduler, SchedulerConfig
+from control_plane.core.scheduler import Scheduler
+from control_plane.core.scheduler_config import SchedulerConfig
 from tests.unit.control_plane.core.conftest import Driver, make_request
 
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from control_plane.core.policy import BACKGROUND_PRIORITY, BACKLOG_STEPS, context_per_prompt_token, mixed_step_size
 from control_plane.core.request import CoreRequest, FinishReason
-from control_plane.core.scheduler import Scheduler, SchedulerConfig
+from control_plane.core.scheduler import Scheduler
+from control_plane.core.scheduler_config import SchedulerConfig
 from control_plane.core.step_plan import ProtocolError, RowFailure, StepOutcome, StepPlan
 
 from .conftest import Driver, make_request

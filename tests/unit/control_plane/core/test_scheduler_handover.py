@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from control_plane.core.prefix_cache import extend_chain, root_hash
 from control_plane.core.request import FinishReason
-from control_plane.core.scheduler import Scheduler, SchedulerConfig
+from control_plane.core.scheduler import Scheduler
+from control_plane.core.scheduler_config import SchedulerConfig
 from control_plane.core.step_plan import StepPlan
 
 from .conftest import Driver, make_request

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from control_plane.core.policy import BACKGROUND_PRIORITY
 from control_plane.core.request import CoreRequest, FinishReason, PoolingParams, PromptLogprobs, SamplingParams
-from control_plane.core.scheduler import Scheduler, SchedulerConfig
+from control_plane.core.scheduler import Scheduler
+from control_plane.core.scheduler_config import SchedulerConfig
 from control_plane.core.step_plan import StepEvents, StepOutcome, StepPlan
 
 VOCAB = 50

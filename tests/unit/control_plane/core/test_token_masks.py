@@ -10,7 +10,8 @@ import numpy.typing as npt
 import pytest
 
 from control_plane.core.request import FinishReason
-from control_plane.core.scheduler import Scheduler, SchedulerConfig
+from control_plane.core.scheduler import Scheduler
+from control_plane.core.scheduler_config import SchedulerConfig
 from control_plane.core.step_codec import encode_step
 from control_plane.core.step_plan import StepPlan
 from control_plane.core.token_masks import FilledMasks, MaskFiller

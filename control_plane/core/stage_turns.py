@@ -1,0 +1,45 @@
+"""Who runs in the next step of a worker of several stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from control_plane.core.sequence import SequenceState
+from control_plane.core.step_plan import StepPlan
+
+
+def rows_in_turn(
+    running: Sequence[SequenceState], in_flight: Sequence[StepPlan], num_stages: int
+) -> list[SequenceState]:
+    """Those of `running` that may run in the next step, in their order.
+
+    A stage must wait for a row's newest token until the last stage has drawn it. So a row that samples sits out the
+    next `num_stages - 1` steps, and those that do not are spread evenly over the steps until the first come back.
+    """
+    if num_stages == 1:
+        return list(running)
+    recent = list(in_flight)[1 - num_stages :]
+    decodes = [sequence for sequence in running if sequence.samples_left and _waits_for_token(sequence)]
+    is_decode = set(decodes)
+    others = [sequence for sequence in running if sequence.samples_left and sequence not in is_decode]
+    rested = _without_sampling_in(recent, decodes)
+    while recent and not rested and not others:
+        # Nobody else is there: better a stage that waits a little than one that has nothing.
+        recent = recent[1:]
+        rested = _without_sampling_in(recent, decodes)
+    share = -(-len(rested) // (num_stages - len(recent)))
+    in_turn = {*rested[:share], *others}
+    return [sequence for sequence in running if sequence in in_turn]
+
+
+def _waits_for_token(sequence: SequenceState) -> bool:
+    """Whether all that it has left to run is its newest token."""
+    return sequence.num_total - sequence.num_computed == 1
+
+
+def _without_sampling_in(plans: list[StepPlan], sequences: list[SequenceState]) -> list[SequenceState]:
+    """Those of `sequences` that none of the plans samples."""
+    sampling = {
+        sequence for plan in plans for sequence, sample in zip(plan.sequences, plan.samples, strict=True) if sample
+    }
+    return [sequence for sequence in sequences if sequence not in sampling]
