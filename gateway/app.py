@@ -35,6 +35,9 @@ from gateway.store import Store
 
 _log = structlog.get_logger(__name__)
 
+# For one of several processes to be of use, before it takes connections all the same and answers that it is not.
+_SESSION_LIMIT_S = 5.0
+
 
 def create_app(settings: GatewaySettings) -> FastAPI:
     """`app.state` holds what routes need: `serving`, `client`, `metrics`, `lifecycle`."""
@@ -49,6 +52,9 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await client.start()
+        if several:
+            # The kernel already deals out connections to this one: they wait, where others would have answered.
+            await client.wait_for_session(_SESSION_LIMIT_S)
         await app.state.responses.start()
         await app.state.batches.start()
         if run_directory is not None and settings.gateway_process is not None:

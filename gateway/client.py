@@ -92,12 +92,18 @@ class ControlPlaneClient:
         self._outgoing: asyncio.Queue[inference_pb2.SessionRequest] | None = None
         self._down: ApiError = errors.control_plane_unreachable()
         self._task: asyncio.Task[None] | None = None
+        self._had_session = asyncio.Event()
 
     async def start(self) -> None:
         self._channel = open_channel(self._settings.control_plane, self._credentials)
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._health = health_pb2_grpc.HealthStub(self._channel)
         self._task = asyncio.create_task(self._keep_session(), name="control-plane-session")
+
+    async def wait_for_session(self, limit_s: float) -> None:
+        """Until the control plane can be asked, or for so long."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._had_session.wait(), limit_s)
 
     async def close(self) -> None:
         if self._task is not None:
@@ -244,6 +250,7 @@ class ControlPlaneClient:
         writer = asyncio.create_task(_write_all(call, outgoing), name="control-plane-session-writer")
         outgoing.put_nowait(inference_pb2.SessionRequest(options=_SESSION_OPTIONS))
         self._outgoing = outgoing
+        self._had_session.set()
         self._metrics.control_plane_connected.set(1)
         _log.info("session with the control plane opened", control_plane=self._settings.control_plane)
         self._down = errors.control_plane_unreachable()

@@ -247,6 +247,7 @@ def running_responses(stack: Stack, number: int) -> set[str]:
 
 async def test_a_process_that_dies_is_started_again_and_what_it_did_goes_on(several: Stack) -> None:
     """The process that runs batches: another one takes the batch over, and no line is answered twice."""
+    assert await complete(several)  # something is counted
     batch_id = await begin_batch(several, 40, 40)
     interrupted = [await respond(several, background=True, max_output_tokens=ENDLESS) for _ in range(6)]
     async with asyncio.timeout(60):
