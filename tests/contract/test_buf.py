@@ -30,7 +30,7 @@ def current(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def buf(arguments: Sequence[str | Path], config: dict[str, object]) -> subprocess.CompletedProcess[str]:
     command = [BUF, *arguments, "--config", json.dumps(config)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def test_the_contracts_are_lint_clean(current: Path) -> None:

@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -38,6 +37,7 @@ from tests.contract.docker_files import (
     requirements_of_image,
     stages,
 )
+from tests.system.ports import free_port
 
 CHECK_HEALTH = DOCKER / "check_health.py"
 
@@ -153,13 +153,7 @@ def test_exposed_ports_are_the_defaults() -> None:
 
 
 def check_health(target: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, CHECK_HEALTH, target], capture_output=True, text=True, timeout=30)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return subprocess.run([sys.executable, CHECK_HEALTH, target], capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize("scheme", ["http", "grpc"])
@@ -199,13 +193,13 @@ def test_a_control_plane_is_unhealthy_without_a_worker_and_so_is_its_gateway(tmp
     finally:
         for process in processes:
             process.terminate()
-        codes = [process.wait(20) for process in processes]
+        codes = [process.wait(90) for process in processes]
     assert codes == [0, 0]
 
 
 def answer_of(target: str) -> str:
     """What the health check says once somebody listens there."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while True:
         run = check_health(target)
         answer = run.stdout.strip().partition(f"{target}: ")[2]

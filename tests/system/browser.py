@@ -13,7 +13,8 @@ from typing import Any, Self
 import aiohttp
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-_START_LIMIT_S = 30.0
+# On a machine that may be busy; limits only end a test that has failed.
+_START_LIMIT_S = _LIMIT_S = 120.0
 
 
 class Page:
@@ -83,7 +84,7 @@ class Page:
         number = next(self._ids)
         answer = self._answers[number] = asyncio.get_running_loop().create_future()
         await self._socket.send_json({"id": number, "method": method, "params": parameters})
-        return await asyncio.wait_for(answer, 30)
+        return await asyncio.wait_for(answer, _LIMIT_S)
 
     async def _read(self) -> None:
         async for message in self._socket:
@@ -104,7 +105,7 @@ class Page:
     async def open(self, url: str) -> None:
         self._loaded.clear()
         await self.command("Page.navigate", url=url)
-        await asyncio.wait_for(self._loaded.wait(), 30)
+        await asyncio.wait_for(self._loaded.wait(), _LIMIT_S)
 
     async def evaluate(self, expression: str) -> Any:
         result = await self.command(
@@ -113,7 +114,7 @@ class Page:
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
-    async def wait_for(self, expression: str, limit_s: float = 30.0) -> Any:
+    async def wait_for(self, expression: str, limit_s: float = _LIMIT_S) -> Any:
         """Until the expression is true in the page; the limit only ends a test that has failed."""
         value = None
         try:

@@ -6,12 +6,12 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -20,10 +20,13 @@ import httpx
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from tests.system.ports import free_port
+
 ROOT = Path(__file__).resolve().parents[2]
-# Three processes on a machine that may be busy; the limit only ends a test that has failed.
+# On a machine that may be busy; limits only end a test that has failed.
 START_LIMIT_S = 180.0
-STOP_LIMIT_S = 20.0
+STOP_LIMIT_S = 90.0
+LIMIT_S = 90.0
 
 VOCAB_SIZE = 640
 MAX_MODEL_LEN = 4096
@@ -73,12 +76,6 @@ def write_model_directory(directory: Path, special_tokens: Sequence[str] = ()) -
         json.dumps({"chat_template": CHAT_TEMPLATE, "bos_token": BOS, "eos_token": EOS})
     )
     return directory
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass
@@ -190,7 +187,7 @@ class Stack:
             if process.poll() is not None:
                 raise RuntimeError(f"{name} ended with {process.returncode}\n{self.logs()}")
         try:
-            return httpx.get(f"{self.url}/ready", timeout=5).status_code == 200
+            return httpx.get(f"{self.url}/ready", timeout=LIMIT_S).status_code == 200
         except httpx.TransportError:
             return False
 
@@ -199,6 +196,21 @@ class Stack:
         process = self.processes.pop(name)
         process.send_signal(number)
         return process.wait(STOP_LIMIT_S)
+
+    @contextmanager
+    def paused(self, *names: str) -> Iterator[None]:
+        """These processes (by default the worker) stand still in the block: whatever waits for them goes on waiting.
+
+        A worker that stands still for ten seconds counts as lost; what it was at goes on all the same.
+        """
+        stopped = [self.processes[name] for name in names or ("worker",)]
+        for process in stopped:
+            process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for process in stopped:
+                process.send_signal(signal.SIGCONT)
 
     def stop(self) -> None:
         """In the order in which requests flow, so that nobody waits for one that has gone."""
@@ -222,17 +234,33 @@ class Stack:
 
     def gateway_metric(self, sample: str) -> float:
         """A sample of the gateway's /metrics, by name and labels as they stand there."""
-        return read_sample(httpx.get(f"{self.url}/metrics", headers=self.headers).text, sample)
+        page = httpx.get(f"{self.url}/metrics", headers=self.headers, timeout=LIMIT_S)
+        return read_sample(page.text, sample)
 
     def control_plane_metric(self, sample: str) -> float:
-        return read_sample(httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics").text, sample)
+        return read_sample(self.control_plane_page(), sample)
 
-    def wait_idle(self, limit_s: float = 10.0) -> None:
+    def control_plane_page(self) -> str:
+        return httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=LIMIT_S).text
+
+    def wait_open(self, num_requests: int) -> None:
+        """Until so many requests have been accepted and are not over, whether they run or wait."""
+        self.wait_for("stepwire_open_requests", num_requests)
+
+    def wait_for(self, sample: str, value: float) -> None:
+        """Until a sample of the control plane has this value."""
+        wait_until(lambda: self.control_plane_metric(sample) == value, LIMIT_S, self.logs)
+
+    def wait_streams(self, number: int) -> None:
+        """Until so many streams are open at the gateway."""
+        wait_until(lambda: self.gateway_metric("stepwire_gateway_open_streams") == number, LIMIT_S, self.logs)
+
+    def wait_idle(self, limit_s: float = LIMIT_S) -> None:
         """Until no request runs or waits and no KV block is in use at the control plane."""
         names = ("stepwire_requests_running", "stepwire_requests_waiting", "stepwire_kv_blocks_in_use")
 
         def is_idle() -> bool:
-            text = httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics").text
+            text = self.control_plane_page()
             return all(read_sample(text, name) == 0 for name in names)
 
         wait_until(is_idle, limit_s, self.logs)

@@ -26,7 +26,7 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
 
 def open_stream(stack: Stack, body: dict[str, Any], **headers: str) -> tuple[httpx.Client, httpx.Response]:
     """A streamed answer whose first event was read; close the client to disconnect."""
-    client = httpx.Client(base_url=stack.url, timeout=30, headers=stack.headers)
+    client = httpx.Client(base_url=stack.url, timeout=120, headers=stack.headers)
     request = client.build_request("POST", CHAT, json={**body, "stream": True}, headers=headers)
     response = client.send(request, stream=True)
     assert response.status_code == 200, response.read()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,16 +16,14 @@ from types import TracebackType
 import httpx
 import psutil
 
+from tests.system.ports import free_port
+
 ROOT = Path(__file__).resolve().parents[2]
+# On a machine that may be busy; limits only end a test that has failed.
+LIMIT_S = 90.0
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0, what: str = "") -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = LIMIT_S, what: str = "") -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
@@ -37,7 +34,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0, what: str
 class Launched:
     """A running `stepwire serve`; leaving the context stops it and checks that nothing is left."""
 
-    def __init__(self, model: str | Path, *flags: str, ready_timeout_s: float = 180.0) -> None:
+    def __init__(self, model: str | Path, *flags: str, ready_timeout_s: float = 240.0) -> None:
         self.port, self.grpc_port, self.metrics_port = free_port(), free_port(), free_port()
         self.base_url = f"http://127.0.0.1:{self.port}/v1"
         command = [sys.executable, "-m", "gateway.cli", "serve", str(model), *flags]
@@ -69,7 +66,7 @@ class Launched:
         """Everything printed so far, logs included."""
         return os.pread(self._log.fileno(), 1 << 24, 0).decode(errors="replace")
 
-    def stop(self, number: signal.Signals, timeout_s: float = 45.0) -> int:
+    def stop(self, number: signal.Signals, timeout_s: float = LIMIT_S) -> int:
         self.process.send_signal(number)
         wait_until(lambda: self.process.poll() is not None, timeout_s, "the end")
         return self.process.returncode
@@ -94,16 +91,18 @@ class Launched:
     def children_of(self, module: str) -> list[psutil.Process]:
         return [process for process in self.children() if f"-m {module} " in " ".join(process.cmdline()) + " "]
 
+    def metrics_page(self) -> str:
+        """The control plane's."""
+        return httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=LIMIT_S).text
+
     def metric(self, name: str) -> float:
-        """The sum of a metric's samples on the control plane's page."""
-        page = httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics").text
-        values = re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", page, re.MULTILINE)
+        """The sum of a metric's samples."""
+        values = re.findall(rf"^{re.escape(name)}(?:\{{.*\}})? (\S+)$", self.metrics_page(), re.MULTILINE)
         assert values, f"no metric {name}"
         return sum(float(value) for value in values)
 
     def metric_of(self, name: str, **labels: str) -> float:
         """The sample with these labels, in their order on the page."""
-        page = httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics").text
         written = ",".join(f'{label}="{value}"' for label, value in labels.items())
-        [value] = re.findall(rf"^{re.escape(f'{name}{{{written}}}')} (\S+)$", page, re.MULTILINE)
+        [value] = re.findall(rf"^{re.escape(f'{name}{{{written}}}')} (\S+)$", self.metrics_page(), re.MULTILINE)
         return float(value)

@@ -14,7 +14,8 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from stepwire.v1 import admin_pb2, admin_pb2_grpc
 
-from tests.system.conftest import Stack, free_port, wait_until
+from tests.system.conftest import LIMIT_S, Stack, wait_until
+from tests.system.ports import free_port
 
 KEY = (("authorization", "Bearer admin-key"),)
 
@@ -39,9 +40,13 @@ async def admin(watched: Any) -> AsyncIterator[admin_pb2_grpc.AdminServiceStub]:
         yield admin_pb2_grpc.AdminServiceStub(channel)
 
 
+def is_ready(stack: Stack) -> bool:
+    return httpx.get(f"{stack.url}/ready", timeout=LIMIT_S).status_code == 200
+
+
 async def complete(stack: Stack, **fields: Any) -> httpx.Response:
     body = {"prompt": list(range(10, 60)), "max_tokens": 40, "ignore_eos": True, **fields}
-    async with httpx.AsyncClient(timeout=60) as client:
+    async with httpx.AsyncClient(timeout=120) as client:
         return await client.post(f"{stack.url}/v1/completions", json=body)
 
 
@@ -64,7 +69,7 @@ async def test_watched_steps_are_what_ran_and_drain_ends_the_process(
 
     # Two watchers: one keeps everything, one has room for a single step and must lose the others.
     request = admin_pb2.WatchStepsRequest(interval=Duration(nanos=20_000_000), max_steps=4096)
-    tight = admin_pb2.WatchStepsRequest(interval=Duration(nanos=200_000_000), max_steps=1)
+    tight = admin_pb2.WatchStepsRequest(interval=Duration(nanos=500_000_000), max_steps=1)
     all_of_it, newest = admin.WatchSteps(request, metadata=KEY), admin.WatchSteps(tight, metadata=KEY)
     await all_of_it.read()
     await newest.read()
@@ -100,17 +105,18 @@ async def test_watched_steps_are_what_ran_and_drain_ends_the_process(
     newest.cancel()
 
     # A running request finishes, a new one is refused, and then the process is gone.
-    long = asyncio.create_task(complete(watched, max_tokens=600))
-    while watched.control_plane_metric("stepwire_requests_running") == 0:
-        await asyncio.sleep(0.01)
-    draining = asyncio.ensure_future(admin.Drain(admin_pb2.DrainRequest(exit=True), metadata=KEY))
-    while (await complete(watched, max_tokens=1)).status_code == 200:
-        await asyncio.sleep(0.01)
+    with watched.paused():
+        long = asyncio.create_task(complete(watched, max_tokens=600))
+        await asyncio.to_thread(watched.wait_open, 1)
+        draining = asyncio.ensure_future(admin.Drain(admin_pb2.DrainRequest(exit=True), metadata=KEY))
+        # Its health says so before anything is refused.
+        await asyncio.to_thread(wait_until, lambda: not is_ready(watched), LIMIT_S, watched.logs)
+        assert (await complete(watched, max_tokens=1)).status_code == 503
     drained = await draining
     assert drained.is_drained and drained.num_open_requests == 0
     assert (await long).status_code == 200
     process = watched.processes.pop("control_plane")
-    wait_until(lambda: process.poll() is not None, 20, watched.logs)
+    wait_until(lambda: process.poll() is not None, LIMIT_S, watched.logs)
     assert process.returncode == 0
 
 

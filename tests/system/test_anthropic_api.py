@@ -10,7 +10,7 @@ import httpx
 import pytest
 from anthropic import AsyncAnthropic
 
-from tests.system.conftest import Stack
+from tests.system.conftest import LIMIT_S, Stack
 
 ASKED = [{"role": "user", "content": "What is the capital of France?"}]
 EXTRA = {"seed": 7}
@@ -18,7 +18,7 @@ EXTRA = {"seed": 7}
 
 @pytest.fixture
 async def client(stack: Stack) -> AsyncIterator[AsyncAnthropic]:
-    async with AsyncAnthropic(base_url=stack.url, api_key="any", max_retries=0, timeout=30) as opened:
+    async with AsyncAnthropic(base_url=stack.url, api_key="any", max_retries=0, timeout=120) as opened:
         yield opened
 
 
@@ -52,7 +52,7 @@ async def test_errors_have_anthropics_shape(client: AsyncAnthropic, stack: Stack
     assert unknown.value.body["error"]["type"] == "not_found_error"  # type: ignore[index]
     with pytest.raises(anthropic.BadRequestError, match="at least 1"):
         await client.messages.create(model="tiny", messages=[], max_tokens=1)
-    async with httpx.AsyncClient(base_url=stack.url) as raw:
+    async with httpx.AsyncClient(base_url=stack.url, timeout=LIMIT_S) as raw:
         for answer in (
             await raw.post("/v1/messages", json={"max_tokens": 1}),
             await raw.post("/v1/messages", content=b"\xff", headers={"content-type": "application/json"}),

@@ -8,14 +8,14 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.system.conftest import Stack
+from tests.system.conftest import LIMIT_S, Stack
 
 # Bodies that make the server work long are cut short by this; what is tested is what comes before.
 TIMEOUT_S = 60
 
 
 def operations(stack: Stack) -> list[schemathesis.schemas.APIOperation]:
-    page = httpx.get(f"{stack.url}/openapi.json").json()
+    page = httpx.get(f"{stack.url}/openapi.json", timeout=LIMIT_S).json()
     schema = schemathesis.openapi.from_dict(page)
     found = [result.ok() for result in schema.get_all_operations()]
     assert len(found) > 25
@@ -46,11 +46,11 @@ def test_no_request_makes_the_server_fail(stack: Stack) -> None:
 
         send()
         assert client.get("/health").status_code == 200
-    stack.wait_idle(30)
+    stack.wait_idle()
 
 
 def test_bytes_that_are_no_json_are_refused(stack: Stack) -> None:
-    with httpx.Client(base_url=stack.url, headers={"content-type": "application/json"}) as client:
+    with httpx.Client(base_url=stack.url, headers={"content-type": "application/json"}, timeout=LIMIT_S) as client:
 
         @given(body=st.binary(max_size=300))
         @settings(max_examples=30, deadline=None)

@@ -76,7 +76,7 @@ def test_schemas_that_explode_are_refused_or_held(http: httpx.Client, schema: di
 
 
 def exchange(stack: Stack, request: bytes, *, is_half_closed: bool = False) -> bytes:
-    with closing(socket.create_connection(("127.0.0.1", stack.port), timeout=60)) as raw:
+    with closing(socket.create_connection(("127.0.0.1", stack.port), timeout=120)) as raw:
         try:
             raw.sendall(request)
             if is_half_closed:

@@ -14,7 +14,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
-from tests.system.conftest import Stack
+from tests.system.conftest import LIMIT_S, Stack
 
 CHAT = "/v1/chat/completions"
 ENDED = ("completed", "failed", "expired", "cancelled")
@@ -24,13 +24,13 @@ ENDED = ("completed", "failed", "expired", "cancelled")
 def batching(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     data = tmp_path_factory.mktemp("data")
     flags = ["--data-dir", str(data), "--batch-concurrency", "4", "--files-max-bytes", "1000000"]
-    with Stack(tiny_model, gateway_flags=flags, worker_flags=["--sim-step-ms", "2"]) as running:
+    with Stack(tiny_model, gateway_flags=flags, worker_flags=["--sim-step-ms", "10"]) as running:
         yield running
 
 
 @pytest.fixture
 async def client(batching: Stack) -> AsyncIterator[AsyncOpenAI]:
-    async with AsyncOpenAI(base_url=f"{batching.url}/v1", api_key="any", max_retries=0, timeout=30) as opened:
+    async with AsyncOpenAI(base_url=f"{batching.url}/v1", api_key="any", max_retries=0, timeout=120) as opened:
         yield opened
 
 
@@ -106,7 +106,7 @@ async def test_wrong_input_files_fail_with_the_lines_named(client: AsyncOpenAI) 
 async def test_a_cancelled_batch_keeps_what_was_answered(client: AsyncOpenAI, batching: Stack) -> None:
     lines = [line(number, max_tokens=4 if number < 4 else 3000, ignore_eos=True) for number in range(40)]
     batch = await begin(client, lines)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while (await client.batches.retrieve(batch.id)).request_counts.completed < 4:
             await asyncio.sleep(0.02)
     # Bounded: four run at a time, and fewer while others are being answered.
@@ -126,14 +126,15 @@ async def test_a_batch_survives_the_death_of_the_gateway_and_of_the_control_plan
     lines = [line(number, max_tokens=40, ignore_eos=True) for number in range(60)]
     batch = await begin(client, lines)
     for name in ("gateway", "control_plane"):
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             before = (await client.batches.retrieve(batch.id)).request_counts.completed
             while (await client.batches.retrieve(batch.id)).request_counts.completed < before + 5:
                 await asyncio.sleep(0.02)
-        batching.kill(name)
+        with batching.paused():
+            assert (await client.batches.retrieve(batch.id)).status == "in_progress"
+            batching.kill(name)
         batching.start(name)
         batching.wait_ready()
-        assert (await client.batches.retrieve(batch.id)).status == "in_progress"
     batch = await ended(client, batch.id)
     assert (batch.status, batch.request_counts.completed) == ("completed", 60), batching.logs()
     assert (await results(client, batch.output_file_id)).keys() == {f"r{number}" for number in range(60)}
@@ -154,7 +155,7 @@ async def test_files_are_kept_deleted_and_bounded(client: AsyncOpenAI, batching:
     connection.endheaders()
     assert connection.getresponse().status == 413
     connection.close()
-    async with httpx.AsyncClient(base_url=batching.url) as raw:
+    async with httpx.AsyncClient(base_url=batching.url, timeout=LIMIT_S) as raw:
         for answer in (
             await raw.post("/v1/files", json={}),
             await raw.post("/v1/files", files={"file": ("a", b"a")}, data={"purpose": "nothing"}),
@@ -176,9 +177,9 @@ def test_a_directory_belongs_to_one_gateway(batching: Stack) -> None:
 
 async def test_what_is_not_answered_in_time_has_expired(tiny_model: Path) -> None:
     """What was answered is kept; everything else has its line, and nothing of it goes on."""
-    flags = ["--batch-concurrency=2", "--batch-window-s=3"]
-    with Stack(tiny_model, gateway_flags=flags, worker_flags=["--sim-step-ms", "5"]) as short:
-        async with AsyncOpenAI(base_url=f"{short.url}/v1", api_key="any", max_retries=0, timeout=30) as client:
+    flags = ["--batch-concurrency=2", "--batch-window-s=6"]
+    with Stack(tiny_model, gateway_flags=flags, worker_flags=["--sim-step-ms", "20"]) as short:
+        async with AsyncOpenAI(base_url=f"{short.url}/v1", api_key="any", max_retries=0, timeout=120) as client:
             lines = [line(number, max_tokens=4 if number < 3 else 4000, ignore_eos=True) for number in range(8)]
             batch = await ended(client, (await begin(client, lines)).id)
             assert batch.status == "expired" and batch.expired_at >= batch.expires_at
@@ -193,20 +194,20 @@ async def test_what_is_not_answered_in_time_has_expired(tiny_model: Path) -> Non
 @pytest.mark.parametrize("policy", ["fcfs", pytest.param("priority", marks=pytest.mark.slow)])
 async def test_interactive_requests_do_not_wait_for_a_batch(tiny_model: Path, policy: str) -> None:
     """A batch that fills every row and goes on for long; a request that comes later is served before it."""
-    crowded = ["--sim-step-ms=2", "--sim-max-num-seqs=4", "--sim-strict"]
+    crowded = ["--sim-step-ms=10", "--sim-max-num-seqs=4", "--sim-strict"]
     plane = [f"--scheduling-policy={policy}"]
     with Stack(
         tiny_model, worker_flags=crowded, control_plane_flags=plane, gateway_flags=["--batch-concurrency=8"]
     ) as full:
-        async with AsyncOpenAI(base_url=f"{full.url}/v1", api_key="any", max_retries=0, timeout=60) as client:
+        async with AsyncOpenAI(base_url=f"{full.url}/v1", api_key="any", max_retries=0, timeout=120) as client:
             lines = [line(number, max_tokens=400, ignore_eos=True) for number in range(8)]
             batch = await begin(client, lines)
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(120):
                 while full.control_plane_metric("stepwire_requests_waiting") < 4:
                     await asyncio.sleep(0.02)
             answers = await asyncio.gather(
                 *(
-                    client.completions.create(model="tiny", prompt=f"{number} asks", max_tokens=20, seed=number)
+                    client.completions.create(model="tiny", prompt=f"{number} asks", max_tokens=4, seed=number)
                     for number in range(4)
                 )
             )

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ import pytest
 from stepwire.v1 import inference_pb2 as pb
 from stepwire.v1 import inference_pb2_grpc as pb_grpc
 
-from tests.system.conftest import ROOT, Stack, wait_until
+from tests.system.conftest import LIMIT_S, ROOT, Stack, wait_until
 
 from .test_openai_raw_http import request_head, unchunk
 
@@ -46,8 +46,10 @@ SOME_STREAMS = [
 ]
 ENDINGS = ("close", "reset", "half")
 NUM_CLIENTS = 8
-# With steps of 1 ms longer than any client here stays.
-ENDLESS = 3500
+# With steps of 1 ms longer than any client here stays: half a minute at least.
+ENDLESS = 30_000
+# For a reader that reads late: more than the sockets on the way can hold.
+MUCH = 3500
 # A request of a reader that reads late: everything that it makes can be waited for.
 LONG = 1100
 
@@ -56,7 +58,8 @@ LONG = 1100
 def served(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     data = tmp_path_factory.mktemp("data")
     flags = ["--data-dir", str(data), "--files-max-bytes", "40000000"]
-    with Stack(tiny_model, worker_flags=["--sim-step-ms", "1"], gateway_flags=flags) as running:
+    worker_flags = ["--sim-step-ms", "1", "--sim-max-model-len", "32768"]
+    with Stack(tiny_model, worker_flags=worker_flags, gateway_flags=flags) as running:
         yield running
 
 
@@ -80,12 +83,13 @@ class Bystander:
         self.ended = threading.Event()
 
     def read(self) -> str:
-        with closing(socket.create_connection(("127.0.0.1", self.stack.port), timeout=60)) as raw:
+        with closing(socket.create_connection(("127.0.0.1", self.stack.port), timeout=120)) as raw:
             raw.sendall(stream_request("/v1/chat/completions", 150))
             received = b"".join(iter(lambda: raw.recv(65536), b""))
         return text_of(received)
 
     def go_on(self) -> None:
+        self.answers.append(self.read())
         while not self.ended.is_set():
             self.answers.append(self.read())
 
@@ -115,9 +119,9 @@ def undisturbed(stack: Stack) -> Iterator[None]:
 
 def assert_nothing_left(stack: Stack) -> None:
     stack.wait_idle()
-    wait_until(lambda: stack.control_plane_metric("stepwire_open_requests") == 0, 10, stack.logs)
-    wait_until(lambda: stack.gateway_metric("stepwire_gateway_open_streams") == 0, 10, stack.logs)
-    wait_until(lambda: httpx.get(f"{stack.url}/load").json()["server_load"] == 0, 10, stack.logs)
+    wait_until(lambda: stack.control_plane_metric("stepwire_open_requests") == 0, LIMIT_S, stack.logs)
+    wait_until(lambda: stack.gateway_metric("stepwire_gateway_open_streams") == 0, LIMIT_S, stack.logs)
+    wait_until(lambda: httpx.get(f"{stack.url}/load", timeout=LIMIT_S).json()["server_load"] == 0, LIMIT_S, stack.logs)
     assert stack.control_plane_metric("stepwire_open_sessions") == 1
     assert all(process.poll() is None for process in stack.processes.values())
     for log in stack.directory.glob("*.log"):
@@ -126,7 +130,7 @@ def assert_nothing_left(stack: Stack) -> None:
 
 def break_off(stack: Stack, request: bytes, num_bytes: int, ending: str) -> bytes:
     """Read so many bytes of the answer, then end the connection; what was read of it."""
-    with closing(socket.create_connection(("127.0.0.1", stack.port), timeout=60)) as raw:
+    with closing(socket.create_connection(("127.0.0.1", stack.port), timeout=120)) as raw:
         raw.sendall(request)
         received = b""
         while len(received) < num_bytes and (piece := raw.recv(num_bytes - len(received))):
@@ -200,7 +204,7 @@ def read_late(stack: Stack, request: bytes) -> bytes:
         raw.settimeout(60)
         raw.connect(("127.0.0.1", stack.port))
         raw.sendall(request)
-        wait_until(lambda: num_long(stack) > before, 60, stack.logs)
+        wait_until(lambda: num_long(stack) > before, LIMIT_S, stack.logs)
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
         return b"".join(iter(lambda: raw.recv(65536), b""))
 
@@ -236,9 +240,8 @@ def test_a_slow_reader_of_a_response(served: Stack) -> None:
 
 @pytest.mark.slow
 def test_what_waits_for_a_slow_reader_of_a_response_grows_together(served: Stack) -> None:
-    """With log-probabilities it is more than the sockets on the way can hold."""
     logprobs = {"include": ["message.output_text.logprobs"], "top_logprobs": 20}
-    assert read_response_late(served, ENDLESS, **logprobs) < ENDLESS * 3 // 4
+    assert read_response_late(served, MUCH, **logprobs) < MUCH * 3 // 4
 
 
 @pytest.mark.slow
@@ -270,7 +273,7 @@ def test_readers_that_never_read_hold_no_blocks(served: Stack, path: str) -> Non
             raw.sendall(request)
             connections.append(raw)
         # Only the bystander's own request may be open.
-        wait_until(lambda: served.control_plane_metric("stepwire_open_requests") <= 1, 60, served.logs)
+        wait_until(lambda: served.control_plane_metric("stepwire_open_requests") <= 1, LIMIT_S, served.logs)
         for raw in connections:
             raw.close()
 
@@ -279,7 +282,7 @@ def test_readers_that_never_read_hold_no_blocks(served: Stack, path: str) -> Non
 def test_files_of_batches_may_be_read_slowly_and_cut(served: Stack) -> None:
     content = b"".join(b'{"line": %d, "filler": "%s"}\n' % (number, b"x" * 900) for number in range(20_000))
     upload = {"file": ("large.jsonl", content)}
-    made = httpx.post(f"{served.url}/v1/files", files=upload, data={"purpose": "batch"}, timeout=60).json()
+    made = httpx.post(f"{served.url}/v1/files", files=upload, data={"purpose": "batch"}, timeout=120).json()
     request = f"GET /v1/files/{made['id']}/content HTTP/1.1\r\nHost: gateway\r\nConnection: close\r\n\r\n".encode()
     with undisturbed(served):
         for number, place in enumerate([0, 1, 17, 300, 4096, 70_001, 1_000_000, len(content) - 1]):
@@ -294,7 +297,7 @@ def test_files_of_batches_may_be_read_slowly_and_cut(served: Stack) -> None:
             raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
             received = b"".join(iter(lambda: raw.recv(1 << 20), b""))
         assert received.partition(b"\r\n\r\n")[2] == content
-    assert httpx.delete(f"{served.url}/v1/files/{made['id']}").json()["deleted"]
+    assert httpx.delete(f"{served.url}/v1/files/{made['id']}", timeout=LIMIT_S).json()["deleted"]
 
 
 def test_an_upload_that_is_cut_leaves_no_file(served: Stack) -> None:
@@ -308,12 +311,12 @@ def test_an_upload_that_is_cut_leaves_no_file(served: Stack) -> None:
     )
     with undisturbed(served):
         for number, place in enumerate(range(0, len(body), 9)):
-            with closing(socket.create_connection(("127.0.0.1", served.port), timeout=60)) as raw:
+            with closing(socket.create_connection(("127.0.0.1", served.port), timeout=120)) as raw:
                 raw.sendall(head + body[:place])
                 if number % 2:
                     raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        assert httpx.get(f"{served.url}/v1/files").json()["data"] == []
-    with closing(socket.create_connection(("127.0.0.1", served.port), timeout=60)) as raw:
+        assert httpx.get(f"{served.url}/v1/files", timeout=LIMIT_S).json()["data"] == []
+    with closing(socket.create_connection(("127.0.0.1", served.port), timeout=120)) as raw:
         raw.sendall(head + body)
         assert raw.recv(65536).startswith(b"HTTP/1.1 200 ")
 
@@ -321,18 +324,20 @@ def test_an_upload_that_is_cut_leaves_no_file(served: Stack) -> None:
 def test_what_waits_for_a_stalled_gateway_grows_together(served: Stack) -> None:
     """Everything is generated while the gateway stands still: it comes in few messages, not in one a step."""
     num_streams, num_tokens = 64, 600
-    connections = [socket.create_connection(("127.0.0.1", served.port), timeout=60) for _ in range(num_streams)]
-    for raw in connections:
-        raw.sendall(stream_request("/v1/chat/completions", num_tokens))
-    begun = [raw.recv(65536) for raw in connections]
-    assert all(piece.startswith(b"HTTP/1.1 200 ") for piece in begun)
-    sent = served.gateway_metric("stepwire_gateway_sse_events_total")
-    gateway = served.processes["gateway"]
-    gateway.send_signal(signal.SIGSTOP)
-    try:
-        wait_until(lambda: served.control_plane_metric("stepwire_requests_running") == 0, 60, served.logs)
-    finally:
-        gateway.send_signal(signal.SIGCONT)
+    connections = [socket.create_connection(("127.0.0.1", served.port), timeout=120) for _ in range(num_streams)]
+    everything = served.control_plane_metric("stepwire_generation_tokens_total") + num_streams * num_tokens
+    with ExitStack() as standing:
+        # All of them are accepted before the first step.
+        with served.paused():
+            for raw in connections:
+                raw.sendall(stream_request("/v1/chat/completions", num_tokens))
+            begun = [raw.recv(65536) for raw in connections]
+            assert all(piece.startswith(b"HTTP/1.1 200 ") for piece in begun)
+            sent = served.gateway_metric("stepwire_gateway_sse_events_total")
+            standing.enter_context(served.paused("gateway"))
+        wait_until(
+            lambda: served.control_plane_metric("stepwire_generation_tokens_total") >= everything, LIMIT_S, served.logs
+        )
     received = [
         piece + b"".join(iter(lambda raw=raw: raw.recv(65536), b""))  # type: ignore[misc]
         for piece, raw in zip(begun, connections, strict=True)
@@ -362,7 +367,7 @@ def give_up_calls(stack: Stack, num_calls: int, seed: int) -> None:
 
     def one(plan: tuple[str, float]) -> None:
         kind, share = plan
-        call = stub.Generate(endless_request(n=1 + int(share * 3)), timeout=share / 10 if kind == "deadline" else 60)
+        call = stub.Generate(endless_request(n=1 + int(share * 3)), timeout=share / 10 if kind == "deadline" else 120)
         try:
             if kind == "time":
                 time.sleep(share / 20)
@@ -388,7 +393,7 @@ def give_up_sessions(stack: Stack, num_sessions: int, seed: int) -> None:
         stub = pb_grpc.InferenceServiceStub(channel)  # type: ignore[no-untyped-call]
         for _ in range(num_sessions):
             requests = SessionRequests()
-            call = stub.Session(iter(requests), timeout=60)
+            call = stub.Session(iter(requests), timeout=120)
             for tag in range(1, 7):
                 requests.send(pb.SessionRequest(tag=tag, generate=pb.SessionGenerate(request=endless_request())))
             for _ in range(drawn.randrange(20)):
@@ -457,6 +462,7 @@ def test_grpc_clients_that_stop_reading_hold_no_blocks(served: Stack) -> None:
         ("grpc.http2.lookahead_bytes", 65536),
         ("grpc.use_local_subchannel_pool", 1),
     ]
+    before = num_long(served)
     with undisturbed(served), grpc.insecure_channel(served.grpc_address, options=options) as channel:
         stub = pb_grpc.InferenceServiceStub(channel)  # type: ignore[no-untyped-call]
         requests = SessionRequests()
@@ -465,8 +471,8 @@ def test_grpc_clients_that_stop_reading_hold_no_blocks(served: Stack) -> None:
             message = pb.SessionGenerate(request=endless_request(LONG, output=output))
             requests.send(pb.SessionRequest(tag=tag, generate=message))
         calls = [stub.Generate(endless_request(LONG, output=output), timeout=120) for _ in range(3)]
-        wait_until(lambda: served.control_plane_metric("stepwire_requests_running") >= 6, 20, served.logs)
-        wait_until(lambda: served.control_plane_metric("stepwire_requests_running") <= 1, 60, served.logs)
+        wait_until(lambda: num_long(served) >= before + 6, LIMIT_S, served.logs)
+        wait_until(lambda: served.control_plane_metric("stepwire_requests_running") <= 1, LIMIT_S, served.logs)
         # The first is read after all: it is complete.
         responses = list(calls[0])
         assert responses[-1].usage.num_completion_tokens == LONG
@@ -481,7 +487,7 @@ KILLED_CLIENT = """
 import sys, grpc
 from stepwire.v1 import inference_pb2 as pb, inference_pb2_grpc as pb_grpc
 stub = pb_grpc.InferenceServiceStub(grpc.insecure_channel(sys.argv[1]))
-stop = pb.StopConditions(max_tokens=3500, ignore_eos=True)
+stop = pb.StopConditions(max_tokens=30000, ignore_eos=True)
 calls = [stub.Generate(pb.GenerateRequest(text="hi", stop=stop)) for _ in range(4)]
 for responses in zip(*calls):
     print("read", flush=True)

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.conftest import ROOT, Stack, free_port
+from tests.system.conftest import LIMIT_S, ROOT, STOP_LIMIT_S, Stack
+from tests.system.ports import free_port
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -30,7 +31,7 @@ def run(*arguments: str, text: str = "", **extra: str) -> subprocess.CompletedPr
         input=text,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         env=environment(**extra),
     )
 
@@ -76,7 +77,7 @@ def test_a_conversation_on_a_terminal(stack: Stack, tmp_path: Path) -> None:
 
     def wait_for_prompts(count: int) -> None:
         nonlocal seen
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + LIMIT_S
         while seen.count(b"> ") < count:
             assert time.monotonic() < deadline, seen
             if select.select([leader], [], [], 0.2)[0]:
@@ -91,7 +92,7 @@ def test_a_conversation_on_a_terminal(stack: Stack, tmp_path: Path) -> None:
     wait_for_prompts(3)
     second = stack.control_plane_metric("stepwire_prompt_tokens_total") - before - first
     os.write(leader, b"/quit\n")
-    assert process.wait(20) == 0
+    assert process.wait(STOP_LIMIT_S) == 0
     os.close(leader)
     assert second > first > 0
     assert "Hello there" in (tmp_path / ".local/state/stepwire/chat_history").read_text()

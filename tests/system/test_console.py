@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.system.browser import CHROMIUM, Page
-from tests.system.conftest import ROOT, Stack
+from tests.system.conftest import LIMIT_S, ROOT, Stack
 
 KEY = "console-key"
 # Kept by CI; ignored by git.
@@ -30,18 +30,18 @@ def watched(tiny_model: Path) -> Iterator[Stack]:
 
 
 def test_the_page_is_closed_to_everything_but_itself(watched: Stack) -> None:
-    page = httpx.get(watched.url)
+    page = httpx.get(watched.url, timeout=LIMIT_S)
     assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
     policy = page.headers["content-security-policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy
     # Nothing is fetched from anywhere else, and nothing of the server is told without the key.
     assert "https://" not in page.text and "//" not in page.text.replace("http://www.w3.org", "").split("<script>")[0]
     assert "tiny" not in page.text
-    assert httpx.get(f"{watched.url}/console/steps").status_code == 401
+    assert httpx.get(f"{watched.url}/console/steps", timeout=LIMIT_S).status_code == 401
 
 
 def test_a_gateway_without_an_admin_service_says_so(stack: Stack) -> None:
-    answer = httpx.get(f"{stack.url}/console/steps")
+    answer = httpx.get(f"{stack.url}/console/steps", timeout=LIMIT_S)
     assert answer.status_code == 404
     assert "--control-plane-admin" in answer.json()["error"]["message"]
 

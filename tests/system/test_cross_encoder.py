@@ -47,8 +47,8 @@ def cross_encoder(minilm_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="module")
 def client(cross_encoder: tuple[Path, Any, Any]) -> Iterator[httpx.Client]:
     with (
-        Launched(cross_encoder[0], "--dtype=float32", "--served-model-name=judge", ready_timeout_s=120) as launched,
-        httpx.Client(base_url=launched.base_url, timeout=60) as client,
+        Launched(cross_encoder[0], "--dtype=float32", "--served-model-name=judge") as launched,
+        httpx.Client(base_url=launched.base_url, timeout=120) as client,
     ):
         assert f"curl {launched.base_url}/score" in launched.read()
         yield client

@@ -37,16 +37,16 @@ def test_a_worker_that_died_comes_back_while_the_other_serves(tmp_path: Path) ->
                 model="sim", prompt=[1, 2, 3], max_tokens=8, extra_body={"ignore_eos": True}
             )
             assert answer.usage and answer.usage.completion_tokens == 8
-        wait_until(lambda: launched.metric("stepwire_worker_connections_total") == 3, 60.0, "the worker's return")
+        wait_until(lambda: launched.metric("stepwire_worker_connections_total") == 3, what="the worker's return")
         assert launched.metric("stepwire_worker_connected") == 2
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_cpu_workers_say_what_one_says_and_outlive_the_death_of_one(smollm2_dir: Path) -> None:
-    with Launched(smollm2_dir, *FLAGS, ready_timeout_s=180) as alone:
+    with Launched(smollm2_dir, *FLAGS) as alone:
         expected = asyncio.run(sixteen_streams(alone))
-    with Launched(smollm2_dir, *FLAGS, "--data-parallel-size=2", ready_timeout_s=180) as pair:
+    with Launched(smollm2_dir, *FLAGS, "--data-parallel-size=2") as pair:
         assert asyncio.run(sixteen_streams(pair)) == expected
         shares = [pair.metric_of("stepwire_generation_tokens_total", group=str(group)) for group in (0, 1)]
         assert min(shares) >= 4 * NUM_TOKENS, "both have worked"

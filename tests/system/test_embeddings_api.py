@@ -43,7 +43,7 @@ def client(served: Launched) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture
 def http(served: Launched) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=served.base_url, timeout=60) as client:
+    with httpx.Client(base_url=served.base_url, timeout=120) as client:
         yield client
 
 

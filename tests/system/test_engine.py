@@ -50,7 +50,7 @@ async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
     engine = Engine([WorkerAddress(f"unix:{tmp_path}/w.sock")], EngineConfig(), CoreMetrics(CollectorRegistry()))
     running = asyncio.create_task(engine.run())
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             await engine.wait_connected()
         yield engine
     finally:
@@ -64,7 +64,7 @@ async def test_an_output_that_cannot_be_delivered_ends_its_request_alone(engine:
     sinks = [Sink(), Sink(fails_at=3), Sink()]
     for number, sink in enumerate(sinks):
         engine.submit(request(number), sink)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         ends = [await sink.end for sink in sinks]
     assert ends[0] is None and ends[2] is None
     assert ends[1] is not None and ends[1].code == "INTERNAL"
@@ -74,4 +74,4 @@ async def test_an_output_that_cannot_be_delivered_ends_its_request_alone(engine:
 async def test_nothing_is_left_to_drain_after_the_last_cancel(engine: Engine, tmp_path: Path) -> None:
     engine.submit(request(0, max_tokens=4000), Sink())
     engine.cancel("r0")
-    assert await engine.drain(5.0)
+    assert await engine.drain(120.0)

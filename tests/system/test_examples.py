@@ -97,7 +97,7 @@ def first_values(embedder: Launched) -> list[float]:
 
     with grpc.insecure_channel(f"127.0.0.1:{embedder.grpc_port}") as channel:
         request = inference_pb2.EmbedRequest(inputs=[inference_pb2.PooledInput(text="A man is eating food.")])
-        answer = inference_pb2_grpc.InferenceServiceStub(channel).Embed(request, timeout=60)
+        answer = inference_pb2_grpc.InferenceServiceStub(channel).Embed(request, timeout=120)
     return list(answer.embeddings[0].values[:3])
 
 
@@ -150,7 +150,7 @@ def run_shell_page(tool: Callable[[list[str], str], list[str]], locked: Stack, e
     for command in shell_commands():
         pools = command[-1].endswith(("/Embed", "/Score"))
         address = f"127.0.0.1:{embedder.grpc_port}" if pools else locked.grpc_address
-        told = subprocess.run(tool(command, address), capture_output=True, text=True, timeout=60, cwd=ROOT)
+        told = subprocess.run(tool(command, address), capture_output=True, text=True, timeout=120, cwd=ROOT)
         assert told.returncode == 0, (command, told.stderr)
         answers.setdefault(command[-1].rpartition("/")[2], []).append(told.stdout)
     assert "SERVING" in answers["Check"][0]

@@ -15,8 +15,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.system.conftest import ROOT, Stack, free_port, wait_until
+from tests.system.conftest import LIMIT_S, ROOT, STOP_LIMIT_S, Stack, wait_until
 from tests.system.http_streams import BODY, CHAT, ENDLESS, data_of, error_of, open_stream
+from tests.system.ports import free_port
 
 
 def test_with_a_key_everything_but_probes_is_closed(tiny_model: Path) -> None:
@@ -24,7 +25,7 @@ def test_with_a_key_everything_but_probes_is_closed(tiny_model: Path) -> None:
     closed = (("GET", "/v1/models"), ("POST", CHAT), ("GET", "/metrics"), ("GET", "/x"))
     with (
         Stack(tiny_model, api_key=key, control_plane_flags=["--api-key", key]) as stack,
-        httpx.Client(base_url=stack.url, timeout=30) as http,
+        httpx.Client(base_url=stack.url, timeout=120) as http,
     ):
         for method, path in closed:
             refused = http.request(method, path, json=BODY if method == "POST" else None)
@@ -45,20 +46,20 @@ def test_a_gateway_whose_key_the_control_plane_refuses(tiny_model: Path) -> None
 
         def answers() -> bool:
             try:
-                return httpx.get(f"{stack.url}/health").status_code == 200
+                return httpx.get(f"{stack.url}/health", timeout=LIMIT_S).status_code == 200
             except httpx.TransportError:
                 return False
 
-        wait_until(answers, 30, stack.logs)
+        wait_until(answers, LIMIT_S, stack.logs)
 
         def is_refused() -> bool:
-            response = httpx.post(f"{stack.url}{CHAT}", json=BODY, timeout=30)
+            response = httpx.post(f"{stack.url}{CHAT}", json=BODY, timeout=120)
             return response.status_code == 500 and error_of(response)["code"] == "gateway_unauthorized"
 
-        wait_until(is_refused, 10, stack.logs)
-        refused = httpx.get(f"{stack.url}/v1/models")
+        wait_until(is_refused, LIMIT_S, stack.logs)
+        refused = httpx.get(f"{stack.url}/v1/models", timeout=LIMIT_S)
         assert (refused.status_code, refused.headers["x-should-retry"]) == (500, "false")
-        assert httpx.get(f"{stack.url}/ready").status_code == 503
+        assert httpx.get(f"{stack.url}/ready", timeout=LIMIT_S).status_code == 503
 
 
 def test_a_control_plane_that_restarts(tiny_model: Path) -> None:
@@ -71,15 +72,15 @@ def test_a_control_plane_that_restarts(tiny_model: Path) -> None:
         client.close()
         assert events[-1]["error"]["code"] == "control_plane_lost"
         assert events[-1]["error"]["type"] == "service_unavailable_error"
-        assert httpx.get(f"{stack.url}/health").status_code == 200
-        down = httpx.get(f"{stack.url}/ready")
+        assert httpx.get(f"{stack.url}/health", timeout=LIMIT_S).status_code == 200
+        down = httpx.get(f"{stack.url}/ready", timeout=LIMIT_S)
         assert down.status_code == 503
-        refused = httpx.post(f"{stack.url}{CHAT}", json=BODY, timeout=30)
+        refused = httpx.post(f"{stack.url}{CHAT}", json=BODY, timeout=120)
         assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
         assert str(stack.directory) not in refused.text + down.text
         stack.start("control_plane")
         stack.wait_ready()
-        assert httpx.post(f"{stack.url}{CHAT}", json=BODY, timeout=30).status_code == 200
+        assert httpx.post(f"{stack.url}{CHAT}", json=BODY, timeout=120).status_code == 200
         assert stack.gateway_metric("stepwire_gateway_control_plane_reconnects_total") == 1
 
 
@@ -87,26 +88,27 @@ def finish_in_thread(lines: Iterator[str]) -> Callable[[], list[str]]:
     """Read a stream to its end on another thread; the result waits for it."""
     pool = ThreadPoolExecutor(1)
     future = pool.submit(lambda: [data for line in lines if (data := data_of(line))])
-    return lambda: future.result(60)
+    return lambda: future.result(LIMIT_S)
 
 
 def test_sigterm_lets_streams_end_and_refuses_the_rest(tiny_model: Path) -> None:
-    with Stack(tiny_model, worker_flags=["--sim-step-ms", "20"]) as stack:
+    with Stack(tiny_model, gateway_flags=["--drain-timeout-s", "300"]) as stack:
         client, response = open_stream(stack, {**BODY, "max_tokens": 100})
         lines = response.iter_lines()
-        assert data_of(next(lines))
-        result = finish_in_thread(lines)
-        stack.processes["gateway"].send_signal(signal.SIGTERM)
-        wait_until(lambda: httpx.get(f"{stack.url}/ready").status_code == 503, 10, stack.logs)
-        assert httpx.get(f"{stack.url}/health").status_code == 200
-        refused = httpx.post(f"{stack.url}{CHAT}", json=BODY, timeout=30)
-        assert (refused.status_code, error_of(refused)["code"]) == (503, "draining")
-        assert "retry-after" in refused.headers
+        with stack.paused():
+            assert data_of(next(lines))
+            result = finish_in_thread(lines)
+            stack.processes["gateway"].send_signal(signal.SIGTERM)
+            wait_until(lambda: httpx.get(f"{stack.url}/ready", timeout=LIMIT_S).status_code == 503, LIMIT_S, stack.logs)
+            assert httpx.get(f"{stack.url}/health", timeout=LIMIT_S).status_code == 200
+            refused = httpx.post(f"{stack.url}{CHAT}", json=BODY, timeout=120)
+            assert (refused.status_code, error_of(refused)["code"]) == (503, "draining")
+            assert "retry-after" in refused.headers
         *events, done = result()
         client.close()
         assert done == "[DONE]"
         assert json.loads(events[-1])["choices"][0]["finish_reason"] == "length"
-        assert stack.processes["gateway"].wait(20) == 0
+        assert stack.processes["gateway"].wait(STOP_LIMIT_S) == 0
 
 
 def test_a_drain_that_runs_out_of_time_tells_its_streams(tiny_model: Path) -> None:
@@ -119,18 +121,19 @@ def test_a_drain_that_runs_out_of_time_tells_its_streams(tiny_model: Path) -> No
         client.close()
         assert done == "[DONE]"
         assert json.loads(events[-1])["error"]["code"] == "draining"
-        assert stack.processes["gateway"].wait(20) == 0
+        assert stack.processes["gateway"].wait(STOP_LIMIT_S) == 0
         stack.wait_idle()
 
 
 def test_silent_streams_are_kept_alive(tiny_model: Path) -> None:
-    with Stack(
-        tiny_model,
-        worker_flags=["--sim-step-ms", "1", "--sim-delay-at-step", "4", "--sim-delay-s", "1"],
-        gateway_flags=["--sse-keepalive-s", "0.1"],
-    ) as stack:
-        raw = httpx.post(f"{stack.url}{CHAT}", json={**BODY, "stream": True}, timeout=30).text
-        assert raw.count(": keep-alive\n\n") >= 3
+    with Stack(tiny_model, gateway_flags=["--sse-keepalive-s", "0.1"]) as stack:
+        client, response = open_stream(stack, {**BODY, "max_tokens": 100})
+        with stack.paused():
+            raw, pieces = "", response.iter_text()
+            while raw.count(": keep-alive\n\n") < 3:
+                raw += next(pieces)
+        raw += "".join(pieces)
+        client.close()
         events = [part for part in raw.split("\n\n") if part.startswith("data: {")]
         assert all(json.loads(event[6:])["object"] == "chat.completion.chunk" for event in events)
         assert raw.endswith("data: [DONE]\n\n")
@@ -140,7 +143,7 @@ def run_gateway(*flags: str) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("STEPWIRE_")}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "proto")])
     command = [sys.executable, "-m", "gateway", *flags]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_a_port_in_use_is_one_line_and_code_1(stack: Stack) -> None:
@@ -180,12 +183,12 @@ def test_tls_on_both_sides(tiny_model: Path, tmp_path: Path) -> None:
 
         def is_ready() -> bool:
             try:
-                return httpx.get(f"https://127.0.0.1:{port}/ready", verify=trust).status_code == 200
+                return httpx.get(f"https://127.0.0.1:{port}/ready", verify=trust, timeout=LIMIT_S).status_code == 200
             except httpx.TransportError:
                 return False
 
-        wait_until(is_ready, 30, stack.logs)
-        answer = httpx.post(f"https://127.0.0.1:{port}{CHAT}", json=BODY, verify=trust, timeout=30)
+        wait_until(is_ready, LIMIT_S, stack.logs)
+        answer = httpx.post(f"https://127.0.0.1:{port}{CHAT}", json=BODY, verify=trust, timeout=120)
         assert answer.status_code == 200
 
 
@@ -195,7 +198,7 @@ def test_a_unix_socket(tiny_model: Path) -> None:
         path = stack.directory / "gateway.sock"
         stack.gateway_flags = ["--uds", str(path)]
         stack.start("gateway")
-        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://gateway", timeout=30) as http:
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://gateway", timeout=120) as http:
 
             def is_ready() -> bool:
                 try:
@@ -203,7 +206,7 @@ def test_a_unix_socket(tiny_model: Path) -> None:
                 except httpx.TransportError:
                     return False
 
-            wait_until(is_ready, 30, stack.logs)
+            wait_until(is_ready, LIMIT_S, stack.logs)
             assert http.post(CHAT, json=BODY).status_code == 200
         assert stack.kill("gateway", signal.SIGTERM) == 0
         assert not path.exists()

@@ -64,7 +64,7 @@ def reference(gemma3_dir: Path) -> Any:
 def client(gemma3_dir: Path) -> Iterator[openai.OpenAI]:
     flags = ("--dtype=float32", "--served-model-name=gemma", "--cpu-kv-cache-gib=0.5", "--max-model-len=2048")
     with (
-        Launched(gemma3_dir, *flags, ready_timeout_s=120) as launched,
+        Launched(gemma3_dir, *flags) as launched,
         openai.OpenAI(base_url=launched.base_url, api_key="none", max_retries=0, timeout=170) as client,
     ):
         # A base model: no chat is proposed.

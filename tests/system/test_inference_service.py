@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import httpx
 import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -18,7 +17,7 @@ from stepwire.v1 import inference_pb2 as pb
 from stepwire.v1 import inference_pb2_grpc as pb_grpc
 from tokenizers import Tokenizer
 
-from tests.system.conftest import MAX_MODEL_LEN, Stack, read_sample, wait_until, write_model_directory
+from tests.system.conftest import LIMIT_S, MAX_MODEL_LEN, STOP_LIMIT_S, Stack, wait_until, write_model_directory
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,7 @@ class ControlPlane:
             stack.start(name)
         self.channel = grpc.insecure_channel(stack.grpc_address)
         self.stub = pb_grpc.InferenceServiceStub(self.channel)
-        wait_until(self.is_serving, 60.0, stack.logs)
+        wait_until(self.is_serving, LIMIT_S, stack.logs)
 
     def is_serving(self) -> bool:
         stub = health_pb2_grpc.HealthStub(self.channel)
@@ -51,11 +50,11 @@ class ControlPlane:
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     def metric(self, sample: str) -> float:
-        return read_sample(httpx.get(f"http://127.0.0.1:{self.stack.metrics_port}/metrics").text, sample)
+        return self.stack.control_plane_metric(sample)
 
     def wait_idle(self) -> None:
         self.stack.wait_idle()
-        assert self.metric("stepwire_open_requests") == 0
+        self.stack.wait_open(0)
 
     def close(self) -> None:
         self.channel.close()
@@ -130,12 +129,16 @@ def test_stop_strings_end_the_text_and_the_work(control_plane: ControlPlane) -> 
 
 def test_cancelling_frees_the_blocks(control_plane: ControlPlane) -> None:
     calls = [control_plane.stub.Generate(text_request(f"Long {number}", 3000)) for number in range(20)]
-    for call in calls:
-        next(call)
-    wait_until(lambda: control_plane.metric("stepwire_kv_blocks_in_use") > 0, 10, control_plane.stack.logs)
-    for call in calls:
-        call.cancel()
+    first, *others = calls
+    next(first)
+    with control_plane.stack.paused():
+        assert control_plane.metric("stepwire_kv_blocks_in_use") > 0
+        control_plane.stack.wait_open(len(calls))
+        for call in calls:
+            call.cancel()
+        control_plane.stack.wait_open(0)
     control_plane.wait_idle()
+    assert control_plane.metric("stepwire_cancelled_requests_total") >= len(others)
 
 
 class Session:
@@ -168,8 +171,11 @@ def test_a_session_answers_as_single_calls_do(control_plane: ControlPlane) -> No
     requests = {tag: text_request(f"Request number {tag}", 40 + tag) for tag in range(30)}
     single = {tag: Answer(control_plane.stub.Generate(request)).texts[0] for tag, request in requests.items()}
     session = Session(control_plane.stub)
-    for tag, request in requests.items():
-        session.generate(tag, request)
+    # All of them are there before the first step.
+    with control_plane.stack.paused():
+        for tag, request in requests.items():
+            session.generate(tag, request)
+        control_plane.stack.wait_open(len(requests))
     responses: dict[int, list[pb.GenerateResponse]] = {tag: [] for tag in requests}
     num_messages = num_open = 0
     num_open = len(requests)
@@ -269,14 +275,15 @@ def test_draining_finishes_what_runs_and_refuses_what_is_new(model_dir: Path) ->
     try:
         running = control_plane.stub.Generate(text_request("Finish me", 200))
         first = next(running)
-        stack.processes["control_plane"].send_signal(signal.SIGTERM)
-        wait_until(lambda: not control_plane.is_serving(), 10, stack.logs)
-        with pytest.raises(grpc.RpcError) as raised:
-            list(control_plane.stub.Generate(text_request("too late", 5)))
-        assert raised.value.code() == grpc.StatusCode.UNAVAILABLE
+        with stack.paused():
+            stack.processes["control_plane"].send_signal(signal.SIGTERM)
+            wait_until(lambda: not control_plane.is_serving(), LIMIT_S, stack.logs)
+            with pytest.raises(grpc.RpcError, match="shutting down") as raised:
+                list(control_plane.stub.Generate(text_request("too late", 5)))
+            assert raised.value.code() == grpc.StatusCode.UNAVAILABLE
         answer = Answer([first, *running])
         assert answer.usage is not None and answer.usage.num_completion_tokens == 200
-        assert stack.processes["control_plane"].wait(20) == 0
+        assert stack.processes["control_plane"].wait(STOP_LIMIT_S) == 0
     finally:
         control_plane.close()
 

@@ -21,7 +21,7 @@ def run_driver(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment["PYTHONPATH"] = os.pathsep.join(str(ROOT / source) for source in (".", "proto", "kernels"))
     environment["STEPWIRE_SIM_STEP_MS"] = "1"
     return subprocess.run(
-        [sys.executable, "-m", "load_tests", *arguments], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "load_tests", *arguments], env=environment, capture_output=True, text=True, timeout=300
     )
 
 
@@ -88,12 +88,12 @@ def test_a_target_is_needed() -> None:
 
 
 async def test_a_window_of_steady_decoding_counts_its_steps() -> None:
-    with ControlPlaneStack(["--sim-step-ms=1", "--sim-max-num-seqs=8"]) as running:
+    with ControlPlaneStack(["--sim-step-ms=4", "--sim-max-num-seqs=8"]) as running:
         async with Rows(running, num_rows=8, max_tokens=4000) as rows:
             window = await rows.window(0.5)
             assert all(not record.ended_s and record.num_tokens > 0 for record in rows.records)
         assert window.num_steps > 0
-        assert window.wall_s / window.num_steps >= 0.001  # no step is shorter than the worker's
+        assert window.wall_s / window.num_steps >= 0.004  # no step is shorter than the worker's
         assert 0 < window.control_plane.main_thread_s <= window.control_plane.total_s < window.wall_s * 8
         assert window.worker_cpu_s > 0
         # The rows were cancelled: their blocks come back.

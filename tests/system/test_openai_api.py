@@ -24,7 +24,7 @@ MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What 
 
 @pytest.fixture
 async def client(stack: Stack) -> AsyncIterator[AsyncOpenAI]:
-    async with AsyncOpenAI(base_url=f"{stack.url}/v1", api_key="any", max_retries=0, timeout=30) as opened:
+    async with AsyncOpenAI(base_url=f"{stack.url}/v1", api_key="any", max_retries=0, timeout=120) as opened:
         yield opened
 
 

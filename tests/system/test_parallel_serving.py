@@ -17,7 +17,8 @@ from .test_launcher import stream
 
 RANK_MODULE = "gpu_worker.parallel.rank_process"
 # Small steps, so that prompts come in chunks beside decodes; a pool that 16 streams do not fit into.
-PLACE = ("--dtype=float32", "--device=cpu", "--num-threads=1", "--served-model-name=tiny")
+# Ranks that import torch all at once on a busy machine wait long for one another.
+PLACE = ("--group-timeout-s=240", "--dtype=float32", "--device=cpu", "--num-threads=1", "--served-model-name=tiny")
 FLAGS = (*PLACE, "--max-num-batched-tokens=48")
 
 
@@ -69,7 +70,7 @@ def test_two_by_two_ranks_give_the_tokens_of_one_and_survive_the_loss_of_one(
 ) -> None:
     """Two stages of two ranks that hold different experts; kill -9 of the last rank in the middle of 16 streams."""
     parallel = ("--tensor-parallel-size=2", "--pipeline-parallel-size=2", "--enable-expert-parallel")
-    with Launched(tiny_mixture, *FLAGS, *parallel, pool(40, 7680), ready_timeout_s=120) as launched:
+    with Launched(tiny_mixture, *FLAGS, *parallel, pool(40, 7680)) as launched:
         assert len(ranks_of(launched)) == 3
         assert asyncio.run(sixteen_streams(launched, 60)) == tokens_of_one_rank
         assert launched.metric("stepwire_preemptions_total") > 0
@@ -78,13 +79,14 @@ def test_two_by_two_ranks_give_the_tokens_of_one_and_survive_the_loss_of_one(
         async def disturbed() -> list[dict[int, list]]:
             streams = asyncio.create_task(sixteen_streams(launched, 60))
             before = launched.metric("stepwire_generation_tokens_total")
-            while launched.metric("stepwire_generation_tokens_total") < before + 200:
+            while launched.metric("stepwire_generation_tokens_total") < before + 100:
+                assert not streams.done(), "over before the rank was lost"
                 await asyncio.sleep(0.01)
             first_group[-1].kill()
             return await streams
 
         assert asyncio.run(disturbed()) == tokens_of_one_rank
-        assert launched.metric("stepwire_worker_losses_total") == 1
+        wait_until(lambda: launched.metric("stepwire_worker_losses_total") == 1, what="the loss to be counted")
         assert launched.metric("stepwire_kv_blocks_in_use") == 0
         wait_until(lambda: not any(process.is_running() for process in first_group), what="the end of the first group")
         assert len(ranks_of(launched)) == 3
@@ -109,7 +111,7 @@ def test_two_by_two_ranks_give_the_tokens_of_one_and_survive_the_loss_of_one(
 def test_every_layout_gives_the_tokens_of_one_rank(
     tiny_mixture: Path, tokens_of_one_rank: list[dict[int, list]], parallel: tuple[str, ...]
 ) -> None:
-    with Launched(tiny_mixture, *FLAGS, *parallel, pool(40, 7680), ready_timeout_s=120) as launched:
+    with Launched(tiny_mixture, *FLAGS, *parallel, pool(40, 7680)) as launched:
         assert asyncio.run(sixteen_streams(launched, 60)) == tokens_of_one_rank
 
 
@@ -119,8 +121,8 @@ def test_prompts_are_told_of_by_tensor_parallel_ranks_and_refused_by_stages(tiny
     body = {"model": "tiny", "prompt": [*range(3, 90)], "max_tokens": 2, "temperature": 0, "prompt_logprobs": 3}
     told = []
     for parallel in ((), ("--tensor-parallel-size=2",)):
-        with Launched(tiny_mixture, *FLAGS, *parallel, pool(40, 7680), ready_timeout_s=120) as launched:
-            answer = httpx.post(f"{launched.base_url}/completions", json=body, timeout=60)
+        with Launched(tiny_mixture, *FLAGS, *parallel, pool(40, 7680)) as launched:
+            answer = httpx.post(f"{launched.base_url}/completions", json=body, timeout=120)
             assert answer.status_code == 200, answer.text
             told.append(answer.json()["choices"][0]["prompt_logprobs"])
     assert len(told[0]) == 87 and told[0][0] is None
@@ -129,8 +131,8 @@ def test_prompts_are_told_of_by_tensor_parallel_ranks_and_refused_by_stages(tiny
         for token, entry in one.items():
             assert entry["logprob"] == pytest.approx(two[token]["logprob"], abs=1e-4)
             assert entry["rank"] == two[token]["rank"]
-    with Launched(tiny_mixture, *FLAGS, "--pipeline-parallel-size=2", pool(40, 7680), ready_timeout_s=120) as launched:
-        answer = httpx.post(f"{launched.base_url}/completions", json=body, timeout=60)
+    with Launched(tiny_mixture, *FLAGS, "--pipeline-parallel-size=2", pool(40, 7680)) as launched:
+        answer = httpx.post(f"{launched.base_url}/completions", json=body, timeout=120)
         assert answer.status_code == 400 and answer.json()["error"]["param"] == "prompt_logprobs"
 
 

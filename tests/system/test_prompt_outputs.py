@@ -25,7 +25,7 @@ MESSAGES: list[Any] = [{"role": "user", "content": "What is the capital of Franc
 
 @pytest.fixture
 async def client(stack: Stack) -> AsyncIterator[AsyncOpenAI]:
-    async with AsyncOpenAI(base_url=f"{stack.url}/v1", api_key="any", max_retries=0, timeout=30) as opened:
+    async with AsyncOpenAI(base_url=f"{stack.url}/v1", api_key="any", max_retries=0, timeout=120) as opened:
         yield opened
 
 
@@ -157,11 +157,15 @@ async def test_preempted_prompts_are_told_of_once_and_whole(crowded: Stack) -> N
     tokenizer = Tokenizer.from_file(str(crowded.model / "tokenizer.json"))
     prompts = [f"{number} " + TEXT * 2 for number in range(6)]
     before = crowded.control_plane_metric("stepwire_preemptions_total")
-    async with AsyncOpenAI(base_url=f"{crowded.url}/v1", api_key="any", max_retries=0, timeout=60) as client:
+    async with AsyncOpenAI(base_url=f"{crowded.url}/v1", api_key="any", max_retries=0, timeout=120) as client:
         extra = {"prompt_logprobs": 2, "ignore_eos": True}
-        answers = await asyncio.gather(
-            *(complete(client, prompt=prompt, max_tokens=160, extra_body=extra) for prompt in prompts)
-        )
+        with crowded.paused():  # until all of them are there
+            asking = [
+                asyncio.create_task(complete(client, prompt=prompt, max_tokens=160, extra_body=extra))
+                for prompt in prompts
+            ]
+            await asyncio.to_thread(crowded.wait_open, len(prompts))
+        answers = await asyncio.gather(*asking)
     for prompt, answer in zip(prompts, answers, strict=True):
         check_vllm(answer.choices[0].prompt_logprobs, tokenizer.encode(prompt).ids, 2)
         assert answer.usage.completion_tokens == 160
@@ -170,7 +174,7 @@ async def test_preempted_prompts_are_told_of_once_and_whole(crowded: Stack) -> N
 
 async def test_a_suffix_is_put_where_the_model_fills_in(crowded: Stack) -> None:
     tokenizer = Tokenizer.from_file(str(crowded.model / "tokenizer.json"))
-    async with AsyncOpenAI(base_url=f"{crowded.url}/v1", api_key="any", max_retries=0, timeout=60) as client:
+    async with AsyncOpenAI(base_url=f"{crowded.url}/v1", api_key="any", max_retries=0, timeout=120) as client:
         answer = await complete(client, prompt="def f(", suffix="return x", extra_body={"return_token_ids": True})
         wanted = tokenizer.encode("<|fim_prefix|>def f(<|fim_suffix|>return x<|fim_middle|>").ids
         assert answer.choices[0].prompt_token_ids == wanted

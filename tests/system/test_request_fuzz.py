@@ -124,7 +124,7 @@ def bodies(needed: dict[str, st.SearchStrategy[Any]], fields: dict[str, st.Searc
 )
 def test_a_body_is_served_or_its_wrong_field_is_named(stack: Stack, path: str, strategy: Any) -> None:
     served = 0
-    with httpx.Client(base_url=stack.url, timeout=60) as http:
+    with httpx.Client(base_url=stack.url, timeout=120) as http:
 
         @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), database=None)
         @given(body=strategy)
@@ -142,4 +142,4 @@ def test_a_body_is_served_or_its_wrong_field_is_named(stack: Stack, path: str, s
 
         send()
     assert served
-    stack.wait_idle(30)
+    stack.wait_idle()

@@ -93,7 +93,7 @@ COMPLETION_ONLY: list[tuple[str, Any, list[Any]]] = [
 
 @pytest.fixture(scope="module")
 def http(stack: Stack) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=stack.url, timeout=60) as client:
+    with httpx.Client(base_url=stack.url, timeout=120) as client:
         yield client
 
 

@@ -37,7 +37,7 @@ NAMED = {"type": "function", "function": {"name": "weather"}}
 
 @pytest.fixture
 def http(stack: Stack) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=stack.url, timeout=60) as client:
+    with httpx.Client(base_url=stack.url, timeout=120) as client:
         yield client
 
 
@@ -161,7 +161,7 @@ def test_files_and_batches(http: httpx.Client) -> None:
     )
     body = {"input_file_id": file["id"], "endpoint": "/v1/chat/completions", "completion_window": "24h"}
     batch = checked(Batch, answered(http.post("/v1/batches", json={**body, "metadata": {"a": "b"}})))
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while batch["status"] != "completed":
         assert time.monotonic() < deadline, batch
         batch = checked(Batch, answered(http.get(f"/v1/batches/{batch['id']}")))

@@ -264,7 +264,7 @@ for _ in range(100):
 )
 def test_what_cannot_be_enforced_is_refused(served: Launched, fields: dict[str, Any], param: str) -> None:
     body = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "max_tokens": 4, **fields}
-    answer = httpx.post(f"{served.base_url}/chat/completions", json=body, timeout=60)
+    answer = httpx.post(f"{served.base_url}/chat/completions", json=body, timeout=120)
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"].startswith(param), answer.text
 

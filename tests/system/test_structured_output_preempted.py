@@ -36,7 +36,10 @@ async def test_preempted_sequences_go_on_in_their_format(crowded: Stack) -> None
             return answer.choices[0].text
 
         before = crowded.control_plane_metric("stepwire_preemptions_total")
-        together = await asyncio.gather(*(one(number) for number in range(8)))
+        with crowded.paused():  # until all of them are there
+            asking = [asyncio.create_task(one(number)) for number in range(8)]
+            await asyncio.to_thread(crowded.wait_open, 8)
+        together = await asyncio.gather(*asking)
         assert crowded.control_plane_metric("stepwire_preemptions_total") > before
         assert all(re.fullmatch(PATTERN, text) for text in together)
         assert len(set(together)) == 8

@@ -14,7 +14,7 @@ import pytest
 from stepwire.v1 import inference_pb2 as pb
 from stepwire.v1 import inference_pb2_grpc as pb_grpc
 
-from tests.system.conftest import Stack, wait_until
+from tests.system.conftest import LIMIT_S, Stack, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -43,19 +43,24 @@ def accepted_with(stack: Stack, trace_id: str, num_requests: int) -> list[dict[s
     def entries() -> list[dict[str, Any]]:
         return [e for e in lines(stack, "control_plane", "request accepted") if e.get("trace_id") == trace_id]
 
-    wait_until(lambda: len(entries()) >= num_requests, 10.0, stack.logs)
+    wait_until(lambda: len(entries()) >= num_requests, LIMIT_S, stack.logs)
     return entries()
 
 
 def test_a_rest_call_is_found_in_both_logs(logging_stack: Stack) -> None:
     header, trace_id, span_id = a_trace()
     body = {"model": "tiny", "prompt": ["one", "two"], "max_tokens": 2}
-    with httpx.Client(base_url=logging_stack.url) as http:
+    with httpx.Client(base_url=logging_stack.url, timeout=LIMIT_S) as http:
         for headers in ({"traceparent": header}, {}, {"traceparent": "00-nonsense"}):
             assert http.post("/v1/completions", json=body, headers=headers).status_code == 200
     entries = accepted_with(logging_stack, trace_id, 2)
     assert len(entries) == 2 and {entry["parent_span_id"] for entry in entries} == {span_id}
-    access = [entry for entry in lines(logging_stack, "gateway", "request") if entry["route"] == "/v1/completions"]
+
+    def access_lines() -> list[dict[str, Any]]:
+        return [entry for entry in lines(logging_stack, "gateway", "request") if entry["route"] == "/v1/completions"]
+
+    wait_until(lambda: len(access_lines()) >= 3, LIMIT_S, logging_stack.logs)
+    access = access_lines()
     # The connection is the same for all three: nothing sticks to it.
     assert [entry.get("trace_id") for entry in access] == [trace_id, None, None]
     assert len([e for e in lines(logging_stack, "control_plane", "request accepted") if "trace_id" not in e]) == 4
@@ -84,4 +89,4 @@ def test_grpc_calls_and_requests_of_a_session(logging_stack: Stack) -> None:
 def iter_and_wait(messages: list[pb.SessionRequest], ended: set[int]) -> Iterator[pb.SessionRequest]:
     """The stream stays open until every tag has ended."""
     yield from messages
-    wait_until(lambda: len(ended) == len(messages), 10.0)
+    wait_until(lambda: len(ended) == len(messages), LIMIT_S)

@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -22,7 +22,8 @@ from stepwire.v1 import admin_pb2_grpc
 from stepwire.v1 import inference_pb2 as pb
 from stepwire.v1 import inference_pb2_grpc as pb_grpc
 
-from tests.system.conftest import ROOT, STOP_LIMIT_S, free_port, read_sample, wait_until
+from tests.system.conftest import LIMIT_S, ROOT, START_LIMIT_S, STOP_LIMIT_S, read_sample, wait_until
+from tests.system.ports import free_port
 
 VOCAB_SIZE = 1000
 
@@ -65,6 +66,22 @@ class WorkerGroups:
         process.send_signal(signal.SIGKILL)
         process.wait(STOP_LIMIT_S)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """All workers stand still in the block: what is asked meanwhile is accepted and waits."""
+        stopped = [process for name, process in self.processes.items() if name.startswith("worker ")]
+        for process in stopped:
+            process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for process in stopped:
+                process.send_signal(signal.SIGCONT)
+
+    async def wait_open(self, num_requests: int) -> None:
+        """Until so many requests have been accepted and are not over."""
+        await self.wait_for(lambda: self.metric("stepwire_open_requests") == num_requests)
+
     def start(self) -> None:
         for number in range(self.num_groups):
             self.start_worker(number)
@@ -77,7 +94,7 @@ class WorkerGroups:
             ],
         )
         try:
-            wait_until(lambda: self.metric("stepwire_worker_connected") == self.num_groups, 60.0, self.logs)
+            wait_until(lambda: self.metric("stepwire_worker_connected") == self.num_groups, START_LIMIT_S, self.logs)
         except BaseException:
             self.stop()
             raise
@@ -110,14 +127,15 @@ class WorkerGroups:
     async def wait_connected(self, num_groups: int) -> None:
         await self.wait_for(lambda: self.metric("stepwire_worker_connected") == num_groups)
 
-    async def wait_for(self, condition: Callable[[], bool], limit_s: float = 60.0) -> None:
+    async def wait_for(self, condition: Callable[[], bool], limit_s: float = START_LIMIT_S) -> None:
         await asyncio.to_thread(wait_until, condition, limit_s, self.logs)
 
     def metric(self, sample: str, group: int | None = None) -> float:
         """A metric of one group, or the sum over all; 0 while the page does not have it."""
         name = sample if group is None else f'{sample}{{group="{group}"}}'
         try:
-            return read_sample(httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics").text, name)
+            page = httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=LIMIT_S)
+            return read_sample(page.text, name)
         except (LookupError, httpx.TransportError):
             return 0.0
 

@@ -213,15 +213,16 @@ def test_route_labels(path: str, label: str) -> None:
 
 async def test_more_requests_than_allowed_at_a_time_are_429(tmp_path: Path) -> None:
     async with client_for(tmp_path, max_concurrent_requests=1) as client:
-        release = asyncio.Event()
+        reading, release = asyncio.Event(), asyncio.Event()
 
         async def slow_body() -> AsyncIterator[bytes]:
+            reading.set()
             await release.wait()
             yield b"{}"
 
         headers = {"content-type": "application/json"}
         first = asyncio.ensure_future(client.post(CHAT, content=slow_body(), headers=headers))
-        await asyncio.sleep(0.01)
+        await reading.wait()
         second = await client.post(CHAT, json=BODY)
         assert (second.status_code, error_of(second)["code"]) == (429, "too_many_requests")
         assert second.headers["retry-after"] == "1"

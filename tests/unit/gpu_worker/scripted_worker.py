@@ -28,10 +28,12 @@ REFUSE = 1
 END_SESSION = 2
 FAIL_EXECUTE = 3
 FAIL_RESULT = 4
-# A launched step of this kind has its result when the next step is executed, or after a second.
+# A launched step of this kind has its result when the next step is executed.
 UNTIL_NEXT = 5
 SLOW_EXECUTE = 6
 FAIL_RESET = 7
+# And one of this kind after a second.
+LATE_RESULT = 8
 
 
 class ScriptedStep:
@@ -40,7 +42,9 @@ class ScriptedStep:
 
     def result(self) -> StepResult:
         step_id = self._batch.step_id
-        in_time = self._may_end.wait(1.0)
+        in_time = self._may_end.wait(60.0)
+        if self._order == LATE_RESULT:
+            time.sleep(1.0)
         logger.info(f"result {step_id}", thread=threading.current_thread().name, in_time=in_time)
         if self._order == FAIL_RESULT:
             raise ZeroDivisionError("the device is lost")

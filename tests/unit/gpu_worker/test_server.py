@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def client(worker: WorkerProcess, tmp_path: Path) -> Iterator[WorkerClient]:
 @pytest.fixture(scope="module")
 def lasting_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[WorkerProcess, str]]:
     folder = tmp_path_factory.mktemp("lasting")
-    with start(folder) as process:
+    with start(folder, "--log-level=debug") as process:
         yield process, f"unix:{folder}/w.sock"
 
 
@@ -100,11 +101,14 @@ def test_a_step_is_launched_while_the_one_before_runs(shared: WorkerProcess, vis
 
 def test_waiting_in_the_queue_is_measured(shared: WorkerProcess, visitor: WorkerClient) -> None:
     session = visitor.start()
-    session.step(ordered(1, script.SLOW_EXECUTE))
+    session.step(ordered(1, mask_rows=(0,)))  # holds the main thread until its mask comes
     session.step(ordered(2))
+    for _ in range(2):
+        shared.wait_for_event("step queued", then_forget=True)
+    time.sleep(0.3)
+    session.mask(1, TokenMask(rows=uint32([0]), bitmask=np.array([[1, 2]], dtype=np.uint32)))
     first, second = session.receive().result, session.receive().result
-    # The first step sleeps 0.5 s on the main thread after it has started.
-    assert second.timings.queue_ns > max(300_000_000, first.timings.queue_ns) and first.timings.queue_ns > 0
+    assert second.timings.queue_ns > 300_000_000 and first.timings.queue_ns > 0
 
 
 def test_a_new_session_ends_the_old_one_and_its_steps(worker: WorkerProcess, client: WorkerClient) -> None:
@@ -123,7 +127,7 @@ def test_a_new_session_ends_the_old_one_and_its_steps(worker: WorkerProcess, cli
 
 def test_a_launched_step_retires_before_the_reset(worker: WorkerProcess, client: WorkerClient) -> None:
     old = client.start("old")
-    old.step(ordered(1, script.UNTIL_NEXT))  # no next step comes: its result takes a second
+    old.step(ordered(1, script.LATE_RESULT))
     worker.wait_for_event("execute 1")
     client.start("new")
     assert old.end()[0] == grpc.StatusCode.ABORTED
@@ -235,7 +239,7 @@ def test_the_hello_is_checked(shared: WorkerProcess, visitor: WorkerClient) -> N
 def test_a_stream_must_begin_with_a_hello(shared: WorkerProcess, visitor: WorkerClient) -> None:
     current = visitor.start("current")
     batch = worker_pb2.RunStepsRequest(step=worker_pb2.StepBatch(step_id=1))
-    call = visitor.stub.RunSteps(iter([batch]), timeout=5)
+    call = visitor.stub.RunSteps(iter([batch]), timeout=120)
     with pytest.raises(grpc.RpcError):
         list(call)
     assert call.code() == grpc.StatusCode.INVALID_ARGUMENT

@@ -19,10 +19,14 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class TokenServer:
-    """Streams `max_tokens` chunks, `pause_s` apart, and remembers how many streams were open at once."""
+    """Streams `max_tokens` chunks, `pause_s` apart, and remembers how many streams were open at once.
 
-    def __init__(self, pause_s: float = 0.0) -> None:
+    No stream has its first chunk before `waits_for` of them were open at a time.
+    """
+
+    def __init__(self, pause_s: float = 0.0, waits_for: int = 0) -> None:
         self.pause_s = pause_s
+        self.waits_for = waits_for
         self.bodies: list[dict[str, object]] = []
         self.most_open = 0
         self._num_open = 0
@@ -36,6 +40,8 @@ class TokenServer:
         self.most_open = max(self.most_open, self._num_open)
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await response.prepare(request)
+        while self.most_open < self.waits_for:
+            await asyncio.sleep(0.01)
         for _ in range(body["max_tokens"]):
             await asyncio.sleep(self.pause_s)
             await response.write(b'data: {"choices": [{"text": "x", "finish_reason": null}]}\n\n')
@@ -70,7 +76,7 @@ def phase(*sizes: int, at_s: float = 0.0, max_concurrency: int | None = None) ->
     return Phase("test", requests, max_concurrency)
 
 
-async def run(server: TokenServer, work: Phase, timeout_s: float = 20.0) -> PhaseResult:
+async def run(server: TokenServer, work: Phase, timeout_s: float = 120.0) -> PhaseResult:
     async with serving(server) as spec, InProcessDriver(spec) as driver:
         return await driver.run(work, timeout_s)
 
@@ -88,13 +94,13 @@ async def test_every_request_is_sent_as_asked_and_read_to_its_end() -> None:
 
 
 async def test_a_closed_loop_keeps_its_concurrency() -> None:
-    server = TokenServer(pause_s=0.01)
+    server = TokenServer(pause_s=0.01, waits_for=3)
     await run(server, phase(*[2] * 12, max_concurrency=3))
     assert server.most_open == 3
 
 
 async def test_without_a_limit_all_are_open_at_once() -> None:
-    server = TokenServer(pause_s=0.1)
+    server = TokenServer(waits_for=12)
     await run(server, phase(*[2] * 12))
     assert server.most_open == 12
 

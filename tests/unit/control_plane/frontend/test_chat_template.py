@@ -153,7 +153,7 @@ def test_a_bomb_ends_with_an_error(name: str) -> None:
     with pytest.raises(RequestRefused) as refused:
         template.render([{"role": "user", "content": "go"}], max_chars=1_000_000)
     assert refused.value.code == "INVALID_ARGUMENT"
-    assert time.monotonic() - started < 30, "it must end at all"
+    assert time.monotonic() - started < 120, "it must end at all"
 
 
 @pytest.mark.parametrize(

@@ -194,18 +194,19 @@ async def test_whoever_waits_behind_a_bomb_is_served(tokenizer: Tokenizer, monke
     """What takes too long cannot be interrupted; it keeps its thread, and others get another one."""
     compiler = GrammarCompiler(tokenizer.to_str(), VOCAB_SIZE, [EOS])
     await compiler.compile(grammar.regex_grammar("a"))
-    stuck, compile_one = threading.Event(), compiler._compile
+    begun, stuck, compile_one = threading.Event(), threading.Event(), compiler._compile
 
     def slow(source: str) -> Any:
         if "bomb" in source:
-            stuck.wait(60)
+            begun.set()
+            stuck.wait(300)
         return compile_one(source)
 
     monkeypatch.setattr(compiler, "_compile", slow)
     monkeypatch.setattr(grammar, "COMPILE_TIMEOUT_S", 0.5)
     bomb = asyncio.create_task(compiler.compile(grammar.regex_grammar("bomb")))
-    await asyncio.sleep(0.1)
-    monkeypatch.setattr(grammar, "COMPILE_TIMEOUT_S", 30)
+    assert await asyncio.to_thread(begun.wait, 100)
+    monkeypatch.setattr(grammar, "COMPILE_TIMEOUT_S", 100)
     behind = asyncio.create_task(compiler.compile(grammar.regex_grammar("b")))
     with pytest.raises(GrammarError, match="took longer"):
         await bomb

@@ -31,7 +31,8 @@ from control_plane.frontend.server import FrontendServer, ListenError, create_se
 from tests.unit.control_plane.frontend import tokenizers_for_tests as kinds
 from tests.unit.control_plane.frontend.scripted_engine import ScriptedEngine
 
-LIMIT_S = 10.0
+# On a machine that may be busy; it only ends a test that has failed.
+LIMIT_S = 90.0
 
 
 class Running:
@@ -199,7 +200,7 @@ async def test_cancelling_the_call_cancels_the_request(model: ServedModel) -> No
 
 async def test_the_calls_deadline_is_the_requests(model: ServedModel) -> None:
     async with serving(model) as running:
-        call = running.stub.Generate(token_request(), timeout=0.3)
+        call = running.stub.Generate(token_request(), timeout=1.5)
         await call.read()
         request_id = await running.request_id()
         assert (await error_of(call)).code() == grpc.StatusCode.DEADLINE_EXCEEDED
@@ -265,18 +266,22 @@ async def test_texts_are_packed_where_a_session_asks_for_it(model: ServedModel) 
 async def test_what_comes_before_a_receipt_grows_together(model: ServedModel) -> None:
     async with serving(model) as running:
         session, request_ids = await packed_session(running, [1, 2])
-        for text in "abcdef":
-            for request_id in request_ids.values():
-                running.engine.output(ids(text), request_id=request_id)
-            await asyncio.sleep(0)
+
+        async def say(texts: str) -> None:
+            for text in texts:
+                for request_id in request_ids.values():
+                    running.engine.output(ids(text), request_id=request_id)
+                await asyncio.sleep(0)
+
+        await say("a")
         first = await session.read()
+        await say("bcdef")
         reading = asyncio.ensure_future(session.read())
         done, _ = await asyncio.wait([reading], timeout=0.2)
         assert not done, "the first one is still in the client's hands"
         await session.write(RECEIPT)
         second = await reading
-        for position in (0, 1):
-            assert first.texts.texts[position] + second.texts.texts[position] == "abcdef"
+        assert list(first.texts.texts) == ["a"] * 2 and list(second.texts.texts) == ["bcdef"] * 2
         assert sum(second.texts.num_tokens) + sum(first.texts.num_tokens) == 12
         # A cancelled request is not spoken of any more, whatever is still to be said.
         running.engine.output(ids("x"), request_id=request_ids[2])
@@ -331,7 +336,7 @@ async def test_a_tag_in_use(model: ServedModel) -> None:
 async def test_timeouts_of_a_session(model: ServedModel) -> None:
     async with serving(model) as running:
         generate = pb.SessionGenerate(request=token_request())
-        generate.timeout.FromMilliseconds(200)
+        generate.timeout.FromMilliseconds(1500)
         session, request_ids = await open_session(running, [1], timeout=generate.timeout)
         error = (await session.read()).responses[0].response.error
         assert (error.code, error.reason) == (4, "deadline_exceeded")

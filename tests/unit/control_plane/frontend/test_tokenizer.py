@@ -78,7 +78,7 @@ async def test_the_interpreter_is_free_while_a_long_text_is_encoded(tokenizer: T
             time.sleep(0.001)
 
     thread = threading.Thread(target=tick)
-    text = kinds.TEXT * 800
+    text = kinds.TEXT * 300
     encoding = asyncio.ensure_future(tokenizer.encode_text(text, add_special_tokens=False))
     await asyncio.sleep(0)
     thread.start()

@@ -44,7 +44,7 @@ print(peak() - before)
 def _growth_while_streaming(path: Path) -> int:
     environment = {"PYTHONPATH": str(REPOSITORY_ROOT)}
     result = subprocess.run(
-        [sys.executable, "-c", _STREAM, str(path)], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", _STREAM, str(path)], env=environment, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr
     return int(result.stdout)

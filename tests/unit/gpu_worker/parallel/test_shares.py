@@ -99,7 +99,7 @@ def logits_of_group(directory: Path, size: int, experts: str) -> torch.Tensor:
                 stdout = ranks[0].stdout
                 assert stdout is not None
                 address = [stdout.readline().strip()]
-        assert [rank.wait(timeout=120) for rank in ranks] == [0] * size
+        assert [rank.wait(timeout=300) for rank in ranks] == [0] * size
     finally:
         for process in ranks:
             process.kill()

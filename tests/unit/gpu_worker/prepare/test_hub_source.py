@@ -104,7 +104,7 @@ def _run(endpoint: str, home: Path, *arguments: str) -> subprocess.CompletedProc
         },
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 

@@ -299,7 +299,7 @@ def test_the_result_needs_neither_transformers_nor_gguf(source: Path, tmp_path: 
         env={"PYTHONPATH": str(REPOSITORY_ROOT)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr
 
@@ -333,7 +333,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         env={"PYTHONPATH": str(REPOSITORY_ROOT)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) < 60 << 20
