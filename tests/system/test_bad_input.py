@@ -21,7 +21,7 @@ MILLION = 10**6
 
 @pytest.fixture
 def http(stack: Stack) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=stack.url, timeout=120) as client:
+    with httpx.Client(base_url=stack.url, timeout=350) as client:
         yield client
         # Nothing of what was sent runs on, and others are served.
         assert client.post(CHAT, json=BODY).status_code == 200

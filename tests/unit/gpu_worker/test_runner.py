@@ -48,16 +48,14 @@ def smollm2_reference(smollm2_dir: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def alone(smollm2_runner: TorchRunner) -> list[list[int]]:
-    """Each prompt with its 64 greedy tokens, run alone."""
-    sequences = []
-    for prompt in prompts():
-        driver = StepDriver(smollm2_runner)
-        driver.add(0, prompt, greedy())
-        for _ in range(NUM_TOKENS):
-            driver.step()
-        sequences.append(driver.rows[0].tokens)
-    return sequences
+def greedy_sequences(smollm2_runner: TorchRunner) -> list[list[int]]:
+    """Each prompt with its 64 greedy tokens, all of them run together."""
+    driver = StepDriver(smollm2_runner)
+    for row, prompt in enumerate(prompts()):
+        driver.add(row, prompt, greedy())
+    for _ in range(NUM_TOKENS):
+        driver.step()
+    return [driver.rows[row].tokens for row in range(len(prompts()))]
 
 
 def generate(reference: Any, prompt: list[int]) -> list[int]:
@@ -74,22 +72,43 @@ def generate(reference: Any, prompt: list[int]) -> list[int]:
     return output[0].tolist()
 
 
-def test_greedy_equals_transformers_choice_after_every_prefix(alone: list[list[int]], smollm2_reference: Any) -> None:
+def test_greedy_equals_transformers_choice_after_every_prefix(
+    greedy_sequences: list[list[int]], smollm2_reference: Any
+) -> None:
     """One forward pass of transformers over each finished sequence: its argmax at every place is our next token."""
-    for sequence in alone:
+    for sequence in greedy_sequences:
         first = len(sequence) - NUM_TOKENS
         with torch.inference_mode():
             logits = smollm2_reference(torch.tensor([sequence])).logits[0, first - 1 : -1]
         assert logits.argmax(-1).tolist() == sequence[first:]
 
 
-@pytest.mark.parametrize("index", [pytest.param(i, marks=() if i == 9 else pytest.mark.slow) for i in range(12)])
-def test_greedy_equals_transformers_generate(index: int, alone: list[list[int]], smollm2_reference: Any) -> None:
-    assert alone[index] == generate(smollm2_reference, prompts()[index])
+def some(*indices: int) -> list[Any]:
+    """All prompts; those that are not named with the slow tests."""
+    return [pytest.param(index, marks=() if index in indices else pytest.mark.slow) for index in range(12)]
+
+
+@pytest.mark.parametrize("index", some(0, 11))
+def test_a_prompt_alone_gives_the_same_tokens(
+    index: int, greedy_sequences: list[list[int]], smollm2_runner: TorchRunner
+) -> None:
+    """The shortest and the longest, in steps of one row."""
+    driver = StepDriver(smollm2_runner)
+    driver.add(0, prompts()[index], greedy())
+    for _ in range(NUM_TOKENS):
+        driver.step()
+    assert driver.rows[0].tokens == greedy_sequences[index]
+
+
+@pytest.mark.parametrize("index", some(9))
+def test_greedy_equals_transformers_generate(
+    index: int, greedy_sequences: list[list[int]], smollm2_reference: Any
+) -> None:
+    assert greedy_sequences[index] == generate(smollm2_reference, prompts()[index])
 
 
 def test_a_batch_of_16_with_shared_prefixes_gives_the_same_tokens(
-    alone: list[list[int]], smollm2_runner: TorchRunner
+    greedy_sequences: list[list[int]], smollm2_runner: TorchRunner
 ) -> None:
     driver = StepDriver(smollm2_runner)
     all_prompts = prompts()
@@ -110,8 +129,8 @@ def test_a_batch_of_16_with_shared_prefixes_gives_the_same_tokens(
     for _ in range(NUM_TOKENS):
         driver.step()
     for row, index in enumerate(batch):
-        tokens = driver.rows[row].tokens[: len(alone[index])]
-        assert tokens == alone[index], f"row {row}, prompt {index}"
+        tokens = driver.rows[row].tokens[: len(greedy_sequences[index])]
+        assert tokens == greedy_sequences[index], f"row {row}, prompt {index}"
     # The prefix was computed once and is in every table that needs it.
     assert all(driver.rows[row].blocks[:3] == driver.rows[6].blocks[:3] for row, i in enumerate(batch) if i >= 6)
 
@@ -120,19 +139,21 @@ def test_a_batch_of_16_with_shared_prefixes_gives_the_same_tokens(
     "chunk", [pytest.param(1, marks=pytest.mark.slow), 13, pytest.param(16, marks=pytest.mark.slow)]
 )
 def test_chunked_prefill_in_mixed_steps_gives_the_same_tokens(
-    chunk: int, alone: list[list[int]], smollm2_runner: TorchRunner
+    chunk: int, greedy_sequences: list[list[int]], smollm2_runner: TorchRunner
 ) -> None:
     driver = StepDriver(smollm2_runner)
     indices = [0, 5, 11] if chunk != 1 else [2, 4]
     for row, index in enumerate(indices):
         driver.add(row, prompts()[index], greedy())
-    while any(len(driver.rows[row].tokens) < len(alone[index]) for row, index in enumerate(indices)):
+    while any(len(driver.rows[row].tokens) < len(greedy_sequences[index]) for row, index in enumerate(indices)):
         driver.step({row: min(chunk, driven.num_waiting) for row, driven in driver.rows.items()})
     for row, index in enumerate(indices):
-        assert driver.rows[row].tokens[: len(alone[index])] == alone[index]
+        assert driver.rows[row].tokens[: len(greedy_sequences[index])] == greedy_sequences[index]
 
 
-def test_forced_preemption_gives_the_same_tokens(alone: list[list[int]], smollm2_runner: TorchRunner) -> None:
+def test_forced_preemption_gives_the_same_tokens(
+    greedy_sequences: list[list[int]], smollm2_runner: TorchRunner
+) -> None:
     driver = StepDriver(smollm2_runner)
     batch = list(range(12))
     for row in batch:
@@ -147,14 +168,16 @@ def test_forced_preemption_gives_the_same_tokens(alone: list[list[int]], smollm2
                 tokens = driver.drop(row)
                 driver.add(row, tokens, greedy(), num_prompt_tokens=prompt_length)
         unfinished = {
-            row: driven.num_waiting for row, driven in driver.rows.items() if len(driven.tokens) < len(alone[row])
+            row: driven.num_waiting
+            for row, driven in driver.rows.items()
+            if len(driven.tokens) < len(greedy_sequences[row])
         }
         if not unfinished:
             break
         driver.step(unfinished)
     assert len(blocks_before) == 12
     for row in batch:
-        assert driver.rows[row].tokens == alone[row], f"prompt {row}"
+        assert driver.rows[row].tokens == greedy_sequences[row], f"prompt {row}"
 
 
 def test_sampled_sequences_resume_as_they_would_have_gone_on(smollm2_runner: TorchRunner) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
+
+from tests.unit.kernels.quick_interpreter import quicken_interpreter
 
 # ||out - twin|| / ||twin|| that a kernel of this output dtype may show against its float64 twin.
 TOLERANCE = {
@@ -40,8 +44,9 @@ def assert_close(
     assert error <= limit, f"relative error {error:.3g} exceeds {limit:.3g}"
 
 
+@cache
 def repair_interpreter() -> None:
-    """Make the interpreter round casts to nearest, multiply bfloat16 matrices, and run on NumPy 2.4.
+    """Once in a process. Make the interpreter round casts to nearest, multiply bfloat16 matrices, and run on NumPy 2.4.
 
     Its dot takes the bits of a bfloat16 or a float8 for an integer.
 
@@ -90,3 +95,4 @@ def repair_interpreter() -> None:
         return dot(self, widened(a), widened(b), d, precision, imprecise)
 
     builder.create_dot = dot_in_float32
+    quicken_interpreter()
