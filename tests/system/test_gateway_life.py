@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -18,6 +19,12 @@ import pytest
 from tests.system.conftest import LIMIT_S, ROOT, STOP_LIMIT_S, Stack, wait_until
 from tests.system.http_streams import BODY, CHAT, ENDLESS, data_of, error_of, open_stream
 from tests.system.ports import free_port
+
+# A worker that may stand still during its first steps for as long as a test needs.
+PATIENT: dict[str, Any] = {
+    "worker_flags": ["--sim-step-ms", "50"],
+    "control_plane_flags": ["--step-timeout-s", "300"],
+}
 
 
 def test_with_a_key_everything_but_probes_is_closed(tiny_model: Path) -> None:
@@ -92,8 +99,8 @@ def finish_in_thread(lines: Iterator[str]) -> Callable[[], list[str]]:
 
 
 def test_sigterm_lets_streams_end_and_refuses_the_rest(tiny_model: Path) -> None:
-    with Stack(tiny_model, gateway_flags=["--drain-timeout-s", "300"]) as stack:
-        client, response = open_stream(stack, {**BODY, "max_tokens": 100})
+    with Stack(tiny_model, gateway_flags=["--drain-timeout-s", "300"], **PATIENT) as stack:
+        client, response = open_stream(stack, {**BODY, "max_tokens": 40})
         lines = response.iter_lines()
         with stack.paused():
             assert data_of(next(lines))
@@ -126,8 +133,8 @@ def test_a_drain_that_runs_out_of_time_tells_its_streams(tiny_model: Path) -> No
 
 
 def test_silent_streams_are_kept_alive(tiny_model: Path) -> None:
-    with Stack(tiny_model, gateway_flags=["--sse-keepalive-s", "0.1"]) as stack:
-        client, response = open_stream(stack, {**BODY, "max_tokens": 100})
+    with Stack(tiny_model, gateway_flags=["--sse-keepalive-s", "0.1"], **PATIENT) as stack:
+        client, response = open_stream(stack, {**BODY, "max_tokens": 40})
         with stack.paused():
             raw, pieces = "", response.iter_text()
             while raw.count(": keep-alive\n\n") < 3:

@@ -270,10 +270,10 @@ def test_the_queue_is_bounded_and_says_when_to_retry(model_dir: Path) -> None:
 
 
 def test_draining_finishes_what_runs_and_refuses_what_is_new(model_dir: Path) -> None:
-    stack = Stack(model_dir, worker_flags=["--sim-step-ms", "5"])
+    stack = Stack(model_dir, worker_flags=["--sim-step-ms", "50"], control_plane_flags=["--step-timeout-s", "300"])
     control_plane = ControlPlane(stack)
     try:
-        running = control_plane.stub.Generate(text_request("Finish me", 200))
+        running = control_plane.stub.Generate(text_request("Finish me", 40))
         first = next(running)
         with stack.paused():
             stack.processes["control_plane"].send_signal(signal.SIGTERM)
@@ -282,7 +282,7 @@ def test_draining_finishes_what_runs_and_refuses_what_is_new(model_dir: Path) ->
                 list(control_plane.stub.Generate(text_request("too late", 5)))
             assert raised.value.code() == grpc.StatusCode.UNAVAILABLE
         answer = Answer([first, *running])
-        assert answer.usage is not None and answer.usage.num_completion_tokens == 200
+        assert answer.usage is not None and answer.usage.num_completion_tokens == 40
         assert stack.processes["control_plane"].wait(STOP_LIMIT_S) == 0
     finally:
         control_plane.close()

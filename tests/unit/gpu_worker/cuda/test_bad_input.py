@@ -75,7 +75,7 @@ def test_deterministic_does_not_fall_back(
 
 
 def test_a_float8_cache_on_a_gpu_that_cannot_read_it(capability: list[tuple[int, int]], tmp_path: Path) -> None:
-    save_model(tmp_path, "llama")
+    save_model(tmp_path, "llama", num_heads=2)
     capability[0] = (8, 6)
     expected = r"Tesla T4 has compute capability 8\.6, and the kernels need 8\.9 for it: set --kv-cache-dtype auto"
     with pytest.raises(ModelConfigError, match=expected):
@@ -98,7 +98,7 @@ def test_every_dtype_of_the_setting_goes_to_the_kernels(
     dtype: str, capability: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which the kernels' own tests run in; a float32 checkpoint is computed in bfloat16 unless float32 is asked for."""
-    save_model(tmp_path, "llama")
+    save_model(tmp_path, "llama", num_heads=2)
     chosen: list[torch.dtype] = []
 
     def supported(settings: WorkerSettings, *rest: Any) -> None:
@@ -114,7 +114,7 @@ def test_other_dtypes_are_refused(tmp_path: Path) -> None:
         settings(tmp_path, dtype="float64")
     with pytest.raises(DeviceError, match=r"'float64' is not known: set --dtype auto, float32, bfloat16, float16"):
         resolve_dtype("float64", CUDA, torch.float32)
-    save_model(tmp_path, "llama")
+    save_model(tmp_path, "llama", num_heads=2)
     config = tmp_path / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float64"}))
     with pytest.raises(ModelConfigError, match=r"dtype.*'float64', expected one of"):

@@ -51,7 +51,7 @@ class _RelaunchGraphs:
 @pytest.fixture(scope="module")
 def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("llama")
-    save_model(directory, "llama")
+    save_model(directory, "llama", num_heads=2)
     return directory
 
 

@@ -41,7 +41,7 @@ def on_cpu(directory: Path, **changes: Any) -> TorchRunner:
 )
 def test_vectors_are_those_of_the_cpu_runner(tmp_path: Path, method: Any, piece: int | None) -> None:
     """Prompts whole and in pieces; a text of one token makes a step of single tokens too."""
-    save_model(tmp_path, "llama")
+    save_model(tmp_path, "llama", num_heads=2)
     ours = load_inline(tmp_path, task="embed", pooling=method)
     facts = ours.describe().pooling
     assert facts is not None and facts.kind == PoolingKind.EMBEDDING and facts.only
@@ -63,7 +63,7 @@ def test_a_classifier_scores(tmp_path: Path) -> None:
 
 
 def test_a_row_without_a_finite_vector_fails_alone(tmp_path: Path) -> None:
-    save_model(tmp_path, "llama")
+    save_model(tmp_path, "llama", num_heads=2)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.embed_tokens.weight"][7] = float("inf")
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
