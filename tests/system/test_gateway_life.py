@@ -102,8 +102,8 @@ def test_sigterm_lets_streams_end_and_refuses_the_rest(tiny_model: Path) -> None
     with Stack(tiny_model, gateway_flags=["--drain-timeout-s", "300"], **PATIENT) as stack:
         client, response = open_stream(stack, {**BODY, "max_tokens": 40})
         lines = response.iter_lines()
+        assert data_of(next(lines))
         with stack.paused():
-            assert data_of(next(lines))
             result = finish_in_thread(lines)
             stack.processes["gateway"].send_signal(signal.SIGTERM)
             wait_until(lambda: httpx.get(f"{stack.url}/ready", timeout=LIMIT_S).status_code == 503, LIMIT_S, stack.logs)

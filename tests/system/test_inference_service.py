@@ -132,7 +132,7 @@ def test_cancelling_frees_the_blocks(control_plane: ControlPlane) -> None:
     first, *others = calls
     next(first)
     with control_plane.stack.paused():
-        assert control_plane.metric("stepwire_kv_blocks_in_use") > 0
+        wait_until(lambda: control_plane.metric("stepwire_kv_blocks_in_use") > 0, LIMIT_S, control_plane.stack.logs)
         control_plane.stack.wait_open(len(calls))
         for call in calls:
             call.cancel()
