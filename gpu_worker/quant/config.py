@@ -22,7 +22,8 @@ FIELD = "quantization_config"
 SUPPORTED = (
     "awq (4 bit, version gemm), gptq (2, 3, 4 or 8 bit, v1 and v2), compressed-tensors (pack-quantized, "
     "int-quantized, float-quantized, naive-quantized, nvfp4-pack-quantized, mxfp4-pack-quantized), "
-    "fp8 (e4m3, a scale per tensor or per block), modelopt (FP8, NVFP4), mxfp4, gguf"
+    "fp8 (e4m3, a scale per tensor or per block), fbgemm_fp8, modelopt (FP8, NVFP4), mxfp4, auto-round (in the layouts "
+    "of GPTQ and AWQ), bitsandbytes (nf4, fp4, int8), gguf"
 )
 GPTQ_BITS = (2, 3, 4, 8)
 
@@ -208,6 +209,20 @@ def _fp8_tensors(section: ConfigSection, scheme: str, stored_names: Collection[s
         input_scale_name=input_name,
         activations=ActivationQuant("float8", "tensor", dynamic=False),
     )
+
+
+def read_fbgemm_fp8(section: ConfigSection) -> QuantConfig:
+    """Meta's FBGEMM (Llama 3.1 405B FP8): a scale for every output; inputs get one for every token.
+
+    `activation_scale_ub` cuts inputs off above 1200. Here they are not cut.
+    """
+    stored = ScaledFormat("float8", "channel", activations=ActivationQuant("float8", "token", dynamic=True))
+    left_out = section.names("modules_to_not_convert")
+
+    def format_of(name: str) -> WeightFormat | None:
+        return None if is_module(name, left_out) or name.split(".")[-1] == "lm_head" else stored
+
+    return QuantConfig("fbgemm_fp8", format_of, "weight_scale", "fbgemm_fp8")
 
 
 def read_modelopt(section: ConfigSection) -> QuantConfig:

@@ -13,6 +13,10 @@ from gpu_worker.model_spec import ModelConfigError
 from gpu_worker.models.checkpoint_names import checkpoint_modules
 from gpu_worker.models.hf_config import HfConfig
 from gpu_worker.quant.api import LinearMethod, QuantScheme
+from gpu_worker.quant.auto_round import METHODS as AUTO_ROUND
+from gpu_worker.quant.auto_round import read_auto_round
+from gpu_worker.quant.bitsandbytes import METHOD as BITSANDBYTES
+from gpu_worker.quant.bitsandbytes import read_bitsandbytes
 from gpu_worker.quant.compressed_tensors import read_compressed_tensors
 from gpu_worker.quant.config import (
     FIELD,
@@ -20,6 +24,7 @@ from gpu_worker.quant.config import (
     ConfigSection,
     QuantConfig,
     read_awq,
+    read_fbgemm_fp8,
     read_fp8,
     read_gptq,
     read_modelopt,
@@ -59,6 +64,12 @@ def read_quantization(config: HfConfig, stored_names: Collection[str] = ()) -> Q
             return read_awq(section)
         case "fp8":
             return read_fp8(section, stored_names)
+        case "fbgemm_fp8":
+            return read_fbgemm_fp8(section)
+        case _ if method in AUTO_ROUND:
+            return read_auto_round(section)
+        case _ if method == BITSANDBYTES:
+            return read_bitsandbytes(section)
         case "compressed-tensors":
             return read_compressed_tensors(section)
         case "mxfp4":
@@ -93,7 +104,7 @@ def _method(fields: dict[str, Any]) -> Any:
     if fields.get("quant_method") is not None:
         return fields["quant_method"]
     if fields.get("load_in_4bit") or fields.get("load_in_8bit"):
-        return "bitsandbytes"
+        return BITSANDBYTES
     return "compressed-tensors" if fields.get("config_groups") else None
 
 
