@@ -1,7 +1,7 @@
 """4-bit weights of bitsandbytes (NF4 and FP4; QLoRA, https://arxiv.org/abs/2305.14314), read as plain ones.
 
-A weight [N, K] is one row of N * K codes, two in a byte, the first in the high half. Every `blocksize` of them, wherever
-rows end, share a scale; a code stands for an entry of a table that lies beside the weight:
+A weight [N, K] is one row of N * K codes, two in a byte, the first in the high half. Every `blocksize` of them,
+wherever rows end, share a scale; a code stands for an entry of a table that lies beside the weight:
 W = table[code] * absmax[block]. With double quantization the scales are 8-bit codes of a second table themselves:
 absmax[i] = nested_table[code] * nested_absmax[i // nested_blocksize] + offset.
 """

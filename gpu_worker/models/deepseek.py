@@ -17,14 +17,18 @@ _ATTENTION = "model.layers.{i}.self_attn"
 
 @register("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
 class DeepSeek(ModelFamily):
-    name_rules = QWEN_MOE_NAMES | SHARED_EXPERTS_NAMES | {
-        "layers.{i}.attention.query_down": {"": f"{_ATTENTION}.q_a_proj"},
-        "layers.{i}.attention.query_norm": {"": f"{_ATTENTION}.q_a_layernorm"},
-        "layers.{i}.attention.query": {"": f"{_ATTENTION}.q_b_proj"},
-        "layers.{i}.attention.latent_down": {"": f"{_ATTENTION}.kv_a_proj_with_mqa"},
-        "layers.{i}.attention.latent_norm": {"": f"{_ATTENTION}.kv_a_layernorm"},
-        "layers.{i}.attention.projections": {"": f"{_ATTENTION}.kv_b_proj"},
-    }
+    name_rules = (
+        QWEN_MOE_NAMES
+        | SHARED_EXPERTS_NAMES
+        | {
+            "layers.{i}.attention.query_down": {"": f"{_ATTENTION}.q_a_proj"},
+            "layers.{i}.attention.query_norm": {"": f"{_ATTENTION}.q_a_layernorm"},
+            "layers.{i}.attention.query": {"": f"{_ATTENTION}.q_b_proj"},
+            "layers.{i}.attention.latent_down": {"": f"{_ATTENTION}.kv_a_proj_with_mqa"},
+            "layers.{i}.attention.latent_norm": {"": f"{_ATTENTION}.kv_a_layernorm"},
+            "layers.{i}.attention.projections": {"": f"{_ATTENTION}.kv_b_proj"},
+        }
+    )
 
     @classmethod
     def unused_tensors(cls, spec: ModelSpec) -> str:

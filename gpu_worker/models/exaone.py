@@ -1,4 +1,4 @@
-"""EXAONE 4: norms after attention and MLP only, and on every head; the large one alternates windows with NoPE layers."""
+"""EXAONE 4: norms after attention and MLP only, and on every head; the large one has windows and NoPE layers."""
 
 from __future__ import annotations
 

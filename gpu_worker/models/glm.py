@@ -1,4 +1,4 @@
-"""GLM-4 in its three forms: 9B of 2024, 9B and 32B of 2025 with norms around each sublayer, and the mixtures since 4.5."""
+"""GLM-4: 9B of 2024; 9B and 32B of 2025, with norms around each sublayer; the mixtures since 4.5."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OLMo 2 and 3: norms after attention and MLP only, queries and keys normed over all heads; OLMo 3 has windows. OLMoE."""
+"""OLMo 2 and 3: norms after attention and MLP only, and over all heads; OLMo 3 has windows. OLMoE."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from gpu_worker.models.hf_config import FULL, SLIDING, HfConfig
 from gpu_worker.models.moe import QWEN_MOE_NAMES
 from gpu_worker.models.qwen import QWEN3_NAMES
 from gpu_worker.models.registry import register
-
 
 POST_NORM_NAMES: NameRules = QWEN3_NAMES | {
     "layers.{i}.attention_post_norm": {"": "model.layers.{i}.post_attention_layernorm"},

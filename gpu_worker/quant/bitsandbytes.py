@@ -1,7 +1,7 @@
 """`quant_method: bitsandbytes`: 4-bit weights (NF4, FP4), which are unpacked while they are loaded, and int8 by row.
 
-LLM.int8() quantizes inputs as well, but for those above a threshold (https://arxiv.org/abs/2208.07339): here inputs stay
-as they are, which no result gets worse by.
+LLM.int8() quantizes inputs as well, but for those above a threshold (https://arxiv.org/abs/2208.07339): here inputs
+stay as they are, which no result gets worse by.
 """
 
 from __future__ import annotations

@@ -27,11 +27,11 @@ from gpu_worker.quant.config import (
     read_fbgemm_fp8,
     read_fp8,
     read_gptq,
-    read_modelopt,
     read_mxfp4,
 )
 from gpu_worker.quant.formats import WeightFormat
 from gpu_worker.quant.gguf_format import GgufFormat
+from gpu_worker.quant.modelopt import read_modelopt
 from gpu_worker.quant.none import Unquantized, UnquantizedLinear
 from gpu_worker.quant.on_load import QuantizingLinear
 from gpu_worker.quant.products import PackedKernels

@@ -14,11 +14,11 @@ from transformers.models.bloom import BloomConfig
 from transformers.models.codegen import CodeGenConfig
 from transformers.models.falcon import FalconConfig
 from transformers.models.gemma import GemmaConfig
-from transformers.models.granitemoe import GraniteMoeConfig
 from transformers.models.gpt2 import GPT2Config
 from transformers.models.gpt_neo import GPTNeoConfig
 from transformers.models.gpt_neox import GPTNeoXConfig
 from transformers.models.gptj import GPTJConfig
+from transformers.models.granitemoe import GraniteMoeConfig
 from transformers.models.hunyuan_v1_dense import HunYuanDenseV1Config
 from transformers.models.jamba import JambaConfig
 from transformers.models.mamba import MambaConfig
@@ -60,7 +60,10 @@ CARRIED = {
     "phimoe": Tiny(PhimoeConfig, {"sliding_window": None, "num_local_experts": 5}),
     "hunyuan": Tiny(
         HunYuanDenseV1Config,
-        {"head_dim": 16, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 1.0, "alpha": 50.0}},
+        {
+            "head_dim": 16,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 1.0, "alpha": 50.0},
+        },
     ),
     "granite-moe": Tiny(GraniteMoeConfig, {"num_local_experts": 5, "num_experts_per_tok": 2}),
     "olmo": Tiny(OlmoConfig, {"clip_qkv": 1.5}),

@@ -182,7 +182,8 @@ TINY: dict[str, Tiny] = {
     "ernie-moe": Tiny(Ernie4_5_MoeConfig, ERNIE_MOE),
     "ernie-moe-some-layers": Tiny(
         Ernie4_5_MoeConfig,
-        ERNIE_MOE | {"num_hidden_layers": 5, "moe_layer_interval": 2, "moe_layer_end_index": 3, "moe_num_shared_experts": 0},
+        ERNIE_MOE
+        | {"num_hidden_layers": 5, "moe_layer_interval": 2, "moe_layer_end_index": 3, "moe_num_shared_experts": 0},
     ),
     "granite": Tiny(
         GraniteConfig,

@@ -16,7 +16,6 @@ from gpu_worker.parallel.shares import Share
 from gpu_worker.quant.activations import ActivationQuant
 from gpu_worker.quant.affine_formats import AwqFormat, GptqFormat, PackQuantizedFormat
 from gpu_worker.quant.config import QuantConfig
-from gpu_worker.quant.float4_formats import Float4Format
 from gpu_worker.quant.none import UnquantizedLinear
 from gpu_worker.quant.scaled_formats import ScaledFormat
 from gpu_worker.quant.scheme import CheckpointScheme, read_quantization
@@ -214,21 +213,3 @@ def test_what_cannot_be_read_is_refused_by_its_name(fields: dict[str, Any], word
     with pytest.raises(ModelConfigError, match=words) as refusal:
         read_quantization(HfConfig({"quantization_config": fields}))
     assert "compressed-tensors (pack-quantized" in str(refusal.value)
-
-
-def test_modelopt_nvfp4_multiplies_by_its_second_scale() -> None:
-    """Against compressed-tensors' decoding of the same numbers, whose global scale is the reciprocal."""
-    fields = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "ignore": ["*.self_attn*"]}
-    quant = read_quantization(HfConfig({"quantization_config": fields}))
-    assert quant is not None and quant.format_of("model.layers.0.self_attn.q_proj") is None
-    kind = quant.format_of("model.layers.0.mlp.up_proj")
-    assert isinstance(kind, Float4Format)
-    packed = torch.randint(0, 256, (8, 32)).to(torch.uint8)
-    scales = (torch.rand(8, 4) * 8).to(torch.float8_e4m3fn)
-    rows, cols = Share(0, 8, 8), Share(0, 64, 64)
-    ours = kind.decode({"weight": packed, "weight_scale": scales, "weight_scale_2": torch.tensor(0.25)}, rows, cols)
-    other = Float4Format("nvfp4").decode(
-        {"weight_packed": packed, "weight_scale": scales, "weight_global_scale": torch.tensor([4.0])}, rows, cols
-    )
-    assert torch.equal(ours.dequantize(), other.dequantize())
-    assert set(kind.rules(8, 64)) == {"weight", "weight_scale", "weight_scale_2", "input_scale"}
