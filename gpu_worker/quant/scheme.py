@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gpu_worker.layers.ops import TORCH_OPS, LayerOps
-from gpu_worker.loading.checkpoint import GGUF_NAME, open_checkpoint
+from gpu_worker.loading.checkpoint import GGUF_NAME, gguf_in, open_checkpoint
 from gpu_worker.loading.gguf_reader import GgufReader
 from gpu_worker.model_spec import ModelConfigError
 from gpu_worker.models.checkpoint_names import checkpoint_modules
@@ -151,7 +151,7 @@ def make_scheme(
     if quant is None:
         return Unquantized(ops) if setting == "auto" else OnLoadScheme(setting, ops, kernels)
     if quant.method == "gguf" and has_weights:
-        return GgufScheme(directory / GGUF_NAME, name_rules, ops, kernels, canonical_name)
+        return GgufScheme(gguf_in(directory) or directory / GGUF_NAME, name_rules, ops, kernels, canonical_name)
     return CheckpointScheme(quant, name_rules, names, ops, kernels, canonical_name)
 
 
