@@ -65,8 +65,8 @@ def _refuse_other_layouts(directory: Path) -> None:
         )
     if (directory / "params.json").exists():
         raise PrepareError(
-            f"{directory} holds a model in its maker's own layout (params.json): give a directory with the Hugging Face "
-            "layout of it, which has config.json and model*.safetensors"
+            f"{directory} holds a model in its maker's own layout (params.json): give a directory with the Hugging "
+            "Face layout of it, which has config.json and model*.safetensors"
         )
     if (directory / "model_index.json").exists():
         raise PrepareError(f"{directory} holds a pipeline that makes images (model_index.json) and no language model")

@@ -148,7 +148,7 @@ def test_parts_that_make_no_whole(tmp_path: Path) -> None:
         GgufFile(second)
     copied = tmp_path / "renamed.gguf"
     copied.write_bytes(first.read_bytes())
-    with pytest.raises(CheckpointError, match="its name does not say so.*00001-of-00003"):
+    with pytest.raises(CheckpointError, match=r"its name does not say so.*00001-of-00003"):
         GgufFile(copied)
     content = third.read_bytes()
     third.write_bytes(second.read_bytes())

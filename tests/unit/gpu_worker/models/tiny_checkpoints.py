@@ -24,6 +24,8 @@ from transformers.models.glm4_moe import Glm4MoeConfig
 from transformers.models.gpt_oss import GptOssConfig
 from transformers.models.granite import GraniteConfig
 from transformers.models.llama import LlamaConfig
+from transformers.models.ministral import MinistralConfig
+from transformers.models.ministral3 import Ministral3Config
 from transformers.models.mistral import MistralConfig
 from transformers.models.mixtral import MixtralConfig
 from transformers.models.olmo2 import Olmo2Config
@@ -72,6 +74,18 @@ LLAMA3 = rope(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
 )
 YARN = rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
+
+# Queries grow at every 16th position.
+MINISTRAL3 = rope(
+    rope_type="yarn",
+    factor=16.0,
+    original_max_position_embeddings=16,
+    beta_fast=32.0,
+    beta_slow=1.0,
+    mscale=1.0,
+    mscale_all_dim=1.0,
+    llama_4_scaling_beta=0.3,
+)
 
 GEMMA = {"num_hidden_layers": 4, "head_dim": 16, "sliding_window": 11, "query_pre_attn_scalar": 20}
 GEMMA_SCALED = {
@@ -128,6 +142,16 @@ TINY: dict[str, Tiny] = {
     "llama-gelu-mha": Tiny(LlamaConfig, {"hidden_act": "gelu_pytorch_tanh", "num_key_value_heads": 6}),
     "mistral-window": Tiny(MistralConfig, {"sliding_window": 11, "head_dim": 16}),
     "mistral-full": Tiny(MistralConfig, {"sliding_window": None, "head_dim": 16}),
+    "ministral": Tiny(
+        MinistralConfig,
+        {
+            "head_dim": 14,
+            "sliding_window": 11,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        },
+    ),
+    "ministral3": Tiny(Ministral3Config, MINISTRAL3 | {"head_dim": 16}),
+    "ministral3-v4-config": Tiny(Ministral3Config, MINISTRAL3 | {"head_dim": 10}, rewrite_as_v4=True),
     "qwen2": Tiny(Qwen2Config, {"tie_word_embeddings": True}),
     "qwen2-window": Tiny(
         Qwen2Config, {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1, "num_key_value_heads": 3}
