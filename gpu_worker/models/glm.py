@@ -47,7 +47,9 @@ class GlmMoe(ModelFamily):
 
     @staticmethod
     def read_config(config: HfConfig, architecture: str) -> ModelSpec:
-        config = HfConfig(_DEFAULTS | config.fields, config.file)
+        # As in transformers, which rounds down.
+        head_dim = config.integer("hidden_size") // config.integer("num_attention_heads")
+        config = HfConfig(_DEFAULTS | {"head_dim": head_dim} | config.fields, config.file)
         layers = config.layers(config.rope(config.heads()[2]), None)
         first_moe = config.count("first_k_dense_replace", 1)
         inner = config.integer("moe_intermediate_size", 1408)

@@ -463,8 +463,8 @@ def _check_windows(calls: Sequence[AttentionCall], config: Any, trunk: Any, arch
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         makes_window_masks = hasattr(sys.modules[type(trunk).__module__], "create_sliding_window_causal_mask")
-        is_hidden = isinstance(window, int) and makes_window_masks and all(call.window is None for call in calls)
-        is_hidden = is_hidden and window < _context(config)
+        has_window = isinstance(window, int) and window < _context(config)
+        is_hidden = has_window and makes_window_masks and all(call.window is None for call in calls)
     else:
         is_hidden = any(kind == SLIDING and call.window is None for kind, call in zip(kinds, calls, strict=True))
     if is_hidden:
