@@ -170,6 +170,28 @@ def _architecture(config_class: Any) -> str:
     return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config_class.model_type])
 
 
+PROOFS = (
+    ("awq, gptq, compressed-tensors, fp8", "files of GPTQModel, AutoAWQ and llm-compressor", "test_real_checkpoints"),
+    ("gptq, each width", "AutoGPTQ's linear", "test_gptq"),
+    ("compressed-tensors, each format and strategy", "its own decompression", "test_compressed_tensors"),
+    ("auto-round", "its own linears", "test_auto_round"),
+    ("modelopt", "its own tensors", "test_modelopt"),
+    ("bitsandbytes", "its own unpacking", "test_bitsandbytes"),
+    ("fbgemm_fp8", "transformers' module of it (names, shapes, types)", "test_config"),
+    ("mxfp4 experts", "transformers' unpacking", "test_loading"),
+)
+GGUF_TEST = "tests/unit/gpu_worker/loading/test_gguf_blocks.py"
+
+
+def proof_table() -> list[str]:
+    rows = [(what, against, f"tests/unit/gpu_worker/quant/{name}.py") for what, against, name in PROOFS]
+    rows.append(("GGUF blocks", "the `gguf` package", GGUF_TEST))
+    lines = ["| format | held against | test |", "|---|---|---|"]
+    for what, against, file in rows:
+        lines.append(f"| {what} | {against} | [{Path(file).name}](../{file}) |")
+    return lines
+
+
 NATIVE = """\
 # Models
 
@@ -205,15 +227,24 @@ WEIGHTS = """\
 ## Weights
 
 safetensors as they are, or quantized: {supported}. `--quantization {on_load}` quantizes plain weights while they are
-loaded. On a CPU packed weights are computed from dequantized ones; on a GPU they stay packed.
+loaded. On a CPU packed weights are computed from dequantized ones; on a GPU they stay packed, but for bitsandbytes'
+4-bit weights, which become bfloat16 everywhere. Inputs are quantized where a format says so; bitsandbytes' int8 and
+NVFP4 read theirs as they are.
 
-GGUF files: {gguf_types}. `stepwire serve` converts them to bfloat16 once, or keeps them packed where the model runs on
-a GPU (`--gguf-weights`).
+{proofs}
+
+Refused by name: AWQ gemv, GPTQ of 5 to 7 bits, marlin layouts, compressed-tensors with sparsity, transforms or output
+activations, AutoRound's own float formats, ModelOpt with scales before the weights (AWQ, SVDQuant), HQQ, torchao,
+quanto, EETQ.
+
+GGUF files: {gguf_types}, in one file or in several (`-00001-of-0000N.gguf`: give the first, or the directory).
+`stepwire serve` converts them to bfloat16 once, or keeps them packed where the model runs on a GPU (`--gguf-weights`).
 """
 
 
 def page() -> str:
     weights = WEIGHTS.format(
+        proofs="\n".join(proof_table()),
         supported=SUPPORTED,
         on_load="` or `".join(ON_LOAD),
         gguf_types=", ".join(sorted(kind.name for kind in GGML_TYPES.values())),

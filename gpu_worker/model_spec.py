@@ -101,6 +101,14 @@ class LatentSpec:
         return self.nope_dim + self.rope_dim
 
 
+@dataclass(frozen=True, slots=True)
+class QueryScaling:
+    """Queries grow with their position: by 1 + weight * log(1 + floor(position / period))."""
+
+    weight: float
+    period: int
+
+
 QkNorm = Literal["head", "each_head", "projection"]
 """RMSNorm over head_dim with one weight for all heads; LayerNorm over head_dim with each head's own weight; RMSNorm
 over all heads together. On queries and keys, before rope."""
@@ -148,6 +156,7 @@ class ModelSpec:
     tie_word_embeddings: bool = False
     softmax_scale: float | None = None
     """Multiplies attention scores; None: head_dim ** -0.5."""
+    query_scaling: QueryScaling | None = None
     attention_softcap: float | None = None
     attention_sinks: bool = False
     """A learnt logit for every head joins the softmax's denominator."""

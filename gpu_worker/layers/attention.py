@@ -26,6 +26,8 @@ class ForwardContext:
     attention: AttentionBackend[Any]
     positions: tuple[StepPositions, ...]
     """One for each kind of rope that the model has."""
+    query_factors: torch.Tensor | None = None  # [num_tokens, 1]
+    """What the queries of each token are multiplied by; None: nothing."""
 
 
 class Sinks(Weighted):
@@ -109,5 +111,8 @@ class Attention:
             query_norm, key_norm = self.wide_norms
             query_norm.apply_(qkv[:, : self._num_query_columns])
             key_norm.apply_(qkv[:, self._num_query_columns :][:, : self._num_key_columns])
+        if context.query_factors is not None:
+            # Before rotation, which it does not change.
+            qkv[:, : self._num_query_columns].mul_(context.query_factors)
         attended = self._ops.attend(qkv, self._heads, context.positions[self._rope], context.attention)
         return self.output.apply(attended)

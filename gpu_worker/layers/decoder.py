@@ -186,7 +186,7 @@ class Decoder:
         `received`: what the stage before this one gave, [num_tokens, hidden]; it is overwritten.
         """
         prepared = tuple(self._ops.prepare_positions(tables, positions, self.dtype) for tables in self.tables)
-        context = ForwardContext(attention, prepared)
+        context = ForwardContext(attention, prepared, self._query_factors(positions))
         residual = self._embedded(token_ids) if received is None else received
         output: torch.Tensor | None = None
         for block in self.blocks:
@@ -194,6 +194,13 @@ class Decoder:
         if output is None:
             raise ValueError("a decoder needs at least one block: the config's num_hidden_layers is 0")
         return HiddenStates(output, residual, self.blocks[-1].sums)
+
+    def _query_factors(self, positions: torch.Tensor) -> torch.Tensor | None:
+        scaling = self.spec.query_scaling
+        if scaling is None:
+            return None
+        periods = (positions // scaling.period).float()  # [num_tokens]
+        return (1 + scaling.weight * torch.log1p(periods)).to(self.dtype).unsqueeze(1)
 
     def _embedded(self, token_ids: torch.Tensor) -> torch.Tensor:
         residual = self.embedding.lookup(token_ids)  # [num_tokens, hidden]

@@ -49,11 +49,12 @@ def expert_form(scheme: QuantScheme, path: str, num_experts: int) -> ExpertForm 
 
 
 class Router(Weighted):
-    """Scores every expert; the same on all ranks. Sigmoid scores are computed in float32, as in training."""
+    """Scores every expert; the same on all ranks. Sigmoid scores, and those that a bias is added to, are computed in
+    float32, as in training."""
 
     def __init__(self, hidden_size: int, moe: MoeSpec, build: BuildContext) -> None:
         self._moe, self._ops = moe, build.ops
-        dtype = torch.float32 if moe.scoring == "sigmoid" else build.dtype
+        dtype = torch.float32 if moe.scoring == "sigmoid" or moe.has_correction_bias else build.dtype
         self.weight = torch.empty(moe.num_experts, hidden_size, dtype=dtype, device=build.device)  # [experts, hidden]
         self.bias = self._vector(moe.router_bias, dtype, build.device)  # [experts]
         self.correction = self._vector(moe.has_correction_bias, torch.float32, build.device)  # [experts]
@@ -66,10 +67,19 @@ class Router(Weighted):
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def load(self, part: str, tensor: str, source: StoredTensor) -> None:
-        self._tensors()[tensor].copy_(source.read())
+        target = self._tensors()[tensor]
+        target.copy_(source.read().reshape(target.shape))
 
     def expected(self) -> ExpectedTensors:
-        return {("", name): tuple(tensor.shape) for name, tensor in self._tensors().items()}
+        # Of the correction there may be one row (ERNIE).
+        return {
+            ("", name): None if name == CORRECTION else tuple(tensor.shape) for name, tensor in self._tensors().items()
+        }
+
+    def problem(self, part: str, tensor: str, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
+        if tensor == CORRECTION and shape not in ((self._moe.num_experts,), (1, self._moe.num_experts)):
+            return f"has the shape {list(shape)}, the model's config asks for {[self._moe.num_experts]}"
+        return super().problem(part, tensor, shape, dtype)
 
     def fill_random(self, source: RandomValues) -> None:
         source.fill(self.weight, std=self.weight.shape[1] ** -0.5)

@@ -7,8 +7,10 @@ because workers read GGUF files too and need not carry that package.
 
 from __future__ import annotations
 
+import io
 import math
 import mmap
+import re
 import struct
 from dataclasses import dataclass
 from itertools import pairwise
@@ -26,6 +28,8 @@ MAGIC = b"GGUF"
 SUPPORTED_VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4
+SPLIT_COUNT, SPLIT_NUMBER, SPLIT_TENSORS = "split.count", "split.no", "split.tensors.count"
+PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 _DOWNLOAD_ADVICE = "download or copy the file again"
 _STRING, _ARRAY, _BOOL = 8, 9, 7
@@ -55,6 +59,8 @@ class GgufTensor:
     ggml_type: GgmlType
     offset: int
     num_bytes: int
+    file: Path
+    """The one of a model's files that has it."""
 
     @property
     def row_bytes(self) -> int:
@@ -68,9 +74,10 @@ class GgufTensor:
 
 
 class GgufFile:
-    """The parsed head of one file, held open to read rows from.
+    """The parsed head of one file, held open to read rows from; of a model in several files, the heads of all.
 
     Attributes:
+        parts: the files, the first being that which was given.
         metadata: key to value; arrays as lists, floats with the shortest digits that give the same float32.
         tensors: name to tensor, in the order of their data.
 
@@ -80,23 +87,53 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._streams: dict[Path, io.FileIO] = {}
         try:
-            self._stream = path.open("rb", buffering=0)
+            self.metadata, self.tensors = self._parse(path)
+            self.parts = parts_of(path, self.metadata)
+            for number, part in enumerate(self.parts[1:], start=1):
+                metadata, tensors = self._parse(part)
+                self._add_part(number, part, metadata, tensors)
+            self._check_count()
+        except BaseException:
+            self.close()
+            raise
+
+    def _parse(self, path: Path) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
+        try:
+            stream = self._streams[path] = path.open("rb", buffering=0)
         except FileNotFoundError as error:
             raise CheckpointError(path, "does not exist", advice="check the path") from error
         except OSError as error:
             raise CheckpointError(path, f"cannot be read ({error.strerror})") from error
-        try:
-            self.metadata, self.tensors = self._parse()
-        except BaseException:
-            self._stream.close()
-            raise
+        if stream.seek(0, 2) == 0:
+            raise CheckpointError(path, "is empty", advice=_DOWNLOAD_ADVICE)
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            return _HeadParser(path, view).parse()
 
-    def _parse(self) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
-        if self._stream.seek(0, 2) == 0:
-            raise CheckpointError(self.path, "is empty", advice=_DOWNLOAD_ADVICE)
-        with mmap.mmap(self._stream.fileno(), 0, access=mmap.ACCESS_READ) as view:
-            return _HeadParser(self.path, view).parse()
+    def _add_part(self, number: int, part: Path, metadata: dict[str, Any], tensors: dict[str, GgufTensor]) -> None:
+        found = metadata.get(SPLIT_NUMBER, 0), metadata.get(SPLIT_COUNT, 1)
+        if found != (number, len(self.parts)):
+            raise CheckpointError(
+                part,
+                f"says that it is part {found[0] + 1} of {found[1]}, its name says another",
+                advice=_DOWNLOAD_ADVICE,
+            )
+        for name in tensors:
+            if name in self.tensors:
+                raise CheckpointError(
+                    part, f"is also in {self.tensors[name].file.name}", tensor=name, advice=_DOWNLOAD_ADVICE
+                )
+        self.tensors |= tensors
+
+    def _check_count(self) -> None:
+        count = self.metadata.get(SPLIT_TENSORS)
+        if len(self.parts) > 1 and count is not None and count != len(self.tensors):
+            raise CheckpointError(
+                self.path,
+                f"says that the parts have {count} tensors, and they have {len(self.tensors)}",
+                advice=_DOWNLOAD_ADVICE,
+            )
 
     def read_rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows `start` to `stop` of a tensor as they are stored: `[num_rows, row_bytes]` uint8."""
@@ -107,13 +144,14 @@ class GgufFile:
         raw = torch.empty((stop - start, tensor.row_bytes), dtype=torch.uint8)  # [num_rows, row_bytes]
         target = memoryview(raw.numpy().data).cast("B") if raw.numel() else memoryview(b"")
         position = tensor.offset + start * tensor.row_bytes
-        self._stream.seek(position)
+        stream = self._streams[tensor.file]
+        stream.seek(position)
         done = 0
         while done < len(target):
-            count = self._stream.readinto(target[done:])
+            count = stream.readinto(target[done:])
             if not count:
                 raise CheckpointError(
-                    self.path,
+                    tensor.file,
                     f"ends at byte {position + done:,}, in the middle of its data",
                     tensor=name,
                     advice="did the file change while it was loaded?",
@@ -122,13 +160,50 @@ class GgufFile:
         return raw
 
     def close(self) -> None:
-        self._stream.close()
+        for stream in self._streams.values():
+            stream.close()
 
     def __enter__(self) -> GgufFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def parts_by_name(path: Path) -> list[Path]:
+    """The files of a model by the name of one of them; where it has none of a part, that file alone."""
+    match = PART_NAME.fullmatch(path.name)
+    if match is None:
+        return [path]
+    count = int(match["count"])
+    return [path.with_name(f"{match['stem']}-{one:05d}-of-{count:05d}.gguf") for one in range(1, count + 1)]
+
+
+def parts_of(path: Path, metadata: dict[str, Any]) -> list[Path]:
+    """The files of a model of which `path` is the first, in their order.
+
+    Raises:
+        CheckpointError: it is not the first, is not named as one, or another is missing.
+    """
+    count, number = metadata.get(SPLIT_COUNT, 1), metadata.get(SPLIT_NUMBER, 0)
+    if type(count) is not int or type(number) is not int or count <= 1:
+        return [path]
+    match = PART_NAME.fullmatch(path.name)
+    if match is None or int(match["count"]) != count or int(match["number"]) != number + 1:
+        raise CheckpointError(
+            path,
+            f"is part {number + 1} of a model in {count} files, and its name does not say so",
+            advice=f"give the files the names that they were published under: ...-00001-of-{count:05d}.gguf",
+        )
+    parts = parts_by_name(path)
+    if number:
+        raise CheckpointError(
+            path, f"is part {number + 1} of a model in {count} files", advice=f"give the first of them: {parts[0].name}"
+        )
+    for one, part in enumerate(parts, start=1):
+        if not part.exists():
+            raise CheckpointError(part, f"this part ({one} of {count}) does not exist", advice=_DOWNLOAD_ADVICE)
+    return parts
 
 
 class _HeadParser:
@@ -148,13 +223,6 @@ class _HeadParser:
             if key in metadata:
                 raise self._fail(f"has the metadata key {key!r} twice")
             metadata[key] = self._value(self._scalar("<I", f"the type of {key!r}"), key)
-        if metadata.get("split.count", 1) > 1:
-            part = metadata.get("split.no", 0) + 1
-            raise CheckpointError(
-                self._path,
-                f"is part {part} of a model in {metadata['split.count']} files",
-                advice="join the parts with `llama-gguf-split --merge FIRST_PART OUTPUT` and give the result",
-            )
         infos = [self._tensor_info(number) for number in range(num_tensors)]
         return metadata, self._place(infos, self._alignment(metadata))
 
@@ -274,7 +342,7 @@ class _HeadParser:
                 )
             if offset % alignment:
                 raise self._fail(f"its offset {offset:,} is not a multiple of the alignment {alignment}", name)
-            tensors[name] = GgufTensor(name, shape, ggml_type, data_start + offset, num_bytes)
+            tensors[name] = GgufTensor(name, shape, ggml_type, data_start + offset, num_bytes, self._path)
         ordered = sorted(tensors.values(), key=lambda tensor: tensor.offset)
         for before, after in pairwise(ordered):
             if before.offset + before.num_bytes > after.offset:

@@ -167,9 +167,14 @@ MIXTRAL = GgufArchitecture("mixtral", "MixtralForCausalLM", _WHOLE, _INTERLEAVED
 """What calls itself `llama` and has experts."""
 MIXTURES = ("qwen2moe", "qwen3moe", "gpt-oss")
 
+PROJECTORS = ("clip", "mmproj")
+
 # Not weights: they say how rope is scaled, and go into the config. `attn_rot_embd` is the inv_freq buffer of old files.
 ROPE_TENSORS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
-_IGNORED = re.compile(r"blk\.\d+\.attn_rot_embd\.weight|" + "|".join(re.escape(name) for name in sorted(ROPE_TENSORS)))
+# Vision towers, where a file has them in itself, begin with v. and mm.
+_IGNORED = re.compile(
+    r"(v|mm)\..+|blk\.\d+\.attn_rot_embd\.weight|" + "|".join(re.escape(name) for name in sorted(ROPE_TENSORS))
+)
 _LAYER_NAME = re.compile(r"blk\.(?P<layer>\d+)\.(?P<part>.+)")
 # Files of 2023 have every expert of Mixtral in a tensor of its own.
 _LONE_EXPERT = re.compile(r"(?P<part>ffn_(gate|up|down))\.(?P<expert>\d+)")
@@ -179,6 +184,12 @@ def architecture_of(path: Path, metadata: Mapping[str, object]) -> tuple[str, Gg
     """The architecture a file names, refused with the list of those that work."""
     name = metadata.get("general.architecture")
     known = ", ".join(ARCHITECTURES)
+    if name in PROJECTORS:
+        raise CheckpointError(
+            path,
+            "holds a projector for images or sound and no language model",
+            advice="give the file of the model, which is published beside it",
+        )
     if not isinstance(name, str):
         raise CheckpointError(path, "does not name its architecture", advice=f"these can be loaded: {known}")
     if name not in ARCHITECTURES:

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from gpu_worker.layers.rope import yarn_factor
 from gpu_worker.model_spec import LatentSpec, ModelSpec, MoeSpec, RopeSpec
-from gpu_worker.models.family import ModelFamily
+from gpu_worker.models.family import ModelFamily, beyond_the_decoder
 from gpu_worker.models.hf_config import HfConfig
-from gpu_worker.models.moe import QWEN_MOE_NAMES
+from gpu_worker.models.moe import QWEN_MOE_NAMES, SHARED_EXPERTS_NAMES
 from gpu_worker.models.registry import register
 
 _ATTENTION = "model.layers.{i}.self_attn"
@@ -17,21 +17,22 @@ _ATTENTION = "model.layers.{i}.self_attn"
 
 @register("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
 class DeepSeek(ModelFamily):
-    name_rules = QWEN_MOE_NAMES | {
-        "layers.{i}.attention.query_down": {"": f"{_ATTENTION}.q_a_proj"},
-        "layers.{i}.attention.query_norm": {"": f"{_ATTENTION}.q_a_layernorm"},
-        "layers.{i}.attention.query": {"": f"{_ATTENTION}.q_b_proj"},
-        "layers.{i}.attention.latent_down": {"": f"{_ATTENTION}.kv_a_proj_with_mqa"},
-        "layers.{i}.attention.latent_norm": {"": f"{_ATTENTION}.kv_a_layernorm"},
-        "layers.{i}.attention.projections": {"": f"{_ATTENTION}.kv_b_proj"},
-        "layers.{i}.mlp.shared.gate_up": {
-            "gate": "model.layers.{i}.mlp.shared_experts.gate_proj",
-            "up": "model.layers.{i}.mlp.shared_experts.up_proj",
-        },
-        "layers.{i}.mlp.shared.down": {"": "model.layers.{i}.mlp.shared_experts.down_proj"},
-    }
-    # V3's layer 61 predicts a second token ahead; it is no part of the decoder.
-    skipped_tensors = r"model\.layers\.61\."
+    name_rules = (
+        QWEN_MOE_NAMES
+        | SHARED_EXPERTS_NAMES
+        | {
+            "layers.{i}.attention.query_down": {"": f"{_ATTENTION}.q_a_proj"},
+            "layers.{i}.attention.query_norm": {"": f"{_ATTENTION}.q_a_layernorm"},
+            "layers.{i}.attention.query": {"": f"{_ATTENTION}.q_b_proj"},
+            "layers.{i}.attention.latent_down": {"": f"{_ATTENTION}.kv_a_proj_with_mqa"},
+            "layers.{i}.attention.latent_norm": {"": f"{_ATTENTION}.kv_a_layernorm"},
+            "layers.{i}.attention.projections": {"": f"{_ATTENTION}.kv_b_proj"},
+        }
+    )
+
+    @classmethod
+    def unused_tensors(cls, spec: ModelSpec) -> str:
+        return f"{beyond_the_decoder(spec)}|{super().unused_tensors(spec) or '(?!)'}"
 
     @classmethod
     def canonical_name(cls, name: str) -> str:
@@ -51,7 +52,7 @@ class DeepSeek(ModelFamily):
         rope = replace(
             config.rope(latent.rope_dim), interleaved=config.boolean("rope_interleave", True) if is_v3 else True
         )
-        first_moe = config.integer("first_k_dense_replace", 0) if config.fields.get("first_k_dense_replace") else 0
+        first_moe = config.count("first_k_dense_replace", 0)
         layers = config.layers(rope, None)
         attention_bias = config.boolean("attention_bias", False)
         return config.decoder(
@@ -96,5 +97,5 @@ def read_routing(config: HfConfig, *, is_v3: bool) -> MoeSpec:
         group_score="top2" if is_v3 else "max",
         has_correction_bias=is_v3,
         activation=config.text("hidden_act", "silu"),
-        shared_intermediate_size=inner * (config.optional_integer("n_shared_experts", 1) or 0),
+        shared_intermediate_size=inner * config.count("n_shared_experts", 1),
     )

@@ -14,6 +14,7 @@ from gpu_worker.model_spec import ModelSpec
 from gpu_worker.models.hf_config import HfConfig
 from gpu_worker.quant.api import RandomValues
 
+MAX_MTP_LAYERS = 4
 NameRules = dict[str, dict[str, str]]
 """Layer path -> part -> place of its tensors in the checkpoint; `{i}` stands for the layer's number.
 
@@ -52,6 +53,12 @@ class ModelFamily(Decoder):
         Raises:
             ModelConfigError: a field is missing, of the wrong type, or asks for what the family does not do.
         """
+
+
+def beyond_the_decoder(spec: ModelSpec) -> str:
+    """A pattern of the layers behind the last one, by which some releases predict a second token ahead (MTP)."""
+    first = spec.num_layers
+    return rf"model\.layers\.({'|'.join(str(number) for number in range(first, first + MAX_MTP_LAYERS))})\."
 
 
 class ReadsPairs(ABC):

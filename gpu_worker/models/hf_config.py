@@ -71,6 +71,13 @@ class HfConfig:
             raise self.error(field, f"is {value}, expected an integer above 0")
         return int(value)
 
+    def count(self, field: str, default: int) -> int:
+        """An integer that may be 0."""
+        value = self._get(field, (int,), "an integer", default)
+        if value < 0:
+            raise self.error(field, f"is {value}, expected an integer from 0 on")
+        return int(value)
+
     def number(self, field: str, default: Any = ...) -> float:
         return float(self._get(field, (int, float), "a number", default))
 

@@ -1,8 +1,8 @@
-"""Llama 2, 3, 3.1, 3.2, SmolLM2 and what else calls itself Llama; Mistral."""
+"""Llama 2, 3, 3.1, 3.2, SmolLM2 and what else calls itself Llama; Mistral and Ministral."""
 
 from __future__ import annotations
 
-from gpu_worker.model_spec import ModelSpec
+from gpu_worker.model_spec import ModelSpec, QueryScaling
 from gpu_worker.models.family import ModelFamily, NameRules
 from gpu_worker.models.hf_config import HfConfig
 from gpu_worker.models.registry import register
@@ -27,7 +27,7 @@ LLAMA_NAMES: NameRules = {
 }
 
 
-@register("LlamaForCausalLM", "MistralForCausalLM")
+@register("LlamaForCausalLM", "MistralForCausalLM", "MinistralForCausalLM", "Ministral3ForCausalLM")
 class Llama(ModelFamily):
     name_rules = LLAMA_NAMES
 
@@ -36,8 +36,11 @@ class Llama(ModelFamily):
         # Llama has no windows; a Mistral without the field has one (its class default in transformers), null means
         # none.
         window = None
-        if architecture == "MistralForCausalLM":
+        if architecture in ("MistralForCausalLM", "MinistralForCausalLM"):
             window = config.optional_integer("sliding_window", 4096)
+        if architecture == "Ministral3ForCausalLM":
+            config = HfConfig({"head_dim": 128} | config.fields, config.file)
+            window = config.optional_integer("sliding_window", None)
         attention_bias = config.boolean("attention_bias", False)
         return config.decoder(
             architecture,
@@ -45,4 +48,12 @@ class Llama(ModelFamily):
             qkv_bias=attention_bias,
             attention_output_bias=attention_bias,
             mlp_bias=config.boolean("mlp_bias", False),
+            query_scaling=query_scaling(config),
         )
+
+
+def query_scaling(config: HfConfig) -> QueryScaling | None:
+    """Ministral 3's, which its config has among the parameters of rope."""
+    rope = HfConfig(config.fields.get("rope_parameters") or config.fields.get("rope_scaling") or {}, config.file)
+    weight = rope.optional_number("llama_4_scaling_beta")
+    return QueryScaling(weight, rope.integer("original_max_position_embeddings")) if weight else None

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.layers.weighted import Weighted
+from gpu_worker.loading.bitsandbytes_source import BitsAndBytesSource
 from gpu_worker.loading.checkpoint import CheckpointError, StrictReader, open_checkpoint
 from gpu_worker.loading.dequantized import DequantizedSource
 from gpu_worker.loading.gguf_packed import PackedGgufSource
@@ -34,6 +35,7 @@ from gpu_worker.models.family import LoadsItself, ModelFamily
 from gpu_worker.models.hf_config import HfConfig
 from gpu_worker.models.registry import find_family, known_architectures
 from gpu_worker.quant.api import OutputSpan
+from gpu_worker.quant.bitsandbytes import METHOD as BITSANDBYTES
 from gpu_worker.quant.scheme import module_format, read_quantization
 
 log = structlog.get_logger(__name__)
@@ -254,7 +256,8 @@ def _as_wanted(
     quant = read_quantization(HfConfig.open(path), names)
     if quant is None:
         return served
-    return DequantizedSource(served, lambda module: module_format(quant, module, names), places.keys())
+    plain = BitsAndBytesSource(served) if quant.method == BITSANDBYTES else served
+    return DequantizedSource(plain, lambda module: module_format(quant, module, names), places.keys())
 
 
 def check_weights(model: ModelFamily, path: Path) -> None:

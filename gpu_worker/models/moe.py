@@ -26,6 +26,15 @@ QWEN_MOE_NAMES: NameRules = QWEN3_NAMES | {
     "layers.{i}.mlp.shared_gate": {"": "model.layers.{i}.mlp.shared_expert_gate"},
 }
 
+SHARED_EXPERTS_NAMES: NameRules = {
+    "layers.{i}.mlp.shared.gate_up": {
+        "gate": "model.layers.{i}.mlp.shared_experts.gate_proj",
+        "up": "model.layers.{i}.mlp.shared_experts.up_proj",
+    },
+    "layers.{i}.mlp.shared.down": {"": "model.layers.{i}.mlp.shared_experts.down_proj"},
+}
+"""For families that have several in one, and no gate before it."""
+
 
 @register("MixtralForCausalLM")
 class Mixtral(ModelFamily):

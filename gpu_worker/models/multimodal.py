@@ -32,6 +32,7 @@ _QWEN2 = _LLAMA | {"vocab_size": 151_936, "intermediate_size": 22_016, "max_posi
 _TEXT_PARTS: dict[str, tuple[type[ModelFamily], str, dict[str, Any]]] = {
     "llama": (Llama, "LlamaForCausalLM", _LLAMA),
     "mistral": (Llama, "MistralForCausalLM", _MISTRAL),
+    "ministral3": (Llama, "Ministral3ForCausalLM", _MISTRAL | {"vocab_size": 131_072, "num_hidden_layers": 34}),
     "qwen2": (Qwen, "Qwen2ForCausalLM", _QWEN2),
     "qwen2_vl": (Qwen, "Qwen2ForCausalLM", {}),
     "qwen2_vl_text": (Qwen, "Qwen2ForCausalLM", {}),
@@ -97,7 +98,9 @@ class LlamaTextPart(_TextPart):
     def read_config(config: HfConfig, architecture: str) -> ModelSpec:
         if architecture.startswith("Qwen"):
             return _read(config, architecture, ("qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text"))
-        return _read(config, architecture, ("mistral",) if architecture.startswith("Mistral3") else LLAVA_KINDS)
+        return _read(
+            config, architecture, ("mistral", "ministral3") if architecture.startswith("Mistral3") else LLAVA_KINDS
+        )
 
 
 @register("Qwen3VLForConditionalGeneration")

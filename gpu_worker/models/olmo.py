@@ -1,20 +1,25 @@
-"""OLMo 2 and 3: norms after attention and MLP only, queries and keys normed over all heads; OLMo 3 has windows."""
+"""OLMo 2 and 3: norms after attention and MLP only, and over all heads; OLMo 3 has windows. OLMoE."""
 
 from __future__ import annotations
 
-from gpu_worker.model_spec import ModelSpec
-from gpu_worker.models.family import ModelFamily
+from dataclasses import replace
+
+from gpu_worker.model_spec import ModelSpec, MoeSpec
+from gpu_worker.models.family import ModelFamily, NameRules
 from gpu_worker.models.hf_config import FULL, SLIDING, HfConfig
+from gpu_worker.models.moe import QWEN_MOE_NAMES
 from gpu_worker.models.qwen import QWEN3_NAMES
 from gpu_worker.models.registry import register
+
+POST_NORM_NAMES: NameRules = QWEN3_NAMES | {
+    "layers.{i}.attention_post_norm": {"": "model.layers.{i}.post_attention_layernorm"},
+    "layers.{i}.mlp_post_norm": {"": "model.layers.{i}.post_feedforward_layernorm"},
+}
 
 
 @register("Olmo2ForCausalLM", "Olmo3ForCausalLM")
 class Olmo(ModelFamily):
-    name_rules = QWEN3_NAMES | {
-        "layers.{i}.attention_post_norm": {"": "model.layers.{i}.post_attention_layernorm"},
-        "layers.{i}.mlp_post_norm": {"": "model.layers.{i}.post_feedforward_layernorm"},
-    }
+    name_rules = POST_NORM_NAMES
 
     @staticmethod
     def read_config(config: HfConfig, architecture: str) -> ModelSpec:
@@ -36,4 +41,33 @@ class Olmo(ModelFamily):
             qk_norm="projection",
             pre_norms=False,
             post_norms=True,
+        )
+
+
+@register("OlmoeForCausalLM")
+class OlmoMoe(ModelFamily):
+    """OLMoE: norms before the sublayers, and a mixture in every layer."""
+
+    name_rules = QWEN_MOE_NAMES
+
+    @staticmethod
+    def read_config(config: HfConfig, architecture: str) -> ModelSpec:
+        config.refuse("clip_qkv")
+        layers = config.layers(config.rope(config.heads()[2]), None)
+        attention_bias = config.boolean("attention_bias", False)
+        return config.decoder(
+            architecture,
+            tuple(replace(layer, is_moe=True) for layer in layers),
+            norm_eps=config.number("rms_norm_eps", 1e-5),
+            max_position_embeddings=config.integer("max_position_embeddings", 4096),
+            qkv_bias=attention_bias,
+            attention_output_bias=attention_bias,
+            qk_norm="projection",
+            moe=MoeSpec(
+                num_experts=config.integer("num_experts", 64),
+                num_chosen=config.integer("num_experts_per_tok", 8),
+                intermediate_size=config.integer("intermediate_size", 2048),
+                renormalize=config.boolean("norm_topk_prob", False),
+                activation=config.text("hidden_act", "silu"),
+            ),
         )

@@ -9,7 +9,9 @@ memory (device meta), since configs name these things differently.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -370,7 +372,11 @@ def probe_attention(hf_config: Any, architecture: str) -> list[AttentionCall]:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                hf_config, attn_implementation=_implementation(architecture), trust_remote_code=False
+                hf_config,
+                attn_implementation=_implementation(architecture),
+                # The one whose sizes do not depend on what the router chooses, in any type.
+                experts_implementation="batched_mm",
+                trust_remote_code=False,
             )
     except KeyError as error:
         reason = "its attention does not go through the attention interface"
@@ -404,7 +410,9 @@ def probe_attention(hf_config: Any, architecture: str) -> list[AttentionCall]:
         raise refused(architecture, f"its forward pass cannot be tried out ({_first_line(error)})") from error
     if not takers:
         raise refused(architecture, "its head does not read what its decoder gives")
-    _check_calls(probe.calls, hf_config.get_text_config().num_hidden_layers, architecture)
+    config = hf_config.get_text_config()
+    _check_calls(probe.calls, config.num_hidden_layers, architecture)
+    _check_windows(probe.calls, config, trunk, architecture)
     return probe.calls
 
 
@@ -415,7 +423,8 @@ def _check_independent_tokens(hf_config: Any, architecture: str) -> None:
         raise refused(architecture, f"it has layers of the kinds {', '.join(sorted(others))}")
     rope = getattr(config, "rope_parameters", None) or {}
     nested = [part for part in rope.values() if isinstance(part, dict)] or [rope]
-    kinds = {str(part.get("rope_type")) for part in nested} & set(_STEP_DEPENDENT_ROPES)
+    # Hunyuan's "dynamic" has a fixed factor.
+    kinds = {str(part.get("rope_type")) for part in nested if not part.get("alpha")} & set(_STEP_DEPENDENT_ROPES)
     if kinds:
         raise refused(architecture, f"its rope ({', '.join(kinds)}) depends on what else is in a step")
 
@@ -430,6 +439,8 @@ def _check_class(model: Any, architecture: str) -> None:
         raise refused(architecture, "its attention needs a mask, which the interface does not carry")
     if not adapted and not _takes_positions(model.get_decoder()):
         raise refused(architecture, "it counts positions by itself, and takes no position_ids")
+    if any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules()):
+        raise refused(architecture, "it counts positions from its padding token on, and not from 0")
     mixing = [name for name, module in model.named_modules() if isinstance(module, torch.nn.modules.conv._ConvNd)]
     if mixing:
         raise refused(architecture, f"its {mixing[0]} mixes neighbouring tokens")
@@ -446,6 +457,20 @@ def _check_calls(calls: Sequence[AttentionCall], num_layers: int, architecture: 
             raise refused(architecture, f"{field} differs between its layers ({', '.join(map(str, sorted(values)))})")
 
 
+def _check_windows(calls: Sequence[AttentionCall], config: Any, trunk: Any, architecture: str) -> None:
+    """Some models have their windows in the mask alone, of which the attention interface is told nothing here."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        makes_window_masks = hasattr(sys.modules[type(trunk).__module__], "create_sliding_window_causal_mask")
+        has_window = isinstance(window, int) and window < _context(config)
+        is_hidden = has_window and makes_window_masks and all(call.window is None for call in calls)
+    else:
+        is_hidden = any(kind == SLIDING and call.window is None for kind, call in zip(kinds, calls, strict=True))
+    if is_hidden:
+        raise refused(architecture, f"its windows of {window} tokens are in its attention mask alone")
+
+
 def _open_config(directory: Path) -> Any:
     from transformers import AutoConfig
 
@@ -456,7 +481,9 @@ def _open_config(directory: Path) -> Any:
             f"{directory / 'config.json'}: transformers cannot read it ({_first_line(error)})"
         ) from error
     # Only to be warned of padding, which a step has none of; looking for it reads token ids back from the device.
-    config.get_text_config().pad_token_id = None
+    # Some classes insist on a number.
+    with contextlib.suppress(Exception):
+        config.get_text_config().pad_token_id = None
     return config
 
 

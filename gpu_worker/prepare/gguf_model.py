@@ -13,6 +13,7 @@ import torch
 
 from gpu_worker.loading.checkpoint import GGUF_NAME
 from gpu_worker.loading.gguf_config import build_config
+from gpu_worker.loading.gguf_file import parts_by_name
 from gpu_worker.loading.gguf_reader import GgufReader
 from gpu_worker.loading.tensor_source import TensorInfo
 from gpu_worker.prepare.atomic_directory import exclusive, fill_directory
@@ -35,10 +36,11 @@ def prepare_gguf(source: Path, target: Path, dtype: str, progress: Progress) -> 
         PrepareError: the result cannot be written.
     """
     options = {"dtype": dtype}
-    if is_current(target, [source], options):
+    sources = parts_by_name(source)
+    if is_current(target, sources, options):
         return False
     with explained_os_errors(target), exclusive(target):
-        if is_current(target, [source], options):  # another process made it while this one waited
+        if is_current(target, sources, options):  # another process made it while this one waited
             return False
         with GgufReader(source) as reader:
             conversion = _Conversion(reader, dtype, progress)
@@ -84,8 +86,9 @@ class _Conversion:
             (directory / "tokenizer.json").write_text(self._tokenizer.tokenizer.to_str(pretty=False), "utf-8")
             weights = self._keep_file(directory) if self._dtype == PACKED else self._write_weights(directory)
             outputs = ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", *weights]
-            hashes = {self._reader.path.name: sha256_of(self._reader.path)}
-            write_stamp(directory, [self._reader.path], {"dtype": self._dtype}, outputs, hashes)
+            sources = self._reader.file.parts
+            hashes = {path.name: sha256_of(path) for path in sources}
+            write_stamp(directory, sources, {"dtype": self._dtype}, outputs, hashes)
 
     def _write_weights(self, directory: Path) -> list[str]:
         title = f"Converting {self._reader.path.name} to {self._dtype}"
@@ -93,13 +96,19 @@ class _Conversion:
             return write_shards(directory, plan_shards(self._infos), self._pieces, advance)
 
     def _keep_file(self, directory: Path) -> list[str]:
-        """A second name of the file, which costs no space; a link where it lies on another disk."""
-        kept, source = directory / GGUF_NAME, self._reader.path.resolve()
-        try:
-            kept.hardlink_to(source)
-        except OSError:
-            kept.symlink_to(source)
-        return [GGUF_NAME]
+        """A second name of each file, which costs no space; a link where it lies on another disk."""
+        parts = self._reader.file.parts
+        names = [GGUF_NAME]
+        if len(parts) > 1:
+            stem = GGUF_NAME.removesuffix(".gguf")
+            names = [f"{stem}-{number:05d}-of-{len(parts):05d}.gguf" for number in range(1, len(parts) + 1)]
+        for name, part in zip(names, parts, strict=True):
+            kept, source = directory / name, part.resolve()
+            try:
+                kept.hardlink_to(source)
+            except OSError:
+                kept.symlink_to(source)
+        return names
 
     def _write_json(self, directory: Path, name: str, content: dict[str, Any]) -> None:
         (directory / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")

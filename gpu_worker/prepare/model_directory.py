@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from gpu_worker.prepare.progress import Progress
 from gpu_worker.prepare.stamp import is_current, sha256_of, write_stamp
 
 TOKENIZER_NAME = "tokenizer.json"
+_LATER_PART = re.compile(r".+-(?!00001)\d{5}-of-\d{5}\.gguf")
 # Any of these sets of files can be turned into a tokenizer.json.
 _OLDER_FORMS = (("tokenizer.model",), ("vocab.json", "merges.txt"))
 _TOKENIZER_FILES = (
@@ -35,6 +37,7 @@ def check_directory(directory: Path, *, weights_required: bool = True) -> None:
         PrepareError: `config.json` is missing or damaged.
         CheckpointError: the weights are missing or damaged.
     """
+    _refuse_other_layouts(directory)
     config = _read_object(directory / "config.json", "give a directory with a model in the Hugging Face layout")
     if not config.get("architectures") and not config.get("model_type"):
         raise PrepareError(
@@ -48,6 +51,42 @@ def check_directory(directory: Path, *, weights_required: bool = True) -> None:
         from gpu_worker.loading.checkpoint import open_checkpoint
 
         open_checkpoint(directory).close()
+
+
+def _refuse_other_layouts(directory: Path) -> None:
+    """What people take for a model, by the files that it has in place of config.json."""
+    if (directory / "config.json").exists():
+        return
+    if (directory / "adapter_config.json").exists():
+        base = _read_object(directory / "adapter_config.json", "download it again").get("base_model_name_or_path")
+        raise PrepareError(
+            f"{directory} holds an adapter (PEFT) and not a model: give the model that it was trained on"
+            + (f", {base}" if base else "")
+        )
+    if (directory / "params.json").exists():
+        raise PrepareError(
+            f"{directory} holds a model in its maker's own layout (params.json): give a directory with the Hugging "
+            "Face layout of it, which has config.json and model*.safetensors"
+        )
+    if (directory / "model_index.json").exists():
+        raise PrepareError(f"{directory} holds a pipeline that makes images (model_index.json) and no language model")
+
+
+def only_gguf(directory: Path) -> Path | None:
+    """The GGUF model in a directory that has no config; None: there is none.
+
+    Raises:
+        PrepareError: there are several.
+    """
+    models = [
+        file
+        for file in sorted(directory.glob("*.gguf"))
+        if not file.name.startswith("mmproj") and not _LATER_PART.fullmatch(file.name)
+    ]
+    if len(models) > 1:
+        names = ", ".join(file.name for file in models)
+        raise PrepareError(f"{directory} holds several models: give the path of one of {names}")
+    return models[0] if models else None
 
 
 def _read_object(file: Path, advice: str) -> Mapping[str, Any]:
@@ -81,6 +120,11 @@ def with_tokenizer(directory: Path, cache_dir: Path, progress: Progress) -> tupl
         if present:
             missing = ", ".join(name for name in form if name not in present)
             raise PrepareError(f"{directory} has {present[0]} and lacks {missing}: download {missing} too")
+    if (directory / "tekken.json").exists():
+        raise PrepareError(
+            f"{directory} has a tokenizer in Mistral's own form (tekken.json) and no {TOKENIZER_NAME}: download "
+            f"{TOKENIZER_NAME} from the model's repository, or from one of its conversions to the Hugging Face layout"
+        )
     progress.note(
         f"{directory} has no tokenizer ({TOKENIZER_NAME}, tokenizer.model, or vocab.json with merges.txt): "
         "the server will take and give token ids only"

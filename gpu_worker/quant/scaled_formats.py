@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from gpu_worker.errors import LoadError
 from gpu_worker.parallel.shares import Share
 from gpu_worker.quant.activations import ActivationQuant, StaticScale
 from gpu_worker.quant.api import OutputSpan, RandomValues
@@ -39,11 +40,15 @@ class ScaledFormat(WeightFormat):
     granularity: Literal["tensor", "channel", "block"]
     block: tuple[int, int] = (0, 0)
     scale_name: str = "weight_scale"
+    scale_divisor: float = 1.0
+    """What stored scales are divided by."""
     input_scale_name: str | None = None
     """The tensor of a static input scale."""
     input_zero_name: str | None = None
     activations: ActivationQuant | None = None
     may_have_stray_bias: bool = False
+    layout_name: str | None = None
+    """A tensor that numbers the order of the values; 0, which is row by row, is the one that is read."""
     ignored: tuple[str, ...] = ()
     """Further tensors that may be there and say nothing, such as zero points of a symmetric format."""
 
@@ -67,6 +72,8 @@ class ScaledFormat(WeightFormat):
             rules[self.input_scale_name] = TensorRule(SCALAR, FLOAT_SCALES)
         if self.input_zero_name is not None:
             rules[self.input_zero_name] = TensorRule(SCALAR, (*FLOAT_SCALES, torch.int8, torch.int32), optional=True)
+        if self.layout_name is not None:
+            rules[self.layout_name] = TensorRule(SCALAR, (torch.uint8, torch.int8), optional=True)
         for name in self.ignored:
             rules[name] = TensorRule(
                 (*shapes, *SCALAR), (*FLOAT_SCALES, torch.int8, torch.int32, torch.float8_e4m3fn), optional=True
@@ -94,7 +101,13 @@ class ScaledFormat(WeightFormat):
         return OutputSpan(0, Fraction(1, self.block[0]) if self.granularity == "block" else Fraction(1))
 
     def decode(self, tensors: Tensors, rows: Share, cols: Share) -> QuantizedWeight:
-        values, scales = tensors["weight"], tensors[self.scale_name].float()
+        values, scales = tensors["weight"], tensors[self.scale_name].float() / self.scale_divisor
+        layout = 0 if self.layout_name is None else int(tensors.get(self.layout_name, torch.tensor(0)))
+        if layout:
+            raise LoadError(
+                f"{self.layout_name} is {layout}: the weights lie in the order of one kind of GPU; "
+                "save the checkpoint again with a current version of its tool, which stores them row by row"
+            )
         if self.granularity == "tensor":
             return ScaledWeight(values, scales.reshape(1, 1).expand(rows.size, 1), 1, cols.size)
         if self.granularity == "channel":

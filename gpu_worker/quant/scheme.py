@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gpu_worker.layers.ops import TORCH_OPS, LayerOps
-from gpu_worker.loading.checkpoint import GGUF_NAME, open_checkpoint
+from gpu_worker.loading.checkpoint import GGUF_NAME, gguf_in, open_checkpoint
 from gpu_worker.loading.gguf_reader import GgufReader
 from gpu_worker.model_spec import ModelConfigError
 from gpu_worker.models.checkpoint_names import checkpoint_modules
 from gpu_worker.models.hf_config import HfConfig
 from gpu_worker.quant.api import LinearMethod, QuantScheme
+from gpu_worker.quant.auto_round import METHODS as AUTO_ROUND
+from gpu_worker.quant.auto_round import read_auto_round
+from gpu_worker.quant.bitsandbytes import METHOD as BITSANDBYTES
+from gpu_worker.quant.bitsandbytes import read_bitsandbytes
 from gpu_worker.quant.compressed_tensors import read_compressed_tensors
 from gpu_worker.quant.config import (
     FIELD,
@@ -20,13 +24,14 @@ from gpu_worker.quant.config import (
     ConfigSection,
     QuantConfig,
     read_awq,
+    read_fbgemm_fp8,
     read_fp8,
     read_gptq,
-    read_modelopt,
     read_mxfp4,
 )
 from gpu_worker.quant.formats import WeightFormat
 from gpu_worker.quant.gguf_format import GgufFormat
+from gpu_worker.quant.modelopt import read_modelopt
 from gpu_worker.quant.none import Unquantized, UnquantizedLinear
 from gpu_worker.quant.on_load import QuantizingLinear
 from gpu_worker.quant.products import PackedKernels
@@ -59,6 +64,12 @@ def read_quantization(config: HfConfig, stored_names: Collection[str] = ()) -> Q
             return read_awq(section)
         case "fp8":
             return read_fp8(section, stored_names)
+        case "fbgemm_fp8":
+            return read_fbgemm_fp8(section)
+        case _ if method in AUTO_ROUND:
+            return read_auto_round(section)
+        case _ if method == BITSANDBYTES:
+            return read_bitsandbytes(section)
         case "compressed-tensors":
             return read_compressed_tensors(section)
         case "mxfp4":
@@ -93,7 +104,7 @@ def _method(fields: dict[str, Any]) -> Any:
     if fields.get("quant_method") is not None:
         return fields["quant_method"]
     if fields.get("load_in_4bit") or fields.get("load_in_8bit"):
-        return "bitsandbytes"
+        return BITSANDBYTES
     return "compressed-tensors" if fields.get("config_groups") else None
 
 
@@ -140,7 +151,7 @@ def make_scheme(
     if quant is None:
         return Unquantized(ops) if setting == "auto" else OnLoadScheme(setting, ops, kernels)
     if quant.method == "gguf" and has_weights:
-        return GgufScheme(directory / GGUF_NAME, name_rules, ops, kernels, canonical_name)
+        return GgufScheme(gguf_in(directory) or directory / GGUF_NAME, name_rules, ops, kernels, canonical_name)
     return CheckpointScheme(quant, name_rules, names, ops, kernels, canonical_name)
 
 

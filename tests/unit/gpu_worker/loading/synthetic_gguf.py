@@ -160,6 +160,7 @@ def write_gguf(
     layers: int = LAYERS,
     seed: int = 0,
     quantized: Mapping[str, gguf.GGMLQuantizationType] | None = None,
+    split_max_tensors: int = 0,
 ) -> dict[str, np.ndarray]:
     """Writes the file and gives its tensors as they are in it.
 
@@ -167,10 +168,11 @@ def write_gguf(
         keys: metadata under the architecture's prefix, beside or instead of the usual.
         raw_keys: metadata by its whole name.
         quantized: tensors to store in blocks, with their type.
+        split_max_tensors: above 0, the model is written in files of so many tensors, named by the package.
     """
     sizes = {**ARCHITECTURES, **MIXTURES}[architecture]
     architecture = sizes.written_as or architecture
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split_max_tensors)
     metadata = {
         "context_length": 128,
         "embedding_length": HIDDEN,

@@ -8,6 +8,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -129,10 +130,36 @@ def test_missing_and_empty_files(tmp_path: Path) -> None:
         GgufFile(tmp_path / "empty.gguf")
 
 
-def test_a_part_of_a_split_model_says_how_to_join_it(tmp_path: Path) -> None:
-    write_gguf(tmp_path / "part.gguf", raw_keys={"split.count": 3, "split.no": 1})
-    with pytest.raises(CheckpointError, match=r"part 2 of a model in 3 files; join .*llama-gguf-split"):
-        GgufFile(tmp_path / "part.gguf")
+def test_a_model_in_several_files_reads_as_in_one(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "whole.gguf")
+    write_gguf(tmp_path / "m.gguf", split_max_tensors=8)
+    parts = sorted(tmp_path.glob("m-*.gguf"))
+    assert [part.name for part in parts] == [f"m-{number:05d}-of-00003.gguf" for number in (1, 2, 3)]
+    with GgufFile(tmp_path / "whole.gguf") as whole, GgufFile(parts[0]) as split:
+        assert split.parts == parts
+        assert set(split.tensors) == set(whole.tensors)
+        assert all(torch.equal(split.read_rows(name), whole.read_rows(name)) for name in whole.tensors)
+
+
+def test_parts_that_make_no_whole(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", split_max_tensors=8)
+    first, second, third = sorted(tmp_path.glob("m-*.gguf"))
+    with pytest.raises(CheckpointError, match=r"part 2 of a model in 3 files; give the first of them: m-00001-of"):
+        GgufFile(second)
+    copied = tmp_path / "renamed.gguf"
+    copied.write_bytes(first.read_bytes())
+    with pytest.raises(CheckpointError, match=r"its name does not say so.*00001-of-00003"):
+        GgufFile(copied)
+    content = third.read_bytes()
+    third.write_bytes(second.read_bytes())
+    with pytest.raises(CheckpointError, match="part 2 of 3, its name says another"):
+        GgufFile(first)
+    third.write_bytes(content[:-100])
+    with pytest.raises(CheckpointError, match=r"m-00003-of-00003\.gguf.*truncated"):
+        GgufFile(first)
+    third.unlink()
+    with pytest.raises(CheckpointError, match=r"m-00003-of-00003\.gguf.*this part \(3 of 3\) does not exist"):
+        GgufFile(first)
 
 
 def test_a_file_that_shrinks_after_it_was_opened(good: Path) -> None:

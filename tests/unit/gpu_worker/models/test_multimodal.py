@@ -21,7 +21,7 @@ from gpu_worker.models.loader import read_spec
 from gpu_worker.quant.scheme import make_scheme
 from gpu_worker.quant.stored import StoredLinear
 from tests.unit.gpu_worker.models.test_families import PagedModel, check_logits
-from tests.unit.gpu_worker.models.tiny_checkpoints import BASE
+from tests.unit.gpu_worker.models.tiny_checkpoints import BASE, MINISTRAL3
 
 TEXT = {name: value for name, value in BASE.items() if not name.endswith("implementation")} | {"head_dim": 12}
 SECTIONS = {"rope_type": "default", "rope_theta": 5000.0, "mrope_section": [2, 2, 2]}
@@ -34,6 +34,9 @@ def configs(kind: str) -> Any:
     match kind:
         case "mistral3":
             text = {"model_type": "mistral", "sliding_window": None} | TEXT
+            return Mistral3Config(text_config=text, vision_config=pixtral, image_token_index=300)
+        case "ministral3":
+            text = {"model_type": "ministral3"} | TEXT | MINISTRAL3
             return Mistral3Config(text_config=text, vision_config=pixtral, image_token_index=300)
         case "llava":
             text = {"model_type": "llama"} | TEXT
@@ -83,7 +86,7 @@ def rename(directory: Path, *, old: bool, kind: str) -> None:
 
 
 @pytest.mark.parametrize("old", [True, False])
-@pytest.mark.parametrize("kind", ["mistral3", "llava", "qwen2.5-vl", "qwen3-vl"])
+@pytest.mark.parametrize("kind", ["mistral3", "ministral3", "llava", "qwen2.5-vl", "qwen3-vl"])
 def test_the_text_part_computes_like_transformers(kind: str, old: bool, tmp_path: Path) -> None:
     reference = save(kind, tmp_path)
     rename(tmp_path, old=old, kind=kind)

@@ -14,11 +14,12 @@ from transformers.models.bloom import BloomConfig
 from transformers.models.codegen import CodeGenConfig
 from transformers.models.falcon import FalconConfig
 from transformers.models.gemma import GemmaConfig
-from transformers.models.glm import GlmConfig
 from transformers.models.gpt2 import GPT2Config
 from transformers.models.gpt_neo import GPTNeoConfig
 from transformers.models.gpt_neox import GPTNeoXConfig
 from transformers.models.gptj import GPTJConfig
+from transformers.models.granitemoe import GraniteMoeConfig
+from transformers.models.hunyuan_v1_dense import HunYuanDenseV1Config
 from transformers.models.jamba import JambaConfig
 from transformers.models.mamba import MambaConfig
 from transformers.models.mpt import MptConfig
@@ -26,6 +27,8 @@ from transformers.models.nemotron import NemotronConfig
 from transformers.models.olmo import OlmoConfig
 from transformers.models.opt import OPTConfig
 from transformers.models.phi import PhiConfig
+from transformers.models.phimoe import PhimoeConfig
+from transformers.models.roberta import RobertaConfig
 from transformers.models.stablelm import StableLmConfig
 from transformers.models.vaultgemma import VaultGemmaConfig
 from transformers.models.xglm import XGLMConfig
@@ -53,7 +56,16 @@ CARRIED = {
     "biogpt": Tiny(BioGptConfig, {"num_attention_heads": 6}),
     "phi": Tiny(PhiConfig, {"hidden_size": 72, "partial_rotary_factor": 0.5}),
     "gemma": Tiny(GemmaConfig, {"head_dim": 16}),
-    "glm": Tiny(GlmConfig, {"head_dim": 16}),
+    # A mixture of experts.
+    "phimoe": Tiny(PhimoeConfig, {"sliding_window": None, "num_local_experts": 5}),
+    "hunyuan": Tiny(
+        HunYuanDenseV1Config,
+        {
+            "head_dim": 16,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 1.0, "alpha": 50.0},
+        },
+    ),
+    "granite-moe": Tiny(GraniteMoeConfig, {"num_local_experts": 5, "num_experts_per_tok": 2}),
     "olmo": Tiny(OlmoConfig, {"clip_qkv": 1.5}),
     "nemotron": Tiny(NemotronConfig, {"hidden_size": 72}),
     # Alternating windows, soft caps on scores and on logits.
@@ -89,6 +101,8 @@ CARRIED = {
 REFUSED = {
     "xglm": (Tiny(XGLMConfig, {"attention_heads": 6}), "XGLMForCausalLM"),
     "mamba": (Tiny(MambaConfig, {"state_size": 4}), "layers of the kinds linear_attention"),
+    "phimoe": (Tiny(PhimoeConfig, {"sliding_window": 11, "num_local_experts": 2}), "windows of 11 tokens"),
+    "roberta": (Tiny(RobertaConfig, {"is_decoder": True}), "from its padding token on"),
     "jamba": (Tiny(JambaConfig, {"num_experts": 2}), "JambaForCausalLM"),
 }
 

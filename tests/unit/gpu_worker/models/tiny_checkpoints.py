@@ -13,20 +13,30 @@ from transformers.models.cohere import CohereConfig
 from transformers.models.cohere2 import Cohere2Config
 from transformers.models.deepseek_v2 import DeepseekV2Config
 from transformers.models.deepseek_v3 import DeepseekV3Config
+from transformers.models.ernie4_5 import Ernie4_5Config
+from transformers.models.ernie4_5_moe import Ernie4_5_MoeConfig
+from transformers.models.exaone4 import Exaone4Config
 from transformers.models.gemma2 import Gemma2Config
 from transformers.models.gemma3 import Gemma3TextConfig
+from transformers.models.glm import GlmConfig
+from transformers.models.glm4 import Glm4Config
+from transformers.models.glm4_moe import Glm4MoeConfig
 from transformers.models.gpt_oss import GptOssConfig
 from transformers.models.granite import GraniteConfig
 from transformers.models.llama import LlamaConfig
+from transformers.models.ministral import MinistralConfig
+from transformers.models.ministral3 import Ministral3Config
 from transformers.models.mistral import MistralConfig
 from transformers.models.mixtral import MixtralConfig
 from transformers.models.olmo2 import Olmo2Config
 from transformers.models.olmo3 import Olmo3Config
+from transformers.models.olmoe import OlmoeConfig
 from transformers.models.phi3 import Phi3Config
 from transformers.models.qwen2 import Qwen2Config
 from transformers.models.qwen2_moe import Qwen2MoeConfig
 from transformers.models.qwen3 import Qwen3Config
 from transformers.models.qwen3_moe import Qwen3MoeConfig
+from transformers.models.seed_oss import SeedOssConfig
 from transformers.models.smollm3 import SmolLM3Config
 from transformers.models.starcoder2 import Starcoder2Config
 
@@ -65,6 +75,18 @@ LLAMA3 = rope(
 )
 YARN = rope(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
 
+# Queries grow at every 16th position.
+MINISTRAL3 = rope(
+    rope_type="yarn",
+    factor=16.0,
+    original_max_position_embeddings=16,
+    beta_fast=32.0,
+    beta_slow=1.0,
+    mscale=1.0,
+    mscale_all_dim=1.0,
+    llama_4_scaling_beta=0.3,
+)
+
 GEMMA = {"num_hidden_layers": 4, "head_dim": 16, "sliding_window": 11, "query_pre_attn_scalar": 20}
 GEMMA_SCALED = {
     "rope_parameters": {
@@ -76,6 +98,17 @@ LONG = {"rope_type": "longrope", "original_max_position_embeddings": 16} | {
     f"{kind}_factor": [1.0 + 0.3 * i * weight for i in range(5)] for kind, weight in (("short", 1), ("long", 2))
 }
 MOE = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
+GLM_MOE = {
+    "head_dim": 16,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 1.6,
+    "n_group": 4,
+    "topk_group": 2,
+}
+ERNIE_MOE = {"moe_num_experts": 7, "moe_k": 3, "moe_intermediate_size": 40}
 MLA = {
     "num_key_value_heads": 6,
     "kv_lora_rank": 24,
@@ -109,6 +142,16 @@ TINY: dict[str, Tiny] = {
     "llama-gelu-mha": Tiny(LlamaConfig, {"hidden_act": "gelu_pytorch_tanh", "num_key_value_heads": 6}),
     "mistral-window": Tiny(MistralConfig, {"sliding_window": 11, "head_dim": 16}),
     "mistral-full": Tiny(MistralConfig, {"sliding_window": None, "head_dim": 16}),
+    "ministral": Tiny(
+        MinistralConfig,
+        {
+            "head_dim": 14,
+            "sliding_window": 11,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        },
+    ),
+    "ministral3": Tiny(Ministral3Config, MINISTRAL3 | {"head_dim": 16}),
+    "ministral3-v4-config": Tiny(Ministral3Config, MINISTRAL3 | {"head_dim": 10}, rewrite_as_v4=True),
     "qwen2": Tiny(Qwen2Config, {"tie_word_embeddings": True}),
     "qwen2-window": Tiny(
         Qwen2Config, {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1, "num_key_value_heads": 3}
@@ -148,6 +191,24 @@ TINY: dict[str, Tiny] = {
     "olmo2": Tiny(Olmo2Config),
     "olmo3": Tiny(Olmo3Config, {"num_hidden_layers": 5, "sliding_window": 11}),
     "olmo3-v4-config": Tiny(Olmo3Config, {"num_hidden_layers": 5, "sliding_window": 11}, rewrite_as_v4=True),
+    "olmoe": Tiny(OlmoeConfig, {"num_experts": 7, "num_experts_per_tok": 3, "intermediate_size": 40}),
+    "seed-oss": Tiny(SeedOssConfig, {"head_dim": 14}),
+    "seed-oss-v4-config": Tiny(SeedOssConfig, {"head_dim": 10, "attention_out_bias": True}, rewrite_as_v4=True),
+    "exaone4": Tiny(Exaone4Config, {"sliding_window": None, "layer_types": ["full_attention"] * 3} | LLAMA3),
+    "exaone4-windows": Tiny(Exaone4Config, {"num_hidden_layers": 5, "sliding_window": 11, "head_dim": 14}),
+    "glm": Tiny(GlmConfig, {"head_dim": 16}),
+    "glm4": Tiny(Glm4Config, {"head_dim": 16}),
+    "glm4-v4-config": Tiny(Glm4Config, {"head_dim": 16}, rewrite_as_v4=True),
+    "glm4-moe": Tiny(Glm4MoeConfig, GLM_MOE | {"use_qk_norm": True, "attention_bias": True}),
+    "glm4-moe-air-v4-config": Tiny(Glm4MoeConfig, GLM_MOE, rewrite_as_v4=True),
+    "ernie": Tiny(Ernie4_5Config, {"head_dim": 14}),
+    "ernie-bias-v4-config": Tiny(Ernie4_5Config, {"head_dim": 14, "use_bias": True}, rewrite_as_v4=True),
+    "ernie-moe": Tiny(Ernie4_5_MoeConfig, ERNIE_MOE),
+    "ernie-moe-some-layers": Tiny(
+        Ernie4_5_MoeConfig,
+        ERNIE_MOE
+        | {"num_hidden_layers": 5, "moe_layer_interval": 2, "moe_layer_end_index": 3, "moe_num_shared_experts": 0},
+    ),
     "granite": Tiny(
         GraniteConfig,
         {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2, "logits_scaling": 0.7},

@@ -50,6 +50,7 @@ def _error(directory: Path) -> str:
         ("config.json", "{}", "names neither architectures nor model_type"),
         ("tokenizer_config.json", "nope", "tokenizer_config.json is not readable JSON"),
         ("tokenizer.json", '{"model": 1}', "tokenizer.json cannot be used"),
+        ("tekken.json", "{}", "Mistral's own form (tekken.json) and no tokenizer.json: download tokenizer.json"),
         ("vocab.json", "{}", "has vocab.json and lacks merges.txt: download merges.txt too"),
     ],
 )
@@ -58,6 +59,27 @@ def test_files_that_do_not_do(directory: Path, name: str, content: str | None, m
     if content is not None:
         (directory / name).write_text(content)
     assert message in _error(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "adapter_config.json",
+            '{"base_model_name_or_path": "org/base"}',
+            "an adapter (PEFT) and not a model: .*org/base",
+        ),
+        ("params.json", '{"dim": 4096}', "its maker's own layout (params.json)"),
+        ("model_index.json", "{}", "makes images"),
+    ],
+)
+def test_what_is_taken_for_a_model_is_called_by_its_name(
+    directory: Path, name: str, content: str, message: str
+) -> None:
+    (directory / "config.json").unlink()
+    (directory / name).write_text(content)
+    start, _, end = message.partition(".*")
+    assert start in _error(directory) and end in _error(directory)
 
 
 def _add_sentencepiece(directory: Path) -> sentencepiece.SentencePieceProcessor:

@@ -47,6 +47,42 @@ def _hidden(directory: Path) -> list[str]:
     return [path.name for path in directory.iterdir() if "partial" in path.name]
 
 
+def test_a_gguf_model_in_several_files(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    write_gguf(tmp_path / "whole.gguf")
+    write_gguf(tmp_path / "model" / "Tiny-1M-Q8_0.gguf", split_max_tensors=8)
+    (tmp_path / "model" / "mmproj-F16.gguf").write_bytes(b"GGUF")
+    whole = prepare(tmp_path / "whole.gguf", tmp_path / "cache", dtype="float32", progress=SilentProgress())
+    first = tmp_path / "model" / "Tiny-1M-Q8_0-00001-of-00003.gguf"
+    # The directory stands for the one model in it.
+    for source in (first, tmp_path / "model"):
+        for dtype in ("float32", "packed"):
+            model = prepare(source, tmp_path / "cache", dtype=dtype, progress=SilentProgress())
+            assert model.name == "Tiny-1M" and model.reused == (source != first)
+            with open_checkpoint(model.path) as prepared, open_checkpoint(whole.path) as expected:
+                values = dict(iterate(expected))
+                assert {name for name, _ in iterate(prepared)} == set(values)
+                assert all(torch.equal(tensor, values[name]) for name, tensor in iterate(prepared))
+    first.with_name("Tiny-1M-Q8_0-00002-of-00003.gguf").unlink()
+    with pytest.raises(CheckpointError, match=r"00002-of-00003\.gguf.*part \(2 of 3\)"):
+        prepare(first, tmp_path / "other", progress=SilentProgress())
+    write_gguf(tmp_path / "model" / "another.gguf")
+    with pytest.raises(PrepareError, match=r"several models: .*Tiny-1M-Q8_0-00001-of-00003\.gguf, another\.gguf"):
+        prepare(tmp_path / "model", tmp_path / "cache", progress=SilentProgress())
+
+
+def test_a_projector_is_no_language_model(tmp_path: Path) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "mmproj.gguf", "clip")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match="holds a projector for images or sound and no language model"):
+        prepare(tmp_path / "mmproj.gguf", tmp_path / "cache", progress=SilentProgress())
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_a_gguf_file_of_each_architecture(tmp_path: Path, architecture: str, dtype: str) -> None:

@@ -16,7 +16,6 @@ from gpu_worker.parallel.shares import Share
 from gpu_worker.quant.activations import ActivationQuant
 from gpu_worker.quant.affine_formats import AwqFormat, GptqFormat, PackQuantizedFormat
 from gpu_worker.quant.config import QuantConfig
-from gpu_worker.quant.float4_formats import Float4Format
 from gpu_worker.quant.none import UnquantizedLinear
 from gpu_worker.quant.scaled_formats import ScaledFormat
 from gpu_worker.quant.scheme import CheckpointScheme, read_quantization
@@ -46,7 +45,11 @@ def compressed(kind: str, **group: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"quant_method": "bitsandbytes"}, ["bitsandbytes", "awq", "gptq", "compressed-tensors", "fp8", "gguf"]),
+        ({"quant_method": "hqq"}, ["hqq", "awq", "gptq", "compressed-tensors", "fp8", "bitsandbytes", "gguf"]),
+        ({"quant_method": "torchao", "quant_type": {"default": {}}}, ["torchao", "supported: awq"]),
+        ({"quant_method": "quanto", "weights": "int8"}, ["quanto", "supported: awq"]),
+        ({"quant_method": "eetq"}, ["eetq", "supported: awq"]),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "int4"}, ["int4", "nf4"]),
         ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv"}, ["gemv", "awq (4 bit"]),
         ({"quant_method": "awq", "bits": 8, "group_size": 128}, ["awq with 8 bits"]),
         ({"quant_method": "gptq", "bits": 5, "group_size": 128}, ["gptq with 5 bits"]),
@@ -116,6 +119,26 @@ def test_the_dialects_of_fp8(fields: dict[str, Any], names: tuple[str, ...], sca
     assert quant.format_of(f"{LAYER}.mlp.gate") is None and quant.format_of("lm_head") is None
 
 
+def test_fbgemm_has_a_scale_for_every_output() -> None:
+    """The tensors of `FbgemmFp8Linear` in transformers: float8 [N, K], float32 [N, 1]."""
+    from transformers.integrations.fbgemm_fp8 import FbgemmFp8Linear
+
+    linear = FbgemmFp8Linear(64, 48, bias=False)
+    left_out = [f"{LAYER}.self_attn.q_proj", "model.layers.0.mlp.down_proj"]
+    quant = read({"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": left_out})
+    assert all(quant.format_of(name) is None for name in (*left_out, "lm_head"))
+    stored = quant.format_of(f"{LAYER}.mlp.down_proj")
+    assert isinstance(stored, ScaledFormat) and stored.activations == ActivationQuant("float8", "token")
+    rules = stored.rules(48, 64)
+    kept = dict(linear.state_dict())
+    assert set(kept) == set(rules)
+    for name, tensor in kept.items():
+        assert tuple(tensor.shape) in rules[name].shapes and tensor.dtype in rules[name].dtypes
+    tensors = {"weight": torch.randn(48, 64).to(torch.float8_e4m3fn), "weight_scale": torch.rand(48, 1)}
+    decoded = stored.decode(tensors, Share(0, 48, 48), Share(0, 64, 64)).dequantize()
+    assert torch.equal(decoded, tensors["weight"].float() * tensors["weight_scale"])
+
+
 def test_compressed_tensors_groups_by_name_pattern_and_class() -> None:
     fields = compressed("mixed-precision", format="pack-quantized", weights=INT4)
     fields["config_groups"]["group_1"] = {
@@ -181,8 +204,6 @@ def test_a_file_of_its_own_says_it_where_the_config_does_not(
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "'bitsandbytes'"),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "'bitsandbytes'"),
         ({"quant_method": "hqq"}, "'hqq'"),
         ({"quant_method": "gptq", "bits": 4, "group_size": 128, "is_marlin_format": True}, "is_marlin_format"),
         ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "W4A8_AWQ"),
@@ -192,21 +213,3 @@ def test_what_cannot_be_read_is_refused_by_its_name(fields: dict[str, Any], word
     with pytest.raises(ModelConfigError, match=words) as refusal:
         read_quantization(HfConfig({"quantization_config": fields}))
     assert "compressed-tensors (pack-quantized" in str(refusal.value)
-
-
-def test_modelopt_nvfp4_multiplies_by_its_second_scale() -> None:
-    """Against compressed-tensors' decoding of the same numbers, whose global scale is the reciprocal."""
-    fields = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "ignore": ["*.self_attn*"]}
-    quant = read_quantization(HfConfig({"quantization_config": fields}))
-    assert quant is not None and quant.format_of("model.layers.0.self_attn.q_proj") is None
-    kind = quant.format_of("model.layers.0.mlp.up_proj")
-    assert isinstance(kind, Float4Format)
-    packed = torch.randint(0, 256, (8, 32)).to(torch.uint8)
-    scales = (torch.rand(8, 4) * 8).to(torch.float8_e4m3fn)
-    rows, cols = Share(0, 8, 8), Share(0, 64, 64)
-    ours = kind.decode({"weight": packed, "weight_scale": scales, "weight_scale_2": torch.tensor(0.25)}, rows, cols)
-    other = Float4Format("nvfp4").decode(
-        {"weight_packed": packed, "weight_scale": scales, "weight_global_scale": torch.tensor([4.0])}, rows, cols
-    )
-    assert torch.equal(ours.dequantize(), other.dequantize())
-    assert set(kind.rules(8, 64)) == {"weight", "weight_scale", "weight_scale_2", "input_scale"}

@@ -22,7 +22,7 @@ from gpu_worker.loading.tensor_source import CheckpointError
 from gpu_worker.model_spec import ModelConfigError
 from gpu_worker.models.hf_config import HfConfig
 from gpu_worker.models.loader import fill_random, read_spec
-from gpu_worker.parallel.shares import ParallelContext
+from gpu_worker.parallel.shares import ParallelContext, Share
 from gpu_worker.prepare.gguf_model import prepare_gguf
 from gpu_worker.prepare.preparation import prepare
 from gpu_worker.prepare.progress import SilentProgress
@@ -144,6 +144,32 @@ def test_old_gptq_files_without_group_index_and_with_empty_biases(tmp_path: Path
     assert torch.equal(QuantizedModel(edited("gptq-g32-asym-v2", tmp_path, **changes)).logits([5, 6, 7]), before)
     changes[f"{DOWN}.bias"] = torch.full((576,), 0.5, dtype=torch.float16)
     assert not torch.equal(QuantizedModel(edited("gptq-g32-asym-v2", tmp_path, **changes)).logits([5, 6, 7]), before)
+
+
+def test_a_quantized_output_head(tmp_path: Path) -> None:
+    """Made of the first columns of another linear's tensors, which are what a tool stores for as many outputs."""
+    gate = "model.layers.0.mlp.gate_proj"
+    stored = load_file(fixture("gptq-g64-desc") / "model.safetensors")
+    own = {kind: stored[f"{gate}.{kind}"] for kind in ("qweight", "scales", "g_idx", "qzeros")}
+    own |= {"qweight": own["qweight"][:, :256], "scales": own["scales"][:, :256], "qzeros": own["qzeros"][:, :32]}
+    quantized = {f"lm_head.{kind}": tensor.contiguous() for kind, tensor in own.items()}
+    (tmp_path / "quantized").mkdir()
+    directory = edited("gptq-g64-desc", tmp_path / "quantized", **quantized)
+    fields = json.loads((directory / "config.json").read_text())
+    edit_config(
+        directory,
+        tie_word_embeddings=False,
+        quantization_config=fields["quantization_config"] | {"lm_head": True},
+    )
+    quant = read_quantization(HfConfig.open(directory))
+    assert quant is not None
+    kind = quant.format_of("lm_head")
+    assert kind is not None
+    weight = kind.decode(own, Share(0, 256, 256), Share(0, 576, 576)).dequantize().bfloat16()
+    (tmp_path / "plain").mkdir()
+    plain = edited("gptq-g64-desc", tmp_path / "plain", **{"lm_head.weight": weight})
+    edit_config(plain, tie_word_embeddings=False)
+    assert torch.equal(QuantizedModel(directory).logits([5, 6, 7]), QuantizedModel(plain).logits([5, 6, 7]))
 
 
 def test_ignored_layers_stay_plain(tmp_path: Path) -> None:
