@@ -25,7 +25,7 @@ from stepwire_kernels.norm import add_rms_norm
 
 from gpu_worker.cuda.compiling import compile_in_parallel
 from load_tests.kernels.measure import RESULTS, commit
-from load_tests.kernels.ranks import LOGITS, Rank, run_ranks
+from load_tests.kernels.ranks import LOGITS, Rank, capture, run_ranks
 
 TUNED = Path(__file__).resolve().parents[2] / "kernels" / "stepwire_kernels" / "tuned" / "all_reduce"
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -66,14 +66,12 @@ def launches(rank: Rank, sizes: Sizes, tunings: dict[str, AllReduceTuning]) -> d
 
 def time_together(rank: Rank, launch: Callable[[], Any]) -> float:
     """Microseconds of one call; every rank measures the same number of calls, since each waits for the others."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        launch()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+
+    def launch_many() -> None:
         for _ in range(CALLS):
             launch()
+
+    graph = capture(launch_many)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     times = []
     for _ in range(REPEATS):
