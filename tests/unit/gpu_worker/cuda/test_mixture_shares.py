@@ -126,8 +126,8 @@ def test_ranks_add_up_to_one(tmp_path: Path, name: str, way: str, where: Where) 
     ],
 )
 def test_parts_that_cut_a_group_are_refused(tmp_path: Path, name: str, where: Where, words: str) -> None:
-    """32 inner columns are half a group for each of two ranks; 24 of 48 begin within a block of 32, which leaves eights,
-    and that kernel reads in sixteens."""
+    """32 inner columns are half a group for each of two ranks. 24 of 48 begin within a block of 32: that leaves eights,
+    and the kernel reads in sixteens."""
     directory = save(tmp_path, name, inner=48 if name == "fp8-block" else 32)
     with pytest.raises(ParallelError, match=words) as refused:
         mixture(directory, name, ranks("width")[1], where)
