@@ -1,10 +1,10 @@
 """`python -m load_tests.relay_skew`: how far apart a group's ranks begin a step, by the relay alone.
 
 Real processes and the worker's own relay: a pipe to ranks of the first node, gRPC to another node's relay and pipes
-from there (on this machine, over loopback). Ranks take steps as they do in a group and note the time instead of computing,
-by the machine's monotonic clock. Rank 0 sends steps of decodes at a fixed pace; times are from the beginning of its
-sending. `own` is when rank 0 itself goes on to its part, `last` when the last rank has the step in hand, and `skew` the
-time between the first and the last of all ranks.
+from there (on this machine, over loopback). Ranks take steps as they do in a group and note the time instead of
+computing, by the machine's monotonic clock. Rank 0 sends steps of decodes at a fixed pace; times are from the beginning
+of its sending. `own` is when rank 0 itself goes on to its part, `last` when the last rank has the step in hand, and
+`skew` the time between the first and the last of all ranks.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stepwire_kernels.all_gather import all_gather
+from stepwire_kernels.all_gather import all_gather, deal_rows
 from stepwire_kernels.all_reduce import AllReduceTuning, all_reduce, all_reduce_add_rms_norm
 from stepwire_kernels.norm import add_rms_norm
 
@@ -133,7 +133,7 @@ def bench_logits(rank: Rank) -> None:
     for rows in (1, 32, 256):
         part = torch.zeros(rows, LOGITS // rank.size, dtype=torch.bfloat16, device=rank.device)
 
-        def with_sum(gather: Callable[[torch.Tensor], torch.Tensor], part: torch.Tensor = part) -> float:
+        def with_sum(gather: Callable[..., torch.Tensor], part: torch.Tensor = part) -> float:
             def launch() -> None:
                 all_reduce(x, rank.peers, pdl=True)
                 gather(part)
@@ -143,8 +143,15 @@ def bench_logits(rank: Rank) -> None:
         alone = time_together(rank, lambda: all_reduce(x, rank.peers, pdl=True))
         nccl = with_sum(rank.nccl.all_gather) - alone
         ours = with_sum(lambda part: all_gather(part, rank.gather, pdl=True)) - alone
+        each = -(-rows // rank.size)
+        dealt_nccl = with_sum(lambda part, each=each: rank.nccl.deal_rows(part, each)) - alone
+        dealt = with_sum(lambda part, each=each: deal_rows(part, rank.gather, each, pdl=True)) - alone
         if rank.rank == 0:
-            print(f"logits of {rows:4d} rows: nccl {nccl:8.2f} us, mapped memory {ours:8.2f} us", flush=True)
+            print(
+                f"logits of {rows:4d} rows: nccl {nccl:8.2f} us, mapped memory {ours:8.2f} us; dealt out: "
+                f"nccl {dealt_nccl:8.2f} us, mapped memory {dealt:8.2f} us",
+                flush=True,
+            )
 
 
 def sweep(rank: Rank, out: Path) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 import torch
 from stepwire_kernels import reference
-from stepwire_kernels.all_gather import all_gather
+from stepwire_kernels.all_gather import all_gather, deal_rows
 from stepwire_kernels.all_reduce import AllReduceTuning, all_reduce, all_reduce_add_rms_norm
 from stepwire_kernels.norm import add_rms_norm
 
@@ -201,6 +201,39 @@ def logits_against_nccl(rank: Rank) -> str:
     return problem
 
 
+def dealt_rows(rank: Rank) -> str:
+    """This rank's rows of what NCCL gathers, by mapped memory in a graph and by NCCL itself; late ranks included."""
+    columns, problem = LOGITS // rank.size, ""
+    for rows in (1, 33, 256):
+        each = -(-rows // rank.size)
+        own = slice(min(rows, rank.rank * each), min(rows, rank.rank * each + each))
+        x = random(rank, (rows, columns), torch.bfloat16, 700 + rank.rank)
+        small = torch.zeros(1, 64, dtype=torch.bfloat16, device=rank.device)
+        out = torch.empty(own.stop - own.start, LOGITS, dtype=torch.bfloat16, device=rank.device)
+
+        def launch(x: torch.Tensor = x, small: torch.Tensor = small, out: torch.Tensor = out, each: int = each) -> None:
+            for _ in range(4):
+                all_reduce(small, rank.peers, pdl=True)
+                x.mul_(-1)
+                out.copy_(deal_rows(x, rank.gather, each, pdl=True))
+
+        graph = capture(launch)
+        say(rank, f"{rows} dealt rows are captured")
+        wrong = torch.zeros((), dtype=torch.int64, device=rank.device)
+        for replay in range(30):
+            if replay % 3 == rank.rank:
+                torch.cuda._sleep(LATE_CYCLES)
+            x.copy_(random(rank, (rows, columns), torch.bfloat16, 800 + 2 * replay + rank.rank))
+            graph.replay()
+            if replay % 5 == 0:
+                expected = rank.nccl.all_gather(x)[own]
+                wrong += (out != expected).sum() + (rank.nccl.deal_rows(x, each) != expected).sum()
+        torch.cuda.synchronize()
+        if int(wrong):
+            problem += f"{rows} rows: {int(wrong)} elements are not what NCCL gathers. "
+    return problem
+
+
 def stop_ends_waiting(rank: Rank) -> str:
     """Rank 0 calls what nobody else does, and is told to stop. The last check: rounds are out of step after."""
     if rank.rank != 0:
@@ -227,6 +260,7 @@ CHECKS: dict[str, Callable[[Rank], str]] = {
     "a late rank": lambda rank: thousands_of_rounds(rank, is_late=True, replays=100),
     "chained norms in a graph": chained_norms,
     "logits against nccl": logits_against_nccl,
+    "dealt rows": dealt_rows,
     "stop ends waiting": stop_ends_waiting,
 }
 
