@@ -35,7 +35,8 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
     num_devices = torch.cuda.device_count()
     if local_rank >= num_devices:
         raise DeviceError(
-            f"this node has {num_devices} CUDA devices, and its rank number {local_rank + 1} finds none: set a smaller "
+            f"this node has {num_devices} CUDA device{'' if num_devices == 1 else 's'}, and its rank number "
+            f"{local_rank + 1} finds none: set a smaller "
             "--tensor-parallel-size or --pipeline-parallel-size, or spread the ranks with --num-nodes"
         )
     return torch.device("cuda", local_rank)

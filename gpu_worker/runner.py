@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import structlog
@@ -47,7 +48,7 @@ from gpu_worker.model_spec import ModelConfigError
 from gpu_worker.models.family import ModelFamily, ReadsPairs
 from gpu_worker.models.loader import read_spec
 from gpu_worker.parallel.process_group import RankGroup, single_rank
-from gpu_worker.parallel.sampled import UntakenStep, num_words, to_words
+from gpu_worker.parallel.sampled import UntakenStep, from_words, in_order_of_rows, num_words, to_words
 from gpu_worker.pooling import Pooler, PoolingSpec, read_pooling
 from gpu_worker.prompt_logprobs import describe_run, num_rows_at_a_time
 from gpu_worker.quant.api import QuantScheme
@@ -119,6 +120,8 @@ class TorchRunner:
         self.model = model
         self._pooler = None if pooling is None else Pooler(pooling, model)
         self._to_logits = model.logits if logits is None else logits
+        # Of the rows that this rank draws for; `logits` is for a group of one, whose are all of them.
+        self._to_own_logits = partial(model.logits, deals=True) if logits is None else logits
         self._kv_cache = kv_cache
         self.attention = attention
         self._facts = facts
@@ -320,22 +323,33 @@ class TorchRunner:
 
     @torch.inference_mode()
     def _logits(self, inputs: StepInputs, hidden: HiddenStates) -> torch.Tensor | None:
-        """Of the runs that sample: [num_sampled, vocab_size]; None where none does."""
+        """Of the runs that this rank draws for: [num_own, vocab_size]; None where none samples."""
         num_sampled = len(inputs.sampled_tokens)
         if num_sampled == 0:
             return None
         if num_sampled != len(inputs.token_ids) or (np.diff(inputs.sampled_tokens) != 1).any():
             hidden = hidden.select(torch.from_numpy(inputs.sampled_tokens).to(self._device))
-        return self._to_logits(hidden)
+        return self._to_own_logits(hidden)
 
     def draw(self, inputs: StepInputs, logits: torch.Tensor, mask: TokenMask | None, step: int) -> SampledTokens:
-        """A token for each of `logits`, [num_sampled, vocab_size], told to the ranks that wait for it."""
+        """A token for every run that samples.
+
+        logits: [num_own, vocab_size]; the ranks of the last stage each draw for some runs and tell each other, and the
+        other stages.
+        """
         rows = inputs.sampled_rows.tolist()
-        bitmasks = None if mask is None else _bitmasks_of(rows, mask)
+        own = self._stage.own_rows(len(rows))
+        bitmasks = None if mask is None else _bitmasks_of(rows[own], mask)
         samplers = [self._rows.sampler(row) for row in rows]
-        sampled = sample(logits, samplers, inputs.sampled_positions, bitmasks)
-        if self._group.layout.world_size > 1:
-            self._group.send_tokens(to_words(sampled, samplers), step)
+        sampled = sample(logits, samplers[own], inputs.sampled_positions[own], bitmasks)
+        if self._group.layout.world_size == 1:
+            return sampled
+        num_rows, width = num_words(samplers)
+        words = to_words(sampled, (self._stage.rows_each(num_rows), width))
+        if self._stage.size > 1:
+            words = in_order_of_rows(self._stage.all_gather(words), self._stage.size, num_rows)
+            sampled = from_words(words)
+        self._group.send_tokens(words, step)
         return sampled
 
     def _await_tokens(self, inputs: StepInputs, step: int) -> UntakenStep:

@@ -215,7 +215,15 @@ def _load_supported(
     slot_words = result_slot_words(parts.planner.max_runs, MAX_NUM_LOGPROBS)
     timeline = CudaTimeline(device, BUFFER_WORDS, slot_words, num_slots(group.layout.num_stages))
     program = StepProgram(
-        model, attention, buffers, timeline.packed, timeline.results, parts.program, pdl=pdl, link=link
+        model,
+        attention,
+        buffers,
+        timeline.packed,
+        timeline.results,
+        parts.program,
+        pdl=pdl,
+        link=link,
+        parallel=parallel,
     )
     graphs = StepGraphs(timeline.compute) if with_graphs else None
     facts = worker_facts(directory, spec, sizes, plan, shape, device, dtype, pooling)
@@ -263,7 +271,7 @@ def _has_pdl(device: torch.device) -> bool:
 
 
 def _peer_sizes(spec: ModelSpec, parallel: ParallelContext, sizes: Sizes, dtype: torch.dtype) -> PeerSizes:
-    return PeerSizes(parallel.size, spec.hidden_size, spec.vocab_size, sizes.max_num_seqs, dtype)
+    return PeerSizes(parallel.size, spec.hidden_size, spec.vocab_size, sizes.max_num_seqs, MAX_NUM_LOGPROBS, dtype)
 
 
 def _link_sizes(group: RankGroup, spec: ModelSpec, sizes: Sizes, dtype: torch.dtype, *, with_graphs: bool) -> LinkSizes:

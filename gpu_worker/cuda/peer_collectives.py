@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from stepwire_kernels.all_gather import GatherBuffers, all_gather, gather_buffers, gather_region_words
+from stepwire_kernels.all_gather import GatherBuffers, all_gather, deal_rows, gather_buffers, gather_region_words
 from stepwire_kernels.all_reduce import (
     PeerBuffers,
     all_reduce,
@@ -16,6 +16,7 @@ from stepwire_kernels.all_reduce import (
     region_words,
 )
 from stepwire_kernels.all_reduce_choice import AllReduceChoice, all_reduce_choices, choose, default_choices
+from stepwire_kernels.dealt_sampling import line_words
 
 from gpu_worker.parallel.peer_memory import map_peers
 from gpu_worker.parallel.process_group import RankGroup
@@ -32,7 +33,7 @@ class PeerCollectives:
     Args:
         others: for what is too large or of another kind.
         sums, norms: which way by size, for sums alone and for those with the norm that follows.
-        gather: for the logits; None: NCCL.
+        gathers: for logits, and for what each rank has drawn; what fits none of them goes through NCCL.
         held: what must live as long as `peers`.
     """
 
@@ -44,11 +45,11 @@ class PeerCollectives:
         norms: Sequence[AllReduceChoice],
         *,
         pdl: bool,
-        gather: GatherBuffers | None = None,
+        gathers: Sequence[GatherBuffers] = (),
         held: object = None,
     ) -> None:
         self._others, self._peers, self._pdl = others, peers, pdl
-        self._gather, self._held = gather, held
+        self._gathers, self._held = gathers, held
         self._sums, self._norms = sums, norms
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
@@ -61,9 +62,17 @@ class PeerCollectives:
         return self._others.all_reduce(x)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        if self._gather is not None and self._gather.takes(x):
-            return all_gather(x, self._gather, pdl=self._pdl)
-        return self._others.all_gather(x)
+        buffers = self._buffers_for(x)
+        return self._others.all_gather(x) if buffers is None else all_gather(x, buffers, pdl=self._pdl)
+
+    def deal_rows(self, x: torch.Tensor, rows_each: int) -> torch.Tensor:
+        buffers = self._buffers_for(x)
+        if buffers is None:
+            return self._others.deal_rows(x, rows_each)
+        return deal_rows(x, buffers, rows_each, pdl=self._pdl)
+
+    def _buffers_for(self, x: torch.Tensor) -> GatherBuffers | None:
+        return next((buffers for buffers in self._gathers if buffers.takes(x)), None)
 
     def all_reduce_add_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float
@@ -91,6 +100,7 @@ class PeerSizes:
     vocab_size: int
     max_logits: int
     """Rows of logits of a step."""
+    max_top: int
     dtype: torch.dtype
 
     @property
@@ -105,12 +115,18 @@ class PeerSizes:
         return columns if columns * self.dtype.itemsize % 4 == 0 else 0
 
     @property
-    def words(self) -> tuple[int, int]:
-        """int64 words of a rank's region: for sums, and for logits."""
+    def line_words(self) -> int:
+        """32-bit words of what a rank draws."""
+        return line_words(-(-self.max_logits // self.num_ranks), self.max_top)
+
+    @property
+    def words(self) -> tuple[int, int, int]:
+        """int64 words of a rank's region: for sums, for logits, and for what was drawn."""
         if self.num_ranks == 1:
-            return 0, 0
+            return 0, 0, 0
         sums = region_words(self.num_ranks, MAX_ROWS, self.row_words)
-        return -(-sums // 2) * 2, gather_region_words(self.num_ranks, self.max_logits, self.columns, self.dtype)
+        logits = gather_region_words(self.num_ranks, self.max_logits, self.columns, self.dtype)
+        return -(-sums // 2) * 2, logits, gather_region_words(self.num_ranks, 1, self.line_words, torch.int32)
 
 
 def open_peer_collectives(
@@ -124,10 +140,10 @@ def open_peer_collectives(
     stop = torch.zeros(1, dtype=torch.int32, pin_memory=True)
     parts = [region.split(sizes.words) for region in memory.regions]
     peers = peer_buffers(rank % size, [part[0] for part in parts], MAX_ROWS, sizes.row_words, stop)
-    gather = None
+    gathers = [gather_buffers(rank % size, [part[2] for part in parts], 1, sizes.line_words, torch.int32, stop)]
     if sizes.columns:
         regions = [part[1] for part in parts]
-        gather = gather_buffers(rank % size, regions, sizes.max_logits, sizes.columns, sizes.dtype, stop)
+        gathers.append(gather_buffers(rank % size, regions, sizes.max_logits, sizes.columns, sizes.dtype, stop))
     name = torch.cuda.get_device_name(device)
     sums, norms = (all_reduce_choices(name, size, has_norm=has_norm) for has_norm in (False, True))
     # Ranks on devices of different kinds would go different ways.
@@ -135,4 +151,4 @@ def open_peer_collectives(
     least, greatest = group.least([number, -number])
     if least != -greatest:
         sums = norms = default_choices(size)
-    return PeerCollectives(others, peers, sums, norms, pdl=pdl, gather=gather, held=memory)
+    return PeerCollectives(others, peers, sums, norms, pdl=pdl, gathers=gathers, held=memory)

@@ -35,6 +35,8 @@ log = structlog.get_logger(__name__)
 
 NO_RUN_RECORDS = np.zeros((0, 4), dtype=np.int32)
 USES_BEFORE_CAPTURE = 2
+# What measurements wait for.
+GRAPHS_COMPLETE = "every shape of step has its graph"
 
 
 class CudaRunner:
@@ -126,12 +128,15 @@ class CudaRunner:
         # In a group the first rank decides, and all run the same steps: another's captures may have failed.
         if self._graphs is None or not (self._is_group or self.has_pause_work()):
             return False
-        while self._uncaptured:
+        was_complete, has_captured = not self._uncaptured, False
+        while self._uncaptured and not has_captured:
             key = GraphKey(self._uncaptured.popleft(), GraphKind.PLAIN)
             if key not in self._attempted and self._run_unseen([key.shape]):
                 self._capture(key)
-                return True
-        return False
+                has_captured = True
+        if not self._uncaptured and not was_complete:
+            log.info(GRAPHS_COMPLETE, graphs=len(self._attempted))
+        return has_captured
 
     def warm_up(self, num_tokens: int, compiled_token_counts: Sequence[int] = ()) -> None:
         """Compile and load what the first requests need, before there are any: a decode step and prefills.

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from stepwire_kernels import sampler, step_input, step_result
+from stepwire_kernels.dealt_sampling import allocate_line, put_together
 from stepwire_kernels.gather import gather_last_hidden
 from stepwire_kernels.sampler import Sampled
 from stepwire_kernels.step_input import RowState, StepInput
@@ -24,8 +25,13 @@ from gpu_worker.cuda.stage_link import StageLink
 from gpu_worker.cuda.step_layout import StepShape
 from gpu_worker.layers.decoder import HiddenStates
 from gpu_worker.models.family import ModelFamily
+from gpu_worker.parallel.shares import ParallelContext
 from gpu_worker.prompt_logprobs import DescribedRun, describe_run, num_rows_at_a_time
 from gpu_worker.row_table import PromptRun
+
+# From so many rows of logits on, the ranks of a stage each draw for some of them: their logits and the sampler's work
+# are divided, and what was drawn is one more exchange of a few microseconds.
+DEALT_ROWS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +84,13 @@ class StepMasks:
 
 
 class StepProgram:
-    """Launches a step's kernels on the current stream. `link`: to the other stages of a pipeline, if there are any."""
+    """Launches a step's kernels on the current stream.
+
+    Args:
+        link: to the other stages of a pipeline, if there are any.
+        parallel: this rank among those of its stage.
+        dealt_rows: from so many rows of logits on, each of these ranks draws for some of them.
+    """
 
     def __init__(
         self,
@@ -91,8 +103,12 @@ class StepProgram:
         *,
         pdl: bool,
         link: StageLink | None = None,
+        parallel: ParallelContext | None = None,
+        dealt_rows: int = DEALT_ROWS,
     ) -> None:
         self._link = link
+        self._parallel = parallel or ParallelContext()
+        self._dealt_rows = dealt_rows
         self._model = model
         self._attention = attention
         self._buffers = buffers
@@ -105,10 +121,10 @@ class StepProgram:
         self._rows_without_counts = RowState(
             rows.tokens, rows.lengths, rows.block_tables, rows.parameters, rows.biases, rows.token_counts[:0]
         )
-        sampled = buffers.sampled
-        self._sampled_without_top = Sampled(
-            sampled.token_ids, sampled.logprobs, sampled.faults, sampled.top_ids[:, :0], sampled.top_logprobs[:, :0]
-        )
+        self._sampled_without_top = _without_top(buffers.sampled)
+        max_own = self._parallel.rows_each(limits.max_num_seqs)
+        self._line = allocate_line(max_own if self._parallel.size > 1 else 0, limits.max_top, packed.device)
+        self._line_without_top = _without_top(self._line.sampled)
 
     @property
     def draws(self) -> bool:
@@ -128,10 +144,7 @@ class StepProgram:
 
     @torch.inference_mode()
     def forward(self, shape: StepShape) -> torch.Tensor | None:
-        """Delta, inputs and this stage of the model; logits [num_logits, vocab_size] of the first runs.
-
-        None where none samples, and where another stage has them.
-        """
+        """Delta, inputs and this stage of the model; logits as of `logits`."""
         return self.logits(shape, self.hidden(shape))
 
     @torch.inference_mode()
@@ -148,9 +161,9 @@ class StepProgram:
 
     @torch.inference_mode()
     def logits(self, shape: StepShape, hidden: HiddenStates) -> torch.Tensor | None:
-        """[num_logits, vocab_size] of the first runs; `hidden` may be overwritten.
+        """[num_logits, vocab_size] of the first runs, or of those that this rank draws for, if they are dealt out.
 
-        None where none samples, and where another stage has them: it is sent the states.
+        `hidden` may be overwritten. None where none samples, and where another stage has them: it is sent the states.
         """
         if self._link is not None and not self._link.is_last:
             self._link.send_hidden(hidden.added())
@@ -164,7 +177,10 @@ class StepProgram:
                 gather_last_hidden(hidden.output, starts, pdl=self._pdl),
                 gather_last_hidden(hidden.residual, starts, pdl=self._pdl),
             )
-        return self._model.logits(hidden)
+        return self._model.logits(hidden, deals=self._deals(shape))
+
+    def _deals(self, shape: StepShape) -> bool:
+        return self._parallel.size > 1 and shape.num_logits >= self._dealt_rows
 
     @torch.inference_mode()
     def describe_prompts(self, runs: Sequence[PromptRun], hidden: HiddenStates) -> list[DescribedRun]:
@@ -183,23 +199,45 @@ class StepProgram:
         sampled = self._buffers.sampled if is_full else self._sampled_without_top
         if is_full:
             self.recount()
-        sampler.sample(
-            logits,
-            inputs.run_rows,
-            inputs.sample_positions,
-            rows,
-            self._buffers.sampler_workspace,
-            sampled,
-            masks=None if masks is None else masks.words,
-            mask_rows=None if masks is None else masks.rows,
-            pdl=self._pdl,
-        )
+        if self._deals(shape):
+            own = self._parallel.own_rows(shape.num_logits)
+            drawn = self._line.sampled if is_full else self._line_without_top
+            self._draw(logits, inputs, own, rows, drawn, masks)
+            lines = self._parallel.all_gather(self._line.words)  # [1, size * line_words]
+            num_rows, rows_each = shape.num_logits, self._parallel.rows_each(shape.num_logits)
+            put_together(lines, self._line, sampled, num_rows, rows_each, pdl=self._pdl)
+        else:
+            self._draw(logits, inputs, slice(0, shape.num_logits), rows, sampled, masks)
         step_input.write_back_tokens(sampled.token_ids[: shape.num_runs], inputs, rows, pdl=self._pdl)
         step_result.pack_result(
             self._packed, sampled, inputs, shape.num_logits, self._results, self._limits.max_runs, pdl=self._pdl
         )
         if self._link is not None:
             self._link.send_tokens(sampled, inputs, shape.num_logits)
+
+    def _draw(
+        self,
+        logits: torch.Tensor,
+        inputs: StepInput,
+        runs: slice,
+        rows: RowState,
+        out: Sampled,
+        masks: StepMasks | None,
+    ) -> None:
+        """logits: of these runs."""
+        if runs.start == runs.stop:
+            return
+        sampler.sample(
+            logits,
+            inputs.run_rows[runs],
+            inputs.sample_positions[runs],
+            rows,
+            self._buffers.sampler_workspace,
+            out,
+            masks=None if masks is None else masks.words,
+            mask_rows=None if masks is None else masks.rows[runs],
+            pdl=self._pdl,
+        )
 
     @torch.inference_mode()
     def take_tokens(self, shape: StepShape, slot: int, *, is_full: bool) -> None:
@@ -221,3 +259,9 @@ class StepProgram:
             sample_positions=whole.sample_positions[:num_runs],
             faults=whole.faults[:num_runs],
         )
+
+
+def _without_top(sampled: Sampled) -> Sampled:
+    return Sampled(
+        sampled.token_ids, sampled.logprobs, sampled.faults, sampled.top_ids[:, :0], sampled.top_logprobs[:, :0]
+    )

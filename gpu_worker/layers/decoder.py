@@ -210,11 +210,14 @@ class Decoder:
         """The model's last hidden states [num_tokens, hidden]; the residual of `hidden` is overwritten."""
         return self._ops.add_norm(hidden.output, hidden.residual, self.final_norm, hidden.sums)
 
-    def logits(self, hidden: HiddenStates) -> torch.Tensor:
-        """Of the rows to be sampled -> [num_rows, vocab_size]; their residual is overwritten."""
+    def logits(self, hidden: HiddenStates, *, deals: bool = False) -> torch.Tensor:
+        """Of the rows to be sampled -> [num_rows, vocab_size]; their residual is overwritten.
+
+        `deals`: this rank's rows alone (`ParallelContext.own_rows`).
+        """
         if self.head is None:
             raise ValueError("this model was built without an output head")
-        logits = self.head.logits(self.normed(hidden))
+        logits = self.head.logits(self.normed(hidden), deals=deals)
         if self.spec.logit_scale != 1.0:
             logits = logits.mul_(self.spec.logit_scale)
         if self.spec.logit_softcap is not None:

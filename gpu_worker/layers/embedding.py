@@ -62,13 +62,16 @@ class OutputHead:
             if not isinstance(self.table, Embedding):
                 self.table.weight = self.table.weight.new_empty(0, self.table.weight.shape[1])
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [num_rows, hidden] -> [num_rows, vocab_size] in the model's dtype; rows may be strided."""
+    def logits(self, hidden: torch.Tensor, *, deals: bool = False) -> torch.Tensor:
+        """hidden [num_rows, hidden] -> [num_rows, vocab_size] in the model's dtype; rows may be strided.
+
+        `deals`: this rank's rows alone (`ParallelContext.own_rows`).
+        """
         if self._packed is not None:
             local = self._packed.multiply(hidden, None)
         else:
             local = self._ops.linear(hidden, self.table.weight, None)
-        logits = self._parallel.all_gather(local)
+        logits = self._parallel.deal_rows(local) if deals else self._parallel.all_gather(local)
         return logits if logits.shape[-1] == self.table.vocab_size else logits[:, : self.table.vocab_size]
 
     def num_bytes(self) -> int:

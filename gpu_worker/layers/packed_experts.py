@@ -161,7 +161,7 @@ class PackedFusedExperts(_StackedPair, Weighted):
         if inner.start % MXFP4_GROUP or inner.size % MXFP4_GROUP:
             raise ParallelError(
                 f"inputs {inner.start} to {inner.stop} of {inner.total} are no whole mxfp4 groups of {MXFP4_GROUP}: "
-                "use another tensor_parallel_size, or expert parallelism"
+                "use another --tensor-parallel-size, or --enable-expert-parallel"
             )
 
     def weighted(self) -> Iterator[tuple[str, Weighted]]:

@@ -72,7 +72,7 @@ class _Stack:
         if whole.block_k < MIN_GROUP and not whole.is_per_output:
             raise ParallelError(
                 f"{self._name}: a rank's share of the inputs cuts blocks of scales into pieces of {whole.block_k}: use "
-                "another tensor_parallel_size, or expert parallelism"
+                "another --tensor-parallel-size, or --enable-expert-parallel"
             )
         if self._values is None:
             shape = (self._num_experts, *whole.values.shape)

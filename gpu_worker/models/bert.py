@@ -172,7 +172,7 @@ class Bert(ReadsPairs, ModelFamily):
         """The last block has normed already."""
         return hidden.output
 
-    def logits(self, hidden: HiddenStates) -> torch.Tensor:
+    def logits(self, hidden: HiddenStates, *, deals: bool = False) -> torch.Tensor:
         raise ValueError(f"{self.spec.architecture} is an encoder: it draws no tokens")
 
     def scores(self, pooled: torch.Tensor) -> torch.Tensor:

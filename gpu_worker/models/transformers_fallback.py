@@ -236,7 +236,7 @@ class TransformersModel(ModelFamily, LoadsItself):
     def normed(self, hidden: HiddenStates) -> torch.Tensor:
         return hidden.output
 
-    def logits(self, hidden: HiddenStates) -> torch.Tensor:
+    def logits(self, hidden: HiddenStates, *, deals: bool = False) -> torch.Tensor:
         self._given = hidden.output.unsqueeze(0)
         return self._model(inputs_embeds=self._given, use_cache=False).logits[0]
 

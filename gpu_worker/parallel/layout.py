@@ -50,10 +50,9 @@ class GroupLayout:
         """The rank in the place of `rank` in every stage, first stage first."""
         return range(rank % self.tensor_parallel_size, self.world_size, self.tensor_parallel_size)
 
-    @property
-    def sampling_rank(self) -> int:
-        """Who draws the tokens: the first rank of the last stage."""
-        return (self.num_stages - 1) * self.tensor_parallel_size
+    def sender_of_tokens(self, rank: int) -> int:
+        """Who tells `rank` the tokens of a step: the rank in its place of the last stage, where all have them."""
+        return (self.num_stages - 1) * self.tensor_parallel_size + rank % self.tensor_parallel_size
 
     def describe_rank(self, rank: int) -> str:
         """`rank 3 (stage 1 of 2, tensor-parallel rank 1 of 2)`."""

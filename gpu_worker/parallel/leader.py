@@ -10,6 +10,7 @@ import torch
 from stepwire.v1 import group_pb2
 
 from gpu_worker.config import WorkerSettings
+from gpu_worker.device import DeviceError, resolve_device
 from gpu_worker.errors import LoadError
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.model_spec import ModelConfigError, ModelSpec
@@ -17,7 +18,7 @@ from gpu_worker.models.family import ModelFamily
 from gpu_worker.models.loader import read_spec
 from gpu_worker.parallel.group_runner import Followers, GroupRunner
 from gpu_worker.parallel.group_watch import GroupWatch
-from gpu_worker.parallel.layout import GroupLayout, plan_layout
+from gpu_worker.parallel.layout import GroupError, GroupLayout, plan_layout
 from gpu_worker.parallel.local_ranks import LocalRanks
 from gpu_worker.parallel.nodes import NodeServer, group_host
 from gpu_worker.parallel.places import read_place, write_places
@@ -45,6 +46,7 @@ def load_group_runner(settings: WorkerSettings) -> Runner:
     spec, _ = read_spec(settings.model)
     layout = layout_for(settings, spec)
     check_split(settings, settings.model, layout)
+    check_devices(settings, layout)
     watch = GroupWatch(layout)
     followers: list[Followers] = []
     host = _ONE_NODE if settings.num_nodes == 1 else group_host(settings)
@@ -87,6 +89,15 @@ def load_group_runner(settings: WorkerSettings) -> Runner:
         stage_layers=list(layout.stage_layers),
     )
     return GroupRunner(local, facts, followers, watch)
+
+
+def check_devices(settings: WorkerSettings, layout: GroupLayout) -> None:
+    """Whether every rank of this node has a device, before any is started. Raises `GroupError`."""
+    for rank in layout.ranks_of_node(0):
+        try:
+            resolve_device(settings.device, rank)
+        except DeviceError as error:
+            raise GroupError(f"{layout.describe_rank(rank)}: {error}") from error
 
 
 def layout_for(settings: WorkerSettings, spec: ModelSpec) -> GroupLayout:

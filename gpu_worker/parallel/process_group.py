@@ -14,8 +14,9 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.distributed import PrefixStore, ReduceOp, TCPStore
-from torch.distributed.distributed_c10d import AllgatherOptions, AllreduceOptions, ProcessGroupGloo
+from torch.distributed.distributed_c10d import AllgatherOptions, AllreduceOptions, AllToAllOptions, ProcessGroupGloo
 
 # torch's stubs of its process groups lack nearly all methods: they are `Any` here.
 from gpu_worker.parallel.layout import GroupError, GroupLayout, Place
@@ -71,6 +72,20 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def _in_equal_parts(x: torch.Tensor, size: int, rows_each: int) -> torch.Tensor:
+    """x [num_rows, n] with rows that mean nothing at its end: [size * rows_each, n], a part for each rank."""
+    missing = size * rows_each - len(x)
+    return F.pad(x, (0, 0, 0, missing)) if missing else x.contiguous()
+
+
+def _side_by_side(parts: torch.Tensor, size: int, rank: int, num_rows: int) -> torch.Tensor:
+    """The parts [size * rows_each, n] that came from every rank as this rank's rows of `num_rows`."""
+    by_rank = parts.view(size, -1, parts.shape[-1])
+    rows_each = by_rank.shape[1]
+    num_own = max(0, min(rows_each, num_rows - rank * rows_each))
+    return torch.cat(by_rank[:, :num_own].unbind(), dim=-1)
+
+
 class GlooCollectives:
     """Among ranks of one stage, on the host."""
 
@@ -86,6 +101,13 @@ class GlooCollectives:
         self._group.allgather([parts], [x.contiguous()]).wait()
         return torch.cat(parts, dim=-1)
 
+    def deal_rows(self, x: torch.Tensor, rows_each: int) -> torch.Tensor:
+        sent = _in_equal_parts(x, self._size, rows_each)
+        # As bytes, whatever the element type.
+        got = torch.empty_like(sent)
+        self._group.alltoall_base(got.view(torch.uint8), sent.view(torch.uint8), [], []).wait()
+        return _side_by_side(got, self._size, self._group.rank(), len(x))
+
     def all_reduce_add_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float
     ) -> torch.Tensor | None:
@@ -98,8 +120,8 @@ class NcclCollectives:
     def __init__(self, group: Any, size: int) -> None:
         self._group, self._size = group, size
         # On the current stream, with nothing to wait for on the host.
-        self._reduce, self._gather = AllreduceOptions(), AllgatherOptions()
-        self._reduce.asyncOp = self._gather.asyncOp = False
+        self._reduce, self._gather, self._deal = AllreduceOptions(), AllgatherOptions(), AllToAllOptions()
+        self._reduce.asyncOp = self._gather.asyncOp = self._deal.asyncOp = False
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         self._group.allreduce([x], self._reduce)
@@ -109,6 +131,12 @@ class NcclCollectives:
         parts = x.new_empty(self._size, *x.shape)
         self._group._allgather_base(parts, x.contiguous(), self._gather)
         return torch.cat(parts.unbind(), dim=-1)
+
+    def deal_rows(self, x: torch.Tensor, rows_each: int) -> torch.Tensor:
+        sent = _in_equal_parts(x, self._size, rows_each)
+        got = torch.empty_like(sent)
+        self._group.alltoall_base(got, sent, [], [], self._deal)
+        return _side_by_side(got, self._size, self._group.rank(), len(x))
 
     def all_reduce_add_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float
@@ -190,8 +218,8 @@ class RankGroup:
 
     @property
     def samples(self) -> bool:
-        """Whether this rank draws the tokens."""
-        return self.place.rank == self.layout.sampling_rank
+        """Whether this rank takes part in drawing the tokens: those of the last stage do."""
+        return self.layout.stage_of(self.place.rank) == self.layout.num_stages - 1
 
     def context(self) -> ParallelContext:
         layout, rank = self.layout, self.place.rank
@@ -227,13 +255,14 @@ class RankGroup:
         return self._expect(buffer, self.place.rank - self.layout.tensor_parallel_size, step, _HIDDEN).get()
 
     def send_tokens(self, words: torch.Tensor, step: int) -> None:
-        """From the rank that draws to all others. Returns at once."""
-        for rank in range(self.layout.world_size):
-            if rank != self.place.rank:
+        """From a rank of the last stage to all of the others: each of its ranks has them. Returns at once."""
+        for rank in range(self.layout.world_size - self.layout.tensor_parallel_size):
+            if self.layout.sender_of_tokens(rank) == self.place.rank:
                 self._send(words, rank, step, _TOKENS)
 
     def expect_tokens(self, buffer: torch.Tensor, step: int) -> Arriving:
-        return self._expect(buffer, self.layout.sampling_rank, step, _TOKENS)
+        """On a stage before the last."""
+        return self._expect(buffer, self.layout.sender_of_tokens(self.place.rank), step, _TOKENS)
 
     def _send(self, tensor: torch.Tensor, rank: int, step: int, kind: int) -> None:
         if self._everyone is None:

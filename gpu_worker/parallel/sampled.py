@@ -1,6 +1,7 @@
-"""Sampled tokens on their way from the rank that draws to all others: a step's draws as words, and their taking.
+"""Sampled tokens on their way between ranks: a step's draws as words, and their taking.
 
-A rank takes the tokens of a step late: just before it executes a step that touches the same rows or blocks. So a
+The ranks of the last stage each draw for some of a step's rows and give each other their words at once. The other
+stages take the tokens of a step late: just before they execute one that touches the same rows or blocks. So a
 pipeline's first stage goes on with other rows while the last one still computes.
 """
 
@@ -27,18 +28,37 @@ def num_words(rows: Sequence[RowSampler]) -> tuple[int, int]:
     return len(rows), 2 if num_top is None else _TOP + 2 * num_top
 
 
-def to_words(sampled: SampledTokens, rows: Sequence[RowSampler]) -> torch.Tensor:
-    """int32 [num_rows, token, fault code, and where anybody asked: logprob, top ids, top logprobs]."""
-    words = np.zeros(num_words(rows), dtype=np.int32)
-    words[:, _TOKEN] = sampled.token_ids
+def to_words(sampled: SampledTokens, shape: tuple[int, int]) -> torch.Tensor:
+    """int32 [num_rows, token, fault code, and where anybody asked: logprob, top ids, top logprobs].
+
+    shape: of the words. `sampled` may have fewer rows and alternatives, or nothing to say of logprobs.
+    """
+    words = np.zeros(shape, dtype=np.int32)
+    num_own = len(sampled.token_ids)
+    words[:num_own, _TOKEN] = sampled.token_ids
     for fault in sampled.faults:
         words[fault.index, _FAULT] = fault.code
-    if sampled.logprobs is not None and sampled.top_token_ids is not None and sampled.top_logprobs is not None:
-        num_top = sampled.top_token_ids.shape[1]
-        words[:, _LOGPROB] = sampled.logprobs.view(np.int32)
-        words[:, _TOP : _TOP + num_top] = sampled.top_token_ids.view(np.int32)
-        words[:, _TOP + num_top :] = np.ascontiguousarray(sampled.top_logprobs).view(np.int32)
+    if shape[1] > 2:
+        logprob, (top_ids, top) = words[:, _LOGPROB], np.split(words[:, _TOP:], 2, axis=1)
+        # As the sampler has them where a row did not ask.
+        logprob[:], top[:] = _bits(np.float32(np.nan)), _bits(np.float32(-np.inf))
+        if sampled.logprobs is not None and sampled.top_token_ids is not None and sampled.top_logprobs is not None:
+            num_top = sampled.top_token_ids.shape[1]
+            logprob[:num_own] = sampled.logprobs.view(np.int32)
+            top_ids[:num_own, :num_top] = sampled.top_token_ids.view(np.int32)
+            top[:num_own, :num_top] = np.ascontiguousarray(sampled.top_logprobs).view(np.int32)
     return torch.from_numpy(words)
+
+
+def _bits(value: np.float32) -> np.int32:
+    return value.view(np.int32)
+
+
+def in_order_of_rows(side_by_side: torch.Tensor, size: int, num_rows: int) -> torch.Tensor:
+    """Words of all ranks, [rows_each, size * num_words] as a gather gives them, by row: [num_rows, num_words]."""
+    rows_each = len(side_by_side)
+    by_rank = side_by_side.view(rows_each, size, -1).transpose(0, 1)  # [size, rows_each, num_words]
+    return by_rank.reshape(size * rows_each, -1)[:num_rows].contiguous()
 
 
 def from_words(words: torch.Tensor) -> SampledTokens:

@@ -23,6 +23,11 @@ class Collectives(Protocol):
         """Every rank's `x` ([..., n]) side by side in rank order: [..., size * n]."""
         ...
 
+    def deal_rows(self, x: torch.Tensor, rows_each: int) -> torch.Tensor:
+        """Of `x` ([num_rows, n]) every rank's part of this rank's rows, those from its number * rows_each on, side by
+        side in rank order: [rows_each or fewer, size * n]. The last ranks may have fewer rows than others, or none."""
+        ...
+
     def all_reduce_add_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float
     ) -> torch.Tensor | None:
@@ -150,6 +155,19 @@ class ParallelContext:
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """Every rank's `x` ([..., n]) side by side in rank order: [..., size * n]."""
         return x if self.size == 1 else self._together().all_gather(x)
+
+    def rows_each(self, num_rows: int) -> int:
+        """How many of `num_rows` a rank has where rows are dealt out; row r is of rank r // rows_each."""
+        return -(-num_rows // self.size)
+
+    def own_rows(self, num_rows: int) -> slice:
+        """This rank's rows where `num_rows` are dealt out; maybe none."""
+        first = min(num_rows, self.rank * self.rows_each(num_rows))
+        return slice(first, min(num_rows, first + self.rows_each(num_rows)))
+
+    def deal_rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Every rank's part of `own_rows` of `x` ([num_rows, n]) side by side: [num_own, size * n]."""
+        return x if self.size == 1 else self._together().deal_rows(x, self.rows_each(len(x)))
 
     def all_reduce_add_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float

@@ -56,7 +56,7 @@ class Float4Format(WeightFormat):
         if cols.start % self.group_size or cols.size % self.group_size:
             raise ParallelError(
                 f"inputs {cols.start} to {cols.stop} of {cols.total} are no whole {self.kind} groups of "
-                f"{self.group_size}: use another tensor_parallel_size"
+                f"{self.group_size}: use another --tensor-parallel-size, or --enable-expert-parallel for experts"
             )
         if tensor == self.packed_name:
             return (rows.as_slice(), slice(cols.start // 2, cols.stop // 2))

@@ -43,7 +43,7 @@ class GgufFormat(WeightFormat):
         if cols.start % elements or cols.size % elements:
             raise ParallelError(
                 f"inputs {cols.start} to {cols.stop} of {cols.total} are no whole {self.type_name} blocks of "
-                f"{elements}: use another tensor_parallel_size"
+                f"{elements}: use another --tensor-parallel-size, or --enable-expert-parallel for experts"
             )
         return (rows.as_slice(), slice(self._row_bytes(cols.start), self._row_bytes(cols.stop)))
 

@@ -3,6 +3,9 @@
     out[row, rank * columns + c] <- x_rank[row, c]
 
 x: [num_rows, columns] on each of `size` ranks; out: [num_rows, size * columns], a view of memory that all ranks map.
+`all_gather` gives every rank all rows; `deal_rows` gives each some of them whole, row r to rank r // rows_each: as many
+bytes through the links as one rank receives rows.
+
 Nothing is put together afterwards, and out is where the next call writes: between two calls every rank must have waited
 for every other one, which any sum over ranks does, and by then be done with out.
 
@@ -85,12 +88,15 @@ def _send_parts_kernel(
     num_words,
     row_words,
     max_rows,
+    rows_each,
     RANK: tl.constexpr,
     SIZE: tl.constexpr,
+    DEALS: tl.constexpr,
     BLOCK: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     row = tl.program_id(0)
+    owner = row // rows_each
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = cols < num_words
     release_downstream(USE_PDL)
@@ -98,12 +104,19 @@ def _send_parts_kernel(
     words = tl.load(x_ptr + row.to(tl.int64) * num_words + cols, mask=mask, other=0)
     at = row.to(tl.int64) * row_words + RANK * num_words + cols
     for peer in tl.static_range(SIZE):
-        tl.store(outputs[peer] + at, words, mask=mask)
+        if DEALS:
+            tl.store(outputs[peer] + at, words, mask=mask & (owner == peer))
+        else:
+            tl.store(outputs[peer] + at, words, mask=mask)
     # Every thread's stores must precede the release that counts them.
     tl.debug_barrier()
     for peer in tl.static_range(SIZE):
         if peer != RANK:
-            tl.atomic_add(counts[peer] + RANK * max_rows + row, 1, sem="release", scope="sys")
+            if DEALS:
+                if owner == peer:
+                    tl.atomic_add(counts[peer] + RANK * max_rows + row, 1, sem="release", scope="sys")
+            else:
+                tl.atomic_add(counts[peer] + RANK * max_rows + row, 1, sem="release", scope="sys")
 
 
 @triton.jit
@@ -113,11 +126,12 @@ def _await_parts_kernel(
     stop_ptr,
     num_parts,
     max_rows,
+    first_row,
     RANK: tl.constexpr,
     SIZE: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    row = tl.program_id(0)
+    row = first_row + tl.program_id(0)
     release_downstream(USE_PDL)
     wait_upstream(USE_PDL)
     round_ = tl.load(rounds_ptr + row) + 1
@@ -133,13 +147,33 @@ def all_gather(x: torch.Tensor, buffers: GatherBuffers, *, pdl: bool = False) ->
     Raises:
         ValueError: `buffers.takes(x)` is not so.
     """
+    return _launch(x, buffers, 0, pdl)
+
+
+def deal_rows(x: torch.Tensor, buffers: GatherBuffers, rows_each: int, *, pdl: bool = False) -> torch.Tensor:
+    """Every rank's part of this rank's rows of x, those from rank * rows_each on: at most rows_each, maybe none.
+
+    All ranks call it with as many rows. What comes out is in memory that the next call overwrites.
+
+    Raises:
+        ValueError: `buffers.takes(x)` is not so, or there are rows that are nobody's.
+    """
+    if rows_each * len(buffers.outputs) < len(x) or rows_each < 1:
+        raise ValueError(f"deal_rows: {len(x)} rows are more than {rows_each} for each of {len(buffers.outputs)} ranks")
+    return _launch(x, buffers, rows_each, pdl)
+
+
+def _launch(x: torch.Tensor, buffers: GatherBuffers, rows_each: int, pdl: bool) -> torch.Tensor:
+    """rows_each: 0: all rows are everybody's."""
     if not buffers.takes(x):
         raise ValueError(
             f"all_gather: x is {x.dtype} {tuple(x.shape)}; it must be contiguous {buffers.outputs[0].dtype}, at most "
             f"{len(buffers.outputs[0])} rows of {buffers.columns}"
         )
     size, num_rows = len(buffers.outputs), len(x)
-    out = buffers.outputs[buffers.rank][:num_rows]
+    first = min(num_rows, buffers.rank * rows_each)
+    last = min(num_rows, first + rows_each) if rows_each else num_rows
+    out = buffers.outputs[buffers.rank][first:last]
     if num_rows == 0:
         return out
     words = x.view(torch.int32)  # [num_rows, num_words]
@@ -153,23 +187,27 @@ def all_gather(x: torch.Tensor, buffers: GatherBuffers, *, pdl: bool = False) ->
         num_words,
         size * num_words,
         max_rows,
+        max(1, rows_each),
         RANK=buffers.rank,
         SIZE=size,
+        DEALS=rows_each > 0,
         BLOCK=block,
         USE_PDL=pdl,
         num_warps=max(1, min(8, block // 128)),
         **launch_options(pdl),
     )
-    _await_parts_kernel[(num_rows,)](
-        buffers.counts[buffers.rank],
-        buffers.rounds,
-        buffers.stop,
-        num_parts,
-        max_rows,
-        RANK=buffers.rank,
-        SIZE=size,
-        USE_PDL=pdl,
-        num_warps=1,
-        **launch_options(pdl),
-    )
+    if first < last:
+        _await_parts_kernel[(last - first,)](
+            buffers.counts[buffers.rank],
+            buffers.rounds,
+            buffers.stop,
+            num_parts,
+            max_rows,
+            first,
+            RANK=buffers.rank,
+            SIZE=size,
+            USE_PDL=pdl,
+            num_warps=1,
+            **launch_options(pdl),
+        )
     return out

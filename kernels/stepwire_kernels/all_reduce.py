@@ -23,7 +23,8 @@ and two ways of saying that a row is there:
 Rounds are counted for each row, on the device, so that a captured graph replays as a new round. The inbox has two
 places for each (source, row), used in turn. That is enough: whoever writes round n has taken all of round n - 1, for
 which every peer had to begin it, and a kernel begins its stores when those before it in the stream have ended, round
-n - 2 among them. Ranks must therefore issue the same calls in the same order, each on one stream.
+n - 2 among them. Ranks must therefore issue the same calls in the same order, each on one stream: two calls that run
+at once on one device (an eager one beside a graph's replay, say) take the same round, and ranks wait for ever.
 
 Nobody waits for ever (`signals.py`). Only loads, stores and atomics on mapped memory: no multicast.
 

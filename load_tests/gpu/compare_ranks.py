@@ -27,11 +27,13 @@ from gpu_worker.device import resolve_device
 from gpu_worker.parallel.group_runner import GroupRunner
 from gpu_worker.runner import TorchRunner
 from gpu_worker.runner_api import Runner
-from load_tests.cpu_worker.step_driver import StepDriver, greedy
+from load_tests.cpu_worker.step_driver import StepDriver, greedy, sampling
 
 NUM_TOP = 8
 PROMPT_LENGTHS = (1, 7, 33, 64, 120, 200, 31, 16)
 NUM_GREEDY = 32
+# More than `step_program.DEALT_ROWS`; few steps, because rows drift apart where ranks round in another way.
+MANY_ROWS, NUM_OF_MANY = 40, 4
 TIMED_ROWS = (1, 8)
 TIMED_STEPS = 24
 WARM_STEPS = 12
@@ -58,6 +60,7 @@ def run_side(settings: WorkerSettings) -> dict[str, Any]:
         for _ in range(NUM_GREEDY):
             driver.step()
         tokens = [driver.rows[row].tokens[length:] for row, length in enumerate(PROMPT_LENGTHS)]
+        tokens += tokens_of_many(runner)
         times = {str(count): decode_ms(runner, count) for count in TIMED_ROWS}
         return {
             "devices": driver.facts.devices,
@@ -69,6 +72,18 @@ def run_side(settings: WorkerSettings) -> dict[str, Any]:
         }
     finally:
         runner.close()
+
+
+def tokens_of_many(runner: Runner) -> list[list[int]]:
+    """Tokens of so many rows that ranks each draw for some of them, of all kinds of sampling."""
+    driver = StepDriver(runner)
+    kinds = (greedy(), sampling(seed=1), sampling(seed=2, top_p=0.8), sampling(seed=3, top_k=9), greedy(NUM_TOP))
+    lengths = [3 + row % 5 for row in range(MANY_ROWS)]
+    for row, length in enumerate(lengths):
+        driver.add(row, range(5 + row, 5 + row + length), kinds[row % len(kinds)])
+    for _ in range(NUM_OF_MANY):
+        driver.step()
+    return [driver.rows[row].tokens[length:] for row, length in enumerate(lengths)]
 
 
 def decode_ms(runner: Runner, num_rows: int) -> float:
@@ -137,7 +152,7 @@ def compare(one: dict[str, Any], many: dict[str, Any]) -> dict[str, Any]:
         "devices": many["devices"],
         "num_compared": len(differences),
         "max_logprob_difference": max(differences, default=float("inf")),
-        "equal_greedy_tokens": sum(pairs) / len(pairs),
+        "equal_tokens": sum(pairs) / len(pairs),
         "runner": many["runner"],
         "decode_ms_one_rank": one["decode_ms"],
         "decode_ms_group": many["decode_ms"],

@@ -2,8 +2,10 @@
 
     python -m load_tests.gpu.stack_bench --shape llama-3.1-8b --run 'decode --batch-size 32' --run nano --output DIR
 
-Starts `python -m gpu_worker` (random weights) and `python -m control_plane`, says how long they took to be ready, runs
-the scenarios of `python -m load_tests` one after another, and prints the servers' log if something fails.
+Starts `python -m gpu_worker` (random weights) and `python -m control_plane`, says how long they took to be ready, waits
+until the workers have captured the graphs of all shapes of steps, runs the scenarios of `python -m load_tests` one
+after another, and prints the servers' log if something fails. What was measured before all graphs were there says so in
+its label.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Self
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from gpu_worker.cuda.runner import GRAPHS_COMPLETE
 from load_tests.stack import REPOSITORY_ROOT, SHAPES_DIRECTORY, _Processes, free_port
 
 _READY_LIMIT_S = 120.0
@@ -65,6 +68,17 @@ class WorkerStack(_Processes):
         self.ready_s = time.monotonic() - started_s
         return self
 
+    def wait_for_graphs(self, limit_s: float) -> float | None:
+        """Seconds until every group's first rank has all its graphs; None: not within the limit."""
+        begun_s = time.monotonic()
+        while time.monotonic() < begun_s + limit_s:
+            said = [line for line in self._log.read_text(errors="replace").splitlines() if GRAPHS_COMPLETE in line]
+            # The other ranks of a group name themselves.
+            if sum("rank=" not in line for line in said) >= self._num_groups:
+                return time.monotonic() - begun_s
+            time.sleep(0.2)
+        return None
+
     def _is_serving(self) -> bool:
         with grpc.insecure_channel(self.grpc_address) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
@@ -93,7 +107,12 @@ def main(argv: Sequence[str]) -> int:
         "--run", action="append", required=True, help="a scenario of python -m load_tests and its flags"
     )
     parser.add_argument("--timeout-s", type=float, default=90.0, help="for one scenario (default: %(default)s)")
-    parser.add_argument("--settle-s", type=float, default=0.0, help="pause before the first scenario")
+    parser.add_argument(
+        "--graphs-timeout-s",
+        type=float,
+        default=120.0,
+        help="for the workers' graphs; 0: do not wait (default: %(default)s)",
+    )
     parser.add_argument("--output", type=Path, required=True, help="file that results are appended to")
     parser.add_argument("--log", action="store_true", help="print the end of the servers' log")
     args = parser.parse_args(argv)
@@ -104,7 +123,14 @@ def main(argv: Sequence[str]) -> int:
     flags = shlex.split(args.worker_flags), shlex.split(args.control_plane_flags)
     with WorkerStack(args.shape, *flags, args.data_parallel_size) as stack:
         print(f"{args.shape}: ready {stack.ready_s:.1f} s after the start", flush=True)
-        time.sleep(args.settle_s)
+        if args.graphs_timeout_s and "--enforce-eager" not in args.worker_flags:
+            graphs_s = stack.wait_for_graphs(args.graphs_timeout_s)
+            print(
+                "graphs are NOT complete" if graphs_s is None else f"graphs complete after {graphs_s:.1f} s", flush=True
+            )
+            label += "; graphs incomplete" if graphs_s is None else ""
+        else:
+            label += "; without waiting for graphs"
         for scenario in args.run:
             print(f"--- {args.shape}: {scenario}", flush=True)
             if run_scenario(stack, scenario, label, args.output, args.timeout_s):

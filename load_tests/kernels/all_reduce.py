@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stepwire_kernels.all_gather import all_gather
+from stepwire_kernels.all_gather import all_gather, deal_rows
 from stepwire_kernels.all_reduce import AllReduceTuning, all_reduce, all_reduce_add_rms_norm
 from stepwire_kernels.norm import add_rms_norm
 
 from gpu_worker.cuda.compiling import compile_in_parallel
 from load_tests.kernels.measure import RESULTS, commit
-from load_tests.kernels.ranks import LOGITS, Rank, run_ranks
+from load_tests.kernels.ranks import LOGITS, Rank, capture, run_ranks
 
 TUNED = Path(__file__).resolve().parents[2] / "kernels" / "stepwire_kernels" / "tuned" / "all_reduce"
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -66,14 +66,12 @@ def launches(rank: Rank, sizes: Sizes, tunings: dict[str, AllReduceTuning]) -> d
 
 def time_together(rank: Rank, launch: Callable[[], Any]) -> float:
     """Microseconds of one call; every rank measures the same number of calls, since each waits for the others."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        launch()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+
+    def launch_many() -> None:
         for _ in range(CALLS):
             launch()
+
+    graph = capture(launch_many)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     times = []
     for _ in range(REPEATS):
@@ -135,7 +133,7 @@ def bench_logits(rank: Rank) -> None:
     for rows in (1, 32, 256):
         part = torch.zeros(rows, LOGITS // rank.size, dtype=torch.bfloat16, device=rank.device)
 
-        def with_sum(gather: Callable[[torch.Tensor], torch.Tensor], part: torch.Tensor = part) -> float:
+        def with_sum(gather: Callable[..., torch.Tensor], part: torch.Tensor = part) -> float:
             def launch() -> None:
                 all_reduce(x, rank.peers, pdl=True)
                 gather(part)
@@ -145,8 +143,15 @@ def bench_logits(rank: Rank) -> None:
         alone = time_together(rank, lambda: all_reduce(x, rank.peers, pdl=True))
         nccl = with_sum(rank.nccl.all_gather) - alone
         ours = with_sum(lambda part: all_gather(part, rank.gather, pdl=True)) - alone
+        each = -(-rows // rank.size)
+        dealt_nccl = with_sum(lambda part, each=each: rank.nccl.deal_rows(part, each)) - alone
+        dealt = with_sum(lambda part, each=each: deal_rows(part, rank.gather, each, pdl=True)) - alone
         if rank.rank == 0:
-            print(f"logits of {rows:4d} rows: nccl {nccl:8.2f} us, mapped memory {ours:8.2f} us", flush=True)
+            print(
+                f"logits of {rows:4d} rows: nccl {nccl:8.2f} us, mapped memory {ours:8.2f} us; dealt out: "
+                f"nccl {dealt_nccl:8.2f} us, mapped memory {dealt:8.2f} us",
+                flush=True,
+            )
 
 
 def sweep(rank: Rank, out: Path) -> None:

@@ -9,7 +9,7 @@ out=${RESULTS_DIR:-}
 for step in $steps; do
   echo "=== $step ($(date +%T))"
   case $step in
-    check) timeout 200 python3 -m tests.gpu.all_reduce_ranks 2>&1 | grep -v Warning | cut -c1-600 | tail -30 ;;
+    check) timeout 200 python3 -m tests.gpu.all_reduce_ranks 2>&1 | grep -v Warning | cut -c1-600 | tail -90 ;;
     bench) timeout 75 python3 -m load_tests.kernels.all_reduce bench 2>&1 | tail -30 ;;
     sweep) timeout 75 python3 -m load_tests.kernels.all_reduce sweep ${out:+--out "$out"} 2>&1 | tail -22 ;;
     pair) timeout 200 python3 -m pytest -c /dev/null --rootdir=. -p no:cacheprovider -q --durations=10 tests/gpu/test_parallel_ranks.py 2>&1 | tail -40 ;;

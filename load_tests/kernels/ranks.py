@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from stepwire.process.parent import end_with_parent
@@ -38,6 +38,24 @@ class Rank:
     peers: PeerBuffers
     gather: GatherBuffers
     memory: PeerMemory
+
+
+def capture(launch: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    """A graph of what `launch` launches, for the current stream, after one run that compiles it.
+
+    Kernels that ranks run together count rounds, so a device runs them one after the other: what is still under way on
+    the current stream comes before the run on the capturing one. Side by side both would count the same round, and
+    the ranks be out of step from then on.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        launch()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        launch()
+    return graph
 
 
 def run_ranks(module: str, arguments: Sequence[str], size: int, body: Callable[[Rank], None], hidden: int) -> NoReturn:

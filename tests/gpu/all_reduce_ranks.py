@@ -2,11 +2,15 @@
 
     python -m tests.gpu.all_reduce_ranks
 
-Rank 0 prints a JSON line for every check: its name and what it found, the empty string where all was well.
+Rank 0 prints a JSON line for every check: its name and what it found, the empty string where all was well. A rank that
+found something says so before it waits for the other, which may be left alone in a sum by then. Every rank says on
+stderr which check it begins and, within some, where it stands; one that needs longer than ALL_REDUCE_CHECK_LIMIT_S for
+a check (60 s) prints the stacks of its threads and ends.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import itertools
 import json
 import os
@@ -16,11 +20,11 @@ from collections.abc import Callable
 
 import torch
 from stepwire_kernels import reference
-from stepwire_kernels.all_gather import all_gather
+from stepwire_kernels.all_gather import all_gather, deal_rows
 from stepwire_kernels.all_reduce import AllReduceTuning, all_reduce, all_reduce_add_rms_norm
 from stepwire_kernels.norm import add_rms_norm
 
-from load_tests.kernels.ranks import LOGITS, Rank, run_ranks
+from load_tests.kernels.ranks import LOGITS, Rank, capture, run_ranks
 from tests.unit.kernels.checks import TOLERANCE, relative_error
 
 WAYS = [AllReduceTuning(two_shot, flagged) for two_shot, flagged in itertools.product((False, True), repeat=2)]
@@ -35,6 +39,11 @@ EPS = 1e-5
 def random(rank: Rank, shape: tuple[int, int], dtype: torch.dtype, seed: int, scale: float = 1.0) -> torch.Tensor:
     generator = torch.Generator(rank.device).manual_seed(seed)
     return (scale * torch.randn(shape, generator=generator, device=rank.device)).to(dtype)
+
+
+def say(rank: Rank, what: str) -> None:
+    """Where this rank stands, for whoever looks at a visit that did not end."""
+    print(f"{time.strftime('%T')} rank {rank.rank}: {what}", file=sys.stderr, flush=True)
 
 
 def of_all(rank: Rank, x: torch.Tensor) -> torch.Tensor:
@@ -90,7 +99,6 @@ def thousands_of_rounds(rank: Rank, *, is_late: bool, replays: int, calls: int =
     sizes = (1, 8, 256, 2, 33, 1, 1, 128)
     bank = _bank(rank, calls, (max(sizes), 1024))
     out = torch.zeros_like(bank)
-    stream = torch.cuda.Stream()
 
     def launch() -> None:
         # Other numbers in every replay.
@@ -100,12 +108,7 @@ def thousands_of_rounds(rank: Rank, *, is_late: bool, replays: int, calls: int =
             rows = out[call, : sizes[call % len(sizes)]]
             all_reduce(rows, rank.peers, tuning=WAYS[(call * 7 // 3) % len(WAYS)], pdl=True)
 
-    with torch.cuda.stream(stream):
-        launch()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        launch()
+    graph = capture(launch)
     wrong = torch.zeros((), dtype=torch.int64, device=rank.device)
     for replay in range(replays):
         if is_late and replay % 3 == rank.rank:
@@ -168,12 +171,11 @@ def chained_norms(rank: Rank) -> str:
 
 def logits_against_nccl(rank: Rank) -> str:
     """Gathers in a graph, a sum before each as a step has, late ranks included."""
-    columns = LOGITS // rank.size
+    columns, problem = LOGITS // rank.size, ""
     for rows in (1, 3, 256):
         x = random(rank, (rows, columns), torch.bfloat16, 500 + rank.rank)
         small = torch.zeros(1, 64, dtype=torch.bfloat16, device=rank.device)
         out = torch.empty(rows, LOGITS, dtype=torch.bfloat16, device=rank.device)
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
 
         def launch(x: torch.Tensor = x, small: torch.Tensor = small, out: torch.Tensor = out) -> None:
             for _ in range(4):
@@ -181,19 +183,55 @@ def logits_against_nccl(rank: Rank) -> str:
                 x.mul_(-1)
                 out.copy_(all_gather(x, rank.gather, pdl=True))
 
-        with torch.cuda.stream(stream):
-            launch()
-        stream.synchronize()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            launch()
+        graph = capture(launch)
+        say(rank, f"{rows} rows of logits are captured")
+        wrong = torch.zeros((), dtype=torch.int64, device=rank.device)
         for replay in range(60):
             if replay % 3 == rank.rank:
                 torch.cuda._sleep(LATE_CYCLES)
             x.copy_(random(rank, (rows, columns), torch.bfloat16, 600 + 2 * replay + rank.rank))
             graph.replay()
-            if replay % 5 == 0 and not torch.equal(out, rank.nccl.all_gather(x)):
-                return f"{rows} rows, replay {replay}: not what NCCL gathers"
-    return ""
+            if replay % 5 == 0:
+                wrong += (out != rank.nccl.all_gather(x)).sum()
+        # What is still under way must not run beside the next size's first call, on another stream.
+        torch.cuda.synchronize()
+        say(rank, f"{rows} rows of logits are gathered")
+        if int(wrong):
+            problem += f"{rows} rows: {int(wrong)} elements are not what NCCL gathers. "
+    return problem
+
+
+def dealt_rows(rank: Rank) -> str:
+    """This rank's rows of what NCCL gathers, by mapped memory in a graph and by NCCL itself; late ranks included."""
+    columns, problem = LOGITS // rank.size, ""
+    for rows in (1, 33, 256):
+        each = -(-rows // rank.size)
+        own = slice(min(rows, rank.rank * each), min(rows, rank.rank * each + each))
+        x = random(rank, (rows, columns), torch.bfloat16, 700 + rank.rank)
+        small = torch.zeros(1, 64, dtype=torch.bfloat16, device=rank.device)
+        out = torch.empty(own.stop - own.start, LOGITS, dtype=torch.bfloat16, device=rank.device)
+
+        def launch(x: torch.Tensor = x, small: torch.Tensor = small, out: torch.Tensor = out, each: int = each) -> None:
+            for _ in range(4):
+                all_reduce(small, rank.peers, pdl=True)
+                x.mul_(-1)
+                out.copy_(deal_rows(x, rank.gather, each, pdl=True))
+
+        graph = capture(launch)
+        say(rank, f"{rows} dealt rows are captured")
+        wrong = torch.zeros((), dtype=torch.int64, device=rank.device)
+        for replay in range(30):
+            if replay % 3 == rank.rank:
+                torch.cuda._sleep(LATE_CYCLES)
+            x.copy_(random(rank, (rows, columns), torch.bfloat16, 800 + 2 * replay + rank.rank))
+            graph.replay()
+            if replay % 5 == 0:
+                expected = rank.nccl.all_gather(x)[own]
+                wrong += (out != expected).sum() + (rank.nccl.deal_rows(x, each) != expected).sum()
+        torch.cuda.synchronize()
+        if int(wrong):
+            problem += f"{rows} rows: {int(wrong)} elements are not what NCCL gathers. "
+    return problem
 
 
 def stop_ends_waiting(rank: Rank) -> str:
@@ -222,24 +260,31 @@ CHECKS: dict[str, Callable[[Rank], str]] = {
     "a late rank": lambda rank: thousands_of_rounds(rank, is_late=True, replays=100),
     "chained norms in a graph": chained_norms,
     "logits against nccl": logits_against_nccl,
+    "dealt rows": dealt_rows,
     "stop ends waiting": stop_ends_waiting,
 }
 
 
 def run_checks(rank: Rank) -> None:
     only = os.environ.get("ALL_REDUCE_CHECKS", "")  # names, separated by commas, for a short visit
+    limit_s = float(os.environ.get("ALL_REDUCE_CHECK_LIMIT_S", "60"))
     for name, check in CHECKS.items():
         if only and name not in only.split(","):
             continue
         begun = time.monotonic()
+        say(rank, f"{name} begins")
+        # On every rank: which of them waits for what tells them apart.
+        faulthandler.dump_traceback_later(limit_s, exit=True)
         problem = check(rank)
+        line = {"check": name, "rank": rank.rank, "seconds": round(time.monotonic() - begun, 1)}
+        if problem:
+            # Now: its peers may wait for it in the middle of the check, and then it waits for them below.
+            print(json.dumps(line | {"problem": problem}), flush=True)
         torch.cuda.synchronize()
-        # A rank that found something has left its peers alone in what follows: all stop together.
         is_sound = rank.group.least([int(not problem)]) == [1]
-        if problem or rank.rank == 0:
-            took = round(time.monotonic() - begun, 1)
-            line = {"check": name, "rank": rank.rank, "problem": problem or ("" if is_sound else "another rank's")}
-            print(json.dumps({**line, "seconds": took}), flush=True)
+        faulthandler.cancel_dump_traceback_later()
+        if rank.rank == 0 and not problem:
+            print(json.dumps(line | {"problem": "" if is_sound else "another rank's"}), flush=True)
         if not is_sound:
             return
 

@@ -73,3 +73,16 @@ def test_two_ranks_compute_what_one_does(tmp_path: Path, kind: str, flags: list[
     report = json.loads(done.stdout)
     assert report["runner"] == "CudaRunner"
     assert len(report["devices"]) >= 2 and report["num_compared"] > 20
+    if "--dtype=float32" in flags:
+        assert report["equal_tokens"] > 0.97
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 3, reason="four ranks would have a device each")
+def test_more_ranks_than_devices_are_refused_by_name(tmp_path: Path) -> None:
+    save_model(tmp_path, "llama")
+    command = [sys.executable, "-m", "gpu_worker", f"--model={tmp_path}", f"--listen=unix:{tmp_path}/w.sock"]
+    done = subprocess.run([*command, "--tensor-parallel-size=4"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    num_devices = torch.cuda.device_count()
+    assert f"rank {num_devices} (tensor-parallel rank {num_devices} of 4): this node has {num_devices}" in done.stderr
+    assert "set a smaller --tensor-parallel-size" in done.stderr

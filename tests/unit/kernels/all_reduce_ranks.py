@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from stepwire_kernels import reference
-from stepwire_kernels.all_gather import PART_WORDS, all_gather, gather_buffers, gather_region_words
+from stepwire_kernels.all_gather import PART_WORDS, all_gather, deal_rows, gather_buffers, gather_region_words
 from stepwire_kernels.all_reduce import (
     AllReduceTuning,
     PeerBuffers,
@@ -155,8 +155,11 @@ def run_case(case: Case, size: int) -> dict[str, Any]:
     }
 
 
-def gather_rank(rank: int, size: int, regions: list[torch.Tensor], stop: torch.Tensor, found: torch.Tensor) -> None:
-    """Rounds of a gather, a sum between them as a step has; what came out, [rounds, rows, size * columns]."""
+def gather_rank(
+    rank: int, size: int, regions: list[torch.Tensor], stop: torch.Tensor, found: torch.Tensor, dealt: torch.Tensor
+) -> None:
+    """Rounds of a gather and of rows that are dealt out, a sum before each as a step has; what came out of both,
+    [rounds, rows, size * columns]: of the second, this rank's rows."""
     gathered = region_words(size, MAX_ROWS, ROW_WORDS)
     peers = peer_buffers(rank, [region[:gathered] for region in regions], MAX_ROWS, ROW_WORDS, stop)
     buffers = gather_buffers(
@@ -167,6 +170,10 @@ def gather_rank(rank: int, size: int, regions: list[torch.Tensor], stop: torch.T
         all_reduce(torch.zeros(1, 2), peers)
         x = torch.full((rows, GATHER_COLUMNS), 10.0 * round_ + rank, dtype=torch.bfloat16)
         found[round_, :rows] = all_gather(x, buffers)
+        all_reduce(torch.zeros(1, 2), peers)
+        each = -(-rows // size)
+        own = deal_rows(x + 100.0, buffers, each)
+        dealt[round_, min(rows, rank * each) : min(rows, rank * each) + len(own)] = own
 
 
 def run_gather(size: int) -> dict[str, Any]:
@@ -176,12 +183,16 @@ def run_gather(size: int) -> dict[str, Any]:
     stop = torch.zeros(1, dtype=torch.int32).share_memory_()
     shape = (size, len(ROW_COUNTS), MAX_ROWS, size * GATHER_COLUMNS)
     found = torch.full(shape, -1.0, dtype=torch.bfloat16).share_memory_()
-    codes = fork_ranks(size, lambda rank: gather_rank(rank, size, regions, stop, found[rank]))
+    dealt = torch.full(shape, -1.0, dtype=torch.bfloat16).share_memory_()
+    codes = fork_ranks(size, lambda rank: gather_rank(rank, size, regions, stop, found[rank], dealt[rank]))
+    expected_dealt = torch.full(shape, -1.0, dtype=torch.bfloat16)
     expected = torch.full(shape, -1.0, dtype=torch.bfloat16)
     for round_, rows in enumerate(ROW_COUNTS):
         values = torch.arange(size).repeat_interleave(GATHER_COLUMNS) + 10.0 * round_
         expected[:, round_, :rows] = values.to(torch.bfloat16)
-    error = 0.0 if torch.equal(found, expected) else 1.0
+        for row in range(rows):
+            expected_dealt[row // -(-rows // size), round_, row] = (values + 100.0).to(torch.bfloat16)
+    error = 0.0 if torch.equal(found, expected) and torch.equal(dealt, expected_dealt) else 1.0
     return {
         "case": "gather", "dtype": "bfloat16", "exit_codes": codes, "error": error, "ranks_agree": True,
         "same_residuals": True,

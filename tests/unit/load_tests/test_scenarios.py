@@ -61,18 +61,25 @@ def test_decode_takes_the_difference_and_never_sends_a_prompt_twice() -> None:
     server = FormulaServer()
     headline = run("decode", server, "--batch-size", "3", "--repeats", "4")
     assert headline["ms_per_token"] == pytest.approx(10.0)
-    assert [phase.name for phase in server.phases] == ["warm-up", *["short", "long"] * 4]
-    assert {request.max_tokens for phase in server.phases[1::2] for request in phase.requests} == {1}
-    assert {request.max_tokens for phase in server.phases[2::2] for request in phase.requests} == {129}
+    assert [phase.name for phase in server.phases] == [*["warm-up"] * 2, *["short", "long"] * 4]
+    assert {request.max_tokens for phase in server.phases[0::2] for request in phase.requests} == {1}
+    assert {request.max_tokens for phase in server.phases[1::2] for request in phase.requests} == {129}
     prompts = _prompts(server.phases)
     assert {len(prompt) for prompt in prompts} == {1024}
-    assert len(set(prompts)) == len(prompts) == 27
+    assert len(set(prompts)) == len(prompts) == 30
 
 
 def test_decode_of_one_sequence_runs_longer() -> None:
     server = FormulaServer()
-    run("decode", server, "--repeats", "1")
-    assert [phase.requests[0].max_tokens for phase in server.phases[1:]] == [1, 257]
+    run("decode", server, "--repeats", "2")
+    assert [phase.requests[0].max_tokens for phase in server.phases[2:]] == [1, 257] * 2
+
+
+@pytest.mark.parametrize("name", ["decode", "prefill"])
+def test_one_run_alone_is_no_measurement(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(name, FormulaServer(), "--repeats", "1")
+    assert "must be at least 2" in capsys.readouterr().err
 
 
 def test_decode_makes_no_number_of_failed_requests() -> None:

@@ -1,8 +1,9 @@
 """Two ranks of a CUDA worker on a CPU: processes that share memory, as devices that map each other's do.
 
-    python -m tests.unit.gpu_worker.cuda.forked_ranks MODEL_DIR tensor|pipeline
+    python -m tests.unit.gpu_worker.cuda.forked_ranks MODEL_DIR tensor|dealt|pipeline
 
-Both drive the same steps, under Triton's interpreter. Prints a JSON line for each rank: what its results said.
+dealt: tensor parallel, and each draws for some of the rows wherever there are two. Both drive the same steps, under
+Triton's interpreter. Prints a JSON line for each rank: what its results said.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from stepwire_kernels.all_gather import gather_buffers, gather_region_words
 from stepwire_kernels.all_reduce import AllReduceTuning, peer_buffers, region_words
 from stepwire_kernels.all_reduce_choice import AllReduceChoice
+from stepwire_kernels.dealt_sampling import line_words
 
 from gpu_worker.cuda.peer_collectives import PeerCollectives
 from gpu_worker.cuda.stage_link import LinkSizes, StageLink
 from gpu_worker.cuda.step_layout import StepPlanner
+from gpu_worker.cuda.step_program import DEALT_ROWS
 from gpu_worker.parallel.layout import GroupLayout, Place
 from gpu_worker.parallel.process_group import RankGroup, StoreServer
 from gpu_worker.parallel.shares import ParallelContext
@@ -33,6 +37,16 @@ from tests.unit.kernels.checks import repair_interpreter
 MAX_NUM_SEQS, MAX_TOP = 4, 20
 HIDDEN, VOCAB_SIZE = 48, 300
 MAX_ROWS, ROW_WORDS = 8, 48
+LINE_WORDS = line_words(MAX_NUM_SEQS // 2, MAX_TOP)
+
+
+def tensor_words() -> list[int]:
+    """int64 words of a rank's region: for sums, for logits, for what was drawn."""
+    return [
+        region_words(2, MAX_ROWS, ROW_WORDS),
+        gather_region_words(2, MAX_NUM_SEQS, VOCAB_SIZE // 2, torch.float32),
+        gather_region_words(2, 1, LINE_WORDS, torch.int32),
+    ]
 
 
 def drive(driver: StepDriver) -> dict[str, Any]:
@@ -63,12 +77,17 @@ def drive(driver: StepDriver) -> dict[str, Any]:
 def run_rank(directory: Path, mode: str, rank: int, regions: list[torch.Tensor], sizes: LinkSizes, store: str) -> None:
     stop = torch.zeros(1, dtype=torch.int32)
     parallel, link = ParallelContext(stage=rank, stage_layers=(1, 1)), None
-    if mode == "tensor":
+    if mode != "pipeline":
         server = None
         group = RankGroup(
             Place(rank, GroupLayout(2, (2,)), store_address=store, timeout_s=100.0), torch.device("cpu"), server
         )
-        peers = peer_buffers(rank, regions, MAX_ROWS, ROW_WORDS, stop)
+        parts = [region.split(tensor_words()) for region in regions]
+        peers = peer_buffers(rank, [part[0] for part in parts], MAX_ROWS, ROW_WORDS, stop)
+        gathers = [
+            gather_buffers(rank, [part[1] for part in parts], MAX_NUM_SEQS, VOCAB_SIZE // 2, torch.float32, stop),
+            gather_buffers(rank, [part[2] for part in parts], 1, LINE_WORDS, torch.int32, stop),
+        ]
         # Small sums one way, larger ones another, the largest as without peers.
         choices = (
             AllReduceChoice(HIDDEN * 4, AllReduceTuning()),
@@ -76,10 +95,12 @@ def run_rank(directory: Path, mode: str, rank: int, regions: list[torch.Tensor],
         )
         others = group.context().collectives
         assert others is not None
-        parallel = ParallelContext(rank, 2, PeerCollectives(others, peers, choices, choices, pdl=False))
+        collectives = PeerCollectives(others, peers, choices, choices, pdl=False, gathers=gathers)
+        parallel = ParallelContext(rank, 2, collectives)
     else:
         link = StageLink(rank, regions, sizes, stop, pdl=False)
-    runner = load_inline(directory, max_num_seqs=MAX_NUM_SEQS, parallel=parallel, link=link)
+    dealt_rows = 2 if mode == "dealt" else DEALT_ROWS
+    runner = load_inline(directory, max_num_seqs=MAX_NUM_SEQS, parallel=parallel, link=link, dealt_rows=dealt_rows)
     print(json.dumps({"rank": rank, **drive(StepDriver(runner))}), flush=True)
 
 
@@ -90,14 +111,14 @@ def main() -> None:
     wait_politely()
     planner = StepPlanner(MAX_NUM_SEQS, 128, with_graphs=False)
     sizes = LinkSizes(2, planner.max_tokens, planner.max_runs, MAX_TOP, HIDDEN, torch.float32)
-    words = region_words(2, MAX_ROWS, ROW_WORDS) if mode == "tensor" else sizes.region_words
+    words = sizes.region_words if mode == "pipeline" else sum(tensor_words())
     regions = [torch.zeros(words, dtype=torch.int64).share_memory_() for _ in range(2)]
     # The store is the parent's: it outlives both ranks.
     server = StoreServer("127.0.0.1")
     store = torch.distributed.TCPStore(
         "127.0.0.1", int(server.address.rpartition(":")[2]), is_master=True, wait_for_workers=False,
         master_listen_fd=server.detach(),
-    ) if mode == "tensor" else None  # fmt: skip
+    ) if mode != "pipeline" else None  # fmt: skip
     children = []
     for rank in range(2):
         child = os.fork()

@@ -22,7 +22,7 @@ from gpu_worker.cuda.packed_linears import PackedLinears
 from gpu_worker.cuda.runner import CudaRunner
 from gpu_worker.cuda.stage_link import StageLink
 from gpu_worker.cuda.step_layout import StepPlanner
-from gpu_worker.cuda.step_program import ProgramBuffers, ProgramLimits, StepProgram
+from gpu_worker.cuda.step_program import DEALT_ROWS, ProgramBuffers, ProgramLimits, StepProgram
 from gpu_worker.cuda.timeline import NUM_SLOTS, StepTimes
 from gpu_worker.kv_cache import KVCache, KVCacheShape, MemoryPlan
 from gpu_worker.layers.linear import BuildContext
@@ -77,6 +77,7 @@ def load_inline(
     make_ops: Callable[..., TritonOps] | None = None,
     parallel: ParallelContext | None = None,
     link: StageLink | None = None,
+    dealt_rows: int = DEALT_ROWS,
     quantization: QuantizationSetting = "auto",
     task: Task = "auto",
     pooling: str = "auto",
@@ -132,6 +133,8 @@ def load_inline(
         limits,
         pdl=False,
         link=link,
+        parallel=parallel,
+        dealt_rows=dealt_rows,
     )
     facts = worker_facts(directory, spec, sizes, plan, shape, device, torch.float32, pooled)
     return CudaRunner(

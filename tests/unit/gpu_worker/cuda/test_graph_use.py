@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 import torch
 
+from gpu_worker.cuda.runner import GRAPHS_COMPLETE
 from gpu_worker.cuda.step_graphs import CapturedStep, GraphCaptureError, GraphKey, GraphKind
 from gpu_worker.server import WorkerServer, _Stop
 from load_tests.cpu_worker.step_driver import StepDriver, greedy
@@ -85,8 +87,11 @@ def test_pauses_capture_every_shape_once_unless_a_step_is_in_flight(llama_dir: P
     driver.add(0, prompt(2, 3), greedy())
     driver.step()
     num_pauses = 0
-    while runner.idle():
-        num_pauses += 1
+    with structlog.testing.capture_logs() as logs:
+        while runner.idle():
+            num_pauses += 1
+    # What measurements wait for is said once.
+    assert [entry["graphs"] for entry in logs if entry["event"] == GRAPHS_COMPLETE] == [3]
     assert [key.shape.num_runs for key in graphs.captured] == [1, 2, 3] and num_pauses == 3
     assert not runner.idle()
 

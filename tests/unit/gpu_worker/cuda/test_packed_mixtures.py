@@ -25,14 +25,14 @@ from tests.unit.gpu_worker.cuda.test_runner import assert_same, on_cpu
 HIDDEN, INNER, EXPERTS, GROUP = 64, 32, 4, 32
 
 
-def save_packed_qwen(directory: Path, method: str) -> None:
+def save_packed_qwen(directory: Path, method: str, inner: int = INNER) -> None:
     """Qwen3-MoE whose experts are random words in the layout of `method`; what they mean is the CPU runner's affair."""
     torch.manual_seed(7)
     config = Qwen3MoeConfig(
         **BASE | {"hidden_size": HIDDEN, "num_hidden_layers": 1},
         num_experts=EXPERTS,
         num_experts_per_tok=2,
-        moe_intermediate_size=INNER,
+        moe_intermediate_size=inner,
         norm_topk_prob=True,
     )
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
@@ -85,10 +85,10 @@ def test_experts_in_groups(tmp_path: Path, method: str) -> None:
     assert num_weights / 2 < held < 2 * num_weights
 
 
-def save_packed_gpt_oss(directory: Path) -> None:
+def save_packed_gpt_oss(directory: Path, inner: int = INNER) -> None:
     torch.manual_seed(8)
     config = GptOssConfig(
-        **BASE | {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": 1},
+        **BASE | {"hidden_size": HIDDEN, "intermediate_size": inner, "num_hidden_layers": 1},
         num_local_experts=EXPERTS,
         num_experts_per_tok=2,
         sliding_window=11,
@@ -100,7 +100,7 @@ def save_packed_gpt_oss(directory: Path) -> None:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(directory)
     tensors = load_file(directory / "model.safetensors")
-    for name, rows, columns in (("gate_up_proj", 2 * INNER, HIDDEN), ("down_proj", HIDDEN, INNER)):
+    for name, rows, columns in (("gate_up_proj", 2 * inner, HIDDEN), ("down_proj", HIDDEN, inner)):
         full = f"model.layers.0.mlp.experts.{name}"
         tensors.pop(full)
         tensors[f"{full}_blocks"] = torch.randint(0, 256, (EXPERTS, rows, columns // 32, 16)).to(torch.uint8)

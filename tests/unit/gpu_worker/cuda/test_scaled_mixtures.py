@@ -65,14 +65,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
 QUICK = ("fp8-block",)
 
 
-def save_eight_bit(directory: Path, name: str | None) -> None:
+def save_eight_bit(directory: Path, name: str | None, inner: int = INNER) -> None:
     """Qwen3-MoE whose experts are stored as `name` says; None: plain."""
     torch.manual_seed(7)
     config = Qwen3MoeConfig(
         **BASE | {"hidden_size": HIDDEN, "num_hidden_layers": 1},
         num_experts=EXPERTS,
         num_experts_per_tok=2,
-        moe_intermediate_size=INNER,
+        moe_intermediate_size=inner,
         norm_topk_prob=True,
     )
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)

@@ -51,7 +51,7 @@ def test_stages_tile_the_layers(size: int, stage_layers: list[int]) -> None:
     for rank in range(0, layout.world_size, size):
         stage = ParallelContext(0, size, stage=layout.stage_of(rank), stage_layers=layout.stage_layers)
         layers += stage.layers(sum(stage_layers))
-        assert stage.is_last_stage == (rank == layout.sampling_rank)
+        assert stage.is_last_stage == (layout.sender_of_tokens(rank) == rank)
     assert layers == list(range(sum(stage_layers)))
 
 

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import GPT2Config
 
 from gpu_worker.config import WorkerSettings
 from gpu_worker.model_spec import ModelConfigError
 from gpu_worker.models.loader import read_spec
-from gpu_worker.parallel.leader import check_split, layout_for
+from gpu_worker.parallel.layout import GroupError
+from gpu_worker.parallel.leader import check_devices, check_split, layout_for
 from tests.unit.gpu_worker.models.tiny_checkpoints import Tiny, save_model, save_tiny
 
 
@@ -34,3 +36,18 @@ def test_so_are_models_of_transformers_own_code(tmp_path: Path) -> None:
     save_model(Tiny(GPT2Config, {}), tmp_path)
     with pytest.raises(ModelConfigError, match="transformers' own code works on one rank only"):
         check(tmp_path)
+
+
+@pytest.mark.parametrize(("num_devices", "said"), [(1, "1 CUDA device,"), (2, "2 CUDA devices,")])
+def test_the_first_rank_without_a_device_is_named(
+    num_devices: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny("llama", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_devices)
+    settings = WorkerSettings(model=tmp_path, tensor_parallel_size=3)
+    with pytest.raises(GroupError) as refused:
+        check_devices(settings, layout_for(settings, read_spec(tmp_path)[0]))
+    message = str(refused.value)
+    assert message.startswith(f"rank {num_devices} (tensor-parallel rank {num_devices} of 3): this node has {said}")
+    assert "set a smaller --tensor-parallel-size" in message and "--num-nodes" in message

@@ -9,7 +9,8 @@ import torch
 from gpu_worker.attention.api import StepMetadata
 from gpu_worker.input_batch import StepInputs
 from gpu_worker.parallel.process_group import Arriving
-from gpu_worker.parallel.sampled import UntakenStep, from_words, num_words, to_words
+from gpu_worker.parallel.sampled import UntakenStep, from_words, in_order_of_rows, num_words, to_words
+from gpu_worker.parallel.shares import ParallelContext
 from gpu_worker.sampler import RowSampler, sample
 from tests.unit.gpu_worker.step_builder import Run, row_add, sampling, step
 
@@ -27,7 +28,7 @@ def test_words_hold_all_that_was_drawn(asked: tuple[int | None, ...]) -> None:
     logits = torch.randn(len(rows), VOCAB)
     logits[1, 7] = float("nan")
     sampled = sample(logits, rows, np.full(len(rows), 3))
-    words = to_words(sampled, rows)
+    words = to_words(sampled, num_words(rows))
     assert tuple(words.shape) == num_words(rows)
     read = from_words(words)
     assert read.faults == sampled.faults and len(read.faults) == 1
@@ -38,6 +39,22 @@ def test_words_hold_all_that_was_drawn(asked: tuple[int | None, ...]) -> None:
         assert (ours is None) == (theirs is None)
         if theirs is not None:
             np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("asked", [(None,) * 5, (None, 0, 2, None, 5), (3, None, None, None, None)])
+def test_what_ranks_drew_apart_is_what_one_draws(asked: tuple[int | None, ...]) -> None:
+    """Five rows over three ranks: two, two and one, of which some asked for nothing or for less than others."""
+    rows, positions = samplers(*asked), np.full(len(asked), 3)
+    logits = torch.randn(len(rows), VOCAB, generator=torch.Generator().manual_seed(4))
+    logits[3] = float("inf")
+    ranks = [ParallelContext(rank, 3) for rank in range(3)]
+    parts = []
+    for rank in ranks:
+        own = rank.own_rows(len(rows))
+        drawn = sample(logits[own], rows[own], positions[own])
+        parts.append(to_words(drawn, (rank.rows_each(len(rows)), num_words(rows)[1])))
+    together = in_order_of_rows(torch.cat(parts, dim=-1), 3, len(rows))
+    assert torch.equal(together, to_words(sample(logits, rows, positions), num_words(rows)))
 
 
 class Never:

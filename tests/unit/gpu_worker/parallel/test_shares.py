@@ -34,6 +34,14 @@ def test_padded_shares_are_equal_and_cover(size: int, total: int) -> None:
     assert [share.start for share in shares] == [rank * shares[0].size for rank in range(size)]
 
 
+@given(st.integers(1, 16), st.integers(0, 100))
+def test_every_row_is_dealt_to_one_rank(size: int, num_rows: int) -> None:
+    ranks = [ParallelContext(rank, size) for rank in range(size)]
+    assert [row for rank in ranks for row in range(num_rows)[rank.own_rows(num_rows)]] == list(range(num_rows))
+    for number, rank in enumerate(ranks):
+        assert all(row // rank.rows_each(num_rows) == number for row in range(num_rows)[rank.own_rows(num_rows)])
+
+
 @given(st.sampled_from([1, 2, 4, 8, 16]), st.sampled_from([1, 2, 4, 8]), st.integers(1, 4))
 def test_every_rank_holds_the_kv_heads_that_its_query_heads_read(size: int, num_kv_heads: int, factor: int) -> None:
     num_heads = max(size, num_kv_heads) * factor

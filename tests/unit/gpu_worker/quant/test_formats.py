@@ -113,5 +113,5 @@ def test_a_share_of_a_real_weight_is_that_part_of_it(name: str, module: str) -> 
 @pytest.mark.parametrize("kind", [Float4Format("nvfp4"), Float4Format("mxfp4"), GgufFormat("Q4_K")])
 def test_a_share_that_cuts_a_group_is_refused(kind: WeightFormat) -> None:
     name = next(iter(kind.rules(8, 512)))
-    with pytest.raises(ParallelError, match="another tensor_parallel_size"):
+    with pytest.raises(ParallelError, match="another --tensor-parallel-size"):
         kind.index(name, (8, 256), Share(0, 8, 8), Share(8, 248, 512))
