@@ -114,12 +114,12 @@ class Placement:
             ]
         return True
 
-    def grow(self, sequence: SequenceState) -> list[int]:
+    def grow(self, sequence: SequenceState) -> int:
         """One more block at the end of the sequence's table; there must be a free one."""
-        block_ids = self._pool.allocate(1)
-        sequence.block_ids += block_ids
+        (block_id,) = self._pool.allocate(1)
+        sequence.block_ids.append(block_id)
         sequence.capacity += self._block_size
-        return block_ids
+        return block_id
 
     def displace(self, sequence: SequenceState, last_step_in_flight: int | None) -> None:
         """Take the sequence's row and blocks away."""

@@ -13,7 +13,7 @@ from control_plane.core.scheduler import Scheduler
 from control_plane.core.scheduler_config import SchedulerConfig
 from control_plane.core.step_plan import ProtocolError, RowFailure, StepOutcome, StepPlan
 
-from .conftest import Driver, make_request
+from .conftest import Driver, make_request, outputs_of
 
 
 def config(**fields: object) -> SchedulerConfig:
@@ -97,7 +97,7 @@ def test_nothing_is_run_past_max_tokens() -> None:
 def test_a_stop_token_is_noticed_late_and_what_follows_is_thrown_away() -> None:
     driver = Driver(Scheduler(config()), depth=2)
     driver.scheduler.add_request(make_request(0, 5, max_tokens=50, stop_token_ids=frozenset({5})), 0.0)
-    outputs = [output for events in driver.run() for _, output in events.outputs]
+    outputs = [output for events in driver.run() for _, output in outputs_of(events)]
     assert [(output.token_ids, output.num_tokens, output.finish_reason) for output in outputs] == [
         ([], 1, FinishReason.STOP)
     ]
@@ -107,7 +107,7 @@ def test_a_stop_token_is_noticed_late_and_what_follows_is_thrown_away() -> None:
 def test_min_tokens_outlasts_stop_tokens() -> None:
     driver = Driver(Scheduler(config()))
     driver.scheduler.add_request(make_request(0, 5, max_tokens=9, min_tokens=3, stop_token_ids=frozenset({5})), 0.0)
-    outputs = [output for events in driver.run() for _, output in events.outputs]
+    outputs = [output for events in driver.run() for _, output in outputs_of(events)]
     assert [output.token_ids for output in outputs] == [[5], [5], [5], []]
 
 
