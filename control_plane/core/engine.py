@@ -306,8 +306,9 @@ class Engine:
         """Names of the prompt's full blocks; none where there is nothing to choose."""
         hashes: list[BlockHash] = []
         if len(groups) > 1 and self._config.enable_prefix_caching:
+            root = root_hash(request.tenant, request.cache_salt)
             block_size = self._scheduler_of(groups[0]).config.block_size
-            extend_chain(hashes, root_hash(request.tenant, request.cache_salt), request.prompt_ids, block_size)
+            extend_chain(hashes, root, request.prompt_ids.tobytes(), block_size)
         return hashes
 
     def _choose(self, needs: RequestNeeds, hashes: list[BlockHash], groups: Sequence[WorkerGroup]) -> WorkerGroup:

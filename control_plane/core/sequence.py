@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
+from array import array
 
 from control_plane.core.prefix_cache import BlockHash
-from control_plane.core.request import CoreRequest, OutputSink, TokenIdArray
+from control_plane.core.request import CoreRequest, OutputSink
 
 NO_ROW = -1
 # A count of tokens that no sequence reaches.
@@ -136,13 +136,12 @@ class SequenceState:
     def num_known(self) -> int:
         return self.num_prompt_tokens + len(self.output_ids)
 
-    def token_ids(self, start: int = 0) -> TokenIdArray:
-        """Known token ids from position `start` on, prompt then output. [num_known - start]
+    def token_bytes(self, start: int = 0) -> bytes:
+        """Known token ids from position `start` on, prompt then output: four bytes each, little-endian.
 
         Costs what it returns, not what came before: a running sequence asks for its newest block only.
         """
-        output_ids = np.array(self.output_ids[max(0, start - self.num_prompt_tokens) :], dtype=np.uint32)
+        output_bytes = array("I", self.output_ids[max(0, start - self.num_prompt_tokens) :]).tobytes()
         if start >= self.num_prompt_tokens:
-            return output_ids
-        prompt_ids = self.request.request.prompt_ids[start:]
-        return np.concatenate([prompt_ids, output_ids]) if len(output_ids) else prompt_ids
+            return output_bytes
+        return self.request.request.prompt_ids[start:].tobytes() + output_bytes

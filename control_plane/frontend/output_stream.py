@@ -191,7 +191,7 @@ class RequestOutput:
             return
         if self._has_ended:
             return
-        text = sequence.detokenizer.push((token_id,))
+        text = sequence.detokenizer.push_token(token_id)
         sequence.num_tokens += 1
         num_new = sequence.num_new + 1
         packed = self._packed

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 
@@ -8,7 +9,7 @@ import pytest
 
 from control_plane.core.request import CoreRequest, SamplingParams, SequenceOutput
 from control_plane.core.scheduler import Scheduler
-from control_plane.core.sequence import RequestState
+from control_plane.core.sequence import RequestState, SequenceState
 from control_plane.core.step_plan import StepEvents, StepOutcome, StepPlan
 
 
@@ -23,6 +24,10 @@ def outputs_of(events: StepEvents) -> Iterator[tuple[RequestState, SequenceOutpu
     yield from events.outputs
     for sequence, token_id in zip(events.sequences, events.token_ids, strict=True):
         yield sequence.request, SequenceOutput(sequence.index, [token_id], 1)
+
+
+def known_ids(sequence: SequenceState) -> list[int]:
+    return list(array("I", sequence.token_bytes()))
 
 
 class Driver:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from control_plane.core.prefix_cache import extend_chain, root_hash
-from control_plane.core.request import FinishReason
+from control_plane.core.request import FinishReason, TokenIdArray
 from control_plane.core.scheduler import Scheduler
 from control_plane.core.scheduler_config import SchedulerConfig
 from control_plane.core.step_plan import StepPlan
@@ -136,9 +136,9 @@ def test_cached_and_awaited_blocks_count_for_the_router() -> None:
     assert scheduler.num_blank_blocks < scheduler.num_usable_blocks
 
 
-def extend_chain_of(prompt_ids: object) -> list[bytes]:
+def extend_chain_of(prompt_ids: TokenIdArray) -> list[bytes]:
     hashes: list[bytes] = []
-    extend_chain(hashes, root_hash("", ""), prompt_ids, CONFIG.block_size)  # type: ignore[arg-type]
+    extend_chain(hashes, root_hash("", ""), prompt_ids.tobytes(), CONFIG.block_size)
     return hashes
 
 

@@ -21,7 +21,7 @@ from control_plane.core.scheduler import Scheduler
 from control_plane.core.scheduler_config import SchedulerConfig
 from control_plane.core.step_plan import StepEvents, StepOutcome, StepPlan
 
-from .conftest import outputs_of
+from .conftest import known_ids, outputs_of
 
 VOCAB = 50
 EOS = 7
@@ -60,7 +60,7 @@ class OracleWorker:
             del self.rows[row]
         for start in plan.starts:
             assert start.row not in self.rows and 0 <= start.row < config.max_num_seqs
-            tokens = start.sequence.token_ids().tolist()
+            tokens = known_ids(start.sequence)
             assert start.num_computed_tokens < len(tokens)
             request = start.sequence.request.request
             self.rows[start.row] = OracleRow(
