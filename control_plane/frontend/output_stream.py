@@ -97,7 +97,6 @@ class RequestOutput:
         "_has_ended",
         "_is_accepted_sent",
         "_is_ready",
-        "_is_text_only",
         "_metrics",
         "_num_cached_tokens",
         "_num_reasoning_tokens",
@@ -106,6 +105,7 @@ class RequestOutput:
         "_place",
         "_prompt",
         "_sequences",
+        "_text_only",
         "is_closed",
         "sends_logprobs",
         "tag",
@@ -144,8 +144,8 @@ class RequestOutput:
         self._num_cached_tokens = 0
         self._prompt = None if built.output.prompt is None else PromptAssembly(built, detokenization)
         self._sequences = [self._start_sequence() for _ in range(built.core.num_sequences)]
-        # One sequence, of which nothing but its text is wanted and to which nothing is done: most are.
-        self._is_text_only = self._wants_only_text(built)
+        # The one sequence of a request of which nothing but its text is wanted and to which nothing is done: most are.
+        self._text_only = self._sequences[0] if self._wants_only_text(built) else None
         self._packed = packed
         # Where its newest text is, once it goes that way.
         self._columns: TextColumns | None = None
@@ -185,25 +185,25 @@ class RequestOutput:
         self._notify()
 
     def on_token(self, index: int, token_id: int) -> None:
-        sequence = self._sequences[index]
-        if not self._is_text_only or sequence.detokenizer is None:
+        sequence = self._text_only
+        if sequence is None or sequence.detokenizer is None:
             self.on_output(SequenceOutput(index, [token_id], 1))
             return
         if self._has_ended:
             return
         text = sequence.detokenizer.push_token(token_id)
         sequence.num_tokens += 1
-        num_new = sequence.num_new + 1
+        sequence.num_new += 1
         packed = self._packed
-        if not text or packed is None or not packed.is_wanted or not self._is_accepted_sent:
-            sequence.num_new = num_new
-            if text:
-                sequence.texts.append(text)
-                sequence.has_news = True
-                if not self._is_ready:
-                    self._notify()
+        if not text:
             return
-        sequence.num_new = 0
+        if packed is None or not packed.is_wanted or not self._is_accepted_sent:
+            sequence.texts.append(text)
+            sequence.has_news = True
+            if not self._is_ready:
+                self._notify()
+            return
+        num_new, sequence.num_new = sequence.num_new, 0
         columns = self._columns
         if columns is packed.columns:
             columns.texts[self._place] += text
