@@ -54,7 +54,7 @@ class PackedTexts:
         return place
 
     def withdraw(self, place: int) -> tuple[str, int, float]:
-        """Take a request's entry out of the message, because more than text is to be said of it: (text, tokens, since)."""
+        """Take a request's entry out, because more than text is to be said of it: (text, tokens, since)."""
         columns = self.columns
         entry = columns.texts[place], columns.num_tokens[place], columns.since_s[place]
         columns.num_tokens[place] = 0

@@ -118,9 +118,7 @@ class SessionStream:
     async def _submit(self, tag: int, entry: _Entry, generate: pb.SessionGenerate) -> None:
         try:
             with traced(generate.traceparent or self._traceparent):
-                entry.output = await self._intake.submit(
-                    generate.request, self._on_ready, tag=tag, packed=self._packed
-                )
+                entry.output = await self._intake.submit(generate.request, self._on_ready, tag=tag, packed=self._packed)
         except RequestRefused as error:
             self._forget(tag)
             self._refuse(tag, error)

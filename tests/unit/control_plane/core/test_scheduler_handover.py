@@ -12,7 +12,7 @@ from control_plane.core.prefix_cache import extend_chain, root_hash
 from control_plane.core.request import FinishReason, TokenIdArray
 from control_plane.core.scheduler import Scheduler
 from control_plane.core.scheduler_config import SchedulerConfig
-from control_plane.core.step_plan import StepPlan
+from control_plane.core.step_plan import StepEvents, StepPlan
 
 from .conftest import Driver, make_request, outputs_of
 

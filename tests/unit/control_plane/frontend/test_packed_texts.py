@@ -76,7 +76,9 @@ class Client:
         return said
 
     def observed(self) -> list[list[int]]:
-        return [histogram.counts() for histogram in (self.metrics.inter_token_latency, self.metrics.time_to_first_token)]
+        return [
+            histogram.counts() for histogram in (self.metrics.inter_token_latency, self.metrics.time_to_first_token)
+        ]
 
 
 ACTIONS = ("token", "token", "token", "write", "finish", "fail", "cancel")
