@@ -24,7 +24,7 @@ def _pack(values: Sequence[int]) -> bytes:
 
 
 def _unpack(data: bytes) -> list[int]:
-    """Raises `ValueError` if it is not made of whole words. Not with numpy, whose machinery costs more than 256 words."""
+    """Raises `ValueError` if it is not made of whole words. Not by numpy, whose machinery costs more than 256 words."""
     return array("I", data).tolist()
 
 

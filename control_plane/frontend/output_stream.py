@@ -103,9 +103,9 @@ class RequestOutput:
         "_on_ready",
         "_packed",
         "_place",
+        "_plain",
         "_prompt",
         "_sequences",
-        "_text_only",
         "is_closed",
         "sends_logprobs",
         "tag",
@@ -144,22 +144,22 @@ class RequestOutput:
         self._num_cached_tokens = 0
         self._prompt = None if built.output.prompt is None else PromptAssembly(built, detokenization)
         self._sequences = [self._start_sequence() for _ in range(built.core.num_sequences)]
-        # The one sequence of a request of which nothing but its text is wanted and to which nothing is done: most are.
-        self._text_only = self._sequences[0] if self._wants_only_text(built) else None
+        # The one sequence of a request of which nothing but its text, or its ids, is wanted: most are.
+        self._plain = self._sequences[0] if self._is_plain(built) else None
         self._packed = packed
         # Where its newest text is, once it goes that way.
         self._columns: TextColumns | None = None
         self._place = 0
 
-    def _wants_only_text(self, built: BuiltRequest) -> bool:
+    def _is_plain(self, built: BuiltRequest) -> bool:
         plan, first = built.output, self._sequences[0]
         return (
             len(self._sequences) == 1
-            and first.detokenizer is not None
+            and plan.sends_token_ids == (first.detokenizer is None)
             and first.matcher is None
             and first.parser is None
             and self._prompt is None
-            and not (plan.sends_token_ids or self.sends_logprobs or plan.generates_nothing)
+            and not (self.sends_logprobs or plan.generates_nothing)
         )
 
     @property
@@ -185,24 +185,31 @@ class RequestOutput:
         self._notify()
 
     def on_token(self, index: int, token_id: int) -> None:
-        sequence = self._text_only
-        if sequence is None or sequence.detokenizer is None:
+        sequence = self._plain
+        if sequence is None:
             self.on_output(SequenceOutput(index, [token_id], 1))
             return
         if self._has_ended:
             return
-        text = sequence.detokenizer.push_token(token_id)
         sequence.num_tokens += 1
         sequence.num_new += 1
-        packed = self._packed
-        if not text:
-            return
-        if packed is None or not packed.is_wanted or not self._is_accepted_sent:
+        if sequence.detokenizer is None:
+            sequence.token_ids.append(token_id)
+        else:
+            text = sequence.detokenizer.push_token(token_id)
+            if not text:
+                return
+            packed = self._packed
+            if packed is not None and packed.is_wanted and self._is_accepted_sent:
+                self._pack(sequence, text, packed)
+                return
             sequence.texts.append(text)
-            sequence.has_news = True
-            if not self._is_ready:
-                self._notify()
-            return
+        sequence.has_news = True
+        if not self._is_ready:
+            self._notify()
+
+    def _pack(self, sequence: _SequenceStream, text: str, packed: PackedTexts) -> None:
+        """Put the text into the Session's next message, behind what waits there of this request."""
         num_new, sequence.num_new = sequence.num_new, 0
         columns = self._columns
         if columns is packed.columns:
