@@ -156,6 +156,9 @@ class Mailbox:
         # A whole answer is taken once, at the end: waking the taker for every step would be for nothing.
         self._stream = stream
         self._updates: dict[int, SequenceUpdate] = {}
+        # Text of a stream's first sequence with which nothing else has come: what most messages bring.
+        self._text = ""
+        self._num_text_tokens = 0
         self._accepted: list[inference_pb2.Accepted | None] = [None] * num_prompts
         self._num_unaccepted = num_prompts
         self._num_running = num_prompts
@@ -179,6 +182,13 @@ class Mailbox:
 
     def put_text(self, prompt: int, text: str, num_tokens: int) -> None:
         """A delta of the prompt's first sequence that is text and nothing else."""
+        if self._stream and not prompt and not self._updates:
+            self._text += text
+            self._num_text_tokens += num_tokens
+            self._wake()
+            return
+        if self._text:
+            self._fold_text()
         index = prompt * self._num_samples
         update = self._updates.get(index)
         if update is None:
@@ -191,6 +201,8 @@ class Mailbox:
     def put(self, prompt: int, response: inference_pb2.GenerateResponse) -> bool:
         """Take one message of the prompt's request in; True if it was that request's last one. Errors go to `fail`."""
         updates = self._updates
+        if self._text:
+            self._fold_text()
         for delta in response.deltas:
             index = prompt * self._num_samples + delta.index
             update = updates.get(index)
@@ -229,6 +241,7 @@ class Mailbox:
     def disconnect(self) -> None:
         """The client is gone: nobody will read."""
         self.disconnected = True
+        self._text = ""
         self._updates.clear()
         self._wake()
 
@@ -242,8 +255,21 @@ class Mailbox:
             raise self._error
         return [accepted for accepted in self._accepted if accepted is not None]
 
+    def _fold_text(self) -> None:
+        """Something else is to be said beside the text: it becomes an update, the first."""
+        text, num_tokens = self.take_text()
+        self._updates[0] = SequenceUpdate(0, [text], num_tokens)
+
+    def take_text(self) -> tuple[str, int]:
+        """(text, tokens) of the first sequence, if that is all that has come since the last call; else ("", 0)."""
+        taken = self._text, self._num_text_tokens
+        self._text, self._num_text_tokens = "", 0
+        return taken
+
     def take_updates(self) -> list[SequenceUpdate]:
         """All updates since the last call."""
+        if self._text:
+            self._fold_text()
         updates = list(self._updates.values())
         self._updates.clear()
         return updates

@@ -108,6 +108,14 @@ class _Chunks:
         self.num_events += len(events)
         return b"".join(events)
 
+    def render_text(self, text: str, num_tokens: int) -> bytes:
+        """`render` of an update of the first sequence that is text and nothing else."""
+        head = self._text_heads.get(0)
+        if head is None or not self._plain:
+            return self.render((SequenceUpdate(0, [text], num_tokens),))
+        self.num_events += 1
+        return head + orjson.dumps(text) + self._text_tail
+
     def end(self, usage: UsageTotals) -> bytes:
         """The usage, if asked for, and `[DONE]`."""
         self.num_events += 1

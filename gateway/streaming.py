@@ -42,6 +42,10 @@ class EventWriter(Protocol):
 
     def render(self, updates: Iterable[SequenceUpdate]) -> bytes: ...
 
+    def render_text(self, text: str, num_tokens: int) -> bytes:
+        """`render` of an update of the first sequence that is text and nothing else."""
+        ...
+
     def end(self, usage: UsageTotals) -> bytes:
         """The last events of a stream that ended well."""
         ...
@@ -139,8 +143,9 @@ class SseResponse(Response):
                 self._resuming = asyncio.create_task(self._resume())
             return 0, 0
         try:
+            text, num_tokens = mailbox.take_text()
             # Updates may hold nothing to show yet: half a character, the beginning of a stop string.
-            data = self._chunks.render(mailbox.take_updates())
+            data = self._chunks.render_text(text, num_tokens) if text else self._chunks.render(mailbox.take_updates())
             if data:
                 self._body.write(data)
         except Exception:

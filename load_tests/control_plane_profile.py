@@ -1,18 +1,21 @@
 """Where a control plane's CPU goes in a step, part by part, in this process and without gRPC.
 
 The parts are the production classes, called in the engine's order: read the worker's answer, apply it, plan the next
-step, encode it, publish to the mailboxes, and build the message that a Session stream would write. The worker's answer
-is made up between two steps, outside of the clock. CPU time of the thread is read, so that neighbours do not count.
+step, encode it, publish to the mailboxes, and build the message of packed text that a gateway's Session would write.
+The worker's answer is made up between two steps, outside of the clock. CPU time of the thread is read, so that
+neighbours do not count.
 """
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import tempfile
 import time
 from collections import deque
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,13 +31,14 @@ from control_plane.core.step_codec import decode_result, encode_step
 from control_plane.core.step_plan import StepPlan
 from control_plane.frontend.metrics import FrontendMetrics
 from control_plane.frontend.output_stream import RequestOutput
+from control_plane.frontend.packed_texts import PackedTexts
 from control_plane.frontend.request_intake import RequestIntake
-from control_plane.frontend.served_model import ServedModel
+from control_plane.frontend.served_model import load_served_model
+from load_tests.gateway_cost import VOCAB_SIZE, write_model
 from load_tests.workload import TokenIdSource
 
 CORE_PARTS = ("plan", "encode", "decode", "apply", "metrics")
 FRONTEND_PARTS = ("publish", "message")
-_VOCAB_SIZE = 32_000
 _BLOCK_SIZE = 16
 _STEPS_IN_FLIGHT = 2
 # Prompts differ in length by up to a block, so that rows do not all need a new block in the same step.
@@ -57,7 +61,7 @@ class _InProcessCore:
 
     def __init__(self, num_rows: int, max_model_len: int) -> None:
         blocks_per_row = -(-max_model_len // _BLOCK_SIZE) + 1
-        self.facts = ModelFacts("profiled", max_model_len, _VOCAB_SIZE, 20, True)
+        self.facts = ModelFacts("profiled", max_model_len, VOCAB_SIZE, 20, True)
         self.scheduler = Scheduler(
             SchedulerConfig(
                 first_block_id=1,
@@ -70,19 +74,18 @@ class _InProcessCore:
         self._registry = CollectorRegistry()
         self._metrics = CoreMetrics(self._registry).of_group(0)
         self.frontend_metrics = FrontendMetrics(self._registry)
-        self._sinks: dict[str, OutputSink] = {}
         self._in_flight: deque[tuple[StepPlan, float]] = deque()
         self._ready: list[RequestOutput] = []
+        self.packed = PackedTexts(self.frontend_metrics, lambda: None)
+        self.packed.is_wanted = True
         self._rng = np.random.default_rng(0)
 
     # ---- EngineClient ----
 
     def submit(self, request: CoreRequest, sink: OutputSink) -> None:
-        self.scheduler.add_request(request, time.monotonic())
-        self._sinks[request.request_id] = sink
+        self.scheduler.add_request(request, time.monotonic()).sink = sink
 
     def cancel(self, request_id: str) -> None:
-        self._sinks.pop(request_id, None)
         self.scheduler.cancel(request_id)
 
     def finish_sequence(self, request_id: str, index: int) -> None:
@@ -115,9 +118,13 @@ class _InProcessCore:
         marks.append(clock())
         if events is None:
             return
-        sinks = self._sinks
         for state, output in events.outputs:
-            sinks[state.request.request_id].on_output(output)
+            if state.sink is not None:
+                state.sink.on_output(output)
+        for sequence, token_id in zip(events.sequences, events.token_ids, strict=True):
+            sink = sequence.request.sink
+            if sink is not None:
+                sink.on_token(sequence.index, token_id)
         marks.append(clock())
         if next_plan is not None:
             self._metrics.note_plan(next_plan, now_s)
@@ -133,6 +140,7 @@ class _InProcessCore:
     def _message(self, now_s: float) -> None:
         """What a Session's writer does when it keeps up: one message a step."""
         message = pb.SessionResponse()
+        self.packed.take(message, now_s)
         ready, self._ready = self._ready, []
         for output in ready:
             tagged = message.responses.add()
@@ -148,7 +156,7 @@ class _InProcessCore:
             step_id=plan.step_id,
             rows=rows.tobytes(),
             offsets=np.arange(len(rows) + 1, dtype="<u4").tobytes(),
-            token_ids=self._rng.integers(0, _VOCAB_SIZE, len(rows)).astype("<u4").tobytes(),
+            token_ids=self._rng.integers(0, VOCAB_SIZE, len(rows)).astype("<u4").tobytes(),
         )
         return worker_pb2.RunStepsResponse(result=result).SerializeToString()
 
@@ -161,14 +169,17 @@ async def profile_steps(num_rows: int, num_steps: int, generated_before: int = 0
     num_idle = generated_before + num_rows * (_PROMPT_LEN + _BLOCK_SIZE) // 8192 + 8
     max_model_len = _PROMPT_LEN + _BLOCK_SIZE + num_idle + num_steps + 8
     core = _InProcessCore(num_rows, max_model_len)
-    intake = RequestIntake(core, ServedModel(), core.frontend_metrics)
-    ids = TokenIdSource(0, _VOCAB_SIZE)
+    with tempfile.TemporaryDirectory(prefix="stepwire-") as directory:
+        write_model(Path(directory))
+        model = load_served_model(Path(directory))
+    intake = RequestIntake(core, model, core.frontend_metrics)
+    ids = TokenIdSource(0, VOCAB_SIZE)
     for index in range(num_rows):
         request = pb.GenerateRequest(
             token_ids=pb.TokenIds(ids=ids.draw(_PROMPT_LEN + index % _BLOCK_SIZE)),
             stop=pb.StopConditions(max_tokens=num_idle + num_steps + 4, ignore_eos=True),
         )
-        await intake.submit(request, core.on_ready, tag=index + 1)
+        await intake.submit(request, core.on_ready, tag=index + 1, packed=core.packed)
     not_counted, times = PartTimes(), PartTimes()
     for _ in range(num_idle):
         core.step(not_counted)

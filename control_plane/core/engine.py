@@ -49,7 +49,7 @@ class GroupError(Exception):
 
 @dataclass(slots=True)
 class _OpenRequest:
-    sink: OutputSink
+    state: RequestState
     home: WorkerGroup
 
 
@@ -98,14 +98,16 @@ class Engine:
         needs = RequestNeeds(len(request.prompt_ids), request.num_sequences)
         hashes = self._prompt_hashes(request, groups)
         group = self._choose(needs, hashes, groups)
-        self._scheduler_of(group).add_request(request, time.monotonic(), hashes)
-        self._open[request.request_id] = _OpenRequest(sink, group)
+        state = self._scheduler_of(group).add_request(request, time.monotonic(), hashes)
+        state.sink = sink
+        self._open[request.request_id] = _OpenRequest(state, group)
         self._idle.clear()
         group.schedule_pump()
 
     def cancel(self, request_id: str) -> None:
         entry = self._open.pop(request_id, None)
         if entry is not None:
+            entry.state.sink = None
             self._scheduler_of(entry.home).cancel(request_id)
             self._metrics.cancellations.inc()
             entry.home.schedule_pump()
@@ -178,7 +180,9 @@ class Engine:
         entries, self._open = self._open, {}
         for request_id, entry in entries.items():
             self._scheduler_of(entry.home).cancel(request_id)
-            entry.sink.on_end(0, RequestFault("UNAVAILABLE", message, retryable=True))
+            sink, entry.state.sink = entry.state.sink, None
+            if sink is not None:
+                sink.on_end(0, RequestFault("UNAVAILABLE", message, retryable=True))
         self._note_idle()
 
     # ---- groups join, drain and leave ----
@@ -302,8 +306,9 @@ class Engine:
         """Names of the prompt's full blocks; none where there is nothing to choose."""
         hashes: list[BlockHash] = []
         if len(groups) > 1 and self._config.enable_prefix_caching:
+            root = root_hash(request.tenant, request.cache_salt)
             block_size = self._scheduler_of(groups[0]).config.block_size
-            extend_chain(hashes, root_hash(request.tenant, request.cache_salt), request.prompt_ids, block_size)
+            extend_chain(hashes, root, request.prompt_ids.tobytes(), block_size)
         return hashes
 
     def _choose(self, needs: RequestNeeds, hashes: list[BlockHash], groups: Sequence[WorkerGroup]) -> WorkerGroup:
@@ -395,26 +400,34 @@ class Engine:
                 self.publish(self._scheduler_of(entry.home).fail_sequence(sequence, fault))
 
     def publish(self, events: StepEvents) -> None:
-        entries = self._open
         for state, output in events.outputs:
-            entry = entries.get(state.request.request_id)
-            if entry is not None:
+            if state.sink is not None:
                 try:
-                    entry.sink.on_output(output)
+                    state.sink.on_output(output)
                 except Exception:
-                    self._give_up(state.request.request_id, entry.sink)
+                    self._give_up(state)
+        for sequence, token_id in zip(events.sequences, events.token_ids, strict=True):
+            sink = sequence.request.sink
+            if sink is not None:
+                try:
+                    sink.on_token(sequence.index, token_id)
+                except Exception:
+                    self._give_up(sequence.request)
         for state, fault in events.ended:
-            entry = entries.pop(state.request.request_id, None)
-            if entry is not None:
-                entry.sink.on_end(state.num_cached_tokens, fault)
+            sink, state.sink = state.sink, None
+            if sink is not None:
+                del self._open[state.request.request_id]
+                sink.on_end(state.num_cached_tokens, fault)
         if events.ended:
             self._note_idle()
 
-    def _give_up(self, request_id: str, sink: OutputSink) -> None:
+    def _give_up(self, state: RequestState) -> None:
         """One request's output went wrong: that ends this request and no other."""
+        request_id, sink = state.request.request_id, state.sink
         log.exception("an output could not be delivered", request_id=request_id)
         self.cancel(request_id)
-        sink.on_end(0, RequestFault("INTERNAL", "the output could not be delivered", retryable=False))
+        if sink is not None:
+            sink.on_end(0, RequestFault("INTERNAL", "the output could not be delivered", retryable=False))
 
     def _note_connections(self) -> None:
         if any(group.is_connected for group in self._groups):

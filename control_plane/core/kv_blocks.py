@@ -46,21 +46,22 @@ class BlockPool:
     def num_holders(self, block_id: int) -> int:
         return self._num_holders[block_id]
 
+    def take(self) -> int:
+        """A free block, with one holder. The caller has checked that there is one."""
+        if self._plain_free:
+            block_id = self._plain_free.pop()
+        else:
+            block_id, _ = self._cached_free.popitem(last=False)
+            self._cached[block_id] = 0
+            self._on_evict(block_id)
+        self._num_holders[block_id] = 1
+        return block_id
+
     def allocate(self, count: int) -> list[int]:
         """Take `count` free blocks, each with one holder. The caller has checked `num_free`."""
         if count > self.num_free:
             raise ValueError(f"{count} blocks wanted, {self.num_free} free")
-        block_ids = []
-        for _ in range(count):
-            if self._plain_free:
-                block_id = self._plain_free.pop()
-            else:
-                block_id, _ = self._cached_free.popitem(last=False)
-                self._cached[block_id] = 0
-                self._on_evict(block_id)
-            self._num_holders[block_id] = 1
-            block_ids.append(block_id)
-        return block_ids
+        return [self.take() for _ in range(count)]
 
     def retain(self, block_ids: Iterable[int]) -> None:
         """Add a holder to each block, reviving those that are free with cached content."""

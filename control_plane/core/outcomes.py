@@ -10,11 +10,9 @@ from control_plane.core.step_plan import ProtocolError, RowFailure, StepEvents, 
 
 def check_rows(plan: StepPlan, outcome: StepOutcome, failures: Mapping[int, RowFailure]) -> None:
     """Raise `ProtocolError` unless exactly the rows that sample gave a token, and those that pool a vector."""
-    rows: list[int] = []
-    pooled: list[int] = []
-    for sequence, row, sample in zip(plan.sequences, plan.rows, plan.samples, strict=True):
-        if sample and row not in failures:
-            (pooled if sequence.pools else rows).append(row)
+    rows, pooled = plan.drawing_rows, plan.pooling_rows
+    if failures:
+        rows, pooled = ([row for row in each if row not in failures] for each in (rows, pooled))
     if rows != outcome.rows:
         raise ProtocolError(
             f"step {plan.step_id} was to sample rows {rows[:8]}..., the worker sampled {outcome.rows[:8]}..."

@@ -114,12 +114,12 @@ class Placement:
             ]
         return True
 
-    def grow(self, sequence: SequenceState) -> list[int]:
+    def grow(self, sequence: SequenceState) -> int:
         """One more block at the end of the sequence's table; there must be a free one."""
-        block_ids = self._pool.allocate(1)
-        sequence.block_ids += block_ids
+        block_id = self._pool.take()
+        sequence.block_ids.append(block_id)
         sequence.capacity += self._block_size
-        return block_ids
+        return block_id
 
     def displace(self, sequence: SequenceState, last_step_in_flight: int | None) -> None:
         """Take the sequence's row and blocks away."""
@@ -173,7 +173,7 @@ class Placement:
         """Hash the sequence's known tokens at least up to its first `num_blocks` full blocks."""
         hashes, root = sequence.block_hashes, sequence.request.root_hash
         if root is not None and len(hashes) < num_blocks:
-            extend_chain(hashes, root, sequence.token_ids(len(hashes) * self._block_size), self._block_size)
+            extend_chain(hashes, root, sequence.token_bytes(len(hashes) * self._block_size), self._block_size)
 
     def check_integrity(self, running: Sequence[SequenceState]) -> None:
         """Raise if the books disagree with the sequences that run."""

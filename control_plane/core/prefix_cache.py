@@ -5,9 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
-
 BlockHash = bytes
 
 
@@ -20,17 +17,18 @@ def root_hash(tenant: str, cache_salt: str) -> BlockHash:
     return digest.digest()
 
 
-def extend_chain(hashes: list[BlockHash], root: BlockHash, token_ids: npt.NDArray[np.uint32], block_size: int) -> None:
-    """Append to `hashes` the hash of every full block of `token_ids`, which go on where the hashed blocks end.
+def extend_chain(hashes: list[BlockHash], root: BlockHash, token_bytes: bytes, block_size: int) -> None:
+    """Append to `hashes` the hash of every full block of `token_bytes`, which go on where the hashed blocks end.
+
+    `token_bytes` are token ids, four bytes each, little-endian.
 
     A block's hash is the sha256 of its predecessor's hash and its own token ids: it names the whole prefix, and nobody
     can make two prefixes collide on purpose.
     """
-    data = np.ascontiguousarray(token_ids, dtype="<u4").tobytes()
     num_bytes = block_size * 4
     previous = hashes[-1] if hashes else root
-    for start in range(0, len(data) - num_bytes + 1, num_bytes):
-        previous = hashlib.sha256(previous + data[start : start + num_bytes]).digest()
+    for start in range(0, len(token_bytes) - num_bytes + 1, num_bytes):
+        previous = hashlib.sha256(previous + token_bytes[start : start + num_bytes]).digest()
         hashes.append(previous)
 
 

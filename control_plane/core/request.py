@@ -173,6 +173,10 @@ class AdmissionError(Exception):
 class OutputSink(Protocol):
     """Where a request's outputs go. Called on the event loop, in order; must not block and must not raise."""
 
+    def on_token(self, index: int, token_id: int) -> None:
+        """A sequence got this token and goes on: `on_output` of nothing else, for which no object is made."""
+        ...
+
     def on_output(self, output: SequenceOutput) -> None: ...
 
     def on_end(self, num_cached_tokens: int, fault: RequestFault | None) -> None:

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count as counting_up
+from itertools import repeat
 from operator import attrgetter
 
 from control_plane.core.outcomes import check_rows, fault_of, take_prompt_logprobs
@@ -26,6 +27,7 @@ from control_plane.core.request import (
     FinishReason,
     RequestFault,
     SequenceOutput,
+    TokenLogprobs,
     VectorArray,
 )
 from control_plane.core.scheduler_config import SchedulerConfig, SchedulerCounters
@@ -197,10 +199,7 @@ class Scheduler:
         if not sequence.finished:
             output = SequenceOutput(sequence.index, [], 0, finish_reason=FinishReason.STOP)
             events.outputs.append((sequence.request, output))
-            self._end(sequence)
-            done = self._close_if_done(sequence.request)
-            if done is not None:
-                events.ended.append((done, None))
+            self._end_well(sequence, events)
         return events
 
     def fail_sequence(self, sequence: SequenceState, fault: RequestFault) -> StepEvents:
@@ -227,14 +226,8 @@ class Scheduler:
         budget = self.config.max_num_batched_tokens
         num_preemptions = self.counters.num_preemptions
 
-        prefills = []
-        for sequence in running:
-            if sequence.row == NO_ROW or not sequence.samples_left:
-                continue  # preempted a moment ago, or everything that it may generate is in flight
-            if sequence.num_total - sequence.num_computed > 1:
-                prefills.append(sequence)
-            elif budget and self._plan_decode(plan, sequence):
-                budget -= 1
+        prefills = self._plan_decodes(plan, running, budget)
+        budget -= plan.num_tokens
         if plan.rows and (prefills or (waiting and self._placement.has_free_row)):
             budget = min(budget, self._prompt_share(plan, prefills, waiting))
         for sequence in prefills:
@@ -264,11 +257,17 @@ class Scheduler:
         failures = {failure.row: failure for failure in outcome.failures}
         check_rows(plan, outcome, failures)
         self._in_flight.popleft()
-        self._retire(plan)
+        # The step's writes are done: deferred blocks are free, contents enter the prefix cache.
+        self._placement.retire(plan.step_id)
         events = StepEvents()
         if plan.prompt_logprob_runs:
             take_prompt_logprobs(plan, outcome, failures, events)
+        if len(plan.drawing) < len(plan.sequences):
+            self._take_prompt_parts(plan, failures)
         self._take_tokens(plan, outcome, failures, events)
+        for sequence, row in zip(plan.pooling, plan.pooling_rows, strict=True):
+            if row not in failures and not sequence.finished:
+                self._take_vector(sequence, outcome.vectors[row], events)
         if failures:
             for sequence, row in zip(plan.sequences, plan.rows, strict=True):
                 if row in failures and not sequence.finished:
@@ -371,29 +370,29 @@ class Scheduler:
         suspects = [sequence for sequence in self._marked if sequence.is_suspect]
         return min(suspects, key=_by_sort_key, default=None)
 
-    def _plan_decode(self, plan: StepPlan, sequence: SequenceState) -> bool:
-        """Run the sequence's newest token; False if there is no block for it in this step."""
-        new_block_ids: list[int] = []
-        if sequence.num_computed == sequence.capacity:
-            if not self._make_room(sequence):
-                return False
-            new_block_ids = self._placement.grow(sequence)
-        plan.add_run(sequence, 1, sample=True, new_block_ids=new_block_ids)
-        sequence.num_computed += 1
-        sequence.num_total += 1
-        sequence.samples_left -= 1
-        return True
+    def _plan_decodes(self, plan: StepPlan, running: Sequence[SequenceState], budget: int) -> list[SequenceState]:
+        """Run the newest token of all that wait for nothing else; returns those that have more to run."""
+        decodes: list[SequenceState] = []
+        prefills: list[SequenceState] = []
+        grown: dict[int, int] = {}
+        for sequence in running:
+            num_computed, num_total = sequence.num_computed, sequence.num_total
+            if num_total - num_computed > 1 or sequence.pools:
+                if sequence.row != NO_ROW and sequence.may_draw:  # neither preempted a moment ago nor at its end
+                    prefills.append(sequence)
+            elif num_total < sequence.max_total and len(decodes) < budget:
+                if num_computed == sequence.capacity:
+                    if not self._make_room(sequence):
+                        continue  # no block for it in this step
+                    grown[len(decodes)] = self._placement.grow(sequence)
+                decodes.append(sequence)
+        plan.add_decodes(decodes, grown)
+        return prefills
 
     def _plan_prefill(self, plan: StepPlan, sequence: SequenceState, budget: int) -> int:
         """Run as much of the sequence's prompt as the budget allows; its blocks are reserved already."""
-        num_left = sequence.num_total - sequence.num_computed
-        num_tokens = min(num_left, budget)
-        sample = num_tokens == num_left
-        plan.add_run(sequence, num_tokens, sample=sample)
-        sequence.num_computed += num_tokens
-        if sample:
-            sequence.num_total += 1
-            sequence.samples_left -= 1
+        num_tokens = min(sequence.num_total - sequence.num_computed, budget)
+        plan.add_prefill(sequence, num_tokens)
         return num_tokens
 
     def _plan_admissions(self, plan: StepPlan, waiting: list[SequenceState], budget: int, now: float) -> None:
@@ -464,65 +463,67 @@ class Scheduler:
 
     # ---- outcomes ----
 
-    def _retire(self, plan: StepPlan) -> None:
-        """The step's writes are done: contents enter the prefix cache, deferred blocks are free."""
-        for sequence, start, count in zip(plan.sequences, plan.start_positions, plan.num_run_tokens, strict=True):
-            if sequence.row != NO_ROW:
+    def _take_prompt_parts(self, plan: StepPlan, failures: Mapping[int, RowFailure]) -> None:
+        """Parts of prompts after which no token was drawn are computed."""
+        runs = zip(plan.sequences, plan.rows, plan.start_positions, plan.num_run_tokens, plan.samples, strict=True)
+        for sequence, row, start, count, sample in runs:
+            if (not sample or sequence.pools) and sequence.row != NO_ROW:
                 sequence.num_retired = start + count
-        self._placement.retire(plan.step_id)
+                if sequence.num_retired >= sequence.next_hash_at and row not in failures:
+                    self._placement.share_computed_blocks(sequence)
 
     def _take_tokens(
-        self, plan: StepPlan, outcome: StepOutcome, failures: dict[int, RowFailure], events: StepEvents
+        self, plan: StepPlan, outcome: StepOutcome, failures: Mapping[int, RowFailure], events: StepEvents
     ) -> None:
-        counters = self.counters
-        outputs = events.outputs
-        position = 0
-        for sequence, row, sample in zip(plan.sequences, plan.rows, plan.samples, strict=True):
-            if failures and row in failures:
-                continue
-            if not sample:
-                if sequence.num_retired >= sequence.next_hash_at:
-                    self._placement.share_computed_blocks(sequence)
-                continue
-            if sequence.pools:
-                if not sequence.finished:
-                    self._take_vector(sequence, outcome.vectors[row], events)
-                continue
-            token_id = outcome.token_ids[position]
-            logprob = outcome.logprobs[position] if outcome.logprobs else None
-            position += 1
+        """One token for each that drew one. The loop that every token passes: what is rare in it stands elsewhere."""
+        drawing = plan.drawing
+        if failures:
+            drawing = [each for each, row in zip(drawing, plan.drawing_rows, strict=True) if row not in failures]
+        num_discarded = 0
+        sequences, token_ids = events.sequences, events.token_ids
+        logprobs = outcome.logprobs or repeat(None, len(drawing))
+        for sequence, token_id, logprob in zip(drawing, outcome.token_ids, logprobs, strict=True):
             if sequence.finished:
-                counters.num_discarded_tokens += 1
+                num_discarded += 1
                 continue
-            sequence.output_ids.append(token_id)
-            counters.num_generated_tokens += 1
-            if sequence.num_retired >= sequence.next_hash_at:
+            output_ids = sequence.output_ids
+            output_ids.append(token_id)
+            num_known = sequence.num_prompt_tokens + len(output_ids)
+            # All that it knew before was run to draw this one.
+            sequence.num_retired = num_known - 1
+            if num_known > sequence.next_hash_at:
                 self._placement.share_computed_blocks(sequence)
-            output = SequenceOutput(sequence.index, [token_id], 1)
-            if logprob is not None:
-                output.logprobs = [logprob]
-            if token_id in sequence.stop_token_ids and self._may_stop(sequence):
-                output.token_ids = []
-                output.logprobs = None
-                output.finish_reason = FinishReason.STOP
-                output.stop_token_id = token_id
-            elif len(sequence.output_ids) == sequence.max_tokens:
-                output.finish_reason = FinishReason.LENGTH
-            outputs.append((sequence.request, output))
-            if output.finish_reason is not None:
-                self._end(sequence)
-                done = self._close_if_done(sequence.request)
-                if done is not None:
-                    events.ended.append((done, None))
+            if num_known == sequence.max_total or token_id in sequence.stop_token_ids or logprob is not None:
+                self._take_token(sequence, token_id, logprob, events)
+            else:
+                sequences.append(sequence)
+                token_ids.append(token_id)
+        self.counters.num_discarded_tokens += num_discarded
+        self.counters.num_generated_tokens += len(drawing) - num_discarded
+
+    def _take_token(
+        self, sequence: SequenceState, token_id: int, logprob: TokenLogprobs | None, events: StepEvents
+    ) -> None:
+        """A token of which more is to be said than its id, or that may be the last."""
+        output = SequenceOutput(sequence.index, [token_id], 1)
+        if logprob is not None:
+            output.logprobs = [logprob]
+        if token_id in sequence.stop_token_ids and self._may_stop(sequence):
+            output.token_ids = []
+            output.logprobs = None
+            output.finish_reason = FinishReason.STOP
+            output.stop_token_id = token_id
+        elif sequence.num_known == sequence.max_total:
+            output.finish_reason = FinishReason.LENGTH
+        events.outputs.append((sequence.request, output))
+        if output.finish_reason is not None:
+            self._end_well(sequence, events)
 
     def _take_vector(self, sequence: SequenceState, vector: VectorArray, events: StepEvents) -> None:
         """A request that pools is over with its prompt."""
         output = SequenceOutput(sequence.index, [], 0, finish_reason=FinishReason.STOP, vector=vector)
         events.outputs.append((sequence.request, output))
-        self._end(sequence)
-        done = self._close_if_done(sequence.request)
-        if done is not None:
-            events.ended.append((done, None))
+        self._end_well(sequence, events)
 
     def _may_stop(self, sequence: SequenceState) -> bool:
         return len(sequence.output_ids) > sequence.request.request.min_tokens
@@ -540,6 +541,12 @@ class Scheduler:
         for sequence in state.sequences:
             self._end(sequence)
         events.ended.append((state, fault))
+
+    def _end_well(self, sequence: SequenceState, events: StepEvents) -> None:
+        self._end(sequence)
+        done = self._close_if_done(sequence.request)
+        if done is not None:
+            events.ended.append((done, None))
 
     def _close_if_done(self, state: RequestState) -> RequestState | None:
         if state.num_unfinished:

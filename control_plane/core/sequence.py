@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
+from array import array
 
 from control_plane.core.prefix_cache import BlockHash
-from control_plane.core.request import CoreRequest, TokenIdArray
+from control_plane.core.request import CoreRequest, OutputSink
 
 NO_ROW = -1
 # A count of tokens that no sequence reaches.
@@ -27,12 +27,15 @@ class RequestState:
         "request",
         "root_hash",
         "sequences",
+        "sink",
     )
 
     def __init__(self, request: CoreRequest, arrival: int, arrival_s: float, root_hash: BlockHash | None) -> None:
         self.request = request
         self.arrival = arrival  # position in the order of arrivals
         self.arrival_s = arrival_s
+        # The engine's: where its outputs go; None once nothing more is to come out.
+        self.sink: OutputSink | None = None
         self.first_planned_s: float | None = None
         # Where the prefix chain starts; None if this request neither uses the cache nor forks.
         self.root_hash = root_hash
@@ -59,7 +62,7 @@ class SequenceState:
         "index",
         "last_step_id",
         "matcher",
-        "max_tokens",
+        "max_total",
         "next_hash_at",
         "num_computed",
         "num_losses",
@@ -73,7 +76,6 @@ class SequenceState:
         "progress_mark",
         "request",
         "row",
-        "samples_left",
         "sort_key",
         "stop_token_ids",
     )
@@ -82,7 +84,8 @@ class SequenceState:
         self.request = request
         self.index = index
         self.num_prompt_tokens = len(request.request.prompt_ids)
-        self.max_tokens = request.request.max_tokens
+        # `num_total` when it has been promised all the tokens that it may generate.
+        self.max_total = self.num_prompt_tokens + request.request.max_tokens
         self.stop_token_ids = request.request.stop_token_ids
         self.output_ids: list[int] = []
         self.finished = False
@@ -114,12 +117,16 @@ class SequenceState:
         self.num_total = self.num_prompt_tokens + len(self.output_ids)
         self.num_computed = 0  # planned or done
         self.num_retired = 0  # done
-        self.samples_left = self.max_tokens - len(self.output_ids)
         self.next_hash_at = NEVER  # num_retired at which the next block of ours can enter the prefix cache
         self.computing: list[BlockHash] = []  # hashes that others may wait for
         self.last_step_id = 0  # the last step that it was planned into
         # Placed to compute its prompt from the first token on, with logprobs.
         self.asks_prompt_logprobs = False
+
+    @property
+    def may_draw(self) -> bool:
+        """Whether it may generate more than it has and what is in flight."""
+        return self.num_total < self.max_total
 
     @property
     def is_suspect(self) -> bool:
@@ -129,13 +136,12 @@ class SequenceState:
     def num_known(self) -> int:
         return self.num_prompt_tokens + len(self.output_ids)
 
-    def token_ids(self, start: int = 0) -> TokenIdArray:
-        """Known token ids from position `start` on, prompt then output. [num_known - start]
+    def token_bytes(self, start: int = 0) -> bytes:
+        """Known token ids from position `start` on, prompt then output: four bytes each, little-endian.
 
         Costs what it returns, not what came before: a running sequence asks for its newest block only.
         """
-        output_ids = np.array(self.output_ids[max(0, start - self.num_prompt_tokens) :], dtype=np.uint32)
+        output_bytes = array("I", self.output_ids[max(0, start - self.num_prompt_tokens) :]).tobytes()
         if start >= self.num_prompt_tokens:
-            return output_ids
-        prompt_ids = self.request.request.prompt_ids[start:]
-        return np.concatenate([prompt_ids, output_ids]) if len(output_ids) else prompt_ids
+            return output_bytes
+        return self.request.request.prompt_ids[start:].tobytes() + output_bytes

@@ -19,9 +19,9 @@ def rows_in_turn(
     if num_stages == 1:
         return list(running)
     recent = list(in_flight)[1 - num_stages :]
-    decodes = [sequence for sequence in running if sequence.samples_left and _waits_for_token(sequence)]
+    decodes = [sequence for sequence in running if sequence.may_draw and _waits_for_token(sequence)]
     is_decode = set(decodes)
-    others = [sequence for sequence in running if sequence.samples_left and sequence not in is_decode]
+    others = [sequence for sequence in running if sequence.may_draw and sequence not in is_decode]
     rested = _without_sampling_in(recent, decodes)
     while recent and not rested and not others:
         # Nobody else is there: better a stage that waits a little than one that has nothing.

@@ -23,6 +23,11 @@ def _pack(values: Sequence[int]) -> bytes:
     return array("I", values).tobytes()  # native order is little-endian on every machine that runs this
 
 
+def _unpack(data: bytes) -> list[int]:
+    """Raises `ValueError` if it is not made of whole words. Not by numpy, whose machinery costs more than 256 words."""
+    return array("I", data).tolist()
+
+
 def encode_step(plan: StepPlan, buckets: Sequence[int]) -> worker_pb2.RunStepsRequest:
     """`buckets` are the worker's, ascending; the step is padded to the smallest that holds it."""
     step = worker_pb2.StepBatch(
@@ -67,7 +72,7 @@ def _encode_start(start: RowStart) -> worker_pb2.RowAdd:
     pooling = sequence.request.request.pooling
     add = worker_pb2.RowAdd(
         row=start.row,
-        token_ids=sequence.token_ids().astype(_UINT32, copy=False).tobytes(),
+        token_ids=sequence.token_bytes(),
         num_prompt_tokens=sequence.num_prompt_tokens,
         num_computed_tokens=start.num_computed_tokens,
         block_ids=_pack(start.block_ids),
@@ -116,12 +121,12 @@ def decode_result(result: worker_pb2.StepResult, plan: StepPlan) -> StepOutcome:
     if result.step_id != plan.step_id:
         raise ProtocolError(f"the worker answered step {result.step_id}, expected {plan.step_id}")
     try:
-        rows = np.frombuffer(result.rows, _UINT32).tolist()
-        offsets = np.frombuffer(result.offsets, _UINT32)
-        token_ids = np.frombuffer(result.token_ids, _UINT32).tolist()
+        rows = _unpack(result.rows)
+        offsets = _unpack(result.offsets)
+        token_ids = _unpack(result.token_ids)
     except ValueError as error:
         raise ProtocolError(f"step {plan.step_id}: an array is not made of whole 32-bit words") from error
-    if len(offsets) != len(rows) + 1 or len(token_ids) != len(rows) or (np.diff(offsets) != 1).any():
+    if offsets != list(range(len(rows) + 1)) or len(token_ids) != len(rows):
         raise ProtocolError(
             f"step {plan.step_id}: {len(rows)} rows, {len(offsets)} offsets and "
             f"{len(token_ids)} tokens; one token a row is expected"

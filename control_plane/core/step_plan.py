@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from control_plane.core.request import PromptLogprobs, RequestFault, SequenceOutput, TokenLogprobs, VectorArray
@@ -45,28 +45,71 @@ class StepPlan:
     samples: list[bool] = field(default_factory=list)
     num_new_blocks: list[int] = field(default_factory=list)
     new_block_ids: list[int] = field(default_factory=list)
+    # Those of `sequences` that draw a token, and their rows; and those whose vector is wanted.
+    drawing: list[SequenceState] = field(default_factory=list)
+    drawing_rows: list[int] = field(default_factory=list)
+    pooling: list[SequenceState] = field(default_factory=list)
+    pooling_rows: list[int] = field(default_factory=list)
     # Those of `sequences` that sample under a mask.
     masked: list[SequenceState] = field(default_factory=list)
     # Their rows in this step: a sequence may have lost its own by the time the mask is made.
     mask_rows: list[int] = field(default_factory=list)
     prompt_logprob_runs: list[PromptLogprobRun] = field(default_factory=list)
 
-    def add_run(
-        self, sequence: SequenceState, num_tokens: int, *, sample: bool, new_block_ids: Sequence[int] = ()
-    ) -> None:
+    def add_decodes(self, sequences: Sequence[SequenceState], grown: Mapping[int, int]) -> None:
+        """Each runs its newest token and draws the next. `grown`: index in `sequences` -> the block that it got.
+
+        Columns are made one at a time: this is every row of most steps.
+        """
+        step_id, count = self.step_id, len(sequences)
+        rows = [sequence.row for sequence in sequences]
+        num_new_blocks = [0] * count
+        for index, block_id in grown.items():
+            num_new_blocks[index] = 1
+            self.new_block_ids.append(block_id)
+        self.sequences += sequences
+        self.rows += rows
+        self.start_positions += [sequence.num_computed for sequence in sequences]
+        self.num_run_tokens += [1] * count
+        self.samples += [True] * count
+        self.num_new_blocks += num_new_blocks
+        self.num_tokens += count
+        self.drawing += sequences
+        self.drawing_rows += rows
+        for sequence in sequences:
+            sequence.last_step_id = step_id
+            sequence.num_computed += 1
+            sequence.num_total += 1
+            if sequence.matcher is not None:
+                self.masked.append(sequence)
+                self.mask_rows.append(sequence.row)
+
+    def add_prefill(self, sequence: SequenceState, num_tokens: int) -> None:
+        """It runs so much of its prompt, and gives something if that is all that was left."""
+        sample = sequence.num_computed + num_tokens == sequence.num_total
         sequence.last_step_id = self.step_id
         self.sequences.append(sequence)
         self.rows.append(sequence.row)
         self.start_positions.append(sequence.num_computed)
         self.num_run_tokens.append(num_tokens)
         self.samples.append(sample)
-        self.num_new_blocks.append(len(new_block_ids))
-        if new_block_ids:
-            self.new_block_ids.extend(new_block_ids)
+        self.num_new_blocks.append(0)
         self.num_tokens += num_tokens
         if sequence.asks_prompt_logprobs:
             self._add_prompt_logprobs(sequence, num_tokens)
-        if sample and sequence.matcher is not None:
+        sequence.num_computed += num_tokens
+        if sample:
+            sequence.num_total += 1
+            self._add_sample(sequence)
+
+    def _add_sample(self, sequence: SequenceState) -> None:
+        if sequence.pools:
+            self.pooling.append(sequence)
+            self.pooling_rows.append(sequence.row)
+            return
+        self.drawing.append(sequence)
+        self.drawing_rows.append(sequence.row)
+        if sequence.matcher is not None:
             self.masked.append(sequence)
             self.mask_rows.append(sequence.row)
 
@@ -105,6 +148,9 @@ class StepEvents:
     """What a step means to the outside."""
 
     outputs: list[tuple[RequestState, SequenceOutput]] = field(default_factory=list)
+    # Then, and most of it: sequences that got one token each and go on, nothing else being to be said of it.
+    sequences: list[SequenceState] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
     # Requests whose last sequence has ended, with the fault that ended them if one did.
     ended: list[tuple[RequestState, RequestFault | None]] = field(default_factory=list)
 

@@ -1,7 +1,7 @@
 """One worker group: its scheduler, its step stream, and the steps in flight between the two.
 
 Everything runs on one event loop and nothing here blocks. The order within a turn is chosen for the worker: when a
-result comes, the next step is planned and sent first, and only then are the outputs handed on.
+result comes, the next step is planned and sent first, and only then, in the next turn, are the outputs handed on.
 """
 
 from __future__ import annotations
@@ -96,6 +96,7 @@ class WorkerGroup:
         self._steps = steps
         self._link: WorkerLink | None = None
         self._in_flight: deque[_StepInFlight] = deque()
+        self._unpublished: deque[StepEvents] = deque()
         self._buckets: list[int] = []
         self._deadline = StepDeadline(config.step_timeout_s)
         self._pump_scheduled = False
@@ -164,6 +165,7 @@ class WorkerGroup:
 
     def leave(self) -> None:
         """Give the worker up without blaming anybody: every sequence waits again, for another group to take."""
+        self._publish()
         self._is_connected = False
         self.is_draining = True
         self._link = None
@@ -184,6 +186,7 @@ class WorkerGroup:
         self.trouble = reason
         self._log.error("worker lost", reason=reason, num_requests=self.num_requests)
         events = self.scheduler.worker_lost() if self.scheduler is not None else StepEvents()
+        self._publish()
         self._host.on_lost(self, events)
 
     # ---- the step loop ----
@@ -228,6 +231,7 @@ class WorkerGroup:
         if link is self._link:
             link.send(encode_mask(filled.step_id, filled.rows, filled.bitmask))
         if filled.over or filled.failed:
+            self._publish()  # their last tokens come before their ends
             self._host.on_masks(filled)
             self.schedule_pump()
 
@@ -245,9 +249,16 @@ class WorkerGroup:
         now = time.monotonic()
         self._deadline.note(step.plan.num_tokens, now - step.sent_s)
         self._pump()
-        self._host.publish(events)
+        # In a turn of its own, so that the link's writer has its own before: the worker waits for the step.
+        self._unpublished.append(events)
+        asyncio.get_running_loop().call_soon(self._publish)
         self.metrics.note_result(result.timings, now - step.sent_s)
         self._steps.note(step.plan, result.timings, now - step.sent_s, self.scheduler, self.number)
+
+    def _publish(self) -> None:
+        """Hand on what has come, in order."""
+        while self._unpublished:
+            self._host.publish(self._unpublished.popleft())
 
     async def _watch(self) -> None:
         """A hung worker is a dead worker; and an idle moment is one to check the books in."""

@@ -32,6 +32,10 @@ class Detokenizer(Protocol):
         """The text that these tokens complete; what may still change is held back."""
         ...
 
+    def push_token(self, token_id: int) -> str:
+        """`push` of one."""
+        ...
+
     def finish(self) -> str:
         """What was held back; the sequence has ended."""
         ...
@@ -132,11 +136,14 @@ class _ByteLevelDetokenizer:
         self._inside_character = False
 
     def push(self, token_ids: Sequence[int]) -> str:
-        if not self._inside_character and len(token_ids) == 1:
-            text = self._whole[token_ids[0]]
+        return self._push_bytes(b"".join([self._bytes[token_id] for token_id in token_ids]))
+
+    def push_token(self, token_id: int) -> str:
+        if not self._inside_character:
+            text = self._whole[token_id]
             if text is not None:
                 return text
-        return self._push_bytes(b"".join([self._bytes[token_id] for token_id in token_ids]))
+        return self._push_bytes(self._bytes[token_id])
 
     def _push_bytes(self, data: bytes) -> str:
         decoder = self._decoder
@@ -244,6 +251,9 @@ class _SentencePieceDetokenizer:
             text += self._end_byte_run() + piece if self._byte_run else piece  # type: ignore[operator]
         return self._strip(text) if self._num_to_strip else text
 
+    def push_token(self, token_id: int) -> str:
+        return self.push((token_id,))
+
     def finish(self) -> str:
         return self._strip(self._end_byte_run())
 
@@ -297,9 +307,9 @@ class _WindowDetokenizer:
         self._num_shown = 0
 
     def push(self, token_ids: Sequence[int]) -> str:
-        return "".join([self._push_one(token_id) for token_id in token_ids])
+        return "".join([self.push_token(token_id) for token_id in token_ids])
 
-    def _push_one(self, token_id: int) -> str:
+    def push_token(self, token_id: int) -> str:
         if self._pieces.spelling(token_id, self._skip) is None:
             return ""
         self._window.append(token_id)

@@ -21,6 +21,7 @@ from control_plane.core.request import (
 from control_plane.frontend.detokenizer import Detokenization, Detokenizer
 from control_plane.frontend.errors import RequestRefused, to_request_error
 from control_plane.frontend.metrics import FrontendMetrics
+from control_plane.frontend.packed_texts import PackedTexts, TextColumns
 from control_plane.frontend.parsers.scanner import IncrementalParser
 from control_plane.frontend.prompt_output import PromptAssembly, add_top, no_bytes
 from control_plane.frontend.request_builder import BuiltRequest
@@ -88,18 +89,21 @@ class RequestOutput:
     __slots__ = (
         "_arrival_s",
         "_built",
+        "_columns",
         "_detokenization",
         "_engine",
         "_error",
+        "_has_begun",
         "_has_ended",
         "_is_accepted_sent",
-        "_is_plain",
         "_is_ready",
         "_metrics",
         "_num_cached_tokens",
         "_num_reasoning_tokens",
-        "_num_tokens",
         "_on_ready",
+        "_packed",
+        "_place",
+        "_plain",
         "_prompt",
         "_sequences",
         "is_closed",
@@ -117,7 +121,9 @@ class RequestOutput:
         *,
         arrival_s: float,
         tag: int = 0,
+        packed: PackedTexts | None = None,
     ) -> None:
+        """`packed`: where a Session packs texts."""
         self.tag = tag
         # Whether its messages may be large.
         self.sends_logprobs = built.output.sends_logprobs or built.core.sampling.num_prompt_logprobs is not None
@@ -133,23 +139,27 @@ class RequestOutput:
         self._is_accepted_sent = False
         self._has_ended = False
         self._error: RequestRefused | None = None
-        self._num_tokens = 0
+        self._has_begun = False
         self._num_reasoning_tokens = 0
         self._num_cached_tokens = 0
         self._prompt = None if built.output.prompt is None else PromptAssembly(built, detokenization)
         self._sequences = [self._start_sequence() for _ in range(built.core.num_sequences)]
-        # One sequence, of which nothing but its text is wanted and to which nothing is done: most are.
-        self._is_plain = self._is_only_text(built)
+        # The one sequence of a request of which nothing but its text, or its ids, is wanted: most are.
+        self._plain = self._sequences[0] if self._is_plain(built) else None
+        self._packed = packed
+        # Where its newest text is, once it goes that way.
+        self._columns: TextColumns | None = None
+        self._place = 0
 
-    def _is_only_text(self, built: BuiltRequest) -> bool:
+    def _is_plain(self, built: BuiltRequest) -> bool:
         plan, first = built.output, self._sequences[0]
         return (
             len(self._sequences) == 1
-            and first.detokenizer is not None
+            and plan.sends_token_ids == (first.detokenizer is None)
             and first.matcher is None
             and first.parser is None
             and self._prompt is None
-            and not (plan.sends_token_ids or self.sends_logprobs or plan.generates_nothing)
+            and not (self.sends_logprobs or plan.generates_nothing)
         )
 
     @property
@@ -174,19 +184,63 @@ class RequestOutput:
         self._metrics.num_running_requests += 1
         self._notify()
 
+    def on_token(self, index: int, token_id: int) -> None:
+        sequence = self._plain
+        if sequence is None:
+            self.on_output(SequenceOutput(index, [token_id], 1))
+            return
+        if self._has_ended:
+            return
+        sequence.num_tokens += 1
+        sequence.num_new += 1
+        if sequence.detokenizer is None:
+            sequence.token_ids.append(token_id)
+        else:
+            text = sequence.detokenizer.push_token(token_id)
+            if not text:
+                return
+            packed = self._packed
+            if packed is not None and packed.is_wanted and self._is_accepted_sent:
+                self._pack(sequence, text, packed)
+                return
+            sequence.texts.append(text)
+        sequence.has_news = True
+        if not self._is_ready:
+            self._notify()
+
+    def _pack(self, sequence: _SequenceStream, text: str, packed: PackedTexts) -> None:
+        """Put the text into the Session's next message, behind what waits there of this request."""
+        num_new, sequence.num_new = sequence.num_new, 0
+        columns = self._columns
+        if columns is packed.columns:
+            columns.texts[self._place] += text
+            columns.num_tokens[self._place] += num_new
+        else:
+            last_s = columns.taken_s if columns is not None else sequence.last_taken_s
+            self._columns = packed.columns
+            self._place = packed.add(self.tag, text, num_new, last_s or -self._arrival_s)
+
+    def _unpack(self) -> None:
+        """Take back the text that waits to be packed: it goes with what else there is to say."""
+        columns, packed = self._columns, self._packed
+        if columns is None or packed is None:
+            return
+        self._columns = None
+        sequence = self._sequences[0]
+        if columns is packed.columns:
+            text, num_tokens, since_s = packed.withdraw(self._place)
+            sequence.texts.append(text)
+            sequence.num_new += num_tokens
+            sequence.last_taken_s = max(since_s, 0.0)
+            sequence.has_news = True
+        else:
+            sequence.last_taken_s = columns.taken_s
+
     def on_output(self, output: SequenceOutput) -> None:
         sequence = self._sequences[output.index]
         if sequence.has_ended or self._has_ended:
             return
-        if self._is_plain and output.finish_reason is None and sequence.detokenizer is not None:
-            text = sequence.detokenizer.push(output.token_ids)
-            sequence.num_new += output.num_tokens
-            if text:
-                sequence.texts.append(text)
-                sequence.has_news = True
-                if not self._is_ready:
-                    self._notify()
-            return
+        self._unpack()
         if output.prompt_logprobs is not None and self._prompt is not None:
             self._prompt.add(output.prompt_logprobs)
             if self._prompt.is_complete:
@@ -291,6 +345,7 @@ class RequestOutput:
         if self.is_closed:
             return
         self.is_closed = True
+        self._unpack()
         if not self._has_ended:
             self._has_ended = True
             self._engine.cancel(self.request_id)
@@ -300,6 +355,7 @@ class RequestOutput:
     def _end(self, error: RequestRefused | None, num_cached_tokens: int) -> None:
         if self._has_ended:
             return
+        self._unpack()
         self._has_ended = True
         self._error = error
         self._num_cached_tokens = num_cached_tokens
@@ -317,21 +373,6 @@ class RequestOutput:
         self._on_ready(self)
 
     # ---- out ----
-
-    def take_text(self, texts: list[str], now_s: float) -> int:
-        """Append the text that has come, if that is all there is to say; its tokens, or 0: `take` has it all."""
-        if not self._is_plain or self._has_ended or not self._is_accepted_sent:
-            return 0
-        sequence = self._sequences[0]
-        num_new, parts = sequence.num_new, sequence.texts
-        if not num_new or not parts or sequence.finish_reason is not None:
-            return 0
-        self._is_ready = sequence.has_news = False
-        texts.append(parts[0] if len(parts) == 1 else "".join(parts))
-        parts.clear()
-        sequence.num_new = 0
-        self._observe(sequence, num_new, now_s)
-        return num_new
 
     def take(self, response: pb.GenerateResponse, now_s: float) -> None:
         """Move everything that has come into one message; sets `is_closed` with the last one."""
@@ -399,10 +440,10 @@ class RequestOutput:
         metrics = self._metrics
         if sequence.last_taken_s:
             metrics.inter_token_latency.observe((now_s - sequence.last_taken_s) / num_new, num_new)
-        elif not self._num_tokens:
+        elif not self._has_begun:
             metrics.time_to_first_token.observe(now_s - self._arrival_s)
         sequence.last_taken_s = now_s
-        self._num_tokens += num_new
+        self._has_begun = True
 
     def _take_end(self, response: pb.GenerateResponse, now_s: float) -> None:
         metrics = self._metrics
@@ -411,13 +452,14 @@ class RequestOutput:
             metrics.count_end(self._error.code)
             return
         num_prompt_tokens = len(self._built.core.prompt_ids)
+        num_tokens = sum(sequence.num_tokens for sequence in self._sequences)
         usage = response.usage
         usage.num_prompt_tokens = num_prompt_tokens
-        usage.num_completion_tokens = self._num_tokens
+        usage.num_completion_tokens = num_tokens
         usage.num_cached_tokens = self._num_cached_tokens
         usage.num_reasoning_tokens = self._num_reasoning_tokens
         reasons = {sequence.finish_reason for sequence in self._sequences}
         metrics.count_end("OK", "length" if FinishReason.LENGTH in reasons else "stop")
         metrics.e2e_latency.observe(now_s - self._arrival_s)
         metrics.prompt_tokens_of_request.observe(num_prompt_tokens)
-        metrics.generation_tokens_of_request.observe(self._num_tokens)
+        metrics.generation_tokens_of_request.observe(num_tokens)

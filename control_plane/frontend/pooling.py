@@ -53,6 +53,9 @@ class _VectorSink:
         self.done: asyncio.Future[VectorArray] = asyncio.get_running_loop().create_future()
         self._vector: VectorArray | None = None
 
+    def on_token(self, index: int, token_id: int) -> None:
+        """Never: nothing is drawn."""
+
     def on_output(self, output: SequenceOutput) -> None:
         self._vector = output.vector
 

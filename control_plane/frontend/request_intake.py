@@ -14,6 +14,7 @@ from control_plane.frontend.detokenizer import Detokenization
 from control_plane.frontend.errors import RequestRefused, internal_error
 from control_plane.frontend.metrics import FrontendMetrics
 from control_plane.frontend.output_stream import RequestOutput
+from control_plane.frontend.packed_texts import PackedTexts
 from control_plane.frontend.request_builder import BuiltRequest, RequestBuilder, from_admission
 from control_plane.frontend.served_model import ServedModel
 
@@ -47,7 +48,12 @@ class RequestIntake:
             raise RequestRefused.from_admission(error) from error
 
     async def submit(
-        self, request: pb.GenerateRequest, on_ready: Callable[[RequestOutput], None], *, tag: int = 0
+        self,
+        request: pb.GenerateRequest,
+        on_ready: Callable[[RequestOutput], None],
+        *,
+        tag: int = 0,
+        packed: PackedTexts | None = None,
     ) -> RequestOutput:
         """Check, tokenize and queue a request; its outputs go to the mailbox that is returned.
 
@@ -56,7 +62,7 @@ class RequestIntake:
         """
         arrival_s = time.monotonic()
         try:
-            return await self._submit(request, on_ready, arrival_s, tag)
+            return await self._submit(request, on_ready, arrival_s, tag, packed)
         except RequestRefused as error:
             self.metrics.count_end(error.code)
             raise
@@ -72,7 +78,12 @@ class RequestIntake:
         return None if self.model.tokenizer is None else self.model.tokenizer.detokenization
 
     async def _submit(
-        self, request: pb.GenerateRequest, on_ready: Callable[[RequestOutput], None], arrival_s: float, tag: int
+        self,
+        request: pb.GenerateRequest,
+        on_ready: Callable[[RequestOutput], None],
+        arrival_s: float,
+        tag: int,
+        packed: PackedTexts | None,
     ) -> RequestOutput:
         facts = self.facts()
         with self.preparing():
@@ -85,6 +96,7 @@ class RequestIntake:
             on_ready,
             arrival_s=arrival_s,
             tag=tag,
+            packed=packed,
         )
         try:
             self.engine.submit(built.core, output)

@@ -19,6 +19,7 @@ from stepwire.v1 import inference_pb2 as pb
 
 from control_plane.frontend.errors import RequestRefused, Violation, deadline_exceeded, to_request_error
 from control_plane.frontend.output_stream import RequestOutput
+from control_plane.frontend.packed_texts import PackedTexts
 from control_plane.frontend.request_intake import RequestIntake
 
 log = structlog.get_logger(__name__)
@@ -51,7 +52,7 @@ class SessionStream:
         self._ready: list[RequestOutput] = []
         self._refused: list[tuple[int, RequestRefused]] = []
         self._wake = asyncio.Event()
-        self._packs_texts = False
+        self._packed = PackedTexts(intake.metrics, self._wake.set)
         self._max_outstanding = 0  # 0: no limit
         self._num_outstanding = 0
 
@@ -65,7 +66,7 @@ class SessionStream:
             while True:
                 await self._wake.wait()
                 self._wake.clear()
-                while (self._ready or self._refused) and self._may_write():
+                while (self._ready or self._refused or self._packed.columns.tags) and self._may_write():
                     self._num_outstanding += 1
                     await self._context.write(self._collect())
                 if reader.done():
@@ -90,7 +91,7 @@ class SessionStream:
                     self._num_outstanding -= 1
                     self._wake.set()
                 case "options":
-                    self._packs_texts = message.options.packed_texts
+                    self._packed.is_wanted = message.options.packed_texts
                     self._max_outstanding = message.options.max_outstanding_messages
                 case _:
                     description = "is missing: give generate, cancel, options or receipt"
@@ -117,7 +118,7 @@ class SessionStream:
     async def _submit(self, tag: int, entry: _Entry, generate: pb.SessionGenerate) -> None:
         try:
             with traced(generate.traceparent or self._traceparent):
-                entry.output = await self._intake.submit(generate.request, self._on_ready, tag=tag)
+                entry.output = await self._intake.submit(generate.request, self._on_ready, tag=tag, packed=self._packed)
         except RequestRefused as error:
             self._forget(tag)
             self._refuse(tag, error)
@@ -170,16 +171,10 @@ class SessionStream:
         self._refused.clear()
         ready, self._ready = self._ready, []
         now_s = time.monotonic()
+        self._packed.take(message, now_s)
         num_bytes = 0
-        tags: list[int] = []
-        texts: list[str] = []
-        counts: list[int] = []
         for position, output in enumerate(ready, 1):
             if output.is_closed:  # cancelled since it became ready
-                continue
-            if self._packs_texts and (num_tokens := output.take_text(texts, now_s)):
-                tags.append(output.tag)
-                counts.append(num_tokens)
                 continue
             tagged = add()
             tagged.tag = output.tag
@@ -191,8 +186,4 @@ class SessionStream:
                 if num_bytes > _MESSAGE_BYTES:
                     self._ready = ready[position:]
                     break
-        if tags:
-            message.texts.tags.extend(tags)
-            message.texts.texts.extend(texts)
-            message.texts.num_tokens.extend(counts)
         return message

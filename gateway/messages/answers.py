@@ -113,6 +113,9 @@ class MessageEvents:
         self.num_events += 1
         return b"event: error\ndata: " + orjson.dumps(message_error(error)) + b"\n\n"
 
+    def render_text(self, text: str, num_tokens: int) -> bytes:
+        return self.render((SequenceUpdate(0, [text], num_tokens),))
+
     async def settle(self) -> None:
         """Nothing is kept of these."""
 

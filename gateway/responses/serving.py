@@ -274,6 +274,9 @@ class _StoringEvents:
         self._keeping = self._serving.keep_later(self._body, self._output.answer, self._items)
         return events
 
+    def render_text(self, text: str, num_tokens: int) -> bytes:
+        return self._output.render((SequenceUpdate(0, [text], num_tokens),))
+
     async def settle(self) -> None:
         if self._keeping is not None:
             await asyncio.wait([self._keeping])

@@ -29,6 +29,9 @@ class Sink:
         self.fails_at = fails_at
         self.end: asyncio.Future[RequestFault | None] = asyncio.get_running_loop().create_future()
 
+    def on_token(self, index: int, token_id: int) -> None:
+        self.on_output(SequenceOutput(index, [token_id], 1))
+
     def on_output(self, output: SequenceOutput) -> None:
         if len(self.token_ids) == self.fails_at:
             raise RuntimeError("planted")

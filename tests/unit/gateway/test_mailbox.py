@@ -42,22 +42,45 @@ async def test_updates_of_a_sequence_are_merged_until_taken() -> None:
     assert (update.index, update.text) == (1, "y")
 
 
-@given(st.lists(st.tuples(st.integers(0, 2), st.text(max_size=3), st.booleans()), max_size=30))
-def test_no_text_is_lost_or_reordered_however_it_is_taken(script: list[tuple[int, str, bool]]) -> None:
+Script = list[tuple[int, str, bool, str]]
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2), st.text(max_size=3), st.booleans(), st.sampled_from(["", "text", "updates"])),
+        max_size=30,
+    ),
+    st.booleans(),
+)
+def test_no_text_is_lost_or_reordered_however_it_comes_and_is_taken(script: Script, stream: bool) -> None:
     async def run() -> None:
-        mailbox = Mailbox(1, 3, stream=True)
+        mailbox = Mailbox(1, 3, stream=stream)
         expected, got = ["", "", ""], ["", "", ""]
-        for index, text, take_now in script:
-            mailbox.put(0, delta(index, text))
+        num_tokens = 0
+
+        def take_updates() -> None:
+            nonlocal num_tokens
+            for update in mailbox.take_updates():
+                got[update.index] += update.text
+                num_tokens += update.num_tokens
+
+        for index, text, alone, taken in script:
             expected[index] += text
-            if take_now:
-                for update in mailbox.take_updates():
-                    got[update.index] += update.text
+            if alone and text and not index:
+                mailbox.put_text(0, text, 1)
+            else:
+                mailbox.put(0, delta(index, text))
+            if taken == "text":
+                part, count = mailbox.take_text()
+                got[0] += part
+                num_tokens += count
+            if taken == "updates":
+                take_updates()
         assert mailbox.put(0, usage())
-        for update in mailbox.take_updates():
-            got[update.index] += update.text
+        take_updates()
         assert got == expected
-        assert mailbox.ended
+        assert num_tokens == len(script)
+        assert mailbox.ended and mailbox.take_text() == ("", 0)
 
     asyncio.run(run())
 

@@ -80,6 +80,18 @@ def test_completion_order() -> None:
     assert all(each["object"] == "text_completion" for each in parsed)
 
 
+@pytest.mark.parametrize(
+    "fields", [{}, {"include_usage": True}, {"include_usage": True, "continuous_usage": True}, {"num_top_logprobs": 1}]
+)
+@pytest.mark.parametrize("kind", [ChatChunks, lambda shape: CompletionChunks(shape, 1)])
+def test_text_alone_is_written_as_an_update_of_it_is(kind: Any, fields: dict[str, Any]) -> None:
+    short, long = kind(shape(**fields)), kind(shape(**fields))
+    for text in ("a", 'é"\n', "b"):
+        assert short.render_text(text, 2) == long.render([update(text=text, num_tokens=2)])
+    assert short.render([update(finish_reason="stop")]) == long.render([update(finish_reason="stop")])
+    assert short.num_events == long.num_events
+
+
 def test_usage_comes_last_alone_and_is_null_before() -> None:
     for chunks in (ChatChunks(shape(include_usage=True)), CompletionChunks(shape(include_usage=True), 1)):
         parsed = events(chunks.render([update(text="a", finish_reason="stop")]) + chunks.end(USAGE))

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 
-from control_plane.core.request import CoreRequest, SamplingParams
+from control_plane.core.request import CoreRequest, SamplingParams, SequenceOutput
 from control_plane.core.scheduler import Scheduler
+from control_plane.core.sequence import RequestState, SequenceState
 from control_plane.core.step_plan import StepEvents, StepOutcome, StepPlan
 
 
@@ -15,6 +17,17 @@ def make_request(number: int, prompt: int | list[int] = 3, max_tokens: int = 4, 
     """Request `r<number>`; `prompt` is a length (ids then differ from request to request) or the ids."""
     ids = prompt if isinstance(prompt, list) else [1000 * number + position for position in range(prompt)]
     return CoreRequest(f"r{number}", np.array(ids, np.uint32), SamplingParams(), max_tokens=max_tokens, **fields)  # type: ignore[arg-type]
+
+
+def outputs_of(events: StepEvents) -> Iterator[tuple[RequestState, SequenceOutput]]:
+    """All that came out, in the order in which the engine tells it."""
+    yield from events.outputs
+    for sequence, token_id in zip(events.sequences, events.token_ids, strict=True):
+        yield sequence.request, SequenceOutput(sequence.index, [token_id], 1)
+
+
+def known_ids(sequence: SequenceState) -> list[int]:
+    return list(array("I", sequence.token_bytes()))
 
 
 class Driver:

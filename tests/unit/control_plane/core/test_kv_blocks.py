@@ -98,7 +98,7 @@ def test_equal_hashes_mean_equal_prefixes(tokens: list[int], other: list[int], c
         hashes: list[bytes] = []
         for step in range(1, steps + 1):
             known = ids[len(hashes) * block_size : len(ids) * step // steps]
-            extend_chain(hashes, root, np.array(known, np.uint32), block_size)
+            extend_chain(hashes, root, np.array(known, np.uint32).tobytes(), block_size)
         return hashes
 
     first, second = chain(tokens), chain(other)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from control_plane.core.scheduler import Scheduler
 from control_plane.core.scheduler_config import SchedulerConfig
-from tests.unit.control_plane.core.conftest import Driver, make_request
+from tests.unit.control_plane.core.conftest import Driver, make_request, outputs_of
 
 
 def scheduler_of(num_stages: int, num_rows: int, budget: int = 4096) -> Scheduler:
@@ -53,7 +53,7 @@ def test_all_get_all_their_tokens_at_any_depth(num_stages: int, num_rows: int, d
     driver = Driver(scheduler, depth=depth)
     outputs: Counter[str] = Counter()
     for events in driver.run():
-        for state, output in events.outputs:
+        for state, output in outputs_of(events):
             outputs[state.request.request_id] += len(output.token_ids)
     assert set(outputs.values()) == {5} and len(outputs) == num_rows
 

@@ -13,7 +13,7 @@ from control_plane.core.scheduler import Scheduler
 from control_plane.core.scheduler_config import SchedulerConfig
 from control_plane.core.step_plan import ProtocolError, RowFailure, StepOutcome, StepPlan
 
-from .conftest import Driver, make_request
+from .conftest import Driver, known_ids, make_request, outputs_of
 
 
 def config(**fields: object) -> SchedulerConfig:
@@ -58,7 +58,7 @@ def test_generated_tokens_are_cached_for_the_next_turn_of_a_conversation() -> No
     driver = Driver(Scheduler(config()))
     state = driver.scheduler.add_request(make_request(0, 6, max_tokens=11), 0.0)
     driver.run()
-    history = state.sequences[0].token_ids().tolist()
+    history = known_ids(state.sequences[0])
     driver.scheduler.add_request(make_request(1, [*history, 9], max_tokens=1), 0.0)
     driver.run()
     # Of 6 + 11 tokens the last was never run: 16 computed, 4 full blocks.
@@ -97,7 +97,7 @@ def test_nothing_is_run_past_max_tokens() -> None:
 def test_a_stop_token_is_noticed_late_and_what_follows_is_thrown_away() -> None:
     driver = Driver(Scheduler(config()), depth=2)
     driver.scheduler.add_request(make_request(0, 5, max_tokens=50, stop_token_ids=frozenset({5})), 0.0)
-    outputs = [output for events in driver.run() for _, output in events.outputs]
+    outputs = [output for events in driver.run() for _, output in outputs_of(events)]
     assert [(output.token_ids, output.num_tokens, output.finish_reason) for output in outputs] == [
         ([], 1, FinishReason.STOP)
     ]
@@ -107,7 +107,7 @@ def test_a_stop_token_is_noticed_late_and_what_follows_is_thrown_away() -> None:
 def test_min_tokens_outlasts_stop_tokens() -> None:
     driver = Driver(Scheduler(config()))
     driver.scheduler.add_request(make_request(0, 5, max_tokens=9, min_tokens=3, stop_token_ids=frozenset({5})), 0.0)
-    outputs = [output for events in driver.run() for _, output in events.outputs]
+    outputs = [output for events in driver.run() for _, output in outputs_of(events)]
     assert [output.token_ids for output in outputs] == [[5], [5], [5], []]
 
 
@@ -206,7 +206,7 @@ def test_a_resumed_sequence_is_added_with_all_its_tokens() -> None:
     driver.lose_worker()
     plan = driver.scheduler.plan(0.0)
     assert plan is not None and plan.step_id == 1 and plan.drop_rows == []
-    assert plan.starts[0].sequence.token_ids().tolist() == [0, 1, 2, 3, 4, 5, 5, 5]
+    assert known_ids(plan.starts[0].sequence) == [0, 1, 2, 3, 4, 5, 5, 5]
     assert plan.starts[0].num_computed_tokens == 0 and plan.num_run_tokens == [8]
 
 

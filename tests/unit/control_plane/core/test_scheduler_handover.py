@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from control_plane.core.prefix_cache import extend_chain, root_hash
-from control_plane.core.request import FinishReason
+from control_plane.core.request import FinishReason, TokenIdArray
 from control_plane.core.scheduler import Scheduler
 from control_plane.core.scheduler_config import SchedulerConfig
-from control_plane.core.step_plan import StepPlan
+from control_plane.core.step_plan import StepEvents, StepPlan
 
-from .conftest import Driver, make_request
+from .conftest import Driver, make_request, outputs_of
 
 CONFIG = SchedulerConfig(first_block_id=1, num_blocks=40, block_size=4, max_num_seqs=4, max_num_batched_tokens=16)
 
@@ -117,7 +117,7 @@ def test_vacating_blames_nobody() -> None:
         giver.scheduler.vacate()
     assert not giver.scheduler.num_suspects
     assert hand_over(giver, taker) == 1
-    assert sum(len(events.outputs) for events in taker.run()) == 9
+    assert sum(len(list(outputs_of(events))) for events in taker.run()) == 9
 
 
 def test_cached_and_awaited_blocks_count_for_the_router() -> None:
@@ -136,9 +136,9 @@ def test_cached_and_awaited_blocks_count_for_the_router() -> None:
     assert scheduler.num_blank_blocks < scheduler.num_usable_blocks
 
 
-def extend_chain_of(prompt_ids: object) -> list[bytes]:
+def extend_chain_of(prompt_ids: TokenIdArray) -> list[bytes]:
     hashes: list[bytes] = []
-    extend_chain(hashes, root_hash("", ""), prompt_ids, CONFIG.block_size)  # type: ignore[arg-type]
+    extend_chain(hashes, root_hash("", ""), prompt_ids.tobytes(), CONFIG.block_size)
     return hashes
 
 
@@ -172,11 +172,11 @@ def test_whatever_happens_every_request_says_what_it_would_have_said(
     home: dict[str, Driver] = {}
     wanted: dict[str, range] = {}
 
-    def take(events: object) -> None:
-        for state, output in events.outputs:  # type: ignore[attr-defined]
+    def take(events: StepEvents) -> None:
+        for state, output in outputs_of(events):
             key = (state.request.request_id, output.index)
             said.setdefault(key, []).extend(output.token_ids)
-        for state, fault in events.ended:  # type: ignore[attr-defined]
+        for state, fault in events.ended:
             assert state.request.request_id not in ends, "one end each"
             assert fault is None or "lost" in fault.message
             ends[state.request.request_id] = fault  # type: ignore[assignment]

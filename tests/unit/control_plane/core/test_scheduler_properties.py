@@ -21,6 +21,8 @@ from control_plane.core.scheduler import Scheduler
 from control_plane.core.scheduler_config import SchedulerConfig
 from control_plane.core.step_plan import StepEvents, StepOutcome, StepPlan
 
+from .conftest import known_ids, outputs_of
+
 VOCAB = 50
 EOS = 7
 
@@ -58,7 +60,7 @@ class OracleWorker:
             del self.rows[row]
         for start in plan.starts:
             assert start.row not in self.rows and 0 <= start.row < config.max_num_seqs
-            tokens = start.sequence.token_ids().tolist()
+            tokens = known_ids(start.sequence)
             assert start.num_computed_tokens < len(tokens)
             request = start.sequence.request.request
             self.rows[start.row] = OracleRow(
@@ -130,7 +132,7 @@ class Client:
     prompts: dict[str, list[float]] = field(default_factory=dict)
 
     def take(self, events: StepEvents) -> None:
-        for state, output in events.outputs:
+        for state, output in outputs_of(events):
             key = (state.request.request_id, output.index)
             assert key not in self.reasons, "output after the end"
             self.tokens.setdefault(key, []).extend(output.token_ids)

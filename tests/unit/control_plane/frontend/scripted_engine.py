@@ -67,8 +67,12 @@ class ScriptedEngine:
         logprobs: list[TokenLogprobs] | None = None,
     ) -> None:
         num_tokens = len(token_ids) + (stop_token_id is not None)
-        output = SequenceOutput(index, list(token_ids), num_tokens, logprobs, finish, stop_token_id)
-        self.sinks[request_id or self.only()].on_output(output)
+        sink = self.sinks[request_id or self.only()]
+        if finish is None and logprobs is None:
+            for token_id in token_ids:
+                sink.on_token(index, token_id)
+            return
+        sink.on_output(SequenceOutput(index, list(token_ids), num_tokens, logprobs, finish, stop_token_id))
 
     def prompt_logprobs(self, part: PromptLogprobs) -> None:
         self.sinks[self.only()].on_output(SequenceOutput(0, [], 0, prompt_logprobs=part))
