@@ -36,6 +36,8 @@ CREATE TABLE IF NOT EXISTS batch_cancels (id TEXT PRIMARY KEY, at_s REAL NOT NUL
 """
 # How long a writer waits for another process's write.
 _BUSY_LIMIT_S = 10.0
+# With less than this on a disk it may be that which keeps the directory from being used.
+_FULL_BYTES = 1 << 20
 
 
 class StoreError(Exception):
@@ -69,7 +71,9 @@ class Store:
                 f"--data-dir {self.directory} is in use by another gateway: give each a directory of its own"
             ) from error
         except (OSError, sqlite3.Error) as error:
-            raise StoreError(f"--data-dir {self.directory} cannot be used: {error}") from error
+            raise StoreError(
+                f"--data-dir {self.directory} cannot be used: {error}{_space_left(self.directory)}"
+            ) from error
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
 
     @property
@@ -86,6 +90,13 @@ class Store:
         self._lock.close()
         if self._is_temporary:
             shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _space_left(directory: Path) -> str:
+    """SQLite calls a full disk an I/O error."""
+    there = next((path for path in (directory, *directory.parents) if path.exists()), None)
+    free = _FULL_BYTES if there is None else shutil.disk_usage(there).free
+    return "" if free >= _FULL_BYTES else f" ({free} bytes are free there)"
 
 
 def _add_missing_columns(connection: sqlite3.Connection) -> None:

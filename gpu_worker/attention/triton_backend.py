@@ -199,7 +199,7 @@ class TritonAttention(PlannedAttention):
     ) -> None:
         self._keys = [cache[0] for cache in kv_caches]
         self._values = [cache[1] for cache in kv_caches]
-        self._prefill_tuning = default_prefill_tuning(spec.head_dim, kv_caches[0].shape[3], kv_caches[0].dtype)
+        self._prefill_tuning = default_prefill_tuning(spec.head_dim, kv_caches[0].dtype, kv_caches[0].device)
         super().__init__(
             spec,
             kv_caches,

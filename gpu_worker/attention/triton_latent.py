@@ -41,7 +41,7 @@ class TritonLatentAttention(PlannedAttention):
         if spec.value_dim is None:
             raise ValueError("keys are no values here: TritonAttention serves this model")
         self._kv_rank, self._num_heads = spec.value_dim, spec.num_heads
-        self._prefill_tuning = default_latent_prefill_tuning(dtype)
+        self._prefill_tuning = default_latent_prefill_tuning(dtype, kv_caches[0].device)
         super().__init__(
             spec,
             kv_caches,

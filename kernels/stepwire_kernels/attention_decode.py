@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
+from stepwire_kernels.device_limits import num_multiprocessors
 from stepwire_kernels.work_list import WorkList
 
 LOG2_E = 1.4426950408889634
@@ -285,13 +286,6 @@ def check_attention_inputs(name: str, q: torch.Tensor, k_cache: torch.Tensor, v_
         raise ValueError(f"{name}: block size {block_size} must be a power of two, 16 or more; change --block-size")
     if q.stride(2) != 1 or q.stride(1) != head_dim or not (k_cache.is_contiguous() and v_cache.is_contiguous()):
         raise ValueError(f"{name}: q's heads and the caches must be contiguous")
-
-
-def num_multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 2 elsewhere, where the interpreter runs the programs one after another."""
-    if device.type != "cuda":
-        return 2
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def decode_attention(

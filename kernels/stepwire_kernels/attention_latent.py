@@ -23,8 +23,9 @@ import torch
 import triton
 import triton.language as tl
 
-from stepwire_kernels.attention_decode import LOG2_E, DecodeWorkspace, combine_chunks, num_multiprocessors
+from stepwire_kernels.attention_decode import LOG2_E, DecodeWorkspace, combine_chunks
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
+from stepwire_kernels.device_limits import is_roomy, num_multiprocessors
 from stepwire_kernels.work_list import ChunkPolicy, WorkList
 
 # Beyond this the accumulator of a tile does not fit the registers.
@@ -275,9 +276,9 @@ def _check(name: str, q: torch.Tensor, cache: torch.Tensor, out: torch.Tensor) -
         raise ValueError(f"{name}: the heads of q and out and the cache must be contiguous")
 
 
-def default_latent_decode_tuning(num_heads: int, dtype: torch.dtype) -> LatentTuning:
+def default_latent_decode_tuning(num_heads: int, dtype: torch.dtype, device: torch.device) -> LatentTuning:
     """The launch shape of decode; to be measured: `python -m load_tests.kernels.sweep latent`."""
-    rows = min(64, max(16, triton.next_power_of_2(num_heads)))
+    rows = min(64 if is_roomy(device) else 32, max(16, triton.next_power_of_2(num_heads)))
     if dtype == torch.float32:
         return LatentTuning(16, 16, 4, 1, 1)
     if rows < 64:
@@ -295,9 +296,11 @@ def latent_chunk_policy(max_runs: int, num_heads: int) -> ChunkPolicy:
     return ChunkPolicy(min_chunk=128, max_chunks=min(64, max(4, triton.next_power_of_2(chunks + 1) // 2)))
 
 
-def default_latent_prefill_tuning(dtype: torch.dtype) -> LatentTuning:
+def default_latent_prefill_tuning(dtype: torch.dtype, device: torch.device) -> LatentTuning:
     """The launch shape of prefill; to be measured: `python -m load_tests.kernels.sweep latent`."""
-    return LatentTuning(16, 16, 4, 1, 1) if dtype == torch.float32 else LatentTuning(64, 64, 8, 2, 1)
+    if dtype == torch.float32:
+        return LatentTuning(16, 16, 4, 1, 1)
+    return LatentTuning(64, 64, 8, 2, 1) if is_roomy(device) else LatentTuning(32, 32, 4, 2, 1)
 
 
 def latent_tile_tokens(num_heads: int, tuning: LatentTuning) -> int:
@@ -328,7 +331,7 @@ def latent_decode_attention(
     _check("latent_decode_attention", q, cache, out)
     num_heads, kv_rank = out.shape[1:]
     rope_dim = q.shape[2] - kv_rank
-    tuning = tuning or default_latent_decode_tuning(num_heads, q.dtype)
+    tuning = tuning or default_latent_decode_tuning(num_heads, q.dtype, q.device)
     _decode_kernel[(num_multiprocessors(q.device) * tuning.programs_per_sm,)](
         q,
         cache,
@@ -383,7 +386,7 @@ def latent_prefill_attention(
     _check("latent_prefill_attention", q, cache, out)
     num_heads, kv_rank = out.shape[1:]
     rope_dim = q.shape[2] - kv_rank
-    tuning = tuning or default_latent_prefill_tuning(q.dtype)
+    tuning = tuning or default_latent_prefill_tuning(q.dtype, q.device)
     heads_each = min(num_heads, tuning.block_rows)
     _prefill_kernel[(triton.cdiv(num_heads, heads_each), work.capacity)](
         q,

@@ -16,7 +16,7 @@ Source: Dao, "FlashAttention-2", 2023.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -25,6 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stepwire_kernels.attention_decode import LOG2_E, check_attention_inputs, soft_cap_scores
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
+from stepwire_kernels.device_limits import is_roomy
 from stepwire_kernels.work_list import WorkList
 
 
@@ -270,7 +271,7 @@ def prefill_attention(
     check_attention_inputs("prefill_attention", q, k_cache, v_cache)
     _, num_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
-    tuning = tuning or default_prefill_tuning(head_dim, block_size, k_cache.dtype)
+    tuning = tuning or default_prefill_tuning(head_dim, k_cache.dtype, q.device)
     use_descriptors = (
         tuning.use_descriptors and block_size % tuning.tile_tokens == 0 and _has_tensor_copy(q.device)
         # A descriptor's rows are addressed with 32 bits.
@@ -311,10 +312,14 @@ def prefill_attention(
     return out
 
 
-def default_prefill_tuning(head_dim: int, block_size: int, cache_dtype: torch.dtype) -> PrefillTuning:
-    """The tile shape measured best on an H200 for this head dimension and cache dtype."""
+def default_prefill_tuning(head_dim: int, cache_dtype: torch.dtype, device: torch.device) -> PrefillTuning:
+    """The tile shape measured best on an H200 for this head dimension and cache dtype, or one that fits."""
     if cache_dtype == torch.float32:
         return PrefillTuning(block_rows=64, tile_tokens=32, num_warps=4, num_stages=1, use_descriptors=False)
+    if not is_roomy(device):
+        # A loop over descriptors holds a tile more than one over pointers.
+        small = PrefillTuning(use_descriptors=False)
+        return replace(small, tile_tokens=32, num_stages=2) if head_dim > 128 else small
     if head_dim > 128:
         return PrefillTuning(block_rows=128, tile_tokens=64, num_warps=8, num_stages=2)
     return PrefillTuning()

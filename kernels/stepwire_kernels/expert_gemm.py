@@ -27,6 +27,7 @@ import triton.language as tl
 
 from stepwire_kernels.activation import Activation, activate
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
+from stepwire_kernels.device_limits import stages_that_fit
 from stepwire_kernels.expert_tiles import ExpertTiles
 
 
@@ -38,6 +39,10 @@ class TileTuning:
     block_k: int = 128
     num_warps: int = 4
     num_stages: int = 3
+
+    def stage_bytes(self, tile_rows: int, num_weights: int, element_size: int) -> int:
+        """What one iteration multiplies: a tile of inputs, and one of each of the weights."""
+        return (tile_rows + num_weights * self.block_n) * self.block_k * element_size
 
 
 @triton.jit
@@ -215,7 +220,9 @@ def expert_gate_up(
         BLOCK_M=tiles.tile_rows,
         BLOCK_N=tuning.block_n,
         BLOCK_K=tuning.block_k,
-        NUM_STAGES=tuning.num_stages,
+        NUM_STAGES=stages_that_fit(
+            tuning.num_stages, tuning.stage_bytes(tiles.tile_rows, 2, x.element_size()), x.device
+        ),
         USE_PDL=pdl,
         num_warps=tuning.num_warps,
         **launch_options(pdl),
@@ -254,7 +261,9 @@ def expert_down(
         BLOCK_M=tiles.tile_rows,
         BLOCK_N=tuning.block_n,
         BLOCK_K=tuning.block_k,
-        NUM_STAGES=tuning.num_stages,
+        NUM_STAGES=stages_that_fit(
+            tuning.num_stages, tuning.stage_bytes(tiles.tile_rows, 1, inner.element_size()), inner.device
+        ),
         USE_PDL=pdl,
         num_warps=tuning.num_warps,
         **launch_options(pdl),

@@ -116,7 +116,7 @@ def bench_prefill(report: Report) -> None:
         ([1024] * 8, [1024] * 8), ([2048], [16384]),
     ):  # fmt: skip
         case = paged(LLAMA_8B, queries, lens, num_caches=2)
-        tuning = default_prefill_tuning(128, 64, BF16)
+        tuning = default_prefill_tuning(128, BF16, torch.device("cuda"))
         work = case.prefill_work(prefill_tile_tokens(32, 8, tuning))
         launches = [
             lambda c=c, case=case, work=work, tuning=tuning: prefill_attention(

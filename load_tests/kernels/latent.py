@@ -89,5 +89,6 @@ def bench_latent(report: Report) -> None:
             report.add("latent_decode", f"{heads.name} b{batch} ctx{context}", ms, num_bytes=case.kv_bytes / 2)
     for length in (1024, 8192):
         case = paged(LITE, [length], [length], num_caches=2)
-        ms = time_graph(prefill_launches(LITE, case, default_latent_prefill_tuning(torch.bfloat16)))
+        tuning = default_latent_prefill_tuning(torch.bfloat16, case.q.device)
+        ms = time_graph(prefill_launches(LITE, case, tuning))
         report.add("latent_prefill", f"{LITE.name} 1 x {length}", ms, flop=prefill_flop(LITE, length))

@@ -9,6 +9,9 @@ import structlog
 
 from stepwire.process.settings import ProcessSettings
 
+# They tell of themselves, at the end of a process, what says nothing of it.
+_QUIET_LOGGERS = ("torch._subclasses.fake_tensor",)
+
 
 def set_up_logging(settings: ProcessSettings) -> None:
     processors: list[structlog.typing.Processor] = [
@@ -33,6 +36,8 @@ def set_up_logging(settings: ProcessSettings) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter)
     logging.basicConfig(handlers=[handler], level=settings.log_level.upper(), force=True)
+    for name in _QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.WARNING)
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,

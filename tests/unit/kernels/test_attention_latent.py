@@ -60,7 +60,7 @@ def run_prefill(
     case: PagedCase, kv_rank: int, *, tuning: LatentTuning | None = None, min_queries: int = 1, **options: float
 ) -> torch.Tensor:
     device, (num_tokens, num_heads, _) = str(case.q.device), case.q.shape
-    tuning = tuning or default_latent_prefill_tuning(case.q.dtype)
+    tuning = tuning or default_latent_prefill_tuning(case.q.dtype, case.q.device)
     tile_tokens = latent_tile_tokens(num_heads, tuning)
     work = work_list.allocate_prefill_list(case.kv_lens.numel(), num_tokens, tile_tokens, device)
     work_list.build_prefill_list(

@@ -21,7 +21,7 @@ def run_prefill(
 ) -> torch.Tensor:
     device = str(case.q.device)
     num_heads, num_kv_heads, head_dim = case.q.shape[1], case.k_cache.shape[1], case.q.shape[2]
-    used = tuning or default_prefill_tuning(head_dim, case.k_cache.shape[2], case.k_cache.dtype)
+    used = tuning or default_prefill_tuning(head_dim, case.k_cache.dtype, case.q.device)
     tile_tokens = prefill_tile_tokens(num_heads, num_kv_heads, used)
     work = work_list.allocate_prefill_list(case.kv_lens.numel(), case.q.shape[0], tile_tokens, device)
     work_list.build_prefill_list(
