@@ -131,7 +131,7 @@ def _middleware(settings: GatewaySettings, lifecycle: Lifecycle, metrics: Gatewa
             Middleware(
                 CORSMiddleware,
                 allow_origins=settings.cors_origins,
-                allow_methods=["GET", "POST"],
+                allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["*"],
                 expose_headers=["x-request-id", "retry-after"],
             )

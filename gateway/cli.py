@@ -3,6 +3,7 @@ ask a running server."""
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import os
 import sys
@@ -53,7 +54,9 @@ def main() -> int:
     if word in ("--help", "-h", "help"):
         print(_usage())
         return 0
-    print(f"stepwire: there is no command {word!r}\n\n{_usage()}", file=sys.stderr)
+    near = difflib.get_close_matches(word, ["serve", *_PROCESSES, *_COMMANDS], n=1)
+    meant = f": did you mean {near[0]}?" if near else ""
+    print(f"stepwire: there is no command {word!r}{meant} (stepwire --help lists them)", file=sys.stderr)
     return 2
 
 

@@ -169,7 +169,9 @@ class ControlPlaneClient:
 
     async def detokenize(self, model: str, token_ids: Sequence[int]) -> str:
         request = inference_pb2.DetokenizeRequest(model=model, token_ids=token_ids)
-        response: inference_pb2.DetokenizeResponse = await self._unary(self._stub.Detokenize, request)
+        response: inference_pb2.DetokenizeResponse = await self._unary(
+            self._stub.Detokenize, request, {"token_ids": "tokens"}
+        )
         return response.text
 
     async def embed(
@@ -219,11 +221,16 @@ class ControlPlaneClient:
             return False
         return True
 
-    async def _unary(self, method: Callable[..., Awaitable[_Response]], request: Any) -> _Response:
+    async def _unary(
+        self,
+        method: Callable[..., Awaitable[_Response]],
+        request: Any,
+        renames: Mapping[str, str] | None = None,
+    ) -> _Response:
         try:
             return await method(request, timeout=UNARY_TIMEOUT_S, metadata=self._traced_metadata())
         except grpc.aio.AioRpcError as error:
-            raise errors.from_rpc_error(error) from error
+            raise errors.from_rpc_error(error, renames) from error
 
     def _traced_metadata(self) -> tuple[tuple[str, str], ...]:
         traceparent = current_traceparent()

@@ -23,8 +23,21 @@ def body_schema(schema: type[BaseModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": reference}}}}
 
 
-def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": ErrorAnswer} for status in statuses}
+def error_responses(*statuses: int, model: type[BaseModel] = ErrorAnswer) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": model} for status in statuses}
+
+
+def _without_422(document: dict[str, Any]) -> None:
+    """The framework's own answer to a wrong parameter, which is OpenAI's 400 here."""
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            responses = operation["responses"]
+            if responses.pop("422", None) is not None:
+                schema = {"$ref": _REFERENCE.format(model=ErrorAnswer.__name__)}
+                answer = {"description": "Bad Request", "content": {"application/json": {"schema": schema}}}
+                responses.setdefault("400", answer)
+    for name in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(name, None)
 
 
 def describe(app: FastAPI) -> dict[str, Any]:
@@ -36,5 +49,6 @@ def describe(app: FastAPI) -> dict[str, Any]:
             ref_template=_REFERENCE,
         )
         document["components"]["schemas"].update(bodies["$defs"])
+        _without_422(document)
         app.openapi_schema = document
     return app.openapi_schema

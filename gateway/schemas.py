@@ -241,7 +241,7 @@ class ChatCompletionBody(GenerationBody):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: only allowed when logprobs is true")
         if self.continue_final_message and self.add_generation_prompt:
             raise ValueError("continue_final_message: cannot be true together with add_generation_prompt")

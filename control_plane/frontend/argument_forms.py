@@ -1,7 +1,7 @@
-"""Grammars of a call's arguments, by the form in which a model writes them: JSON, Qwen3-Coder's XML, Python's.
+"""Grammars of a call's arguments, by the form in which a model writes them: here JSON and tags.
 
 Each form turns a tool's JSON Schema into a Lark expression and the rules that it needs, so that what its parser makes
-of the text is a value of the schema. In XML and Python a property that the schema does not name is only written where
+of the text is a value of the schema. In all but JSON a property that the schema does not name is only written where
 the schema speaks of such, or names none.
 """
 
@@ -9,52 +9,45 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from control_plane.frontend import grammar
 from control_plane.frontend.grammar import GrammarError, quoted
-from control_plane.frontend.parsers.argument_types import (
-    Written,
-    properties_of,
-    resolved,
-    top_level,
-    type_of,
-    written_as,
-)
-from control_plane.frontend.text_constraints import REFUSED, check_disjoint, text_terminal
+from control_plane.frontend.parsers.argument_types import Written, properties_of, top_level, written_as
+from control_plane.frontend.parsers.tagged_calls import Tags
+from control_plane.frontend.text_constraints import REFUSED, text_terminal
 
-# (schema text, a prefix for the names of rules) -> an expression of Lark, and rules on the lines after it.
-ArgumentForm = Callable[[str, str], str]
+# A text as an expression of Lark, in which special tokens stand for themselves.
+Literal = Callable[[str], str]
+# (schema text, a prefix for the names of rules, literal) -> an expression of Lark, and rules on the lines after it.
+ArgumentForm = Callable[[str, str, Literal], str]
 
 # Of the arguments as a whole: what these forms do not hold.
-_OF_OBJECTS = frozenset({"anyOf", "oneOf", "allOf", "patternProperties", "minProperties", "maxProperties", "enum"})
-_OF_OBJECTS |= {"propertyNames", "dependentRequired", "dependentSchemas", "unevaluatedProperties", "const"} | REFUSED
-_OF_ARRAYS = REFUSED | {"prefixItems", "contains", "uniqueItems", "unevaluatedItems"}
-_OF_NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
-_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_BLANKS = r"/[ \n]{1,4}/"
-_MAX_RULES = 2000
+OF_OBJECTS = frozenset({"anyOf", "oneOf", "allOf", "patternProperties", "minProperties", "maxProperties", "enum"})
+OF_OBJECTS |= {"propertyNames", "dependentRequired", "dependentSchemas", "unevaluatedProperties", "const"} | REFUSED
+OF_ARRAYS = REFUSED | {"prefixItems", "contains", "uniqueItems", "unevaluatedItems"}
+OF_NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 
 
-def json_arguments(schema: str, prefix: str) -> str:
+def json_arguments(schema: str, prefix: str, literal: Literal = quoted) -> str:
     return grammar.json_rule(schema)
 
 
-def _parsed(schema: str) -> dict[str, Any]:
+def parsed_schema(schema: str) -> dict[str, Any]:
     parsed = json.loads(grammar.checked_schema(schema))
     return parsed if isinstance(parsed, dict) else {}
 
 
-def _check(schema: Mapping[str, Any], refused: frozenset[str]) -> None:
+def check_keywords(schema: Mapping[str, Any], refused: frozenset[str]) -> None:
     found = sorted(refused & set(schema))
     if found:
         raise GrammarError(f"{found[0]!r} cannot be held in the form in which this model writes calls")
 
 
-def _names(schema: Mapping[str, Any]) -> tuple[dict[str, Any], frozenset[str]]:
+def names_of(schema: Mapping[str, Any]) -> tuple[dict[str, Any], frozenset[str]]:
     """(properties, the required ones among them) of an object."""
-    _check(schema, _OF_OBJECTS)
+    check_keywords(schema, OF_OBJECTS)
     required = schema.get("required")
     needed = [key for key in required if isinstance(key, str)] if isinstance(required, list) else []
     properties = dict(properties_of(schema))
@@ -63,50 +56,76 @@ def _names(schema: Mapping[str, Any]) -> tuple[dict[str, Any], frozenset[str]]:
     return properties, frozenset(needed)
 
 
-def _further(schema: Mapping[str, Any], properties: Mapping[str, Any]) -> Any:
+def further_of(schema: Mapping[str, Any], properties: Mapping[str, Any]) -> Any:
     """The schema of properties that have no name; False: there are none."""
     return schema.get("additionalProperties", not properties)
 
 
-# ---- XML ----
+# ---- tags ----
 
 
-def xml_arguments(schema: str, prefix: str) -> str:
-    """`<parameter=KEY>`, a line break, the value, a line break, `</parameter>`, and so on; in the schema's order."""
-    root = _parsed(schema)
+def tagged_arguments(tags: Tags, schema: str, prefix: str, literal: Literal = quoted) -> str:
+    """A name in its tags, the value, the tag that ends it, a line break, and so on; in the schema's order."""
+    root = parsed_schema(schema)
     top = top_level(root)
-    properties, required = _names(top)
+    properties, required = names_of(top)
     parts: list[str] = []
     rules: list[str] = []
     for number, (key, value) in enumerate(properties.items()):
-        if not key or re.search(r"[>\n]", key):
-            raise GrammarError(f"a property named {key[:80]!r} cannot be written as XML")
+        if not key or re.search(r"[<>\"\n]", key):
+            raise GrammarError(f"a property named {key[:80]!r} cannot be written in tags")
         name = f"{prefix}_{number}"
         parts.append(name if key in required else f"{name}?")
-        rules.append(f"{name}: {quoted(f'<parameter={key}>')} {_xml_value(value, root, name, rules)}")
-    further = _further(top, properties)
+        tagged = _tagged_value(tags, value, root, name, rules, literal)
+        rules.append(f"{name}: {literal(tags.before_key + key)} {tagged}")
+    further = further_of(top, properties)
     if further is not False:
         name = f"{prefix}_more"
         taken = "".join(f" & ~/{grammar.regex_literal(key)}/" for key in properties)
-        value = _xml_value(further, root, name, rules)
-        rules.append(f'{name}: "<parameter=" {name.upper()}_KEY ">" {value}')
-        rules.append(f"{name.upper()}_KEY: /[^<>=\\n ]+/{taken}")
+        value = _tagged_value(tags, further, root, name, rules, literal)
+        rules.append(f"{name}: {literal(tags.before_key)} {name.upper()}_KEY {value}")
+        rules.append(f'{name.upper()}_KEY: /[^<>="\\n ]+/{taken}')
         parts.append(f"{name}*")
     return "\n".join([" ".join(parts) or '""', *rules])
 
 
-def _xml_value(schema: Any, root: Mapping[str, Any], name: str, rules: list[str]) -> str:
-    """An expression up to the end of `</parameter>` and its line break; what it needs is added to the rules."""
+def _tagged_value(
+    tags: Tags, schema: Any, root: Mapping[str, Any], name: str, rules: list[str], literal: Literal
+) -> str:
+    """An expression from behind the name to the line break after the value; what it needs is added to the rules."""
     written = written_as(schema, root)
+    line = "\n" * tags.on_lines
+    end = f"{line}{tags.end_value}\n"
+    as_string, as_json = tags.string_keys or (tags.after_key, tags.after_key)
     if written is Written.JSON:
-        return f'"\\n" {_json_value(schema, root)} "\\n</parameter>\\n"'
-    terminal = f"{name.upper()}_TEXT"
+        return f"{literal(as_json + line)} {_json_value(schema, root)} {literal(end)}"
     held = text_terminal(schema, root)
-    if held and written is Written.TEXT_OR_NULL:
+    is_told = tags.string_keys is not None
+    if held and written is Written.TEXT_OR_NULL and not is_told:
         held = f'({held}) | "null"'
-    # It ends with the first mark, so that what is read is what was held.
-    rules.append(f"{terminal}: (/(.|\\n)*/ & ~/(.|\\n)*<\\/parameter>(.|\\n)*/){f' & ({held})' if held else ''}")
-    rules.append(f'{name}_text[lazy]: "\\n" {terminal} "\\n</parameter>\\n"')
+    text = f"{literal(as_string + line)} {text_until(end, tags.end_value, held, name, rules, literal)}"
+    if written is Written.TEXT_OR_NULL and is_told:
+        return f'({text} | {literal(as_json)} "null" {literal(end)})'
+    return text
+
+
+def text_until(end: str, mark: str, held: str, name: str, rules: list[str], literal: Literal) -> str:
+    """A rule for a text, as `held` has it if that is not empty, and its end, in which stands the mark that ends it.
+
+    It ends with the first mark, so that what is read is what was held.
+    """
+    terminal = f"{name.upper()}_TEXT"
+    excluded = f"~/(.|\\n)*{grammar.regex_literal(mark)}(.|\\n)*/"
+    rules.append(f"{terminal}: (/(.|\\n)*/ & {excluded}){f' & ({held})' if held else ''}")
+    ending = literal(end)
+    before, special, after = ending.partition("<[")
+    if not special:
+        rules.append(f"{name}_text[lazy]: {terminal} {ending}")
+    elif before:
+        rules.append(f"{terminal}_ENDED: {terminal} {before.strip()}")
+        rules.append(f"{name}_text: {terminal}_ENDED {special}{after}")
+    else:
+        rules.append(f"{name}_text: {terminal} {ending}")
     return f"{name}_text"
 
 
@@ -115,205 +134,3 @@ def _json_value(schema: Any, root: Mapping[str, Any]) -> str:
         return grammar.json_rule("{}" if schema is not False else '{"not": {}}')
     definitions = {name: root[name] for name in ("$defs", "definitions") if name in root}
     return grammar.json_rule(json.dumps({**definitions, **schema}))
-
-
-# ---- Python ----
-
-
-def python_arguments(schema: str, prefix: str) -> str:
-    """`key=value, key=value` with literals of Python; in the schema's order."""
-    root = _parsed(schema)
-    values = _PythonValues(root, prefix)
-    top = top_level(root)
-    properties, required = _names(top)
-    wrong = next((key for key in properties if not _IDENTIFIER.fullmatch(key)), None)
-    if wrong is not None:
-        raise GrammarError(f"a property named {wrong[:80]!r} cannot be written as an argument of Python")
-    members = [
-        (f'"{key}" {values.blank} "=" {values.blank}', value, key in required) for key, value in properties.items()
-    ]
-    further = _further(top, properties)
-    if further is not False:
-        taken = "".join(f" & ~/{key}/" for key in properties)
-        values.rules.append(f"{prefix.upper()}_KEY: /[A-Za-z_][A-Za-z0-9_]*/{taken}")
-        key = f'{prefix.upper()}_KEY {values.blank} "=" {values.blank}'
-    else:
-        key = ""
-    expression = values.members(members, key, further)
-    return "\n".join([expression or '""', *values.rules])
-
-
-class _PythonValues:
-    """Rules of literals of Python for one schema."""
-
-    def __init__(self, root: Mapping[str, Any], prefix: str) -> None:
-        self.rules: list[str] = []
-        self.blank = f"{prefix}_blank?"
-        self._root = root
-        self._prefix = prefix
-        self._by_reference: dict[str, str] = {}
-        self._num_rules = 0
-        self._any = ""
-        self.rules.append(f"{prefix}_blank: {_BLANKS}")
-
-    def _add(self, expression: str, name: str = "") -> str:
-        name = name or self._name()
-        self.rules.append(f"{name}: {expression}")
-        return name
-
-    def _name(self) -> str:
-        self._num_rules += 1
-        if self._num_rules > _MAX_RULES:
-            raise GrammarError("is too large")
-        return f"{self._prefix}_{self._num_rules}"
-
-    def members(self, members: Sequence[tuple[str, Any, bool]], further_key: str, further: Any) -> str:
-        """Members in their order, each (key and sign, schema, whether it must be there), and others after them."""
-        comma = f'{self.blank} "," {self.blank}'
-        # From the last to the first: what may follow a member, and what the list is from there on.
-        following, whole = "", ""
-        if further_key:
-            another = self._add(f"{further_key} {self.value(further)}")
-            following, whole = self._add(f"({comma} {another})*"), f"({another} ({comma} {another})*)?"
-        for head, schema, is_needed in reversed(members):
-            member = self._add(f"{head} {self.value(schema)}")
-            listed = f"{member} {following}".strip()
-            whole = listed if is_needed else f"({listed} | {whole})" if whole else f"({listed})?"
-            after = f"{comma} {member} {following}".strip()
-            following = self._add(after if is_needed else f"({after} | {following})" if following else f"({after})?")
-            whole = self._add(whole)
-        return whole
-
-    def value(self, schema: Any) -> str:
-        if schema is False:
-            raise GrammarError("a value that must not be there")
-        if not isinstance(schema, Mapping) or not schema:
-            return self._anything()
-        if isinstance(schema.get("$ref"), str):
-            _check(
-                schema,
-                _OF_OBJECTS | _OF_ARRAYS | frozenset(_OF_NUMBERS) | {"minLength", "maxLength", "pattern", "format"},
-            )
-            return self._referred(schema["$ref"])
-        for keyword in ("anyOf", "oneOf"):
-            if isinstance(schema.get(keyword), list):
-                if keyword == "oneOf":
-                    check_disjoint(schema[keyword], self._root)
-                rest = {key: value for key, value in schema.items() if key != keyword}
-                return self._either(
-                    [{**rest, **each} if isinstance(each, Mapping) else each for each in schema[keyword]]
-                )
-        branches = schema.get("allOf")
-        if isinstance(branches, list):
-            if len(branches) != 1 or not isinstance(branches[0], Mapping):
-                raise GrammarError("'allOf' of several cannot be held in the form in which this model writes calls")
-            return self.value({**{key: each for key, each in schema.items() if key != "allOf"}, **branches[0]})
-        if "const" in schema or isinstance(schema.get("enum"), list):
-            return self._listed([schema["const"]] if "const" in schema else schema["enum"], schema)
-        declared = schema.get("type")
-        if isinstance(declared, list):
-            return self._either([{**schema, "type": each} for each in declared])
-        return self._of_type(declared, schema)
-
-    def _of_type(self, declared: Any, schema: Mapping[str, Any]) -> str:
-        match declared:
-            case "string":
-                return self._string(schema)
-            case "integer" | "number":
-                _check(schema, REFUSED)
-                limits = {key: schema[key] for key in _OF_NUMBERS if key in schema}
-                return grammar.json_rule(json.dumps({"type": declared, **limits}))
-            case "boolean":
-                return '("True" | "False")'
-            case "null":
-                return '"None"'
-            case "array":
-                return self._array(schema)
-            case "object":
-                return self._object(schema)
-            case _:
-                _check(schema, _OF_OBJECTS | _OF_ARRAYS | frozenset(_OF_NUMBERS))
-                return self._anything()
-
-    def _referred(self, reference: str) -> str:
-        name = self._by_reference.get(reference)
-        if name is None:
-            found = resolved(reference, self._root)
-            if found is None:
-                raise GrammarError(f"{reference[:80]!r} refers to nothing")
-            name = self._by_reference[reference] = self._name()
-            expression = self.value(found)
-            if expression == name:
-                raise GrammarError(f"{reference[:80]!r} refers to itself")
-            self.rules.append(f"{name}: {expression}")
-        return name
-
-    def _either(self, branches: Sequence[Any]) -> str:
-        return f"({' | '.join(self._add(self.value(each)) for each in branches)})"
-
-    def _listed(self, values: Sequence[Any], schema: Mapping[str, Any]) -> str:
-        declared = schema.get("type")
-        allowed = [declared] if isinstance(declared, str) else declared
-        kept = [each for each in values if allowed is None or _is_of(each, allowed)]
-        if not kept:
-            raise GrammarError("a value that nothing satisfies")
-        spellings = [spelling for each in kept for spelling in _spellings(each)]
-        return f"({' | '.join(map(quoted, spellings))})"
-
-    def _string(self, schema: Mapping[str, Any]) -> str:
-        name = self._name().upper()
-        held = text_terminal(schema, self._root)
-        if held:
-            # Nothing in it needs an escape.
-            quotes = [(mark, f"(/[^{mark}\\\\\\n\\r]*/ & ({held}))") for mark in "\"'"]
-        else:
-            quotes = [(mark, rf"/([^{mark}\\\n\r]|\\[\\'\"ntr])*/") for mark in "\"'"]
-        self.rules.append(f"{name}: " + " | ".join(f"{quoted(mark)} {body} {quoted(mark)}" for mark, body in quotes))
-        return name
-
-    def _array(self, schema: Mapping[str, Any]) -> str:
-        _check(schema, _OF_ARRAYS)
-        least, most = schema.get("minItems", 0), schema.get("maxItems")
-        items = schema.get("items", True)
-        if most == 0 or items is False:
-            return f'"[" {self.blank} "]"'
-        item = self._add(self.value(items))
-        more = f"{{{max(0, least - 1)},{'' if most is None else most - 1}}}"
-        listed = f'{item} ({self.blank} "," {self.blank} {item}){more}'
-        return f'"[" {self.blank} {listed if least else f"({listed})?"} {self.blank} "]"'
-
-    def _object(self, schema: Mapping[str, Any]) -> str:
-        properties, required = _names(schema)
-        members = [
-            (f'({" | ".join(map(quoted, _spellings(key)))}) {self.blank} ":" {self.blank}', value, key in required)
-            for key, value in properties.items()
-        ]
-        further, key = _further(schema, properties), ""
-        if further is not False:
-            name = self._name().upper()
-            taken = "".join(f" & ~/{grammar.regex_literal(each)}/" for each in properties)
-            self.rules.append(f'{name}: "\\"" (/[^"\\\\\\n\\r]*/{taken}) "\\""')
-            key = f'{name} {self.blank} ":" {self.blank}'
-        return f'"{{" {self.blank} {self.members(members, key, further)} {self.blank} "}}"'
-
-    def _anything(self) -> str:
-        if not self._any:
-            name = self._any = self._name()
-            types = ("string", "number", "boolean", "null")
-            plain = [self._of_type(each, {"type": each}) for each in types]
-            listed = self._array({"items": True})
-            self.rules.append(f"{name}: {' | '.join(plain)} | {listed} | {self._object({})}")
-        return self._any
-
-
-def _is_of(value: Any, allowed: Sequence[str]) -> bool:
-    kind = type_of(value)
-    return kind in allowed or (kind == "integer" and "number" in allowed)
-
-
-def _spellings(value: Any) -> list[str]:
-    """A value as Python writes it; a string in either of its quotes."""
-    if not isinstance(value, str):
-        return [repr(value)]
-    escaped = value.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r")
-    return [f"{mark}{escaped.replace(mark, chr(92) + mark)}{mark}" for mark in "\"'"]

@@ -15,7 +15,7 @@ from stepwire.v1 import inference_pb2 as pb
 from control_plane.frontend.chat_template import ChatTemplate, Message
 from control_plane.frontend.errors import RequestRefused, Violation
 from control_plane.frontend.parsers.registry import HERMES, CallSyntax
-from control_plane.frontend.template_traits import NUM_SHORT_ID_CHARS, TemplateTraits, ToolsPlace
+from control_plane.frontend.template_traits import NUM_SHORT_ID_CHARS, CallIds, TemplateTraits, ToolsPlace
 
 _TOOL_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
 _EFFORT_PREFIX = "REASONING_EFFORT_"
@@ -61,6 +61,7 @@ def read_conversation(chat: pb.ChatInput, template: ChatTemplate, syntax: CallSy
     if tools and template.traits.tools is ToolsPlace.NOWHERE:
         messages = _with_tools_prompt(messages, tools, syntax or HERMES, takes_system=template.traits.takes_system)
     else:
+        _rename_calls(messages, template.traits.call_ids)
         messages = [_as_wanted(message, template.traits, syntax or HERMES) for message in messages]
         if tools and template.traits.tools is ToolsPlace.SYSTEM_MESSAGE:
             if messages[0]["role"] != "system":
@@ -149,6 +150,24 @@ def _name_results(messages: list[Message]) -> None:
             message.setdefault("name", name)
 
 
+def _rename_calls(messages: list[Message], call_ids: CallIds) -> None:
+    """Ids as the template takes them; a result keeps to its call, the last one that had its id."""
+    renamed: dict[str, str] = {}
+    num_calls = 0
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            if call_ids is CallIds.NAMED:
+                renamed[call["id"]] = f"functions.{call['function']['name']}:{num_calls}"
+            elif call_ids is CallIds.SHORT:
+                renamed[call["id"]] = _short_id(call["id"])
+            call["id"] = renamed.get(call["id"], call["id"])
+            num_calls += 1
+        if "tool_call_id" in message:
+            own = message["tool_call_id"]
+            fallback = _short_id(own) if call_ids is CallIds.SHORT else own
+            message["tool_call_id"] = renamed.get(own, fallback)
+
+
 def _as_wanted(message: Message, traits: TemplateTraits, syntax: CallSyntax) -> Message:
     made = dict(message)
     if "tool_calls" in message and not traits.shows_calls:
@@ -156,8 +175,6 @@ def _as_wanted(message: Message, traits: TemplateTraits, syntax: CallSyntax) -> 
         return made
     if message["content"] is None:
         made["content"] = traits.no_content
-    if "tool_call_id" in message and traits.has_short_call_ids:
-        made["tool_call_id"] = _short_id(message["tool_call_id"])
     if "tool_calls" in message:
         made["tool_calls"] = [_wanted_call(call, traits) for call in message["tool_calls"]]
     return made
@@ -165,8 +182,6 @@ def _as_wanted(message: Message, traits: TemplateTraits, syntax: CallSyntax) -> 
 
 def _wanted_call(call: Mapping[str, Any], traits: TemplateTraits) -> dict[str, Any]:
     made = dict(call)
-    if traits.has_short_call_ids:
-        made["id"] = _short_id(call["id"])
     if traits.arguments_as_text:
         arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
         made["function"] = {**call["function"], "arguments": arguments}
@@ -223,8 +238,11 @@ def _with_calls(message: Message, syntax: CallSyntax) -> str:
 
 def _written(syntax: CallSyntax, calls: Sequence[tuple[str, str]]) -> str:
     """Calls as the model is asked to write them: (name, JSON text of the arguments) each."""
-    each = [f"{syntax.before_name}{name}{syntax.after_name}{arguments}{syntax.end}" for name, arguments in calls]
-    return f"{syntax.begin_section}{syntax.separator.join(each)}{syntax.end_section}"
+    each = [
+        f"{syntax.before_name}{name}{f':{number}' * syntax.is_numbered}{syntax.after_name}{arguments}{syntax.end}"
+        for number, (name, arguments) in enumerate(calls)
+    ]
+    return f"{syntax.begin_section}{(syntax.separator or '').join(each)}{syntax.end_section}"
 
 
 def _arguments(chat: pb.ChatInput) -> dict[str, Any]:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 from stepwire.v1 import inference_pb2 as pb
 
 from control_plane.frontend import grammar, harmony_calls
-from control_plane.frontend.argument_forms import ArgumentForm, json_arguments, python_arguments, xml_arguments
+from control_plane.frontend.argument_forms import ArgumentForm, json_arguments, tagged_arguments
 from control_plane.frontend.errors import RequestRefused, Violation
+from control_plane.frontend.gemma4_arguments import gemma4_arguments
 from control_plane.frontend.grammar import GrammarError, regex_literal
 from control_plane.frontend.parsers.registry import CallSyntax, OutputFormat
+from control_plane.frontend.python_arguments import python_arguments
 from control_plane.frontend.tokenizer import TextTokenizer
 
 _ANY_TEXT = "/(.|\\n)*/"
 _NO_ARGUMENTS = '{"type":"object","properties":{},"additionalProperties":false}'
-_FORMS: Mapping[str, ArgumentForm] = {"json": json_arguments, "xml": xml_arguments, "python": python_arguments}
-_PYTHON_TAG = "<|python_tag|>"
+_FORMS: Mapping[str, ArgumentForm] = {"json": json_arguments, "gemma": gemma4_arguments, "python": python_arguments}
 
 
 class OutputRules:
@@ -72,7 +74,7 @@ class OutputRules:
         several = not is_named and _may_be_several(chat)
         calls = self._calls(chat, syntax, allowed)
         thinking = self._thinking(prompt_end)
-        more = f" ({self._literal(syntax.separator)} call)*" if several and syntax.separator else ""
+        more = f" ({self._literal(syntax.separator or '')} call)*" if several and syntax.separator is not None else ""
         section = [self._literal(syntax.begin_section), "call" + more, self._literal(syntax.end_section)]
         answer = " ".join(filter(None, section))
         if syntax.may_be_python and (python := self._python_calls(chat, allowed, several=several)):
@@ -105,14 +107,14 @@ class OutputRules:
         several = _may_be_several(chat)
         in_section = bool(syntax.begin_section)
         begin = syntax.begin_section or syntax.before_name
-        rest = self._literal(begin[len(syntax.trigger) :]) if in_section else ""
+        rest = self._literal(begin.partition(syntax.trigger)[2]) if in_section else ""
         trigger_id = self._tokenizer.special_id(syntax.trigger)
         if trigger_id is None:
             head = f"head[lazy]: TEXT {grammar.quoted(syntax.trigger)}"
         else:
             head = f"head: TEXT <[{trigger_id}]>"
         if in_section:
-            more = f" ({self._literal(syntax.separator)} call)*" if several else ""
+            more = f" ({self._literal(syntax.separator or '')} call)*" if several else ""
             body = f"{rest} call{more} {self._literal(syntax.end_section)}"
         else:
             calls = self._calls(chat, syntax, list(chat.tool_choice.allowed_function_names), after_trigger=True)
@@ -127,7 +129,8 @@ class OutputRules:
         it is one. So is a list of Python's calls of tools, where the format knows it. Each head is one terminal, so
         that a text and a call are told apart letter by letter.
         """
-        tag_id = self._tokenizer.special_id(_PYTHON_TAG) if _PYTHON_TAG in self._format.marks else None
+        tag_id = self._tokenizer.special_id(syntax.opening_token) if syntax.opening_token else None
+        closing_id = self._tokenizer.special_id(syntax.closing_token) if syntax.closing_token else None
         opening = syntax.opening if tag_id is None else ""
         blank = r"[ \n]{0,8}"
         object_begin = rf'\{{{blank}("type"{blank}:{blank}"function"{blank},{blank})?"name"'
@@ -141,7 +144,7 @@ class OutputRules:
             text += rf" & ~/[ \n]{{0,16}}{opening}\[{blank}({names_of_tools})\((.|\n)*/"
         rules = [text]
         names = []
-        for index, function, arguments in self._tools(chat, allowed, syntax.arguments):
+        for index, function, arguments in self._tools(chat, allowed, _form_of(syntax)):
             rest = (
                 rf'{blank}:{blank}"{regex_literal(function.name)}"{blank},'
                 rf'{blank}"(parameters|arguments)"{blank}:{blank}'
@@ -158,7 +161,10 @@ class OutputRules:
         more = f" (SEPARATOR ({nexts}))*" if several else ""
         closing = " CLOSING?" if syntax.closing else ""
         rules += [r"END: /[ \n]{0,16}\}/", r"SEPARATOR: /[ \n]{0,4};[ \n]{0,4}|\n{1,4}/"]
-        if syntax.closing:
+        if closing_id is not None:
+            closing = rf" (BEFORE_CLOSING? <[{closing_id}]>)?"
+            rules.append(r"BEFORE_CLOSING: /[ \n]{1,4}/")
+        elif syntax.closing:
             rules.append(f"CLOSING: /{syntax.closing}/")
         calls = f"({firsts}){more}{closing}"
         if python is not None:
@@ -178,7 +184,7 @@ class OutputRules:
         rules = [r"COMMA: /[ \n]{0,4},[ \n]{0,4}/", r"BRACKET: /[ \n]{0,4}\]/"]
         indexes = []
         try:
-            for index, function, arguments in self._tools(chat, allowed, "python"):
+            for index, function, arguments in self._tools(chat, allowed, python_arguments, "pyargs"):
                 name = regex_literal(function.name)
                 indexes.append(index)
                 rules += [
@@ -208,16 +214,15 @@ class OutputRules:
         return "" if token_id is None else f"<[{token_id}]>"
 
     def _tools(
-        self, chat: pb.ChatInput, allowed: list[str], form: str = "json"
+        self, chat: pb.ChatInput, allowed: list[str], form: ArgumentForm = json_arguments, prefix: str = "args"
     ) -> Iterator[tuple[int, pb.FunctionTool, str]]:
         """(index, function, its arguments as the end of a Lark rule) of the tools that may be called."""
-        prefix = "pyargs" if form == "python" else "args"
         for index, tool in enumerate(chat.tools):
             function = tool.function
             if allowed and function.name not in allowed:
                 continue
             try:
-                arguments = _FORMS[form](function.parameters or _NO_ARGUMENTS, f"{prefix}_{index}")
+                arguments = form(function.parameters or _NO_ARGUMENTS, f"{prefix}_{index}", self._literal)
             except (GrammarError, ValueError) as error:
                 field = f"chat.tools[{index}].function.parameters"
                 raise RequestRefused.invalid(Violation(field, str(error))) from error
@@ -227,9 +232,11 @@ class OutputRules:
         """Rules `call` and one for each tool."""
         rules = []
         before = syntax.before_name[len(syntax.trigger) :] if after_trigger else syntax.before_name
-        for index, function, arguments in self._tools(chat, allowed, syntax.arguments):
+        for index, function, arguments in self._tools(chat, allowed, _form_of(syntax)):
             parts = (
-                self._literal(before + function.name + syntax.after_name),
+                self._literal(before + function.name),
+                r"/:[0-9]{1,6}/" if syntax.is_numbered else "",
+                self._literal(syntax.after_name),
                 f"args_{index}",
                 self._literal(syntax.end),
             )
@@ -292,6 +299,10 @@ class OutputRules:
             rules.append(f"body_{index}: {grammar.json_rule(tag.json_schema or '{}')}")
         lines = [f"start: ({' | '.join(names)})* TEXT", f"TEXT: {_ANY_TEXT}", *rules]
         return grammar.lark_grammar("\n".join(lines))
+
+
+def _form_of(syntax: CallSyntax) -> ArgumentForm:
+    return _FORMS[syntax.arguments] if syntax.tags is None else partial(tagged_arguments, syntax.tags)
 
 
 def _may_be_several(chat: pb.ChatInput) -> bool:

@@ -29,13 +29,22 @@ class ToolsPlace(Enum):
     NOWHERE = "nowhere"
 
 
+class CallIds(Enum):
+    """What a template takes for the id of a call."""
+
+    ANY = "any"
+    # Nine letters and digits (Mistral).
+    SHORT = "short"
+    # `functions.NAME:NUMBER`, which is all that it shows of the name (Kimi K2).
+    NAMED = "named"
+
+
 @dataclass(frozen=True, slots=True)
 class TemplateTraits:
     # Of an assistant's message that is nothing but calls.
     no_content: str | None = None
     arguments_as_text: bool = False
-    # Ids of calls are nine letters and digits (Mistral).
-    has_short_call_ids: bool = False
+    call_ids: CallIds = CallIds.ANY
     tools: ToolsPlace = ToolsPlace.ARGUMENT
     takes_system: bool = True
     # Whether an assistant's calls are rendered at all.
@@ -53,14 +62,18 @@ def find_traits(attempt: Try) -> TemplateTraits:
         tools = ToolsPlace.SYSTEM_MESSAGE
     takes_system = nonce in (attempt([{"role": "system", "content": nonce}, user], None) or "")
     of_calls = _of_calls(attempt, nonce)
-    return TemplateTraits(*(of_calls or ("", False, False)), tools, takes_system, of_calls is not None)
+    return TemplateTraits(*(of_calls or ("", False, CallIds.ANY)), tools, takes_system, of_calls is not None)
 
 
-def _of_calls(attempt: Try, nonce: str) -> tuple[str | None, bool, bool] | None:
-    """(no_content, arguments_as_text, has_short_call_ids) with which calls come out right; None: nothing helps."""
+def _of_calls(attempt: Try, nonce: str) -> tuple[str | None, bool, CallIds] | None:
+    """(no_content, arguments_as_text, call_ids) with which calls come out right; None: nothing helps."""
     key, value = f"k{nonce}", f"v{nonce}"
-    for short, as_text, no_content in itertools.product((False, True), (False, True), (None, "")):
-        call_id = "abcdef012" if short else "call_0123456789abcdef"
+    examples = {
+        CallIds.ANY: "call_0123456789abcdef",
+        CallIds.SHORT: "abcdef012",
+        CallIds.NAMED: f"functions.n{nonce}:0",
+    }
+    for (kind, call_id), as_text, no_content in itertools.product(examples.items(), (False, True), (None, "")):
         arguments: Any = json.dumps({key: value}) if as_text else {key: value}
         function = {"name": f"n{nonce}", "arguments": arguments}
         text = attempt(
@@ -80,7 +93,7 @@ def _of_calls(attempt: Try, nonce: str) -> tuple[str | None, bool, bool] | None:
         # Python's own spelling of an object or of nothing, or a text within a text: not what the model has learnt.
         if f"'{key}'" in text or f'\\"{key}' in text or (no_content is None and "None" in text):
             continue
-        return no_content, as_text, short
+        return no_content, as_text, kind
     return None
 
 

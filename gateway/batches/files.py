@@ -106,11 +106,11 @@ class FileStore:
         now = time.time()
         return [file for file in await self._store.run(read) if file.expires_s is None or file.expires_s > now]
 
-    async def get(self, file_id: str) -> StoredFile:
-        """Raises `ApiError` (404)."""
+    async def get(self, file_id: str, param: str | None = None) -> StoredFile:
+        """Raises `ApiError` (404), naming the parameter that the id came in."""
         found = next((file for file in await self.list_all() if file.id == file_id), None)
         if found is None:
-            raise ApiError(404, f"There is no file '{file_id[:80]}'.", code="file_not_found")
+            raise ApiError(404, f"There is no file '{file_id[:80]}'.", param=param, code="file_not_found")
         return found
 
     async def delete(self, file_id: str) -> None:

@@ -21,22 +21,16 @@ from typing import Any, BinaryIO
 
 import orjson
 import structlog
-from pydantic import ValidationError
 
-from gateway import answers, errors
-from gateway.batch_lines import BatchLine, LineError, error_line, read_line, result_line
+from gateway.batch_lines import ENDPOINTS, BatchLine, LineError, error_line, read_line, result_line
 from gateway.batches.files import FileStore, new_file_id
-from gateway.convert import GenerationPlan, plan_chat, plan_completion
+from gateway.batches.requests import BatchRequests
 from gateway.errors import ApiError
-from gateway.schemas import ChatCompletionBody, CompletionBody
-from gateway.serving import Serving, stream_shape
+from gateway.serving import Serving
 from gateway.store import Store
 
 _log = structlog.get_logger(__name__)
 
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions")
-# Where background work begins: it runs after everything else, whatever the server's policy.
-BATCH_PRIORITY = 1_000_000
 MAX_LISTED_ERRORS = 20
 _UNFINISHED = ("validating", "in_progress", "finalizing", "cancelling")
 # A batch as it was saved, and when another process than the runner was asked to cancel it.
@@ -70,7 +64,7 @@ class BatchRunner:
         # Those that this process has begun.
         self._begun: set[str] = set()
         self._files = files
-        self._serving = serving
+        self._requests = BatchRequests(serving)
         self._num_interactive = num_interactive
         self._concurrency = concurrency
         self._max_lines = max_lines
@@ -147,7 +141,7 @@ class BatchRunner:
     async def create(self, input_file_id: str, endpoint: str, metadata: dict[str, str] | None) -> dict[str, Any]:
         if endpoint not in ENDPOINTS:
             raise ApiError(400, f"endpoint: must be one of {', '.join(ENDPOINTS)}.", param="endpoint")
-        file = await self._files.get(input_file_id)
+        file = await self._files.get(input_file_id, "input_file_id")
         if file.purpose != "batch":
             raise ApiError(400, f"input_file_id: purpose is '{file.purpose}', not 'batch'.", param="input_file_id")
         now = int(time.time())
@@ -359,7 +353,7 @@ class BatchRunner:
             await self._wait_for_turn()
             self._num_running += 1
             try:
-                return True, result_line(line.custom_id, 200, request_id, await self._generate(line, request_id))
+                return True, result_line(line.custom_id, 200, request_id, await self._requests.answer(line, request_id))
             except ApiError as error:
                 if error.status not in (429, 503):
                     return False, result_line(line.custom_id, error.status, request_id, error.body())
@@ -372,35 +366,6 @@ class BatchRunner:
         """Each interactive request that is being answered takes one of the batches' places; one always remains."""
         while self._num_running >= max(1, self._concurrency - self._num_interactive()):
             await asyncio.sleep(_YIELD_S)
-
-    async def _generate(self, line: BatchLine, request_id: str) -> bytes:
-        plan = self._plan(line, request_id)
-        for request in plan.requests:
-            request.priority = BATCH_PRIORITY
-        generation = self._serving.client.generate(
-            plan.requests, num_samples=plan.num_samples, stream=False, renames=plan.renames
-        )
-        try:
-            mailbox = generation.mailbox
-            accepted = await mailbox.accepted()
-            updates = await mailbox.take_all()
-        finally:
-            generation.cancel()
-        if line.url == "/v1/chat/completions":
-            shape = stream_shape("chatcmpl", plan, accepted)
-            return answers.chat_completion(shape, updates, mailbox.usage, mailbox.prompts)
-        shape = stream_shape("cmpl", plan, accepted)
-        return answers.completion(shape, plan.num_samples, updates, mailbox.usage, mailbox.prompts)
-
-    def _plan(self, line: BatchLine, request_id: str) -> GenerationPlan:
-        text = orjson.dumps(line.body)
-        try:
-            if line.url == "/v1/chat/completions":
-                return plan_chat(ChatCompletionBody.model_validate_json(text), request_id)
-            body = CompletionBody.model_validate_json(text)
-        except ValidationError as error:
-            raise errors.from_validation_error(error) from error
-        return plan_completion(body, request_id, self._serving.max_batch_prompts)
 
 
 def _batch_of(row: _Row) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,16 +31,31 @@ Seed = Annotated[int | None, typer.Option(help="the same seed gives the same tex
 AsJson = Annotated[bool, typer.Option("--json", help="for scripts: JSON on standard output")]
 
 
+# Of wrong flags, of which Typer shows a box of several lines.
+_UsageError = typer.BadParameter.__mro__[1]
+INTERRUPTED = 130
+
+
 def run(arguments: list[str]) -> int:
     """The exit code of `stepwire ARGUMENTS`."""
+    word = f"stepwire {arguments[0]}"
     try:
-        app(args=arguments, prog_name="stepwire", standalone_mode=True)
-    except SystemExit as end:
-        return int(end.code or 0)
+        return int(app(args=arguments, prog_name="stepwire", standalone_mode=False) or 0)
     except CommandError as error:
-        print(f"stepwire {arguments[0]}: {error}", file=sys.stderr)
+        print(f"{word}: {error}", file=sys.stderr)
         return 1
-    return 0
+    except BrokenPipeError:
+        # Whoever read has enough; at the end Python would flush into the pipe once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except Exception as error:
+        if not isinstance(error, _UsageError):
+            raise
+        message = " ".join(error.format_message().rstrip(".").split())  # type: ignore[attr-defined]
+        print(f"{word}: {message} ({word} --help explains every flag)", file=sys.stderr)
+        return 2
 
 
 def _parameters(**fields: Any) -> dict[str, Any]:
@@ -75,6 +91,8 @@ def chat_command(
     talk = Conversation(client, parameters, console, system)
     if message is None and not sys.stdin.isatty():
         message = sys.stdin.read().strip()
+        if not message:
+            raise CommandError("standard input is empty: write a message there, or give it as an argument")
     if message is None:
         if as_json:
             raise CommandError("--json needs a message: as an argument or on standard input")
@@ -100,6 +118,8 @@ def complete_command(
 ) -> None:
     """Continue a text."""
     text = sys.stdin.read() if prompt is None else prompt
+    if not text:
+        raise CommandError("there is no text to continue: give it as an argument, or on standard input")
     client = ServerClient(url, api_key)
     body = _parameters(model=model, prompt=text, max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     if not as_json:
@@ -135,6 +155,9 @@ def run_batch_command(
 ) -> None:
     """Run a file of requests and write a file of results. Exit code 1 if any failed."""
     lines = read_batch_file(source)
+    if target.exists() and target.samefile(source):
+        raise CommandError(f"{target} is the file of requests: name another one for the results")
+    ServerClient(url, api_key).check_there()
     done = finished_ids(target)
     todo = [line for line in lines if line.custom_id not in done]
     counts = BatchCounts(total=len(lines), skipped=len(lines) - len(todo))
@@ -142,16 +165,22 @@ def run_batch_command(
     with Progress(*columns, console=Console(stderr=True, quiet=as_json)) as progress:
         bar = progress.add_task("requests", total=len(lines), completed=counts.skipped)
         batch = BatchRun(base_url(url), api_key, concurrency=concurrency, on_result=lambda _: progress.advance(bar))
+        is_stopped = False
         try:
             with _open_for_append(target) as out:
                 asyncio.run(batch.run(todo, out, counts))
         except* CommandError as group:
             raise group.exceptions[0] from None
+        except* KeyboardInterrupt:
+            is_stopped = True
     summary = {"total": counts.total, "completed": counts.completed, "failed": counts.failed, "skipped": counts.skipped}
     if as_json:
         _print_json(summary)
     else:
         Console(stderr=True).print(", ".join(f"{count} {name}" for name, count in summary.items()))
+    if is_stopped:
+        print(f"stopped: {target} keeps what was answered; the same command goes on from there", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED)
     if counts.failed:
         raise typer.Exit(1)
 
@@ -172,9 +201,9 @@ def _open_for_append(path: Path) -> Any:
 @app.command("doctor")
 def doctor_command(
     host: Annotated[str, typer.Option(help="address that would be listened on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="of the REST API")] = 8000,
-    grpc_port: Annotated[int, typer.Option(help="of the gRPC API")] = 50051,
-    metrics_port: Annotated[int, typer.Option(help="of the metrics page")] = 8001,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="of the REST API")] = 8000,
+    grpc_port: Annotated[int, typer.Option(min=1, max=65535, help="of the gRPC API")] = 50051,
+    metrics_port: Annotated[int, typer.Option(min=1, max=65535, help="of the metrics page")] = 8001,
     cache_dir: Annotated[Path | None, typer.Option(help="where converted models are kept")] = None,
     as_json: AsJson = False,
 ) -> None:

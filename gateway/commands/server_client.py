@@ -38,6 +38,13 @@ class ServerClient:
         models: list[dict[str, Any]] = answer.json()["data"]
         return models
 
+    def check_there(self) -> None:
+        """Raises `CommandError` if nobody listens, or the key is wrong; a server that is busy or starts is there."""
+        with self._reachable():
+            answer = self._http.get("/v1/models", timeout=CONNECT_TIMEOUT_S * 2)
+        if answer.status_code in (401, 403):
+            check(answer)
+
     def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """The objects of a streamed answer. Raises `CommandError`, also for an error in its middle."""
         with self._reachable(), self._http.stream("POST", path, json={**body, "stream": True}) as response:

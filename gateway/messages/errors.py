@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import orjson
+from pydantic import BaseModel
 
 from gateway.errors import ApiError
 
@@ -17,6 +20,19 @@ _TYPES = {
     503: "overloaded_error",
     504: "timeout_error",
 }
+
+
+class MessageErrorObject(BaseModel):
+    type: str
+    message: str
+
+
+class MessageErrorAnswer(BaseModel):
+    """An error, as /openapi.json describes it."""
+
+    type: Literal["error"]
+    error: MessageErrorObject
+    request_id: str | None
 
 
 def message_error(error: ApiError, request_id: str | None = None) -> dict[str, object]:

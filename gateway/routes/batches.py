@@ -36,7 +36,7 @@ class CreateBatchBody(RequestModel):
 @router.post(
     "/v1/files",
     summary="Upload a file",
-    responses=error_responses(400, 401, 413),
+    responses=error_responses(400, 401, 413, 415),
     openapi_extra={
         "requestBody": {
             "required": True,
@@ -110,7 +110,7 @@ async def delete_file(request: Request, file_id: str) -> Response:
 @router.post(
     "/v1/batches",
     summary="Run the requests of a file",
-    responses=error_responses(400, 401, 404, 415),
+    responses=error_responses(400, 401, 404, 413, 415),
     openapi_extra=body_schema(CreateBatchBody),
 )
 async def create_batch(request: Request) -> Response:
@@ -132,7 +132,9 @@ async def get_batch(request: Request, batch_id: str) -> Response:
 
 
 @router.post(
-    "/v1/batches/{batch_id}/cancel", summary="Stop it; what was answered is kept", responses=error_responses(401, 404)
+    "/v1/batches/{batch_id}/cancel",
+    summary="Stop it; what was answered is kept",
+    responses=error_responses(401, 404, 409),
 )
 async def cancel_batch(request: Request, batch_id: str) -> Response:
     runner: BatchRunner = request.app.state.batches

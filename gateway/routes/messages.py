@@ -10,15 +10,19 @@ from gateway.client import ControlPlaneClient
 from gateway.convert import plan_chat
 from gateway.messages.answers import MessageEvents, whole_message
 from gateway.messages.convert import chat_body
+from gateway.messages.errors import MessageErrorAnswer
 from gateway.messages.schemas import CountTokensBody, MessagesBody
 from gateway.middleware import CLIENT_CLOSED_REQUEST
-from gateway.openapi import body_schema
+from gateway.openapi import body_schema, error_responses
 from gateway.serving import Serving, read_body, stream_shape
 
 router = APIRouter(tags=["messages"])
+_ERRORS = error_responses(400, 401, 404, 413, 415, 429, 503, 504, model=MessageErrorAnswer)
 
 
-@router.post("/v1/messages", summary="Continue a conversation", openapi_extra=body_schema(MessagesBody))
+@router.post(
+    "/v1/messages", summary="Continue a conversation", responses=_ERRORS, openapi_extra=body_schema(MessagesBody)
+)
 async def create_message(request: Request) -> Response:
     serving: Serving = request.app.state.serving
     body = await read_body(request, MessagesBody)
@@ -39,6 +43,7 @@ async def create_message(request: Request) -> Response:
 @router.post(
     "/v1/messages/count_tokens",
     summary="How many tokens a conversation has",
+    responses=_ERRORS,
     openapi_extra=body_schema(CountTokensBody),
 )
 async def count_tokens(request: Request) -> Response:

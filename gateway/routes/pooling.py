@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import time
 from collections.abc import Awaitable, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
-import orjson
 from fastapi import APIRouter, Request, Response
 from stepwire.v1 import inference_pb2
 
 from gateway.client import ControlPlaneClient
-from gateway.convert import read_prompts, read_timeout
+from gateway.convert import read_timeout
+from gateway.embeddings import embed_request, embeddings_answer
 from gateway.errors import ApiError
 from gateway.json_types import type_name
 from gateway.middleware import CLIENT_CLOSED_REQUEST
@@ -50,20 +48,12 @@ async def embeddings(request: Request) -> Response:
     body = await read_body(request, EmbeddingsBody)
     call, renames = embed_request(body, request.state.request_id)
     answer = await _computed(request, client.embed(call, renames, _timeout(request)))
-    is_base64 = body.encoding_format == "base64"
-    # By hand: a pydantic model of a thousand numbers costs more than computing them.
-    content = {
-        "object": "list",
-        "data": [
-            {"object": "embedding", "index": index, "embedding": _encoded(each.values, is_base64)}
-            for index, each in enumerate(answer.embeddings)
-        ],
-        "model": answer.model,
-        "usage": _usage(answer.num_prompt_tokens).model_dump(),
-    }
-    return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), media_type="application/json")
+    return Response(embeddings_answer(answer, body), media_type="application/json")
 
 
+# Other servers of this kind have these as well.
+@router.post("/rerank", include_in_schema=False)
+@router.post("/v2/rerank", include_in_schema=False)
 @router.post(
     "/v1/rerank",
     summary="Documents in the order of how well they answer a query",
@@ -93,6 +83,7 @@ async def rerank(request: Request) -> Response:
     )
 
 
+@router.post("/score", include_in_schema=False)
 @router.post(
     "/v1/score",
     summary="How well pairs of texts belong together",
@@ -114,27 +105,6 @@ async def score(request: Request) -> Response:
             usage=_usage(answer.num_prompt_tokens),
         )
     )
-
-
-def embed_request(body: EmbeddingsBody, request_id: str) -> tuple[inference_pb2.EmbedRequest, dict[str, str]]:
-    """The call, and what its fields are called in the body. Raises `ApiError` naming a wrong element."""
-    inputs = read_prompts(body.input, "input")
-    call = inference_pb2.EmbedRequest(model=body.model or "", priority=body.priority or 0, request_id=request_id)
-    for each in inputs:
-        if isinstance(each, str):
-            call.inputs.add(text=each)
-        else:
-            call.inputs.add().token_ids.ids.extend(each)
-    if body.dimensions is not None:
-        call.dimensions = body.dimensions
-    if body.truncate_prompt_tokens is not None:
-        call.truncate_prompt_tokens = body.truncate_prompt_tokens
-    is_list = isinstance(body.input, list) and isinstance(body.input[0], str | list)
-    renames = {"inputs": "input"}
-    for index in range(len(inputs)):
-        name = f"input[{index}]" if is_list else "input"
-        renames |= {f"inputs[{index}].text": name, f"inputs[{index}].token_ids.ids": name}
-    return call, renames
 
 
 def score_request(
@@ -184,11 +154,6 @@ def _text(param: str, value: Any) -> str:
     if not value:
         raise ApiError(400, f"{param}: must not be empty.", param=param)
     return value
-
-
-def _encoded(values: Sequence[float], is_base64: bool) -> Any:
-    vector = np.array(values, dtype="<f4")  # [dimensions]
-    return base64.b64encode(vector.tobytes()).decode() if is_base64 else vector
 
 
 def _usage(num_tokens: int) -> PoolingUsage:

@@ -92,6 +92,27 @@ async def test_a_batch_gives_what_the_requests_give(client: AsyncOpenAI) -> None
     assert (await results(client, texts.output_file_id))["r0"]["response"]["body"]["object"] == "text_completion"
 
 
+async def test_a_batch_of_responses(client: AsyncOpenAI) -> None:
+    """They are in the output file alone."""
+    url = "/v1/responses"
+    bodies: list[dict[str, Any]] = [{"input": f"question {number}", "max_output_tokens": 8} for number in range(3)]
+    bodies += [{"input": "x", "background": True}, {"input": "x", "previous_response_id": "resp_x"}]
+    lines = [
+        {"custom_id": f"r{number}", "method": "POST", "url": url, "body": {"seed": number, **body}}
+        for number, body in enumerate(bodies)
+    ]
+    batch = await ended(client, (await begin(client, lines, url)).id)
+    assert (batch.request_counts.completed, batch.request_counts.failed) == (3, 2)
+    good, bad = await results(client, batch.output_file_id), await results(client, batch.error_file_id)
+    alone = await client.responses.create(model="tiny", extra_body={"seed": 1}, **bodies[1])
+    told = good["r1"]["response"]["body"]
+    assert told["output"][0]["content"][0]["text"] == alone.output_text and told["status"] == alone.status
+    with pytest.raises(openai.NotFoundError):
+        await client.responses.retrieve(told["id"])
+    params = {key: value["response"]["body"]["error"]["param"] for key, value in bad.items()}
+    assert params == {"r3": "background", "r4": "previous_response_id"}
+
+
 async def test_wrong_input_files_fail_with_the_lines_named(client: AsyncOpenAI) -> None:
     wrong = [line(1), line(1), {**line(2), "url": "/v1/completions"}, {"custom_id": "x"}]
     batch = await ended(client, (await begin(client, wrong)).id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 import torch
 from stepwire.v1 import inference_pb2, inference_pb2_grpc
 
-from .launched import Launched
+from .launched import Launched, wait_until
 
 MODEL = "all-MiniLM-L6-v2"
 SENTENCES = [
@@ -90,6 +91,25 @@ def test_every_form_of_input_and_output(client: openai.OpenAI, tokenizer: Any, e
     packed = client.embeddings.with_raw_response.create(model=MODEL, input=SENTENCES[0], encoding_format="base64")
     data = packed.http_response.json()["data"][0]["embedding"]
     np.testing.assert_allclose(np.frombuffer(base64.b64decode(data), "<f4"), expected[0], atol=1e-4)
+
+
+def test_a_batch_of_embeddings(client: openai.OpenAI, expected: np.ndarray) -> None:
+    url = "/v1/embeddings"
+    bodies: list[dict[str, Any]] = [{"input": text, "model": MODEL} for text in SENTENCES[:3]] + [{"input": ""}]
+    lines = [
+        {"custom_id": str(number), "method": "POST", "url": url, "body": body} for number, body in enumerate(bodies)
+    ]
+    content = "\n".join(map(json.dumps, lines)).encode()
+    file = client.files.create(file=("in.jsonl", content), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint=url, completion_window="24h")
+    wait_until(lambda: client.batches.retrieve(batch.id).status == "completed", 60)
+    batch = client.batches.retrieve(batch.id)
+    assert batch.request_counts is not None and batch.output_file_id is not None
+    assert (batch.request_counts.completed, batch.request_counts.failed) == (3, 1)
+    for line in client.files.content(batch.output_file_id).text.splitlines():
+        result = json.loads(line)
+        vector = result["response"]["body"]["data"][0]["embedding"]
+        np.testing.assert_allclose(vector, expected[int(result["custom_id"])], atol=1e-4)
 
 
 def test_fewer_dimensions_are_a_unit_vector_again(client: openai.OpenAI, expected: np.ndarray) -> None:

@@ -137,6 +137,11 @@ def granite(s: Scanner) -> Parsing[None]:
     yield from tagged(s, ("<|tool_call|>", "<tool_call>"), ("</tool_call>",))
 
 
+def hunyuan(s: Scanner) -> Parsing[None]:
+    """`<tool_calls>[{...}]</tool_calls>`: Hunyuan A13B, Jamba."""
+    yield from tagged(s, ("<tool_calls>",), ("</tool_calls>",))
+
+
 def phi4_mini(s: Scanner) -> Parsing[None]:
     """`<|tool_call|>[{...}]<|/tool_call|>`, and the older `functools[{...}]`."""
     yield from tagged(s, ("<|tool_call|>", "functools"), ("<|/tool_call|>",))

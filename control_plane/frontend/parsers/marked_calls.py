@@ -1,14 +1,8 @@
-"""Calls whose names stand outside of the arguments: DeepSeek, Qwen3-Coder, GPT-OSS (harmony)."""
+"""Calls whose names stand before their arguments in JSON: DeepSeek, Kimi K2, GPT-OSS (harmony)."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
-from typing import Any
-
-from control_plane.frontend.parsers.argument_types import Written, properties_of, top_level, written_as
-from control_plane.frontend.parsers.json_calls import call_array, unless_cut_off
-from control_plane.frontend.parsers.scanner import Parsing, Scanner, discard
+from control_plane.frontend.parsers.scanner import Parsing, Scanner
 
 _CALLS_BEGIN, _CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 _CALL_BEGIN, _CALL_END, _SEPARATOR = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
@@ -39,100 +33,27 @@ def _deepseek_call(s: Scanner, name: str) -> Parsing[None]:
     s.close_call()
 
 
-def qwen3_coder(schemas: Mapping[str, Mapping[str, Any]]) -> Callable[[Scanner], Parsing[None]]:
-    """`<tool_call><function=NAME><parameter=KEY>VALUE</parameter>...</function></tool_call>`.
+_KIMI_SECTION_BEGINS = ("<|tool_calls_section_begin|>", "<|tool_call_section_begin|>")
+_KIMI_SECTION_ENDS = ("<|tool_calls_section_end|>", "<|tool_call_section_end|>")
+_KIMI_CALL, _KIMI_ARGUMENTS, _KIMI_CALL_END = "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"
 
-    Values are bare text: the tool's schema says which of them are strings. Those are sent on as they are written.
-    """
 
-    def program(s: Scanner) -> Parsing[None]:
+def kimi_k2(s: Scanner) -> Parsing[None]:
+    """`<|tool_call_begin|>functions.NAME:INDEX<|tool_call_argument_begin|>JSON<|tool_call_end|>` in a section."""
+    while (yield from s.until((*_KIMI_SECTION_BEGINS, _KIMI_CALL), s.say)) is not None:
         while True:
-            mark = yield from s.until(("<tool_call>", "<function="), s.say)
-            if mark is None:
-                return
-            if mark == "<tool_call>":
-                if (yield from s.blanks_then("<function=")):
-                    yield from _xml_call(s, schemas)
-                else:
-                    yield from call_array(s)
-                yield from s.blanks_then("</tool_call>")
-            else:
-                yield from _xml_call(s, schemas)
-                yield from s.blanks_then("</tool_call>")
-            yield from s.blanks()
-
-    return program
-
-
-def _xml_call(s: Scanner, schemas: Mapping[str, Mapping[str, Any]]) -> Parsing[None]:
-    called: list[str] = []
-    if (yield from s.until((">",), called.append)) is None:
-        s.say(unless_cut_off("".join(called)))
-        return
-    name = "".join(called).strip()
-    root = schemas.get(name, {})
-    properties = properties_of(top_level(root))
-    s.open_call(name)
-    is_first = True
-    while True:
-        mark = yield from s.until(("<parameter=", "</function>"), discard)
-        if mark is None:
-            return  # cut off: the call is never complete
-        if mark == "</function>":
-            break
-        key: list[str] = []
-        if (yield from s.until((">",), key.append)) is None:
-            return
-        own_key = "".join(key).strip()
-        s.argue(f"{'{' if is_first else ', '}{json.dumps(own_key, ensure_ascii=False)}: ")
-        is_first = False
-        yield from s.literal("\n")
-        if not (yield from _xml_value(s, written_as(properties.get(own_key), root))):
-            return
-    s.argue("{}" if is_first else "}")
-    s.close_call()
-
-
-_PARAMETER_ENDS = ("\n</parameter>", "</parameter>")
-
-
-def _xml_value(s: Scanner, written: Written) -> Parsing[bool]:
-    """One value to its closing mark, as JSON; False if the text ends before. Strings come as they are written."""
-    if written is Written.TEXT_OR_NULL:
-        for end in _PARAMETER_ENDS:
-            if (yield from s.literal(f"null{end}")):
-                s.argue("null")
-                return True
-        written = Written.TEXT
-    if written is Written.TEXT:
-        s.argue('"')
-        is_whole = (yield from s.until(_PARAMETER_ENDS, lambda text: s.argue(_within_quotes(text)))) is not None
-        s.argue('"' * is_whole)
-        return is_whole
-    value: list[str] = []
-    yield from s.blanks()
-    if (yield from s.peek()) in ("{", "[", '"'):
-        # The mark may stand in one of its strings.
-        yield from s.json_value(value.append)
-    if (yield from s.until(_PARAMETER_ENDS, value.append)) is None:
-        return False
-    s.argue(_as_json("".join(value)))
-    return True
-
-
-def _within_quotes(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)[1:-1]
-
-
-def _as_json(text: str) -> str:
-    """A bare value of a type that may be several: what is no JSON is a string."""
-    if text.strip().lower() in ("true", "false"):
-        return text.strip().lower()
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return json.dumps(text, ensure_ascii=False)
-    return text.strip()
+            before: list[str] = []
+            mark = yield from s.until((_KIMI_ARGUMENTS, _KIMI_CALL, _KIMI_CALL_END, *_KIMI_SECTION_ENDS), before.append)
+            if mark == _KIMI_ARGUMENTS:
+                called = "".join(before).strip().removeprefix("functions.")
+                name, colon, index = called.rpartition(":")
+                s.open_call(name if colon and index.isdigit() else called)
+                yield from s.blanks()
+                yield from s.json_value(s.argue)
+                s.close_call()
+            elif mark is None or mark in _KIMI_SECTION_ENDS:
+                break
+        yield from s.blanks()
 
 
 _HARMONY_ENDS = ("<|end|>", "<|return|>", "<|call|>", "<|start|>", "<|channel|>")

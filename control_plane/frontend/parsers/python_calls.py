@@ -10,7 +10,8 @@ from typing import Any
 from control_plane.frontend.parsers.json_calls import call_object
 from control_plane.frontend.parsers.scanner import Parsing, Scanner
 
-_FENCES = ("```json", "```tool_code", "```python", "```")
+_FENCES = ("```json", "```tool_code", "```python", "```", "<|python_start|>")
+_FENCE_ENDS = ("```", "<|python_end|>")
 _MAX_VALUE_CHARS = 2**20
 
 
@@ -40,7 +41,9 @@ def pythonic(schemas: Mapping[str, Any]) -> Callable[[Scanner], Parsing[None]]:
             s.say(before)
             return
         if is_call:
-            yield from s.blanks_then("```")
+            for end in _FENCE_ENDS:
+                if (yield from s.blanks_then(end)):
+                    break
 
     return program
 

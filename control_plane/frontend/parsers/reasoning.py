@@ -14,6 +14,8 @@ class ReasoningMarks:
     end: str
     # The model thinks first, whether it writes the begin mark or not.
     always: bool = False
+    # What the model writes behind the begin mark, before what it thinks.
+    heading: str = ""
 
 
 def with_reasoning(
@@ -25,6 +27,8 @@ def with_reasoning(
         s.is_reasoning = is_begun
         if (yield from s.blanks_then(marks.begin)) or is_begun:
             s.is_reasoning = True
+            if marks.heading:
+                yield from s.literal(marks.heading)
             yield from s.until((marks.end,), s.think)
             s.is_reasoning = False
             yield from s.blanks()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from control_plane.frontend.parsers import json_calls, marked_calls, python_calls
+from control_plane.frontend.parsers import gemma4_calls, json_calls, marked_calls, python_calls, tagged_calls
 from control_plane.frontend.parsers.reasoning import ReasoningMarks, only_text, with_reasoning
 from control_plane.frontend.parsers.scanner import IncrementalParser, Parsing, Scanner
+from control_plane.frontend.parsers.tagged_calls import Tags
 
 Program = Callable[[Scanner], Parsing[None]]
 NONE = "none"
@@ -23,7 +24,8 @@ class CallSyntax:
     after_name: str
     end: str
     begin_section: str = ""
-    separator: str = ""
+    # Between two calls; None: the answer ends after one.
+    separator: str | None = None
     end_section: str = ""
     # What tells a call from text; empty where nothing does before its name.
     trigger: str = ""
@@ -31,8 +33,14 @@ class CallSyntax:
     opening: str = ""
     # What may follow the last of them.
     closing: str = ""
-    # How the arguments are written: "json" or "xml".
+    # How the arguments are written: "json" or "gemma"; in `tags` where there are any.
     arguments: str = "json"
+    tags: Tags | None = None
+    # A call's number follows its name, after a colon.
+    is_numbered: bool = False
+    # A token that may open a text of calls, and one that may close it.
+    opening_token: str = ""
+    closing_token: str = ""
     # Calls may also be a list of Python's.
     may_be_python: bool = False
 
@@ -49,12 +57,23 @@ def _format(program: Program, syntax: CallSyntax, *marks: str) -> ToolFormat:
     return ToolFormat(lambda schemas: program, syntax, marks)
 
 
+def _tagged(syntax: CallSyntax, *marks: str) -> ToolFormat:
+    if syntax.tags is None:
+        raise ValueError("arguments in tags need tags")
+    return ToolFormat(tagged_calls.tagged_calls(syntax.tags), syntax, marks)
+
+
 HERMES = CallSyntax(
     '<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", separator="\n", trigger="<tool_call>"
 )
 _PYTHON_TAG = "<|python_tag|>"
 _PARAMETERS = CallSyntax(
-    '{"name": "', '", "parameters": ', "}", separator="; ", opening=r"(<\|python_tag\|>[ \n]{0,4})?"
+    '{"name": "',
+    '", "parameters": ',
+    "}",
+    separator="; ",
+    opening=r"(<\|python_tag\|>[ \n]{0,4})?",
+    opening_token=_PYTHON_TAG,
 )
 _FENCED = CallSyntax(
     '{"name": "',
@@ -65,13 +84,70 @@ _FENCED = CallSyntax(
     closing=r"([ \n]{0,4}```)?[ \n]{0,4}",
     may_be_python=True,
 )
+_PYTHON_START, _PYTHON_END = "<|python_start|>", "<|python_end|>"
+_LLAMA4 = replace(
+    _FENCED,
+    opening=r"(<\|python_start\|>[ \n]{0,4})?",
+    closing=r"[ \n]{0,4}(<\|python_end\|>)?",
+    opening_token=_PYTHON_START,
+    closing_token=_PYTHON_END,
+)
 _XML = CallSyntax(
     "<tool_call>\n<function=",
     ">\n",
     "</function>\n</tool_call>",
     separator="\n",
     trigger="<tool_call>",
-    arguments="xml",
+    tags=tagged_calls.QWEN3_CODER,
+)
+_SEED = CallSyntax(
+    "<seed:tool_call>\n<function=",
+    ">\n",
+    "</function>\n</seed:tool_call>",
+    separator="\n",
+    trigger="<seed:tool_call>",
+    tags=tagged_calls.SEED_OSS,
+)
+_MINIMAX = CallSyntax(
+    '<invoke name="',
+    '">\n',
+    "</invoke>",
+    "<minimax:tool_call>\n",
+    "\n",
+    "\n</minimax:tool_call>",
+    "<minimax:tool_call>",
+    tags=tagged_calls.MINIMAX_M2,
+)
+_GLM = CallSyntax("<tool_call>", "\n", "</tool_call>", separator="\n", trigger="<tool_call>", tags=tagged_calls.GLM45)
+_DSML = CallSyntax(
+    '<｜DSML｜invoke name="',
+    '">\n',
+    "</｜DSML｜invoke>",
+    "<｜DSML｜function_calls>\n",
+    "\n",
+    "\n</｜DSML｜function_calls>",
+    "｜DSML｜",
+    tags=tagged_calls.DEEPSEEK_V32,
+)
+_KIMI_MARKS = (
+    "<|tool_calls_section_begin|>",
+    "<|tool_calls_section_end|>",
+    "<|tool_call_begin|>",
+    "<|tool_call_argument_begin|>",
+    "<|tool_call_end|>",
+)
+_KIMI = CallSyntax(
+    "<|tool_call_begin|>functions.",
+    "<|tool_call_argument_begin|>",
+    "<|tool_call_end|>",
+    _KIMI_MARKS[0],
+    "",
+    _KIMI_MARKS[1],
+    _KIMI_MARKS[0],
+    is_numbered=True,
+)
+_GEMMA4 = CallSyntax(
+    "<|tool_call>call:", "{", "}<tool_call|>", separator="", trigger=gemma4_calls.BEGIN, arguments="gemma"
 )
 
 
@@ -89,32 +165,42 @@ _DEEPSEEK_MARKS = (
 _HARMONY_MARKS = ("<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|return|>", "<|call|>", "<|constrain|>")
 
 
-def _deepseek(before_name: str, after_name: str, end: str) -> CallSyntax:
+def _deepseek(before_name: str, after_name: str, end: str, separator: str) -> CallSyntax:
     begin, finish = _DEEPSEEK_MARKS[:2]
-    return CallSyntax(before_name, after_name, end, begin, "\n", finish, begin)
+    return CallSyntax(before_name, after_name, end, begin, separator, finish, begin)
 
 
 TOOL_FORMATS: Mapping[str, ToolFormat] = {
     "hermes": _format(json_calls.hermes, HERMES, "<tool_call>", "</tool_call>"),
-    "qwen3_coder": ToolFormat(marked_calls.qwen3_coder, _XML, ("<tool_call>", "</tool_call>")),
+    "qwen3_coder": _tagged(_XML, "<tool_call>", "</tool_call>"),
+    "seed_oss": _tagged(_SEED, "<seed:tool_call>", "</seed:tool_call>"),
+    "minimax_m2": _tagged(_MINIMAX, "<minimax:tool_call>", "</minimax:tool_call>"),
+    "glm45": _tagged(_GLM, "<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
     "llama3_json": _format(json_calls.llama3, _PARAMETERS, _PYTHON_TAG),
     "pythonic": ToolFormat(python_calls.pythonic, _FENCED),
     "gemma3": ToolFormat(python_calls.pythonic, _FENCED),
+    "llama4_pythonic": ToolFormat(python_calls.pythonic, _LLAMA4, (_PYTHON_START, _PYTHON_END)),
     "mistral": _format(json_calls.mistral, _array("[TOOL_CALLS]"), "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
+    "hunyuan_a13b": _format(
+        json_calls.hunyuan, _array("<tool_calls>", "</tool_calls>"), "<tool_calls>", "</tool_calls>"
+    ),
     "granite": _format(json_calls.granite, _array("<|tool_call|>"), "<|tool_call|>", "<tool_call>"),
     "phi4_mini_json": _format(
         json_calls.phi4_mini, _array("<|tool_call|>", "<|/tool_call|>"), "<|tool_call|>", "<|/tool_call|>"
     ),
     "deepseek_v3": _format(
         marked_calls.deepseek,
-        _deepseek("<｜tool▁call▁begin｜>function<｜tool▁sep｜>", "\n```json\n", "\n```<｜tool▁call▁end｜>"),
+        _deepseek("<｜tool▁call▁begin｜>function<｜tool▁sep｜>", "\n```json\n", "\n```<｜tool▁call▁end｜>", "\n"),
         *_DEEPSEEK_MARKS,
     ),
     "deepseek_v31": _format(
         marked_calls.deepseek,
-        _deepseek("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"),
+        _deepseek("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", ""),
         *_DEEPSEEK_MARKS,
     ),
+    "deepseek_v32": _tagged(_DSML, "｜DSML｜"),
+    "kimi_k2": _format(marked_calls.kimi_k2, _KIMI, *_KIMI_MARKS),
+    "gemma4": _format(gemma4_calls.gemma4, _GEMMA4, gemma4_calls.BEGIN, gemma4_calls.END, gemma4_calls.QUOTE),
     "openai": _format(
         marked_calls.harmony,
         CallSyntax("<|channel|>commentary to=functions.", " <|constrain|>json<|message|>", ""),
@@ -128,44 +214,61 @@ REASONING_FORMATS: Mapping[str, ReasoningMarks | None] = {
     "qwen3": _THINK,
     "deepseek_r1": ReasoningMarks("<think>", "</think>", always=True),
     "deepseek_v3": _THINK,
+    "glm45": _THINK,
+    "kimi_k2": _THINK,
+    "minimax_m2": _THINK,
+    "seed_oss": ReasoningMarks("<seed:think>", "</seed:think>"),
+    "gemma4": ReasoningMarks("<|channel>", "<channel|>", heading="thought\n"),
     "granite": ReasoningMarks("Here is my thought process:", "Here is my response:"),
     "mistral": ReasoningMarks("[THINK]", "[/THINK]"),
     "openai_gptoss": None,
 }
 
 
+# The first mark that a template has tells the format; Hermes' where there is none.
+_MARKS_OF_TOOLS = (
+    ("<|channel|>", "openai"),
+    ("｜DSML｜", "deepseek_v32"),
+    ("<|tool_call>", "gemma4"),
+    ("<minimax:tool_call>", "minimax_m2"),
+    ("<seed:tool_call>", "seed_oss"),
+    ("<|tool_calls_section_begin|>", "kimi_k2"),
+    ("<arg_key>", "glm45"),
+    ("<function=", "qwen3_coder"),
+    ("[TOOL_CALLS]", "mistral"),
+    (_DEEPSEEK_MARKS[0], "deepseek_v31"),
+    ("<tool_call>", "hermes"),
+    ("<tool_calls>", "hunyuan_a13b"),
+    ("<|tool|>", "phi4_mini_json"),
+    ("<|tool_call|>", "granite"),
+    ("<|python_tag|>", "llama3_json"),
+    ("<|start_header_id|>", "llama3_json"),
+    ("<|header_start|>", "llama4_pythonic"),
+    ("<start_of_turn>", "gemma3"),
+)
+_MARKS_OF_REASONING = (
+    ("<|channel|>", "openai_gptoss"),
+    ("<|channel>", "gemma4"),
+    ("<seed:think>", "seed_oss"),
+    ("[THINK]", "mistral"),
+    ("Here is my thought process", "granite"),
+    ("</think>", "qwen3"),
+)
+
+
 def find_tool_format(template: str) -> str:
     """By the marks in the model's chat template; Hermes' format where there are none."""
-    if "<|channel|>" in template:
-        return "openai"
-    if "<function=" in template:
-        return "qwen3_coder"
-    if "[TOOL_CALLS]" in template:
-        return "mistral"
-    if _DEEPSEEK_MARKS[0] in template:
-        return "deepseek_v3" if "```json" in template else "deepseek_v31"
-    if "<tool_call>" in template:
-        return "hermes"
-    if "<|tool|>" in template:
-        return "phi4_mini_json"
-    if "<|tool_call|>" in template:
-        return "granite"
-    if "<|python_tag|>" in template or "<|start_header_id|>" in template:
-        return "llama3_json"
-    return "gemma3" if "<start_of_turn>" in template else "hermes"
+    found = next((name for mark, name in _MARKS_OF_TOOLS if mark in template), "hermes")
+    return "deepseek_v3" if found == "deepseek_v31" and "```json" in template else found
 
 
 def find_reasoning_format(template: str) -> str:
     """Empty where the template knows of no reasoning."""
-    if "<|channel|>" in template:
-        return "openai_gptoss"
-    if "[THINK]" in template:
-        return "mistral"
-    if "Here is my thought process" in template:
-        return "granite"
-    if "</think>" in template:
-        return "deepseek_r1" if "<｜Assistant｜>" in template and _DEEPSEEK_MARKS[0] in template else "qwen3"
-    return ""
+    found = next((name for mark, name in _MARKS_OF_REASONING if mark in template), "")
+    if found == "qwen3" and "<｜Assistant｜>" in template and _DEEPSEEK_MARKS[0] in template:
+        # R1 always thinks; since V3.1 the prompt's end says whether the model does.
+        return "deepseek_r1" if "```json" in template else "deepseek_v3"
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +337,7 @@ class OutputFormat:
         reasoning = self.reasoning
         if reasoning is None:
             return False
-        prompt_end = prompt_end.rstrip()
+        prompt_end = prompt_end.rstrip().removesuffix(reasoning.heading.rstrip())
         return prompt_end.endswith(reasoning.begin) or (reasoning.always and not prompt_end.endswith(reasoning.end))
 
 

@@ -162,6 +162,7 @@ async def test_cors_is_closed_by_default(tmp_path: Path) -> None:
     async with client_for(tmp_path, cors_origins=["https://page.example"], api_key=["k"]) as client:
         preflight = await client.options(CHAT, headers=headers)
         assert preflight.headers["access-control-allow-origin"] == "https://page.example"
+        assert {"GET", "POST", "DELETE"} <= set(preflight.headers["access-control-allow-methods"].split(", "))
         refused = await client.get("/v1/models", headers={"origin": "https://page.example"})
         assert refused.status_code == 401
         assert refused.headers["access-control-allow-origin"] == "https://page.example"

@@ -294,7 +294,7 @@ def test_a_batch_numbers_its_request_ids() -> None:
         (chat, {"max_tokens": -5}, "max_tokens", "greater than or equal to 1"),
         (chat, {"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
         (chat, {"top_logprobs": 3}, "top_logprobs", "logprobs is true"),
-        (chat, {"logprobs": False, "top_logprobs": 0}, "top_logprobs", "logprobs is true"),
+        (chat, {"logprobs": False, "top_logprobs": 1}, "top_logprobs", "logprobs is true"),
         (chat, {"stream_options": {"include_usage": True}}, "stream_options", "stream is true"),
         (chat, {"stream_options": {"include_usage": None}}, "stream_options", "stream is true"),
         (chat, {"stop": ["a"] * 17}, "stop", "at most 16"),

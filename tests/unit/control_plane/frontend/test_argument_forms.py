@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,16 @@ import numpy as np
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 from stepwire.v1 import inference_pb2 as pb
+from tokenizers import AddedToken, Tokenizer
 
 from control_plane.frontend import text_constraints
-from control_plane.frontend.argument_forms import python_arguments, xml_arguments
+from control_plane.frontend.argument_forms import tagged_arguments
+from control_plane.frontend.gemma4_arguments import gemma4_arguments
 from control_plane.frontend.grammar import GrammarError, lark_grammar
 from control_plane.frontend.output_rules import OutputRules
-from control_plane.frontend.parsers.registry import OutputFormat, schemas_of
+from control_plane.frontend.parsers.registry import TOOL_FORMATS, OutputFormat, schemas_of
+from control_plane.frontend.parsers.tagged_calls import DEEPSEEK_V32, GLM45, MINIMAX_M2, QWEN3_CODER, SEED_OSS
+from control_plane.frontend.python_arguments import python_arguments
 from control_plane.frontend.tokenizer import TextTokenizer
 
 VOCAB_SIZE, EOS = 49152, 2
@@ -63,25 +69,17 @@ def table(tokenizer: TextTokenizer) -> LLTokenizer:
     return LLTokenizer(tokenizer.to_json(), n_vocab=VOCAB_SIZE, eos_token=[EOS])
 
 
-@pytest.fixture(scope="module")
-def closers(table: LLTokenizer) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Tokens that tend to end what is open: a walk that takes any token would go on for ever."""
-    texts = [table.decode_str([token_id]) for token_id in range(VOCAB_SIZE)]
-    return np.array([text[:1] in tuple("\n\"'<)]}") and len(text) < 4 for text in texts])  # [VOCAB_SIZE]
-
-
 def walk(
-    table: LLTokenizer, matcher: LLMatcher, closers: np.ndarray[Any, np.dtype[np.bool_]], draw: random.Random
-) -> str | None:
-    """A text of random tokens that the grammar allows; None if it finds no end."""
+    matcher: LLMatcher, closers: np.ndarray[Any, np.dtype[np.bool_]], end: Sequence[int], draw: random.Random
+) -> list[int] | None:
+    """Random tokens that the grammar allows; None if it finds no end. end: what ends a bare text."""
     token_ids: list[int] = []
-    end = table.tokenize_str("\n</parameter>\n")
     while len(token_ids) < 400:
         mask = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
-        allowed = np.flatnonzero(np.unpackbits(mask, bitorder="little")[:VOCAB_SIZE])
+        allowed = np.flatnonzero(np.unpackbits(mask, bitorder="little")[: len(closers)])
         assert len(allowed), matcher.get_error()
         if EOS in allowed:
-            return table.decode_str(token_ids)
+            return token_ids
         if draw.random() < 0.1 and matcher.validate_tokens(end) == len(end):
             assert matcher.consume_tokens(end)
             token_ids += end
@@ -106,40 +104,92 @@ def arguments_of(output_format: OutputFormat, schema: str, text: str) -> list[tu
     return list(joined.values())
 
 
-@pytest.mark.parametrize("schema", SCHEMAS.values(), ids=SCHEMAS)
-@pytest.mark.parametrize("name", ["qwen3_coder", "gemma3", "hermes"])
-def test_whatever_may_be_drawn_is_a_value_of_the_schema(
-    name: str,
-    schema: dict[str, Any],
-    tokenizer: TextTokenizer,
-    table: LLTokenizer,
-    closers: np.ndarray[Any, np.dtype[np.bool_]],
-) -> None:
+# What ends a bare text of each; in JSON there is none.
+BARE_ENDS = {
+    "qwen3_coder": "\n</parameter>\n",
+    "seed_oss": "</parameter>\n",
+    "minimax_m2": "</parameter>\n",
+    "glm45": "</arg_value>\n",
+    "deepseek_v32": "</｜DSML｜parameter>\n",
+    "gemma4": '<|"|>',
+    "gemma3": "'",
+    "hermes": "",
+}
+
+
+class Vocabulary:
+    """A tokenizer, and what is allowed over it. marks: its special tokens."""
+
+    def __init__(self, smollm2_dir: Path, marks: Sequence[str] = ()) -> None:
+        tokenizer = Tokenizer.from_file(str(smollm2_dir / "tokenizer.json"))
+        tokenizer.add_special_tokens([AddedToken(mark, special=True) for mark in marks])
+        self.size = tokenizer.get_vocab_size()
+        self.tokenizer = TextTokenizer(tokenizer)
+        self.table = LLTokenizer(self.tokenizer.to_json(), n_vocab=self.size, eos_token=[EOS])
+        texts = [tokenizer.decode([token_id], skip_special_tokens=False) for token_id in range(self.size)]
+        self.closers = np.array(
+            [(text[:1] in tuple("\n\"'<)]}") and len(text) < 4) or text in marks for text in texts]
+        )  # [size]
+        self._decode = partial(tokenizer.decode, skip_special_tokens=False)
+        self._encode = partial(tokenizer.encode, add_special_tokens=False)
+
+    def ids(self, text: str) -> list[int]:
+        return list(self._encode(text).ids)
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        return str(self._decode(list(token_ids)))
+
+
+@pytest.fixture(scope="module")
+def plain(smollm2_dir: Path) -> Vocabulary:
+    return Vocabulary(smollm2_dir)
+
+
+@pytest.fixture(scope="module")
+def marked(smollm2_dir: Path) -> Vocabulary:
+    return Vocabulary(smollm2_dir, sorted({mark for each in BARE_ENDS for mark in TOOL_FORMATS[each].marks}))
+
+
+def check_walks(name: str, schema: dict[str, Any], vocabulary: Vocabulary, num_walks: int) -> None:
     output_format, text = OutputFormat(name, ""), json.dumps(schema)
     tool = pb.Tool(function=pb.FunctionTool(name="call.it", parameters=text))
     chat = pb.ChatInput(tools=[tool], tool_choice=pb.ToolChoice(mode=pb.TOOL_CHOICE_MODE_REQUIRED))
-    source = OutputRules(tokenizer, output_format).forced_calls(chat, "")
-    whole = LLMatcher(table, source, log_level=0)
+    source = OutputRules(vocabulary.tokenizer, output_format).forced_calls(chat, "")
+    whole = LLMatcher(vocabulary.table, source, log_level=0)
     assert not whole.is_error(), whole.get_error()
-    beginnings = ("[", "{") if name == "gemma3" else ("",)
-    num_walks = 0
-    for beginning in beginnings:
+    end = vocabulary.ids(BARE_ENDS[name])
+    num_done = 0
+    for beginning in ("[", "{") if name == "gemma3" else ("",):
         opened = whole.deep_copy()
-        assert opened.consume_tokens(table.tokenize_str(beginning)), "a form that cannot be begun"
-        for seed in range(6):
-            drawn = walk(table, opened.deep_copy(), closers, random.Random(seed))
+        assert opened.consume_tokens(vocabulary.ids(beginning)), "a form that cannot be begun"
+        for seed in range(num_walks):
+            drawn = walk(opened.deep_copy(), vocabulary.closers, end, random.Random(seed))
             if drawn is None:
                 continue
-            num_walks += 1
-            calls = arguments_of(output_format, text, beginning + drawn)
-            assert calls, drawn
+            num_done += 1
+            said = beginning + vocabulary.text(drawn)
+            calls = arguments_of(output_format, text, said)
+            assert calls, said
             for arguments, complete in calls:
-                assert complete, drawn
+                assert complete, said
                 jsonschema.validate(json.loads(arguments), schema)
-    assert num_walks
+    assert num_done
 
 
-READ: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
+@pytest.mark.parametrize("schema", SCHEMAS.values(), ids=SCHEMAS)
+@pytest.mark.parametrize("name", BARE_ENDS)
+def test_whatever_may_be_drawn_is_a_value_of_the_schema(name: str, schema: dict[str, Any], plain: Vocabulary) -> None:
+    check_walks(name, schema, plain, 6 if name == "gemma3" else 3)
+
+
+@pytest.mark.parametrize("schema", SCHEMAS.values(), ids=SCHEMAS)
+@pytest.mark.parametrize("name", ["glm45", "deepseek_v32", "gemma4"])
+def test_so_it_is_where_the_marks_are_special_tokens(name: str, schema: dict[str, Any], marked: Vocabulary) -> None:
+    check_walks(name, schema, marked, 2)
+
+
+# None: no call is complete.
+READ: list[tuple[str, dict[str, Any], str, dict[str, Any] | None]] = [
     ("qwen3_coder", SCHEMAS["text"], "<parameter=city>\n12\n</parameter>\n", {"city": "12"}),
     ("qwen3_coder", SCHEMAS["text"], '<parameter=city>\n\n"a"\\n\n\n</parameter>\n', {"city": '\n"a"\\n\n'}),
     (
@@ -160,6 +210,28 @@ READ: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
         '<parameter=a>\n{"x": "</parameter>"}\n</parameter>\n',
         {"a": {"x": "</parameter>"}},
     ),
+    ("glm45", SCHEMAS["text"], "<arg_key>city</arg_key>\n<arg_value> 12\n</arg_value>\n", {"city": " 12\n"}),
+    ("glm45", SCHEMAS["nullable"], "<arg_key>a</arg_key><arg_value>null</arg_value>", {"a": None}),
+    ("glm45", SCHEMAS["untyped"], "<arg_key>a</arg_key>\n<arg_value>NaN</arg_value>\n", {"a": "NaN"}),
+    (
+        "deepseek_v32",
+        SCHEMAS["untyped"],
+        '<｜DSML｜parameter name="a" string="true">3</｜DSML｜parameter>\n',
+        {"a": "3"},
+    ),
+    (
+        "deepseek_v32",
+        SCHEMAS["untyped"],
+        '<｜DSML｜parameter name="a" string="false">[3, "</｜DSML｜parameter>"]</｜DSML｜parameter>\n',
+        {"a": [3, "</｜DSML｜parameter>"]},
+    ),
+    (
+        "gemma4",
+        SCHEMAS["untyped"],
+        'a:{b:[1,-2.5,true,None,<|"|>x, }"<|"|>,{}],c:New York}',
+        {"a": {"b": [1, -2.5, True, None, 'x, }"', {}], "c": "New York"}},
+    ),
+    ("gemma4", SCHEMAS["untyped"], "a:" + "[" * 100 + "]" * 100, None),
     ("gemma3", SCHEMAS["optional"], "a = 1, b=True,c=None", {"a": 1, "b": True, "c": None}),
     ("gemma3", SCHEMAS["text"], "city='it\\'s \"here\"\\n'", {"city": 'it\'s "here"\n'}),
     ("gemma3", SCHEMAS["untyped"], 'a={"x": [1, -2.5e3, (True)], }', {"a": {"x": [1, -2500.0, True]}}),
@@ -168,13 +240,17 @@ READ: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("name", "schema", "written", "value"), READ)
 def test_values_are_read_as_they_are_meant(
-    name: str, schema: dict[str, Any], written: str, value: dict[str, Any]
+    name: str, schema: dict[str, Any], written: str, value: dict[str, Any] | None
 ) -> None:
-    text = f"<tool_call>\n<function=call.it>\n{written}</function>\n</tool_call>"
+    syntax = TOOL_FORMATS[name].syntax
+    text = (
+        f"{syntax.begin_section}{syntax.before_name}call.it{syntax.after_name}{written}{syntax.end}{syntax.end_section}"
+    )
     if name == "gemma3":
         text = f"[call.it({written})]"
     ((arguments, complete),) = arguments_of(OutputFormat(name, ""), json.dumps(schema), text)
-    assert complete and json.loads(arguments) == value
+    assert complete == (value is not None)
+    assert value is None or json.loads(arguments) == value
 
 
 FORMATS = {
@@ -233,14 +309,21 @@ def test_bare_strings_are_held_to_what_the_schema_says(
     ],
 )
 def test_what_cannot_be_held_is_refused(value: dict[str, Any]) -> None:
-    for form in (xml_arguments, python_arguments):
+    in_tags = [partial(tagged_arguments, tags) for tags in (QWEN3_CODER, SEED_OSS, MINIMAX_M2, GLM45, DEEPSEEK_V32)]
+    forms = (*in_tags, python_arguments, gemma4_arguments)
+    for form in forms:
         with pytest.raises(GrammarError):
             form(json.dumps(of({"a": value}, "a")), "args_0")
     for more in ({"minProperties": 1}, {"anyOf": [{"required": ["a"]}]}, {"patternProperties": {}}):
-        for form in (xml_arguments, python_arguments):
+        for form in forms:
             with pytest.raises(GrammarError):
                 form(json.dumps(of({}, **more)), "args_0")
+    for form in in_tags:
+        with pytest.raises(GrammarError):
+            form(json.dumps(of({"a>b": {}})), "args_0")
     with pytest.raises(GrammarError):
-        xml_arguments(json.dumps(of({"a>b": {}})), "args_0")
+        gemma4_arguments(json.dumps(of({"a:b": {}})), "args_0")
+    with pytest.raises(GrammarError):
+        gemma4_arguments(json.dumps(of({"a": {"const": '<|"|>'}})), "args_0")
     with pytest.raises(GrammarError):
         python_arguments(json.dumps(of({"a-b": {}})), "args_0")

@@ -43,13 +43,22 @@ def accepts(table: LLTokenizer, source: str, text: str) -> bool:
 
 def written_call(name: str, arguments: str) -> str:
     syntax = TOOL_FORMATS[name].syntax
-    if syntax.arguments == "xml":
+    tags = syntax.tags
+    if tags is not None:
+        after_key = (tags.string_keys or (tags.after_key,))[0]
+        line = "\n" * tags.on_lines
         arguments = "".join(
-            f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in json.loads(arguments).items()
+            f"{tags.before_key}{key}{after_key}{line}{value}{line}{tags.end_value}\n"
+            for key, value in json.loads(arguments).items()
         )
+    elif syntax.arguments == "gemma":
+        values = {
+            key: f'<|"|>{value}<|"|>' if value == "Rome" else value for key, value in json.loads(arguments).items()
+        }
+        arguments = ",".join(f"{key}:{value}" for key, value in values.items())
     return (
-        f"{syntax.begin_section}{syntax.before_name}weather{syntax.after_name}{arguments}{syntax.end}"
-        f"{syntax.end_section}"
+        f"{syntax.begin_section}{syntax.before_name}weather{':0' * syntax.is_numbered}{syntax.after_name}{arguments}"
+        f"{syntax.end}{syntax.end_section}"
     )
 
 
@@ -59,7 +68,7 @@ def test_forced_calls_are_what_the_parser_reads(name: str, tokenizer: TextTokeni
     chat = pb.ChatInput(tools=[TOOL], tool_choice=pb.ToolChoice(mode=pb.TOOL_CHOICE_MODE_REQUIRED))
     source = OutputRules(tokenizer, output_format).forced_calls(chat, "")
     assert accepts(table, source, written_call(name, ARGUMENTS))
-    assert not accepts(table, source, written_call(name, WRONG[name == "qwen3_coder"]))
+    assert not accepts(table, source, written_call(name, WRONG[TOOL_FORMATS[name].syntax.tags is not None]))
     assert not accepts(table, source, "Sure.")
     start = output_format.start(schemas_of([("weather", SCHEMA)]), "")
     assert start is not None
@@ -77,7 +86,7 @@ def test_a_call_that_begins_in_free_text_is_held_to_its_tool(
     assert source is not None
     assert accepts(table, source, "Just text.")
     assert accepts(table, source, "Let me see. " + written_call(name, ARGUMENTS))
-    assert not accepts(table, source, written_call(name, WRONG[name == "qwen3_coder"]))
+    assert not accepts(table, source, written_call(name, WRONG[TOOL_FORMATS[name].syntax.tags is not None]))
 
 
 UNMARKED = [name for name, entry in TOOL_FORMATS.items() if entry.syntax.opening]
@@ -108,7 +117,7 @@ def test_without_a_mark_a_call_is_told_by_how_the_text_begins(
         assert passes(matcher, table, text), text
     for wrong in ('{"name": "Bob"}', written_call(name, '{"city": 3}'), call.replace("weather", "other"), call[:-2]):
         assert not passes(matcher, table, wrong), wrong
-    two = call + TOOL_FORMATS[name].syntax.separator + call
+    two = call + (TOOL_FORMATS[name].syntax.separator or "") + call
     assert passes(matcher, table, two)
     alone = matcher_of(rules, pb.ChatInput(tools=[TOOL], parallel_tool_calls=False), table)
     assert passes(alone, table, call) and not passes(alone, table, two)

@@ -13,7 +13,7 @@ from stepwire.v1 import inference_pb2 as pb
 from control_plane.frontend.chat_template import ChatTemplate
 from control_plane.frontend.conversation import read_conversation
 from control_plane.frontend.parsers.registry import OutputFormat
-from control_plane.frontend.template_traits import ToolsPlace
+from control_plane.frontend.template_traits import CallIds, ToolsPlace
 
 _TURN = "<|im_start|>{{ message.role }}\n"
 _CALLS = (
@@ -53,6 +53,14 @@ TEMPLATES = {
         + "{% if message.role == 'tool' and message.tool_call_id | length != 9 %}"
         "{{ raise_exception('nine') }}{% endif %}"
         "{{ message.tool_call_id | default('') }}"
+    ),
+    # Kimi K2: a call's name is shown as a part of its id alone.
+    "ids have names": _LISTED
+    + looped(
+        "{{ message.content or '' }}{% for call in message.tool_calls or [] %}"
+        "<|tool_call_begin|>{{ call.id }}<|tool_call_argument_begin|>{% if call.function.arguments is string %}"
+        "{{ call.function.arguments }}{% else %}{{ call.function.arguments | tojson }}{% endif %}{% endfor %}"
+        "{% if message.role == 'tool' %}## Return of {{ message.tool_call_id }}{% endif %}"
     ),
     # Phi-4 mini: tools are the system message's.
     "tools in the system message": looped(
@@ -113,7 +121,7 @@ def test_tools_calls_and_results_are_shown(source: str) -> None:
 def test_ids_are_shortened_alike_wherever_they_stand() -> None:
     text = rendered(TEMPLATES["ids have nine letters"], conversation())
     ids = ChatTemplate(TEMPLATES["ids have nine letters"], {})
-    assert ids.traits.has_short_call_ids
+    assert ids.traits.call_ids is CallIds.SHORT
     assert not any(call_id in text for call_id in IDS)
     chat = conversation()
     for message in chat.messages:
@@ -121,6 +129,21 @@ def test_ids_are_shortened_alike_wherever_they_stand() -> None:
         for call in message.tool_calls:
             call.id = call.id.replace(IDS[0], "abc123DEF")
     assert rendered(TEMPLATES["ids have nine letters"], chat).count("abc123DEF") == 2
+
+
+def test_calls_are_numbered_where_ids_have_names() -> None:
+    source = TEMPLATES["ids have names"]
+    assert ChatTemplate(source, {}).traits.call_ids is CallIds.NAMED
+    chat = conversation()
+    # A client that begins anew with every turn.
+    again = [pb.ChatMessage.FromString(each.SerializeToString()) for each in chat.messages[1:3]]
+    again[0].tool_calls[0].name = "forecast"
+    chat.messages.extend(again)
+    text = rendered(source, chat)
+    for number, name in enumerate(["weather", "weather", "forecast"]):
+        assert text.count(f"<|tool_call_begin|>functions.{name}:{number}<|tool_call_argument_begin|>") == 1
+        assert text.count(f"## Return of functions.{name}:{number}") == 1
+    assert not any(call_id in text for call_id in IDS)
 
 
 def test_the_model_is_asked_for_the_calls_that_are_read() -> None:
@@ -145,7 +168,15 @@ def test_the_model_is_asked_for_the_calls_that_are_read() -> None:
         ("<tool_call></tool_call><think></think>", "hermes", "qwen3"),
         ("[TOOL_CALLS][THINK]", "mistral", "mistral"),
         ("<｜tool▁calls▁begin｜>```json<｜Assistant｜></think>", "deepseek_v3", "deepseek_r1"),
-        ("<｜tool▁calls▁begin｜><｜Assistant｜></think>", "deepseek_v31", "deepseek_r1"),
+        ("<｜tool▁calls▁begin｜><｜Assistant｜></think>", "deepseek_v31", "deepseek_v3"),
+        ("<｜DSML｜function_calls></think>", "deepseek_v32", "qwen3"),
+        ("<tool_call>{name}<arg_key></think>", "glm45", "qwen3"),
+        ("<|tool_calls_section_begin|>", "kimi_k2", ""),
+        ("<minimax:tool_call><think></think>", "minimax_m2", "qwen3"),
+        ("<seed:tool_call><function=a><seed:think>", "seed_oss", "seed_oss"),
+        ("<|tool_call>call:<|channel>thought", "gemma4", "gemma4"),
+        ("<tool_calls>[]</tool_calls>", "hunyuan_a13b", ""),
+        ("<|header_start|>", "llama4_pythonic", ""),
         ("<|tool|><|/tool|>", "phi4_mini_json", ""),
         ("<|tool_call|> Here is my thought process:", "granite", "granite"),
         ("<|tool_call|> <think></think> thought process", "granite", "qwen3"),

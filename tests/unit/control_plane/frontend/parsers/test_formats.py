@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from control_plane.frontend.parsers.registry import REASONING_FORMATS, TOOL_FORMATS, OutputFormat
+from control_plane.frontend.parsers.tagged_calls import Tags
 
 SCHEMAS = {"weather": {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}}
 CALL = '{"city": "Rome", "days": 3}'
@@ -67,6 +68,69 @@ EXAMPLES = [
         "",
         2,
     ),
+    (
+        "seed_oss",
+        "Ok\n<seed:tool_call>\n<function=weather>\n<parameter=city>Rome</parameter>\n<parameter=days>3</parameter>\n"
+        "</function>\n</seed:tool_call>",
+        "Ok\n",
+        1,
+    ),
+    (
+        "minimax_m2",
+        "Ok\n<minimax:tool_call>\n"
+        + '<invoke name="weather">\n<parameter name="city">Rome</parameter>\n<parameter name="days">3</parameter>\n'
+        "</invoke>\n" * 2 + "</minimax:tool_call>",
+        "Ok\n",
+        2,
+    ),
+    (
+        "glm45",
+        "Ok\n<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Rome</arg_value>\n<arg_key>days</arg_key>\n"
+        "<arg_value>3</arg_value>\n</tool_call>",
+        "Ok\n",
+        1,
+    ),
+    # 4.7.
+    (
+        "glm45",
+        "<tool_call>weather<arg_key>city</arg_key><arg_value>Rome</arg_value><arg_key>days</arg_key>"
+        "<arg_value>3</arg_value></tool_call>" * 2,
+        "",
+        2,
+    ),
+    ("glm45", f'<tool_call>\n{{"name": "weather", "arguments": {CALL}}}\n</tool_call>', "", 1),
+    (
+        "deepseek_v32",
+        'Ok<｜DSML｜function_calls>\n<｜DSML｜invoke name="weather">\n<｜DSML｜parameter name="city" string="true">Rome'
+        '</｜DSML｜parameter>\n<｜DSML｜parameter name="days" string="false">3</｜DSML｜parameter>\n</｜DSML｜invoke>\n'
+        "</｜DSML｜function_calls>",
+        "Ok",
+        1,
+    ),
+    # V4.
+    (
+        "deepseek_v32",
+        '<｜DSML｜tool_calls><｜DSML｜invoke name="weather"><｜DSML｜parameter name="city" string="true">Rome'
+        '</｜DSML｜parameter><｜DSML｜parameter name="days" string="false">3</｜DSML｜parameter></｜DSML｜invoke>'
+        "</｜DSML｜tool_calls>",
+        "",
+        1,
+    ),
+    (
+        "kimi_k2",
+        "Ok<|tool_calls_section_begin|>"
+        + "".join(
+            f"<|tool_call_begin|>functions.weather:{number}<|tool_call_argument_begin|>{CALL}<|tool_call_end|>"
+            for number in range(2)
+        )
+        + "<|tool_calls_section_end|>",
+        "Ok",
+        2,
+    ),
+    ("gemma4", '<|tool_call>call:weather{city:<|"|>Rome<|"|>,days:3}<tool_call|>' * 2, "", 2),
+    ("gemma4", 'Ok<|tool_call>call:weather{"city": "Rome", days: 3 }<tool_call|>', "Ok", 1),
+    ("hunyuan_a13b", f'Ok<tool_calls>[{{"name": "weather", "arguments": {CALL}}}]</tool_calls>', "Ok", 1),
+    ("llama4_pythonic", '<|python_start|>[weather(city="Rome", days=3)]<|python_end|>', "", 1),
     ("openai", f"<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{CALL}", "", 1),
 ]
 
@@ -90,7 +154,8 @@ def test_a_call_that_is_cut_off_is_never_complete(name: str, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [(name, text) for name, text, said, _ in EXAMPLES if name not in ("llama3_json", "gemma3")]
+    ("name", "text"),
+    [(name, text) for name, text, said, _ in EXAMPLES if TOOL_FORMATS[name].syntax.trigger or name == "openai"],
 )
 def test_nothing_of_a_marked_call_is_text_wherever_it_is_cut_off(name: str, text: str) -> None:
     """What stands before a call is; with tools that must be called, nothing at all is."""
@@ -125,11 +190,30 @@ def test_cuts_change_nothing(name: str, text: str, data: st.DataObject) -> None:
     assert parse(output_format, pieces) == parse(output_format, [whole]) == parse(output_format, whole)
 
 
+def _parts(tags: Tags) -> tuple[str, ...]:
+    keys = (tags.after_key, *(tags.string_keys or ()))
+    return tags.before_name, *tags.name_ends, tags.before_key, *keys, tags.end_value, tags.end_call
+
+
 _MARKS = sorted({mark for each in TOOL_FORMATS.values() for mark in each.marks})
 _XML = ["<function=weather>", "<parameter=city>", "</parameter>", "</function>", "<think>", "</think>", "functools"]
 _JSON = ['{"name": "weather", ', '"arguments": ', CALL, "{", "}", "[", "]", '"', "\\", ",", ":", "3", "null"]
-_OTHER = ["weather", " ", "\n", "é", "[weather(city='a')", "analysis", " to=functions.x", "```json"]
-FRAGMENTS = st.sampled_from([*_MARKS, *_XML, *_JSON, *_OTHER])
+_TAGS = [mark for each in TOOL_FORMATS.values() if (tags := each.syntax.tags) for mark in (*tags.begins, *tags.ends)]
+_TAGS += [part for each in TOOL_FORMATS.values() if (tags := each.syntax.tags) for part in _parts(tags)]
+_OTHER = [
+    "call:weather{",
+    "city:",
+    "functions.weather:0",
+    "weather",
+    " ",
+    "\n",
+    "é",
+    "[weather(city='a')",
+    "analysis",
+    " to=functions.x",
+    "```json",
+]
+FRAGMENTS = st.sampled_from([*_MARKS, *sorted(set(_TAGS)), *_XML, *_JSON, *_OTHER])
 
 
 @pytest.mark.parametrize("name", TOOL_FORMATS)
@@ -156,6 +240,15 @@ def test_nothing_raises_and_cuts_change_nothing_in_nonsense(
         ("deepseek_r1", "Hm.</think>Paris", "", "Hm.", "Paris"),
         ("granite", "Here is my thought process: hm\nHere is my response: Paris", "", " hm\n", "Paris"),
         ("mistral", "[THINK]hm[/THINK]Paris", "", "hm", "Paris"),
+        ("glm45", "\n<think>hm</think>\nParis", "<|assistant|>", "hm", "Paris"),
+        ("glm45", "\nParis", "<|assistant|>\n<think></think>", "", "\nParis"),
+        ("minimax_m2", "hm\n</think>\n\nParis", "]~b]ai\n<think>\n", "hm\n", "Paris"),
+        ("seed_oss", "<seed:think>hm</seed:think>Paris", "", "hm", "Paris"),
+        ("gemma4", "<|channel>thought\nhm<channel|>Paris", "<|turn>model\n", "hm", "Paris"),
+        ("gemma4", "Paris", "<|turn>model\n<|channel>thought\n<channel|>", "", "Paris"),
+        ("deepseek_v3", "hm</think>Paris", "<｜Assistant｜><think>", "hm", "Paris"),
+        ("deepseek_v3", "Paris", "<｜Assistant｜></think>", "", "Paris"),
+        ("deepseek_v3", "Paris", "<｜tool▁output▁end｜>", "", "Paris"),
         (
             "openai_gptoss",
             "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>Paris",
