@@ -156,7 +156,7 @@ def native_table() -> list[str]:
 
 def fallback_lines() -> list[str]:
     carried = sorted({_architecture(tiny.config_class) for tiny in CARRIED.values()})
-    refused = sorted(_architecture(tiny.config_class) for tiny, _ in REFUSED.values())
+    refused = sorted({_architecture(tiny.config_class) for tiny, _ in REFUSED.values()} - set(carried))
     names = ", ".join(f"`{name}`" for name in refused)
     return [
         "Tested: " + ", ".join(f"`{name}`" for name in carried) + ".",
