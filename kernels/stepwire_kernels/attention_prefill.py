@@ -16,7 +16,7 @@ Source: Dao, "FlashAttention-2", 2023.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -316,8 +316,10 @@ def default_prefill_tuning(head_dim: int, cache_dtype: torch.dtype, device: torc
     """The tile shape measured best on an H200 for this head dimension and cache dtype, or one that fits."""
     if cache_dtype == torch.float32:
         return PrefillTuning(block_rows=64, tile_tokens=32, num_warps=4, num_stages=1, use_descriptors=False)
-    if head_dim > 128 and not is_roomy(device):
-        return PrefillTuning(block_rows=64, tile_tokens=32, num_stages=2)
+    if not is_roomy(device):
+        # A loop over descriptors holds a tile more than one over pointers.
+        small = PrefillTuning(use_descriptors=False)
+        return replace(small, tile_tokens=32, num_stages=2) if head_dim > 128 else small
     if head_dim > 128:
         return PrefillTuning(block_rows=128, tile_tokens=64, num_warps=8, num_stages=2)
     return PrefillTuning()
