@@ -82,12 +82,16 @@ async def measure(
     starts = [random.Random(tag).randrange(len(text_ids)) for tag in range(num_sequences)]
     put_ns = take_ns = num_bytes = 0
     for step in range(num_steps):
-        events = [
-            SequenceOutput(0, [text_ids[(start + step) % len(text_ids)]], 1, logprobs) for start in starts
-        ]  # made by the scheduler, not by the frontend
+        token_ids = [text_ids[(start + step) % len(text_ids)] for start in starts]
+        # Made by the scheduler, not by the frontend.
+        events = [] if logprobs is None else [SequenceOutput(0, [each], 1, logprobs) for each in token_ids]
         before = time.thread_time_ns()
-        for output, event in zip(outputs, events, strict=True):
-            output.on_output(event)
+        if logprobs is None:
+            for output, token_id in zip(outputs, token_ids, strict=True):
+                output.on_token(0, token_id)
+        else:
+            for output, event in zip(outputs, events, strict=True):
+                output.on_output(event)
         after = time.thread_time_ns()
         put_ns += after - before
         if step % case.steps_per_write == case.steps_per_write - 1:
