@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import httpx
 import openai
 import pytest
 
-from tests.system.conftest import Stack
+from tests.system.conftest import Stack, wait_until
 
 CHAT = "/v1/chat/completions"
 ASKED: Any = [{"role": "user", "content": "Hello"}]
@@ -82,11 +83,19 @@ def test_routes_of_other_servers_are_there(http: httpx.Client) -> None:
 
 
 def test_load_counts_what_is_being_answered(http: httpx.Client, stack: Stack) -> None:
-    stack.wait_idle(30)
-    with http.stream("POST", CHAT, json={"messages": ASKED, "max_tokens": 3000, "stream": True}) as response:
-        next(response.iter_lines())
-        assert httpx.get(f"{stack.url}/load").json() == {"server_load": 1}
-    stack.wait_idle(30)
+    """A request whose body has not come yet is one, for as long as it is waited for."""
+    head = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n"
+    )
+
+    def load() -> int:
+        return int(http.get("/load").json()["server_load"])
+
+    wait_until(lambda: load() == 0, 30)
+    with socket.create_connection(("127.0.0.1", stack.port), timeout=30) as raw:
+        raw.sendall(head)
+        wait_until(lambda: load() == 1, 30)
+    wait_until(lambda: load() == 0, 30)
 
 
 def test_the_page_says_what_is_answered(http: httpx.Client) -> None:
