@@ -25,7 +25,7 @@ import triton.language as tl
 
 from stepwire_kernels.attention_decode import LOG2_E, DecodeWorkspace, combine_chunks
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
-from stepwire_kernels.device_limits import is_roomy, num_multiprocessors
+from stepwire_kernels.device_limits import has_tensor_memory, is_roomy, num_multiprocessors
 from stepwire_kernels.work_list import ChunkPolicy, WorkList
 
 # Beyond this the accumulator of a tile does not fit the registers.
@@ -300,7 +300,9 @@ def default_latent_prefill_tuning(dtype: torch.dtype, device: torch.device) -> L
     """The launch shape of prefill; to be measured: `python -m load_tests.kernels.sweep latent`."""
     if dtype == torch.float32:
         return LatentTuning(16, 16, 4, 1, 1)
-    return LatentTuning(64, 64, 8, 2, 1) if is_roomy(device) else LatentTuning(32, 32, 4, 2, 1)
+    if not is_roomy(device):
+        return LatentTuning(32, 32, 4, 2, 1)
+    return LatentTuning(64, 32 if has_tensor_memory(device) else 64, 8, 2, 1)
 
 
 def latent_tile_tokens(num_heads: int, tuning: LatentTuning) -> int:

@@ -43,3 +43,8 @@ def is_roomy(device: torch.device) -> bool:
 def stages_that_fit(num_stages: int, stage_bytes: int, device: torch.device) -> int:
     """`num_stages` of a pipelined loop, or fewer: a loop of n stages holds the operands of n - 1 iterations."""
     return min(num_stages, 1 + (shared_memory(device) - _BESIDE_TILES) // stage_bytes)
+
+
+def has_tensor_memory(device: torch.device) -> bool:
+    """Whether matrix units sum in a memory of their own, and take both operands of a product from shared memory."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 10
