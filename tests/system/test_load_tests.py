@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,13 @@ def test_a_target_is_needed() -> None:
 async def test_a_window_of_steady_decoding_counts_its_steps() -> None:
     with ControlPlaneStack(["--sim-step-ms=4", "--sim-max-num-seqs=8"]) as running:
         async with Rows(running, num_rows=8, max_tokens=4000) as rows:
+            begun = time.monotonic()
             window = await rows.window(0.5)
+            elapsed_s = time.monotonic() - begun
             assert all(not record.ended_s and record.num_tokens > 0 for record in rows.records)
         assert window.num_steps > 0
-        assert window.wall_s / window.num_steps >= 0.004  # no step is shorter than the worker's
+        # No step is shorter than the worker's; two may have been in flight before.
+        assert window.num_steps <= elapsed_s / 0.004 + 2
         assert 0 < window.control_plane.main_thread_s <= window.control_plane.total_s < window.wall_s * 8
         assert window.worker_cpu_s > 0
         # The rows were cancelled: their blocks come back.
