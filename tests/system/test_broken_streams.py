@@ -462,7 +462,7 @@ def test_grpc_clients_that_stop_reading_hold_no_blocks(served: Stack) -> None:
         ("grpc.http2.lookahead_bytes", 65536),
         ("grpc.use_local_subchannel_pool", 1),
     ]
-    before = num_long(served)
+    drawn = served.control_plane_metric("stepwire_generation_tokens_total")
     with undisturbed(served), grpc.insecure_channel(served.grpc_address, options=options) as channel:
         stub = pb_grpc.InferenceServiceStub(channel)  # type: ignore[no-untyped-call]
         requests = SessionRequests()
@@ -471,7 +471,11 @@ def test_grpc_clients_that_stop_reading_hold_no_blocks(served: Stack) -> None:
             message = pb.SessionGenerate(request=endless_request(LONG, output=output))
             requests.send(pb.SessionRequest(tag=tag, generate=message))
         calls = [stub.Generate(endless_request(LONG, output=output), timeout=120) for _ in range(3)]
-        wait_until(lambda: num_long(served) >= before + 6, LIMIT_S, served.logs)
+        # What they draw and nobody reads. That they have begun is seen by it, and their end is not told before it is read.
+        everything = drawn + 6 * LONG
+        wait_until(
+            lambda: served.control_plane_metric("stepwire_generation_tokens_total") >= everything, LIMIT_S, served.logs
+        )
         wait_until(lambda: served.control_plane_metric("stepwire_requests_running") <= 1, LIMIT_S, served.logs)
         # The first is read after all: it is complete.
         responses = list(calls[0])
