@@ -471,7 +471,7 @@ def test_grpc_clients_that_stop_reading_hold_no_blocks(served: Stack) -> None:
             message = pb.SessionGenerate(request=endless_request(LONG, output=output))
             requests.send(pb.SessionRequest(tag=tag, generate=message))
         calls = [stub.Generate(endless_request(LONG, output=output), timeout=120) for _ in range(3)]
-        # What they draw and nobody reads. That they have begun is seen by it, and their end is not told before it is read.
+        # All that they draw, though nobody reads it: their ends are not told of before they are read.
         everything = drawn + 6 * LONG
         wait_until(
             lambda: served.control_plane_metric("stepwire_generation_tokens_total") >= everything, LIMIT_S, served.logs
