@@ -145,6 +145,12 @@ class LaunchSettings(ProcessSettings):
         description="devices that share a layer hold different experts of it, not a part of each",
         json_schema_extra=_passed_to(WORKER),
     )
+    group_timeout_s: float = Field(
+        25.0,
+        gt=0,
+        description="seconds that ranks wait for one another while their group forms",
+        json_schema_extra=_passed_to(WORKER),
+    )
     gpu_memory_utilization: float = Field(
         0.90,
         gt=0,
