@@ -30,8 +30,9 @@ from gpu_worker.prompt_logprobs import DescribedRun, describe_run, num_rows_at_a
 from gpu_worker.row_table import PromptRun
 
 # From so many rows of logits on, the ranks of a stage each draw for some of them: their logits and the sampler's work
-# are divided, and what was drawn is one more exchange of a few microseconds.
-DEALT_ROWS = 32
+# are divided, and what was drawn is one more exchange of a few microseconds. 32 by arithmetic; never, until two GPUs
+# have been seen to do it.
+DEALT_ROWS = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
