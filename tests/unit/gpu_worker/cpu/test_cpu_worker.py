@@ -40,8 +40,8 @@ class Recorded:
         self.runner = TorchRunner.load(WorkerSettings(model=directory, device="cpu", **values))
         torch.set_num_threads(threads)
         self.logits: list[torch.Tensor] = []
-        self._to_logits = self.runner._to_logits
-        self.runner._to_logits = self._record
+        self._to_logits = self.runner._to_own_logits
+        self.runner._to_own_logits = self._record
 
     def _record(self, hidden: HiddenStates) -> torch.Tensor:
         logits = self._to_logits(hidden)
