@@ -16,7 +16,7 @@ import torch
 _BESIDE_TILES = 1024
 # A bound for the interpreter, which has none.
 _WITHOUT_A_GPU = 1 << 30
-# Enough for every shape that was measured best on Hopper, those that one matrix product's tiles alone make up left out.
+# Attention's shapes for Hopper fit into this, without descriptors.
 _ROOMY = 160 * 1024
 
 

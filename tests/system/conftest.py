@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +21,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tests.system.ports import free_port
+from tests.system.standing_still import standing_still
 
 ROOT = Path(__file__).resolve().parents[2]
 # On a machine that may be busy; limits only end a test that has failed.
@@ -197,20 +198,9 @@ class Stack:
         process.send_signal(number)
         return process.wait(STOP_LIMIT_S)
 
-    @contextmanager
-    def paused(self, *names: str) -> Iterator[None]:
-        """These processes (by default the worker) stand still in the block: whatever waits for them goes on waiting.
-
-        A worker that stands still for ten seconds counts as lost; what it was at goes on all the same.
-        """
-        stopped = [self.processes[name] for name in names or ("worker",)]
-        for process in stopped:
-            process.send_signal(signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            for process in stopped:
-                process.send_signal(signal.SIGCONT)
+    def paused(self, *names: str) -> AbstractContextManager[None]:
+        """These processes (by default the worker) stand still in the block."""
+        return standing_still([self.processes[name] for name in names or ("worker",)])
 
     def stop(self) -> None:
         """In the order in which requests flow, so that nobody waits for one that has gone."""

@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -24,6 +24,7 @@ from stepwire.v1 import inference_pb2_grpc as pb_grpc
 
 from tests.system.conftest import LIMIT_S, ROOT, START_LIMIT_S, STOP_LIMIT_S, read_sample, wait_until
 from tests.system.ports import free_port
+from tests.system.standing_still import standing_still
 
 VOCAB_SIZE = 1000
 
@@ -66,17 +67,9 @@ class WorkerGroups:
         process.send_signal(signal.SIGKILL)
         process.wait(STOP_LIMIT_S)
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> AbstractContextManager[None]:
         """All workers stand still in the block: what is asked meanwhile is accepted and waits."""
-        stopped = [process for name, process in self.processes.items() if name.startswith("worker ")]
-        for process in stopped:
-            process.send_signal(signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            for process in stopped:
-                process.send_signal(signal.SIGCONT)
+        return standing_still([process for name, process in self.processes.items() if name.startswith("worker ")])
 
     async def wait_open(self, num_requests: int) -> None:
         """Until so many requests have been accepted and are not over."""

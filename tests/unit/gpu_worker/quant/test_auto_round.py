@@ -5,14 +5,10 @@ The file is made by `tests/fixtures/quant/make_auto_round.py`.
 
 from __future__ import annotations
 
-import json
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from gpu_worker.model_spec import ModelConfigError
 from gpu_worker.models.hf_config import HfConfig
@@ -20,22 +16,15 @@ from gpu_worker.parallel.shares import Share
 from gpu_worker.quant.affine_formats import AwqFormat, GptqFormat
 from gpu_worker.quant.config import QuantConfig
 from gpu_worker.quant.scheme import read_quantization
+from tests.unit.gpu_worker.quant.stored_cases import stored_cases
 
-FILE = Path(__file__).resolve().parents[3] / "fixtures" / "quant" / "auto_round.safetensors"
 N, K = 64, 128
 LAYER = "model.layers.3"
 CONFIG: dict[str, Any] = {"quant_method": "auto-round", "bits": 4, "group_size": 128, "sym": True}
 
 
-@cache
 def stored() -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
-    """Settings by case; tensors by case and name."""
-    tensors: dict[str, dict[str, torch.Tensor]] = {}
-    with safe_open(FILE, "pt") as file:
-        for name in file.keys():  # noqa: SIM118
-            case, _, tensor = name.partition("/")
-            tensors.setdefault(case, {})[tensor] = file.get_tensor(name)
-        return json.loads(file.metadata()["settings"]), tensors
+    return stored_cases("auto_round.safetensors", "settings")
 
 
 def read(fields: dict[str, Any]) -> QuantConfig:

@@ -5,33 +5,22 @@ The file is made by `tests/fixtures/quant/make_compressed_tensors.py`.
 
 from __future__ import annotations
 
-import json
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from gpu_worker.models.hf_config import HfConfig
 from gpu_worker.parallel.shares import Share
 from gpu_worker.quant.formats import WeightFormat
 from gpu_worker.quant.scheme import read_quantization
+from tests.unit.gpu_worker.quant.stored_cases import stored_cases
 
-FILE = Path(__file__).resolve().parents[3] / "fixtures" / "quant" / "compressed_tensors.safetensors"
 N, K = 72, 192
 
 
-@cache
 def stored() -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
-    """Schemes by case; tensors by case and name."""
-    tensors: dict[str, dict[str, torch.Tensor]] = {}
-    with safe_open(FILE, "pt") as file:
-        for name in file.keys():  # noqa: SIM118
-            case, _, tensor = name.partition("/")
-            tensors.setdefault(case, {})[tensor] = file.get_tensor(name)
-        return json.loads(file.metadata()["schemes"]), tensors
+    return stored_cases("compressed_tensors.safetensors", "schemes")
 
 
 CASES = sorted(stored()[0])

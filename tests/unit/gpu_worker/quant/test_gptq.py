@@ -5,35 +5,24 @@ The file is made by `tests/fixtures/quant/make_gptq.py`.
 
 from __future__ import annotations
 
-import json
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from gpu_worker.models.hf_config import HfConfig
 from gpu_worker.parallel.shares import Share
 from gpu_worker.quant.affine_formats import GptqFormat
 from gpu_worker.quant.expert_stack import pack_expert
 from gpu_worker.quant.scheme import read_quantization
+from tests.unit.gpu_worker.quant.stored_cases import stored_cases
 
-FILE = Path(__file__).resolve().parents[3] / "fixtures" / "quant" / "gptq.safetensors"
 N, K = 64, 128
 ROWS, COLS = Share(0, N, N), Share(0, K, K)
 
 
-@cache
 def stored() -> tuple[dict[str, Any], dict[str, dict[str, torch.Tensor]]]:
-    """Settings by case; tensors by case and name."""
-    tensors: dict[str, dict[str, torch.Tensor]] = {}
-    with safe_open(FILE, "pt") as file:
-        for name in file.keys():  # noqa: SIM118
-            case, _, tensor = name.partition("/")
-            tensors.setdefault(case, {})[tensor] = file.get_tensor(name)
-        return json.loads(file.metadata()["settings"]), tensors
+    return stored_cases("gptq.safetensors", "settings")
 
 
 CASES = sorted(stored()[0])
