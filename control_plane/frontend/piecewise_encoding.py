@@ -1,7 +1,7 @@
 """Text to ids in pieces, cut where a text's ids are those of its pieces one after the other; pieces are kept.
 
 A chat comes back whole with every turn, and many begin with the same instructions: only what is new is encoded. What is
-new is cut as well, because the library takes half as long for pieces as for the whole, and encodes them side by side.
+new is cut as well, because the library encodes several texts side by side.
 
 There are two kinds of place. The library looks for special tokens first and encodes what stands between them apart, so
 a text may be cut where a special token begins (not behind it: some tokenizers mark the beginning of a text). And where
