@@ -28,6 +28,7 @@ from gpu_worker.models.qwen import Qwen
 from gpu_worker.models.registry import register
 from gpu_worker.models.smollm3 import SmolLM3
 from gpu_worker.models.text_part_defaults import TEXT_DEFAULTS
+from gpu_worker.models.transformers_fallback import TransformersModel, is_known_part
 
 
 # By `model_type` of the text part: what computes it, and the architecture that it would be by itself.
@@ -163,13 +164,15 @@ class Multimodal(ModelFamily):
     def for_config(cls, config: HfConfig) -> type[ModelFamily]:
         text = text_config(config)
         kind = text.fields.get("model_type")
-        if not isinstance(kind, str) or kind not in TEXT_PARTS:
+        if kind in TEXT_PARTS:
+            return text_part(kind)
+        if not is_known_part(kind):
             raise text.error(
                 "model_type",
                 f"is {kind!r}, which is not supported within {', '.join(config.architectures())}; supported are "
-                f"{', '.join(TEXT_PARTS)}",
+                f"{', '.join(TEXT_PARTS)}, and those that an installed transformers has as causal language models",
             )
-        return text_part(kind)
+        return TransformersModel
 
     @staticmethod
     def read_config(config: HfConfig, architecture: str) -> ModelSpec:

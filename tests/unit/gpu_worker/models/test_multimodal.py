@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForMultimodalLM
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.llava import LlavaConfig
 from transformers.models.mistral3 import Mistral3Config
@@ -22,6 +22,7 @@ from transformers.models.qwen3_vl import Qwen3VLConfig
 
 from gpu_worker.model_spec import ModelConfigError
 from gpu_worker.models.loader import read_spec
+from gpu_worker.models.transformers_fallback import TransformersModel
 from gpu_worker.quant.scheme import make_scheme
 from gpu_worker.quant.stored import StoredLinear
 from tests.unit.gpu_worker.models.test_families import PagedModel, check_logits
@@ -79,9 +80,8 @@ def save(kind: str, directory: Path) -> Any:
 
 def save_config(config: Any, directory: Path) -> Any:
     torch.manual_seed(3)
-    model = AutoModelForMultimodalLM.from_config(
-        config, attn_implementation="eager", experts_implementation="eager"
-    ).eval()
+    kind = AutoModelForMultimodalLM if type(config) in AutoModelForMultimodalLM._model_mapping else AutoModelForCausalLM
+    model = kind.from_config(config, attn_implementation="eager", experts_implementation="eager").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not re.search("vision|visual|audio|projector|connector", name):
@@ -191,6 +191,52 @@ def test_the_text_part_under_its_published_names(kind: str, tmp_path: Path) -> N
     check_logits(reference, tmp_path)
 
 
+GEMMA = TEXT | {
+    "hidden_size": 64,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "sliding_window": 11,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": 301,
+    "final_logit_softcapping": 5.0,
+}
+# Other sizes of heads, and fewer KV heads, in the layers that see everything; values that are the keys.
+GEMMA4 = GEMMA | {"global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
+# The last two layers attend to what earlier ones have cached.
+SHARED = {
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+}
+GEMMA3N = GEMMA | {
+    **SHARED,
+    "intermediate_size": [96] * 6,
+    "activation_sparsity_pattern": [0.5] + [0.0] * 5,
+    "laurel_rank": 8,
+    "altup_num_inputs": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"), [("gemma4", GEMMA4), ("gemma4", GEMMA | SHARED), ("gemma3n", GEMMA3N)]
+)
+def test_a_text_part_without_native_code_runs_through_transformers(
+    kind: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    """As published: within a checkpoint whose other parts are not loaded."""
+    reference = save_config(CONFIG_MAPPING[kind](text_config=fields).get_text_config(), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in tensors.items()}
+    tensors |= {"model.vision_tower.a.weight": torch.zeros(2), "model.embed_audio.b.weight": torch.zeros(2)}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    text = json.loads((tmp_path / "config.json").read_text())
+    name = text.pop("architectures")[0].replace("ForCausalLM", "ForConditionalGeneration")
+    whole = {"architectures": [name], "model_type": kind, "dtype": "float32", "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    spec, family = read_spec(tmp_path)
+    assert (spec.architecture, family) == (name, TransformersModel)
+    check_logits(reference, tmp_path)
+
+
 @pytest.mark.parametrize("old", [True, False])
 @pytest.mark.parametrize("kind", ["mistral3", "ministral3", "llava", "qwen2.5-vl", "qwen3-vl"])
 def test_the_text_part_computes_like_transformers(kind: str, old: bool, tmp_path: Path) -> None:
@@ -214,9 +260,9 @@ def _unnest(file: Path) -> None:
 def test_another_text_part_is_refused_by_name(tmp_path: Path) -> None:
     save("llava", tmp_path)
     fields = json.loads((tmp_path / "config.json").read_text())
-    fields["text_config"]["model_type"] = "phi"
+    fields["text_config"]["model_type"] = "own"
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(ModelConfigError, match=r"model_type is 'phi'.*LlavaForConditionalGeneration.*llama, .*mistral"):
+    with pytest.raises(ModelConfigError, match=r"model_type is 'own'.*LlavaForConditionalGeneration.*llama, .*mistral"):
         read_spec(tmp_path)
 
 
