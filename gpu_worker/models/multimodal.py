@@ -1,5 +1,5 @@
-"""The language models of checkpoints that see images or hear as well: LLaVA, Mistral 3, Qwen-VL and Qwen-Omni, InternVL,
-Idefics and SmolVLM, GLM-V, Llama 4, Kimi K2.5, Voxtral and others.
+"""The language models of checkpoints that see images or hear as well: LLaVA, Mistral 3, Qwen-VL and Qwen-Omni,
+InternVL, Idefics and SmolVLM, GLM-V, Llama 4, Kimi K2.5, Voxtral and others.
 
 Text is served, towers for everything else are not loaded. What computes is the family of the text part, whatever holds
 it. Rope with sections for time, height and width (mrope) is plain rope where all three are the same, as they are for
@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 from gpu_worker.model_spec import ModelSpec
 from gpu_worker.models.cohere import Cohere
@@ -29,7 +29,6 @@ from gpu_worker.models.registry import register
 from gpu_worker.models.smollm3 import SmolLM3
 from gpu_worker.models.text_part_defaults import TEXT_DEFAULTS
 from gpu_worker.models.transformers_fallback import TransformersModel, is_known_part
-
 
 # By `model_type` of the text part: what computes it, and the architecture that it would be by itself.
 TEXT_PARTS: dict[str, tuple[type[ModelFamily], str]] = {
@@ -103,7 +102,7 @@ def text_part(kind: str) -> type[ModelFamily]:
     defaults = TEXT_DEFAULTS.get(kind, {})
     family: Any = inner
 
-    class TextPart(family):  # type: ignore[misc]
+    class TextPart(family):
         skipped_tensors = f"{_OTHERS}|{family.skipped_tensors or '(?!)'}"
 
         @classmethod
@@ -158,7 +157,7 @@ def text_part(kind: str) -> type[ModelFamily]:
 class Multimodal(ModelFamily):
     """Stands for what its config names as the text part."""
 
-    name_rules: NameRules = {}
+    name_rules: ClassVar[NameRules] = {}
 
     @classmethod
     def for_config(cls, config: HfConfig) -> type[ModelFamily]:

@@ -140,7 +140,9 @@ class _Served:
             return cls(config, architecture, is_part=False)
         causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text.model_type)
         if causal is None:
-            raise refused(architecture, f"transformers has no language model of its text part {text.model_type!r} alone")
+            raise refused(
+                architecture, f"transformers has no language model of its text part {text.model_type!r} alone"
+            )
         if getattr(config, "tie_word_embeddings", None) is not None:
             text.tie_word_embeddings = config.tie_word_embeddings
         return cls(text, causal, is_part=True)

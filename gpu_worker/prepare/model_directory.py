@@ -180,7 +180,8 @@ def _save_fast_tokenizer(directory: Path, target: Path, progress: Progress) -> N
         raise PrepareError(f"the tokenizer of {directory} has no fast form ({type(tokenizer).__name__}): {advice}")
     if (directory / _TEKKEN_NAME).exists() and not tokenizer.chat_template:
         progress.note(
-            f"{directory} has no chat template: give one with --chat-template, or install mistral-common, which makes it"
+            f"{directory} has no chat template: give one with --chat-template, or install mistral-common, which makes "
+            "one"
         )
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)

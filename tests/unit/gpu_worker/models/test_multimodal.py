@@ -109,7 +109,11 @@ SMALL_VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers":
 MOE = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
 MULTI_ROPE = {"rope_parameters": SECTIONS}
 PARTIAL_ROPE = {"rope_parameters": SECTIONS | {"partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}}
-GLM = {name: value for name, value in TEXT.items() if name != "head_dim"} | {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2} | PARTIAL_ROPE
+GLM = (
+    {name: value for name, value in TEXT.items() if name != "head_dim"}
+    | {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    | PARTIAL_ROPE
+)
 GLM_VISION = {"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 64, "intermediate_size": 24}
 EXPERTS = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "n_group": 2, "topk_group": 1}
 LLAMA4_VISION = SMALL_VISION | {
@@ -154,7 +158,10 @@ def others() -> dict[str, Callable[[], Any]]:
         },
         "glm4v": {"text_config": GLM, "vision_config": GLM_VISION},
         "glm4v_moe": {"text_config": GLM | EXPERTS, "vision_config": GLM_VISION},
-        "mistral3": {"text_config": {"model_type": "mistral4"} | LATENT | deepcopy(MINISTRAL3), "vision_config": pixtral},
+        "mistral3": {
+            "text_config": {"model_type": "mistral4"} | LATENT | deepcopy(MINISTRAL3),
+            "vision_config": pixtral,
+        },
         "smolvlm": {"text_config": text("llama"), "vision_config": idefics, "scale_factor": 1},
         "idefics3": {"text_config": text("llama"), "vision_config": idefics, "scale_factor": 1},
         "internvl": {
@@ -216,9 +223,7 @@ GEMMA3N = GEMMA | {
 }
 
 
-@pytest.mark.parametrize(
-    ("kind", "fields"), [("gemma4", GEMMA4), ("gemma4", GEMMA | SHARED), ("gemma3n", GEMMA3N)]
-)
+@pytest.mark.parametrize(("kind", "fields"), [("gemma4", GEMMA4), ("gemma4", GEMMA | SHARED), ("gemma3n", GEMMA3N)])
 def test_a_text_part_without_native_code_runs_through_transformers(
     kind: str, fields: dict[str, Any], tmp_path: Path
 ) -> None:
