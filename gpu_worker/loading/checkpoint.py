@@ -13,10 +13,8 @@ import torch
 from gpu_worker.loading.gguf_reader import GgufReader
 from gpu_worker.loading.safetensors_reader import SafetensorsReader
 from gpu_worker.loading.tensor_source import CheckpointError, TensorIndex, TensorInfo, TensorSource
+from gpu_worker.loading.weight_files import gguf_in
 
-GGUF_NAME = "model.gguf"
-"""A model directory may hold its weights as one GGUF file of this name, or as `model-00001-of-0000N.gguf` and so on."""
-_FIRST_PART = "model-00001-of-*.gguf"
 TIED_HEAD = "lm_head.weight"
 MAX_NAMES_IN_MESSAGE = 5
 
@@ -46,13 +44,6 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return GgufReader(path)
     packed = gguf_in(path)
     return GgufReader(packed) if packed is not None else SafetensorsReader(path)
-
-
-def gguf_in(directory: Path) -> Path | None:
-    """The GGUF file that a prepared model directory holds its weights in, or the first of several."""
-    if (directory / GGUF_NAME).is_file():
-        return directory / GGUF_NAME
-    return next(iter(sorted(directory.glob(_FIRST_PART))), None)
 
 
 class StrictReader:

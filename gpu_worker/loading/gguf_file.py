@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import math
 import mmap
-import re
 import struct
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,13 +22,13 @@ import torch
 
 from gpu_worker.loading.gguf_blocks import GGML_TYPES, GgmlType
 from gpu_worker.loading.tensor_source import CheckpointError
+from gpu_worker.loading.weight_files import PART_NAME, parts_by_name
 
 MAGIC = b"GGUF"
 SUPPORTED_VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4
 SPLIT_COUNT, SPLIT_NUMBER, SPLIT_TENSORS = "split.count", "split.no", "split.tensors.count"
-PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 _DOWNLOAD_ADVICE = "download or copy the file again"
 _STRING, _ARRAY, _BOOL = 8, 9, 7
@@ -168,15 +167,6 @@ class GgufFile:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
-
-
-def parts_by_name(path: Path) -> list[Path]:
-    """The files of a model by the name of one of them; where it has none of a part, that file alone."""
-    match = PART_NAME.fullmatch(path.name)
-    if match is None:
-        return [path]
-    count = int(match["count"])
-    return [path.with_name(f"{match['stem']}-{one:05d}-of-{count:05d}.gguf") for one in range(1, count + 1)]
 
 
 def parts_of(path: Path, metadata: dict[str, Any]) -> list[Path]:

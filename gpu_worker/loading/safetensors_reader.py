@@ -1,28 +1,20 @@
 """Reads a model directory (or one file) of safetensors, one tensor at a time.
 
-Format: 8 bytes little-endian header length, a JSON header `{name: {dtype, shape, data_offsets}}`, then the data
-(https://huggingface.co/docs/safetensors). Every header is checked against its file before anything is read, so that a
-missing or truncated shard is found before memory is allocated for the model.
+Every header has been checked against its file before anything is read (`safetensors_headers`).
 """
 
 from __future__ import annotations
 
-import json
-import math
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from gpu_worker.loading.safetensors_headers import read_headers
 from gpu_worker.loading.tensor_source import CheckpointError, TensorIndex, TensorInfo, resolve_index
-
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 # A mapped file's pages count as this process's memory once touched. Mapping anew after this much keeps that share small
 # beside the model, however large a shard is.
@@ -47,20 +39,6 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
-_SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_PICKLE_ADVICE = (
-    "pickle files can run code when they are opened, so they are never read: use a safetensors version of the model "
-    "(most repositories have one; `transformers`' save_pretrained writes one)"
-)
-_DOWNLOAD_ADVICE = "download or copy the file again"
-
-
-class _Entry(NamedTuple):
-    info: TensorInfo
-    begin: int
-    end: int
-
 
 class SafetensorsReader:
     """The tensors of a directory with `model.safetensors`, with shards and an index, or of a single file.
@@ -71,32 +49,26 @@ class SafetensorsReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if path.is_dir():
-            files, self._index = _find_files(path)
-        else:
-            _refuse_pickle(path)
-            files, self._index = [path], None
-        self._entries: dict[str, _Entry] = {}
-        for file in files:
-            self._add_file(file)
-        if self._index is not None:
-            self._check_index(self._index)
+        self._infos = {
+            entry.name: TensorInfo(entry.name, entry.shape, DTYPES[entry.dtype], entry.file)
+            for entry in read_headers(path).values()
+        }
         self._open_file: Path | None = None
         self._handle: Any = None
         self._bytes_through_handle = 0
 
     def names(self) -> Iterable[TensorInfo]:
-        return [entry.info for entry in self._entries.values()]
+        return list(self._infos.values())
 
     def read(self, name: str, index: TensorIndex | None = None) -> torch.Tensor:
-        entry = self._entries[name]
-        bounds = resolve_index(name, entry.info.shape, index)
-        file = entry.info.file
+        info = self._infos[name]
+        bounds = resolve_index(name, info.shape, index)
+        file = info.file
         try:
             handle = self._handle_for(file)
             view = handle.get_slice(name)
             # safetensors cannot slice a scalar, nor a tensor without elements
-            whole = all(bound == (0, size) for bound, size in zip(bounds, entry.info.shape, strict=True))
+            whole = all(bound == (0, size) for bound, size in zip(bounds, info.shape, strict=True))
             tensor: torch.Tensor = handle.get_tensor(name) if whole else view[tuple(slice(*bound) for bound in bounds)]
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
@@ -123,221 +95,3 @@ class SafetensorsReader:
             self._handle = safe_open(file, framework="pt", device="cpu")
             self._open_file = file
         return self._handle
-
-    def _add_file(self, file: Path) -> None:
-        for entry in read_header(file):
-            known = self._entries.get(entry.info.name)
-            if known is not None:
-                raise CheckpointError(
-                    file,
-                    f"is also in {known.info.file.name}: which of the two is meant is not decidable",
-                    tensor=entry.info.name,
-                    advice="remove the file that does not belong to the model",
-                )
-            self._entries[entry.info.name] = entry
-
-    def _check_index(self, index: dict[str, Path]) -> None:
-        """Every tensor of the index must be where it says. Tensors the index leaves out are listed like the others: the
-        strict accounting of the model builder decides about them."""
-        index_file = self.path / INDEX_NAME
-        for name, file in index.items():
-            entry = self._entries.get(name)
-            if entry is None or entry.info.file != file:
-                elsewhere = f" (it is in {entry.info.file.name})" if entry is not None else ""
-                raise CheckpointError(
-                    file,
-                    f"{INDEX_NAME} says that this tensor is in this file, and it is not{elsewhere}",
-                    tensor=name,
-                    advice=f"the shards and {index_file} are of different versions: download all of them again",
-                )
-
-
-def read_header(file: Path) -> list[_Entry]:
-    """The tensors of one file in the order of their data, after checking that the file holds all of it."""
-    header, data_start, file_size = _load_header(file)
-    entries: list[_Entry] = []
-    for name, fields in header.items():
-        if name == "__metadata__":
-            continue
-        entries.append(_parse_entry(file, name, fields))
-    entries.sort(key=lambda entry: (entry.begin, entry.end))
-    position = 0
-    data_size = file_size - data_start
-    for entry in entries:
-        if entry.end > data_size:
-            raise CheckpointError(
-                file,
-                f"the file is truncated: its data ends at byte {data_start + entry.end:,}, the file at {file_size:,}",
-                tensor=entry.info.name,
-                advice=_DOWNLOAD_ADVICE,
-            )
-        if entry.begin != position:
-            what = "overlaps the tensor before it" if entry.begin < position else "leaves a gap before it"
-            raise CheckpointError(
-                file,
-                f"its data begins at {entry.begin:,} and {what} (which ends at {position:,})",
-                tensor=entry.info.name,
-                advice=_DOWNLOAD_ADVICE,
-            )
-        position = entry.end
-    if position != data_size:
-        raise CheckpointError(
-            file, f"holds {data_size - position:,} bytes after its last tensor", advice=_DOWNLOAD_ADVICE
-        )
-    return entries
-
-
-def _load_header(file: Path) -> tuple[dict[str, Any], int, int]:
-    """The JSON header, the offset where data begins, and the file's size."""
-    try:
-        with file.open("rb") as stream:
-            size = stream.seek(0, 2)
-            stream.seek(0)
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                raise CheckpointError(
-                    file,
-                    f"is truncated or no safetensors file: its header is {length:,} bytes long, the file {size:,}",
-                    advice=_DOWNLOAD_ADVICE + _lfs_hint(file, size),
-                )
-            raw = stream.read(length)
-    except FileNotFoundError as error:
-        raise CheckpointError(file, "does not exist", advice=_DOWNLOAD_ADVICE) from error
-    except OSError as error:
-        raise CheckpointError(file, f"cannot be read ({error.strerror})") from error
-
-    def reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            seen: set[str] = set()
-            for name, _ in pairs:
-                if name in seen:
-                    raise CheckpointError(file, "is listed twice in the header", tensor=name, advice=_DOWNLOAD_ADVICE)
-                seen.add(name)
-        return result
-
-    try:
-        header = json.loads(raw, object_pairs_hook=reject_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(file, f"its header is not JSON ({error})", advice=_DOWNLOAD_ADVICE) from error
-    if not isinstance(header, dict):
-        raise CheckpointError(file, "its header is not a JSON object", advice=_DOWNLOAD_ADVICE)
-    return header, 8 + length, size
-
-
-def _lfs_hint(file: Path, size: int) -> str:
-    """A clone without git-lfs leaves small text files in place of the weights: say so, it is a common surprise."""
-    with file.open("rb") as stream:
-        pointer = size < 1024 and stream.read(40).startswith(b"version https://git-lfs")
-    return " (it is a git-lfs pointer: run `git lfs pull`)" if pointer else ""
-
-
-def _parse_entry(file: Path, name: str, fields: Any) -> _Entry:
-    def fail(reason: str) -> CheckpointError:
-        return CheckpointError(file, reason, tensor=name, advice=_DOWNLOAD_ADVICE)
-
-    if not isinstance(fields, dict):
-        raise fail("its header entry is not a JSON object")
-    dtype_name, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
-    if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
-        known = ", ".join(DTYPES)
-        raise CheckpointError(file, f"has the unknown dtype {dtype_name!r}", tensor=name, advice=f"known are: {known}")
-    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
-        raise fail(f"has the bad shape {shape!r}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(o) is int and o >= 0 for o in offsets):
-        raise fail(f"has the bad data_offsets {offsets!r}")
-    dtype = DTYPES[dtype_name]
-    wanted = math.prod(shape) * dtype.itemsize
-    begin, end = offsets
-    if end - begin != wanted:
-        raise fail(f"{dtype_name} {shape} needs {wanted:,} bytes, its data_offsets give {end - begin:,}")
-    return _Entry(TensorInfo(name, tuple(shape), dtype, file), begin, end)
-
-
-def _find_files(directory: Path) -> tuple[list[Path], dict[str, Path] | None]:
-    """The files that make up the model, and the index (tensor name to file) if there is one."""
-    if (directory / INDEX_NAME).exists():
-        index = _load_index(directory)
-        return sorted(set(index.values())), index
-    if (directory / SINGLE_NAME).exists():
-        return [directory / SINGLE_NAME], None
-    found = sorted(directory.glob("*.safetensors"))
-    shards = [match for file in found if (match := _SHARD_NAME.fullmatch(file.name))]
-    if shards:
-        return _check_shards_without_index(directory, shards), None
-    if any(file.name.startswith("consolidated") for file in found):
-        raise CheckpointError(
-            directory,
-            "holds only consolidated*.safetensors, whose tensor names are Mistral's own",
-            advice=f"get the files of the Hugging Face layout too ({SINGLE_NAME} or {INDEX_NAME} with its shards)",
-        )
-    if any(file.name.startswith("adapter_") for file in found):
-        raise CheckpointError(
-            directory, "holds an adapter and not a model", advice="give the directory of its base model"
-        )
-    if len(found) == 1:
-        return found, None
-    if found:
-        names = ", ".join(file.name for file in found)
-        raise CheckpointError(
-            directory, f"holds several safetensors files and no {INDEX_NAME}: {names}", advice="give one of the files"
-        )
-    for file in sorted(directory.iterdir()):
-        _refuse_pickle(file)
-    ggufs = ", ".join(file.name for file in sorted(directory.glob("*.gguf")))
-    raise CheckpointError(
-        directory,
-        "holds no *.safetensors file",
-        advice=f"give the path of a .gguf file in it: {ggufs}" if ggufs else "is the download complete?",
-    )
-
-
-def _load_index(directory: Path) -> dict[str, Path]:
-    file = directory / INDEX_NAME
-    try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(file, f"is not readable JSON ({error})", advice=_DOWNLOAD_ADVICE) from error
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(file, "has no weight_map", advice=_DOWNLOAD_ADVICE)
-    index: dict[str, Path] = {}
-    for name, shard in weight_map.items():
-        # a shard name with a directory in it would let an index point at any file of the machine
-        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
-            raise CheckpointError(file, f"its file name {shard!r} is not the plain name of a file", tensor=name)
-        _refuse_pickle(directory / shard)
-        index[name] = directory / shard
-    for shard_file in sorted(set(index.values())):
-        if not shard_file.exists():
-            example = next(name for name, where in index.items() if where == shard_file)
-            raise CheckpointError(
-                shard_file,
-                f"this shard, named by {INDEX_NAME}, does not exist",
-                tensor=example,
-                advice=_DOWNLOAD_ADVICE,
-            )
-    return index
-
-
-def _check_shards_without_index(directory: Path, shards: list[re.Match[str]]) -> list[Path]:
-    """Numbered shards say how many there must be, so a gap shows without an index too."""
-    stems = {match["stem"] for match in shards}
-    counts = {int(match["count"]) for match in shards}
-    if len(stems) > 1 or len(counts) > 1:
-        names = ", ".join(match.string for match in shards)
-        raise CheckpointError(
-            directory, f"holds shards of different models and no {INDEX_NAME}: {names}", advice="keep one model in it"
-        )
-    count = counts.pop()
-    present = {int(match["number"]) for match in shards}
-    for number in range(1, count + 1):
-        if number not in present:
-            file = directory / f"{shards[0]['stem']}-{number:05d}-of-{count:05d}.safetensors"
-            raise CheckpointError(file, f"this shard ({number} of {count}) does not exist", advice=_DOWNLOAD_ADVICE)
-    return [directory / match.string for match in shards]
-
-
-def _refuse_pickle(file: Path) -> None:
-    if file.name.endswith(_PICKLE_SUFFIXES):
-        raise CheckpointError(file, "is a pickle file", advice=_PICKLE_ADVICE)

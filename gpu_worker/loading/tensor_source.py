@@ -6,11 +6,13 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
-
-import torch
+from typing import TYPE_CHECKING, Protocol
 
 from gpu_worker.errors import LoadError
+
+if TYPE_CHECKING:
+    # Whoever only asks whether a checkpoint is whole need not wait for it.
+    import torch
 
 TensorIndex = Sequence[slice]
 """One slice with step 1 for each leading dimension to cut; dimensions left out are taken whole."""

@@ -62,6 +62,11 @@ def _compile_kernels(setting: CpuKernelsSetting, cache_dir: Path | None, progres
     """Once for this CPU, if the worker will want them."""
     if setting == "off":
         return
+    from gpu_worker.cpu.compiling import are_kept
+
+    if are_kept(cache_dir):
+        return
+    # Whether the worker will want them is known to torch, which takes seconds to import.
     from gpu_worker.cpu.choice import prepare_kernels
 
     with contextlib.redirect_stdout(sys.stderr):  # log lines: standard output is for the path alone

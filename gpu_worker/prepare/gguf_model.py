@@ -11,17 +11,16 @@ from typing import Any
 
 import torch
 
-from gpu_worker.loading.checkpoint import GGUF_NAME
 from gpu_worker.loading.gguf_config import build_config
-from gpu_worker.loading.gguf_file import parts_by_name
 from gpu_worker.loading.gguf_reader import GgufReader
 from gpu_worker.loading.tensor_source import TensorInfo
+from gpu_worker.loading.weight_files import GGUF_NAME
 from gpu_worker.prepare.atomic_directory import exclusive, fill_directory
 from gpu_worker.prepare.errors import PrepareError, explained_os_errors, format_size
 from gpu_worker.prepare.gguf_tokenizer import GgufTokenizer, build_tokenizer
 from gpu_worker.prepare.progress import Progress
 from gpu_worker.prepare.safetensors_writer import plan_shards, write_shards
-from gpu_worker.prepare.stamp import is_current, sha256_of, write_stamp
+from gpu_worker.prepare.stamp import is_prepared, sha256_of, write_stamp
 from gpu_worker.prepare.written_dtypes import PACKED
 
 PIECE_ELEMENTS = 8 << 20  # decoded at a time: 32 MB as float32
@@ -35,12 +34,8 @@ def prepare_gguf(source: Path, target: Path, dtype: str, progress: Progress) -> 
         CheckpointError: the file is damaged or of a kind that is not known.
         PrepareError: the result cannot be written.
     """
-    options = {"dtype": dtype}
-    sources = parts_by_name(source)
-    if is_current(target, sources, options):
-        return False
     with explained_os_errors(target), exclusive(target):
-        if is_current(target, sources, options):  # another process made it while this one waited
+        if is_prepared(source, target, dtype):  # another process made it while this one waited
             return False
         with GgufReader(source) as reader:
             conversion = _Conversion(reader, dtype, progress)

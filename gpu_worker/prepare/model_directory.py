@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gpu_worker.loading.safetensors_headers import read_headers
+from gpu_worker.loading.weight_files import gguf_in
 from gpu_worker.prepare.atomic_directory import exclusive, fill_directory
 from gpu_worker.prepare.errors import PrepareError, explained_os_errors
 from gpu_worker.prepare.progress import Progress
@@ -50,10 +52,19 @@ def check_directory(directory: Path, *, weights_required: bool = True) -> None:
         if (directory / name).exists():
             _read_object(directory / name, "download it again")
     if weights_required:
-        # torch, which reads the weights, takes seconds to import.
-        from gpu_worker.loading.checkpoint import open_checkpoint
+        _check_weights(directory)
 
-        open_checkpoint(directory).close()
+
+def _check_weights(directory: Path) -> None:
+    """Every header against its file. Raises `CheckpointError`."""
+    packed = gguf_in(directory)
+    if packed is None:
+        read_headers(directory)
+        return
+    # torch, which takes seconds to import, knows what blocks hold.
+    from gpu_worker.loading.gguf_reader import GgufReader
+
+    GgufReader(packed).close()
 
 
 def _refuse_other_layouts(directory: Path) -> None:

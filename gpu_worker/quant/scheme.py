@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gpu_worker.layers.ops import TORCH_OPS, LayerOps
-from gpu_worker.loading.checkpoint import GGUF_NAME, gguf_in, open_checkpoint
+from gpu_worker.loading.checkpoint import open_checkpoint
 from gpu_worker.loading.gguf_reader import GgufReader
+from gpu_worker.loading.weight_files import GGUF_NAME, gguf_in
 from gpu_worker.model_spec import ModelConfigError
 from gpu_worker.models.checkpoint_names import checkpoint_modules
 from gpu_worker.models.hf_config import HfConfig

@@ -20,6 +20,8 @@ import httpx
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from tests.system.asking import LIMIT_S, ask
+from tests.system.launched import Launched
 from tests.system.ports import free_port
 from tests.system.standing_still import standing_still
 
@@ -27,8 +29,9 @@ ROOT = Path(__file__).resolve().parents[2]
 # On a machine that may be busy; limits only end a test that has failed.
 START_LIMIT_S = 180.0
 STOP_LIMIT_S = 90.0
-LIMIT_S = 90.0
 
+SMOLLM2_NAME = "SmolLM2-135M-Instruct"
+MINILM_NAME = "all-MiniLM-L6-v2"
 VOCAB_SIZE = 640
 MAX_MODEL_LEN = 4096
 BOS, EOS = "<|im_start|>", "<|im_end|>"
@@ -188,7 +191,7 @@ class Stack:
             if process.poll() is not None:
                 raise RuntimeError(f"{name} ended with {process.returncode}\n{self.logs()}")
         try:
-            return httpx.get(f"{self.url}/ready", timeout=LIMIT_S).status_code == 200
+            return ask(f"{self.url}/ready").status_code == 200
         except httpx.TransportError:
             return False
 
@@ -224,14 +227,13 @@ class Stack:
 
     def gateway_metric(self, sample: str) -> float:
         """A sample of the gateway's /metrics, by name and labels as they stand there."""
-        page = httpx.get(f"{self.url}/metrics", headers=self.headers, timeout=LIMIT_S)
-        return read_sample(page.text, sample)
+        return read_sample(ask(f"{self.url}/metrics", self.headers).text, sample)
 
     def control_plane_metric(self, sample: str) -> float:
         return read_sample(self.control_plane_page(), sample)
 
     def control_plane_page(self) -> str:
-        return httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=LIMIT_S).text
+        return ask(f"http://127.0.0.1:{self.metrics_port}/metrics").text
 
     def wait_open(self, num_requests: int) -> None:
         """Until so many requests have been accepted and are not over, whether they run or wait."""
@@ -265,13 +267,15 @@ def read_sample(text: str, sample: str) -> float:
     return sum(values)
 
 
-def wait_until(condition: Callable[[], bool], limit_s: float, explain: Callable[[], str] = str) -> None:
-    """Poll; the limit only ends a test that has failed."""
+def wait_until(
+    condition: Callable[[], bool], limit_s: float, explain: Callable[[], str] = str, *, every_s: float = 0.02
+) -> None:
+    """Poll; the limit only ends a test that has failed. `every_s`: longer where looking costs much."""
     deadline = time.monotonic() + limit_s
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(f"not within {limit_s} s\n{explain()}")
-        time.sleep(0.02)
+        time.sleep(every_s)
 
 
 @pytest.fixture(scope="session")
@@ -285,3 +289,19 @@ def stack(tiny_model: Path) -> Iterator[Stack]:
     """A stack that tests share; leave it running and idle."""
     with Stack(tiny_model, worker_flags=["--sim-step-ms", "1"]) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def smollm2_server(smollm2_dir: Path) -> Iterator[Launched]:
+    """The default model, served for tests that share it: leave it running, whatever has died in between."""
+    # float32: what is compared token for token must not hang on the rounding of a batch's shape.
+    flags = ("--dtype=float32", f"--served-model-name={SMOLLM2_NAME}", "--cpu-kv-cache-gib=0.5")
+    with Launched(smollm2_dir, *flags) as launched:
+        yield launched
+
+
+@pytest.fixture(scope="session")
+def minilm_server(minilm_dir: Path) -> Iterator[Launched]:
+    """all-MiniLM-L6-v2, served for tests that share it: leave it running."""
+    with Launched(minilm_dir, "--dtype=float32", f"--served-model-name={MINILM_NAME}") as launched:
+        yield launched

@@ -13,14 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-import httpx
 import psutil
 
+from tests.system.asking import LIMIT_S, ask
 from tests.system.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
-# On a machine that may be busy; limits only end a test that has failed.
-LIMIT_S = 90.0
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = LIMIT_S, what: str = "") -> None:
@@ -93,7 +91,7 @@ class Launched:
 
     def metrics_page(self) -> str:
         """The control plane's."""
-        return httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=LIMIT_S).text
+        return ask(f"http://127.0.0.1:{self.metrics_port}/metrics").text
 
     def metric(self, name: str) -> float:
         """The sum of a metric's samples."""

@@ -17,9 +17,9 @@ import pytest
 import torch
 from stepwire.v1 import inference_pb2, inference_pb2_grpc
 
+from .conftest import MINILM_NAME as MODEL
 from .launched import Launched, wait_until
 
-MODEL = "all-MiniLM-L6-v2"
 SENTENCES = [
     "A man is eating food.",
     "Someone has a meal.",
@@ -30,10 +30,9 @@ SENTENCES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def served(minilm_dir: Path) -> Iterator[Launched]:
-    with Launched(minilm_dir, "--dtype=float32", f"--served-model-name={MODEL}") as launched:
-        yield launched
+@pytest.fixture
+def served(minilm_server: Launched) -> Launched:
+    return minilm_server
 
 
 @pytest.fixture

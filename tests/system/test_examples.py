@@ -32,15 +32,14 @@ def locked(tiny_model: Path) -> Iterator[Stack]:
         yield running
 
 
-@pytest.fixture(scope="module")
-def embedder(minilm_dir: Path) -> Iterator[Launched]:
-    with Launched(minilm_dir, "--dtype=float32", "--num-threads=1") as launched:
-        yield launched
-
-
 @pytest.fixture(scope="module", params=BUILDERS)
 def client(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ExampleClient:
     return BUILDERS[request.param](tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture
+def embedder(minilm_server: Launched) -> Launched:
+    return minilm_server
 
 
 def test_health_and_reflection(locked: Stack, client: ExampleClient) -> None:

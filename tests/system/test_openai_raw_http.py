@@ -265,10 +265,9 @@ def test_timeouts_are_504_or_an_error_on_the_stream(slow: Stack) -> None:
 def test_a_slow_reader_gets_everything_in_fewer_pieces(stack: Stack) -> None:
     """A client that reads nothing for a while: what waits for it grows together, and arrives complete."""
     # Some 2 KB a token: more than the sockets on the way can hold.
-    extras = {"n": 2, "ignore_eos": True, "logprobs": True, "top_logprobs": 20}
-    body = {**BODY, "max_tokens": 2000, "seed": 3, **extras}
+    body = {**BODY, "max_tokens": 2000, "seed": 3, "n": 2, "ignore_eos": True}
     whole = httpx.post(f"{stack.url}{CHAT}", json=body, timeout=120).json()
-    content = json.dumps({**body, "stream": True}).encode()
+    content = json.dumps({**body, "stream": True, "logprobs": True, "top_logprobs": 20}).encode()
     sends = stack.gateway_metric("stepwire_gateway_sse_sends_total")
     generated = stack.control_plane_metric("stepwire_generation_tokens_total")
     with closing(socket.socket()) as raw:

@@ -9,9 +9,9 @@ from pathlib import Path
 import openai
 import pytest
 
+from .conftest import SMOLLM2_NAME as MODEL
 from .launched import Launched, wait_until
 
-MODEL = "SmolLM2-135M-Instruct"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 PROMPTS = [
     "The three primary colours are",
@@ -25,11 +25,9 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def served(smollm2_dir: Path) -> Iterator[Launched]:
-    # float32: what is compared token for token must not hang on the rounding of a batch's shape.
-    with Launched(smollm2_dir, "--dtype=float32", f"--served-model-name={MODEL}", "--cpu-kv-cache-gib=0.5") as launched:
-        yield launched
+@pytest.fixture
+def served(smollm2_server: Launched) -> Launched:
+    return smollm2_server
 
 
 @pytest.fixture
@@ -53,7 +51,7 @@ def test_streaming_gives_the_same_text(client: openai.OpenAI) -> None:
 
 def test_a_seed_repeats_and_another_does_not(client: openai.OpenAI) -> None:
     texts = [
-        client.completions.create(model=MODEL, prompt=PROMPTS[1], max_tokens=24, temperature=1.0, seed=seed)
+        client.completions.create(model=MODEL, prompt=PROMPTS[1], max_tokens=12, temperature=1.0, seed=seed)
         .choices[0]
         .text
         for seed in (7, 7, 8)
@@ -86,7 +84,7 @@ def test_packed_blocks_give_the_same_answer(tmp_path: Path) -> None:
 def test_eight_streams_survive_the_death_of_the_worker(served: Launched) -> None:
     async def stream(client: openai.AsyncOpenAI, prompt: str) -> str:
         events = await client.completions.create(
-            model=MODEL, prompt=prompt, max_tokens=48, temperature=0, stream=True, extra_body={"ignore_eos": True}
+            model=MODEL, prompt=prompt, max_tokens=24, temperature=0, stream=True, extra_body={"ignore_eos": True}
         )
         return "".join([choice.text async for event in events for choice in event.choices])
 

@@ -6,7 +6,6 @@ import asyncio
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,9 +13,9 @@ import jsonschema
 import openai
 import pytest
 
+from .conftest import SMOLLM2_NAME as MODEL
 from .launched import Launched
 
-MODEL = "SmolLM2-135M-Instruct"
 PERSON = {
     "type": "object",
     "properties": {
@@ -74,10 +73,9 @@ CLOCK = {
 }
 
 
-@pytest.fixture(scope="module")
-def served(smollm2_dir: Path) -> Iterator[Launched]:
-    with Launched(smollm2_dir, "--dtype=float32", f"--served-model-name={MODEL}", "--cpu-kv-cache-gib=0.5") as launched:
-        yield launched
+@pytest.fixture
+def served(smollm2_server: Launched) -> Launched:
+    return smollm2_server
 
 
 @pytest.fixture

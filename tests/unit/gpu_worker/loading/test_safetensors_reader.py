@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from gpu_worker.loading.safetensors_reader import DTYPES, INDEX_NAME, SafetensorsReader
+from gpu_worker.loading.safetensors_headers import INDEX_NAME, ITEM_BYTES
+from gpu_worker.loading.safetensors_reader import DTYPES, SafetensorsReader
 from gpu_worker.loading.tensor_source import CheckpointError, iterate
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -77,6 +78,7 @@ def test_single_file_shards_with_an_index_shards_without_one_and_a_file(tmp_path
 
 
 def test_every_dtype_is_read(tmp_path: Path) -> None:
+    assert {name: dtype.itemsize for name, dtype in DTYPES.items()} == ITEM_BYTES
     tensors = {}
     for name, dtype in DTYPES.items():
         raw = torch.arange(4 * dtype.itemsize, dtype=torch.uint8) % 2

@@ -340,6 +340,27 @@ def test_the_result_needs_neither_transformers_nor_gguf(source: Path, tmp_path: 
     assert result.returncode == 0, result.stderr
 
 
+def test_what_is_prepared_is_found_without_torch(source: Path, tmp_path: Path) -> None:
+    """Every start of a server asks, and would wait for seconds of imports."""
+    made = prepare(source, tmp_path / "cache", progress=SilentProgress())
+    script = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from gpu_worker.prepare.preparation import prepare\n"
+        "for model in sys.argv[1:3]:\n"
+        "    assert prepare(model, Path(sys.argv[3])).path == Path(sys.argv[2])\n"
+        "sys.exit('torch' in sys.modules)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(source), str(made.path), str(tmp_path / "cache")],
+        env={"PYTHONPATH": str(REPOSITORY_ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+
+
 _MEASURE = """
 import sys
 from pathlib import Path
