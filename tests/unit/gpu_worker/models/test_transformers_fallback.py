@@ -13,7 +13,6 @@ from transformers.models.biogpt import BioGptConfig
 from transformers.models.bloom import BloomConfig
 from transformers.models.codegen import CodeGenConfig
 from transformers.models.falcon import FalconConfig
-from transformers.models.gemma import GemmaConfig
 from transformers.models.gpt2 import GPT2Config
 from transformers.models.gpt_neo import GPTNeoConfig
 from transformers.models.gpt_neox import GPTNeoXConfig
@@ -55,7 +54,6 @@ CARRIED = {
     "opt": Tiny(OPTConfig, {"ffn_dim": 90, "word_embed_proj_dim": 60}),
     "biogpt": Tiny(BioGptConfig, {"num_attention_heads": 6}),
     "phi": Tiny(PhiConfig, {"hidden_size": 72, "partial_rotary_factor": 0.5}),
-    "gemma": Tiny(GemmaConfig, {"head_dim": 16}),
     # A mixture of experts.
     "phimoe": Tiny(PhimoeConfig, {"sliding_window": None, "num_local_experts": 5}),
     "hunyuan": Tiny(
