@@ -213,6 +213,8 @@ class BatchRunner:
         if not self._is_runner:
             await self._want_cancelled(batch_id)
             return await self.get(batch_id)
+        # Whoever has just found it unbegun must not begin it over what follows.
+        self._begun.add(batch_id)
         task = self._tasks.pop(batch_id, None)
         if task is not None:
             task.cancel()
