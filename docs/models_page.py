@@ -49,8 +49,8 @@ NO_DEFAULT = {"DeepseekV2ForCausalLM": {"num_experts_per_tok": 6}}
 
 
 def spec_of(config: Any, architecture: str) -> ModelSpec:
-    _, family = find_family([architecture])
-    return family.read_config(HfConfig(json.loads(json.dumps(config.to_dict(), default=str))), architecture)
+    fields = HfConfig(json.loads(json.dumps(config.to_dict(), default=str)))
+    return find_family([architecture])[1].for_config(fields).read_config(fields, architecture)
 
 
 def tested_specs(architecture: str) -> list[ModelSpec]:

@@ -83,7 +83,13 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     app.state.lifecycle = lifecycle
     app.state.client = client
     app.state.admin = admin
-    app.state.serving = Serving(client, metrics, settings.max_batch_prompts, settings.sse_keepalive_s)
+    app.state.serving = Serving(
+        client,
+        metrics,
+        settings.max_batch_prompts,
+        settings.sse_keepalive_s,
+        refuses_unknown_fields=settings.unknown_fields == "reject",
+    )
     kept = ResponseStore(
         store,
         max_responses=settings.responses_max,

@@ -17,7 +17,7 @@ _PROCESSES = {
     "worker": ("gpu_worker", "one worker alone"),
     "replay": ("gpu_worker.replay", "run recorded steps (--record FILE) through a worker again; compare, or profile"),
     "prepare": ("gpu_worker.prepare", "turn a model source into what the services read"),
-    "bench": ("load_tests", "send a standard workload to a server and print what came of it"),
+    "bench": ("load_tests.bench", "send a standard workload to a server and print what came of it"),
 }
 # Typer's: they are imported when one of them is asked for, for their --help too.
 _COMMANDS = {
@@ -37,9 +37,10 @@ def main() -> int:
         return serve(arguments)
     if word in _PROCESSES:
         module, _ = _PROCESSES[word]
-        if importlib.util.find_spec(module.partition(".")[0]) is None:
+        package = module.partition(".")[0]
+        if importlib.util.find_spec(package) is None:
             print(
-                f"stepwire {word}: {module} is not installed here; it comes with a clone, not with a wheel",
+                f"stepwire {word}: {package} is not installed here; it comes with a clone, not with a wheel",
                 file=sys.stderr,
             )
             return 1

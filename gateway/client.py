@@ -43,7 +43,7 @@ MAX_MESSAGE_BYTES = 64 * 2**20
 RECEIVE_WINDOW_BYTES = 4096
 # One message at a time: while we write its events the control plane puts the next one together. Each one more that may
 # be on its way makes every token late by what it takes to write 256 streams.
-_SESSION_OPTIONS = inference_pb2.SessionOptions(packed_texts=True, max_outstanding_messages=1)
+_SESSION_OPTIONS = inference_pb2.SessionOptions(packed_texts=True, packed_token_ids=True, max_outstanding_messages=1)
 _RECEIPT = inference_pb2.SessionRequest(receipt=inference_pb2.SessionReceipt())
 
 _Response = TypeVar("_Response")
@@ -303,6 +303,8 @@ class ControlPlaneClient:
                 entry = running.get(tag)
                 if entry is not None:
                     entry[0].mailbox.put_text(entry[1], text, num_tokens)
+            if message.HasField("token_ids"):
+                self._hand_on_ids(message.token_ids)
             for tagged in message.responses:
                 tag = tagged.tag
                 entry = running.get(tag)
@@ -317,6 +319,14 @@ class ControlPlaneClient:
                     del running[tag]
             # Streams are written before the writer's turn comes: it says that we have room for the next message.
             outgoing.put_nowait(_RECEIPT)
+
+    def _hand_on_ids(self, packed: inference_pb2.PackedTokenIds) -> None:
+        running, token_ids, begin = self._running, list(packed.token_ids), 0
+        for tag, text, num_tokens in zip(packed.tags, packed.texts, packed.num_tokens, strict=True):
+            begin, first = begin + num_tokens, begin
+            entry = running.get(tag)
+            if entry is not None:
+                entry[0].mailbox.put_token_ids(entry[1], text, token_ids[first:begin])
 
     def _fail(self, generation: Generation, prompt: int, error: inference_pb2.RequestError) -> None:
         """One prompt's error is the whole HTTP request's error: the other prompts are cancelled."""

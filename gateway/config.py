@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, SecretStr, model_validator
 from stepwire.process import settings as process_settings
@@ -83,6 +83,13 @@ class GatewaySettings(ProcessSettings):
     batch_max_requests: PositiveInt = Field(50_000, description="most requests in one batch")
     batch_window_s: float = Field(
         86_400.0, gt=0, description="a batch's completion window, in seconds: what is not answered by then has expired"
+    )
+
+    # How strict it is.
+    unknown_fields: Literal["ignore", "reject"] = Field(
+        "ignore",
+        description="a field of a request's body that neither OpenAI's API nor vLLM's extensions know: ignore it, or "
+        "reject the request with 400",
     )
 
     # The console.

@@ -67,6 +67,13 @@ class LaunchSettings(ProcessSettings):
         json_schema_extra=_passed_to(GATEWAY),
     )
 
+    unknown_fields: Literal["ignore", "reject"] = Field(
+        "ignore",
+        description="a field of a request's body that neither OpenAI's API nor vLLM's extensions know: ignore it, or "
+        "reject the request with 400",
+        json_schema_extra=_passed_to(GATEWAY),
+    )
+
     runner: Literal["torch", "simulated"] = Field(
         "torch",
         description="simulated makes up tokens and computes nothing, for trying out everything else",

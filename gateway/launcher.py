@@ -23,6 +23,7 @@ from typing import Any
 
 import structlog
 from stepwire.process.logs import set_up_logging
+from stepwire.process.model_names import name_of_directory
 from stepwire.process.settings import parse_settings
 
 from gateway.child_process import ChildFailed, ChildProcess, first_failure, raise_failure, unless
@@ -203,7 +204,7 @@ def _source_name(source: str) -> str:
     """The name to serve under if nobody chose one: a hub id as it is, a file or directory by its name."""
     path = Path(source)
     if path.exists():
-        return path.resolve().stem if path.is_file() else path.resolve().name
+        return path.resolve().stem if path.is_file() else name_of_directory(path)
     return source.removeprefix("pypi:")
 
 

@@ -15,6 +15,7 @@ from stepwire.v1 import inference_pb2
 
 from gateway.errors import ApiError
 
+_PART_CHARS = 2048
 _FINISH_REASONS = {
     inference_pb2.FINISH_REASON_STOP: "stop",
     inference_pb2.FINISH_REASON_LENGTH: "length",
@@ -158,6 +159,8 @@ class Mailbox:
         self._updates: dict[int, SequenceUpdate] = {}
         # Text of a stream's first sequence with which nothing else has come: what most messages bring.
         self._text = ""
+        # What comes before it: a text that waits long is not copied with each token that it grows by.
+        self._text_parts: list[str] = []
         self._num_text_tokens = 0
         self._accepted: list[inference_pb2.Accepted | None] = [None] * num_prompts
         self._num_unaccepted = num_prompts
@@ -185,23 +188,40 @@ class Mailbox:
         if self._stream and not prompt and not self._updates:
             self._text += text
             self._num_text_tokens += num_tokens
+            if len(self._text) > _PART_CHARS:
+                self._text_parts.append(self._text)
+                self._text = ""
             self._wake()
             return
-        if self._text:
-            self._fold_text()
-        index = prompt * self._num_samples
-        update = self._updates.get(index)
-        if update is None:
-            update = self._updates[index] = SequenceUpdate(index)
+        update = self._first_update(prompt)
         update.text_parts.append(text)
         update.num_tokens += num_tokens
         if self._stream:
             self._wake()
 
+    def put_token_ids(self, prompt: int, text: str, token_ids: list[int]) -> None:
+        """A delta of the prompt's first sequence that is tokens, with or without text, and nothing else."""
+        update = self._first_update(prompt)
+        if text:
+            update.text_parts.append(text)
+        update.token_ids += token_ids
+        update.num_tokens += len(token_ids)
+        if self._stream:
+            self._wake()
+
+    def _first_update(self, prompt: int) -> SequenceUpdate:
+        if self._num_text_tokens:
+            self._fold_text()
+        index = prompt * self._num_samples
+        update = self._updates.get(index)
+        if update is None:
+            update = self._updates[index] = SequenceUpdate(index)
+        return update
+
     def put(self, prompt: int, response: inference_pb2.GenerateResponse) -> bool:
         """Take one message of the prompt's request in; True if it was that request's last one. Errors go to `fail`."""
         updates = self._updates
-        if self._text:
+        if self._num_text_tokens:
             self._fold_text()
         for delta in response.deltas:
             index = prompt * self._num_samples + delta.index
@@ -241,7 +261,7 @@ class Mailbox:
     def disconnect(self) -> None:
         """The client is gone: nobody will read."""
         self.disconnected = True
-        self._text = ""
+        self.take_text()
         self._updates.clear()
         self._wake()
 
@@ -262,13 +282,16 @@ class Mailbox:
 
     def take_text(self) -> tuple[str, int]:
         """(text, tokens) of the first sequence, if that is all that has come since the last call; else ("", 0)."""
-        taken = self._text, self._num_text_tokens
+        text, num_tokens = self._text, self._num_text_tokens
         self._text, self._num_text_tokens = "", 0
-        return taken
+        if self._text_parts:
+            text = "".join(self._text_parts) + text
+            self._text_parts.clear()
+        return text, num_tokens
 
     def take_updates(self) -> list[SequenceUpdate]:
         """All updates since the last call."""
-        if self._text:
+        if self._num_text_tokens:
             self._fold_text()
         updates = list(self._updates.values())
         self._updates.clear()

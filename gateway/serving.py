@@ -25,6 +25,7 @@ from gateway import answers, errors
 from gateway.client import ControlPlaneClient, Generation
 from gateway.convert import GenerationPlan, plan_chat, plan_completion, read_timeout
 from gateway.errors import ApiError
+from gateway.known_fields import refuse_unknown_fields
 from gateway.metrics import GatewayMetrics
 from gateway.middleware import CLIENT_CLOSED_REQUEST
 from gateway.schemas import ChatCompletionBody, CompletionBody
@@ -38,14 +39,13 @@ _Body = TypeVar("_Body", bound=BaseModel)
 
 async def read_body(request: Request, schema: type[_Body]) -> _Body:
     """The request's JSON body. Raises `ApiError`: 415 for another content type, 400 for what does not fit."""
+    serving: Serving = request.app.state.serving
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json" and not content_type.endswith("+json"):
         shown = f"'{content_type[:80]}'" if content_type else "missing"
         raise ApiError(415, f"The content type is {shown}; send 'Content-Type: application/json'.")
     try:
-        return schema.model_validate_json(await request.body())
-    except ValidationError as error:
-        raise errors.from_validation_error(error) from error
+        return serving.parse_body(await request.body(), schema)
     except ClientDisconnect as error:
         # Nobody hears it: for the metrics and the log.
         raise ApiError(CLIENT_CLOSED_REQUEST, "The client left before its request was complete.") from error
@@ -59,9 +59,20 @@ class Serving:
     metrics: GatewayMetrics
     max_batch_prompts: int
     sse_keepalive_s: float
+    refuses_unknown_fields: bool = False
 
     def __post_init__(self) -> None:
         self.turns = StreamTurns(self.metrics)
+
+    def parse_body(self, data: bytes, schema: type[_Body]) -> _Body:
+        """Raises `ApiError` for what does not fit."""
+        try:
+            body = schema.model_validate_json(data)
+        except ValidationError as error:
+            raise errors.from_validation_error(error) from error
+        if self.refuses_unknown_fields:
+            refuse_unknown_fields(body)
+        return body
 
     async def chat_completion(self, request: Request) -> Response:
         body = await read_body(request, ChatCompletionBody)

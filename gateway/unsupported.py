@@ -1,7 +1,8 @@
 """Known fields that this server does not serve yet: refused by name, unless their value asks for nothing.
 
 Ignoring them would answer something else than what was asked. Fields that change nothing about the answer (`user`,
-`metadata`, `store`, `service_tier` ...) and fields that nobody knows are ignored.
+`metadata`, `store`, `service_tier` ...) are ignored, and so are fields that nobody knows, unless the server was told to
+refuse those (`known_fields.py`).
 """
 
 from __future__ import annotations
@@ -60,6 +61,10 @@ _HARMLESS = frozenset(
         "user",
     }
 )
+
+# Of a body, beside those that are served.
+CHAT_FIELDS = _HARMLESS | frozenset(_CHAT)
+COMPLETION_FIELDS = _HARMLESS | frozenset(_COMPLETION)
 
 
 def check_chat_fields(extra: Mapping[str, Any] | None) -> None:

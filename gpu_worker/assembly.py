@@ -170,18 +170,24 @@ def agree_on_sizes(sizes: Sizes, plan: MemoryPlan, shape: KVCacheShape, group: R
     )
 
 
-def attention_spec(spec: ModelSpec, parallel: ParallelContext) -> AttentionSpec:
+def attention_spec(spec: ModelSpec, parallel: ParallelContext, max_model_len: int | None = None) -> AttentionSpec:
+    """This rank's. Chunks that no sequence of `max_model_len` tokens leaves are none."""
     heads = parallel.heads(spec.num_heads, spec.num_kv_heads)
     held = parallel.layers(spec.num_layers)
+    layers = spec.layers[held.start : held.stop]
+    chunks = tuple(layer.attention_chunk for layer in layers)
+    if max_model_len is not None:
+        chunks = tuple(None if chunk is None or max_model_len <= chunk else chunk for chunk in chunks)
     return AttentionSpec(
         num_heads=heads.query.size,
         num_kv_heads=heads.kv.size,
         head_dim=spec.head_dim,
         scale=spec.attention_scale,
-        windows=tuple(layer.sliding_window for layer in spec.layers[held.start : held.stop]),
+        windows=tuple(layer.sliding_window for layer in layers),
         softcap=spec.attention_softcap,
         has_sinks=spec.attention_sinks,
         value_dim=None if spec.latent is None else spec.latent.kv_rank,
+        chunks=chunks,
     )
 
 

@@ -46,6 +46,8 @@ class LayerSpec:
     """None: positions are not encoded in this layer (NoPE)."""
     sliding_window: int | None = None
     """Tokens a query sees, itself included; None: all before it."""
+    attention_chunk: int | None = None
+    """A query sees the tokens of its own chunk of so many alone, up to itself (Llama 4); None: there are no chunks."""
     is_moe: bool = False
     """The MLP is a mixture of experts, as `ModelSpec.moe` says."""
 
@@ -72,13 +74,16 @@ class MoeSpec:
     """A stored bias joins the scores for choosing, not for weighting."""
     router_bias: bool = False
     expert_bias: bool = False
-    storage: Literal["each", "fused"] = "each"
-    """In the checkpoint: expert by expert, or all of a layer in one tensor."""
+    storage: Literal["each", "fused", "stacked", "transposed"] = "each"
+    """In the checkpoint: expert by expert, or all of a layer in one tensor: transposed with gate and up interleaved
+    (`fused`), as linears have them or transposed with gate before up (`stacked`), always transposed (`transposed`)."""
     activation: str = "silu"
     shared_intermediate_size: int = 0
     """An expert that every token takes; 0: there is none."""
     has_shared_gate: bool = False
     """The shared expert's output is multiplied by sigmoid of a learnt projection."""
+    scales_inputs: bool = False
+    """The weight multiplies what an expert reads, not what it gives (Llama 4); of one chosen expert only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,15 +108,19 @@ class LatentSpec:
 
 @dataclass(frozen=True, slots=True)
 class QueryScaling:
-    """Queries grow with their position: by 1 + weight * log(1 + floor(position / period))."""
+    """Queries grow with their position: by 1 + weight * log(1 + floor((position + first) / period))."""
 
     weight: float
     period: int
+    first: int = 0
+    unrotated_only: bool = False
+    """Only in layers without rope."""
 
 
-QkNorm = Literal["head", "each_head", "projection"]
+QkNorm = Literal["head", "each_head", "projection", "rotated"]
 """RMSNorm over head_dim with one weight for all heads; LayerNorm over head_dim with each head's own weight; RMSNorm
-over all heads together. On queries and keys, before rope."""
+over all heads together; RMSNorm over head_dim without a weight, in layers with rope only. On queries and keys, before
+rope (without a weight it is the same after it)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,7 +165,8 @@ class TorchRunner:
         team = None
         if not (settings.deterministic or family.is_encoder or family.host_plans_attention):
             team = choose_team(settings.cpu_kernels, device, dtype, settings.kernel_cache_dir)
-        attends_compiled = team is not None and spec.latent is None and kv_dtype == torch.bfloat16
+        has_chunks = any(layer.attention_chunk is not None for layer in spec.layers)
+        attends_compiled = team is not None and spec.latent is None and kv_dtype == torch.bfloat16 and not has_chunks
         ops: LayerOps = PiecewiseOps() if settings.deterministic else TORCH_OPS
         if team is not None:
             ops = CpuOps(team, attends=attends_compiled)
@@ -197,7 +198,7 @@ class TorchRunner:
         for line in plan.lines()[: 1 if family.is_encoder else None]:
             log.info(line)
         kv_cache = KVCache(shape, plan.num_blocks, device)
-        heads = attention_spec(spec, parallel)
+        heads = attention_spec(spec, parallel, sizes.max_model_len)
         attention: TorchAttention | EncoderAttention
         if family.is_encoder:
             attention = EncoderAttention(heads)

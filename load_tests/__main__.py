@@ -27,8 +27,8 @@ from load_tests.workload import NANO_LARGEST_ID, Phase, TokenIdSource
 PROGRAM = "python -m load_tests"
 
 
-def main(argv: Sequence[str]) -> int:
-    parser = _make_parser()
+def main(argv: Sequence[str], program: str = PROGRAM) -> int:
+    parser = _make_parser(program)
     args = parser.parse_args(argv)
     if not (args.grpc or args.rest or args.serve):
         parser.error("say where to send requests: --grpc HOST:PORT, --rest URL, or --serve 'FLAGS' to start a server")
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
                 if args.out is not None:
                     append_result(args.out, result)
     except (TargetError, StackError, PhaseFailed, ValueError) as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 1
     return 1 if has_failures else 0
 
@@ -154,8 +154,9 @@ def _targets(args: argparse.Namespace, stack: ServedStack | None) -> list[Target
     return [spec(kind, address) for kind, address in (("grpc", grpc), ("rest", rest)) if address]
 
 
-def _make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=PROGRAM, description=__doc__, allow_abbrev=False)
+def _make_parser(program: str) -> argparse.ArgumentParser:
+    description = "Send a standard workload to a server and write down what came of it."
+    parser = argparse.ArgumentParser(prog=program, description=description, allow_abbrev=False)
     words = parser.add_subparsers(dest="scenario", required=True, metavar="SCENARIO")
     shared = _shared_flags()
     for name, scenario in SCENARIOS.items():

@@ -77,7 +77,7 @@ class _InProcessCore:
         self._in_flight: deque[tuple[StepPlan, float]] = deque()
         self._ready: list[RequestOutput] = []
         self.packed = PackedTexts(self.frontend_metrics, lambda: None)
-        self.packed.is_wanted = True
+        self.packed.texts.is_wanted = True
         self._rng = np.random.default_rng(0)
 
     # ---- EngineClient ----

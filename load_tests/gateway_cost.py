@@ -94,7 +94,8 @@ class Services:
 
     def _start(self, service: str, *flags: str, module: str | None = None) -> None:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("STEPWIRE_")}
-        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "proto")])
+        sources = [str(ROOT), str(ROOT / "proto"), environment.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sources))
         with (self.directory / f"{service}.log").open("wb") as log:
             self.processes[service] = subprocess.Popen(
                 [sys.executable, "-m", module or service, *flags, "--exit-with-parent", "--log-level", "warning"],

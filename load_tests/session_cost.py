@@ -2,7 +2,8 @@
 
 The same requests (token ids in, text out, steps of a simulated worker) are sent all ways, in turns, and CPU a token is
 read of the control plane and of this client. `packed` is a Session with `SessionOptions`: texts packed, one message at
-a time. One line goes into load_tests/results/session_cost.jsonl.
+a time; `ids` and `packed_ids` are both with token ids beside the text. One line goes into
+load_tests/results/session_cost.jsonl.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,25 +36,30 @@ SCENARIO = "session_cost"
 _SETTLE_S = 1.0
 
 
-def endless(index: int) -> pb.GenerateRequest:
+def endless(index: int, *, with_ids: bool = False) -> pb.GenerateRequest:
     ids = [1 + index, *range(2, 34)]
     return pb.GenerateRequest(
-        token_ids=pb.TokenIds(ids=ids), stop=pb.StopConditions(max_tokens=100_000, ignore_eos=True)
+        token_ids=pb.TokenIds(ids=ids),
+        stop=pb.StopConditions(max_tokens=100_000, ignore_eos=True),
+        output=pb.OutputOptions(token_ids=with_ids),
     )
 
 
 class Count:
     num_tokens = 0
+    num_ids = 0
 
     def take(self, response: pb.GenerateResponse) -> None:
         for delta in response.deltas:
             self.num_tokens += delta.num_tokens
+            if delta.token_ids:
+                self.num_ids += len(list(delta.token_ids))
 
 
-async def read_session(stub: Any, num_requests: int, count: Count) -> None:
+async def read_session(stub: Any, num_requests: int, count: Count, *, with_ids: bool = False) -> None:
     async def requests() -> AsyncIterator[pb.SessionRequest]:
         for tag in range(1, num_requests + 1):
-            yield pb.SessionRequest(tag=tag, generate=pb.SessionGenerate(request=endless(tag)))
+            yield pb.SessionRequest(tag=tag, generate=pb.SessionGenerate(request=endless(tag, with_ids=with_ids)))
         await asyncio.Event().wait()
 
     async for message in stub.Session(requests()):
@@ -60,19 +67,23 @@ async def read_session(stub: Any, num_requests: int, count: Count) -> None:
             count.take(tagged.response)
 
 
-async def read_packed(stub: Any, num_requests: int, count: Count) -> None:
+async def read_packed(stub: Any, num_requests: int, count: Count, *, with_ids: bool = False) -> None:
     receipts: asyncio.Queue[pb.SessionRequest] = asyncio.Queue()
     receipt = pb.SessionRequest(receipt=pb.SessionReceipt())
 
     async def requests() -> AsyncIterator[pb.SessionRequest]:
-        yield pb.SessionRequest(options=pb.SessionOptions(packed_texts=True, max_outstanding_messages=1))
+        options = pb.SessionOptions(packed_texts=True, packed_token_ids=True, max_outstanding_messages=1)
+        yield pb.SessionRequest(options=options)
         for tag in range(1, num_requests + 1):
-            yield pb.SessionRequest(tag=tag, generate=pb.SessionGenerate(request=endless(tag)))
+            yield pb.SessionRequest(tag=tag, generate=pb.SessionGenerate(request=endless(tag, with_ids=with_ids)))
         while True:
             yield await receipts.get()
 
     async for message in stub.Session(requests()):
         for num_tokens in message.texts.num_tokens:
+            count.num_tokens += num_tokens
+        count.num_ids += len(list(message.token_ids.token_ids))
+        for num_tokens in message.token_ids.num_tokens:
             count.num_tokens += num_tokens
         for tagged in message.responses:
             count.take(tagged.response)
@@ -91,7 +102,13 @@ async def window(stack: ControlPlaneStack, way: str, num_requests: int, seconds:
     async with grpc.aio.insecure_channel(stack.grpc_address) as channel:
         stub = pb_grpc.InferenceServiceStub(channel)  # type: ignore[no-untyped-call]
         count = Count()
-        read = {"session": read_session, "packed": read_packed, "calls": read_calls}[way]
+        read = {
+            "session": read_session,
+            "packed": read_packed,
+            "ids": partial(read_session, with_ids=True),
+            "packed_ids": partial(read_packed, with_ids=True),
+            "calls": read_calls,
+        }[way]
         reading = asyncio.create_task(read(stub, num_requests, count))
         await asyncio.sleep(_SETTLE_S)
         pids = {"control_plane": stack.pids()["control_plane"], "client": os.getpid()}
@@ -114,16 +131,15 @@ async def window(stack: ControlPlaneStack, way: str, num_requests: int, seconds:
 
 
 async def measure(stack: ControlPlaneStack, num_requests: int, seconds: float, repeats: int) -> dict[str, Any]:
-    turns: dict[str, list[dict[str, float]]] = {"session": [], "packed": [], "calls": []}
+    turns: dict[str, list[dict[str, float]]] = {way: [] for way in ("session", "packed", "ids", "packed_ids", "calls")}
     for _ in range(repeats):
         for way, windows in turns.items():
             windows.append(await window(stack, way, num_requests, seconds))
     numbers: dict[str, Any] = {"num_requests": num_requests, "turns": turns}
     for name in ("control_plane_us_per_token", "client_us_per_token"):
-        ratios = [calls[name] / session[name] for calls, session in zip(turns["calls"], turns["session"], strict=True)]
-        numbers[f"calls_over_session_{name.partition('_us')[0]}"] = round(median(ratios), 2)
-        ratios = [packed[name] / plain[name] for packed, plain in zip(turns["packed"], turns["session"], strict=True)]
-        numbers[f"packed_over_session_{name.partition('_us')[0]}"] = round(median(ratios), 2)
+        for way, other in (("calls", "session"), ("packed", "session"), ("packed_ids", "ids")):
+            ratios = [one[name] / two[name] for one, two in zip(turns[way], turns[other], strict=True)]
+            numbers[f"{way}_over_{other}_{name.partition('_us')[0]}"] = round(median(ratios), 2)
     return numbers
 
 

@@ -1,4 +1,4 @@
-"""Every metric of the core. Gauges and totals are read off the engine when scraped: only histograms cost on a step."""
+"""Every metric of the core. Gauges and totals are read off the engine when scraped: a step costs six plain counts."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 from stepwire.v1 import worker_pb2
 
+from control_plane.core.histograms import LabelledHistogram, LoopHistogram
 from control_plane.core.scheduler import Scheduler
 from control_plane.core.step_plan import RowStart, StepPlan
 
@@ -26,7 +27,7 @@ _RATE_WINDOW_S = 10.0
 _STAGES = ("queue", "input", "forward", "sample")
 
 
-class CoreMetrics:
+class CoreMetrics(Collector):
     """What describes a worker group has its number as the label `group`."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -46,32 +47,31 @@ class CoreMetrics:
             ["group"],
             registry=registry,
         )
-        self._step_seconds = Histogram(
-            "stepwire_step_duration_seconds",
-            "From sending a step to its result.",
-            ["group"],
-            buckets=_STEP_BUCKETS_S,
-            registry=registry,
+        self._step_seconds = LabelledHistogram(
+            "stepwire_step_duration_seconds", "From sending a step to its result.", ["group"], _STEP_BUCKETS_S
         )
-        self._worker_seconds = Histogram(
+        self._worker_seconds = LabelledHistogram(
             "stepwire_worker_step_seconds",
             "Where a step's time went on the worker.",
             ["group", "stage"],
-            buckets=_STEP_BUCKETS_S,
-            registry=registry,
+            _STEP_BUCKETS_S,
         )
-        self._step_tokens = Histogram(
-            "stepwire_step_tokens", "Tokens run by one step.", ["group"], buckets=_TOKEN_BUCKETS, registry=registry
+        self._step_tokens = LabelledHistogram(
+            "stepwire_step_tokens", "Tokens run by one step.", ["group"], _TOKEN_BUCKETS
         )
-        self._queue_seconds = Histogram(
+        self._queue_seconds = LoopHistogram(
             "stepwire_request_queue_seconds",
             "From arrival until the first step that runs the request.",
-            buckets=_QUEUE_BUCKETS_S,
-            registry=registry,
+            _QUEUE_BUCKETS_S,
         )
+        registry.register(self)
         # (time, prompt tokens started) of the last seconds: how fast the queue empties.
         self._started: deque[tuple[float, int]] = deque()
         self._num_started_tokens = 0
+
+    def collect(self) -> Iterable[Metric]:
+        for histogram in (self._step_seconds, self._worker_seconds, self._step_tokens, self._queue_seconds):
+            yield histogram.collect()
 
     def watch(self, engine: Engine) -> None:
         """Export the engine's own counts whenever somebody scrapes."""
@@ -91,8 +91,10 @@ class CoreMetrics:
     def forget_group(self, number: int) -> None:
         """The group has left for good: its series end."""
         group = str(number)
-        for metric in (self._connections, self._losses, self._step_seconds, self._step_tokens):
-            metric.remove(group)
+        for counter in (self._connections, self._losses):
+            counter.remove(group)
+        for histogram in (self._step_seconds, self._step_tokens):
+            histogram.remove(group)
         for stage in _STAGES:
             self._worker_seconds.remove(group, stage)
 
@@ -117,9 +119,9 @@ class GroupMetrics:
 
     connections: Counter
     losses: Counter
-    step_seconds: Histogram
-    step_tokens: Histogram
-    stages: tuple[Histogram, ...]  # in the order of _STAGES
+    step_seconds: LoopHistogram
+    step_tokens: LoopHistogram
+    stages: tuple[LoopHistogram, ...]  # in the order of _STAGES
     note_start: Callable[[RowStart, float], None]
 
     def note_plan(self, plan: StepPlan, now: float) -> None:

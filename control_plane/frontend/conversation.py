@@ -63,6 +63,8 @@ def read_conversation(chat: pb.ChatInput, template: ChatTemplate, syntax: CallSy
     else:
         _rename_calls(messages, template.traits.call_ids)
         messages = [_as_wanted(message, template.traits, syntax or HERMES) for message in messages]
+        if template.traits.results_with_calls:
+            messages = _with_results(messages)
         if tools and template.traits.tools is ToolsPlace.SYSTEM_MESSAGE:
             if messages[0]["role"] != "system":
                 messages.insert(0, {"role": "system", "content": ""})
@@ -188,6 +190,18 @@ def _wanted_call(call: Mapping[str, Any], traits: TemplateTraits) -> dict[str, A
     return made
 
 
+def _with_results(messages: Sequence[Message]) -> list[Message]:
+    """The results of calls as a part of the message that called."""
+    made: list[Message] = []
+    for message in messages:
+        if message["role"] == "tool" and made and "tool_calls" in made[-1]:
+            result = {"name": message.get("name", "unknown"), "response": message["content"]}
+            made[-1].setdefault("tool_responses", []).append(result)
+        else:
+            made.append(message)
+    return made
+
+
 def _short_id(call_id: str) -> str:
     """As it is if it is short; otherwise the same nine letters and digits for the same id."""
     if len(call_id) == NUM_SHORT_ID_CHARS and call_id.isascii() and call_id.isalnum():
@@ -253,6 +267,7 @@ def _arguments(chat: pb.ChatInput) -> dict[str, Any]:
         if effort == "none":
             arguments.setdefault("enable_thinking", False)
             arguments.setdefault("thinking", False)
+            arguments.setdefault("thinking_budget", 0)  # Seed-OSS
     return arguments
 
 

@@ -1,58 +1,20 @@
-"""Every metric of the frontend. The core's, token totals among them, are in control_plane/core/metrics.py.
-
-`prometheus_client`'s own Histogram takes a lock and walks its buckets on each observation: too dear a token. All
-observations here are made on one event loop, so plain counts do, read off when somebody scrapes.
-"""
+"""Every metric of the frontend. The core's, token totals among them, are in control_plane/core/metrics.py."""
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable
-from itertools import accumulate
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
+
+from control_plane.core.histograms import LoopHistogram
 
 _TTFT_BUCKETS_S = (0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 _ITL_BUCKETS_S = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
 _E2E_BUCKETS_S = (0.1, 0.25, 0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 45, 60, 120, 300, 600, 1800)
 _TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000)
-
-
-class LoopHistogram:
-    """A histogram that is only ever observed on one thread."""
-
-    __slots__ = ("_bounds", "_counts", "_help", "_name", "_total")
-
-    def __init__(self, name: str, help: str, bounds: tuple[float, ...]) -> None:
-        self._name = name
-        self._help = help
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._total = 0.0
-
-    def observe(self, value: float, count: int = 1) -> None:
-        """`count` observations of the same value."""
-        self._counts[bisect_left(self._bounds, value)] += count
-        self._total += value * count
-
-    @property
-    def bounds(self) -> tuple[float, ...]:
-        return self._bounds
-
-    def counts(self) -> list[int]:
-        """How many values each bucket has had so far; one more than there are bounds."""
-        return list(self._counts)
-
-    def collect(self) -> Metric:
-        counts = list(accumulate(self._counts))
-        names = [*map(floatToGoString, self._bounds), "+Inf"]
-        family = HistogramMetricFamily(self._name, self._help)
-        family.add_metric([], buckets=list(zip(names, counts, strict=True)), sum_value=self._total)
-        return family
 
 
 class FrontendMetrics(Collector):

@@ -6,78 +6,18 @@ a stream whose reader is slow gets fewer and larger messages, and no step is eve
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable
 
 from stepwire.v1 import inference_pb2 as pb
 
-from control_plane.core.request import (
-    EngineClient,
-    FinishReason,
-    RequestFault,
-    SequenceOutput,
-    TokenLogprobs,
-)
-from control_plane.frontend.detokenizer import Detokenization, Detokenizer
+from control_plane.core.request import EngineClient, FinishReason, RequestFault, SequenceOutput
+from control_plane.frontend.detokenizer import Detokenization
 from control_plane.frontend.errors import RequestRefused, to_request_error
 from control_plane.frontend.metrics import FrontendMetrics
-from control_plane.frontend.packed_texts import PackedTexts, TextColumns
-from control_plane.frontend.parsers.scanner import IncrementalParser
-from control_plane.frontend.prompt_output import PromptAssembly, add_top, no_bytes
+from control_plane.frontend.packed_texts import Columns, PackedColumns, PackedTexts
+from control_plane.frontend.prompt_output import PromptAssembly, no_bytes
 from control_plane.frontend.request_builder import BuiltRequest
-from control_plane.frontend.stop import StopMatch, StopMatcher
-
-_FINISH_REASON = {
-    FinishReason.STOP: pb.FINISH_REASON_STOP,
-    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
-}
-
-
-class _SequenceStream:
-    """One sequence: its way from ids to text, and what waits to be sent."""
-
-    __slots__ = (
-        "calls",
-        "detokenizer",
-        "finish_reason",
-        "has_called",
-        "has_ended",
-        "has_news",
-        "last_taken_s",
-        "logprobs",
-        "matcher",
-        "num_new",
-        "num_tokens",
-        "parser",
-        "reasoning",
-        "stop_string",
-        "stop_token_id",
-        "texts",
-        "token_ids",
-    )
-
-    def __init__(
-        self, detokenizer: Detokenizer | None, matcher: StopMatcher | None, parser: IncrementalParser | None = None
-    ) -> None:
-        self.detokenizer = detokenizer
-        self.matcher = matcher
-        # Tells tool calls and reasoning from text.
-        self.parser = parser
-        self.reasoning: list[str] = []
-        self.calls: list[pb.ToolCallDelta] = []
-        self.has_called = False
-        self.texts: list[str] = []
-        self.token_ids: list[int] = []
-        # (token id, its logprobs)
-        self.logprobs: list[tuple[int, TokenLogprobs]] = []
-        self.num_tokens = 0
-        self.num_new = 0
-        self.has_news = False
-        self.has_ended = False
-        self.finish_reason: FinishReason | None = None
-        self.stop_string: str | None = None
-        self.stop_token_id: int | None = None
-        self.last_taken_s = 0.0
+from control_plane.frontend.sequence_stream import SequenceStream
 
 
 class RequestOutput:
@@ -105,6 +45,7 @@ class RequestOutput:
         "_place",
         "_plain",
         "_prompt",
+        "_sends_token_ids",
         "_sequences",
         "is_closed",
         "sends_logprobs",
@@ -143,19 +84,22 @@ class RequestOutput:
         self._num_reasoning_tokens = 0
         self._num_cached_tokens = 0
         self._prompt = None if built.output.prompt is None else PromptAssembly(built, detokenization)
-        self._sequences = [self._start_sequence() for _ in range(built.core.num_sequences)]
-        # The one sequence of a request of which nothing but its text, or its ids, is wanted: most are.
+        self._sequences = [SequenceStream.start(built.output, detokenization) for _ in range(built.core.num_sequences)]
+        # The one sequence of a request of which nothing but its text and its ids is wanted: most are.
         self._plain = self._sequences[0] if self._is_plain(built) else None
-        self._packed = packed
-        # Where its newest text is, once it goes that way.
-        self._columns: TextColumns | None = None
+        self._sends_token_ids = built.output.sends_token_ids
+        self._packed: PackedColumns | None = None
+        if packed is not None:
+            self._packed = packed.token_ids if self._sends_token_ids else packed.texts
+        # Where its newest tokens are, once they go that way.
+        self._columns: Columns | None = None
         self._place = 0
 
     def _is_plain(self, built: BuiltRequest) -> bool:
         plan, first = built.output, self._sequences[0]
         return (
             len(self._sequences) == 1
-            and plan.sends_token_ids == (first.detokenizer is None)
+            and (plan.sends_token_ids or first.detokenizer is not None)
             and first.matcher is None
             and first.parser is None
             and self._prompt is None
@@ -165,17 +109,6 @@ class RequestOutput:
     @property
     def request_id(self) -> str:
         return self._built.core.request_id
-
-    def _start_sequence(self) -> _SequenceStream:
-        plan = self._built.output
-        if self._detokenization is None or not plan.sends_text:
-            return _SequenceStream(None, None)
-        matcher = None
-        if plan.stop_strings is not None:
-            matcher = StopMatcher(plan.stop_strings, include_stop_string=plan.include_stop_string)
-        detokenizer = self._detokenization.start(skip_special_tokens=plan.skip_special_tokens)
-        parser = None if plan.start_parser is None else plan.start_parser()
-        return _SequenceStream(detokenizer, matcher, parser)
 
     # ---- in: from the core ----
 
@@ -193,35 +126,38 @@ class RequestOutput:
             return
         sequence.num_tokens += 1
         sequence.num_new += 1
-        if sequence.detokenizer is None:
-            sequence.token_ids.append(token_id)
-        else:
-            text = sequence.detokenizer.push_token(token_id)
-            if not text:
-                return
-            packed = self._packed
-            if packed is not None and packed.is_wanted and self._is_accepted_sent:
-                self._pack(sequence, text, packed)
-                return
+        text = "" if sequence.detokenizer is None else sequence.detokenizer.push_token(token_id)
+        if not (text or self._sends_token_ids):
+            return
+        packed = self._packed
+        if packed is not None and packed.is_wanted and self._is_accepted_sent:
+            self._pack(sequence, text, token_id, packed)
+            return
+        if text:
             sequence.texts.append(text)
+        if self._sends_token_ids:
+            sequence.token_ids.append(token_id)
         sequence.has_news = True
         if not self._is_ready:
             self._notify()
 
-    def _pack(self, sequence: _SequenceStream, text: str, packed: PackedTexts) -> None:
-        """Put the text into the Session's next message, behind what waits there of this request."""
+    def _pack(self, sequence: SequenceStream, text: str, token_id: int, packed: PackedColumns) -> None:
+        """Put a token into the Session's next message, behind what waits there of this request."""
         num_new, sequence.num_new = sequence.num_new, 0
         columns = self._columns
         if columns is packed.columns:
-            columns.texts[self._place] += text
-            columns.num_tokens[self._place] += num_new
+            columns.grow(self._place, text, num_new)
+            if self._sends_token_ids:
+                columns.token_ids[self._place].append(token_id)
         else:
             last_s = columns.taken_s if columns is not None else sequence.last_taken_s
             self._columns = packed.columns
+            if self._sends_token_ids:
+                packed.columns.token_ids.append([token_id])
             self._place = packed.add(self.tag, text, num_new, last_s or -self._arrival_s)
 
     def _unpack(self) -> None:
-        """Take back the text that waits to be packed: it goes with what else there is to say."""
+        """Take back what waits to be packed: it goes with what else there is to say."""
         columns, packed = self._columns, self._packed
         if columns is None or packed is None:
             return
@@ -229,7 +165,10 @@ class RequestOutput:
         sequence = self._sequences[0]
         if columns is packed.columns:
             text, num_tokens, since_s = packed.withdraw(self._place)
-            sequence.texts.append(text)
+            if text:
+                sequence.texts.append(text)
+            if self._sends_token_ids:
+                sequence.token_ids += columns.token_ids[self._place]
             sequence.num_new += num_tokens
             sequence.last_taken_s = max(since_s, 0.0)
             sequence.has_news = True
@@ -249,85 +188,22 @@ class RequestOutput:
         if self._built.output.generates_nothing:
             self._end_with_nothing(sequence, output)
             return
-        sequence.num_new += output.num_tokens
-        sequence.num_tokens += output.num_tokens
-        finish_reason = output.finish_reason
-        has_news = False
         was_reasoning = sequence.parser is not None and sequence.parser.is_reasoning
-        if sequence.detokenizer is not None:
-            text = sequence.detokenizer.push(output.token_ids)
-            if finish_reason is not None:
-                text += sequence.detokenizer.finish()
-            if sequence.matcher is not None:
-                text = self._match(sequence, text, output)
-            if sequence.parser is not None:
-                has_news = self._parse(sequence, text, finish_reason is not None or sequence.has_ended)
-            elif text:
-                sequence.texts.append(text)
-                has_news = True
+        has_news = sequence.push(output, self._built.output)
         if was_reasoning:
             self._num_reasoning_tokens += output.num_tokens
-        if self._built.output.sends_token_ids:
-            sequence.token_ids += output.token_ids
-            has_news = True
-        if output.logprobs is not None:
-            # The stop token that ended a sequence is not shown, and neither are its logprobs.
-            sequence.logprobs += zip(output.token_ids, output.logprobs, strict=False)
-            has_news = True
-        if finish_reason is not None and not sequence.has_ended:
-            sequence.has_ended = True
-            sequence.finish_reason = finish_reason
-            if output.stop_token_id in self._built.output.extra_stop_token_ids:
-                sequence.stop_token_id = output.stop_token_id
-        if has_news or sequence.has_ended:
-            sequence.has_news = True
+        if sequence.has_ended and output.finish_reason is None:  # by a stop string
+            self._engine.finish_sequence(self.request_id, output.index)
+        if has_news:
             self._notify_once()
 
-    def _parse(self, sequence: _SequenceStream, text: str, is_last: bool) -> bool:
-        """Sort the text into what is said, thought and called; whether there is any news."""
-        parser = sequence.parser
-        if parser is None:
-            return False
-        deltas = [parser.push(text)] if text else []
-        if is_last:
-            deltas.append(parser.finish())
-        has_news = False
-        for delta in deltas:
-            if delta.text:
-                sequence.texts.append(delta.text)
-            if delta.reasoning and not self._built.output.omits_reasoning:
-                sequence.reasoning.append(delta.reasoning)
-            for piece in delta.calls:
-                call = pb.ToolCallDelta(index=piece.index, arguments=piece.arguments, complete=piece.complete)
-                if piece.name:
-                    call.name, call.id = piece.name, f"call_{uuid.uuid4().hex[:24]}"
-                sequence.calls.append(call)
-                sequence.has_called |= piece.complete
-            has_news |= bool(delta.text or delta.reasoning or delta.calls)
-        return has_news
-
-    def _end_with_nothing(self, sequence: _SequenceStream, output: SequenceOutput) -> None:
+    def _end_with_nothing(self, sequence: SequenceStream, output: SequenceOutput) -> None:
         """Only the prompt was wanted: the token that the core drew is nobody's."""
         sequence.has_ended = sequence.has_news = True
         sequence.finish_reason = FinishReason.LENGTH
         if output.finish_reason is None:
             self._engine.finish_sequence(self.request_id, output.index)
         self._notify_once()
-
-    def _match(self, sequence: _SequenceStream, text: str, output: SequenceOutput) -> str:
-        """The text that may be shown; a stop string in it ends the sequence here and in the core."""
-        matcher = sequence.matcher
-        if matcher is None or sequence.num_tokens < self._built.output.min_tokens:
-            return text
-        found = matcher.push(text)
-        if isinstance(found, StopMatch):
-            sequence.has_ended = True
-            sequence.finish_reason = FinishReason.STOP
-            sequence.stop_string = found.stop_string
-            if output.finish_reason is None:
-                self._engine.finish_sequence(self.request_id, output.index)
-            return found.text
-        return found + matcher.finish() if output.finish_reason is not None else found
 
     def on_end(self, num_cached_tokens: int, fault: RequestFault | None) -> None:
         self._end(None if fault is None else RequestRefused.from_fault(fault), num_cached_tokens)
@@ -393,50 +269,16 @@ class RequestOutput:
             self.is_closed = True
             self._take_end(response, now_s)
 
-    def _take_sequence(
-        self, index: int, sequence: _SequenceStream, response: pb.GenerateResponse, now_s: float
-    ) -> None:
-        sequence.has_news = False
+    def _take_sequence(self, index: int, sequence: SequenceStream, response: pb.GenerateResponse, now_s: float) -> None:
         delta = response.deltas.add()
         if index:
             delta.index = index
-        texts = sequence.texts
-        if texts:
-            delta.text = texts[0] if len(texts) == 1 else "".join(texts)
-            texts.clear()
-        if sequence.reasoning:
-            delta.reasoning = "".join(sequence.reasoning)
-            sequence.reasoning.clear()
-        if sequence.calls:
-            delta.tool_calls.extend(sequence.calls)
-            sequence.calls.clear()
-        if sequence.token_ids:
-            delta.token_ids.extend(sequence.token_ids)
-            sequence.token_ids.clear()
-        if sequence.logprobs:
-            self._take_logprobs(sequence, delta)
-        num_new = sequence.num_new
+        token_bytes = no_bytes if self._detokenization is None else self._detokenization.token_bytes
+        num_new = sequence.take(delta, token_bytes)
         if num_new:
-            delta.num_tokens = num_new
-            sequence.num_new = 0
             self._observe(sequence, num_new, now_s)
-        if sequence.finish_reason is not None:
-            delta.finish_reason = _FINISH_REASON[sequence.finish_reason]
-            if sequence.has_called and sequence.finish_reason is FinishReason.STOP:
-                delta.finish_reason = pb.FINISH_REASON_TOOL_CALLS
-            if sequence.stop_string is not None:
-                delta.stop_string = sequence.stop_string
-            elif sequence.stop_token_id is not None:
-                delta.stop_token_id = sequence.stop_token_id
 
-    def _take_logprobs(self, sequence: _SequenceStream, delta: pb.SequenceDelta) -> None:
-        token_bytes = self._detokenization.token_bytes if self._detokenization is not None else no_bytes
-        for token_id, logprobs in sequence.logprobs:
-            entry = delta.logprobs.add(token_id=token_id, logprob=logprobs.logprob, token=token_bytes(token_id))
-            add_top(entry, logprobs.top_token_ids, logprobs.top_logprobs, token_bytes)
-        sequence.logprobs.clear()
-
-    def _observe(self, sequence: _SequenceStream, num_new: int, now_s: float) -> None:
+    def _observe(self, sequence: SequenceStream, num_new: int, now_s: float) -> None:
         metrics = self._metrics
         if sequence.last_taken_s:
             metrics.inter_token_latency.observe((now_s - sequence.last_taken_s) / num_new, num_new)

@@ -272,12 +272,14 @@ class RequestBuilder:
             case "text":
                 self.check_num_chars("text", len(request.text), facts)
                 if request.HasField("suffix"):
-                    ids = await self._infill(request.text, request.suffix)
+                    ids = await self._infill(request.text, request.suffix, request.cache_salt)
                 else:
-                    ids = await self._tokenizer("text").encode_text(request.text, add_special_tokens=True)
+                    ids = await self._tokenizer("text").encode_text(
+                        request.text, add_special_tokens=True, salt=request.cache_salt
+                    )
                 check_vocabulary("text", ids, facts.vocab_size)
             case "chat":
-                prompt = await self._chat_prompt(request.chat, facts)
+                prompt = await self._chat_prompt(request.chat, facts, request.cache_salt)
                 ids, end = prompt.ids, prompt.end
                 check_vocabulary("chat.messages", ids, facts.vocab_size)
             case _:
@@ -294,16 +296,17 @@ class RequestBuilder:
     def can_infill(self) -> bool:
         return self._model.tokenizer is not None and _infill_marks(self._model.tokenizer) is not None
 
-    async def _infill(self, before: str, after: str) -> TokenIdArray:
+    async def _infill(self, before: str, after: str, salt: str) -> TokenIdArray:
         """The prompt from which a model writes what stands between two texts."""
         tokenizer = self._tokenizer("suffix")
         marks = _infill_marks(tokenizer)
         if marks is None:
             raise RequestRefused.invalid(Violation("suffix", "this model does not define how to fill in; leave it out"))
         prefix, suffix, middle = marks
-        return await tokenizer.encode_text(f"{prefix}{before}{suffix}{after}{middle}", add_special_tokens=True)
+        text = f"{prefix}{before}{suffix}{after}{middle}"
+        return await tokenizer.encode_text(text, add_special_tokens=True, salt=salt)
 
-    async def _chat_prompt(self, chat: pb.ChatInput, facts: ModelFacts) -> _Prompt:
+    async def _chat_prompt(self, chat: pb.ChatInput, facts: ModelFacts, salt: str = "") -> _Prompt:
         tokenizer = self._tokenizer("chat")
         template = self._model.chat_template
         if template is None:
@@ -320,6 +323,7 @@ class RequestBuilder:
             add_generation_prompt=not chat.no_generation_prompt,
             tools=conversation.tools,
             arguments=conversation.arguments,
+            salt=salt,
         )
         return _Prompt(ids, end)
 

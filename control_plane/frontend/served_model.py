@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import structlog
+from stepwire.process.model_names import name_of_directory
 
 from control_plane.frontend.chat_template import ChatTemplate
 from control_plane.frontend.detokenizer import Detokenization
@@ -60,7 +61,7 @@ def load_served_model(
     """
     files = read_model_files(directory, chat_template_file)
     if directory is not None and not names:
-        names = (directory.resolve().name,)
+        names = (name_of_directory(directory),)
     tokenizer = None
     template = None
     eos_token_ids = files.eos_token_ids

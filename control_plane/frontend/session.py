@@ -66,7 +66,7 @@ class SessionStream:
             while True:
                 await self._wake.wait()
                 self._wake.clear()
-                while (self._ready or self._refused or self._packed.columns.tags) and self._may_write():
+                while (self._ready or self._refused or self._packed.has_any()) and self._may_write():
                     self._num_outstanding += 1
                     await self._context.write(self._collect())
                 if reader.done():
@@ -91,7 +91,8 @@ class SessionStream:
                     self._num_outstanding -= 1
                     self._wake.set()
                 case "options":
-                    self._packed.is_wanted = message.options.packed_texts
+                    self._packed.texts.is_wanted = message.options.packed_texts
+                    self._packed.token_ids.is_wanted = message.options.packed_token_ids
                     self._max_outstanding = message.options.max_outstanding_messages
                 case _:
                     description = "is missing: give generate, cancel, options or receipt"

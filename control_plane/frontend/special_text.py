@@ -16,6 +16,9 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
+from control_plane.core.request import TokenIdArray
+from control_plane.frontend.piecewise_encoding import PiecewiseEncoder
+
 # Stand-ins come from a private use plane, from a place that is chosen anew by each process.
 _PRIVATE_USE_PLANE = 0x100000
 _PRIVATE_USE_SIZE = 0xFFFD
@@ -40,6 +43,7 @@ class SpecialTextGuard:
         self._alias = {name: f"\ue000{nonce}.{number}\ue001" for number, name in enumerate(names)}
         self._names = re.compile("|".join(map(re.escape, names))) if names else None
         self._twin = _renamed_twin(tokenizer, self._alias) if names else tokenizer
+        self._encoder = PiecewiseEncoder(self._twin)
         self._id_of_twin_id = {
             twin_id: token_id
             for token_id, token in special.items()
@@ -58,15 +62,23 @@ class SpecialTextGuard:
                 text = f"{text[:-length]}{self._stand_in[text[-length]]}{text[len(text) - length + 1 :]}"
         return text
 
-    def encode(self, masked: str) -> list[int]:
-        """Ids of a text made of masked and of trusted parts. Holds no lock of the interpreter while it encodes."""
+    def encode(self, masked: str, salt: str = "") -> TokenIdArray:
+        """Ids of a text made of masked and of trusted parts. Holds no lock of the interpreter while it encodes.
+
+        `salt`: what was encoded with another one is not used again.
+
+        Returns:
+            ids  # [num_tokens], uint32
+        """
         if self._names is not None:
             masked = self._names.sub(lambda match: self._alias[match[0]], masked)
-        text = masked.translate(self._back)
-        ids: list[int] = self._twin.encode_batch_fast([text], add_special_tokens=False)[0].ids
-        if self._id_of_twin_id:
-            return [self._id_of_twin_id.get(token_id, token_id) for token_id in ids]
-        return ids
+        ids = self._encoder.encode(masked.translate(self._back), salt)
+        if not self._id_of_twin_id:
+            return ids
+        renumbered = ids.copy()
+        for twin_id, token_id in self._id_of_twin_id.items():
+            renumbered[ids == twin_id] = token_id
+        return renumbered  # [num_tokens]
 
 
 def _renamed_twin(tokenizer: Tokenizer, alias: dict[str, str]) -> Tokenizer:

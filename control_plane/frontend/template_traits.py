@@ -20,6 +20,8 @@ Message = dict[str, Any]
 Try = Callable[[Sequence[Message], Sequence[Mapping[str, Any]] | None], str | None]
 
 NUM_SHORT_ID_CHARS = 9
+# How much of what stands before a result is looked at.
+_NUM_FRAMING_CHARS = 12
 
 
 class ToolsPlace(Enum):
@@ -49,6 +51,8 @@ class TemplateTraits:
     takes_system: bool = True
     # Whether an assistant's calls are rendered at all.
     shows_calls: bool = True
+    # Results belong to the message that called, as its `tool_responses` (Gemma 4 as it was released).
+    results_with_calls: bool = False
 
 
 def find_traits(attempt: Try) -> TemplateTraits:
@@ -62,7 +66,26 @@ def find_traits(attempt: Try) -> TemplateTraits:
         tools = ToolsPlace.SYSTEM_MESSAGE
     takes_system = nonce in (attempt([{"role": "system", "content": nonce}, user], None) or "")
     of_calls = _of_calls(attempt, nonce)
-    return TemplateTraits(*(of_calls or ("", False, CallIds.ANY)), tools, takes_system, of_calls is not None)
+    return TemplateTraits(
+        *(of_calls or ("", False, CallIds.ANY)),
+        tools,
+        takes_system,
+        of_calls is not None,
+        of_calls is not None and _has_results_with_calls(attempt, nonce),
+    )
+
+
+def _has_results_with_calls(attempt: Try, nonce: str) -> bool:
+    """Whether a result looks otherwise as a part of the message that called than as a message: then that is meant."""
+    name, result = f"n{nonce}", f"r{nonce}"
+    call = {"id": "call_0", "type": "function", "function": {"name": name, "arguments": {}}}
+    asked = {"role": "user", "content": "x"}
+    called: Message = {"role": "assistant", "content": "", "tool_calls": [call]}
+    within = attempt([asked, {**called, "tool_responses": [{"name": name, "response": result}]}], None) or ""
+    apart = attempt([asked, called, {"role": "tool", "tool_call_id": "call_0", "name": name, "content": result}], None)
+    before, found, _ = within.partition(result)
+    is_whole_message_shown = "tool_responses" in within
+    return bool(found) and not is_whole_message_shown and before[-_NUM_FRAMING_CHARS:] not in (apart or "")
 
 
 def _of_calls(attempt: Try, nonce: str) -> tuple[str | None, bool, CallIds] | None:

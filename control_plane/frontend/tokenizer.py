@@ -1,7 +1,8 @@
 """Text to token ids, off the event loop.
 
 `encode()` of the tokenizers library holds the interpreter's lock all the while and would stop every stream;
-`encode_batch_fast` lets it go, so that is the only call made here, in a small pool of threads.
+`encode_batch_fast` lets it go, so that is the only call made here, in a small pool of threads. Prompts are encoded
+piece by piece (`piecewise_encoding.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from control_plane.core.request import TokenIdArray
 from control_plane.frontend.chat_template import ChatTemplate, Message
 from control_plane.frontend.detokenizer import Detokenization, create_detokenization
 from control_plane.frontend.model_files import ModelFilesError
+from control_plane.frontend.piecewise_encoding import PiecewiseEncoder
 from control_plane.frontend.special_text import SpecialTextGuard
 
 Result = TypeVar("Result")
@@ -34,10 +36,12 @@ class TextTokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
+        self._encoder = PiecewiseEncoder(tokenizer)
         self._guard = SpecialTextGuard(tokenizer)
         self._special_ids = frozenset(
             token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
         )
+        self._added_around = self._find_added()
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenizer")
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
         self.detokenization: Detokenization = create_detokenization(tokenizer)
@@ -62,13 +66,24 @@ class TextTokenizer:
         token_id: int | None = self._tokenizer.token_to_id(token)
         return token_id
 
-    async def encode_text(self, text: str, *, add_special_tokens: bool) -> TokenIdArray:
+    async def encode_text(self, text: str, *, add_special_tokens: bool, salt: str = "") -> TokenIdArray:
         """Ids of a raw prompt; the text of special tokens in it stands for those tokens.
+
+        `salt`: what was encoded with another one is not used again.
 
         Returns:
             ids  # [num_tokens], uint32
         """
-        return await self._in_pool(lambda: _as_array(self._encode(text, add_special_tokens=add_special_tokens)))
+
+        def encode() -> TokenIdArray:
+            if not add_special_tokens:
+                return self._encoder.encode(text, salt)
+            if self._added_around is None:
+                return _as_array(self._encode(text, add_special_tokens=True))
+            before, after = self._added_around
+            return np.concatenate([before, self._encoder.encode(text, salt), after])  # [num_tokens]
+
+        return await self._in_pool(encode)
 
     async def encode_pooled(
         self, text: str, second: str | None = None, *, max_tokens: int | None = None
@@ -105,8 +120,11 @@ class TextTokenizer:
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         arguments: Mapping[str, Any] | None = None,
+        salt: str = "",
     ) -> tuple[TokenIdArray, str]:
         """Ids of a rendered conversation; the text of special tokens inside a message stays text.
+
+        `salt`: what was encoded with another one is not used again.
 
         Returns:
             ids  # [num_tokens], uint32
@@ -125,8 +143,8 @@ class TextTokenizer:
                 arguments=masked[2],
             )
             if self._guard.always or masked != given:
-                return _as_array(self._guard.encode(text)), text[-_END_CHARS:]
-            return _as_array(self._encode(text, add_special_tokens=False)), text[-_END_CHARS:]
+                return self._guard.encode(text, salt), text[-_END_CHARS:]
+            return self._encoder.encode(text, salt), text[-_END_CHARS:]
 
         return await self._in_pool(encode)
 
@@ -174,6 +192,14 @@ class TextTokenizer:
             return list(found)
 
         return await self._in_pool(encode)
+
+    def _find_added(self) -> tuple[TokenIdArray, TokenIdArray] | None:
+        """The special tokens that the tokenizer puts around any text; None where that cannot be seen."""
+        with_them, bare = (self._encode("a", add_special_tokens=wanted) for wanted in (True, False))
+        starts = [start for start in range(len(with_them)) if bare and with_them[start : start + len(bare)] == bare]
+        if len(starts) != 1:
+            return None
+        return _as_array(with_them[: starts[0]]), _as_array(with_them[starts[0] + len(bare) :])
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         ids: list[int] = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids

@@ -6,9 +6,9 @@ import uuid
 from typing import TypeVar
 
 import orjson
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from gateway import answers, errors
+from gateway import answers
 from gateway.batch_lines import BatchLine
 from gateway.client import Generation
 from gateway.convert import GenerationPlan, plan_chat, plan_completion
@@ -34,16 +34,16 @@ class BatchRequests:
         """The answer's JSON. Raises `ApiError`."""
         match line.url:
             case "/v1/chat/completions":
-                return await self._chat(_read(ChatCompletionBody, line), request_id)
+                return await self._chat(self._read(ChatCompletionBody, line), request_id)
             case "/v1/completions":
-                return await self._completion(_read(CompletionBody, line), request_id)
+                return await self._completion(self._read(CompletionBody, line), request_id)
             case "/v1/embeddings":
-                body = _read(EmbeddingsBody, line)
+                body = self._read(EmbeddingsBody, line)
                 call, renames = embed_request(body, request_id)
                 call.priority = BATCH_PRIORITY
                 return embeddings_answer(await self._serving.client.embed(call, renames, None), body)
             case _:
-                return await self._response(_read(ResponsesBody, line), request_id)
+                return await self._response(self._read(ResponsesBody, line), request_id)
 
     async def _chat(self, body: ChatCompletionBody, request_id: str) -> bytes:
         plan = plan_chat(body, request_id)
@@ -91,9 +91,5 @@ class BatchRequests:
             plan.requests, num_samples=plan.num_samples, stream=False, renames=plan.renames
         )
 
-
-def _read(schema: type[_Body], line: BatchLine) -> _Body:
-    try:
-        return schema.model_validate_json(orjson.dumps(line.body))
-    except ValidationError as error:
-        raise errors.from_validation_error(error) from error
+    def _read(self, schema: type[_Body], line: BatchLine) -> _Body:
+        return self._serving.parse_body(orjson.dumps(line.body), schema)

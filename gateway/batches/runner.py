@@ -61,7 +61,6 @@ class BatchRunner:
         self._is_one_of_several = is_one_of_several
         self._lock: BinaryIO | None = None
         self._following: asyncio.Task[None] | None = None
-        # Those that this process has begun.
         self._begun: set[str] = set()
         self._files = files
         self._requests = BatchRequests(serving)
@@ -108,7 +107,11 @@ class BatchRunner:
 
     async def _begin_new(self) -> None:
         for batch in await self._unfinished():
-            if batch["id"] not in self._begun:
+            if batch["id"] in self._begun:
+                continue
+            # It may have ended since the list was read.
+            status = (await self.get(batch["id"]))["status"]
+            if status in _UNFINISHED and batch["id"] not in self._begun:
                 self._begin(batch)
 
     async def _cancel_wanted(self) -> None:
@@ -135,6 +138,11 @@ class BatchRunner:
                 await task
         if self._lock is not None:
             self._lock.close()
+
+    @property
+    def num_begun(self) -> int:
+        """Batches that this process has begun and that have not ended."""
+        return len(self._begun)
 
     # ---- what the routes ask ----
 
@@ -224,6 +232,7 @@ class BatchRunner:
         if batch["status"] in _UNFINISHED:
             batch["cancelling_at"] = int(time.time())
             await self._end(batch, "cancelled")
+        self._begun.discard(batch_id)
         return batch
 
     async def _want_cancelled(self, batch_id: str) -> None:
@@ -344,6 +353,8 @@ class BatchRunner:
             connection.execute("INSERT OR REPLACE INTO batches VALUES (?, ?, ?, ?)", row)
 
         await self._store.run(write)
+        if batch["status"] not in _UNFINISHED:
+            self._begun.discard(batch["id"])
 
     # ---- one request ----
 

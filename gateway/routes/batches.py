@@ -31,6 +31,7 @@ class CreateBatchBody(RequestModel):
     endpoint: str
     completion_window: Literal["24h"]
     metadata: dict[str, str] | None = Field(None, max_length=16)
+    output_expires_after: dict[str, Any] | None = Field(None, description="Taken, and without effect.")
 
 
 @router.post(

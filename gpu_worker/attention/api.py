@@ -26,6 +26,12 @@ class AttentionSpec:
     """`run` is given a logit for every head that joins the softmax's denominator."""
     value_dim: int | None = None
     """Latent attention: a key's leading dimensions that are its value; None: values are vectors of their own."""
+    chunks: tuple[int | None, ...] = ()
+    """One a layer, or none at all: a query sees the tokens of its own chunk of so many, up to itself."""
+
+    @property
+    def has_chunks(self) -> bool:
+        return any(chunk is not None for chunk in self.chunks)
 
 
 @dataclass(frozen=True, slots=True)

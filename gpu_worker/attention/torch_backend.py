@@ -28,6 +28,27 @@ MAX_PADDING_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
+class _Reach:
+    """How far back the queries of some layers see."""
+
+    window: int | None
+    chunk: int | None
+
+    def first_keys(self, positions: IntArray) -> IntArray:
+        """The first position that a query at each of these sees."""
+        first = np.zeros_like(positions)
+        if self.window is not None:
+            first = np.maximum(positions - self.window + 1, first)
+        if self.chunk is not None:
+            first = np.maximum(positions // self.chunk * self.chunk, first)
+        return first
+
+    def is_whole(self, num_keys: int) -> bool:
+        """Whether everything is seen in a sequence of so many tokens."""
+        return all(reach is None or num_keys <= reach for reach in (self.window, self.chunk))
+
+
+@dataclass(frozen=True, slots=True)
 class _DecodeGroup:
     """Rows attended together."""
 
@@ -48,7 +69,7 @@ class _Prefill:
 
 
 @dataclass(frozen=True, slots=True)
-class _WindowPlan:
+class _ReachPlan:
     decodes: tuple[_DecodeGroup, ...]
     prefills: tuple[_Prefill, ...]
 
@@ -72,7 +93,9 @@ class TorchAttention:
         self._by_block = [cache.view(-1, self._block_size * self._head_dim) for cache in kv_caches]
         self._head_ids = np.arange(self._num_kv_heads)
         self._slots = torch.empty(0, dtype=torch.int64)
-        self._plans: dict[int | None, _WindowPlan] = {}
+        chunks = spec.chunks or (None,) * len(spec.windows)
+        self._reaches = [_Reach(window, chunk) for window, chunk in zip(spec.windows, chunks, strict=True)]
+        self._plans: dict[_Reach, _ReachPlan] = {}
 
     def supports(self, spec: AttentionSpec) -> str | None:
         if spec.num_heads % spec.num_kv_heads:
@@ -85,7 +108,7 @@ class TorchAttention:
     def plan(self, step: StepMetadata) -> None:
         self._num_decodes = step.num_decodes
         self._slots = self._to_device(self._write_slots(step))
-        self._plans = {window: self._plan_window(step, window) for window in set(self.spec.windows)}
+        self._plans = {reach: self._plan_reach(step, reach) for reach in set(self._reaches)}
 
     def _to_device(self, array: npt.NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
@@ -105,29 +128,23 @@ class TorchAttention:
         plane = self._num_blocks * self._num_kv_heads
         return np.stack([rows + number * plane for number in range(self._num_planes)]).ravel()
 
-    def _first_blocks(self, first_positions: IntArray, window: int | None) -> IntArray:
-        """The first block that a query at each position can see."""
-        if window is None:
-            return np.zeros_like(first_positions)
-        return np.maximum(first_positions - window + 1, 0) // self._block_size
-
-    def _plan_window(self, step: StepMetadata, window: int | None) -> _WindowPlan:
+    def _plan_reach(self, step: StepMetadata, reach: _Reach) -> _ReachPlan:
         decodes: list[_DecodeGroup] = []
         if step.num_decodes:
             lengths = step.context_lengths[: step.num_decodes]
-            first_blocks = self._first_blocks(lengths - 1, window)
+            first_blocks = reach.first_keys(lengths - 1) // self._block_size
             num_blocks = -(-lengths // self._block_size) - first_blocks
             groups = _group_by_length(num_blocks, self._block_size)
             decodes = [
-                self._plan_decodes(step, None if len(groups) == 1 else rows, rows, first_blocks, num_blocks, window)
+                self._plan_decodes(step, None if len(groups) == 1 else rows, rows, first_blocks, num_blocks, reach)
                 for rows in groups
             ]
         prefills: list[_Prefill] = []
         first_token = step.num_decodes
         for row in range(step.num_decodes, len(step.query_lengths)):
-            prefills.append(self._plan_prefill(step, row, first_token, window))
+            prefills.append(self._plan_prefill(step, row, first_token, reach))
             first_token += int(step.query_lengths[row])
-        return _WindowPlan(tuple(decodes), tuple(prefills))
+        return _ReachPlan(tuple(decodes), tuple(prefills))
 
     def _plan_decodes(
         self,
@@ -136,7 +153,7 @@ class TorchAttention:
         rows: IntArray,
         first_blocks: IntArray,
         num_blocks: IntArray,
-        window: int | None,
+        reach: _Reach,
     ) -> _DecodeGroup:
         max_blocks = int(num_blocks[rows].max())
         first = first_blocks[rows]
@@ -148,9 +165,7 @@ class TorchAttention:
         # Keys beyond a row's own blocks are read from the scratch block, whatever follows in the table.
         blocks[columns >= -(-lengths // self._block_size)[:, None]] = 0
         positions = first[:, None] * self._block_size + np.arange(max_blocks * self._block_size)
-        hidden = positions >= lengths[:, None]
-        if window is not None:
-            hidden |= positions < (lengths - window)[:, None]
+        hidden = (positions >= lengths[:, None]) | (positions < reach.first_keys(lengths - 1)[:, None])
         mask = self._additive(hidden)[:, None, None, :] if hidden.any() else None
         return _DecodeGroup(
             rows=None if selected is None else self._to_device(selected),
@@ -163,22 +178,20 @@ class TorchAttention:
         mask = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device)
         return mask.masked_fill_(self._to_device(hidden), float("-inf"))
 
-    def _plan_prefill(self, step: StepMetadata, row: int, first_token: int, window: int | None) -> _Prefill:
+    def _plan_prefill(self, step: StepMetadata, row: int, first_token: int, reach: _Reach) -> _Prefill:
         num_queries, num_keys = int(step.query_lengths[row]), int(step.context_lengths[row])
         start = num_keys - num_queries
         last_token = first_token + num_queries
-        if start == 0 and (window is None or num_keys <= window):
+        if start == 0 and reach.is_whole(num_keys):
             return _Prefill(first_token, last_token, None, None)
-        first_block = int(self._first_blocks(np.array([start]), window)[0]) if start else 0
+        first_block = int(reach.first_keys(np.array([start]))[0]) // self._block_size if start else 0
         first_key = first_block * self._block_size
         blocks = step.block_tables[row, first_block : -(-num_keys // self._block_size)]
         # With a context in this step alone the keys come from the step itself, and there are exactly num_keys of them.
         num_gathered = len(blocks) * self._block_size if start else num_keys
         queries = np.arange(start, num_keys)[:, None]
         keys = first_key + np.arange(num_gathered)
-        hidden = keys > queries
-        if window is not None:
-            hidden |= keys <= queries - window
+        hidden = (keys > queries) | (keys < reach.first_keys(queries))
         gather = self._to_device(self._gather_rows(blocks)) if start else None
         return _Prefill(first_token, last_token, gather, self._additive(hidden))
 
@@ -198,7 +211,7 @@ class TorchAttention:
         self._by_token[layer].index_copy_(0, self._slots, written.reshape(-1, self._head_dim))
         if v is None:
             v = k[..., : self._value_dim]
-        plan = self._plans[self.spec.windows[layer]]
+        plan = self._plans[self._reaches[layer]]
         if sinks is not None:
             sinks = sinks.view(self._num_kv_heads, self._group_size, 1)
         if not plan.prefills and len(plan.decodes) == 1:

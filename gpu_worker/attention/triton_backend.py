@@ -55,6 +55,9 @@ class AttentionLimits:
 
 def unsupported_attention(spec: AttentionSpec, block_size: int) -> str | None:
     """Why the kernels cannot serve these heads; None: they can."""
+    if spec.has_chunks:
+        smallest = min(chunk for chunk in spec.chunks if chunk is not None)
+        return f"attention in chunks of {smallest} tokens, which a --max-model-len of {smallest} or less makes one"
     if spec.value_dim is not None:
         if spec.softcap is not None or spec.has_sinks or any(spec.windows):
             return "latent attention with windows, sinks or a soft cap"

@@ -203,7 +203,7 @@ def _load_supported(
     kv_cache = KVCache(shape, plan.num_blocks, device)
     parts = _Parts.of(sizes, spec.vocab_size, with_graphs=with_graphs)
     attention = make_attention(
-        attention_spec(spec, parallel),
+        attention_spec(spec, parallel, sizes.max_model_len),
         kv_cache.layers,
         parts.attention,
         dtype=dtype,
@@ -263,7 +263,7 @@ def _load_supported(
 def _unsupported(spec: ModelSpec, parallel: ParallelContext, sizes: Sizes, device: torch.device) -> str | None:
     if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         return _too_old(device, MIN_CAPABILITY)
-    return unsupported_attention(attention_spec(spec, parallel), sizes.block_size)
+    return unsupported_attention(attention_spec(spec, parallel, sizes.max_model_len), sizes.block_size)
 
 
 def _has_pdl(device: torch.device) -> bool:
@@ -350,7 +350,8 @@ def _workspace_bytes(
         for tensor in vars(part).values()
     )
     no_cache = KVCache(KVCacheShape.of(spec, parallel, sizes.block_size, dtype), 1, meta).layers
-    attention = make_attention(attention_spec(spec, parallel), no_cache, parts.attention, dtype=dtype, pdl=False)
+    heads = attention_spec(spec, parallel, sizes.max_model_len)
+    attention = make_attention(heads, no_cache, parts.attention, dtype=dtype, pdl=False)
     step_buffers = (num_slots(max(1, len(parallel.stage_layers))) + 1) * BUFFER_WORDS * 4
     graph_bytes = 0
     if with_graphs:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from stepwire_kernels.activation import Activation, gated_activation
+from stepwire_kernels.activation import Activation, gated_activation, gated_activation_quantized
 from stepwire_kernels.expert_routing import choose_experts
 from stepwire_kernels.expert_scaled import ScaledExpertWeights, mix_scaled_experts
 from stepwire_kernels.experts import ExpertWeights, mix_experts, mix_packed_experts
 from stepwire_kernels.fused_linear import FusedTuning, NormInput, choose_fused, fused_linear
-from stepwire_kernels.gemm import allocate_linear_workspace, linear
-from stepwire_kernels.norm import add_rms_norm
+from stepwire_kernels.gemm import linear
+from stepwire_kernels.norm import add_rms_norm, add_rms_norm_quantized
+from stepwire_kernels.split_k import allocate_linear_workspace
 
 from gpu_worker.attention.api import AttentionBackend
 from gpu_worker.attention.triton_backend import TritonAttention
@@ -21,6 +22,8 @@ from gpu_worker.layers.ops import (
     AttentionHeads,
     PackedStack,
     ProductOfNorm,
+    QuantizedRows,
+    RowQuant,
     StackedExpertWeights,
     StepPositions,
 )
@@ -106,6 +109,32 @@ class TritonOps:
     def fused_tuning(self, x: torch.Tensor, weight: torch.Tensor, *, gated: bool) -> FusedTuning | None:
         """How norm and product (and gate) are one launch; None: they are separate ones."""
         return choose_fused(x, weight, gated=gated)
+
+    def quantized_norm(
+        self, x: torch.Tensor | None, residual: torch.Tensor, norm: Norm, quant: RowQuant
+    ) -> QuantizedRows | None:
+        offset = getattr(norm, "weight_offset", None)
+        if not self.fuses or offset is None:  # None: a LayerNorm
+            return None
+        values, scales = add_rms_norm_quantized(
+            residual if x is None else x,
+            None if x is None else residual,
+            norm.weight,
+            norm.eps,
+            quant.dtype,
+            weight_offset=offset,
+            static_scale=quant.static_scale,
+            pdl=self.pdl,
+        )
+        return QuantizedRows(values, scales)
+
+    def quantized_gate(self, gate_up: torch.Tensor, kind: str, quant: RowQuant) -> QuantizedRows | None:
+        if not self.fuses:
+            return None
+        values, scales = gated_activation_quantized(
+            gate_up, _KERNEL_ACTIVATIONS[kind], quant.dtype, static_scale=quant.static_scale, pdl=self.pdl
+        )
+        return QuantizedRows(values, scales)
 
     def gated_activation(self, gate_up: torch.Tensor, kind: str) -> torch.Tensor:
         return gated_activation(gate_up, _KERNEL_ACTIVATIONS[kind], pdl=self.pdl)

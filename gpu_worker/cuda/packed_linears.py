@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import structlog
 import torch
-from stepwire_kernels.gemm import LinearWorkspace, allocate_linear_workspace
 from stepwire_kernels.packed_choice import multiply_packed
 from stepwire_kernels.quantize_input import quantize_input
-from stepwire_kernels.scaled_linear import scaled_linear
+from stepwire_kernels.scaled_choice import multiply_scaled
+from stepwire_kernels.split_k import LinearWorkspace, allocate_linear_workspace
 
+from gpu_worker.layers.ops import QuantizedRows, RowQuant
 from gpu_worker.quant.activations import ActivationQuant, StaticScale
 from gpu_worker.quant.products import Product
 from gpu_worker.quant.repack import Repacked, repack
@@ -144,14 +145,20 @@ class _EightBitProduct(Product):
         )
         if self._group is not None and self._input_group is None:
             scales = scales.expand(-1, self._scales.shape[1]).contiguous()
-        return scaled_linear(
-            values,
-            scales,
+        return self.apply_quantized(QuantizedRows(values, scales), bias, x.dtype)
+
+    def row_quant(self) -> RowQuant | None:
+        return RowQuant(self._values.dtype, self._static) if self._group is None else None
+
+    def apply_quantized(self, rows: QuantizedRows, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        return multiply_scaled(
+            rows.values,
+            rows.scales,
             self._values,
             self._scales,
             bias,
             self._workspace,
-            x.dtype,
+            dtype,
             scale_rows=self._scale_rows,
             group_size=self._group,
             pdl=self._pdl,

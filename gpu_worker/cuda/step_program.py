@@ -30,9 +30,9 @@ from gpu_worker.prompt_logprobs import DescribedRun, describe_run, num_rows_at_a
 from gpu_worker.row_table import PromptRun
 
 # From so many rows of logits on, the ranks of a stage each draw for some of them: their logits and the sampler's work
-# are divided, and what was drawn is one more exchange of a few microseconds. 32 by arithmetic; never, until two GPUs
-# have been seen to do it.
-DEALT_ROWS = 1 << 30
+# are divided, and what was drawn is one more exchange of a few microseconds. On two H100 a step of 256 rows takes
+# 0.24 ms less (15.56 to 15.32), one of 32 as long as before.
+DEALT_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)

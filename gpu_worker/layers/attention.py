@@ -10,7 +10,7 @@ import torch
 
 from gpu_worker.attention.api import AttentionBackend
 from gpu_worker.layers.linear import BuildContext, RowParallelLinear, qkv_parallel
-from gpu_worker.layers.norm import EachHeadNorm, ProjectionNorm, RMSNorm
+from gpu_worker.layers.norm import EachHeadNorm, ProjectionNorm, RMSNorm, plain_norm
 from gpu_worker.layers.ops import AttentionHeads, StepPositions
 from gpu_worker.layers.sublayer_input import SublayerInput
 from gpu_worker.layers.weighted import Weighted
@@ -53,7 +53,9 @@ class Sinks(Weighted):
 class Attention:
     """`rope` says which of the context's positions are this layer's."""
 
-    def __init__(self, spec: ModelSpec, layer: int, rope: int, path: str, build: BuildContext) -> None:
+    def __init__(
+        self, spec: ModelSpec, layer: int, rope: int, path: str, build: BuildContext, *, is_rotated: bool = True
+    ) -> None:
         heads = build.parallel.heads(spec.num_heads, spec.num_kv_heads)
         self.qkv = qkv_parallel(
             spec.hidden_size, heads, spec.head_dim, bias=spec.qkv_bias, path=f"{path}.qkv", build=build
@@ -68,7 +70,9 @@ class Attention:
         self._rope = rope
         self._ops = build.ops
         self._num_query_columns, self._num_key_columns = inputs.size, heads.kv.size * spec.head_dim
-        self._add_norms(spec, heads, build)
+        scaling = spec.query_scaling
+        self._scales_queries = scaling is not None and not (scaling.unrotated_only and is_rotated)
+        self._add_norms(spec, heads, build, is_rotated=is_rotated)
         self._heads = AttentionHeads(
             layer,
             heads.query.size,
@@ -79,11 +83,15 @@ class Attention:
             sinks=None if self.sinks is None else self.sinks.logits,
         )
 
-    def _add_norms(self, spec: ModelSpec, heads: HeadShare, build: BuildContext) -> None:
+    def _add_norms(self, spec: ModelSpec, heads: HeadShare, build: BuildContext, *, is_rotated: bool) -> None:
         """Norms of single heads go with rope into one kernel, others come before."""
         self.head_norms: tuple[RMSNorm, RMSNorm] | tuple[None, None] = (None, None)
         self.wide_norms: tuple[ProjectionNorm | EachHeadNorm, ...] = ()
-        if spec.qk_norm == "head":
+        self._norms_are_stored = spec.qk_norm != "rotated"
+        if spec.qk_norm == "rotated":
+            if is_rotated:
+                self.head_norms = (plain_norm(spec.head_dim, spec.norm_eps, build),) * 2
+        elif spec.qk_norm == "head":
             query, key = (
                 RMSNorm(spec.head_dim, spec.norm_eps, build, weight_offset=spec.norm_weight_offset) for _ in range(2)
             )
@@ -99,7 +107,7 @@ class Attention:
         yield "output", self.output
         norms = self.head_norms if self.head_norms[0] is not None else self.wide_norms
         for name, norm in zip(("query_norm", "key_norm"), norms, strict=False):
-            if norm is not None:
+            if norm is not None and self._norms_are_stored:
                 yield name, norm
         if self.sinks is not None:
             yield "sinks", self.sinks
@@ -111,7 +119,7 @@ class Attention:
             query_norm, key_norm = self.wide_norms
             query_norm.apply_(qkv[:, : self._num_query_columns])
             key_norm.apply_(qkv[:, self._num_query_columns :][:, : self._num_key_columns])
-        if context.query_factors is not None:
+        if context.query_factors is not None and self._scales_queries:
             # Before rotation, which it does not change.
             qkv[:, : self._num_query_columns].mul_(context.query_factors)
         attended = self._ops.attend(qkv, self._heads, context.positions[self._rope], context.attention)

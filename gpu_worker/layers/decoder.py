@@ -60,7 +60,8 @@ class DecoderBlock:
         build = replace(build, leaves_sums=self.sums is not None)
         self.attention: Attention | LatentAttention
         if spec.latent is None:
-            self.attention = Attention(spec, cached, rope, f"{path}.attention", build)
+            is_rotated = spec.layers[layer].rope is not None
+            self.attention = Attention(spec, cached, rope, f"{path}.attention", build, is_rotated=is_rotated)
         else:
             self.attention = LatentAttention(spec, spec.latent, cached, rope, f"{path}.attention", build)
         self.mlp: FeedForward
@@ -199,7 +200,7 @@ class Decoder:
         scaling = self.spec.query_scaling
         if scaling is None:
             return None
-        periods = (positions // scaling.period).float()  # [num_tokens]
+        periods = ((positions + scaling.first) // scaling.period).float()  # [num_tokens]
         return (1 + scaling.weight * torch.log1p(periods)).to(self.dtype).unsqueeze(1)
 
     def _embedded(self, token_ids: torch.Tensor) -> torch.Tensor:

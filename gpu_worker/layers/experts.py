@@ -206,3 +206,37 @@ class FusedExperts(StackedExperts, Weighted):
     def num_bytes(self) -> int:
         tensors = (self.weights.gate_up, self.weights.down, self.weights.gate_up_bias, self.weights.down_bias)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+class JoinedExperts(FusedExperts):
+    """Experts that the checkpoint stores stacked, without biases, gate before up: as linears have them, or transposed.
+
+    Releases of one model differ in that, and the shapes tell; where they do not, it is as linears have them.
+    """
+
+    def _outputs_first(self, tensor: str) -> tuple[int, ...]:
+        count, hidden, inner = self._moe.num_experts, self._hidden_size, self._moe.intermediate_size
+        return (count, 2 * inner, hidden) if tensor == "gate_up_proj" else (count, hidden, inner)
+
+    def _is_outputs_first(self, tensor: str, shape: tuple[int, ...]) -> bool:
+        return self._moe.storage != "transposed" and shape == self._outputs_first(tensor)
+
+    def expected(self) -> ExpectedTensors:
+        return {("", "gate_up_proj"): None, ("", "down_proj"): None}
+
+    def problem(self, part: str, tensor: str, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
+        count, outputs, inputs = self._outputs_first(tensor)
+        if not self._is_outputs_first(tensor, shape) and shape != (count, inputs, outputs):
+            return f"has the shape {list(shape)}, the model's config asks for {[count, inputs, outputs]}"
+        return super().problem(part, tensor, shape, dtype)
+
+    def load(self, part: str, tensor: str, source: StoredTensor) -> None:
+        inner = self.share.intermediate.as_slice()
+        for at in range(self.share.experts.size):
+            expert = self.share.experts.start + at
+            stored = source.read((slice(expert, expert + 1),))[0]
+            rows = stored if self._is_outputs_first(tensor, source.shape) else stored.T
+            if tensor == "gate_up_proj":
+                self.weights.gate_up[at] = torch.cat([half[inner] for half in rows.chunk(2)])
+            else:
+                self.weights.down[at] = rows[:, inner]

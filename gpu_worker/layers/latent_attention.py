@@ -20,6 +20,9 @@ from gpu_worker.model_spec import LatentSpec, ModelSpec
 from gpu_worker.parallel.shares import Share
 from gpu_worker.quant.api import ExpectedTensors, RandomValues, StoredTensor
 
+NORM_EPS = 1e-6
+"""Of the norms within attention, whatever `rms_norm_eps` is."""
+
 
 class HeadProjections(Weighted):
     """`kv_b_proj`: each head's W_k [nope_dim, kv_rank] and W_v [value_dim, kv_rank], one head after another."""
@@ -76,7 +79,7 @@ class LatentAttention:
                 path=f"{path}.query_down",
                 build=build,
             )
-            self.query_norm = RMSNorm(latent.query_rank, spec.norm_eps, build)
+            self.query_norm = RMSNorm(latent.query_rank, NORM_EPS, build)
         self.query = column_parallel(
             query_inputs, [("", of_heads(latent.query_dim))], bias=False, path=f"{path}.query", build=build
         )
@@ -87,7 +90,7 @@ class LatentAttention:
             path=f"{path}.latent_down",
             build=build,
         )
-        self.latent_norm = RMSNorm(latent.kv_rank, spec.norm_eps, build)
+        self.latent_norm = RMSNorm(latent.kv_rank, NORM_EPS, build)
         self.projections = HeadProjections(heads, latent, build)
         self.output = RowParallelLinear(
             of_heads(latent.value_dim),
@@ -119,6 +122,8 @@ class LatentAttention:
         # [heads, num_tokens, nope_dim] x [heads, nope_dim, kv_rank]
         moved = torch.bmm(nope.transpose(0, 1), self.projections.keys).transpose(0, 1)
         query = torch.cat((moved, rotated), dim=-1)  # [num_tokens, heads, kv_rank + rope_dim]
+        if context.query_factors is not None:
+            query.mul_(context.query_factors.unsqueeze(-1))
         down = self.latent_down.apply(x)  # [num_tokens, kv_rank + rope_dim]
         compressed = self._ops.add_norm(None, down[:, : latent.kv_rank], self.latent_norm)
         cached = torch.cat((compressed, down[:, latent.kv_rank :]), dim=-1)  # [num_tokens, kv_rank + rope_dim]

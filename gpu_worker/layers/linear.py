@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from gpu_worker.layers.ops import TORCH_OPS, LayerOps
+from gpu_worker.layers.ops import TORCH_OPS, LayerOps, QuantizedRows
 from gpu_worker.layers.weighted import Weighted
 from gpu_worker.parallel.shares import HeadShare, ParallelContext, Share
 from gpu_worker.quant.api import (
@@ -45,6 +45,7 @@ class Linear(Weighted):
 
     def __init__(self, shape: LinearShape, path: str, build: BuildContext) -> None:
         self.shape = shape
+        self._ops = build.ops
         self.method = build.quant.linear_method(path)
         self.method.create(shape, build.dtype, build.device)
 
@@ -78,6 +79,18 @@ class Linear(Weighted):
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """x [num_tokens, inputs] -> [num_tokens, outputs]."""
         return self.method.apply(x)
+
+    def apply_quantized(self, rows: QuantizedRows) -> torch.Tensor:
+        """`apply` of rows that have been quantized as the method wants them (`LinearMethod.row_quant`)."""
+        return self.method.apply_quantized(rows)
+
+    def apply_gated(self, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+        """`apply` of act(gate) * up; gate_up [num_tokens, 2 * inputs]."""
+        quant = self.method.row_quant()
+        rows = None if quant is None else self._ops.quantized_gate(gate_up, activation, quant)
+        if rows is None:
+            return self.apply(self._ops.gated_activation(gate_up, activation))
+        return self.apply_quantized(rows)
 
 
 def column_parallel(
@@ -121,5 +134,10 @@ class RowParallelLinear(Linear):
         self._reduce = reduce and not build.leaves_sums
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        partial = self.method.apply(x)
+        return self._summed(self.method.apply(x))
+
+    def apply_quantized(self, rows: QuantizedRows) -> torch.Tensor:
+        return self._summed(self.method.apply_quantized(rows))
+
+    def _summed(self, partial: torch.Tensor) -> torch.Tensor:
         return self._parallel.all_reduce(partial) if self._reduce else partial

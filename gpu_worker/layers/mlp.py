@@ -61,7 +61,9 @@ class GatedMLP:
 
     def apply(self, x: SublayerInput) -> torch.Tensor:
         """x [num_tokens, hidden] -> [num_tokens, hidden]."""
-        return self.down.apply(x.through(self.gate_up, self._activation))
+        if self.down.method.row_quant() is None:
+            return self.down.apply(x.through(self.gate_up, self._activation))
+        return self.down.apply_gated(x.through(self.gate_up), self._activation)
 
 
 class PlainMLP:

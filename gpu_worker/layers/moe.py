@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from gpu_worker.layers.experts import ExpertLinears, FusedExperts, StackedExperts
+from gpu_worker.layers.experts import ExpertLinears, FusedExperts, JoinedExperts, StackedExperts
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.layers.mlp import GatedMLP
 from gpu_worker.layers.packed_experts import PackedExperts, PackedFusedExperts, can_stay_packed
@@ -130,7 +130,7 @@ def make_experts(hidden_size: int, moe: MoeSpec, path: str, build: BuildContext)
     if moe.storage != "each":
         if stacks and build.quant.fused_experts_are_packed:
             return PackedFusedExperts(hidden_size, moe, path, build)
-        return FusedExperts(hidden_size, moe, build)
+        return (FusedExperts if moe.storage == "fused" else JoinedExperts)(hidden_size, moe, build)
     match expert_form(build.quant, path, moe.num_experts) if stacks else None:
         case "plain":
             return StackedExperts(hidden_size, moe, build)
@@ -146,6 +146,7 @@ def make_experts(hidden_size: int, moe: MoeSpec, path: str, build: BuildContext)
 class MixtureOfExperts:
     def __init__(self, spec: ModelSpec, moe: MoeSpec, path: str, build: BuildContext) -> None:
         self._parallel = build.parallel
+        self._scales_inputs = moe.scales_inputs
         self._leaves_sums = build.leaves_sums
         self.router = Router(spec.hidden_size, moe, build)
         self.experts = make_experts(spec.hidden_size, moe, f"{path}.experts", build)
@@ -169,7 +170,11 @@ class MixtureOfExperts:
         """x [num_tokens, hidden] -> [num_tokens, hidden]."""
         routing = self.router.apply(x)
         rows = x.rows()
-        mixed = self.experts.apply(rows, routing)
+        if self._scales_inputs:
+            scaled = rows * routing.weights.to(rows.dtype)
+            mixed = self.experts.apply(scaled, replace(routing, weights=torch.ones_like(routing.weights)))
+        else:
+            mixed = self.experts.apply(rows, routing)
         if self.shared is not None:
             shared = self.shared.apply(x)
             if self.shared_gate is not None:

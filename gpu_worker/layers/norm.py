@@ -55,6 +55,14 @@ class RMSNorm(Weighted):
         return normed[..., : self.size]
 
 
+def plain_norm(size: int, eps: float, build: BuildContext) -> RMSNorm:
+    """An RMSNorm that no checkpoint has a weight of."""
+    norm = RMSNorm(size, eps, build)
+    norm.weight.fill_(1.0)
+    norm.finish()
+    return norm
+
+
 class LayerNorm(Weighted):
     """Over the last dimension, with or without a bias."""
 

@@ -75,6 +75,21 @@ class ProductOfNorm:
 
 
 @dataclass(frozen=True, slots=True)
+class RowQuant:
+    """What a linear makes of its input before it multiplies: 8 bits, with one scale a row."""
+
+    dtype: torch.dtype
+    static_scale: torch.Tensor | None = None
+    """The checkpoint's scale for all rows; None: each row gets its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedRows:
+    values: torch.Tensor  # [num_tokens, columns]
+    scales: torch.Tensor  # float32 [num_tokens, 1]
+
+
+@dataclass(frozen=True, slots=True)
 class StepPositions:
     """Where a step's tokens stand: what rotation needs, prepared once for all layers."""
 
@@ -121,6 +136,16 @@ class LayerOps(Protocol):
 
         None: there is no such launch for these shapes, or separate ones are faster. Neither x nor residual is written.
         """
+        ...
+
+    def quantized_norm(
+        self, x: torch.Tensor | None, residual: torch.Tensor, norm: Norm, quant: RowQuant
+    ) -> QuantizedRows | None:
+        """`add_norm` and what a quantized linear makes of it, in one launch; None: there is none, nothing is done."""
+        ...
+
+    def quantized_gate(self, gate_up: torch.Tensor, kind: str, quant: RowQuant) -> QuantizedRows | None:
+        """`gated_activation` and what a quantized linear makes of it in one launch; None: there is none."""
         ...
 
     def gated_activation(self, gate_up: torch.Tensor, kind: str) -> torch.Tensor:
@@ -254,6 +279,14 @@ class TorchOps:
         *,
         keeps_normed: bool = False,
     ) -> ProductOfNorm | None:
+        return None
+
+    def quantized_norm(
+        self, x: torch.Tensor | None, residual: torch.Tensor, norm: Norm, quant: RowQuant
+    ) -> QuantizedRows | None:
+        return None
+
+    def quantized_gate(self, gate_up: torch.Tensor, kind: str, quant: RowQuant) -> QuantizedRows | None:
         return None
 
     def gated_activation(self, gate_up: torch.Tensor, kind: str) -> torch.Tensor:

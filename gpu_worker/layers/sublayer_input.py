@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gpu_worker.layers.ops import LayerOps
+from gpu_worker.layers.ops import LayerOps, QuantizedRows
 
 if TYPE_CHECKING:
     from gpu_worker.layers.linear import Linear
@@ -57,10 +57,21 @@ class SublayerInput:
         weight = linear.method.plain_weight()
         product = None if weight is None else self.times(weight, activation)
         if product is None:
-            product = linear.apply(self.rows())
+            quantized = self._quantized(linear)
+            product = linear.apply(self.rows()) if quantized is None else linear.apply_quantized(quantized)
             if activation is not None:
                 product = self._ops.gated_activation(product, activation)
         return product
+
+    def _quantized(self, linear: Linear) -> QuantizedRows | None:
+        """The rows as the linear multiplies them, where norm and quantization are one launch."""
+        quant = linear.method.row_quant()
+        if quant is None or self._rows is not None or self._norm is None or self._sums is not None:
+            return None
+        quantized = self._ops.quantized_norm(self._output, self.residual, self._norm, quant)
+        if quantized is not None:
+            self._output = None
+        return quantized
 
     def times(
         self, weight: torch.Tensor, activation: str | None = None, *, keeps_rows: bool = False

@@ -1,21 +1,54 @@
-"""DeepSeek-V2 and V3 (and R1): latent attention, grouped routing, shared experts; the first layers are dense."""
+"""Latent attention with routing in groups and shared experts: DeepSeek-V2 and V3 (and R1, Kimi K2), GLM-4.7-Flash,
+Mistral 4.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 from gpu_worker.layers.rope import yarn_factor
 from gpu_worker.model_spec import LatentSpec, ModelSpec, MoeSpec, RopeSpec
 from gpu_worker.models.family import ModelFamily, beyond_the_decoder
 from gpu_worker.models.hf_config import HfConfig
+from gpu_worker.models.llama import query_scaling
 from gpu_worker.models.moe import QWEN_MOE_NAMES, SHARED_EXPERTS_NAMES
 from gpu_worker.models.registry import register
 
 _ATTENTION = "model.layers.{i}.self_attn"
+V2, V3, GLM, MISTRAL = "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "Glm4MoeLiteForCausalLM", "Mistral4ForCausalLM"
+# Of the classes in transformers.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    V2: {},
+    V3: {"n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, "norm_topk_prob": True},
+    GLM: {
+        "max_position_embeddings": 202_752,
+        "rms_norm_eps": 1e-5,
+        "q_lora_rank": 768,
+        "qk_nope_head_dim": 192,
+        "v_head_dim": 256,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 64,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1536,
+        "routed_scaling_factor": 1.8,
+        "norm_topk_prob": True,
+    },
+    MISTRAL: {
+        "max_position_embeddings": 1_048_576,
+        "q_lora_rank": 1024,
+        "kv_lora_rank": 256,
+        "qk_nope_head_dim": 64,
+        "n_routed_experts": 128,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 2048,
+        "norm_topk_prob": True,
+    },
+}
 
 
-@register("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
+@register(V2, V3, GLM, MISTRAL)
 class DeepSeek(ModelFamily):
     name_rules = (
         QWEN_MOE_NAMES
@@ -41,7 +74,7 @@ class DeepSeek(ModelFamily):
 
     @staticmethod
     def read_config(config: HfConfig, architecture: str) -> ModelSpec:
-        is_v3 = architecture == "DeepseekV3ForCausalLM"
+        config = HfConfig(_DEFAULTS[architecture] | config.fields, config.file)
         latent = LatentSpec(
             query_rank=config.optional_integer("q_lora_rank", 1536),
             kv_rank=config.integer("kv_lora_rank", 512),
@@ -49,25 +82,42 @@ class DeepSeek(ModelFamily):
             rope_dim=config.integer("qk_rope_head_dim", 64),
             value_dim=config.integer("v_head_dim", 128),
         )
-        rope = replace(
-            config.rope(latent.rope_dim), interleaved=config.boolean("rope_interleave", True) if is_v3 else True
-        )
-        first_moe = config.count("first_k_dense_replace", 0)
-        layers = config.layers(rope, None)
+        rope = _rope(config, latent, architecture)
         attention_bias = config.boolean("attention_bias", False)
         return config.decoder(
             architecture,
-            tuple(replace(layer, is_moe=number >= first_moe) for number, layer in enumerate(layers)),
+            tuple(
+                replace(layer, is_moe=is_sparse)
+                for layer, is_sparse in zip(config.layers(rope, None), _sparse_layers(config), strict=True)
+            ),
             num_heads=config.integer("num_attention_heads"),
             # What is cached, and attended to, is one compressed head.
             num_kv_heads=1,
             head_dim=latent.cached_dim,
             latent=latent,
             softmax_scale=attention_scale(config, rope, latent),
+            query_scaling=query_scaling(config),
             qkv_bias=attention_bias,
             attention_output_bias=attention_bias,
-            moe=read_routing(config, is_v3=is_v3),
+            moe=read_routing(config, architecture),
         )
+
+
+def _sparse_layers(config: HfConfig) -> list[bool]:
+    num_layers = config.integer("num_hidden_layers")
+    kinds = config.fields.get("mlp_layer_types")
+    if kinds is None:
+        return [number >= config.count("first_k_dense_replace", 0) for number in range(num_layers)]
+    if not isinstance(kinds, list) or len(kinds) != num_layers or not set(kinds) <= {"dense", "sparse"}:
+        raise config.error("mlp_layer_types", f"must have dense or sparse for each of {num_layers} layers")
+    return [kind == "sparse" for kind in kinds]
+
+
+def _rope(config: HfConfig, latent: LatentSpec, architecture: str) -> RopeSpec:
+    rope = config.rope(latent.rope_dim)
+    # Of the whole head, where the field is there; that share is `qk_rope_head_dim`.
+    rope = replace(rope, rotary_dim=latent.rope_dim)
+    return replace(rope, interleaved=architecture == V2 or config.boolean("rope_interleave", True))
 
 
 def attention_scale(config: HfConfig, rope: RopeSpec, latent: LatentSpec) -> float:
@@ -78,24 +128,27 @@ def attention_scale(config: HfConfig, rope: RopeSpec, latent: LatentSpec) -> flo
     return float(latent.query_dim**-0.5 * correction**2)
 
 
-def read_routing(config: HfConfig, *, is_v3: bool) -> MoeSpec:
-    if not is_v3:
+def read_routing(config: HfConfig, architecture: str) -> MoeSpec:
+    is_v2, is_sigmoid = architecture == V2, architecture in (V3, GLM)
+    if is_v2:
         config.refuse("topk_method", "greedy", "group_limited_greedy")
         config.refuse("norm_topk_prob", False)
-    config.refuse("scoring_func", "sigmoid" if is_v3 else "softmax")
-    is_grouped = is_v3 or config.text("topk_method", "greedy") == "group_limited_greedy"
+    config.refuse("scoring_func", "sigmoid" if is_sigmoid else "softmax")
+    is_grouped = not is_v2 or config.text("topk_method", "greedy") == "group_limited_greedy"
     inner = config.integer("moe_intermediate_size")
+    is_joined = architecture == MISTRAL and not config.is_quantized()
     return MoeSpec(
         num_experts=config.integer("n_routed_experts"),
         num_chosen=config.integer("num_experts_per_tok"),
         intermediate_size=inner,
-        scoring="sigmoid" if is_v3 else "softmax",
-        renormalize=config.boolean("norm_topk_prob", is_v3),
-        scale=config.number("routed_scaling_factor", 2.5 if is_v3 else 1.0),
-        num_groups=config.integer("n_group", 8 if is_v3 else 1) if is_grouped else 1,
-        num_chosen_groups=config.integer("topk_group", 4 if is_v3 else 1) if is_grouped else 1,
-        group_score="top2" if is_v3 else "max",
-        has_correction_bias=is_v3,
+        scoring="sigmoid" if is_sigmoid else "softmax",
+        renormalize=config.boolean("norm_topk_prob", False),
+        scale=config.number("routed_scaling_factor", 1.0),
+        num_groups=config.integer("n_group", 1) if is_grouped else 1,
+        num_chosen_groups=config.integer("topk_group", 1) if is_grouped else 1,
+        group_score="max" if is_v2 else "top2",
+        has_correction_bias=is_sigmoid,
+        storage="stacked" if is_joined else "each",
         activation=config.text("hidden_act", "silu"),
         shared_intermediate_size=inner * config.count("n_shared_experts", 1),
     )

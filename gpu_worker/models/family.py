@@ -36,6 +36,15 @@ class ModelFamily(Decoder):
     """Its attention is planned on the host for every step, which CUDA graphs leave no room for."""
 
     @classmethod
+    def for_config(cls, config: HfConfig) -> type[ModelFamily]:
+        """The family of this very checkpoint, where the name of its architecture leaves that open.
+
+        Raises:
+            ModelConfigError: there is none.
+        """
+        return cls
+
+    @classmethod
     def canonical_name(cls, name: str) -> str:
         """A checkpoint tensor's name as the rules have it, where releases differ."""
         return name

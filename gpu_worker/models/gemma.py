@@ -1,10 +1,11 @@
-"""Gemma 2 and Gemma 3 (text; of multimodal Gemma 3 checkpoints the language model alone)."""
+"""Gemma, Gemma 2 and Gemma 3 (text; of multimodal Gemma 3 checkpoints the language model alone)."""
 
 from __future__ import annotations
 
 from gpu_worker.model_spec import ModelSpec, RopeSpec
 from gpu_worker.models.family import ModelFamily, NameRules
 from gpu_worker.models.hf_config import FULL, SLIDING, HfConfig
+from gpu_worker.models.llama import LLAMA_NAMES
 from gpu_worker.models.qwen import QWEN3_NAMES
 from gpu_worker.models.registry import register
 
@@ -13,6 +14,30 @@ GEMMA_NAMES: NameRules = QWEN3_NAMES | {
     "layers.{i}.mlp_norm": {"": "model.layers.{i}.pre_feedforward_layernorm"},
     "layers.{i}.mlp_post_norm": {"": "model.layers.{i}.post_feedforward_layernorm"},
 }
+
+
+@register("GemmaForCausalLM")
+class Gemma1(ModelFamily):
+    name_rules = LLAMA_NAMES
+
+    @staticmethod
+    def read_config(config: HfConfig, architecture: str) -> ModelSpec:
+        config.refuse("use_bidirectional_attention", False)
+        config = HfConfig({"head_dim": 256} | config.fields, config.file)
+        # Trained with the tanh form of GELU, whatever the first releases' hidden_act says.
+        activation = config.text("hidden_activation", config.text("hidden_act", "gelu_pytorch_tanh"))
+        attention_bias = config.boolean("attention_bias", False)
+        return config.decoder(
+            architecture,
+            config.layers(config.rope(config.integer("head_dim")), None),
+            max_position_embeddings=config.integer("max_position_embeddings", 8192),
+            activation="gelu_pytorch_tanh" if activation == "gelu" else activation,
+            qkv_bias=attention_bias,
+            attention_output_bias=attention_bias,
+            norm_weight_offset=1.0,
+            embedding_scale=config.integer("hidden_size") ** 0.5,
+            tie_word_embeddings=config.boolean("tie_word_embeddings", True),
+        )
 
 
 @register("Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration")

@@ -25,7 +25,8 @@ class Glm(ModelFamily):
 
     @staticmethod
     def read_config(config: HfConfig, architecture: str) -> ModelSpec:
-        config = HfConfig(_DEFAULTS | {"head_dim": 128} | config.fields, config.file)
+        is_seeing = config.fields.get("model_type") == "glm4v_text"  # whose class has no head_dim
+        config = HfConfig(_DEFAULTS | ({} if is_seeing else {"head_dim": 128}) | config.fields, config.file)
         rope = replace(config.rope(config.heads()[2]), interleaved=True)
         return config.decoder(
             architecture,

@@ -1,10 +1,14 @@
-"""Granite 3 and 4 (dense): a Llama with a multiplier at every joint."""
+"""Granite 3 and 4: a Llama with a multiplier at every joint.
+
+Of Granite 4's hybrids those without layers that keep a state (micro, 1B, 350M)."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from gpu_worker.model_spec import ModelSpec
 from gpu_worker.models.family import ModelFamily
-from gpu_worker.models.hf_config import HfConfig
+from gpu_worker.models.hf_config import FULL, HfConfig
 from gpu_worker.models.llama import LLAMA_NAMES
 from gpu_worker.models.registry import register
 
@@ -27,3 +31,29 @@ class Granite(ModelFamily):
             softmax_scale=config.number("attention_multiplier", 1.0),
             logit_scale=1.0 / config.number("logits_scaling", 1.0),
         )
+
+
+@register("GraniteMoeHybridForCausalLM")
+class GraniteHybrid(ModelFamily):
+    name_rules = LLAMA_NAMES | {
+        "layers.{i}.mlp.gate_up": {"gate+up": "model.layers.{i}.shared_mlp.input_linear"},
+        "layers.{i}.mlp.down": {"": "model.layers.{i}.shared_mlp.output_linear"},
+    }
+
+    @staticmethod
+    def read_config(config: HfConfig, architecture: str) -> ModelSpec:
+        kinds = config.fields.get("layer_types") or config.fields.get("layers_block_type") or ["mamba"]
+        others = set(kinds) - {"attention", FULL}
+        if others:
+            raise config.error(
+                "layer_types",
+                f"has {', '.join(sorted(map(str, others)))}: layers that keep a state for every sequence are not "
+                "served; Granite 4's releases without -h in their names have none",
+            )
+        config.refuse("num_local_experts", 0)
+        config.refuse("position_embedding_type", "rope", "nope")
+        spec = Granite.read_config(HfConfig({**config.fields, "layer_types": None}, config.file), architecture)
+        layers = spec.layers
+        if config.fields.get("position_embedding_type") != "rope":
+            layers = tuple(replace(layer, rope=None) for layer in layers)
+        return replace(spec, layers=layers, intermediate_size=config.integer("shared_intermediate_size", 1024))

@@ -99,13 +99,12 @@ class HfConfig:
         return _DTYPES[name]
 
     def nested(self, field: str) -> HfConfig:
-        """An object inside, with this config's dtype and end tokens where it has none of its own."""
+        """An object inside, with this config's dtype, end tokens and quantization where it has none of its own."""
         inner = self.fields.get(field)
         if not isinstance(inner, dict):
             raise self.error(field, f"is {inner!r}, expected an object")
-        outer: dict[str, Any] = {
-            name: self.fields[name] for name in ("dtype", "torch_dtype", "eos_token_id") if name in self.fields
-        }
+        shared = ("dtype", "torch_dtype", "eos_token_id", "quantization_config")
+        outer: dict[str, Any] = {name: self.fields[name] for name in shared if name in self.fields}
         return HfConfig(outer | inner, f"{self.file}: {field}")
 
     def optional_number(self, field: str, default: float | None = None) -> float | None:
@@ -127,6 +126,10 @@ class HfConfig:
             raise self.error(
                 field, f"is {value!r}, which is not supported (supported: {', '.join(map(repr, accepted))})"
             )
+
+    def is_quantized(self) -> bool:
+        """Whether the checkpoint's weights are; tools that quantize store experts one by one."""
+        return bool(self.fields.get("quantization_config"))
 
     def num_labels(self) -> int:
         """Of a classification head: `id2label` has them all, and transformers' default is two."""

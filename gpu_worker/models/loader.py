@@ -52,6 +52,7 @@ def read_spec(directory: Path) -> tuple[ModelSpec, type[ModelFamily]]:
     """
     config = HfConfig.open(directory)
     architecture, family = _find_family(config)
+    family = family.for_config(config)
     read_quantization(config)
     return family.read_config(config, architecture), family
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 from gpu_worker.model_spec import LayerSpec, ModelSpec, MoeSpec
 from gpu_worker.models.family import ModelFamily, NameRules
@@ -12,6 +13,8 @@ from gpu_worker.models.qwen import QWEN3_NAMES
 from gpu_worker.models.registry import register
 
 QWEN_MOE_NAMES: NameRules = QWEN3_NAMES | {
+    # All of a layer's in one, or each by itself.
+    "layers.{i}.mlp.experts": {"": "model.layers.{i}.mlp.experts"},
     "layers.{i}.mlp.router": {"": "model.layers.{i}.mlp.gate"},
     "layers.{i}.mlp.experts.{e}.gate_up": {
         "gate": "model.layers.{i}.mlp.experts.{e}.gate_proj",
@@ -36,16 +39,19 @@ SHARED_EXPERTS_NAMES: NameRules = {
 """For families that have several in one, and no gate before it."""
 
 
+MIXTRAL_NAMES: NameRules = {
+    "layers.{i}.mlp.router": {"": "model.layers.{i}.block_sparse_moe.gate"},
+    "layers.{i}.mlp.experts.{e}.gate_up": {
+        "gate": "model.layers.{i}.block_sparse_moe.experts.{e}.w1",
+        "up": "model.layers.{i}.block_sparse_moe.experts.{e}.w3",
+    },
+    "layers.{i}.mlp.experts.{e}.down": {"": "model.layers.{i}.block_sparse_moe.experts.{e}.w2"},
+}
+
+
 @register("MixtralForCausalLM")
 class Mixtral(ModelFamily):
-    name_rules = LLAMA_NAMES | {
-        "layers.{i}.mlp.router": {"": "model.layers.{i}.block_sparse_moe.gate"},
-        "layers.{i}.mlp.experts.{e}.gate_up": {
-            "gate": "model.layers.{i}.block_sparse_moe.experts.{e}.w1",
-            "up": "model.layers.{i}.block_sparse_moe.experts.{e}.w3",
-        },
-        "layers.{i}.mlp.experts.{e}.down": {"": "model.layers.{i}.block_sparse_moe.experts.{e}.w2"},
-    }
+    name_rules = LLAMA_NAMES | MIXTRAL_NAMES
 
     @staticmethod
     def read_config(config: HfConfig, architecture: str) -> ModelSpec:
@@ -93,11 +99,17 @@ class QwenMoe(ModelFamily):
                 num_chosen=config.integer("num_experts_per_tok"),
                 intermediate_size=config.integer("moe_intermediate_size"),
                 renormalize=config.boolean("norm_topk_prob", False),
+                storage=expert_storage(config),
                 activation=config.text("hidden_act", "silu"),
                 shared_intermediate_size=0 if is_qwen3 else config.integer("shared_expert_intermediate_size"),
                 has_shared_gate=not is_qwen3,
             ),
         )
+
+
+def expert_storage(config: HfConfig) -> Literal["each", "stacked"]:
+    """Qwen3-VL has all experts of a layer in one tensor, `multimodal.py` says so; not where they are quantized."""
+    return "stacked" if config.boolean("joins_experts", False) and not config.is_quantized() else "each"
 
 
 def with_experts(config: HfConfig, layers: tuple[LayerSpec, ...]) -> tuple[LayerSpec, ...]:

@@ -1,55 +1,81 @@
-"""The language models of checkpoints that see images as well: Mistral 3, LLaVA, Qwen2-VL, Qwen2.5-VL, Qwen3-VL.
+"""The language models of checkpoints that see images or hear as well: LLaVA, Mistral 3, Qwen-VL and Qwen-Omni,
+InternVL, Idefics and SmolVLM, GLM-V, Llama 4, Kimi K2.5, Voxtral and others.
 
-Text is served, vision towers are not loaded. Rope with sections for time, height and width (mrope) is plain rope where
-all three are the same, as they are for text.
+Text is served, towers for everything else are not loaded. What computes is the family of the text part, whatever holds
+it. Rope with sections for time, height and width (mrope) is plain rope where all three are the same, as they are for
+text.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
-from typing import Any
+from functools import cache
+from typing import Any, ClassVar
 
 from gpu_worker.model_spec import ModelSpec
-from gpu_worker.models.family import ModelFamily
+from gpu_worker.models.cohere import Cohere
+from gpu_worker.models.deepseek import MISTRAL, V3, DeepSeek
+from gpu_worker.models.family import ModelFamily, NameRules
+from gpu_worker.models.glm import Glm, GlmMoe
+from gpu_worker.models.gpt_oss import GptOss
+from gpu_worker.models.granite import Granite
 from gpu_worker.models.hf_config import HfConfig
-from gpu_worker.models.llama import LLAMA_NAMES, Llama
-from gpu_worker.models.qwen import QWEN3_NAMES, Qwen
+from gpu_worker.models.llama import Llama
+from gpu_worker.models.llama4 import Llama4
+from gpu_worker.models.moe import QwenMoe
+from gpu_worker.models.qwen import Qwen
 from gpu_worker.models.registry import register
+from gpu_worker.models.smollm3 import SmolLM3
+from gpu_worker.models.text_part_defaults import TEXT_DEFAULTS
+from gpu_worker.models.transformers_fallback import TransformersModel, is_known_part
 
-# Defaults of the classes in transformers: nested configs leave most of them out.
-_LLAMA = {
-    "vocab_size": 32_000,
-    "hidden_size": 4096,
-    "intermediate_size": 11_008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "max_position_embeddings": 2048,
+# By `model_type` of the text part: what computes it, and the architecture that it would be by itself.
+TEXT_PARTS: dict[str, tuple[type[ModelFamily], str]] = {
+    "cohere": (Cohere, "CohereForCausalLM"),
+    "cohere2": (Cohere, "Cohere2ForCausalLM"),
+    "deepseek_v3": (DeepSeek, V3),
+    "glm4": (Glm, "Glm4ForCausalLM"),
+    "glm4v_moe_text": (GlmMoe, "Glm4MoeForCausalLM"),
+    "glm4v_text": (Glm, "Glm4ForCausalLM"),
+    "gpt_oss": (GptOss, "GptOssForCausalLM"),
+    "granite": (Granite, "GraniteForCausalLM"),
+    "llama": (Llama, "LlamaForCausalLM"),
+    "llama4_text": (Llama4, "Llama4ForCausalLM"),
+    "ministral3": (Llama, "Ministral3ForCausalLM"),
+    "mistral": (Llama, "MistralForCausalLM"),
+    "mistral4": (DeepSeek, MISTRAL),
+    "qwen2": (Qwen, "Qwen2ForCausalLM"),
+    "qwen2_5_omni_text": (Qwen, "Qwen2ForCausalLM"),
+    "qwen2_5_vl": (Qwen, "Qwen2ForCausalLM"),
+    "qwen2_5_vl_text": (Qwen, "Qwen2ForCausalLM"),
+    "qwen2_vl": (Qwen, "Qwen2ForCausalLM"),
+    "qwen2_vl_text": (Qwen, "Qwen2ForCausalLM"),
+    "qwen3": (Qwen, "Qwen3ForCausalLM"),
+    "qwen3_moe": (QwenMoe, "Qwen3MoeForCausalLM"),
+    "qwen3_omni_moe_text": (QwenMoe, "Qwen3MoeForCausalLM"),
+    "qwen3_vl_moe_text": (QwenMoe, "Qwen3MoeForCausalLM"),
+    "qwen3_vl_text": (Qwen, "Qwen3ForCausalLM"),
+    "smollm3": (SmolLM3, "SmolLM3ForCausalLM"),
 }
-_MISTRAL = _LLAMA | {"intermediate_size": 14_336, "num_key_value_heads": 8, "max_position_embeddings": 131_072}
-_QWEN2 = _LLAMA | {"vocab_size": 151_936, "intermediate_size": 22_016, "max_position_embeddings": 32_768}
-
-# `model_type` of the text part -> its family, the architecture that it is by itself, and defaults.
-_TEXT_PARTS: dict[str, tuple[type[ModelFamily], str, dict[str, Any]]] = {
-    "llama": (Llama, "LlamaForCausalLM", _LLAMA),
-    "mistral": (Llama, "MistralForCausalLM", _MISTRAL),
-    "ministral3": (Llama, "Ministral3ForCausalLM", _MISTRAL | {"vocab_size": 131_072, "num_hidden_layers": 34}),
-    "qwen2": (Qwen, "Qwen2ForCausalLM", _QWEN2),
-    "qwen2_vl": (Qwen, "Qwen2ForCausalLM", {}),
-    "qwen2_vl_text": (Qwen, "Qwen2ForCausalLM", {}),
-    "qwen2_5_vl": (Qwen, "Qwen2ForCausalLM", {}),
-    "qwen2_5_vl_text": (Qwen, "Qwen2ForCausalLM", {}),
-    "qwen3_vl_text": (Qwen, "Qwen3ForCausalLM", {}),
-}
-LLAVA_KINDS = ("llama", "mistral", "qwen2")
+# What a checkpoint holds beside its language model, under whatever prefix.
+_OTHERS = (
+    r"(model\.|thinker\.)?(vision_tower|vision_model|vision_encoder|visual|audio_tower|multi_modal_projector|mm_projector|"
+    r"connector|image_newline)(\.|$)|(talker|token2wav|code2wav)\."
+)
+# Where its tensors are: published names, and those that transformers 5 has in memory.
+_PREFIXES = re.compile(r"^(thinker\.)?(model\.language_model\.|model\.text_model\.|language_model\.model\.|model\.)")
+_HEADS = re.compile(r"^(thinker\.|language_model\.|model\.)?lm_head\.")
 
 
 def text_config(config: HfConfig) -> HfConfig:
     """The text part's fields: nested, or among the others (Qwen2-VL in transformers 4); mrope is plain rope."""
-    inner = config
-    if isinstance(config.fields.get("text_config"), dict):
-        inner = config.nested("text_config")
+    outer = config.nested("thinker_config") if isinstance(config.fields.get("thinker_config"), dict) else config
+    inner = outer
+    if isinstance(outer.fields.get("text_config"), dict):
+        inner = outer.nested("text_config")
         # The whole model's head is what the whole model's config says of it.
-        tied = config.fields.get("tie_word_embeddings")
+        tied = outer.fields.get("tie_word_embeddings")
         if tied is not None:
             inner = HfConfig(inner.fields | {"tie_word_embeddings": tied}, inner.file)
     fields = dict(inner.fields)
@@ -61,52 +87,92 @@ def text_config(config: HfConfig) -> HfConfig:
     return HfConfig(fields, inner.file)
 
 
-class _TextPart(ModelFamily):
-    skipped_tensors = r"(model\.)?(vision_tower|multi_modal_projector|visual|image_newline)(\.|$)"
-
-    @classmethod
-    def canonical_name(cls, name: str) -> str:
-        # "language_model.model.layers..." and "language_model.lm_head" (transformers 4), "model.language_model..." (5).
-        if name.startswith("language_model."):
-            return name.removeprefix("language_model.")
-        return name.replace("model.language_model.", "model.", 1)
+def _completed(fields: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Rope comes whole from one of the two: its parameters have two names."""
+    has_rope = any(fields.get(name) for name in ("rope_parameters", "rope_scaling"))
+    left_out = "rope_parameters" if has_rope else None
+    given = fields if has_rope else {name: value for name, value in fields.items() if name != "rope_parameters"}
+    return {name: value for name, value in defaults.items() if name != left_out} | given
 
 
-def _read(config: HfConfig, architecture: str, kinds: tuple[str, ...]) -> ModelSpec:
-    config = text_config(config)
-    kind = config.fields.get("model_type")
-    if kind not in kinds:
-        raise config.error(
-            "model_type", f"is {kind!r}, which is not supported within {architecture}; supported are {', '.join(kinds)}"
-        )
-    family, name, defaults = _TEXT_PARTS[kind]
-    spec = family.read_config(HfConfig(defaults | config.fields, config.file), name)
-    return replace(spec, architecture=architecture)
+@cache
+def text_part(kind: str) -> type[ModelFamily]:
+    """The family of a text part, for checkpoints that hold it among other things."""
+    inner, causal = TEXT_PARTS[kind]
+    defaults = TEXT_DEFAULTS.get(kind, {})
+    family: Any = inner
+
+    class TextPart(family):
+        skipped_tensors = f"{_OTHERS}|{family.skipped_tensors or '(?!)'}"
+
+        @classmethod
+        def canonical_name(cls, name: str) -> str:
+            name, count = _HEADS.subn("lm_head.", name)
+            name = name if count else _PREFIXES.sub("model.", name)
+            return str(family.canonical_name(name))
+
+        @staticmethod
+        def read_config(config: HfConfig, architecture: str) -> ModelSpec:
+            text = text_config(config)
+            spec = family.read_config(HfConfig(_completed(text.fields, defaults), text.file), causal)
+            return replace(spec, architecture=architecture)
+
+    TextPart.__name__ = TextPart.__qualname__ = f"{family.__name__}TextPart"
+    return TextPart
 
 
 @register(
-    "Mistral3ForConditionalGeneration",
+    "AyaVisionForConditionalGeneration",
+    "Cohere2VisionForConditionalGeneration",
+    "FastVlmForConditionalGeneration",
+    "Glm46VForConditionalGeneration",
+    "Glm4vForConditionalGeneration",
+    "Glm4vMoeForConditionalGeneration",
+    "Idefics3ForConditionalGeneration",
+    "InternVLForConditionalGeneration",
+    "KimiK25ForConditionalGeneration",
+    "Kimi_K25ForConditionalGeneration",
+    "LightOnOcrForConditionalGeneration",
+    "Llama4ForConditionalGeneration",
     "LlavaForConditionalGeneration",
     "LlavaNextForConditionalGeneration",
+    "LlavaNextVideoForConditionalGeneration",
+    "LlavaOnevisionForConditionalGeneration",
+    "Mistral3ForConditionalGeneration",
+    "PerceptionLMForConditionalGeneration",
+    "Qwen2AudioForConditionalGeneration",
     "Qwen2VLForConditionalGeneration",
+    "Qwen2_5OmniForConditionalGeneration",
+    "Qwen2_5OmniModel",
+    "Qwen2_5OmniThinkerForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3OmniMoeForConditionalGeneration",
+    "Qwen3OmniMoeThinkerForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration",
+    "SmolVLMForConditionalGeneration",
+    "VipLlavaForConditionalGeneration",
+    "VoxtralForConditionalGeneration",
 )
-class LlamaTextPart(_TextPart):
-    name_rules = LLAMA_NAMES
+class Multimodal(ModelFamily):
+    """Stands for what its config names as the text part."""
+
+    name_rules: ClassVar[NameRules] = {}
+
+    @classmethod
+    def for_config(cls, config: HfConfig) -> type[ModelFamily]:
+        text = text_config(config)
+        kind = text.fields.get("model_type")
+        if kind in TEXT_PARTS:
+            return text_part(kind)
+        if not is_known_part(kind):
+            raise text.error(
+                "model_type",
+                f"is {kind!r}, which is not supported within {', '.join(config.architectures())}; supported are "
+                f"{', '.join(TEXT_PARTS)}, and those that an installed transformers has as causal language models",
+            )
+        return TransformersModel
 
     @staticmethod
     def read_config(config: HfConfig, architecture: str) -> ModelSpec:
-        if architecture.startswith("Qwen"):
-            return _read(config, architecture, ("qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text"))
-        return _read(
-            config, architecture, ("mistral", "ministral3") if architecture.startswith("Mistral3") else LLAVA_KINDS
-        )
-
-
-@register("Qwen3VLForConditionalGeneration")
-class Qwen3TextPart(_TextPart):
-    name_rules = QWEN3_NAMES
-
-    @staticmethod
-    def read_config(config: HfConfig, architecture: str) -> ModelSpec:
-        return _read(config, architecture, ("qwen3_vl_text",))
+        return Multimodal.for_config(config).read_config(config, architecture)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,12 @@ from gpu_worker.quant.none import Unquantized
 log = structlog.get_logger(__name__)
 
 INTERFACE = "stepwire"
+HOLD_A_MODEL = (
+    "Gemma3nForConditionalGeneration",
+    "Gemma4ForConditionalGeneration",
+    "Gemma4UnifiedForConditionalGeneration",
+)
+"""Without images and sound they compute as the language model within them, which is what runs."""
 _SLOT = "stepwire_slot"
 _PROBE_TOKENS = 3
 # What attention functions are given beside q, k and v, as far as the paged backend has it or need not know it.
@@ -57,6 +64,12 @@ _INDIFFERENT = {
     "target_dtype",
     "logits_to_keep",
 }
+# Names within a checkpoint that holds other models too -> those of the language model alone.
+_PART_NAMES = {
+    r"^(thinker\.)?(model\.language_model|model\.text_model|language_model\.model)\.": "model.",
+    r"^(thinker\.|language_model\.|model\.)lm_head\.": "lm_head.",
+}
+_OTHER_PARTS = re.compile(r"vision|visual|image|audio|projector|connector|talker|token2wav|code2wav")
 # Rope whose frequencies hang on the longest sequence of the step: a row would depend on its neighbours.
 _STEP_DEPENDENT_ROPES = ("dynamic", "longrope")
 _PER_TOKEN_LAYERS = {FULL, SLIDING}
@@ -91,7 +104,48 @@ def is_known(architecture: str) -> bool:
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     except ImportError:
         return False
-    return architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return architecture in (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *HOLD_A_MODEL)
+
+
+def is_known_part(kind: Any) -> bool:
+    """Whether transformers has text parts of this `model_type` as causal language models."""
+    try:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    except ImportError:
+        return False
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+@dataclass(frozen=True, slots=True)
+class _Served:
+    """What transformers builds."""
+
+    config: Any
+    architecture: str
+    is_part: bool
+    """A language model within a checkpoint that holds others as well."""
+
+    @classmethod
+    def of(cls, directory: Path, architecture: str) -> _Served:
+        """
+        Raises:
+            ModelConfigError: it holds no language model that transformers has by itself.
+        """
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        config = _open_config(directory)
+        text = config.get_text_config()
+        is_whole = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type) == architecture
+        if text is config or (is_whole and architecture not in HOLD_A_MODEL):
+            return cls(config, architecture, is_part=False)
+        causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text.model_type)
+        if causal is None:
+            raise refused(
+                architecture, f"transformers has no language model of its text part {text.model_type!r} alone"
+            )
+        if getattr(config, "tie_word_embeddings", None) is not None:
+            text.tie_word_embeddings = config.tie_word_embeddings
+        return cls(text, causal, is_part=True)
 
 
 class TransformersModel(ModelFamily, LoadsItself):
@@ -102,33 +156,35 @@ class TransformersModel(ModelFamily, LoadsItself):
 
     @staticmethod
     def read_config(config: HfConfig, architecture: str) -> ModelSpec:
-        if config.fields.get("quantization_config"):
+        nested = config.fields.get("text_config")
+        text = HfConfig({**config.fields, **nested} if isinstance(nested, dict) else config.fields, config.file)
+        if text.is_quantized():
             raise config.error(
                 "quantization_config",
                 f"is set, and {architecture} runs through transformers' own code, which takes plain weights only; "
                 "use the release of the model that is not quantized",
             )
-        hf_config = _open_config(Path(config.file).parent)
-        calls = probe_attention(hf_config, architecture)
+        served = _Served.of(Path(config.file).parent, architecture)
+        calls = probe_attention(served.config, served.architecture)
         first = calls[0]
-        text_config = hf_config.get_text_config()
+        text_config = served.config.get_text_config()
         return ModelSpec(
             architecture=architecture,
             vocab_size=text_config.vocab_size,
             hidden_size=text_config.hidden_size,
             intermediate_size=_widest(text_config),
             num_heads=first.num_heads,
-            num_kv_heads=first.num_kv_heads,
+            num_kv_heads=max(call.num_kv_heads for call in calls),
             head_dim=max(call.head_dim for call in calls),
             max_position_embeddings=_context(text_config),
             norm_eps=1e-5,
             layers=tuple(LayerSpec(rope=None, sliding_window=call.window) for call in calls),
-            dtype=config.dtype(),
-            tie_word_embeddings=bool(getattr(hf_config, "tie_word_embeddings", False)),
+            dtype=text.dtype(),
+            tie_word_embeddings=bool(getattr(served.config, "tie_word_embeddings", False)),
             softmax_scale=first.scale,
             attention_softcap=first.softcap,
-            attention_sinks=first.has_sinks,
-            eos_token_ids=config.eos_token_ids(),
+            attention_sinks=any(call.has_sinks for call in calls),
+            eos_token_ids=config.eos_token_ids() or text.eos_token_ids(),
         )
 
     def __init__(self, spec: ModelSpec, max_position: int, build: BuildContext) -> None:
@@ -157,19 +213,23 @@ class TransformersModel(ModelFamily, LoadsItself):
         from transformers import AutoModelForCausalLM
 
         SafetensorsReader(path).close()
+        served = _Served.of(path, self.spec.architecture)
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
                 path,
-                config=_open_config(path),
+                config=served.config,
                 dtype=self.dtype,
-                attn_implementation=_implementation(self.spec.architecture),
+                attn_implementation=_implementation(served.architecture),
                 trust_remote_code=False,
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
+                key_mapping=_PART_NAMES if served.is_part else None,
             )
         except (RuntimeError, ValueError, OSError) as error:
             raise CheckpointError(path, f"transformers cannot load it ({_first_line(error)})") from error
+        if served.is_part:
+            report["unexpected_keys"] = [name for name in report["unexpected_keys"] if not _OTHER_PARTS.search(name)]
         _check_report(path, report)
         self._adopt(model.to(self.device))
 
@@ -177,10 +237,11 @@ class TransformersModel(ModelFamily, LoadsItself):
         """load_format dummy."""
         from transformers import AutoModelForCausalLM
 
+        served = _Served.of(directory, self.spec.architecture)
         model = AutoModelForCausalLM.from_config(
-            _open_config(directory),
+            served.config,
             dtype=self.dtype,
-            attn_implementation=_implementation(self.spec.architecture),
+            attn_implementation=_implementation(served.architecture),
             trust_remote_code=False,
         )
         for parameter in model.parameters():
@@ -196,7 +257,7 @@ class TransformersModel(ModelFamily, LoadsItself):
         )
         self._model = model.eval()
         adapt(model, _paged_attention)
-        calls = probe_attention(model.config, self.spec.architecture)
+        calls = probe_attention(model.config, type(model).__name__)
         modules = dict(model.named_modules())
         for layer, call in enumerate(calls):
             modules[call.module].__dict__[_SLOT] = _LayerSlot(self, layer, call)
@@ -259,6 +320,10 @@ class TransformersModel(ModelFamily, LoadsItself):
             query, key = _with_positions(query, key, self._positions, call.alibi_slopes, call.scale)
         if call.scale != self.spec.attention_scale:
             query = query * (call.scale / self.spec.attention_scale)
+        # Layers with fewer KV heads than others have each of them several times in the cache.
+        copies = self.spec.num_kv_heads // call.num_kv_heads
+        if copies > 1:
+            key, value = (tensor.repeat_interleave(copies, dim=1) for tensor in (key, value))
         q, k, v = (_by_token(tensor, self.spec.head_dim) for tensor in (query, key, value))
         attended = self._attention.run(q, k, v, layer, sinks=None if sinks is None else sinks.float())
         return attended.view(1, q.shape[0], call.num_heads, self.spec.head_dim)[..., : call.value_dim]
@@ -451,7 +516,10 @@ def _check_calls(calls: Sequence[AttentionCall], num_layers: int, architecture: 
         raise refused(architecture, "its attention does not go through the attention interface")
     if len(calls) != num_layers or len({call.module for call in calls}) != num_layers:
         raise refused(architecture, f"it attends {len(calls)} times in {num_layers} layers")
-    for field in ("num_heads", "num_kv_heads", "softcap", "has_sinks"):
+    most = max(call.num_kv_heads for call in calls)
+    if any(most % call.num_kv_heads or call.num_heads % most for call in calls):
+        raise refused(architecture, "numbers of KV heads differ between its layers, and are no multiples")
+    for field in ("num_heads", "softcap"):
         values = {getattr(call, field) for call in calls}
         if len(values) > 1:
             raise refused(architecture, f"{field} differs between its layers ({', '.join(map(str, sorted(values)))})")

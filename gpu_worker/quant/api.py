@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from gpu_worker.layers.ops import QuantizedRows, RowQuant
 from gpu_worker.parallel.shares import Share
 
 ExpectedTensors = dict[tuple[str, str], tuple[int, ...] | None]
@@ -129,6 +130,14 @@ class LinearMethod(ABC):
     def plain_weight(self) -> torch.Tensor | None:
         """W [num_outputs, inputs.size] in the model's dtype, where x W^T is all that `apply` computes; else None."""
         return None
+
+    def row_quant(self) -> RowQuant | None:
+        """What `apply` makes of each row first, where `apply_quantized` takes such rows; else None."""
+        return None
+
+    def apply_quantized(self, rows: QuantizedRows) -> torch.Tensor:
+        """`apply` of rows that were quantized by `row_quant`."""
+        raise NotImplementedError
 
     @abstractmethod
     def num_bytes(self) -> int:

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from gpu_worker.layers.ops import LayerOps
+from gpu_worker.layers.ops import LayerOps, QuantizedRows, RowQuant
 from gpu_worker.quant.activations import FLOAT8_MAX, MIN_SCALE, ActivationQuant
 from gpu_worker.quant.api import ExpectedTensors, LinearMethod, LinearShape, RandomValues, StoredTensor
 from gpu_worker.quant.none import UnquantizedLinear
@@ -64,6 +64,12 @@ class QuantizingLinear(LinearMethod):
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         return self._product.apply(x, self.bias)
+
+    def row_quant(self) -> RowQuant | None:
+        return self._product.row_quant()
+
+    def apply_quantized(self, rows: QuantizedRows) -> torch.Tensor:
+        return self._product.apply_quantized(rows, self.bias, self._dtype)
 
     def num_bytes(self) -> int:
         bias = 0 if self.bias is None else self.bias.numel() * self.bias.element_size()

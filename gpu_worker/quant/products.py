@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from gpu_worker.layers.ops import LayerOps
+from gpu_worker.layers.ops import LayerOps, QuantizedRows, RowQuant
 from gpu_worker.quant import none
 from gpu_worker.quant.activations import ActivationQuant, StaticScale, quantize_input, simulate
 from gpu_worker.quant.weights import ROW_STEP, QuantizedWeight, ScaledWeight
@@ -19,6 +19,14 @@ class Product(ABC):
     @abstractmethod
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x [num_tokens, K] -> [num_tokens, N]."""
+
+    def row_quant(self) -> RowQuant | None:
+        """What `apply` makes of each row first, where `apply_quantized` takes such rows; else None."""
+        return None
+
+    def apply_quantized(self, rows: QuantizedRows, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """`apply` of rows that were quantized by `row_quant`, the product in `dtype`."""
+        raise NotImplementedError
 
     @abstractmethod
     def num_bytes(self) -> int: ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gpu_worker.layers.ops import TORCH_OPS, LayerOps
+from gpu_worker.layers.ops import TORCH_OPS, LayerOps, QuantizedRows, RowQuant
 from gpu_worker.quant.activations import StaticScale
 from gpu_worker.quant.api import (
     ExpectedTensors,
@@ -133,6 +133,12 @@ class StoredLinear(LinearMethod):
             return self._products[0].apply(x, self.bias)
         outputs = torch.cat([product.apply(x, None) for product in self._products], dim=1)
         return outputs if self.bias is None else outputs.add_(self.bias)
+
+    def row_quant(self) -> RowQuant | None:
+        return self._products[0].row_quant() if len(self._products) == 1 else None
+
+    def apply_quantized(self, rows: QuantizedRows) -> torch.Tensor:
+        return self._products[0].apply_quantized(rows, self.bias, self._dtype)
 
     def num_bytes(self) -> int:
         bias = 0 if self.bias is None else self.bias.numel() * self.bias.element_size()

@@ -7,6 +7,8 @@ Arithmetic in float32. GPT-OSS clamps both: gate to at most 7, up to -7 .. 7, an
 
     out[t, i] = gate * sigmoid(1.702 * gate) * (up + 1)                                              ("swiglu_oai")
 
+`gated_activation_quantized` rounds out to packed's dtype and then to 8 bits with a scale a token (`quantize_input.py`).
+
 Source: Shazeer, "GLU Variants Improve Transformer", 2020; Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016;
 GPT-OSS model card, 2025.
 """
@@ -20,6 +22,7 @@ import triton
 import triton.language as tl
 
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
+from stepwire_kernels.quantize_input import Quantized, quantize_constants, quantized_rows, store_quantized
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "swiglu_oai"]
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "swiglu_oai")
@@ -63,6 +66,39 @@ def _gated_activation_kernel(
     tl.store(out_ptr + token * out_stride + cols, activate(gate, up, KIND).to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _quantized_kernel(
+    packed_ptr,
+    values_ptr,
+    static_ptr,
+    scales_ptr,
+    num_cols,
+    packed_stride,
+    KIND: tl.constexpr,
+    IS_INT: tl.constexpr,
+    IS_STATIC: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    ROUND: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    """A program a token: its scale needs all columns."""
+    token = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK_COLS)
+    mask = cols < num_cols
+    release_downstream(USE_PDL)
+    wait_upstream(USE_PDL)
+    gate_at = packed_ptr + token * packed_stride + cols
+    gate = tl.load(gate_at, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_at + num_cols, mask=mask, other=0.0).to(tl.float32)
+    out = activate(gate, up, KIND).to(packed_ptr.dtype.element_ty).to(tl.float32)
+    values_at = values_ptr + token * num_cols + cols
+    store_quantized(
+        out, mask, static_ptr, values_at, scales_ptr + token, IS_INT, IS_STATIC, LIMIT, SMALLEST, ROUND
+    )  # fmt: skip
+
+
 def gated_activation(
     packed: torch.Tensor,
     kind: Activation,
@@ -75,12 +111,7 @@ def gated_activation(
     Raises:
         ValueError: an odd number of columns, an unknown activation, or a last dimension that is not contiguous.
     """
-    num_tokens, width = packed.shape
-    if kind not in ACTIVATIONS:
-        raise ValueError(f"gated_activation: unknown activation {kind!r}; choose one of {', '.join(ACTIVATIONS)}")
-    if width % 2 or packed.stride(1) != 1:
-        raise ValueError(f"gated_activation: packed must be [num_tokens, 2 * I] with contiguous columns, got {width}")
-    num_cols = width // 2
+    num_tokens, num_cols = _sizes(packed, kind)
     if out is None:
         out = torch.empty((num_tokens, num_cols), dtype=packed.dtype, device=packed.device)  # [num_tokens, I]
     if num_tokens == 0:
@@ -99,3 +130,47 @@ def gated_activation(
         **launch_options(pdl),
     )
     return out
+
+
+def gated_activation_quantized(
+    packed: torch.Tensor,
+    kind: Activation,
+    dtype: torch.dtype,
+    *,
+    static_scale: torch.Tensor | None = None,
+    pdl: bool = False,
+) -> Quantized:
+    """`gated_activation` in `dtype` (float8_e4m3fn or int8): values [num_tokens, I] and scales [num_tokens, 1].
+
+    Raises:
+        ValueError: as `gated_activation`.
+    """
+    num_tokens, num_cols = _sizes(packed, kind)
+    values, scales = quantized_rows(num_tokens, num_cols, 1, dtype, packed.device)
+    if num_tokens == 0:
+        return values, scales
+    block = triton.next_power_of_2(num_cols)
+    _quantized_kernel[(num_tokens,)](
+        packed,
+        values,
+        packed if static_scale is None else static_scale,
+        scales,
+        num_cols,
+        packed.stride(0),
+        KIND=kind,
+        **quantize_constants(dtype, static_scale),
+        BLOCK_COLS=block,
+        USE_PDL=pdl,
+        num_warps=max(1, min(16, block // 512)),
+        **launch_options(pdl),
+    )
+    return values, scales
+
+
+def _sizes(packed: torch.Tensor, kind: str) -> tuple[int, int]:
+    num_tokens, width = packed.shape
+    if kind not in ACTIVATIONS:
+        raise ValueError(f"gated_activation: unknown activation {kind!r}; choose one of {', '.join(ACTIVATIONS)}")
+    if width % 2 or packed.stride(1) != 1:
+        raise ValueError(f"gated_activation: packed must be [num_tokens, 2 * I] with contiguous columns, got {width}")
+    return num_tokens, width // 2

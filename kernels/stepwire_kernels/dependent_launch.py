@@ -29,6 +29,14 @@ def release_downstream(USE_PDL: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()
 
 
+@triton.jit
+def prefetch_lines(addresses):
+    """Begin to fetch the lines that some addresses lie in into the level-2 cache; nothing waits for them."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
 def launch_options(pdl: bool) -> dict[str, Any]:
     """Keyword arguments for a Triton launch; empty without PDL, because older devices refuse the attribute."""
     return {"launch_pdl": True} if pdl else {}

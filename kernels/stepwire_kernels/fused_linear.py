@@ -5,7 +5,8 @@
     y       = n @ weight^T,  or  act(n @ gate^T) * (n @ up^T)  with weight = [gate; up]
 
 x, residual: [num_tokens, K]; g: [K]; weight: [N, K], or [2 * I, K] with a gate; y: [num_tokens, N] or [num_tokens, I].
-All arithmetic in float32. What is in brackets of `rsqrt` is summed up beside the products and multiplies them at the
+x and weight may be float8 instead, with a scale a token and a scale an output (then without norm and gate). All
+arithmetic in float32. What is in brackets of `rsqrt` is summed up beside the products and multiplies them at the
 end, so that no program waits for a norm before it multiplies.
 
 A decode step of few tokens is a chain of kernels that each read some megabytes: half of its time is the way from one
@@ -32,8 +33,9 @@ from stepwire_kernels.dependent_launch import launch_options, release_downstream
 from stepwire_kernels.tuned_table import tuned_choices
 
 MAX_FUSED_TOKENS = 4
-# Neighbours in a row that one thread loads at once; their products are added up before anything crosses threads.
-LANE_COLS = 8
+# Neighbours in a row that one thread loads at once, 16 bytes; their products are added up before anything crosses
+# threads.
+LANE_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ def _fused_linear_kernel(
     out_ptr,
     residual_out_ptr,
     normed_ptr,
+    x_scales_ptr,
+    w_scales_ptr,
     num_outputs,
     K,
     x_stride,
@@ -98,6 +102,7 @@ def _fused_linear_kernel(
     HAS_RESIDUAL: tl.constexpr,
     HAS_NORMED: tl.constexpr,
     GATED: tl.constexpr,
+    SCALED: tl.constexpr,
     KIND: tl.constexpr,
     EVEN_K: tl.constexpr,
     STEPS: tl.constexpr,
@@ -171,6 +176,8 @@ def _fused_linear_kernel(
         y = tl.sum(sums[token], axis=2) * scale  # [ABREAST, ROWS]
         if GATED:
             y = activate(y, tl.sum(up_sums[token], axis=2) * scale, KIND)
+        if SCALED:
+            y = y * tl.load(w_scales_ptr + rows, mask=row_mask, other=0.0) * tl.load(x_scales_ptr + token)
         tl.store(out_ptr + token * out_stride + rows, y.to(out_ptr.dtype.element_ty), mask=row_mask)
         if HAS_NORMED:
             cols = (program * NORMED_COLS + tl.arange(0, NORMED_COLS))[None, :]
@@ -190,6 +197,8 @@ def fused_linear(
     *,
     norm: NormInput | None = None,
     activation: Activation | None = None,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    out_dtype: torch.dtype | None = None,
     tuning: FusedTuning | None = None,
     out: torch.Tensor | None = None,
     residual_out: torch.Tensor | None = None,
@@ -198,25 +207,29 @@ def fused_linear(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y, and the sum h: a new tensor [num_tokens, K], or x where nothing was added to it.
 
-    `normed_out` and `residual_out`, [num_tokens, K], are contiguous; the former gets n where it is given.
+    `normed_out` and `residual_out`, [num_tokens, K], are contiguous; the former gets n where it is given. `scales`:
+    float32, of each token and of each output, contiguous; y is in `out_dtype` (None: that of x).
 
     Raises:
         ValueError: shapes or strides that do not fit.
     """
     _check(x, weight, norm, activation)
+    if scales is not None:
+        _check_scales(x, weight, scales, norm is None and activation is None)
     tuning = tuning or FusedTuning()
     num_tokens, k = x.shape
     num_outputs = weight.shape[0] if activation is None else weight.shape[0] // 2
     if out is None:
-        out = torch.empty((num_tokens, num_outputs), dtype=x.dtype, device=x.device)  # [num_tokens, N]
+        out = torch.empty((num_tokens, num_outputs), dtype=out_dtype or x.dtype, device=x.device)  # [num_tokens, N]
     residual = None if norm is None else norm.residual
     if residual is None:
         residual_out = x
     elif residual_out is None:
         residual_out = torch.empty((num_tokens, k), dtype=residual.dtype, device=x.device)  # [num_tokens, K]
-    block_k = min(tuning.block_k, max(LANE_COLS, triton.next_power_of_2(k)))
+    lane = LANE_BYTES // weight.element_size()
+    block_k = min(tuning.block_k, max(lane, triton.next_power_of_2(k)))
     steps = triton.cdiv(k, block_k)
-    abreast = min(tuning.block_n, max(1, 32 * LANE_COLS * tuning.num_warps // block_k))
+    abreast = min(tuning.block_n, max(1, 32 * lane * tuning.num_warps // block_k))
     programs = triton.cdiv(num_outputs, tuning.block_n)
     _fused_linear_kernel[(programs,)](
         x,
@@ -226,6 +239,8 @@ def fused_linear(
         out,
         residual_out,
         x if normed_out is None else normed_out,
+        x if scales is None else scales[0],
+        x if scales is None else scales[1],
         num_outputs,
         k,
         x.stride(0),
@@ -239,6 +254,7 @@ def fused_linear(
         HAS_RESIDUAL=residual is not None,
         HAS_NORMED=norm is not None and normed_out is not None,
         GATED=activation is not None,
+        SCALED=scales is not None,
         KIND=activation,
         EVEN_K=k % block_k == 0,
         STEPS=steps,
@@ -247,7 +263,7 @@ def fused_linear(
         ABREAST=abreast,
         BLOCK_K=block_k,
         NORMED_COLS=1 if normed_out is None else triton.next_power_of_2(triton.cdiv(k, programs)),
-        LANE=LANE_COLS,
+        LANE=lane,
         USE_PDL=pdl,
         num_warps=tuning.num_warps,
         **launch_options(pdl),
@@ -270,6 +286,16 @@ def choose_fused(x: torch.Tensor, weight: torch.Tensor, *, gated: bool) -> Fused
         return None
     table = load_fused_table(torch.cuda.get_device_name(x.device))
     return table.get((triton.next_power_of_2(x.shape[0]), weight.shape[0], weight.shape[1], gated))
+
+
+def _check_scales(
+    x: torch.Tensor, weight: torch.Tensor, scales: tuple[torch.Tensor, torch.Tensor], is_plain: bool
+) -> None:
+    if not is_plain or (scales[0].numel(), scales[1].numel()) != (x.shape[0], weight.shape[0]):
+        raise ValueError(
+            f"fused_linear: without norm and gate, {x.shape[0]} tokens and {weight.shape[0]} outputs need as many "
+            f"scales, got {tuple(scales[0].shape)} and {tuple(scales[1].shape)}"
+        )
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, norm: NormInput | None, activation: str | None) -> None:

@@ -10,6 +10,7 @@ Decoding reads every weight once, so the job is to keep the memory busy:
 * `skinny_gemm` (up to 64 tokens): matrix units with the weight as the tall operand; K is split over programs where N
   alone does not fill the device, and the last program of a tile adds the parts in order, so that results do not vary
   between runs.
+* `tile_linear` (up to some hundred): the same through descriptors.
 * anything else: torch (cuBLAS).
 
 `linear` looks the shape up in a table measured offline (`tuned/<device>.json`, made by
@@ -27,11 +28,13 @@ import triton.language as tl
 
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
 from stepwire_kernels.fused_linear import FusedTuning, fused_linear
-from stepwire_kernels.split_k import add_up_parts
+from stepwire_kernels.split_k import LinearWorkspace, add_up_parts
+from stepwire_kernels.tile_linear import TileTuning, serves, tile_linear
 from stepwire_kernels.tuned_table import tuned_choices
 
 MAX_GEMV_TOKENS = 4
 MAX_SKINNY_TOKENS = 64
+MAX_TABLE_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -54,25 +57,7 @@ class SkinnyTuning:
     num_stages: int = 4
 
 
-LinearTuning = GemvTuning | SkinnyTuning | FusedTuning
-
-
-@dataclass(frozen=True)
-class LinearWorkspace:
-    """Scratch of the split-K kernel; `counters` is zero between launches. One per stream."""
-
-    partial: torch.Tensor  # float32 [words]
-    counters: torch.Tensor  # int32 [tiles]
-
-
-def allocate_linear_workspace(
-    device: torch.device | str, *, max_out_features: int = 262144, partial_words: int = 1 << 23
-) -> LinearWorkspace:
-    """Scratch for any split that `tuned/` holds: `partial_words` float32 of partial sums."""
-    return LinearWorkspace(
-        partial=torch.empty(partial_words, dtype=torch.float32, device=device),
-        counters=torch.zeros(triton.cdiv(max_out_features, 16), dtype=torch.int32, device=device),
-    )
+LinearTuning = GemvTuning | SkinnyTuning | FusedTuning | TileTuning
 
 
 @triton.jit
@@ -302,7 +287,7 @@ def skinny_gemm(
 @functools.cache
 def load_table(device_name: str) -> dict[tuple[int, int, int], LinearTuning]:
     """The measured choices for a device name as torch reports it: (token bucket, N, K) to ours; absent means torch."""
-    kinds = {"gemv": GemvTuning, "skinny": SkinnyTuning, "ahead": FusedTuning}
+    kinds = {"gemv": GemvTuning, "skinny": SkinnyTuning, "ahead": FusedTuning, "tile": TileTuning}
     return {
         (row["num_tokens"], row["n"], row["k"]): kinds[row["kernel"]](**row["tuning"])
         for row in tuned_choices(device_name, "choices")
@@ -326,7 +311,7 @@ def linear(
     Without a workspace only kernels that need none are considered.
     """
     num_tokens = x.shape[0]
-    if x.is_cuda and x.ndim == 2 and 1 <= num_tokens <= MAX_SKINNY_TOKENS and x.dtype == torch.bfloat16:
+    if x.is_cuda and x.ndim == 2 and 1 <= num_tokens <= MAX_TABLE_TOKENS and x.dtype == torch.bfloat16:
         table = load_table(torch.cuda.get_device_name(x.device))
         tuning = table.get((_bucket(num_tokens), weight.shape[0], weight.shape[1]))
         if isinstance(tuning, GemvTuning):
@@ -335,4 +320,6 @@ def linear(
             return fused_linear(x, weight, tuning=tuning, pdl=pdl)[0]
         if isinstance(tuning, SkinnyTuning) and workspace is not None:
             return skinny_gemm(x, weight, bias, workspace, tuning=tuning, pdl=pdl)
+        if isinstance(tuning, TileTuning) and workspace is not None and serves(x, weight):
+            return tile_linear(x, weight, bias, workspace, tuning=tuning, pdl=pdl)
     return torch.nn.functional.linear(x, weight, bias)

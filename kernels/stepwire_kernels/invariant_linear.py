@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
-from stepwire_kernels.gemm import LinearWorkspace
+from stepwire_kernels.split_k import LinearWorkspace
 
 BLOCK_M = 64
 BLOCK_N = 64

@@ -6,6 +6,9 @@
 x, residual, out: [num_tokens, hidden]; weight: [hidden]. All arithmetic in float32; the norm reads the *rounded* sum,
 as an unfused model would. `weight_offset` is 1 for Gemma, whose checkpoints store the weight minus one.
 
+`add_rms_norm_quantized` rounds out to x's dtype and then to 8 bits with a scale a token (`quantize_input.py`): what a
+linear with quantized inputs reads.
+
 Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
 """
 
@@ -16,6 +19,7 @@ import triton
 import triton.language as tl
 
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
+from stepwire_kernels.quantize_input import Quantized, quantize_constants, quantized_rows, store_quantized
 
 
 @triton.jit
@@ -24,6 +28,8 @@ def _add_rms_norm_kernel(
     residual_ptr,
     weight_ptr,
     out_ptr,
+    static_ptr,
+    scales_ptr,
     num_cols,
     x_stride,
     residual_stride,
@@ -31,6 +37,12 @@ def _add_rms_norm_kernel(
     eps,
     weight_offset,
     HAS_RESIDUAL: tl.constexpr,
+    QUANTIZES: tl.constexpr,
+    IS_INT: tl.constexpr,
+    IS_STATIC: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    ROUND: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
@@ -48,7 +60,15 @@ def _add_rms_norm_kernel(
         tl.store(residual_at, rounded, mask=mask)
         x = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, axis=0) / num_cols + eps)
-    tl.store(out_ptr + token * out_stride + cols, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=mask)
+    out = x * scale * weight
+    out_at = out_ptr + token * out_stride + cols
+    if QUANTIZES:
+        out = tl.where(mask, out.to(x_ptr.dtype.element_ty).to(tl.float32), 0.0)
+        store_quantized(
+            out, mask, static_ptr, out_at, scales_ptr + token, IS_INT, IS_STATIC, LIMIT, SMALLEST, ROUND
+        )  # fmt: skip
+    else:
+        tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def add_rms_norm(
@@ -68,24 +88,62 @@ def add_rms_norm(
     Raises:
         ValueError: a shape does not match, or a last dimension is not contiguous.
     """
+    if out is None:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)  # [num_tokens, hidden]
+    _launch(x, residual, weight, eps, weight_offset, out, None, None, pdl)
+    return out
+
+
+def add_rms_norm_quantized(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    *,
+    weight_offset: float = 0.0,
+    static_scale: torch.Tensor | None = None,
+    pdl: bool = False,
+) -> Quantized:
+    """`add_rms_norm` in `dtype` (float8_e4m3fn or int8): values [num_tokens, hidden] and scales [num_tokens, 1].
+
+    Raises:
+        ValueError: as `add_rms_norm`.
+    """
+    values, scales = quantized_rows(*x.shape, 1, dtype, x.device)
+    _launch(x, residual, weight, eps, weight_offset, values, scales, static_scale, pdl)
+    return values, scales
+
+
+def _launch(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    weight_offset: float,
+    out: torch.Tensor,
+    scales: torch.Tensor | None,
+    static_scale: torch.Tensor | None,
+    pdl: bool,
+) -> None:
     num_tokens, hidden = x.shape
     if weight.shape != (hidden,) or (residual is not None and residual.shape != x.shape):
         raise ValueError(
             f"add_rms_norm: x is {tuple(x.shape)}, so weight must be ({hidden},) and residual {tuple(x.shape)}; "
             f"got weight {tuple(weight.shape)}, residual {None if residual is None else tuple(residual.shape)}"
         )
-    if out is None:
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)  # [num_tokens, hidden]
     if x.stride(1) != 1 or out.stride(1) != 1 or (residual is not None and residual.stride(1) != 1):
         raise ValueError("add_rms_norm: the hidden dimension must be contiguous; call .contiguous() first")
     if num_tokens == 0:
-        return out
+        return
     block = triton.next_power_of_2(hidden)
     _add_rms_norm_kernel[(num_tokens,)](
         x,
         x if residual is None else residual,
         weight,
         out,
+        x if static_scale is None else static_scale,
+        x if scales is None else scales,
         hidden,
         x.stride(0),
         0 if residual is None else residual.stride(0),
@@ -93,9 +151,10 @@ def add_rms_norm(
         eps,
         weight_offset,
         HAS_RESIDUAL=residual is not None,
+        QUANTIZES=scales is not None,
+        **quantize_constants(out.dtype, static_scale),
         BLOCK_COLS=block,
         USE_PDL=pdl,
         num_warps=max(1, min(16, block // 512)),
         **launch_options(pdl),
     )
-    return out

@@ -15,7 +15,6 @@ import torch
 import triton
 
 from stepwire_kernels.expert_packed import PackedExpertTuning, PackedExpertWeights
-from stepwire_kernels.gemm import LinearWorkspace
 from stepwire_kernels.packed_dense import dense_linear
 from stepwire_kernels.packed_linear import (
     KERNEL_NAMES,
@@ -27,6 +26,7 @@ from stepwire_kernels.packed_linear import (
 )
 from stepwire_kernels.packed_weight import PackedWeight, weight_format
 from stepwire_kernels.packed_wgmma import WgmmaTuning, serves
+from stepwire_kernels.split_k import LinearWorkspace
 
 # Programs that a large device holds at a time, one a multiprocessor.
 NUM_MULTIPROCESSORS = 132

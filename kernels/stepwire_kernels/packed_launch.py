@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from stepwire_kernels.gemm import LinearWorkspace
 from stepwire_kernels.packed_weight import (
     BF16_E2M1_INPUT_SCALE,
     BF16_E2M1_SCALE,
@@ -12,6 +11,7 @@ from stepwire_kernels.packed_weight import (
     MAGIC_VALUES,
     PackedWeight,
 )
+from stepwire_kernels.split_k import LinearWorkspace
 
 # Programs that fill a large device twice.
 WANTED_PROGRAMS = 264

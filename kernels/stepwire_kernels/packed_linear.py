@@ -19,7 +19,6 @@ import triton
 import triton.language as tl
 
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
-from stepwire_kernels.gemm import LinearWorkspace
 from stepwire_kernels.packed_launch import format_constants, num_splits, weight_pointers
 from stepwire_kernels.packed_stream import load_words, walk_inputs, word_offsets
 from stepwire_kernels.packed_tile import dense_tile
@@ -29,7 +28,7 @@ from stepwire_kernels.packed_weight import (
     PackedWeight,
 )
 from stepwire_kernels.packed_wgmma import WgmmaTuning, wgmma_linear
-from stepwire_kernels.split_k import add_up_parts
+from stepwire_kernels.split_k import LinearWorkspace, add_up_parts
 
 MAX_STREAM_TOKENS = 16
 # Their values make no difference to the code, and kernels for each would.

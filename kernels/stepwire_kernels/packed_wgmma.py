@@ -28,9 +28,9 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from stepwire_kernels.dependent_launch import launch_options
-from stepwire_kernels.gemm import LinearWorkspace
 from stepwire_kernels.packed_launch import format_constants, num_splits, weight_pointers
 from stepwire_kernels.packed_weight import MAGIC_BITS, PackedWeight
+from stepwire_kernels.split_k import LinearWorkspace
 
 # Renamed after Triton 3.6.
 _barrier = getattr(gl, "thread_barrier", None) or gl.barrier

@@ -9,12 +9,16 @@ static scale only the cast is done. Definition: compressed-tensors' dynamic acti
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
 
+Quantized = tuple[torch.Tensor, torch.Tensor]
+"""Values and scales."""
 FLOAT8_LIMIT = 448.0
 INT8_LIMIT = 127.5
 MIN_SCALE = 1e-12
@@ -23,12 +27,34 @@ ROUNDING = 12582912.0
 
 
 @triton.jit
-def _cast(scaled, values_ptr, IS_INT: tl.constexpr, LIMIT: tl.constexpr, ROUND: tl.constexpr):
+def _cast(scaled, values_at, IS_INT: tl.constexpr, LIMIT: tl.constexpr, ROUND: tl.constexpr):
     if IS_INT:
         clamped = tl.minimum(tl.maximum(scaled, -200.0), 200.0)
         whole = (clamped + ROUND) - ROUND
         return tl.minimum(tl.maximum(whole, -128.0), 127.0).to(tl.int8)
-    return tl.minimum(tl.maximum(scaled, -LIMIT), LIMIT).to(values_ptr.dtype.element_ty)
+    return tl.minimum(tl.maximum(scaled, -LIMIT), LIMIT).to(values_at.dtype.element_ty)
+
+
+@triton.jit
+def store_quantized(
+    x,
+    mask,
+    static_ptr,
+    values_at,
+    scale_at,
+    IS_INT: tl.constexpr,
+    IS_STATIC: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    ROUND: tl.constexpr,
+):
+    """float32 values that share a scale, zero where they are masked."""
+    if IS_STATIC:  # noqa: SIM108
+        scale = tl.load(static_ptr)
+    else:
+        scale = tl.maximum(tl.max(tl.abs(x), axis=0) / LIMIT, SMALLEST)
+    tl.store(scale_at, scale)
+    tl.store(values_at, _cast(x / scale, values_at, IS_INT, LIMIT, ROUND), mask=mask)
 
 
 @triton.jit
@@ -57,12 +83,36 @@ def _quantize_kernel(
     cols = start + tl.arange(0, BLOCK)
     mask = cols < tl.minimum(num_cols, start + GROUP)
     x = tl.load(x_ptr + token * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
-    if IS_STATIC:  # noqa: SIM108
-        scale = tl.load(static_ptr)
-    else:
-        scale = tl.maximum(tl.max(tl.abs(x), axis=0) / LIMIT, SMALLEST)
-    tl.store(scales_ptr + token * scales_stride + tl.program_id(1), scale)
-    tl.store(values_ptr + token * values_stride + cols, _cast(x / scale, values_ptr, IS_INT, LIMIT, ROUND), mask=mask)
+    store_quantized(
+        x,
+        mask,
+        static_ptr,
+        values_ptr + token * values_stride + cols,
+        scales_ptr + token * scales_stride + tl.program_id(1),
+        IS_INT,
+        IS_STATIC,
+        LIMIT,
+        SMALLEST,
+        ROUND,
+    )
+
+
+def quantized_rows(num_tokens: int, num_cols: int, groups: int, dtype: torch.dtype, device: torch.device) -> Quantized:
+    """Memory for values and scales."""
+    values = torch.empty((num_tokens, num_cols), dtype=dtype, device=device)  # [num_tokens, K]
+    return values, torch.empty((num_tokens, groups), dtype=torch.float32, device=device)  # [num_tokens, groups]
+
+
+def quantize_constants(dtype: torch.dtype, static_scale: torch.Tensor | None) -> dict[str, Any]:
+    """The constants of `store_quantized`."""
+    is_int = dtype == torch.int8
+    return {
+        "IS_INT": is_int,
+        "IS_STATIC": static_scale is not None,
+        "LIMIT": INT8_LIMIT if is_int else FLOAT8_LIMIT,
+        "SMALLEST": MIN_SCALE,
+        "ROUND": ROUNDING,
+    }
 
 
 def quantize_input(
@@ -72,7 +122,7 @@ def quantize_input(
     group_size: int | None = None,
     static_scale: torch.Tensor | None = None,
     pdl: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Quantized:
     """(values [num_tokens, K] in `dtype`, scales float32 [num_tokens, groups]); `group_size` None: a scale a token.
 
     Raises:
@@ -83,8 +133,7 @@ def quantize_input(
         raise ValueError(f"quantize_input: takes x with contiguous columns and float8_e4m3fn or int8, got {dtype}")
     group = group_size or num_cols
     groups = triton.cdiv(num_cols, group)
-    values = torch.empty((num_tokens, num_cols), dtype=dtype, device=x.device)  # [num_tokens, K]
-    scales = torch.empty((num_tokens, groups), dtype=torch.float32, device=x.device)  # [num_tokens, groups]
+    values, scales = quantized_rows(num_tokens, num_cols, groups, dtype, x.device)
     if num_tokens == 0:
         return values, scales
     block = triton.next_power_of_2(group)
@@ -97,11 +146,7 @@ def quantize_input(
         x.stride(0),
         values.stride(0),
         scales.stride(0),
-        IS_INT=dtype == torch.int8,
-        IS_STATIC=static_scale is not None,
-        LIMIT=INT8_LIMIT if dtype == torch.int8 else FLOAT8_LIMIT,
-        SMALLEST=MIN_SCALE,
-        ROUND=ROUNDING,
+        **quantize_constants(dtype, static_scale),
         GROUP=group,
         BLOCK=block,
         USE_PDL=pdl,

@@ -9,8 +9,8 @@ them every step, and few tokens with group scales, for which memory is the limit
 every float8 exactly.
 
 Decoding reads every weight once: the weight is the tall operand, K is split over programs where N does not fill the
-device, and the last program of a tile adds the parts in order. Large steps of per-token scales on a GPU go to
-`torch._scaled_mm`.
+device, and the last program of a tile adds the parts in order. Any device and any scales; which kernel multiplies
+where there are others: `scaled_choice.py`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,8 @@ import triton
 import triton.language as tl
 
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
-from stepwire_kernels.gemm import LinearWorkspace
-from stepwire_kernels.split_k import add_up_parts
+from stepwire_kernels.split_k import LinearWorkspace, add_up_parts
 
-# From here on cuBLAS's float8 product with row-wise scales is faster than ours (to be measured per device).
-SCALED_MM_FROM_TOKENS = 65
 # Up to here the matrix units have time for float16.
 MAX_WIDENED_TOKENS = 64
 
@@ -122,7 +119,7 @@ def _scaled_kernel(
         tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & token_mask[None, :])
 
 
-def _default_tuning(num_tokens: int) -> ScaledTuning:
+def default_tuning(num_tokens: int) -> ScaledTuning:
     if num_tokens <= 16:
         return ScaledTuning()
     if num_tokens <= 64:
@@ -170,13 +167,11 @@ def scaled_linear(
         )
     if group_size is not None and (group_size < 16 or group_size & (group_size - 1)):
         raise ValueError(f"scaled_linear: group_size {group_size} is not a power of two of at least 16")
-    if out is None and _has_library_product(x, weight, out_dtype, scale_rows, group_size):
-        return torch._scaled_mm(x, weight.t(), x_scales, w_scales.t(), bias, out_dtype=out_dtype)
     if out is None:
         out = torch.empty((num_tokens, n), dtype=out_dtype, device=x.device)  # [num_tokens, N]
     if num_tokens == 0:
         return out
-    tuning = tuning or _default_tuning(num_tokens)
+    tuning = tuning or default_tuning(num_tokens)
     block_k = tuning.block_k if group_size is None else min(tuning.block_k, group_size)
     block_m = min(128, max(16, triton.next_power_of_2(num_tokens)))
     columns, token_blocks = triton.cdiv(n, tuning.block_n), triton.cdiv(num_tokens, block_m)
@@ -217,20 +212,3 @@ def scaled_linear(
         **launch_options(pdl),
     )
     return out
-
-
-def _has_library_product(
-    x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype, scale_rows: int, group_size: int | None
-) -> bool:
-    """Whether `torch._scaled_mm` with a scale for every row does it, and does it faster."""
-    return (
-        x.is_cuda
-        and x.shape[0] >= SCALED_MM_FROM_TOKENS
-        and x.dtype == torch.float8_e4m3fn
-        and out_dtype == torch.bfloat16
-        and group_size is None
-        and scale_rows == 1
-        and weight.shape[0] % 16 == 0
-        and weight.shape[1] % 16 == 0
-        and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    )

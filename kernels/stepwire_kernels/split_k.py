@@ -7,8 +7,29 @@ again without a reset.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
+
+
+@dataclass(frozen=True)
+class LinearWorkspace:
+    """Scratch of the split-K kernel; `counters` is zero between launches. One per stream."""
+
+    partial: torch.Tensor  # float32 [words]
+    counters: torch.Tensor  # int32 [tiles]
+
+
+def allocate_linear_workspace(
+    device: torch.device | str, *, max_out_features: int = 262144, partial_words: int = 1 << 23
+) -> LinearWorkspace:
+    """Scratch for any split that `tuned/` holds: `partial_words` float32 of partial sums."""
+    return LinearWorkspace(
+        partial=torch.empty(partial_words, dtype=torch.float32, device=device),
+        counters=torch.zeros(triton.cdiv(max_out_features, 16), dtype=torch.int32, device=device),
+    )
 
 
 @triton.jit

@@ -59,6 +59,10 @@ ANCHORS: dict[tuple[str, str], Anchor] = {
     ("qwen3-30b-a3b", "decode b1 ms"): Anchor(1.44, 4.20, 2.0),
     ("qwen3-30b-a3b", "decode b32 ms"): Anchor(13.1, 16.2, 14.5),
     ("qwen3-30b-a3b", "decode b256 ms"): Anchor(20.1, 26.9, 23.0),
+    ("llama-3.1-8b fp8", "decode b1 ms"): Anchor(1.9, 3.52, 2.4),
+    ("llama-3.1-8b fp8", "decode b32 ms"): Anchor(2.9, 5.36, 3.8),
+    ("llama-3.1-8b fp8", "decode b256 ms"): Anchor(10.5, 15.98, 13.0),
+    ("llama-3.1-8b fp8", "prefill 8x8192 tok/s"): Anchor(0.0, 56143, 60000),
 }
 
 
@@ -191,12 +195,12 @@ def profile_steps(runner: CudaRunner, num_rows: int, num_tokens: int = 0) -> lis
 
 
 def print_table(rows: Sequence[Row]) -> None:
-    print(f"{'shape':<14}{'work':<22}{'ours':>10}{'floor':>9}{'vLLM':>9}{'goal':>9}  {'':4} details")
+    print(f"{'shape':<18}{'work':<22}{'ours':>10}{'floor':>9}{'vLLM':>9}{'goal':>9}  {'':4} details")
     for row in rows:
         anchor = ANCHORS.get((row.shape, row.name), Anchor(0.0, None, None))
         compared = "".join(f"{value:>9g}" if value else " " * 9 for value in (anchor.floor, anchor.vllm, anchor.goal))
         details = " ".join(f"{name}={value:.4g}" for name, value in row.details.items())
-        print(f"{row.shape:<14}{row.name:<22}{row.value:>10.4g}{compared}  {_met(row, anchor):<4} {details}")
+        print(f"{row.shape:<18}{row.name:<22}{row.value:>10.4g}{compared}  {_met(row, anchor):<4} {details}")
 
 
 def _met(row: Row, anchor: Anchor) -> str:
@@ -207,8 +211,14 @@ def _met(row: Row, anchor: Anchor) -> str:
 
 
 def measure_shape(shape: str, args: argparse.Namespace) -> list[Row]:
-    extra: dict[str, Any] = {"kv_cache_dtype": args.kv_cache_dtype, "enforce_eager": args.enforce_eager}
+    extra: dict[str, Any] = {
+        "kv_cache_dtype": args.kv_cache_dtype,
+        "enforce_eager": args.enforce_eager,
+        "quantization": args.quantization,
+    }
     runner, ready_s = load(shape, 9216, extra)
+    if args.quantization != "auto":
+        shape = f"{shape} {args.quantization}"
     rows = [Row(shape, "load s", ready_s, {})]
     begun = time.perf_counter()
     num_captures = 0
@@ -247,6 +257,7 @@ def main(argv: Sequence[str]) -> int:
         "--mixed", type=mixed_sizes, nargs="+", default=[], help="D:P, decodes and prompt tokens of a step"
     )
     parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--quantization", default="auto", help="of the weights: fp8 or int8")
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--no-prefill", action="store_true")
     parser.add_argument("--profile", action="store_true", help="print each kernel's share for b1 and the largest batch")

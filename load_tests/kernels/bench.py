@@ -20,6 +20,7 @@ from stepwire_kernels.gather import gather_last_hidden
 from stepwire_kernels.norm import add_rms_norm
 from stepwire_kernels.reference_steps import RowParameters
 from stepwire_kernels.rope_kv import rope_and_write_kv
+from stepwire_kernels.split_k import allocate_linear_workspace
 
 from load_tests.kernels.cases import LLAMA_8B, QWEN3_06B, Heads, causal_flop, paged
 from load_tests.kernels.latent import bench_latent
@@ -192,7 +193,7 @@ LLAMA_8B_LINEARS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4
 
 def bench_linear(report: Report) -> None:
     """The linears of one Llama-8B layer, ours by table (else torch) against cuBLAS."""
-    workspace = gemm.allocate_linear_workspace("cuda")
+    workspace = allocate_linear_workspace("cuda")
     for num_tokens in (1, 2, 4, 8, 16, 32, 64):
         totals = {"torch": 0.0, "table": 0.0}
         moved = 0

@@ -20,6 +20,7 @@ from stepwire_kernels import gemm
 from stepwire_kernels.activation import gated_activation
 from stepwire_kernels.fused_linear import FusedTuning, NormInput, fused_linear
 from stepwire_kernels.norm import add_rms_norm
+from stepwire_kernels.split_k import LinearWorkspace, allocate_linear_workspace
 
 from load_tests.kernels.bench import LLAMA_8B_LINEARS, copies
 from load_tests.kernels.measure import measure_ceilings, time_graph
@@ -87,7 +88,7 @@ def fused_launches(work: Work, num_tokens: int, weights: Sequence[torch.Tensor],
 
 
 def separate_launches(
-    work: Work, num_tokens: int, weights: Sequence[torch.Tensor], workspace: gemm.LinearWorkspace
+    work: Work, num_tokens: int, weights: Sequence[torch.Tensor], workspace: LinearWorkspace
 ) -> Launches:
     """What a step launches otherwise."""
     x, residual, gain = _inputs(work, num_tokens)
@@ -123,7 +124,7 @@ def measure(models: Sequence[str], token_counts: Sequence[int], top: int, out: P
     compiled = compile_all(compile_one, list(dict.fromkeys(jobs)))
     ceilings = measure_ceilings()
     print(f"read {ceilings.read_gb_s:.0f} GB/s")
-    workspace = gemm.allocate_linear_workspace("cuda")
+    workspace = allocate_linear_workspace("cuda")
     fused: list[Row] = []
     plain: list[Row] = []
     for name, work in works.items():

@@ -12,14 +12,15 @@ from functools import partial
 from itertools import product
 
 import torch
-from stepwire_kernels.gemm import LinearWorkspace, allocate_linear_workspace
 from stepwire_kernels.packed_choice import multiply_packed
 from stepwire_kernels.packed_dense import DenseTuning, dense_linear, dense_weight
 from stepwire_kernels.packed_linear import MAX_STREAM_TOKENS, PackedTuning, StreamTuning, Tuning, packed_linear
 from stepwire_kernels.packed_weight import PackedWeight
 from stepwire_kernels.packed_wgmma import WgmmaTuning
 from stepwire_kernels.quantize_input import quantize_input
+from stepwire_kernels.scaled_choice import multiply_scaled
 from stepwire_kernels.scaled_linear import ScaledTuning, scaled_linear
+from stepwire_kernels.split_k import LinearWorkspace, allocate_linear_workspace
 
 from load_tests.kernels.measure import Report, time_graph
 
@@ -141,7 +142,7 @@ def _scaled_launch(
 ) -> Launch:
     def launch() -> torch.Tensor:
         values, x_scales = quantize_input(x, w.dtype, group_size=128 if blocks else None, pdl=True)
-        return scaled_linear(
+        return multiply_scaled(
             values,
             x_scales,
             w,

@@ -24,6 +24,7 @@ from stepwire_kernels.expert_packed import PackedExpertTuning
 from stepwire_kernels.gemm import GemvTuning, SkinnyTuning
 from stepwire_kernels.packed_linear import KERNEL_NAMES, Tuning
 from stepwire_kernels.packed_weight import weight_format
+from stepwire_kernels.split_k import LinearWorkspace, allocate_linear_workspace
 from stepwire_kernels.work_list import LATENCY, THROUGHPUT, ChunkPolicy
 
 from load_tests.kernels.bench import LLAMA_8B_LINEARS, copies
@@ -120,7 +121,7 @@ def _compile(job: tuple[str | Callable[[Any], None], Any]) -> str | None:
             prefill_launches(LITE, paged(LITE, [300], [300], num_caches=1), payload)[0]()
         elif kind == "packed":
             name, num_tokens, tuning = payload
-            _, launches = packed_launches(name, 4096, 4096, num_tokens, gemm.allocate_linear_workspace("cuda"))
+            _, launches = packed_launches(name, 4096, 4096, num_tokens, allocate_linear_workspace("cuda"))
             launches(tuning)[0]()
         elif kind == "packed experts":
             index, num_tokens, tuning = payload
@@ -136,7 +137,7 @@ def _compile(job: tuple[str | Callable[[Any], None], Any]) -> str | None:
                 torch.zeros(num_tokens, k, device="cuda", dtype=BF16),
                 torch.zeros(512, k, device="cuda", dtype=BF16),
             )
-            _linear_launch(x, weight, tuning, gemm.allocate_linear_workspace("cuda"))()
+            _linear_launch(x, weight, tuning, allocate_linear_workspace("cuda"))()
         torch.cuda.synchronize()
     except Exception as error:  # (a candidate that does not compile is a result, printed below)
         return f"{kind} {payload}: {type(error).__name__}: {str(error)[:120]}"
@@ -246,7 +247,7 @@ def sweep_packed(top: int, out: Path, only: str | None, tokens: list[int] | None
     works = compile_all("packed", jobs)
     ceilings = measure_ceilings()
     print(f"read {ceilings.read_gb_s:.0f} GB/s, bf16 {ceilings.bf16_tflop_s:.0f} TFLOP/s")
-    workspace = gemm.allocate_linear_workspace("cuda")
+    workspace = allocate_linear_workspace("cuda")
     choices = []
     for kind, of in counts.items():
         for (name, (n, k)), count in itertools.product(LLAMA_8B_LINEARS.items(), of):
@@ -310,7 +311,7 @@ def sweep_packed_experts(top: int, out: Path) -> None:
 
 
 def _linear_launch(
-    x: torch.Tensor, weight: torch.Tensor, tuning: GemvTuning | SkinnyTuning, workspace: gemm.LinearWorkspace
+    x: torch.Tensor, weight: torch.Tensor, tuning: GemvTuning | SkinnyTuning, workspace: LinearWorkspace
 ) -> Callable[[], object]:
     if isinstance(tuning, GemvTuning):
         return lambda: gemm.gemv(x, weight, tuning=tuning, pdl=True)
@@ -331,7 +332,7 @@ def sweep_gemm(top: int, out: Path, token_counts: tuple[int, ...] = (1, 2, 4, 8,
     ]
     works = compile_all("gemm", jobs)
     ceilings = measure_ceilings()
-    workspace = gemm.allocate_linear_workspace("cuda")
+    workspace = allocate_linear_workspace("cuda")
     choices = []
     for name, (n, k) in shapes.items():
         weights = [torch.randn(n, k, device="cuda", dtype=BF16) for _ in range(min(24, copies(n * k * 2)))]
@@ -370,7 +371,7 @@ def _short(tuning: GemvTuning | SkinnyTuning | Tuning | PackedExpertTuning) -> s
     return ",".join(str(value) for value in asdict(tuning).values())
 
 
-def _fits(n: int, k: int, num_tokens: int, tuning: SkinnyTuning, workspace: gemm.LinearWorkspace) -> bool:
+def _fits(n: int, k: int, num_tokens: int, tuning: SkinnyTuning, workspace: LinearWorkspace) -> bool:
     """Whether a split makes sense: enough steps in each part, and room for the partial sums."""
     block_m = max(16, 1 << (num_tokens - 1).bit_length())
     tiles = -(-n // tuning.block_n)

@@ -148,4 +148,5 @@ def test_doctor_names_a_port_in_use() -> None:
 def test_every_command_explains_itself(word: str) -> None:
     shown = run(word, "--help")
     assert shown.returncode == 0 and "--help" in shown.stdout
+    assert f"stepwire {word}" in shown.stdout
     assert word in run("--help").stdout

@@ -16,6 +16,8 @@ class ReasoningMarks:
     always: bool = False
     # What the model writes behind the begin mark, before what it thinks.
     heading: str = ""
+    # Around what it says then, on lines of their own.
+    answer: tuple[str, str] | None = None
 
 
 def with_reasoning(
@@ -32,6 +34,9 @@ def with_reasoning(
             yield from s.until((marks.end,), s.think)
             s.is_reasoning = False
             yield from s.blanks()
+        if marks.answer is not None and (yield from s.blanks_then(marks.answer[0])):
+            yield from s.literal("\n")
+            s.silent = (f"\n{marks.answer[1]}", marks.answer[1])
         yield from rest(s)
 
     return program

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -119,16 +120,21 @@ _MINIMAX = CallSyntax(
     tags=tagged_calls.MINIMAX_M2,
 )
 _GLM = CallSyntax("<tool_call>", "\n", "</tool_call>", separator="\n", trigger="<tool_call>", tags=tagged_calls.GLM45)
-_DSML = CallSyntax(
-    '<｜DSML｜invoke name="',
-    '">\n',
-    "</｜DSML｜invoke>",
-    "<｜DSML｜function_calls>\n",
-    "\n",
-    "\n</｜DSML｜function_calls>",
-    "｜DSML｜",
-    tags=tagged_calls.DEEPSEEK_V32,
-)
+
+
+def _dsml(section: str) -> CallSyntax:
+    return CallSyntax(
+        '<｜DSML｜invoke name="',
+        '">\n',
+        "</｜DSML｜invoke>",
+        f"<｜DSML｜{section}>\n",
+        "\n",
+        f"\n</｜DSML｜{section}>",
+        "｜DSML｜",
+        tags=tagged_calls.DEEPSEEK_V32,
+    )
+
+
 _KIMI_MARKS = (
     "<|tool_calls_section_begin|>",
     "<|tool_calls_section_end|>",
@@ -198,7 +204,8 @@ TOOL_FORMATS: Mapping[str, ToolFormat] = {
         _deepseek("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", ""),
         *_DEEPSEEK_MARKS,
     ),
-    "deepseek_v32": _tagged(_DSML, "｜DSML｜"),
+    "deepseek_v32": _tagged(_dsml("function_calls"), "｜DSML｜"),
+    "deepseek_v4": _tagged(_dsml("tool_calls"), "｜DSML｜"),
     "kimi_k2": _format(marked_calls.kimi_k2, _KIMI, *_KIMI_MARKS),
     "gemma4": _format(gemma4_calls.gemma4, _GEMMA4, gemma4_calls.BEGIN, gemma4_calls.END, gemma4_calls.QUOTE),
     "openai": _format(
@@ -218,6 +225,7 @@ REASONING_FORMATS: Mapping[str, ReasoningMarks | None] = {
     "kimi_k2": _THINK,
     "minimax_m2": _THINK,
     "seed_oss": ReasoningMarks("<seed:think>", "</seed:think>"),
+    "hunyuan_a13b": ReasoningMarks("<think>", "</think>", answer=("<answer>", "</answer>")),
     "gemma4": ReasoningMarks("<|channel>", "<channel|>", heading="thought\n"),
     "granite": ReasoningMarks("Here is my thought process:", "Here is my response:"),
     "mistral": ReasoningMarks("[THINK]", "[/THINK]"),
@@ -254,11 +262,17 @@ _MARKS_OF_REASONING = (
     ("Here is my thought process", "granite"),
     ("</think>", "qwen3"),
 )
+# Others that tell a model to answer between marks do not need it.
+_MARKS_OF_HUNYUAN = ("<|extra_0|>", "<｜hy_")
+# V4's section, in one piece or put together with the mark.
+_DSML_TOOL_CALLS = re.compile(r"""(｜DSML｜|['"])tool_calls>""")
 
 
 def find_tool_format(template: str) -> str:
     """By the marks in the model's chat template; Hermes' format where there are none."""
     found = next((name for mark, name in _MARKS_OF_TOOLS if mark in template), "hermes")
+    if found == "deepseek_v32" and _DSML_TOOL_CALLS.search(template):
+        return "deepseek_v4"
     return "deepseek_v3" if found == "deepseek_v31" and "```json" in template else found
 
 
@@ -268,6 +282,8 @@ def find_reasoning_format(template: str) -> str:
     if found == "qwen3" and "<｜Assistant｜>" in template and _DEEPSEEK_MARKS[0] in template:
         # R1 always thinks; since V3.1 the prompt's end says whether the model does.
         return "deepseek_r1" if "```json" in template else "deepseek_v3"
+    if found == "qwen3" and "<answer>" in template and any(mark in template for mark in _MARKS_OF_HUNYUAN):
+        return "hunyuan_a13b"
     return found
 
 
@@ -299,7 +315,7 @@ class OutputFormat:
         marks: tuple[str, ...] = TOOL_FORMATS[self.tool_parser].marks if self.tool_parser else ()
         reasoning = self.reasoning
         if reasoning is not None:
-            marks += (reasoning.begin, reasoning.end)
+            marks += (reasoning.begin, reasoning.end, *(reasoning.answer or ()))
         return marks + (_HARMONY_MARKS if self.reasoning_parser == "openai_gptoss" else ())
 
     @property

@@ -46,7 +46,17 @@ class ParsedDelta:
 class Scanner:
     """The text that was not taken yet, and what was made of the rest."""
 
-    __slots__ = ("_arguments", "_buffer", "_is_ended", "_is_mute", "_num_calls", "_record", "delta", "is_reasoning")
+    __slots__ = (
+        "_arguments",
+        "_buffer",
+        "_is_ended",
+        "_is_mute",
+        "_num_calls",
+        "_record",
+        "delta",
+        "is_reasoning",
+        "silent",
+    )
 
     def __init__(self, *, is_mute: bool = False) -> None:
         self.delta = ParsedDelta()
@@ -54,6 +64,8 @@ class Scanner:
         self._is_mute = is_mute
         # Whether what comes next belongs to the reasoning, as far as is known.
         self.is_reasoning = False
+        # Marks that are no part of what is said, wherever they stand in it.
+        self.silent: tuple[str, ...] = ()
         self._buffer = ""
         self._is_ended = False
         self._num_calls = 0
@@ -127,12 +139,16 @@ class Scanner:
 
     def until(self, markers: Sequence[str], emit: Emit) -> Parsing[str | None]:
         """Emit the text before the first of the markers (the longest of several) and take it; None: the text ended."""
+        silent = self.silent if emit == self.say else ()
         while True:
-            start, marker = self._first(markers)
+            start, marker = self._first((*markers, *silent))
             if start:
                 emit(self._take(start))
             if marker:
-                return self._take(len(marker))
+                self._take(len(marker))
+                if marker not in silent:
+                    return marker
+                continue
             if self._is_ended:
                 if self._buffer:
                     emit(self._take(len(self._buffer)))

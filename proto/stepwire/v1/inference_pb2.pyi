@@ -440,12 +440,14 @@ class SessionRequest(_message.Message):
     def __init__(self, tag: _Optional[int] = ..., generate: _Optional[_Union[SessionGenerate, _Mapping]] = ..., cancel: _Optional[_Union[SessionCancel, _Mapping]] = ..., options: _Optional[_Union[SessionOptions, _Mapping]] = ..., receipt: _Optional[_Union[SessionReceipt, _Mapping]] = ...) -> None: ...
 
 class SessionOptions(_message.Message):
-    __slots__ = ("packed_texts", "max_outstanding_messages")
+    __slots__ = ("packed_texts", "max_outstanding_messages", "packed_token_ids")
     PACKED_TEXTS_FIELD_NUMBER: _ClassVar[int]
     MAX_OUTSTANDING_MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    PACKED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     packed_texts: bool
     max_outstanding_messages: int
-    def __init__(self, packed_texts: _Optional[bool] = ..., max_outstanding_messages: _Optional[int] = ...) -> None: ...
+    packed_token_ids: bool
+    def __init__(self, packed_texts: _Optional[bool] = ..., max_outstanding_messages: _Optional[int] = ..., packed_token_ids: _Optional[bool] = ...) -> None: ...
 
 class SessionReceipt(_message.Message):
     __slots__ = ()
@@ -466,12 +468,14 @@ class SessionCancel(_message.Message):
     def __init__(self) -> None: ...
 
 class SessionResponse(_message.Message):
-    __slots__ = ("responses", "texts")
+    __slots__ = ("responses", "texts", "token_ids")
     RESPONSES_FIELD_NUMBER: _ClassVar[int]
     TEXTS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     responses: _containers.RepeatedCompositeFieldContainer[TaggedResponse]
     texts: PackedTexts
-    def __init__(self, responses: _Optional[_Iterable[_Union[TaggedResponse, _Mapping]]] = ..., texts: _Optional[_Union[PackedTexts, _Mapping]] = ...) -> None: ...
+    token_ids: PackedTokenIds
+    def __init__(self, responses: _Optional[_Iterable[_Union[TaggedResponse, _Mapping]]] = ..., texts: _Optional[_Union[PackedTexts, _Mapping]] = ..., token_ids: _Optional[_Union[PackedTokenIds, _Mapping]] = ...) -> None: ...
 
 class PackedTexts(_message.Message):
     __slots__ = ("tags", "texts", "num_tokens")
@@ -482,6 +486,18 @@ class PackedTexts(_message.Message):
     texts: _containers.RepeatedScalarFieldContainer[str]
     num_tokens: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, tags: _Optional[_Iterable[int]] = ..., texts: _Optional[_Iterable[str]] = ..., num_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class PackedTokenIds(_message.Message):
+    __slots__ = ("tags", "texts", "num_tokens", "token_ids")
+    TAGS_FIELD_NUMBER: _ClassVar[int]
+    TEXTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    tags: _containers.RepeatedScalarFieldContainer[int]
+    texts: _containers.RepeatedScalarFieldContainer[str]
+    num_tokens: _containers.RepeatedScalarFieldContainer[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, tags: _Optional[_Iterable[int]] = ..., texts: _Optional[_Iterable[str]] = ..., num_tokens: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class TaggedResponse(_message.Message):
     __slots__ = ("tag", "response")

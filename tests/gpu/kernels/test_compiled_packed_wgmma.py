@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from stepwire_kernels import reference
-from stepwire_kernels.gemm import allocate_linear_workspace
 from stepwire_kernels.packed_linear import packed_linear
 from stepwire_kernels.packed_weight import PackedWeight
 from stepwire_kernels.packed_wgmma import WgmmaTuning, serves
 from stepwire_kernels.reference_packed import rounded
+from stepwire_kernels.split_k import allocate_linear_workspace
 
 from gpu_worker.quant.repack import repack
 from tests.unit.gpu_worker.quant.packed_cases import WEIGHTS, affine

@@ -185,3 +185,29 @@ async def test_nobody_is_told_of_the_pieces_of_a_whole_answer() -> None:
     assert not told
     mailbox.put(0, usage())
     assert told
+
+
+async def test_token_ids_that_come_packed_are_deltas_like_others() -> None:
+    mailbox = Mailbox(2, 2, stream=True)
+    told: list[None] = []
+    mailbox.on_news = lambda: told.append(None)
+    mailbox.put_text(0, "a", 1)
+    mailbox.put_token_ids(0, "b", [7, 8])
+    mailbox.put_token_ids(1, "", [9])
+    assert len(told) == 3
+    assert mailbox.take_text() == ("", 0)
+    first, second = mailbox.take_updates()
+    assert (first.index, first.text, first.token_ids, first.num_tokens) == (0, "ab", [7, 8], 3)
+    assert (second.index, second.text, second.token_ids, second.num_tokens) == (2, "", [9], 1)
+
+
+async def test_a_long_text_that_nobody_takes_is_whole() -> None:
+    mailbox = Mailbox(1, 1, stream=True)
+    for _ in range(2):
+        for index in range(5000):
+            mailbox.put_text(0, f"{index},", 1)
+        expected = "".join(f"{index}," for index in range(5000))
+        assert mailbox.take_text() == (expected, 5000)
+    mailbox.put_text(0, "x" * 5000, 1)
+    (update,) = mailbox.take_updates()
+    assert (update.text, update.num_tokens) == ("x" * 5000, 1)

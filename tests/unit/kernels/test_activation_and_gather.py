@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 from stepwire_kernels import reference
-from stepwire_kernels.activation import ACTIVATIONS, gated_activation
+from stepwire_kernels.activation import ACTIVATIONS, gated_activation, gated_activation_quantized
 from stepwire_kernels.gather import gather_last_hidden
+from stepwire_kernels.quantize_input import quantize_input
 
 from tests.unit.kernels.checks import FLOAT_DTYPES, assert_close, poison
 
@@ -28,6 +29,19 @@ def test_large_gates_stay_finite(device: str, kind: str) -> None:
     assert torch.equal(out.cpu(), torch.tensor([[0.0, 1e4, 0.0, 60.0]])) or torch.allclose(
         out.cpu(), torch.tensor([[0.0, 1e4, 0.0, 60.0]]), atol=1e-20
     )
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("target", [torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize(("kind", "is_static"), [("silu", False), ("gelu_tanh", True)])
+def test_quantized_gate_is_the_gate_quantized(
+    device: str, dtype: torch.dtype, target: torch.dtype, kind: str, is_static: bool
+) -> None:
+    packed = (4 * torch.randn(3, 2 * 300, device=device)).to(dtype)
+    static = torch.tensor(0.2, device=device) if is_static else None
+    values, scales = gated_activation_quantized(packed, kind, target, static_scale=static)
+    twin, twin_scales = quantize_input(gated_activation(packed, kind), target, static_scale=static)
+    assert torch.equal(values.float(), twin.float()) and torch.equal(scales, twin_scales)
 
 
 def test_unknown_activation_is_refused(device: str) -> None:

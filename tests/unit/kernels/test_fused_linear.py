@@ -100,3 +100,22 @@ def test_misfits_are_refused(device: str) -> None:
         fused_linear(x, weight, norm=NormInput(None, torch.ones(63, device=device), 1e-5))
     with pytest.raises(ValueError, match="the residual must be"):
         fused_linear(x, weight, norm=NormInput(x[:1], torch.ones(64, device=device), 1e-5))
+
+
+@pytest.mark.parametrize(("num_tokens", "n", "k"), SHAPES)
+def test_float8_with_scales_matches_twin(device: str, num_tokens: int, n: int, k: int) -> None:
+    x, weight = (rows(count, k, dtype=torch.float8_e4m3fn, device=device) for count in (num_tokens, n))
+    x_scales, w_scales = (torch.rand(count, 1, device=device) + 0.5 for count in (num_tokens, n))
+    out = poison(num_tokens, n, dtype=torch.bfloat16, device=device)
+    fused_linear(x, weight, scales=(x_scales, w_scales), tuning=FusedTuning(8, 512, 1, 2), out=out)
+    assert_close(out, (x.double() * x_scales.double()) @ (weight.double() * w_scales.double()).T)
+
+
+def test_scales_are_for_a_product_alone(device: str) -> None:
+    x = rows(2, 64, dtype=torch.bfloat16, device=device)
+    weight = rows(8, 64, dtype=torch.bfloat16, device=device)
+    scales = (torch.ones(2, device=device), torch.ones(8, device=device))
+    with pytest.raises(ValueError, match="without norm and gate"):
+        fused_linear(x, weight, norm=norm_input(x, adds=False), scales=scales)
+    with pytest.raises(ValueError, match="as many scales"):
+        fused_linear(x, weight, scales=(scales[0], scales[1][:4]))

@@ -7,7 +7,10 @@ import pytest
 import torch
 from stepwire_kernels import gemm, reference
 from stepwire_kernels.fused_linear import MAX_FUSED_TOKENS, FusedTuning, load_fused_table
-from stepwire_kernels.gemm import GemvTuning, SkinnyTuning, allocate_linear_workspace, gemv, linear, skinny_gemm
+from stepwire_kernels.gemm import GemvTuning, SkinnyTuning, gemv, linear, skinny_gemm
+from stepwire_kernels.scaled_choice import load_scaled_table
+from stepwire_kernels.split_k import allocate_linear_workspace
+from stepwire_kernels.tile_linear import TileTuning
 
 from tests.unit.kernels.checks import USUAL_DTYPES, assert_close, poison
 
@@ -68,13 +71,15 @@ def test_shipped_tables_are_well_formed() -> None:
         table = gemm.load_table(f"NVIDIA {data['device']}")
         assert len(table) == len(data["choices"])
         for (num_tokens, n, k), tuning in table.items():
-            assert num_tokens <= gemm.MAX_SKINNY_TOKENS and n > 0 and k > 0
-            assert isinstance(tuning, GemvTuning) is (tuning.__class__.__name__ == "GemvTuning")
+            assert num_tokens <= gemm.MAX_TABLE_TOKENS and n > 0 and k > 0
+            if not isinstance(tuning, TileTuning):
+                assert num_tokens <= gemm.MAX_SKINNY_TOKENS
             if isinstance(tuning, GemvTuning | FusedTuning):
                 assert num_tokens <= gemm.MAX_GEMV_TOKENS
         fused = load_fused_table(f"NVIDIA {data['device']}")
         assert "fused" not in data or len(fused) == len(data["fused"])
         assert all(num_tokens <= MAX_FUSED_TOKENS for num_tokens, *_ in fused)
+        assert len(load_scaled_table(f"NVIDIA {data['device']}")) >= len(data.get("scaled", []))
 
 
 def test_unknown_device_has_no_table() -> None:

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 from stepwire_kernels import reference
-from stepwire_kernels.gemm import allocate_linear_workspace
 from stepwire_kernels.invariant_linear import BLOCK_M, MAX_SPLITS, invariant_linear, num_splits
+from stepwire_kernels.split_k import allocate_linear_workspace
 
 from tests.unit.kernels.checks import FLOAT_DTYPES, assert_close, poison
 from tests.unit.kernels.test_gemm import operands

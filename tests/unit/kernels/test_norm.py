@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 from stepwire_kernels import reference
-from stepwire_kernels.norm import add_rms_norm
+from stepwire_kernels.norm import add_rms_norm, add_rms_norm_quantized
+from stepwire_kernels.quantize_input import quantize_input
 
 from tests.unit.kernels.checks import FLOAT_DTYPES, assert_close, poison
 
@@ -41,6 +42,26 @@ def test_plain_norm_of_strided_rows_in_place(device: str, dtype: torch.dtype) ->
 
     assert_close(x, expected)
     assert torch.equal(wide[:, :20], left) and torch.equal(wide[:, 120:], right)
+
+
+@pytest.mark.parametrize("target", [torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("is_static", [False, True])
+def test_quantized_norm_is_the_norm_quantized(
+    device: str, dtype: torch.dtype, target: torch.dtype, is_static: bool
+) -> None:
+    x, residual = (torch.randn(4, 200, device=device).to(dtype) for _ in range(2))
+    weight, other = torch.randn(200, device=device).to(dtype), residual.clone()
+    static = torch.tensor(0.03, device=device) if is_static else None
+
+    values, scales = add_rms_norm_quantized(
+        x, residual, weight, 1e-5, target, weight_offset=1.0, static_scale=static
+    )  # fmt: skip
+
+    normed = add_rms_norm(x, other, weight, 1e-5, weight_offset=1.0)
+    twin, twin_scales = quantize_input(normed, target, static_scale=static)
+    assert torch.equal(values.float(), twin.float()) and torch.equal(scales, twin_scales)
+    assert torch.equal(residual, other)
 
 
 def test_tiny_rows_use_eps(device: str) -> None:

@@ -6,7 +6,6 @@ import pytest
 import torch
 from stepwire_kernels import reference
 from stepwire_kernels.expert_packed import PackedExpertTuning, PackedExpertWeights
-from stepwire_kernels.gemm import allocate_linear_workspace
 from stepwire_kernels.packed_choice import (
     DENSE_FROM_TOKENS,
     choose_linear,
@@ -19,6 +18,7 @@ from stepwire_kernels.packed_linear import PackedTuning, StreamTuning
 from stepwire_kernels.packed_weight import PackedWeight, unpack
 from stepwire_kernels.packed_wgmma import WgmmaTuning
 from stepwire_kernels.reference_packed import rounded
+from stepwire_kernels.split_k import allocate_linear_workspace
 
 from tests.unit.gpu_worker.quant.packed_cases import WEIGHTS
 from tests.unit.kernels.checks import assert_close

@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 from stepwire_kernels import reference
-from stepwire_kernels.gemm import allocate_linear_workspace
 from stepwire_kernels.packed_choice import choose_linear
 from stepwire_kernels.packed_linear import PackedTuning, StreamTuning, packed_linear
 from stepwire_kernels.packed_weight import PackedWeight, unpack
+from stepwire_kernels.split_k import allocate_linear_workspace
 
 from gpu_worker.quant.repack import repack
 from tests.unit.gpu_worker.quant.packed_cases import WEIGHTS, affine

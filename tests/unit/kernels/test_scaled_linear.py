@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from stepwire_kernels.gemm import allocate_linear_workspace
 from stepwire_kernels.quantize_input import quantize_input
 from stepwire_kernels.scaled_linear import ScaledTuning, scaled_linear
+from stepwire_kernels.split_k import allocate_linear_workspace
 
 from gpu_worker.quant.activations import ActivationQuant, StaticScale
 from gpu_worker.quant.activations import quantize_input as quantize_twin

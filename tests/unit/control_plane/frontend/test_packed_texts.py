@@ -1,8 +1,9 @@
-"""Text that goes packed says what it would say unpacked: the same text, tokens, usage and observations."""
+"""What goes packed says what it would say unpacked: the same text, ids, tokens, usage and observations."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -21,6 +22,8 @@ from tests.unit.control_plane.frontend import tokenizers_for_tests as kinds
 from tests.unit.control_plane.frontend.scripted_engine import ScriptedEngine
 
 TAGS = (11, 12, 13)
+# Its token ids are wanted as well.
+TAG_OF_IDS = 13
 TOKENIZER = TextTokenizer(kinds.byte_level())
 
 
@@ -29,6 +32,7 @@ class Client:
     """Requests of one session at a scripted engine, and what their messages said, message by message."""
 
     packs: bool
+    with_tokenizer: bool = True
     messages: list[pb.SessionResponse] = field(default_factory=list)
     now_s: float = 1e6
 
@@ -36,12 +40,14 @@ class Client:
         self.engine = ScriptedEngine()
         self.metrics = FrontendMetrics(CollectorRegistry())
         self.packed = PackedTexts(self.metrics, lambda: None)
-        self.packed.is_wanted = self.packs
-        model = ServedModel(names=("tiny",), tokenizer=TOKENIZER, eos_token_ids=frozenset({2}))
+        self.packed.texts.is_wanted = self.packed.token_ids.is_wanted = self.packs
+        tokenizer = TOKENIZER if self.with_tokenizer else None
+        model = ServedModel(names=("tiny",), tokenizer=tokenizer, eos_token_ids=frozenset({2}))
         self.ready: list[RequestOutput] = []
         self.outputs: dict[int, RequestOutput] = {}
         for tag in TAGS:
-            request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5, 6, 7]))
+            wanted = pb.OutputOptions(token_ids=tag == TAG_OF_IDS)
+            request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5, 6, 7]), output=wanted)
             intake = RequestIntake(self.engine, model, self.metrics)
             self.outputs[tag] = await intake.submit(request, self.ready.append, tag=tag, packed=self.packed)
 
@@ -55,23 +61,30 @@ class Client:
         for output in ready:
             if not output.is_closed:
                 output.take(message.responses.add(tag=output.tag).response, self.now_s)
-        tags = [*message.texts.tags, *(tagged.tag for tagged in message.responses)]
+        packed_tags = [*message.texts.tags, *message.token_ids.tags]
+        tags = [*packed_tags, *(tagged.tag for tagged in message.responses)]
         assert len(tags) == len(set(tags)), "a tag stands once in a message"
-        assert all(message.texts.texts) and all(message.texts.num_tokens)
+        assert all(message.texts.texts) and all(message.texts.num_tokens) and all(message.token_ids.num_tokens)
+        assert len(message.token_ids.token_ids) == sum(message.token_ids.num_tokens)
         self.messages.append(message)
         return message
 
-    def said(self) -> list[dict[int, tuple[str, int, int, bool, int]]]:
-        """Of each message, by tag: text, tokens, finish reason, whether it failed, tokens of its usage."""
+    def said(self) -> list[dict[int, tuple[str, tuple[int, ...], int, int, bool, int]]]:
+        """Of each message, by tag: text, ids, tokens, finish reason, whether it failed, tokens of its usage."""
         said = []
         for message in self.messages:
             texts = zip(message.texts.tags, message.texts.texts, message.texts.num_tokens, strict=True)
-            entry = {tag: (text, count, 0, False, 0) for tag, text, count in texts}
+            entry: dict[int, Any] = {tag: (text, (), count, 0, False, 0) for tag, text, count in texts}
+            packed, token_ids = message.token_ids, list(message.token_ids.token_ids)
+            for tag, text, count in zip(packed.tags, packed.texts, packed.num_tokens, strict=True):
+                entry[tag] = (text, tuple(token_ids[:count]), count, 0, False, 0)
+                del token_ids[:count]
             for tagged in message.responses:
                 response = tagged.response
                 delta = response.deltas[0] if response.deltas else pb.SequenceDelta()
                 failed, used = response.HasField("error"), response.usage.num_completion_tokens
-                entry[tagged.tag] = (delta.text, delta.num_tokens, delta.finish_reason, failed, used)
+                ids = tuple(delta.token_ids)
+                entry[tagged.tag] = (delta.text, ids, delta.num_tokens, delta.finish_reason, failed, used)
             said.append(entry)
         return said
 
@@ -91,10 +104,11 @@ ACTIONS = ("token", "token", "token", "write", "finish", "fail", "cancel")
             st.sampled_from(ACTIONS), st.sampled_from(TAGS), st.integers(3, kinds.byte_level().get_vocab_size() - 1)
         ),
         max_size=40,
-    )
+    ),
+    st.booleans(),
 )
-async def test_packed_and_unpacked_say_the_same(script: list[tuple[str, int, int]]) -> None:
-    clients = Client(packs=True), Client(packs=False)
+async def test_packed_and_unpacked_say_the_same(script: list[tuple[str, int, int]], with_tokenizer: bool) -> None:
+    clients = Client(True, with_tokenizer), Client(False, with_tokenizer)
     for client in clients:
         await client.open()
         gone: set[int] = set()
@@ -139,3 +153,42 @@ async def test_text_is_packed_once_its_request_is_known_to_the_client() -> None:
     values = {sample.name.rpartition("_")[2]: sample.value for sample in samples if not sample.labels}
     assert values["count"] == 2 and values["sum"] == pytest.approx(0.125)
     assert sum(client.metrics.time_to_first_token.counts()) == 2
+
+
+async def test_a_text_that_waits_long_is_not_copied_with_every_token() -> None:
+    """Parts of a bounded length are kept, and made one where the message is made, or the text is withdrawn."""
+    packed = PackedTexts(FrontendMetrics(CollectorRegistry()), lambda: None)
+    texts = packed.texts
+    places = [texts.add(tag, "a", 1, 1.0) for tag in (1, 2)]
+    for _ in range(9_999):
+        for place in places:
+            texts.columns.grow(place, "b", 1)
+        assert max(map(len, texts.columns.texts)) < 3000
+    assert texts.withdraw(places[0]) == ("a" + "b" * 9_999, 10_000, 1.0)
+    message = pb.SessionResponse()
+    packed.take(message, 2.0)
+    assert list(message.texts.tags) == [2]
+    assert list(message.texts.texts) == ["a" + "b" * 9_999]
+    assert list(message.texts.num_tokens) == [10_000]
+
+
+async def test_ids_are_packed_with_their_text() -> None:
+    client = Client(packs=True)
+    await client.open()
+    request_ids = {tag: client.outputs[tag].request_id for tag in TAGS}
+    client.write()
+    token_ids = kinds.byte_level().encode("hello \U0001f680").ids
+    for token_id in token_ids:
+        for tag in (11, TAG_OF_IDS):
+            client.engine.output([token_id], request_id=request_ids[tag])
+    message = client.write()
+    assert not message.responses
+    assert (list(message.texts.tags), list(message.texts.texts)) == ([11], ["hello \U0001f680"])
+    packed = message.token_ids
+    assert (list(packed.tags), list(packed.texts)) == ([TAG_OF_IDS], ["hello \U0001f680"])
+    assert (list(packed.num_tokens), list(packed.token_ids)) == ([len(token_ids)], token_ids)
+    # Half a character is no text yet, but an id.
+    begun = kinds.byte_level().encode("\U0001f680").ids[:1]
+    client.engine.output(begun, request_id=request_ids[TAG_OF_IDS])
+    packed = client.write().token_ids
+    assert (list(packed.texts), list(packed.token_ids)) == ([""], begun)

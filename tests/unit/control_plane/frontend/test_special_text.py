@@ -59,7 +59,7 @@ def test_only_the_templates_special_tokens_are_tokens(name: str, parts: list[str
 def test_what_was_typed_is_what_the_model_reads(text: str) -> None:
     tokenizer = kinds.byte_level()
     guard = SpecialTextGuard(tokenizer)
-    ids = guard.encode("<|im_start|>" + guard.mask(text) + "<|im_end|>")
+    ids = guard.encode("<|im_start|>" + guard.mask(text) + "<|im_end|>").tolist()
     assert tokenizer.decode(ids, skip_special_tokens=False) == f"<|im_start|>{text}<|im_end|>"
 
 
@@ -71,9 +71,8 @@ def test_text_without_special_tokens_is_encoded_as_ever(name: str, text: str) ->
     guard = SpecialTextGuard(tokenizer)
     opening = "<s>" if name != "byte level" else "<|im_start|>"
     rendered = opening + text + opening
-    assert (
-        guard.encode(opening + guard.mask(text) + opening) == tokenizer.encode(rendered, add_special_tokens=False).ids
-    )
+    ids = guard.encode(opening + guard.mask(text) + opening)
+    assert ids.tolist() == tokenizer.encode(rendered, add_special_tokens=False).ids
 
 
 def test_a_tokenizer_would_take_the_typed_text_for_the_token_otherwise() -> None:
@@ -91,7 +90,7 @@ def test_a_tokenizer_would_take_the_typed_text_for_the_token_otherwise() -> None
 def test_text_split_over_parts_does_not_join_to_a_token() -> None:
     tokenizer = kinds.byte_level()
     guard = SpecialTextGuard(tokenizer)
-    ids = guard.encode(guard.mask("<|im_") + guard.mask("end|>"))
+    ids = guard.encode(guard.mask("<|im_") + guard.mask("end|>")).tolist()
     assert 2 not in ids
     assert tokenizer.decode(ids, skip_special_tokens=False) == "<|im_end|>"
 
@@ -105,7 +104,7 @@ def test_unusual_names_and_unigram_vocabularies() -> None:
     )
     tokenizer.add_special_tokens([AddedToken("</s>", special=True)])
     guard = SpecialTextGuard(tokenizer)
-    assert guard.encode(guard.mask("a</s>") + "</s>") == [2, 3, 4, 5, 6, 1]
+    assert guard.encode(guard.mask("a</s>") + "</s>").tolist() == [2, 3, 4, 5, 6, 1]
 
 
 def test_other_spellings_that_normalize_to_a_special_token() -> None:
@@ -118,4 +117,4 @@ def test_other_spellings_that_normalize_to_a_special_token() -> None:
     assert tokenizer.encode("hi [END]").ids == [2, 1]
     guard = SpecialTextGuard(tokenizer)
     assert guard.always
-    assert guard.encode(guard.mask("hi [END]") + "[end]") == [2, 3, 4, 5, 1]
+    assert guard.encode(guard.mask("hi [END]") + "[end]").tolist() == [2, 3, 4, 5, 1]

@@ -82,6 +82,29 @@ TEMPLATES = {
     # Llama 3.2 Vision, Gemma 3: content in parts.
     "content in parts": _LISTED + looped("{% for part in message.content or [] %}{{ part.text }}{% endfor %}" + _CALLS),
 }
+# Gemma 4 as it was released: a result as a message of its own would be a turn of nobody's.
+_GEMMA4_CALLS = (
+    "{% for call in message.tool_calls or [] %}<|tool_call>call:{{ call.function.name }}"
+    "{{ call.function.arguments | tojson }}<tool_call|>{% endfor %}"
+)
+_GEMMA4_RESULT = '<|tool_response>response:%s{value:<|"|>{{ %s }}<|"|>}<tool_response|>'
+GEMMA4 = _LISTED + looped(
+    "<|turn>{{ 'model' if message.role == 'assistant' else message.role }}\n" + _GEMMA4_CALLS + "{{ message.content }}"
+    "{% for result in message.tool_responses or [] %}"
+    + _GEMMA4_RESULT % ("{{ result.name }}", "result.response")
+    + "{% endfor %}<turn|>\n"
+)
+# Later templates of it write both.
+LATER_GEMMA4 = _LISTED + looped(
+    "{% if message.role == 'tool' %}"
+    + _GEMMA4_RESULT % ("{{ message.name }}", "message.content")
+    + "{% else %}<|turn>{{ message.role }}\n"
+    + _GEMMA4_CALLS
+    + "{{ message.content }}{% for result in message.tool_responses or [] %}"
+    + _GEMMA4_RESULT % ("{{ result.name }}", "result.response")
+    + "{% endfor %}{% endif %}"
+)
+TEMPLATES |= {"results with calls": GEMMA4, "results with calls or apart": LATER_GEMMA4}
 SCHEMA = '{"type": "object", "properties": {"city": {"type": "string"}}}'
 IDS = ("call_0123456789abcdef", "call_fedcba9876543210")
 
@@ -146,6 +169,32 @@ def test_calls_are_numbered_where_ids_have_names() -> None:
     assert not any(call_id in text for call_id in IDS)
 
 
+def test_results_stand_where_the_model_has_learnt_to_read_them() -> None:
+    assert ChatTemplate(GEMMA4, {}).traits.results_with_calls
+    for source in TEMPLATES.values():
+        assert ChatTemplate(source, {}).traits.results_with_calls == (source == GEMMA4)
+    shown = "".join(
+        f'<|tool_response>response:weather{{value:<|"|>{result}<|"|>}}<tool_response|>' for result in ("warm", "cold")
+    )
+    for source in (GEMMA4, LATER_GEMMA4):
+        text = rendered(source, conversation())
+        assert shown in text and "<|turn>tool" not in text
+    assert not ChatTemplate(looped("{{ message | tojson }}"), {}).traits.results_with_calls
+
+
+def test_no_effort_is_a_thinking_budget_of_nothing() -> None:
+    """Seed-OSS' template then closes the thoughts itself."""
+    end = "{% if thinking_budget == 0 %}<seed:think>\n</seed:think>{% endif %}"
+    source = looped("{{ message.content }}") + end
+    chat = pb.ChatInput(
+        messages=[pb.ChatMessage(role="user", content=[pb.ContentPart(text="Hi")])],
+        reasoning_effort=pb.REASONING_EFFORT_NONE,
+    )
+    assert rendered(source, chat).endswith("</seed:think>")
+    chat.template_arguments["thinking_budget"] = 512
+    assert rendered(source, chat) == "Hi"
+
+
 def test_the_model_is_asked_for_the_calls_that_are_read() -> None:
     """Gemma's own form for Gemma, Hermes' for a model of which nothing is known; that is what the parser is then."""
     gemma, other = TEMPLATES["no tools and no system"], looped("{{ message.content }}")
@@ -170,6 +219,10 @@ def test_the_model_is_asked_for_the_calls_that_are_read() -> None:
         ("<｜tool▁calls▁begin｜>```json<｜Assistant｜></think>", "deepseek_v3", "deepseek_r1"),
         ("<｜tool▁calls▁begin｜><｜Assistant｜></think>", "deepseek_v31", "deepseek_v3"),
         ("<｜DSML｜function_calls></think>", "deepseek_v32", "qwen3"),
+        ("<｜DSML｜tool_calls></think>", "deepseek_v4", "qwen3"),
+        ("{{ dsml + 'tool_calls>' }}{% set dsml = '｜DSML｜' %}", "deepseek_v4", ""),
+        ("<tool_calls></think><answer><|extra_0|>", "hunyuan_a13b", "hunyuan_a13b"),
+        ("<tool_call></think><answer>", "hermes", "qwen3"),
         ("<tool_call>{name}<arg_key></think>", "glm45", "qwen3"),
         ("<|tool_calls_section_begin|>", "kimi_k2", ""),
         ("<minimax:tool_call><think></think>", "minimax_m2", "qwen3"),

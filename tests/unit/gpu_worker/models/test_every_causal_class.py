@@ -69,6 +69,8 @@ def small_model(model_type: str) -> Any:
         fields |= set(getattr(base, "__annotations__", {}))
     own_names = getattr(config_class, "attribute_map", {})
     sizes = {own_names.get(name, name): value for name, value in SIZES.items() if own_names.get(name, name) in fields}
+    if "kv_lora_rank" in fields:  # latent attention has keys for every head
+        sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     try:
         config = config_class(**sizes)
         config.is_decoder = True

@@ -16,17 +16,23 @@ from transformers.models.deepseek_v3 import DeepseekV3Config
 from transformers.models.ernie4_5 import Ernie4_5Config
 from transformers.models.ernie4_5_moe import Ernie4_5_MoeConfig
 from transformers.models.exaone4 import Exaone4Config
+from transformers.models.gemma import GemmaConfig
 from transformers.models.gemma2 import Gemma2Config
 from transformers.models.gemma3 import Gemma3TextConfig
 from transformers.models.glm import GlmConfig
 from transformers.models.glm4 import Glm4Config
 from transformers.models.glm4_moe import Glm4MoeConfig
+from transformers.models.glm4_moe_lite import Glm4MoeLiteConfig
 from transformers.models.gpt_oss import GptOssConfig
 from transformers.models.granite import GraniteConfig
+from transformers.models.granitemoehybrid import GraniteMoeHybridConfig
 from transformers.models.llama import LlamaConfig
+from transformers.models.llama4 import Llama4TextConfig
+from transformers.models.minimax_m2 import MiniMaxM2Config
 from transformers.models.ministral import MinistralConfig
 from transformers.models.ministral3 import Ministral3Config
 from transformers.models.mistral import MistralConfig
+from transformers.models.mistral4 import Mistral4Config, Mistral4ForCausalLM
 from transformers.models.mixtral import MixtralConfig
 from transformers.models.olmo2 import Olmo2Config
 from transformers.models.olmo3 import Olmo3Config
@@ -64,6 +70,8 @@ class Tiny:
     fields: dict[str, Any] = field(default_factory=dict)
     rewrite_as_v4: bool = False
     """Save config.json with the field names of transformers 4."""
+    model_class: Any = None
+    """Where it is not the one that transformers has for the config as a causal language model."""
 
 
 def rope(**parameters: Any) -> dict[str, Any]:
@@ -130,6 +138,26 @@ MLA_YARN = rope(
     mscale_all_dim=0.8,
 )
 
+GRANITE = {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2, "logits_scaling": 0.7}
+GRANITE_HYBRID = GRANITE | {
+    "layer_types": ["full_attention"] * 3,
+    "num_local_experts": 0,
+    "shared_intermediate_size": 90,
+    "mamba_n_heads": 4,
+}
+# Every third layer sees everything and has no rope; its queries grow at every 16th position.
+LLAMA4 = {
+    "num_hidden_layers": 4,
+    "head_dim": 12,
+    "intermediate_size_mlp": 100,
+    "num_local_experts": 5,
+    "attention_chunk_size": 9,
+    "no_rope_layer_interval": 3,
+    "floor_scale": 16,
+    "attn_scale": 0.3,
+    "initializer_range": 0.3,
+}
+
 TINY: dict[str, Tiny] = {
     "llama": Tiny(LlamaConfig, {"head_dim": 10, "tie_word_embeddings": False}),
     "llama-tied-bias": Tiny(
@@ -159,6 +187,7 @@ TINY: dict[str, Tiny] = {
     "qwen2-unused-window-v4-config": Tiny(Qwen2Config, {"sliding_window": 9}, rewrite_as_v4=True),
     "qwen3": Tiny(Qwen3Config, {"head_dim": 18, "tie_word_embeddings": False}),
     "qwen3-bias-v4-config": Tiny(Qwen3Config, {"head_dim": 18, "attention_bias": True}, rewrite_as_v4=True),
+    "gemma": Tiny(GemmaConfig, {"head_dim": 16, "num_key_value_heads": 1}),
     "gemma2": Tiny(Gemma2Config, GEMMA | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}),
     "gemma3": Tiny(Gemma3TextConfig, GEMMA | {"sliding_window_pattern": 3}),
     "gemma2-v4-config": Tiny(Gemma2Config, GEMMA, rewrite_as_v4=True),
@@ -209,10 +238,9 @@ TINY: dict[str, Tiny] = {
         ERNIE_MOE
         | {"num_hidden_layers": 5, "moe_layer_interval": 2, "moe_layer_end_index": 3, "moe_num_shared_experts": 0},
     ),
-    "granite": Tiny(
-        GraniteConfig,
-        {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2, "logits_scaling": 0.7},
-    ),
+    "granite": Tiny(GraniteConfig, GRANITE),
+    "granite4-dense": Tiny(GraniteMoeHybridConfig, GRANITE_HYBRID | {"position_embedding_type": "rope"}),
+    "granite4-dense-nope": Tiny(GraniteMoeHybridConfig, GRANITE_HYBRID | {"tie_word_embeddings": True}),
     "cohere": Tiny(CohereConfig, {"logit_scale": 0.6, "layer_norm_eps": 1e-4}),
     "cohere-plus": Tiny(CohereConfig, {"use_qk_norm": True, "tie_word_embeddings": False, "logit_scale": 0.8}),
     "cohere2": Tiny(Cohere2Config, {"num_hidden_layers": 5, "sliding_window": 11, "logit_scale": 0.6}),
@@ -225,6 +253,15 @@ TINY: dict[str, Tiny] = {
     ),
     "qwen3-moe": Tiny(Qwen3MoeConfig, MOE | {"head_dim": 18, "norm_topk_prob": True, "decoder_sparse_step": 2}),
     "qwen3-moe-not-normalised": Tiny(Qwen3MoeConfig, MOE | {"head_dim": 18}),
+    "llama4": Tiny(Llama4TextConfig, LLAMA4 | {"interleave_moe_layer_step": 2}),
+    "llama4-scout-v4-config": Tiny(Llama4TextConfig, LLAMA4 | LLAMA3, rewrite_as_v4=True),
+    "llama4-plain": Tiny(
+        Llama4TextConfig, LLAMA4 | {"use_qk_norm": False, "attn_temperature_tuning": False, "attention_bias": True}
+    ),
+    "minimax-m2": Tiny(MiniMaxM2Config, {"head_dim": 16, "num_local_experts": 6, "num_experts_per_tok": 2}),
+    "minimax-m2-rotary-dim": Tiny(
+        MiniMaxM2Config, {"head_dim": 16, "num_local_experts": 6, "num_experts_per_tok": 2, "rotary_dim": 8}
+    ),
     "gpt-oss": Tiny(GptOssConfig, {"num_local_experts": 6, "head_dim": 16, "sliding_window": 11}),
     "gpt-oss-v4-config": Tiny(
         GptOssConfig,
@@ -248,6 +285,10 @@ TINY: dict[str, Tiny] = {
     "deepseek-v3-v4-config": Tiny(
         DeepseekV3Config, MLA | {"n_group": 4, "topk_group": 2} | MLA_YARN, rewrite_as_v4=True
     ),
+    "glm4-moe-lite": Tiny(Glm4MoeLiteConfig, MLA),
+    "mistral4": Tiny(
+        Mistral4Config, MLA | MINISTRAL3 | {"n_group": 4, "topk_group": 2}, model_class=Mistral4ForCausalLM
+    ),
     "deepseek-v3-plain-query": Tiny(DeepseekV3Config, MLA | {"n_group": 1, "topk_group": 1, "q_lora_rank": None}),
 }
 
@@ -259,7 +300,11 @@ def save_tiny(name: str, directory: Path, *, dtype: torch.dtype = torch.float32,
 
 def save_model(tiny: Tiny, directory: Path, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     torch.manual_seed(1234)
-    model = AutoModelForCausalLM.from_config(tiny.config_class(**(BASE | tiny.fields | changes)), dtype=dtype).eval()
+    config = tiny.config_class(**(BASE | tiny.fields | changes))
+    if tiny.model_class is None:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    else:
+        model = tiny.model_class(config).to(dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             # Biases and norms start at constants: make every tensor matter.

@@ -50,7 +50,7 @@ def _error(directory: Path) -> str:
         ("config.json", "{}", "names neither architectures nor model_type"),
         ("tokenizer_config.json", "nope", "tokenizer_config.json is not readable JSON"),
         ("tokenizer.json", '{"model": 1}', "tokenizer.json cannot be used"),
-        ("tekken.json", "{}", "Mistral's own form (tekken.json) and no tokenizer.json: download tokenizer.json"),
+        ("tekken.json", "{}", "cannot be converted"),
         ("vocab.json", "{}", "has vocab.json and lacks merges.txt: download merges.txt too"),
     ],
 )
@@ -146,3 +146,30 @@ def test_no_tokenizer_at_all_is_said(directory: Path) -> None:
     model = prepare(directory, directory.parent / "cache", progress=PlainProgress(stream))
     assert (model.path, model.has_tokenizer) == (directory, False)
     assert "has no tokenizer (tokenizer.json, tokenizer.model, or vocab.json with merges.txt)" in stream.getvalue()
+
+
+def test_mistral_s_own_form_is_converted(directory: Path) -> None:
+    """Token for token what mistral-common makes of the same file."""
+    fixture = Path(__file__).parents[3] / "fixtures" / "tekken"
+    (directory / "tekken.json").write_bytes((fixture / "tekken.json").read_bytes())
+    (directory / "chat_template.jinja").write_text("{{ messages }}")
+    model = _prepare(directory)
+    assert model.has_tokenizer
+    tokenizer = Tokenizer.from_file(str(model.path / "tokenizer.json"))
+    for vector in json.loads((fixture / "token_ids.json").read_text("utf-8")):
+        encoded = tokenizer.encode(vector["text"])
+        assert encoded.ids == vector["ids"], vector["text"]
+        assert tokenizer.decode(encoded.ids) == vector["text"]
+    assert tokenizer.encode("[INST]a[/INST]").ids[1] == tokenizer.token_to_id("[INST]") == 3
+    config = json.loads((model.path / "tokenizer_config.json").read_text())
+    assert (config["bos_token"], config["eos_token"]) == ("<s>", "</s>")
+    assert (model.path / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
+def test_without_a_chat_template_mistral_s_form_says_so(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fixture = Path(__file__).parents[3] / "fixtures" / "tekken"
+    (directory / "tekken.json").write_bytes((fixture / "tekken.json").read_bytes())
+    monkeypatch.setattr("transformers.integrations.mistral.tokenizer.is_mistral_common_available", lambda: False)
+    stream = io.StringIO()
+    prepare(directory, directory.parent / "cache", progress=PlainProgress(stream))
+    assert "has no chat template: give one with --chat-template" in stream.getvalue()

@@ -107,9 +107,9 @@ EXAMPLES = [
         "Ok",
         1,
     ),
-    # V4.
+    # V4 names its section otherwise, and either is read.
     (
-        "deepseek_v32",
+        "deepseek_v4",
         '<｜DSML｜tool_calls><｜DSML｜invoke name="weather"><｜DSML｜parameter name="city" string="true">Rome'
         '</｜DSML｜parameter><｜DSML｜parameter name="days" string="false">3</｜DSML｜parameter></｜DSML｜invoke>'
         "</｜DSML｜tool_calls>",
@@ -244,6 +244,17 @@ def test_nothing_raises_and_cuts_change_nothing_in_nonsense(
         ("glm45", "\nParis", "<|assistant|>\n<think></think>", "", "\nParis"),
         ("minimax_m2", "hm\n</think>\n\nParis", "]~b]ai\n<think>\n", "hm\n", "Paris"),
         ("seed_oss", "<seed:think>hm</seed:think>Paris", "", "hm", "Paris"),
+        ("hunyuan_a13b", "<think>\nhm\n</think>\n<answer>\nParis\n</answer>", "", "\nhm\n", "Paris"),
+        ("hunyuan_a13b", "<answer>\nParis\n</answer>\n", "<think>\n\n</think>\n", "", "Paris\n"),
+        ("hunyuan_a13b", "<think>hm</think>Paris</answer>", "", "hm", "Paris</answer>"),
+        ("hunyuan_a13b", "hm</think><answer>Paris\n</answ", "<think>\n", "hm", "Paris\n</answ"),
+        (
+            "seed_oss",
+            "Paris",
+            "<seed:think>\n<seed:cot_budget_reflect>0</seed:cot_budget_reflect>\n</seed:think>",
+            "",
+            "Paris",
+        ),
         ("gemma4", "<|channel>thought\nhm<channel|>Paris", "<|turn>model\n", "hm", "Paris"),
         ("gemma4", "Paris", "<|turn>model\n<|channel>thought\n<channel|>", "", "Paris"),
         ("deepseek_v3", "hm</think>Paris", "<｜Assistant｜><think>", "hm", "Paris"),
@@ -259,4 +270,5 @@ def test_nothing_raises_and_cuts_change_nothing_in_nonsense(
     ],
 )
 def test_reasoning(name: str, text: str, prompt_end: str, reasoning: str, said: str) -> None:
-    assert parse(OutputFormat("", name), text, prompt_end) == (said, reasoning, [])
+    assert parse(OutputFormat("", name), [text], prompt_end) == (said, reasoning, [])
+    assert parse(OutputFormat("", name), text, prompt_end) == (said, reasoning, []), "a character at a time"

@@ -1,0 +1,119 @@
+"""Which kernel multiplies 8-bit inputs by 8-bit weights: measured choices, and a rule for what was not measured.
+
+With one scale a token and one an output, on Hopper and later: few tokens by rows held in registers (`fused_linear`), up
+to some hundred by tiles (`tile_linear`), more by cuBLAS (float8) or by larger tiles (int8). Scales of groups, and older
+devices: `scaled_linear`.
+
+cuBLAS adds float8 products up in the matrix units, which round to some 14 bits (`use_fast_accum`): a hundredth of what
+rounding the inputs to float8 does, and 5 to 10 % faster.
+
+Measured by `python -m load_tests.kernels.tiles`: `scaled` in tuned/<device>.json.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+
+from stepwire_kernels.fused_linear import MAX_FUSED_TOKENS, FusedTuning, fused_linear
+from stepwire_kernels.scaled_linear import scaled_linear
+from stepwire_kernels.split_k import LinearWorkspace
+from stepwire_kernels.tile_linear import TileTuning, serves, tile_linear
+from stepwire_kernels.tuned_table import tuned_choices
+
+# Tokens up to which tiles are faster than cuBLAS: for most outputs, and where so many fill the device by themselves.
+MAX_TILE_TOKENS, MAX_WIDE_TILE_TOKENS = 256, 128
+WIDE_OUTPUTS = 16384
+# Programs that a device takes at a time, with which K is split up.
+_PROGRAMS = 256
+
+LIBRARY = "library"
+Choice = FusedTuning | TileTuning | str
+
+
+@functools.cache
+def load_scaled_table(device_name: str) -> dict[tuple[int, int, int], Choice]:
+    """The measured choices for a device name as torch reports it, by (token bucket, N, K)."""
+    kinds = {"ahead": FusedTuning, "tile": TileTuning}
+    return {
+        (row["num_tokens"], row["n"], row["k"]): (
+            LIBRARY if row["kernel"] == LIBRARY else kinds[row["kernel"]](**row["tuning"])
+        )
+        for row in tuned_choices(device_name, "scaled")
+    }
+
+
+def choose_scaled(x: torch.Tensor, weight: torch.Tensor) -> Choice | None:
+    """How x [num_tokens, K] and weight [N, K] of 8 bits, with a scale a token and an output, are multiplied.
+
+    None: by `scaled_linear`, for there is nothing else.
+    """
+    num_tokens, (n, k) = x.shape[0], weight.shape
+    if not x.is_cuda or not serves(x, weight):
+        return None
+    if x.dtype == torch.float8_e4m3fn:
+        table = load_scaled_table(torch.cuda.get_device_name(x.device))
+        measured = table.get((triton.next_power_of_2(num_tokens), n, k))
+        if measured is not None:
+            return measured
+        if num_tokens <= MAX_FUSED_TOKENS // 2:
+            return FusedTuning(4, 2048, 4, 1) if num_tokens == 1 else FusedTuning(16, 512, 8, 3)
+        if num_tokens > (MAX_WIDE_TILE_TOKENS if n > WIDE_OUTPUTS else MAX_TILE_TOKENS) and n % 16 == 0:
+            return LIBRARY
+    return tile_shape(num_tokens, n, k)
+
+
+def tile_shape(num_tokens: int, n: int, k: int) -> TileTuning:
+    """A launch shape of tiles in 8 bits."""
+    if num_tokens > MAX_TILE_TOKENS or (n > WIDE_OUTPUTS and num_tokens > 32):
+        return TileTuning(128, 128, 128, 1, 8, 5, 512)
+    block_m = min(128, max(16, triton.next_power_of_2(num_tokens)))
+    programs = triton.cdiv(n, 64) * triton.cdiv(num_tokens, block_m)
+    wanted = _PROGRAMS if num_tokens <= 32 else _PROGRAMS // 2
+    return TileTuning(block_m, 64, 256, max(1, min(8, wanted // programs, k // 1024)), 4, 4, 512)
+
+
+def multiply_scaled(
+    x: torch.Tensor,
+    x_scales: torch.Tensor,
+    weight: torch.Tensor,
+    w_scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    workspace: LinearWorkspace,
+    out_dtype: torch.dtype,
+    *,
+    scale_rows: int = 1,
+    group_size: int | None = None,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """[num_tokens, N] in `out_dtype`; arguments as those of `scaled_linear`.
+
+    Raises:
+        ValueError: shapes, types or strides that do not fit together.
+    """
+    choice: Choice | None = None
+    if group_size is None and scale_rows == 1 and x.shape[1] == weight.shape[1] and x.stride(1) == 1:
+        choice = choose_scaled(x, weight)
+    scales = (x_scales, w_scales)
+    if isinstance(choice, FusedTuning) and bias is None:
+        return fused_linear(x, weight, scales=scales, out_dtype=out_dtype, tuning=choice, pdl=pdl)[0]
+    if isinstance(choice, FusedTuning):
+        choice = tile_shape(x.shape[0], *weight.shape)
+    if isinstance(choice, TileTuning):
+        return tile_linear(x, weight, bias, workspace, scales=scales, out_dtype=out_dtype, tuning=choice, pdl=pdl)
+    if choice == LIBRARY and out_dtype == torch.bfloat16:
+        return torch._scaled_mm(x, weight.t(), x_scales, w_scales.t(), bias, out_dtype=out_dtype, use_fast_accum=True)
+    return scaled_linear(
+        x,
+        x_scales,
+        weight,
+        w_scales,
+        bias,
+        workspace,
+        out_dtype,
+        scale_rows=scale_rows,
+        group_size=group_size,
+        pdl=pdl,
+    )  # fmt: skip

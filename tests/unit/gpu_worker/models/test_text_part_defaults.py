@@ -1,0 +1,30 @@
+"""Configs of text parts leave fields out: they mean what transformers' classes have for them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from gpu_worker.models.hf_config import HfConfig
+from gpu_worker.models.multimodal import TEXT_PARTS, text_config, text_part
+
+# Of Qwen3-Omni the class's own defaults do not fit together, and its releases have every field.
+NO_DEFAULTS = ("qwen3_omni_moe_text",)
+
+
+def text_class(kind: str) -> Any:
+    if kind in CONFIG_MAPPING:
+        return type(CONFIG_MAPPING[kind]().get_text_config())
+    return type(CONFIG_MAPPING[kind.removesuffix("_text")]().get_text_config())
+
+
+@pytest.mark.parametrize("kind", sorted(set(TEXT_PARTS) - set(NO_DEFAULTS)))
+def test_a_config_without_fields_is_the_class_s_own(kind: str) -> None:
+    fields = json.loads(json.dumps(text_class(kind)().to_dict(), default=str))
+    whole = text_config(HfConfig({"text_config": fields | {"model_type": kind}}))
+    bare = HfConfig({"text_config": {"model_type": kind, "eos_token_id": fields.get("eos_token_id")}})
+    family = text_part(kind)
+    assert family.read_config(bare, "Some") == family.read_config(HfConfig({"text_config": whole.fields}), "Some")
