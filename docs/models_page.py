@@ -35,7 +35,7 @@ from gpu_worker.parallel.shares import ParallelContext  # noqa: E402
 from gpu_worker.quant.config import SUPPORTED  # noqa: E402
 from gpu_worker.quant.scheme import ON_LOAD  # noqa: E402
 from tests.unit.gpu_worker.models.test_transformers_fallback import CARRIED, REFUSED  # noqa: E402
-from tests.unit.gpu_worker.models.tiny_checkpoints import BASE, TINY  # noqa: E402
+from tests.unit.gpu_worker.models.tiny_checkpoints import TINY, Tiny  # noqa: E402
 
 # Weights that tests run. Sizes of which only the shape was run, with random weights, are in load_tests/shapes.
 REAL_WEIGHTS = {
@@ -45,7 +45,22 @@ REAL_WEIGHTS = {
 }
 SHAPE = "shape of "
 # Fields that the class leaves open, as the release has them.
-NO_DEFAULT = {"DeepseekV2ForCausalLM": {"num_experts_per_tok": 6}}
+_QWEN3_OMNI = {"text_config": {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128}}
+NO_DEFAULT: dict[str, dict[str, Any]] = {
+    "DeepseekV2ForCausalLM": {"num_experts_per_tok": 6},
+    "GraniteMoeHybridForCausalLM": {
+        "layer_types": ["full_attention"] * 32,
+        "num_local_experts": 0,
+        "position_embedding_type": "rope",
+    },
+    "Qwen3OmniMoeForConditionalGeneration": {"thinker_config": _QWEN3_OMNI},
+    "Qwen3OmniMoeThinkerForConditionalGeneration": _QWEN3_OMNI,
+}
+# Names in releases -> of the class in transformers.
+CLASS_NAMES = {
+    "KimiK25ForConditionalGeneration": "Kimi_K25ForConditionalGeneration",
+    "Qwen2_5OmniModel": "Qwen2_5OmniForConditionalGeneration",
+}
 
 
 def spec_of(config: Any, architecture: str) -> ModelSpec:
@@ -55,14 +70,20 @@ def spec_of(config: Any, architecture: str) -> ModelSpec:
 
 def tested_specs(architecture: str) -> list[ModelSpec]:
     """Of the checkpoints that the suites compare; of the class's own defaults where there are none."""
-    configs = [tiny.config_class(**(BASE | tiny.fields)) for tiny in TINY.values()]
-    tested = [c for c in configs if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(c.model_type) == architecture]
+    configs = {name: tiny.config() for name, tiny in TINY.items()}
+    tested = [config for name, config in configs.items() if _architecture_of(TINY[name], config) == architecture]
     return [spec_of(config, architecture) for config in tested] or [default_spec(architecture)]
+
+
+def _architecture_of(tiny: Tiny, config: Any) -> str | None:
+    if tiny.model_class is not None:
+        return str(tiny.model_class.__name__)
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
 
 
 def default_spec(architecture: str) -> ModelSpec:
     """Of the sizes that transformers' class has by default, which are some release's."""
-    config_class = getattr(transformers, architecture).config_class
+    config_class = getattr(transformers, CLASS_NAMES.get(architecture, architecture)).config_class
     fields = dict(NO_DEFAULT.get(architecture, {}))
     if architecture.endswith("Classification"):
         fields["num_labels"] = 1
@@ -84,6 +105,8 @@ def feature_table(spec: ModelSpec) -> dict[str, bool]:
     table = {
         "sliding window": bool(windowed),
         "window in some layers": 0 < len(windowed) < spec.num_layers,
+        "attention in chunks": any(layer.attention_chunk is not None for layer in spec.layers),
+        "queries scaled by position": spec.query_scaling is not None,
         "layers without rope": bool(ropes) and len(ropes) < spec.num_layers,
         "bias on q, k, v": spec.qkv_bias,
         "norms of queries and keys": spec.qk_norm is not None,
@@ -200,8 +223,9 @@ NATIVE = """\
 ## Native
 
 One file a family. Sizes seen: weights that the tests run, and shapes that were run with random weights (`load_tests/`).
-"GPU kernels": they take the sizes that transformers' class has by default. "GPU in plain torch": many times slower,
-without CUDA graphs. Everything is compared with transformers in float32 on the CPU, on small random checkpoints
+"GPU kernels": they take the sizes that transformers' class has by default (attention in chunks: up to a
+`--max-model-len` of one chunk, 8192 tokens of Llama 4). "GPU in plain torch": many times slower, without CUDA graphs.
+Everything is compared with transformers in float32 on the CPU, on small random checkpoints
 ([test_families.py](../tests/unit/gpu_worker/models/test_families.py),
 [test_pooling.py](../tests/unit/gpu_worker/test_pooling.py)).
 """

@@ -61,7 +61,7 @@ TEXT_PARTS: dict[str, tuple[type[ModelFamily], str]] = {
 # What a checkpoint holds beside its language model, under whatever prefix.
 _OTHERS = (
     r"(model\.|thinker\.)?(vision_tower|vision_model|vision_encoder|visual|audio_tower|multi_modal_projector|mm_projector|"
-    r"connector|image_newline)(\.|$)|(talker|token2wav|code2wav)\."
+    r"vision_projection|connector|image_newline)(\.|$)|(talker|token2wav|code2wav)\."
 )
 # Where its tensors are: published names, and those that transformers 5 has in memory.
 _PREFIXES = re.compile(r"^(thinker\.)?(model\.language_model\.|model\.text_model\.|language_model\.model\.|model\.)")
@@ -124,7 +124,6 @@ def text_part(kind: str) -> type[ModelFamily]:
 @register(
     "AyaVisionForConditionalGeneration",
     "Cohere2VisionForConditionalGeneration",
-    "FastVlmForConditionalGeneration",
     "Glm46VForConditionalGeneration",
     "Glm4vForConditionalGeneration",
     "Glm4vMoeForConditionalGeneration",
@@ -136,10 +135,8 @@ def text_part(kind: str) -> type[ModelFamily]:
     "Llama4ForConditionalGeneration",
     "LlavaForConditionalGeneration",
     "LlavaNextForConditionalGeneration",
-    "LlavaNextVideoForConditionalGeneration",
     "LlavaOnevisionForConditionalGeneration",
     "Mistral3ForConditionalGeneration",
-    "PerceptionLMForConditionalGeneration",
     "Qwen2AudioForConditionalGeneration",
     "Qwen2VLForConditionalGeneration",
     "Qwen2_5OmniForConditionalGeneration",

@@ -137,10 +137,14 @@ del LATENT["head_dim"]
 OMNI_AUDIO = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 24, "output_dim": 60}
 
 
+QWEN2_AUDIO = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 24}
+
+
 def others() -> dict[str, Callable[[], Any]]:
     """By `model_type`; saved under the names that the releases have, which transformers brings them back to."""
     pixtral = SMALL_VISION | {"image_size": 28, "patch_size": 14, "head_dim": 8, "model_type": "pixtral"}
     siglip = SMALL_VISION | {"image_size": 28, "patch_size": 14, "model_type": "siglip_vision_model"}
+    clip = SMALL_VISION | {"image_size": 28, "patch_size": 14, "model_type": "clip_vision_model"}
     idefics = SMALL_VISION | {"image_size": 28, "patch_size": 14}
     thinker = {"vision_config": GLM_VISION | {"out_hidden_size": 60}, "audio_config": OMNI_AUDIO}
 
@@ -175,6 +179,13 @@ def others() -> dict[str, Callable[[], Any]]:
             "text_config": text("llama"),
             "audio_config": SMALL_VISION | {"num_mel_bins": 8, "max_source_positions": 20},
         },
+        "aya_vision": {"text_config": text("cohere2", sliding_window=11, logit_scale=0.7), "vision_config": siglip},
+        "vipllava": {"text_config": text("llama"), "vision_config": clip, "vision_feature_layers": [-1]},
+        "llava_next": {"text_config": text("granite", logits_scaling=0.7), "vision_config": siglip},
+        "lighton_ocr": {"text_config": text("qwen3"), "vision_config": pixtral},
+        "qwen2_audio": {"text_config": text("qwen2"), "audio_config": QWEN2_AUDIO},
+        "qwen2_5_omni_thinker": thinker | {"text_config": TEXT | MULTI_ROPE, "audio_config": OMNI_AUDIO},
+        "glm46v": {"text_config": {"model_type": "glm4v_text"} | GLM, "vision_config": GLM_VISION},
         "qwen3_omni_moe_thinker": thinker | {"text_config": TEXT | MOE | MULTI_ROPE},
     }
     return {
@@ -184,7 +195,12 @@ def others() -> dict[str, Callable[[], Any]]:
     }
 
 
-@pytest.mark.parametrize("kind", others())
+QUICK = ("qwen3_vl_moe", "llama4", "glm4v", "mistral3", "internvl", "smolvlm")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in others()]
+)
 def test_the_text_part_under_its_published_names(kind: str, tmp_path: Path) -> None:
     reference = save_config(others()[kind](), tmp_path)
     if kind == "kimi_k25":
@@ -192,9 +208,22 @@ def test_the_text_part_under_its_published_names(kind: str, tmp_path: Path) -> N
         file = tmp_path / "model.safetensors"
         renamed = {name.replace("model.blocks.", "model.layers."): tensor for name, tensor in load_file(file).items()}
         save_file(renamed, file, metadata={"format": "pt"})
-    if kind == "cohere2_vision":
-        # Its class in transformers forgets the scale that the text part has by itself.
+    if kind in ("cohere2_vision", "aya_vision", "llava_next"):
+        # Their classes in transformers forget the scale that the text part has by itself.
         reference = _Scaled(reference, read_spec(tmp_path)[0].logit_scale)
+    check_logits(reference, tmp_path)
+
+
+def test_a_model_that_hears_and_speaks_holds_one_that_thinks(tmp_path: Path) -> None:
+    """Qwen3-Omni as published: the language model within its thinker, beside what makes sound."""
+    reference = save_config(others()["qwen3_omni_moe_thinker"](), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors = {f"thinker.{name.removeprefix('thinker.')}": tensor for name, tensor in tensors.items()}
+    tensors |= {"talker.a.weight": torch.zeros(2), "code2wav.b.weight": torch.zeros(2)}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    thinker = json.loads((tmp_path / "config.json").read_text())
+    whole = {"architectures": ["Qwen3OmniMoeForConditionalGeneration"], "thinker_config": thinker}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
     check_logits(reference, tmp_path)
 
 

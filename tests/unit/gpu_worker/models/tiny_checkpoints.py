@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,10 @@ class Tiny:
     """Save config.json with the field names of transformers 4."""
     model_class: Any = None
     """Where it is not the one that transformers has for the config as a causal language model."""
+
+    def config(self, **changes: Any) -> Any:
+        """Its own copy: classes write into what they are given."""
+        return self.config_class(**deepcopy(BASE | self.fields | changes))
 
 
 def rope(**parameters: Any) -> dict[str, Any]:
@@ -300,7 +305,7 @@ def save_tiny(name: str, directory: Path, *, dtype: torch.dtype = torch.float32,
 
 def save_model(tiny: Tiny, directory: Path, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     torch.manual_seed(1234)
-    config = tiny.config_class(**(BASE | tiny.fields | changes))
+    config = tiny.config(**changes)
     if tiny.model_class is None:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     else:
