@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import os
 from collections.abc import Iterator
@@ -37,6 +38,8 @@ SHARED_BY_FILES = {
     "tests/system/test_examples.py": "MiniLM's server",
     "tests/system/test_embeddings_api.py": "MiniLM's server",
 }
+# Here the first test compiles for half a minute, unless a run before has kept it: once, not in both processes at once.
+COMPILING = "tests/unit/gpu_worker/cpu/"
 
 
 class FilesThatShare(LoadFileScheduling):
@@ -44,11 +47,20 @@ class FilesThatShare(LoadFileScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
-        return SHARED_BY_FILES.get(file, file)
+        return COMPILING if file.startswith(COMPILING) else SHARED_BY_FILES.get(file, file)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
     return FilesThatShare(config, log) if config.getoption("dist") == "loadfile" else None
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_collection(session: pytest.Session) -> Iterator[None]:
+    """What tests import stays: looking for garbage in it takes seconds, at once and in every later search."""
+    gc.disable()
+    yield
+    gc.enable()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -221,6 +221,8 @@ class BatchRunner:
         if not self._is_runner:
             await self._want_cancelled(batch_id)
             return await self.get(batch_id)
+        # Whoever has just found it unbegun must not begin it over what follows.
+        self._begun.add(batch_id)
         task = self._tasks.pop(batch_id, None)
         if task is not None:
             task.cancel()
@@ -230,6 +232,7 @@ class BatchRunner:
         if batch["status"] in _UNFINISHED:
             batch["cancelling_at"] = int(time.time())
             await self._end(batch, "cancelled")
+        self._begun.discard(batch_id)
         return batch
 
     async def _want_cancelled(self, batch_id: str) -> None:

@@ -20,6 +20,7 @@ import structlog
 import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from gpu_worker.device import return_freed_memory
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.layers.weighted import Weighted
 from gpu_worker.loading.bitsandbytes_source import BitsAndBytesSource
@@ -41,6 +42,8 @@ from gpu_worker.quant.scheme import module_format, read_quantization
 log = structlog.get_logger(__name__)
 
 RANDOM_BLOCK_SIZE = 1 << 20
+# Read between two times that freed memory goes back to the system.
+_TRIM_AFTER_BYTES = 128 << 20
 _OTHER_MODEL = "config.json and the weights are not of the same model"
 
 
@@ -288,7 +291,12 @@ def load_weights(model: ModelFamily, path: Path) -> None:
         with matched.reader as reader:
             infos = list(reader.names())
             with _progress(sum(info.num_bytes for info in infos)) as progress:
+                num_bytes_since = 0
                 for info in infos:
+                    if num_bytes_since > _TRIM_AFTER_BYTES:
+                        num_bytes_since = 0
+                        return_freed_memory()
+                    num_bytes_since += info.num_bytes
                     for place in matched.places[info.name]:
                         place.layer.load(place.part, place.tensor, _StoredTensor.of(reader, info, place))
                         left[place.path] -= 1
@@ -297,6 +305,7 @@ def load_weights(model: ModelFamily, path: Path) -> None:
                     progress.advance(info.num_bytes)
         model.kv_scales = read_kv_scales(matched.source, matched.kv_scale_infos, model.spec.num_layers)
     model.finish()
+    return_freed_memory()
 
 
 @dataclass(frozen=True, slots=True)

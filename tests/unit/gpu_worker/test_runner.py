@@ -20,7 +20,7 @@ from gpu_worker.runner_api import RowFaultCode, TokenMask
 from load_tests.cpu_worker.step_driver import StepDriver, greedy, sampling
 from tests.unit.gpu_worker.models.tiny_checkpoints import save_tiny
 
-NUM_TOKENS = 64
+NUM_TOKENS = 32  # every sequence grows by two blocks
 PREFIX = list(range(300, 348))  # 48 tokens: three blocks
 
 
@@ -49,7 +49,7 @@ def smollm2_reference(smollm2_dir: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def greedy_sequences(smollm2_runner: TorchRunner) -> list[list[int]]:
-    """Each prompt with its 64 greedy tokens, all of them run together."""
+    """Each prompt with its greedy tokens, all of them run together."""
     driver = StepDriver(smollm2_runner)
     for row, prompt in enumerate(prompts()):
         driver.add(row, prompt, greedy())
@@ -160,9 +160,9 @@ def test_forced_preemption_gives_the_same_tokens(
         driver.add(row, prompts()[row], greedy())
     blocks_before: dict[int, list[int]] = {}
     for number in range(NUM_TOKENS + 40):
-        if number and number % 16 == 0:
+        if number and number % 8 == 0:
             # Every third row is thrown out, and comes back from its tokens on other blocks, in the same step.
-            for row in [row for row in batch if (row + number // 16) % 3 == 0]:
+            for row in [row for row in batch if (row + number // 8) % 3 == 0]:
                 prompt_length = driver.rows[row].num_prompt_tokens
                 blocks_before[row] = list(driver.rows[row].blocks)
                 tokens = driver.drop(row)

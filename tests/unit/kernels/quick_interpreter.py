@@ -2,7 +2,8 @@
 
 Measured over a step of a small model: a third of the time went into patching `triton.language` anew for every call of
 one jitted function by another, into a table of dtypes that was built for every value, and into the operands of
-assertions on overflow, which its options leave off.
+assertions on overflow, which its options leave off. Of what was left, another third went into shapes: every value had
+its own, made of objects for each of its sizes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ def quicken_interpreter() -> None:
     _patch_the_language_once_a_launch()
     _remember_what_is_builtin()
     _remember_dtypes()
+    _share_shapes()
     if not interpreter.InterpreterOptions().debug:
         # `device_assert` returns before it looks at what was computed for it.
         TritonSemantic.binary_op_sanitize_overflow_impl = lambda self, lhs, rhs, binary_op: None
@@ -62,6 +64,66 @@ def _remember_what_is_builtin() -> None:
                 interpreter._patch_attr(package, name, member, builder, scope)
 
     interpreter._patch_builtin = patch_builtin
+    interpreter._patch_attr = _patch_attr
+
+
+def _patch_attr(target: Any, name: str, member: Any, builder: Any, scope: Any) -> None:
+    """What marks a function as built in only asks whether it is called from a kernel, which it is."""
+    function = getattr(member, "__wrapped__", member)
+    semantic = interpreter.interpreter_semantic
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        kwargs["_semantic"] = semantic
+        return function(*args, **kwargs)
+
+    scope.set_attr(target, name, call)
+
+
+def _share_shapes() -> None:
+    """Values of one shape have one shape: as sizes in their type, and as constants in themselves."""
+    core = tl.core
+    make_type = core.block_type.__init__
+    # Those that are shared live as long as the process, so that none of them is taken for another.
+    shared: dict[tuple[int, ...], Any] = {}
+    num_elements: dict[int, int] = {}
+    of_values: dict[int, tuple[Any, Any]] = {}
+    scalar = core.tuple([]), core.constexpr(1)
+
+    def block_type(self: Any, element_ty: Any, shape: Any) -> None:
+        if id(shape) not in num_elements:
+            sizes = tuple(size.value if isinstance(size, core.constexpr) else size for size in shape)
+            if sizes not in shared or not all(type(size) is int for size in sizes):
+                # Checks what the shape may be.
+                make_type(self, element_ty, shape)
+                if shared.setdefault(sizes, self.shape) is self.shape:
+                    num_elements[id(self.shape)] = self.numel
+                    of_values[id(self.shape)] = core.tuple(map(core.constexpr, sizes)), core.constexpr(self.numel)
+            shape = shared[sizes]
+        self.element_ty, self.shape, self.numel = element_ty, shape, num_elements[id(shape)]
+
+    def tensor(self: Any, handle: Any, type: Any) -> None:
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = of_values[id(type.shape)] if type.is_block() else scalar
+
+    broadcast = TritonSemantic.broadcast_impl_value
+
+    def broadcast_unless_alike(self: Any, lhs: Any, rhs: Any) -> tuple[Any, Any]:
+        if lhs.type.is_block() and rhs.type.is_block() and lhs.type.shape is rhs.type.shape:
+            return lhs, rhs
+        return broadcast(self, lhs, rhs)
+
+    TritonSemantic.broadcast_impl_value = broadcast_unless_alike
+    core.block_type.__init__ = block_type
+    # Named only when somebody asks.
+    core.block_type.__getattr__ = _named
+    core.tensor.__init__ = tensor
+
+
+def _named(self: Any, attribute: str) -> str:
+    if attribute != "name":
+        raise AttributeError(attribute)
+    self.name = f"<{self.shape}, {self.element_ty}>"
+    return self.name
 
 
 def _remember_dtypes() -> None:

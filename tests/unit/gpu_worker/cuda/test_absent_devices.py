@@ -95,7 +95,8 @@ def compile_on(kind: str, directory: Path, *settings: str) -> list[Launch]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     finished = subprocess.run(
         [sys.executable, "-m", "tests.unit.gpu_worker.cuda.absent_device", kind, str(directory), *settings],
-        env=environment | {"TRITON_CACHE_DIR": str(directory / "compiled")},
+        # Compiled again after a change to a kernel, or to Triton.
+        env=environment | {"TRITON_CACHE_DIR": str(REPOSITORY_ROOT / ".stepwire" / "compiled")},
         cwd=REPOSITORY_ROOT,
         capture_output=True,
         text=True,
