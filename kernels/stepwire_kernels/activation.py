@@ -67,7 +67,7 @@ def _gated_activation_kernel(
 
 
 @triton.jit
-def _quantized_kernel(
+def _gated_quantized_kernel(
     packed_ptr,
     values_ptr,
     static_ptr,
@@ -150,7 +150,7 @@ def gated_activation_quantized(
     if num_tokens == 0:
         return values, scales
     block = triton.next_power_of_2(num_cols)
-    _quantized_kernel[(num_tokens,)](
+    _gated_quantized_kernel[(num_tokens,)](
         packed,
         values,
         packed if static_scale is None else static_scale,
