@@ -27,6 +27,19 @@ _DENSE: dict[str, Any] = {
 }
 _AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
 _FP8_BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+_EIGHT_BITS = {"num_bits": 8, "type": "float", "symmetric": True}
+_FP8_CHANNELS = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": _EIGHT_BITS | {"strategy": "channel", "dynamic": False},
+            "input_activations": _EIGHT_BITS | {"strategy": "token", "dynamic": True},
+        }
+    },
+    "ignore": ["lm_head"],
+}
 _LLAMA = _DENSE | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 _MIXTURE = _DENSE | {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -44,6 +57,7 @@ _MIXTURE = _DENSE | {
 MODELS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
     "llama, AWQ": _LLAMA | {"quantization_config": _AWQ},
+    "llama, FP8 channels": _LLAMA | {"quantization_config": _FP8_CHANNELS},
     "llama, FP8 blocks": _LLAMA | {"quantization_config": _FP8_BLOCKS},
     "heads of 256": _DENSE
     | {
