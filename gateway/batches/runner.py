@@ -61,6 +61,7 @@ class BatchRunner:
         self._is_one_of_several = is_one_of_several
         self._lock: BinaryIO | None = None
         self._following: asyncio.Task[None] | None = None
+        # Those that this process has begun and that have not ended.
         self._begun: set[str] = set()
         self._files = files
         self._requests = BatchRequests(serving)
@@ -138,11 +139,6 @@ class BatchRunner:
                 await task
         if self._lock is not None:
             self._lock.close()
-
-    @property
-    def num_begun(self) -> int:
-        """Batches that this process has begun and that have not ended."""
-        return len(self._begun)
 
     # ---- what the routes ask ----
 

@@ -138,6 +138,7 @@ class _EightBitProduct(Product):
             self._group = self._input_group
             scales = scales.expand(-1, -(-num_inputs // self._input_group))
         self._scales = scales.contiguous()  # [N / scale_rows, groups]
+        self._row_quant = RowQuant(self._values.dtype, self._static) if self._group is None else None
 
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         values, scales = quantize_input(
@@ -148,7 +149,7 @@ class _EightBitProduct(Product):
         return self.apply_quantized(QuantizedRows(values, scales), bias, x.dtype)
 
     def row_quant(self) -> RowQuant | None:
-        return RowQuant(self._values.dtype, self._static) if self._group is None else None
+        return self._row_quant
 
     def apply_quantized(self, rows: QuantizedRows, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         return multiply_scaled(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from gpu_worker.layers.ops import TORCH_OPS, LayerOps, QuantizedRows
+from gpu_worker.layers.ops import TORCH_OPS, LayerOps, QuantizedRows, RowQuant
 from gpu_worker.layers.weighted import Weighted
 from gpu_worker.parallel.shares import HeadShare, ParallelContext, Share
 from gpu_worker.quant.api import (
@@ -84,10 +84,12 @@ class Linear(Weighted):
         """`apply` of rows that have been quantized as the method wants them (`LinearMethod.row_quant`)."""
         return self.method.apply_quantized(rows)
 
-    def apply_gated(self, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
-        """`apply` of act(gate) * up; gate_up [num_tokens, 2 * inputs]."""
-        quant = self.method.row_quant()
-        rows = None if quant is None else self._ops.quantized_gate(gate_up, activation, quant)
+    def apply_gated(self, gate_up: torch.Tensor, activation: str, quant: RowQuant) -> torch.Tensor:
+        """`apply` of act(gate) * up, in one launch with what the method makes of its rows first, where there is one.
+
+        gate_up: [num_tokens, 2 * inputs]; quant: the method's `row_quant`.
+        """
+        rows = self._ops.quantized_gate(gate_up, activation, quant)
         if rows is None:
             return self.apply(self._ops.gated_activation(gate_up, activation))
         return self.apply_quantized(rows)

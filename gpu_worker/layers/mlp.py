@@ -61,9 +61,10 @@ class GatedMLP:
 
     def apply(self, x: SublayerInput) -> torch.Tensor:
         """x [num_tokens, hidden] -> [num_tokens, hidden]."""
-        if self.down.method.row_quant() is None:
+        quant = self.down.method.row_quant()
+        if quant is None:
             return self.down.apply(x.through(self.gate_up, self._activation))
-        return self.down.apply_gated(x.through(self.gate_up), self._activation)
+        return self.down.apply_gated(x.through(self.gate_up), self._activation, quant)
 
 
 class PlainMLP:

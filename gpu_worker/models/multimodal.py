@@ -28,7 +28,7 @@ from gpu_worker.models.qwen import Qwen
 from gpu_worker.models.registry import register
 from gpu_worker.models.smollm3 import SmolLM3
 from gpu_worker.models.text_part_defaults import TEXT_DEFAULTS
-from gpu_worker.models.transformers_fallback import TransformersModel, is_known_part
+from gpu_worker.models.transformers_fallback import LANGUAGE_HEAD, LANGUAGE_MODEL, TransformersModel, is_known_part
 
 # By `model_type` of the text part: what computes it, and the architecture that it would be by itself.
 TEXT_PARTS: dict[str, tuple[type[ModelFamily], str]] = {
@@ -64,8 +64,8 @@ _OTHERS = (
     r"vision_projection|connector|image_newline)(\.|$)|(talker|token2wav|code2wav)\."
 )
 # Where its tensors are: published names, and those that transformers 5 has in memory.
-_PREFIXES = re.compile(r"^(thinker\.)?(model\.language_model\.|model\.text_model\.|language_model\.model\.|model\.)")
-_HEADS = re.compile(r"^(thinker\.|language_model\.|model\.)?lm_head\.")
+_PREFIXES = re.compile(rf"{LANGUAGE_MODEL}|^(thinker\.)?model\.")
+_HEADS = re.compile(LANGUAGE_HEAD)
 
 
 def text_config(config: HfConfig) -> HfConfig:

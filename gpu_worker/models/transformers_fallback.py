@@ -64,11 +64,9 @@ _INDIFFERENT = {
     "target_dtype",
     "logits_to_keep",
 }
-# Names within a checkpoint that holds other models too -> those of the language model alone.
-_PART_NAMES = {
-    r"^(thinker\.)?(model\.language_model|model\.text_model|language_model\.model)\.": "model.",
-    r"^(thinker\.|language_model\.|model\.)lm_head\.": "lm_head.",
-}
+LANGUAGE_MODEL = r"^(thinker\.)?(model\.language_model|model\.text_model|language_model\.model)\."
+LANGUAGE_HEAD = r"^(thinker\.|language_model\.|model\.)lm_head\."
+"""How the tensors of a language model are called in a checkpoint that holds other models too."""
 _OTHER_PARTS = re.compile(r"vision|visual|image|audio|projector|connector|talker|token2wav|code2wav")
 # Rope whose frequencies hang on the longest sequence of the step: a row would depend on its neighbours.
 _STEP_DEPENDENT_ROPES = ("dynamic", "longrope")
@@ -224,7 +222,7 @@ class TransformersModel(ModelFamily, LoadsItself):
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
-                key_mapping=_PART_NAMES if served.is_part else None,
+                key_mapping={LANGUAGE_MODEL: "model.", LANGUAGE_HEAD: "lm_head."} if served.is_part else None,
             )
         except (RuntimeError, ValueError, OSError) as error:
             raise CheckpointError(path, f"transformers cannot load it ({_first_line(error)})") from error

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
-from stepwire_kernels.quantize_input import Quantized, quantize_constants, quantized_rows, store_quantized
+from stepwire_kernels.quantize_input import Quantized, quantized_rows, store_quantized
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "swiglu_oai"]
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "swiglu_oai")
@@ -45,6 +45,14 @@ def activate(gate, up, KIND: tl.constexpr):
 
 
 @triton.jit
+def _gated(row_ptr, cols, mask, num_cols, KIND: tl.constexpr):
+    """Columns of a row of act(gate) * up, float32."""
+    gate = tl.load(row_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(row_ptr + cols + num_cols, mask=mask, other=0.0).to(tl.float32)
+    return activate(gate, up, KIND)
+
+
+@triton.jit
 def _gated_activation_kernel(
     packed_ptr,
     out_ptr,
@@ -60,10 +68,8 @@ def _gated_activation_kernel(
     mask = cols < num_cols
     release_downstream(USE_PDL)
     wait_upstream(USE_PDL)
-    gate_at = packed_ptr + token * packed_stride + cols
-    gate = tl.load(gate_at, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_at + num_cols, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + token * out_stride + cols, activate(gate, up, KIND).to(out_ptr.dtype.element_ty), mask=mask)
+    out = _gated(packed_ptr + token * packed_stride, cols, mask, num_cols, KIND)
+    tl.store(out_ptr + token * out_stride + cols, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -75,11 +81,7 @@ def _gated_quantized_kernel(
     num_cols,
     packed_stride,
     KIND: tl.constexpr,
-    IS_INT: tl.constexpr,
     IS_STATIC: tl.constexpr,
-    LIMIT: tl.constexpr,
-    SMALLEST: tl.constexpr,
-    ROUND: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
@@ -89,14 +91,10 @@ def _gated_quantized_kernel(
     mask = cols < num_cols
     release_downstream(USE_PDL)
     wait_upstream(USE_PDL)
-    gate_at = packed_ptr + token * packed_stride + cols
-    gate = tl.load(gate_at, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_at + num_cols, mask=mask, other=0.0).to(tl.float32)
-    out = activate(gate, up, KIND).to(packed_ptr.dtype.element_ty).to(tl.float32)
+    out = _gated(packed_ptr + token * packed_stride, cols, mask, num_cols, KIND)
+    out = out.to(packed_ptr.dtype.element_ty).to(tl.float32)
     values_at = values_ptr + token * num_cols + cols
-    store_quantized(
-        out, mask, static_ptr, values_at, scales_ptr + token, IS_INT, IS_STATIC, LIMIT, SMALLEST, ROUND
-    )  # fmt: skip
+    store_quantized(out, mask, static_ptr, values_at, scales_ptr + token, IS_STATIC)
 
 
 def gated_activation(
@@ -158,7 +156,7 @@ def gated_activation_quantized(
         num_cols,
         packed.stride(0),
         KIND=kind,
-        **quantize_constants(dtype, static_scale),
+        IS_STATIC=static_scale is not None,
         BLOCK_COLS=block,
         USE_PDL=pdl,
         num_warps=max(1, min(16, block // 512)),

@@ -40,9 +40,13 @@ def is_roomy(device: torch.device) -> bool:
     return shared_memory(device) >= _ROOMY
 
 
-def stages_that_fit(num_stages: int, stage_bytes: int, device: torch.device) -> int:
-    """`num_stages` of a pipelined loop, or fewer: a loop of n stages holds the operands of n - 1 iterations."""
-    return min(num_stages, 1 + (shared_memory(device) - _BESIDE_TILES) // stage_bytes)
+def stages_that_fit(num_stages: int, stage_bytes: int, device: torch.device, *, by_descriptor: bool = False) -> int:
+    """`num_stages` of a pipelined loop, or fewer.
+
+    A loop of n stages holds the operands of n - 1 iterations, and those of n if they come by descriptor.
+    """
+    fitting = (shared_memory(device) - _BESIDE_TILES) // stage_bytes
+    return min(num_stages, max(1, fitting if by_descriptor else 1 + fitting))
 
 
 def has_tensor_memory(device: torch.device) -> bool:

@@ -27,7 +27,7 @@ from stepwire_kernels.activation import ACTIVATIONS, Activation, activate
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
 from stepwire_kernels.expert_gemm import TileTuning, sum_experts
 from stepwire_kernels.expert_tiles import ExpertTiles, build_expert_tiles
-from stepwire_kernels.quantize_input import FLOAT8_LIMIT, INT8_LIMIT, ROUNDING, quantize_input
+from stepwire_kernels.quantize_input import quantize_input, quantized_rows, store_quantized
 
 EIGHT_BIT = (torch.float8_e4m3fn, torch.int8)
 MIN_GROUP = 16
@@ -114,9 +114,6 @@ def _quantize_by_expert_kernel(
     num_cols,
     x_stride,
     ROW_SHARE: tl.constexpr,
-    IS_INT: tl.constexpr,
-    LIMIT: tl.constexpr,
-    ROUND: tl.constexpr,
     BLOCK: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
@@ -127,15 +124,9 @@ def _quantize_by_expert_kernel(
     expert = tl.load(experts_ptr + pair) - first_expert
     if (expert >= 0) & (expert < num_held):
         mask = cols < num_cols
-        scale = tl.load(static_ptr + expert)
-        x = tl.load(x_ptr + pair // ROW_SHARE * x_stride + cols, mask=mask, other=0.0).to(tl.float32) / scale
-        if IS_INT:
-            x = (tl.minimum(tl.maximum(x, -200.0), 200.0) + ROUND) - ROUND
-            values = tl.minimum(tl.maximum(x, -128.0), 127.0).to(tl.int8)
-        else:
-            values = tl.minimum(tl.maximum(x, -LIMIT), LIMIT).to(values_ptr.dtype.element_ty)
-        tl.store(values_ptr + pair * num_cols + cols, values, mask=mask)
-        tl.store(scales_ptr + pair, scale)
+        x = tl.load(x_ptr + pair // ROW_SHARE * x_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        values_at = values_ptr + pair * num_cols + cols
+        store_quantized(x, mask, static_ptr + expert, values_at, scales_ptr + pair, IS_STATIC=True)
 
 
 @triton.jit
@@ -306,8 +297,7 @@ def quantize_by_expert(
     Pair p reads row p // row_share of x; rows of experts that are not held stay unwritten.
     """
     num_pairs, num_cols = experts.numel(), x.shape[1]
-    values = torch.empty((num_pairs, num_cols), dtype=dtype, device=x.device)  # [num_pairs, K]
-    scales = torch.empty((num_pairs, 1), dtype=torch.float32, device=x.device)  # [num_pairs, 1]
+    values, scales = quantized_rows(num_pairs, num_cols, 1, dtype, x.device)
     block = min(2048, triton.next_power_of_2(num_cols))
     _quantize_by_expert_kernel[(num_pairs, triton.cdiv(num_cols, block))](
         x,
@@ -320,9 +310,6 @@ def quantize_by_expert(
         num_cols,
         x.stride(0),
         ROW_SHARE=row_share,
-        IS_INT=dtype == torch.int8,
-        LIMIT=INT8_LIMIT if dtype == torch.int8 else FLOAT8_LIMIT,
-        ROUND=ROUNDING,
         BLOCK=block,
         USE_PDL=pdl,
         num_warps=4 if block >= 512 else 1,

@@ -29,7 +29,7 @@ import triton.language as tl
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
 from stepwire_kernels.fused_linear import FusedTuning, fused_linear
 from stepwire_kernels.split_k import LinearWorkspace, add_up_parts
-from stepwire_kernels.tile_linear import TileTuning, serves, tile_linear
+from stepwire_kernels.tile_linear import TileLinearTuning, serves, tile_linear
 from stepwire_kernels.tuned_table import tuned_choices
 
 MAX_GEMV_TOKENS = 4
@@ -57,7 +57,7 @@ class SkinnyTuning:
     num_stages: int = 4
 
 
-LinearTuning = GemvTuning | SkinnyTuning | FusedTuning | TileTuning
+LinearTuning = GemvTuning | SkinnyTuning | FusedTuning | TileLinearTuning
 
 
 @triton.jit
@@ -287,7 +287,7 @@ def skinny_gemm(
 @functools.cache
 def load_table(device_name: str) -> dict[tuple[int, int, int], LinearTuning]:
     """The measured choices for a device name as torch reports it: (token bucket, N, K) to ours; absent means torch."""
-    kinds = {"gemv": GemvTuning, "skinny": SkinnyTuning, "ahead": FusedTuning, "tile": TileTuning}
+    kinds = {"gemv": GemvTuning, "skinny": SkinnyTuning, "ahead": FusedTuning, "tile": TileLinearTuning}
     return {
         (row["num_tokens"], row["n"], row["k"]): kinds[row["kernel"]](**row["tuning"])
         for row in tuned_choices(device_name, "choices")
@@ -320,6 +320,6 @@ def linear(
             return fused_linear(x, weight, tuning=tuning, pdl=pdl)[0]
         if isinstance(tuning, SkinnyTuning) and workspace is not None:
             return skinny_gemm(x, weight, bias, workspace, tuning=tuning, pdl=pdl)
-        if isinstance(tuning, TileTuning) and workspace is not None and serves(x, weight):
+        if isinstance(tuning, TileLinearTuning) and workspace is not None and serves(x, weight):
             return tile_linear(x, weight, bias, workspace, tuning=tuning, pdl=pdl)
     return torch.nn.functional.linear(x, weight, bias)

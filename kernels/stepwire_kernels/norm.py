@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
-from stepwire_kernels.quantize_input import Quantized, quantize_constants, quantized_rows, store_quantized
+from stepwire_kernels.quantize_input import Quantized, quantized_rows, store_quantized
 
 
 @triton.jit
@@ -38,11 +38,7 @@ def _add_rms_norm_kernel(
     weight_offset,
     HAS_RESIDUAL: tl.constexpr,
     QUANTIZES: tl.constexpr,
-    IS_INT: tl.constexpr,
     IS_STATIC: tl.constexpr,
-    LIMIT: tl.constexpr,
-    SMALLEST: tl.constexpr,
-    ROUND: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
@@ -64,9 +60,7 @@ def _add_rms_norm_kernel(
     out_at = out_ptr + token * out_stride + cols
     if QUANTIZES:
         out = tl.where(mask, out.to(x_ptr.dtype.element_ty).to(tl.float32), 0.0)
-        store_quantized(
-            out, mask, static_ptr, out_at, scales_ptr + token, IS_INT, IS_STATIC, LIMIT, SMALLEST, ROUND
-        )  # fmt: skip
+        store_quantized(out, mask, static_ptr, out_at, scales_ptr + token, IS_STATIC)
     else:
         tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -152,7 +146,7 @@ def _launch(
         weight_offset,
         HAS_RESIDUAL=residual is not None,
         QUANTIZES=scales is not None,
-        **quantize_constants(out.dtype, static_scale),
+        IS_STATIC=static_scale is not None,
         BLOCK_COLS=block,
         USE_PDL=pdl,
         num_warps=max(1, min(16, block // 512)),

@@ -9,8 +9,6 @@ static scale only the cast is done. Definition: compressed-tensors' dynamic acti
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -26,35 +24,29 @@ MIN_SCALE = 1e-12
 ROUNDING = 12582912.0
 
 
-@triton.jit
-def _cast(scaled, values_at, IS_INT: tl.constexpr, LIMIT: tl.constexpr, ROUND: tl.constexpr):
-    if IS_INT:
-        clamped = tl.minimum(tl.maximum(scaled, -200.0), 200.0)
-        whole = (clamped + ROUND) - ROUND
-        return tl.minimum(tl.maximum(whole, -128.0), 127.0).to(tl.int8)
-    return tl.minimum(tl.maximum(scaled, -LIMIT), LIMIT).to(values_at.dtype.element_ty)
+# For kernels, which read no other globals.
+_FLOAT8_LIMIT = tl.constexpr(FLOAT8_LIMIT)
+_INT8_LIMIT = tl.constexpr(INT8_LIMIT)
+_MIN_SCALE = tl.constexpr(MIN_SCALE)
+_ROUNDING = tl.constexpr(ROUNDING)
 
 
 @triton.jit
-def store_quantized(
-    x,
-    mask,
-    static_ptr,
-    values_at,
-    scale_at,
-    IS_INT: tl.constexpr,
-    IS_STATIC: tl.constexpr,
-    LIMIT: tl.constexpr,
-    SMALLEST: tl.constexpr,
-    ROUND: tl.constexpr,
-):
-    """float32 values that share a scale, zero where they are masked."""
-    if IS_STATIC:  # noqa: SIM108
+def store_quantized(x, mask, static_ptr, values_at, scale_at, IS_STATIC: tl.constexpr):
+    """float32 values that share a scale, zero where they are masked; `static_ptr`: at the scale, if it is given."""
+    IS_INT: tl.constexpr = values_at.dtype.element_ty == tl.int8
+    if IS_STATIC:
         scale = tl.load(static_ptr)
     else:
-        scale = tl.maximum(tl.max(tl.abs(x), axis=0) / LIMIT, SMALLEST)
+        scale = tl.maximum(tl.max(tl.abs(x), axis=0) / (_INT8_LIMIT if IS_INT else _FLOAT8_LIMIT), _MIN_SCALE)
     tl.store(scale_at, scale)
-    tl.store(values_at, _cast(x / scale, values_at, IS_INT, LIMIT, ROUND), mask=mask)
+    scaled = x / scale
+    if IS_INT:
+        whole = (tl.minimum(tl.maximum(scaled, -200.0), 200.0) + _ROUNDING) - _ROUNDING
+        values = tl.minimum(tl.maximum(whole, -128.0), 127.0)
+    else:
+        values = tl.minimum(tl.maximum(scaled, -_FLOAT8_LIMIT), _FLOAT8_LIMIT)
+    tl.store(values_at, values.to(values_at.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -67,11 +59,7 @@ def _quantize_kernel(
     x_stride,
     values_stride,
     scales_stride,
-    IS_INT: tl.constexpr,
     IS_STATIC: tl.constexpr,
-    LIMIT: tl.constexpr,
-    SMALLEST: tl.constexpr,
-    ROUND: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     USE_PDL: tl.constexpr,
@@ -89,11 +77,7 @@ def _quantize_kernel(
         static_ptr,
         values_ptr + token * values_stride + cols,
         scales_ptr + token * scales_stride + tl.program_id(1),
-        IS_INT,
         IS_STATIC,
-        LIMIT,
-        SMALLEST,
-        ROUND,
     )
 
 
@@ -101,18 +85,6 @@ def quantized_rows(num_tokens: int, num_cols: int, groups: int, dtype: torch.dty
     """Memory for values and scales."""
     values = torch.empty((num_tokens, num_cols), dtype=dtype, device=device)  # [num_tokens, K]
     return values, torch.empty((num_tokens, groups), dtype=torch.float32, device=device)  # [num_tokens, groups]
-
-
-def quantize_constants(dtype: torch.dtype, static_scale: torch.Tensor | None) -> dict[str, Any]:
-    """The constants of `store_quantized`."""
-    is_int = dtype == torch.int8
-    return {
-        "IS_INT": is_int,
-        "IS_STATIC": static_scale is not None,
-        "LIMIT": INT8_LIMIT if is_int else FLOAT8_LIMIT,
-        "SMALLEST": MIN_SCALE,
-        "ROUND": ROUNDING,
-    }
 
 
 def quantize_input(
@@ -146,7 +118,7 @@ def quantize_input(
         x.stride(0),
         values.stride(0),
         scales.stride(0),
-        **quantize_constants(dtype, static_scale),
+        IS_STATIC=static_scale is not None,
         GROUP=group,
         BLOCK=block,
         USE_PDL=pdl,

@@ -20,7 +20,7 @@ import triton
 from stepwire_kernels.fused_linear import MAX_FUSED_TOKENS, FusedTuning, fused_linear
 from stepwire_kernels.scaled_linear import scaled_linear
 from stepwire_kernels.split_k import LinearWorkspace
-from stepwire_kernels.tile_linear import TileTuning, serves, tile_linear
+from stepwire_kernels.tile_linear import TileLinearTuning, serves, tile_linear
 from stepwire_kernels.tuned_table import tuned_choices
 
 # Tokens up to which tiles are faster than cuBLAS: for most outputs, and where so many fill the device by themselves.
@@ -30,13 +30,13 @@ WIDE_OUTPUTS = 16384
 _PROGRAMS = 256
 
 LIBRARY = "library"
-Choice = FusedTuning | TileTuning | str
+Choice = FusedTuning | TileLinearTuning | str
 
 
 @functools.cache
 def load_scaled_table(device_name: str) -> dict[tuple[int, int, int], Choice]:
     """The measured choices for a device name as torch reports it, by (token bucket, N, K)."""
-    kinds = {"ahead": FusedTuning, "tile": TileTuning}
+    kinds = {"ahead": FusedTuning, "tile": TileLinearTuning}
     return {
         (row["num_tokens"], row["n"], row["k"]): (
             LIBRARY if row["kernel"] == LIBRARY else kinds[row["kernel"]](**row["tuning"])
@@ -65,14 +65,14 @@ def choose_scaled(x: torch.Tensor, weight: torch.Tensor) -> Choice | None:
     return tile_shape(num_tokens, n, k)
 
 
-def tile_shape(num_tokens: int, n: int, k: int) -> TileTuning:
+def tile_shape(num_tokens: int, n: int, k: int) -> TileLinearTuning:
     """A launch shape of tiles in 8 bits."""
     if num_tokens > MAX_TILE_TOKENS or (n > WIDE_OUTPUTS and num_tokens > 32):
-        return TileTuning(128, 128, 128, 1, 8, 5, 512)
+        return TileLinearTuning(128, 128, 128, 1, 8, 5, 512)
     block_m = min(128, max(16, triton.next_power_of_2(num_tokens)))
     programs = triton.cdiv(n, 64) * triton.cdiv(num_tokens, block_m)
     wanted = _PROGRAMS if num_tokens <= 32 else _PROGRAMS // 2
-    return TileTuning(block_m, 64, 256, max(1, min(8, wanted // programs, k // 1024)), 4, 4, 512)
+    return TileLinearTuning(block_m, 64, 256, max(1, min(8, wanted // programs, k // 1024)), 4, 4, 512)
 
 
 def multiply_scaled(
@@ -88,22 +88,16 @@ def multiply_scaled(
     group_size: int | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
-    """[num_tokens, N] in `out_dtype`; arguments as those of `scaled_linear`.
-
-    Raises:
-        ValueError: shapes, types or strides that do not fit together.
-    """
-    choice: Choice | None = None
-    if group_size is None and scale_rows == 1 and x.shape[1] == weight.shape[1] and x.stride(1) == 1:
-        choice = choose_scaled(x, weight)
-    scales = (x_scales, w_scales)
-    if isinstance(choice, FusedTuning) and bias is None:
-        return fused_linear(x, weight, scales=scales, out_dtype=out_dtype, tuning=choice, pdl=pdl)[0]
-    if isinstance(choice, FusedTuning):
+    """[num_tokens, N] in `out_dtype`; arguments as those of `scaled_linear`, shapes that fit together."""
+    choice = choose_scaled(x, weight) if group_size is None and scale_rows == 1 else None
+    if (isinstance(choice, FusedTuning) and bias is not None) or (choice == LIBRARY and out_dtype != torch.bfloat16):
         choice = tile_shape(x.shape[0], *weight.shape)
-    if isinstance(choice, TileTuning):
+    scales = (x_scales, w_scales)
+    if isinstance(choice, FusedTuning):
+        return fused_linear(x, weight, scales=scales, out_dtype=out_dtype, tuning=choice, pdl=pdl)[0]
+    if isinstance(choice, TileLinearTuning):
         return tile_linear(x, weight, bias, workspace, scales=scales, out_dtype=out_dtype, tuning=choice, pdl=pdl)
-    if choice == LIBRARY and out_dtype == torch.bfloat16:
+    if choice == LIBRARY:
         return torch._scaled_mm(x, weight.t(), x_scales, w_scales.t(), bias, out_dtype=out_dtype, use_fast_accum=True)
     return scaled_linear(
         x,

@@ -119,7 +119,7 @@ def _scaled_kernel(
         tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & token_mask[None, :])
 
 
-def default_tuning(num_tokens: int) -> ScaledTuning:
+def _default_tuning(num_tokens: int) -> ScaledTuning:
     if num_tokens <= 16:
         return ScaledTuning()
     if num_tokens <= 64:
@@ -171,7 +171,7 @@ def scaled_linear(
         out = torch.empty((num_tokens, n), dtype=out_dtype, device=x.device)  # [num_tokens, N]
     if num_tokens == 0:
         return out
-    tuning = tuning or default_tuning(num_tokens)
+    tuning = tuning or _default_tuning(num_tokens)
     block_k = tuning.block_k if group_size is None else min(tuning.block_k, group_size)
     block_m = min(128, max(16, triton.next_power_of_2(num_tokens)))
     columns, token_blocks = triton.cdiv(n, tuning.block_n), triton.cdiv(num_tokens, block_m)

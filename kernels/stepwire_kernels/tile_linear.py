@@ -25,20 +25,17 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from stepwire_kernels.dependent_launch import launch_options, prefetch_lines, release_downstream, wait_upstream
-from stepwire_kernels.device_limits import shared_memory
+from stepwire_kernels.device_limits import stages_that_fit
 from stepwire_kernels.split_k import LinearWorkspace, add_up_parts
 
 MIN_BLOCK_M = 16
-MAX_BLOCK_M = 256
 EXACT_TOKENS = 64
 # What a line of the level-2 cache holds, in bytes.
 _LINE = 128
-# Shared memory for barriers.
-_BESIDE_TILES = 1024
 
 
 @dataclass(frozen=True)
-class TileTuning:
+class TileLinearTuning:
     """Launch shape. `block_m`: tokens of a tile at most. `ahead`: bytes of each row fetched before the wait."""
 
     block_m: int = 128
@@ -51,7 +48,7 @@ class TileTuning:
 
 
 @triton.jit
-def _tile_kernel(
+def _tile_linear_kernel(
     x_descriptor,
     weight_descriptor,
     weight_ptr,
@@ -135,7 +132,7 @@ def tile_linear(
     *,
     scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     out_dtype: torch.dtype | None = None,
-    tuning: TileTuning | None = None,
+    tuning: TileLinearTuning | None = None,
     out: torch.Tensor | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
@@ -159,7 +156,7 @@ def tile_linear(
             f"tile_linear: {num_tokens} tokens and {n} outputs need as many scales, got {tuple(scales[0].shape)} and "
             f"{tuple(scales[1].shape)}"
         )
-    tuning = tuning or TileTuning()
+    tuning = tuning or TileLinearTuning()
     if out is None:
         out = torch.empty((num_tokens, n), dtype=out_dtype or x.dtype, device=x.device)  # [num_tokens, N]
     if num_tokens == 0:
@@ -171,7 +168,7 @@ def tile_linear(
     fitting = workspace.partial.numel() // (places * tuning.block_n * block_m)
     splits = min(tuning.split_k, triton.cdiv(k, tuning.block_k), fitting if places <= workspace.counters.numel() else 1)
     stage = (tuning.block_n + block_m) * tuning.block_k * size
-    _tile_kernel[(token_blocks, columns, max(1, splits))](
+    _tile_linear_kernel[(token_blocks, columns, max(1, splits))](
         TensorDescriptor(x, [num_tokens, k], [x.stride(0), 1], [block_m, tuning.block_k]),
         TensorDescriptor(weight, [n, k], [weight.stride(0), 1], [tuning.block_n, tuning.block_k]),
         weight,
@@ -195,7 +192,7 @@ def tile_linear(
         BLOCK_K=tuning.block_k,
         LINES_AHEAD=triton.next_power_of_2(tuning.ahead // _LINE) if tuning.ahead else 0,
         LINE_COLS=_LINE // size,
-        NUM_STAGES=max(1, min(tuning.num_stages, (shared_memory(x.device) - _BESIDE_TILES) // stage)),
+        NUM_STAGES=stages_that_fit(tuning.num_stages, stage, x.device, by_descriptor=True),
         USE_PDL=pdl,
         num_warps=tuning.num_warps,
         **launch_options(pdl),

@@ -27,7 +27,7 @@ from load_tests.kernels.latent import bench_latent
 from load_tests.kernels.measure import Report, measure_ceilings, time_graph
 from load_tests.kernels.mixtures import bench_experts, bench_scaled_experts
 from load_tests.kernels.packed_mixtures import bench_packed_experts
-from load_tests.kernels.quantized import bench_packed, bench_packed_many, bench_scaled, bench_sweep
+from load_tests.kernels.quantized import bench_packed, bench_packed_many, bench_scaled
 
 BF16 = torch.bfloat16
 
@@ -225,20 +225,15 @@ SECTIONS: dict[str, Callable[[Report], None]] = {
     "packed_experts": bench_packed_experts,
     "scaled": bench_scaled,
 }
-# Long: only when named.
-EXTRA_SECTIONS: dict[str, Callable[[Report], None]] = {
-    "quantized_sweep": bench_sweep,
-}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", help=f"any of {', '.join(SECTIONS)}; all when none is named")
     arguments = parser.parse_args()
-    sections = SECTIONS | EXTRA_SECTIONS
-    unknown = sorted(set(arguments.sections) - set(sections))
+    unknown = sorted(set(arguments.sections) - set(SECTIONS))
     if unknown:
-        parser.error(f"unknown section {', '.join(unknown)}; choose from {', '.join(sections)}")
+        parser.error(f"unknown section {', '.join(unknown)}; choose from {', '.join(SECTIONS)}")
     if not torch.cuda.is_available():
         parser.error("the kernel benchmarks need a CUDA device")
     torch.manual_seed(0)
@@ -249,7 +244,7 @@ def main() -> None:
     )
     report = Report(ceilings)
     for name in arguments.sections or SECTIONS:
-        sections[name](report)
+        SECTIONS[name](report)
         torch.cuda.empty_cache()
     report.write()
 

@@ -1,8 +1,8 @@
 """Benchmarks of quantized linears at Llama-8B's shapes: against the weights' own bytes and against bf16 cuBLAS.
 
-Sections `packed` (4-bit groups, GGUF types, MXFP4), `scaled` (FP8 and INT8 W8A8, the quantization of inputs included)
-and `quantized_sweep` (launch shapes of the latter) of `load_tests.kernels.bench`; launch shapes of the former:
-`load_tests.kernels.sweep packed`.
+Sections `packed` (4-bit groups, GGUF types, MXFP4) and `scaled` (FP8 and INT8 W8A8, the quantization of inputs
+included) of `load_tests.kernels.bench`; launch shapes: `load_tests.kernels.sweep packed` and
+`load_tests.kernels.tiles`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from stepwire_kernels.packed_weight import PackedWeight
 from stepwire_kernels.packed_wgmma import WgmmaTuning
 from stepwire_kernels.quantize_input import quantize_input
 from stepwire_kernels.scaled_choice import multiply_scaled
-from stepwire_kernels.scaled_linear import ScaledTuning, scaled_linear
 from stepwire_kernels.split_k import LinearWorkspace, allocate_linear_workspace
 
 from load_tests.kernels.measure import Report, time_graph
@@ -212,28 +211,3 @@ def packed_launches(
         return [partial(packed_linear, x, w, None, workspace, tuning=tuning, pdl=True) for w in weights]
 
     return num_bytes, launches
-
-
-def _sweep_scaled(n: int, k: int, count: int, workspace: LinearWorkspace) -> tuple[float, str]:
-    values, x_scales = quantize_input(torch.randn(count, k, device="cuda", dtype=BF16), torch.float8_e4m3fn)
-    weights = [torch.randn(n, k, device="cuda").to(torch.float8_e4m3fn) for _ in range(_copies(n * k))]
-    w_scales, out = torch.rand(n, 1, device="cuda"), torch.empty(count, n, device="cuda", dtype=BF16)
-
-    def launch(weight: torch.Tensor, tuning: ScaledTuning) -> torch.Tensor:
-        return scaled_linear(values, x_scales, weight, w_scales, None, workspace, BF16, tuning=tuning, out=out)
-
-    timed: dict[ScaledTuning, float] = {}
-    for block_n, block_k, split, stages in product((32, 64, 128), (128, 256), (1, 2, 4, 8), (3, 5)):
-        tuning = ScaledTuning(block_n, block_k, split, 4 if block_n < 128 else 8, stages)
-        launches = [lambda w=w, t=tuning: launch(w, t) for w in weights]
-        timed[tuning] = time_graph(launches, target_ms=5, repeats=3)
-    best = min(timed, key=lambda one: timed[one])
-    return timed[best], str(best)
-
-
-def bench_sweep(report: Report) -> None:
-    """The best launch shape of FP8 by channel for every shape and token count."""
-    workspace = allocate_linear_workspace("cuda")
-    for (name, (n, k)), count in product(LLAMA_8B_LINEARS.items(), NUM_TOKENS):
-        ms, tuning = _sweep_scaled(n, k, count, workspace)
-        report.add("scaled_sweep", f"{name} M={count}", ms, num_bytes=n * k, tuning=tuning)

@@ -4,8 +4,8 @@
 
 Times every launch shape of `tile_linear` (and of float8 rows in registers, up to four tokens) against what the tables
 and the library do, and writes what wins into tuned/<device>.json: `tile` rows among the `choices` where bfloat16 is
-multiplied faster, and every row of `scaled`. What runs before each product is the quantization of a small input, as in
-a step: a launch that fetches weights while it waits gains what it gains there.
+multiplied faster, and the rows of `scaled`: ours, or the library where it was faster. What runs before each product is
+the quantization of a small input, as in a step: a launch that fetches weights while it waits gains what it gains there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from stepwire_kernels.fused_linear import MAX_FUSED_TOKENS, FusedTuning, fused_l
 from stepwire_kernels.quantize_input import quantize_input
 from stepwire_kernels.scaled_linear import scaled_linear
 from stepwire_kernels.split_k import LinearWorkspace, allocate_linear_workspace
-from stepwire_kernels.tile_linear import TileTuning, tile_linear
+from stepwire_kernels.tile_linear import TileLinearTuning, tile_linear
 
 from load_tests.kernels.bench import copies
 from load_tests.kernels.fused import MODELS
@@ -34,7 +34,7 @@ BF16, FLOAT8 = torch.bfloat16, torch.float8_e4m3fn
 DTYPES = {"bf16": BF16, "fp8": FLOAT8}
 MULTIPROCESSORS = 132
 AHEAD = (0, 512, 1024, 2048)
-Tuning = TileTuning | FusedTuning
+Tuning = TileLinearTuning | FusedTuning
 Launches = list[Callable[[], object]]
 Job = tuple[str, int, int, int, Tuning]
 
@@ -61,7 +61,7 @@ def candidates(dtype: str, num_tokens: int, n: int, k: int) -> list[Tuning]:
         programs = -(-n // block_n) * -(-num_tokens // block)
         splits = [split for split in (1, 2, 3, 4, 6, 8) if MULTIPROCESSORS * 0.6 <= programs * split <= 330] or [1]
         splits = [split for split in splits if k // split >= 4 * row_bytes // size][:3] or [1]
-        found += [TileTuning(block, block_n, row_bytes // size, split, warps, stages, 0) for split in splits]
+        found += [TileLinearTuning(block, block_n, row_bytes // size, split, warps, stages, 0) for split in splits]
     return found
 
 
@@ -168,7 +168,7 @@ def _time(launches: Launches) -> float:
 
 def _with_ahead(case: Case, timed: list[tuple[float, Tuning]]) -> list[tuple[float, Tuning]]:
     """The best tiles once more, with weights fetched before the wait."""
-    tiles = [tuning for _, tuning in timed[:3] if isinstance(tuning, TileTuning)][:2]
+    tiles = [tuning for _, tuning in timed[:3] if isinstance(tuning, TileLinearTuning)][:2]
     more = [replace(tuning, ahead=ahead) for tuning in tiles for ahead in AHEAD[1:]]
     return sorted([*timed, *((_time(case.of(tuning)), tuning) for tuning in more)], key=lambda item: item[0])
 
@@ -180,7 +180,7 @@ def _rows(
     row: Row = {"num_tokens": num_tokens, "n": n, "k": k}
     times = {"us": round(us, 2), "others_us": {name: round(value, 2) for name, value in others.items()}}
     if us < 0.98 * others[best_other]:
-        kernel = "tile" if isinstance(tuning, TileTuning) else "ahead"
+        kernel = "tile" if isinstance(tuning, TileLinearTuning) else "ahead"
         return [row | {"kernel": kernel, "tuning": asdict(tuning)} | times]
     if dtype == "bf16":
         return []
@@ -188,7 +188,7 @@ def _rows(
 
 
 def _short(tuning: Tuning) -> str:
-    kind = "t" if isinstance(tuning, TileTuning) else "r"
+    kind = "t" if isinstance(tuning, TileLinearTuning) else "r"
     return kind + ",".join(str(value) for value in asdict(tuning).values())
 
 

@@ -39,7 +39,7 @@ async def test_batches_that_have_ended_are_not_remembered_and_not_begun_again(tm
             batches = [await runner.get(each) for each in ids]
         # The one that follows what other processes were asked for looks several times.
         await asyncio.sleep(0.6)
-        assert runner.num_begun == 0
+        assert not runner._begun
         assert batches == [await runner.get(each) for each in ids]
     finally:
         await runner.close()
@@ -64,7 +64,7 @@ async def test_a_batch_that_is_cancelled_while_it_is_found_is_not_begun(tmp_path
     # The store answers in turn: what is to begin is read between the two steps of the other.
     await asyncio.gather(cancelling, asyncio.create_task(runner._begin_new()))
     assert cancelling.result()["status"] == "cancelled"
-    assert not runner._tasks and runner.num_begun == 0
+    assert not runner._tasks and not runner._begun
     assert (await runner.get(batch["id"]))["status"] == "cancelled"
     await runner.close()
     store.close()

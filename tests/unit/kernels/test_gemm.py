@@ -10,7 +10,7 @@ from stepwire_kernels.fused_linear import MAX_FUSED_TOKENS, FusedTuning, load_fu
 from stepwire_kernels.gemm import GemvTuning, SkinnyTuning, gemv, linear, skinny_gemm
 from stepwire_kernels.scaled_choice import load_scaled_table
 from stepwire_kernels.split_k import allocate_linear_workspace
-from stepwire_kernels.tile_linear import TileTuning
+from stepwire_kernels.tile_linear import TileLinearTuning
 
 from tests.unit.kernels.checks import USUAL_DTYPES, assert_close, poison
 
@@ -72,7 +72,7 @@ def test_shipped_tables_are_well_formed() -> None:
         assert len(table) == len(data["choices"])
         for (num_tokens, n, k), tuning in table.items():
             assert num_tokens <= gemm.MAX_TABLE_TOKENS and n > 0 and k > 0
-            if not isinstance(tuning, TileTuning):
+            if not isinstance(tuning, TileLinearTuning):
                 assert num_tokens <= gemm.MAX_SKINNY_TOKENS
             if isinstance(tuning, GemvTuning | FusedTuning):
                 assert num_tokens <= gemm.MAX_GEMV_TOKENS

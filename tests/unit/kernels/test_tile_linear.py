@@ -3,13 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 from stepwire_kernels.split_k import allocate_linear_workspace
-from stepwire_kernels.tile_linear import TileTuning, serves, tile_linear
+from stepwire_kernels.tile_linear import TileLinearTuning, serves, tile_linear
 
 from tests.unit.kernels.checks import assert_close, poison
 
 # num_tokens, outputs, inputs: within one tile, over several, and none that a tile divides.
 SHAPES = [(1, 64, 128), (20, 48, 208), (70, 104, 176)]
-SMALL = TileTuning(block_m=32, block_n=32, block_k=64, num_warps=4, num_stages=2)
+SMALL = TileLinearTuning(block_m=32, block_n=32, block_k=64, num_warps=4, num_stages=2)
 
 
 def operands(num_tokens: int, n: int, k: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,7 +30,7 @@ def test_product_and_bias_match_twin(
     workspace = allocate_linear_workspace(device, partial_words=1 << 17)
     workspace.partial.fill_(float("nan"))
     out = poison(num_tokens, n, dtype=dtype, device=device)
-    tuning = TileTuning(**{**vars(SMALL), "split_k": split_k})
+    tuning = TileLinearTuning(**{**vars(SMALL), "split_k": split_k})
     assert tile_linear(x, w, bias, workspace, tuning=tuning, out=out) is out
     assert_close(out, x.double() @ w.double().T + bias.double())
     assert not workspace.counters.any()
@@ -43,7 +43,7 @@ def test_scales_of_tokens_and_outputs(device: str, dtype: torch.dtype, num_token
     x_scales, w_scales = (torch.rand(size, 1, device=device) + 0.5 for size in (num_tokens, n))
     workspace = allocate_linear_workspace(device, partial_words=1 << 17)
     out = poison(num_tokens, n, dtype=torch.bfloat16, device=device)
-    tuning = TileTuning(**{**vars(SMALL), "split_k": 2})
+    tuning = TileLinearTuning(**{**vars(SMALL), "split_k": 2})
     tile_linear(x, w, None, workspace, scales=(x_scales, w_scales), tuning=tuning, out=out)
     assert_close(out, (x.double() * x_scales.double()) @ (w.double() * w_scales.double()).T)
 
