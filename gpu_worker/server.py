@@ -130,6 +130,7 @@ class WorkerServer:
         self._failure_lock = threading.Lock()
         self._has_failed = False
         self._stuck_timer: asyncio.TimerHandle | None = None
+        self._last_resort: threading.Timer | None = None
 
     # Life, on the main thread.
 
@@ -180,6 +181,11 @@ class WorkerServer:
     def shut_down(self, message: str) -> None:
         """End as after a signal: queued steps are answered first. Any thread."""
         self._loop.call_soon_threadsafe(self._begin_end, message)
+
+    def outlive(self) -> None:
+        """For who has more to do in this process once `serve` has returned: its end is no longer enforced."""
+        if self._last_resort is not None:
+            self._last_resort.cancel()
 
     def stop(self) -> None:
         """Stop listening and end the gRPC thread. `serve` does it; needed where `serve` is never reached."""
@@ -247,9 +253,9 @@ class WorkerServer:
         self._loop.call_soon_threadsafe(self._begin_end, f"the worker failed in {where} and ends: {error}")
 
     def _end_after(self, seconds: float, message: str) -> None:
-        timer = threading.Timer(seconds, _end_process, [message])
-        timer.daemon = True
-        timer.start()
+        self._last_resort = threading.Timer(seconds, _end_process, [message])
+        self._last_resort.daemon = True
+        self._last_resort.start()
 
     # The completion thread.
 

@@ -16,7 +16,7 @@ from gpu_worker.recording import RecordingError
 from gpu_worker.replay.comparison import Comparison
 from gpu_worker.replay.player import play
 from gpu_worker.replay.settings import ReplaySettings, parse_replay
-from gpu_worker.runner_api import Runner, WorkerFacts
+from gpu_worker.runner_api import Runner, UsesPauses, WorkerFacts
 from gpu_worker.server import WorkerServer
 
 logger = structlog.get_logger("replay")
@@ -39,9 +39,14 @@ class Replay:
             player = threading.Thread(target=self._play, args=(address, server), name="player", daemon=True)
 
             def on_ready(facts: WorkerFacts) -> None:
+                if self._settings.profile and isinstance(runner, UsesPauses):
+                    # Steps are timed as they run once everything is prepared: every shape has its graph.
+                    while runner.idle():
+                        pass
                 player.start()
 
             code = server.serve(runner, on_ready)
+            server.outlive()
             player.join(1.0)
             return code
 
@@ -78,7 +83,7 @@ def _run_profiled(replay: Replay, runner: Runner, settings: ReplaySettings) -> i
 
     profiled = ProfiledRunner(runner, settings.trace)
     code = replay.run(profiled)
-    summary = summarize(profiled.steps, profiled.classes, profiled.num_tokens)
+    summary = summarize(profiled.read_steps(), profiled.classes, profiled.num_tokens)
     if replay.comparison is None or not settings.json_output:
         if replay.comparison is not None:
             print(to_table(summary), end="\n\n")

@@ -61,9 +61,8 @@ class ProfiledRunner:
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available() and any("cuda" in device for device in inner.describe().devices):
             activities.append(ProfilerActivity.CUDA)
-        self._profiler = profile(activities=activities)
+        self._profiler = profile(activities=activities, acc_events=True)
         self._is_running = False
-        self.steps: list[StepTimes] = []
         if isinstance(inner, TorchRunner):
             annotate_layers(inner)
 
@@ -80,24 +79,25 @@ class ProfiledRunner:
         with record_function(f"{RANGE_PREFIX}step {number}"):
             return self._inner.execute(batch, wait_for_mask)
 
-    def idle(self) -> bool:
+    def has_pause_work(self) -> bool:
         """Graphs are captured before the first step only: a capture in the profile would be nobody's time."""
+        return isinstance(self._inner, UsesPauses) and not self._is_running and self._inner.has_pause_work()
+
+    def idle(self) -> bool:
         return isinstance(self._inner, UsesPauses) and not self._is_running and self._inner.idle()
 
     def reset(self) -> None:
         self._inner.reset()
 
     def close(self) -> None:
-        """Ends the profile as well: results are all there."""
-        if self._is_running:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self._profiler.stop()
-            self._is_running = False
-            self.steps = self._read()
         self._inner.close()
 
-    def _read(self) -> list[StepTimes]:
+    def read_steps(self) -> list[StepTimes]:
+        """End the profile and read it. Takes seconds for a GPU's kernels, longer than a server's end may."""
+        if not self._is_running:
+            return []
+        self._profiler.stop()
+        self._is_running = False
         with tempfile.TemporaryDirectory() as directory:
             path = self._trace or Path(directory) / "trace.json"
             self._profiler.export_chrome_trace(str(path))

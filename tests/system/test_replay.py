@@ -23,14 +23,47 @@ from tests.system.worker_process import REPOSITORY, WorkerClient, WorkerProcess,
 from tests.unit.gpu_worker.models.tiny_checkpoints import save_tiny
 from tests.unit.gpu_worker.step_builder import Run, row_add, step, uint32
 
+# A profiled runner that has something to prepare, and a process that goes on for longer than a server's end may take.
+WITH_PAUSES = """
+import sys, time
+from gpu_worker.replay.__main__ import Replay
+from gpu_worker.replay.profile import ProfiledRunner
+from gpu_worker.replay.settings import parse_replay
+from gpu_worker.server import _LAST_RESORT_S
+from gpu_worker.simulated import SimulatedRunner, SimulationSpec
+
+class Pausing(SimulatedRunner):
+    left = 3
+
+    def has_pause_work(self):
+        return self.left > 0
+
+    def idle(self):
+        self.left -= self.left > 0
+        return self.left > 0
+
+    def execute(self, batch, wait_for_mask):
+        assert self.left == 0, "a step before everything is prepared"
+        return super().execute(batch, wait_for_mask)
+
+path, settings = parse_replay(sys.argv[1:])
+profiled = ProfiledRunner(Pausing(SimulationSpec.from_settings(settings)), None)
+code = Replay(path, settings).run(profiled)
+time.sleep(_LAST_RESORT_S + 0.5)
+print("alive", code, len(profiled.read_steps()))
+"""
 FLAGS = ["--runner=simulated", "--log-format=json", "--sim-step-ms=0", "--sim-vocab-size=64"]
 NUM_STEPS = 12
 
 
 def replay(path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    return python("-m", "gateway.cli", "replay", str(path), *flags)
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("STEPWIRE_")}
     environment["PYTHONPATH"] = os.pathsep.join([".", "proto", "kernels"])
-    command = [sys.executable, "-m", "gateway.cli", "replay", str(path), *flags]
+    command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -237,6 +270,11 @@ def test_a_profile_of_a_model(model_recording: Path, tmp_path: Path) -> None:
 def test_a_profile_as_a_table(model_recording: Path) -> None:
     table = replay(model_recording, "--profile")
     assert table.returncode == 0 and "decode 2" in table.stdout and "all 9 steps agree" in table.stdout
+
+
+def test_a_profile_is_taken_when_all_is_prepared_and_read_after_the_server_has_ended(recording: Path) -> None:
+    done = python("-c", WITH_PAUSES, str(recording), "--profile")
+    assert done.returncode == 0 and f"alive 0 {4 * NUM_STEPS}\n" in done.stdout, done.stdout + done.stderr
 
 
 def test_a_profile_needs_its_flag(recording: Path) -> None:
