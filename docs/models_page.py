@@ -223,8 +223,8 @@ NATIVE = """\
 ## Native
 
 One file a family. Sizes seen: weights that the tests run, and shapes that were run with random weights (`load_tests/`).
-"GPU kernels": they take the sizes that transformers' class has by default (attention in chunks: up to a
-`--max-model-len` of one chunk, 8192 tokens of Llama 4). "GPU in plain torch": many times slower, without CUDA graphs.
+"GPU kernels": they take the sizes that transformers' class has by default. "GPU in plain torch": many times slower,
+without CUDA graphs.
 Everything is compared with transformers in float32 on the CPU, on small random checkpoints
 ([test_families.py](../tests/unit/gpu_worker/models/test_families.py),
 [test_pooling.py](../tests/unit/gpu_worker/test_pooling.py)).

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from stepwire_kernels.attention_decode import SUPPORTED_HEAD_DIMS, allocate_decode_workspace, decode_attention
@@ -55,11 +56,10 @@ class AttentionLimits:
 
 def unsupported_attention(spec: AttentionSpec, block_size: int) -> str | None:
     """Why the kernels cannot serve these heads; None: they can."""
-    if spec.has_chunks:
-        smallest = min(chunk for chunk in spec.chunks if chunk is not None)
-        return f"attention in chunks of {smallest} tokens, which a --max-model-len of {smallest} or less makes one"
+    if any(window and chunk for window, chunk in zip(spec.windows, spec.chunks, strict=False)):
+        return "layers with both a sliding window and chunks"
     if spec.value_dim is not None:
-        if spec.softcap is not None or spec.has_sinks or any(spec.windows):
+        if spec.softcap is not None or spec.has_sinks or any(spec.windows) or spec.has_chunks:
             return "latent attention with windows, sinks or a soft cap"
         return unsupported_latent(spec.value_dim, spec.head_dim - spec.value_dim, block_size)
     if spec.head_dim not in SUPPORTED_HEAD_DIMS:
@@ -69,6 +69,24 @@ def unsupported_attention(spec: AttentionSpec, block_size: int) -> str | None:
     if block_size < 16 or block_size & (block_size - 1):
         return f"block_size {block_size} is not a power of two of at least 16"
     return None
+
+
+class _Window(NamedTuple):
+    """What the kernels are told of a layer; aligned windows are a model's chunks."""
+
+    tokens: int
+    aligned: bool
+
+
+ALL_TOKENS = _Window(0, False)
+
+
+def _windows(spec: AttentionSpec) -> tuple[_Window, ...]:
+    chunks = spec.chunks or (None,) * len(spec.windows)
+    return tuple(
+        _Window(window or 0, False) if chunk is None else _Window(chunk, True)
+        for window, chunk in zip(spec.windows, chunks, strict=True)
+    )
 
 
 class PlannedAttention:
@@ -105,8 +123,7 @@ class PlannedAttention:
         self._kv_caches = kv_caches
         self._limits = limits
         device = kv_caches[0].device
-        # Kernels write 0 for "all tokens".
-        self._windows = tuple(window or 0 for window in spec.windows)
+        self._windows = _windows(spec)
         self._tile_tokens = tile_tokens
         self._num_kv_heads = spec.num_kv_heads
         # Small steps split finer, so that the most records need not be those of the most runs.
@@ -123,7 +140,7 @@ class PlannedAttention:
         largest = next(iter(self._decode_lists.values()))
         self._workspace = allocate_decode_workspace(largest, spec.num_heads, value_dim)
         self._step: DeviceStep | None = None
-        self._decode_work: dict[int, WorkList] = {}
+        self._decode_work: dict[_Window, WorkList] = {}
         self._prefill_work: WorkList | None = None
 
     def kv_caches(self) -> list[torch.Tensor]:
@@ -151,7 +168,13 @@ class PlannedAttention:
             for window, whole in self._decode_lists.items():
                 work = WorkList(whole.records[:num_records], whole.num_records, whole.runs[: inputs.max_runs], policy)
                 build_decode_list(
-                    inputs.query_starts, inputs.kv_lens, inputs.run_rows, work, window=window, pdl=self._pdl
+                    inputs.query_starts,
+                    inputs.kv_lens,
+                    inputs.run_rows,
+                    work,
+                    window=window.tokens,
+                    aligned=window.aligned,
+                    pdl=self._pdl,
                 )
                 self._decode_work[window] = work
         if step.has_prefills or self._deterministic:
@@ -263,7 +286,8 @@ class TritonAttention(PlannedAttention):
                 self._prefill_work,
                 self.spec.scale,
                 out,
-                window=window,
+                window=window.tokens,
+                aligned=window.aligned,
                 soft_cap=soft_cap,
                 k_scale=scales.key,
                 v_scale=scales.value,
@@ -278,7 +302,8 @@ class TritonAttention(PlannedAttention):
                 self._workspace,
                 self.spec.scale,
                 out,
-                window=window,
+                window=window.tokens,
+                aligned=window.aligned,
                 soft_cap=soft_cap,
                 k_scale=scales.key,
                 v_scale=scales.value,

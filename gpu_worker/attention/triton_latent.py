@@ -16,7 +16,7 @@ from stepwire_kernels.latent_kv import rotate_and_write_latent
 from stepwire_kernels.work_list import ChunkPolicy
 
 from gpu_worker.attention.api import AttentionSpec
-from gpu_worker.attention.triton_backend import AttentionLimits, PlannedAttention, TritonAttention
+from gpu_worker.attention.triton_backend import ALL_TOKENS, AttentionLimits, PlannedAttention, TritonAttention
 from gpu_worker.layers.ops import StepPositions
 from gpu_worker.loading.kv_scales import KVScales
 
@@ -101,7 +101,7 @@ class TritonLatentAttention(PlannedAttention):
         if self._decode_work:
             latent_decode_attention(
                 *arguments,
-                self._decode_work[0],
+                self._decode_work[ALL_TOKENS],
                 self._workspace,
                 self.spec.scale,
                 out,

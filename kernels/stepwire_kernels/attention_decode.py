@@ -26,7 +26,7 @@ import triton.language as tl
 
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
 from stepwire_kernels.device_limits import num_multiprocessors
-from stepwire_kernels.work_list import WorkList
+from stepwire_kernels.work_list import WorkList, first_visible
 
 LOG2_E = 1.4426950408889634
 SUPPORTED_HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -159,6 +159,7 @@ def _decode_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
+    ALIGNED: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -195,7 +196,7 @@ def _decode_kernel(
         table = block_tables_ptr + row.to(tl.int64) * table_stride
         window_start = 0
         if WINDOW > 0:
-            window_start = tl.maximum(kv_len - WINDOW, 0)
+            window_start = first_visible(kv_len - 1, WINDOW, ALIGNED)
             kv_start = tl.maximum(kv_start, (window_start // TILE_N) * TILE_N)
 
         # The leading dimension is the warp: each keeps a running softmax of its own tokens, and nothing crosses warps
@@ -299,6 +300,7 @@ def decode_attention(
     out: torch.Tensor,
     *,
     window: int = 0,
+    aligned: bool = False,
     soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
     k_scale: float = 1.0,
@@ -308,7 +310,7 @@ def decode_attention(
 ) -> torch.Tensor:
     """Write the attention of every run in `work` to its token's row of `out` (other rows stay as they are).
 
-    `window` must be the one `work` was built with; 0 means all tokens, as soft_cap 0 means none.
+    `window` and `aligned` must be those `work` was built with; 0 means all tokens, as soft_cap 0 means none.
 
     Raises:
         ValueError: a head dimension, block size or shape that the kernel does not support.
@@ -343,6 +345,7 @@ def decode_attention(
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
         WINDOW=window,
+        ALIGNED=aligned,
         HAS_SOFT_CAP=soft_cap > 0,
         HAS_SINKS=sinks is not None,
         BLOCK_H=max(8, triton.next_power_of_2(group)),

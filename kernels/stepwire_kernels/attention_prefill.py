@@ -1,7 +1,8 @@
 """Causal paged attention for runs of several query tokens (prefill, chunked prefill, cached prefix).
 
 The formula of `attention_decode.py`, for every query token of a run: the token at absolute position p sees cache tokens
-max(0, p - window + 1) .. p. The run's K and V, this step's included, are in the paged cache already.
+max(0, p - window + 1) .. p, or with an aligned window those of its own window up to p. The run's K and V, this step's
+included, are in the paged cache already.
 
 q, out: [num_tokens, num_heads, D], the runs packed one after another; caches:
 [num_blocks, num_kv_heads, block_size, D].
@@ -26,7 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from stepwire_kernels.attention_decode import LOG2_E, check_attention_inputs, soft_cap_scores
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
 from stepwire_kernels.device_limits import is_roomy
-from stepwire_kernels.work_list import WorkList
+from stepwire_kernels.work_list import WorkList, first_visible
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def _attend(
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
+    ALIGNED: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TILE_N: tl.constexpr,
@@ -103,7 +105,7 @@ def _attend(
             if MASKED:
                 visible = n[None, :] <= positions[:, None]
                 if WINDOW > 0:
-                    visible = visible & (n[None, :] > positions[:, None] - WINDOW)
+                    visible = visible & (n[None, :] >= first_visible(positions, WINDOW, ALIGNED)[:, None])
                 scores = tl.where(visible, scores, float("-inf"))
             new_top = tl.maximum(top, tl.max(scores, axis=1))
             weights = tl.exp2(scores - new_top[:, None])
@@ -111,7 +113,7 @@ def _attend(
             if MASKED:
                 visible = n[None, :] <= positions[:, None]
                 if WINDOW > 0:
-                    visible = visible & (n[None, :] > positions[:, None] - WINDOW)
+                    visible = visible & (n[None, :] >= first_visible(positions, WINDOW, ALIGNED)[:, None])
                 scores = tl.where(visible, scores, float("-inf"))
             # The scale is positive, so the maximum may be taken first; scale and subtraction are then one operation.
             new_top = tl.maximum(top, tl.max(scores, axis=1) * score_scale)
@@ -154,6 +156,7 @@ def _prefill_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
+    ALIGNED: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -192,8 +195,8 @@ def _prefill_kernel(
         kv_from = 0
         full_from = 0
         if WINDOW > 0:
-            kv_from = (tl.maximum(position - WINDOW + 1, 0) // TILE_N) * TILE_N
-            full_from = ((tl.maximum(last_position - WINDOW + 1, 0) + TILE_N - 1) // TILE_N) * TILE_N
+            kv_from = (first_visible(position, WINDOW, ALIGNED) // TILE_N) * TILE_N
+            full_from = ((first_visible(last_position, WINDOW, ALIGNED) + TILE_N - 1) // TILE_N) * TILE_N
         kv_to = last_position + 1
         full_to = ((position + 1) // TILE_N) * TILE_N
 
@@ -205,21 +208,21 @@ def _prefill_kernel(
             left_to = tl.maximum(kv_from, tl.minimum(full_from, kv_to))
             acc, total, top = _attend(
                 acc, total, top, q, k_source, v_source, table, kv_head, kv_from, left_to, positions, last_position,
-                score_scale, soft_cap, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, WINDOW, HAS_SOFT_CAP, BLOCK_D, TILE_N,
-                USE_DESCRIPTORS, True, NUM_STAGES, False,
+                score_scale, soft_cap, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, WINDOW, ALIGNED, HAS_SOFT_CAP, BLOCK_D,
+                TILE_N, USE_DESCRIPTORS, True, NUM_STAGES, False,
             )  # fmt: skip
             kv_from = left_to
             # left_to is a tile edge unless it is kv_to itself, after which nothing is left.
             diagonal_from = tl.maximum(left_to, full_to)
         acc, total, top = _attend(
             acc, total, top, q, k_source, v_source, table, kv_head, kv_from, full_to, positions, last_position,
-            score_scale, soft_cap, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, WINDOW, HAS_SOFT_CAP, BLOCK_D, TILE_N,
-            USE_DESCRIPTORS, False, NUM_STAGES, WARP_SPECIALIZE,
+            score_scale, soft_cap, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, WINDOW, ALIGNED, HAS_SOFT_CAP, BLOCK_D,
+            TILE_N, USE_DESCRIPTORS, False, NUM_STAGES, WARP_SPECIALIZE,
         )  # fmt: skip
         acc, total, top = _attend(
             acc, total, top, q, k_source, v_source, table, kv_head, diagonal_from, kv_to, positions, last_position,
-            score_scale, soft_cap, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, WINDOW, HAS_SOFT_CAP, BLOCK_D, TILE_N,
-            USE_DESCRIPTORS, True, NUM_STAGES, False,
+            score_scale, soft_cap, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, WINDOW, ALIGNED, HAS_SOFT_CAP, BLOCK_D,
+            TILE_N, USE_DESCRIPTORS, True, NUM_STAGES, False,
         )  # fmt: skip
 
         if HAS_SINKS:
@@ -254,6 +257,7 @@ def prefill_attention(
     out: torch.Tensor,
     *,
     window: int = 0,
+    aligned: bool = False,
     soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
     k_scale: float = 1.0,
@@ -263,7 +267,8 @@ def prefill_attention(
 ) -> torch.Tensor:
     """Write the attention of every tile in `work` to `out` (rows of other tokens stay as they are).
 
-    `work` must have been built with `prefill_tile_tokens(num_heads, num_kv_heads, tuning)`.
+    `work` must have been built with `prefill_tile_tokens(num_heads, num_kv_heads, tuning)`; `window` and `aligned` as
+    in `build_decode_list`.
 
     Raises:
         ValueError: a head dimension, block size or shape that the kernel does not support.
@@ -297,6 +302,7 @@ def prefill_attention(
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
         WINDOW=window,
+        ALIGNED=aligned,
         HAS_SOFT_CAP=soft_cap > 0,
         HAS_SINKS=sinks is not None,
         BLOCK_M=tuning.block_rows,

@@ -129,6 +129,7 @@ def paged_attention(
     softmax_scale: float,
     *,
     window: int = 0,
+    aligned: bool = False,
     soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
     k_scale: float = 1.0,
@@ -153,7 +154,9 @@ def paged_attention(
         positions = torch.arange(kv_len - (last - first), kv_len, device=q.device)[:, None]
         others = torch.arange(kv_len, device=q.device)[None, :]
         hidden = others > positions
-        if window > 0:
+        if aligned:
+            hidden = hidden | (others // window < positions // window)
+        elif window > 0:
             hidden = hidden | (others <= positions - window)
         scores = scores.masked_fill(hidden, float("-inf"))
         if sinks is not None:
@@ -254,11 +257,18 @@ def decode_records(
     min_chunk: int,
     max_chunks: int,
     wanted_records: int = 0,
+    aligned: bool = False,
 ) -> list[tuple[int, ...]]:
     """The decode list's records, in `work_list.DECODE_FIELDS` order."""
     records: list[tuple[int, ...]] = []
     decodes = [kv_len for run, kv_len in enumerate(kv_lens) if query_starts[run + 1] - query_starts[run] == 1]
-    total_visible = sum(min(kv_len, window or kv_len) for kv_len in decodes)
+
+    def first_seen(kv_len: int) -> int:
+        if not window or not kv_len:
+            return 0
+        return (kv_len - 1) // window * window if aligned else max(0, kv_len - window)
+
+    total_visible = sum(kv_len - first_seen(kv_len) for kv_len in decodes)
     even_chunk = min(max(total_visible // wanted_records, 64), 2048) if wanted_records else 0
     for run, (kv_len, row) in enumerate(zip(kv_lens, run_rows, strict=True)):
         first, last = query_starts[run], query_starts[run + 1]
@@ -266,7 +276,7 @@ def decode_records(
         if kv_len == 0:
             records += [(run, row, token, 0, 0, 0, first_item, 1) for token in range(first, last)]
         elif last - first == 1:
-            visible_from = max(0, kv_len - window) if window else 0
+            visible_from = first_seen(kv_len)
             chunk = min_chunk
             if wanted_records:
                 num_parts = max(1, (kv_len - visible_from + even_chunk // 2) // even_chunk)

@@ -110,11 +110,11 @@ def _allocate(capacity: int, max_runs: int, device: torch.device | str, policy: 
 
 
 @triton.jit
-def _first_visible(kv_len, WINDOW: tl.constexpr):
-    """Position of the first token that a run's query sees."""
-    first = kv_len * 0
+def first_visible(position, WINDOW: tl.constexpr, ALIGNED: tl.constexpr):
+    """Position of the first token that a query sees: the window slides with it, or stands at multiples of its size."""
+    first = position * 0
     if WINDOW > 0:
-        first = tl.maximum(kv_len - WINDOW, 0)
+        first = tl.maximum(position, 0) // WINDOW * WINDOW if ALIGNED else tl.maximum(position - WINDOW + 1, 0)
     return first
 
 
@@ -146,14 +146,15 @@ def _decode_items(
     kv_len,
     even_chunk,
     WINDOW: tl.constexpr,
+    ALIGNED: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
     CHUNK_LIMIT: tl.constexpr,
     IS_SHARED: tl.constexpr,
 ):
     """(number of items, chunk size, first chunk) of a run; works on scalars and on tensors."""
-    first_visible = _first_visible(kv_len, WINDOW)
-    chunk = _chunk_tokens(kv_len - first_visible, even_chunk, MIN_CHUNK, CHUNK_LIMIT, IS_SHARED)
-    first_chunk = first_visible // chunk
+    visible_from = first_visible(kv_len - 1, WINDOW, ALIGNED)
+    chunk = _chunk_tokens(kv_len - visible_from, even_chunk, MIN_CHUNK, CHUNK_LIMIT, IS_SHARED)
+    first_chunk = visible_from // chunk
     num_chunks = (kv_len + chunk - 1) // chunk - first_chunk
     is_decode = (num_queries == 1) & (kv_len > 0)
     num_items = tl.where(is_decode, num_chunks, tl.where(kv_len == 0, num_queries, 0))
@@ -170,6 +171,7 @@ def _decode_list_kernel(
     list_runs_ptr,
     num_runs,
     WINDOW: tl.constexpr,
+    ALIGNED: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
     CHUNK_LIMIT: tl.constexpr,
     WANTED_RECORDS: tl.constexpr,
@@ -186,9 +188,9 @@ def _decode_list_kernel(
     starts = tl.load(query_starts_ptr + runs, mask=in_step, other=0)
     ends = tl.load(query_starts_ptr + runs + 1, mask=in_step, other=0)
     lens = tl.load(kv_lens_ptr + runs, mask=in_step, other=0)
-    visible = tl.where(ends - starts == 1, lens - _first_visible(lens, WINDOW), 0)
+    visible = tl.where(ends - starts == 1, lens - first_visible(lens - 1, WINDOW, ALIGNED), 0)
     even_chunk = _even_chunk(tl.sum(visible, axis=0), WANTED_RECORDS)
-    counts, _, _ = _decode_items(ends - starts, lens, even_chunk, WINDOW, MIN_CHUNK, CHUNK_LIMIT, IS_SHARED)
+    counts, _, _ = _decode_items(ends - starts, lens, even_chunk, WINDOW, ALIGNED, MIN_CHUNK, CHUNK_LIMIT, IS_SHARED)
     first_item = tl.sum(tl.where(runs < run, counts, 0), axis=0)
     if run == 0:
         tl.store(num_records_ptr, tl.sum(counts, axis=0))
@@ -198,7 +200,7 @@ def _decode_list_kernel(
     kv_len = tl.load(kv_lens_ptr + run)
     row = tl.load(run_rows_ptr + run)
     num_items, chunk, first_chunk = _decode_items(
-        num_queries, kv_len, even_chunk, WINDOW, MIN_CHUNK, CHUNK_LIMIT, IS_SHARED
+        num_queries, kv_len, even_chunk, WINDOW, ALIGNED, MIN_CHUNK, CHUNK_LIMIT, IS_SHARED
     )
     is_padding = kv_len == 0
     tl.store(list_runs_ptr + run * 4, token)
@@ -286,9 +288,12 @@ def build_decode_list(
     work: WorkList,
     *,
     window: int = 0,
+    aligned: bool = False,
     pdl: bool = False,
 ) -> None:
     """Fill `work` for the decode kernel. `window`: how many last tokens a query sees, 0 for all.
+
+    `aligned`: windows begin at multiples of their size instead, and a query sees those of its own up to itself.
 
     Raises:
         ValueError: array sizes or dtypes that do not fit.
@@ -305,6 +310,7 @@ def build_decode_list(
         work.runs,
         num_runs,
         WINDOW=window,
+        ALIGNED=aligned,
         MIN_CHUNK=work.policy.min_chunk,
         CHUNK_LIMIT=work.policy.max_chunks,
         WANTED_RECORDS=work.policy.wanted_records,

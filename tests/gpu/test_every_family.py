@@ -54,9 +54,6 @@ def sizes(name: str) -> dict[str, Any]:
     for field in ("moe_intermediate_size", "shared_expert_intermediate_size"):
         if field in fields:
             changes[field] = 64
-    if "attention_chunk_size" in fields:
-        # Chunks that the cache is never longer than, which is how the kernels serve them.
-        changes["attention_chunk_size"] = 256
     parameters = fields.get("rope_parameters", {})
     if "short_factor" in parameters:
         num_factors = int(32 * parameters.get("partial_rotary_factor", 1.0))

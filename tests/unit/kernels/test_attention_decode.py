@@ -19,8 +19,8 @@ def run_decode(
     num_runs = case.kv_lens.numel()
     num_heads, head_dim = case.q.shape[1], case.q.shape[2]
     work = work_list.allocate_decode_list(num_runs, case.q.shape[0], device, policy=policy)
-    window = int(options.get("window", 0))
-    work_list.build_decode_list(case.query_starts, case.kv_lens, case.run_rows, work, window=window)
+    reach = {name: options[name] for name in ("window", "aligned") if name in options}
+    work_list.build_decode_list(case.query_starts, case.kv_lens, case.run_rows, work, **reach)
     workspace = allocate_decode_workspace(work, num_heads, head_dim)
     workspace.partial_out.fill_(float("nan"))
     workspace.partial_sums.fill_(float("nan"))
@@ -54,6 +54,12 @@ def test_matches_twin(
 def test_sliding_window(device: str, window: int) -> None:
     case = make_case([(1, length - 1) for length in LENS], 4, 2, 64, 16, torch.float32, device)
     assert_close(run_decode(case, window=window), case.twin(window=window))
+
+
+@pytest.mark.parametrize("window", [1, 20, 64, 140])
+def test_windows_that_stand(device: str, window: int) -> None:
+    case = make_case([(1, length - 1) for length in LENS], 4, 2, 64, 16, torch.float32, device)
+    assert_close(run_decode(case, window=window, aligned=True), case.twin(window=window, aligned=True))
 
 
 def test_soft_cap(device: str) -> None:

@@ -54,6 +54,12 @@ def test_sliding_window(device: str, window: int) -> None:
     assert_close(run_prefill(case, window=window), case.twin(window=window))
 
 
+@pytest.mark.parametrize("window", [1, 24, 32, 45])
+def test_windows_that_stand(device: str, window: int) -> None:
+    case = make_case([(33, 0), (5, 60), (40, 13)], 4, 2, 64, 16, torch.float32, device)
+    assert_close(run_prefill(case, window=window, aligned=True), case.twin(window=window, aligned=True))
+
+
 def test_soft_cap_with_window(device: str) -> None:
     case = make_case([(33, 20)], 4, 2, 64, 32, torch.float32, device)
     case.q *= 20

@@ -38,17 +38,21 @@ def listed(work: WorkList) -> list[tuple[int, ...]]:
 @given(
     runs=st.one_of(RUNS, DECODES),
     window=st.sampled_from([0, 1, 100, 4096]),
+    aligned=st.booleans(),
     policy=st.sampled_from([LATENCY, THROUGHPUT, ChunkPolicy(16, 4), ChunkPolicy(64, 16, 24), ChunkPolicy(64, 64, 5)]),
 )
-def test_decode_list_matches_twin(runs: list[tuple[int, int | None]], window: int, policy: ChunkPolicy) -> None:
+def test_decode_list_matches_twin(
+    runs: list[tuple[int, int | None]], window: int, aligned: bool, policy: ChunkPolicy
+) -> None:
     starts, lens, rows = arrays(runs)
     work = work_list.allocate_decode_list(len(runs), starts[-1], DEVICE, policy=policy)
-    work_list.build_decode_list(*tensors(starts, lens, rows), work, window=window)
+    work_list.build_decode_list(*tensors(starts, lens, rows), work, window=window, aligned=aligned)
     expected = reference.decode_records(
         starts,
         lens,
         rows,
         window=window,
+        aligned=aligned,
         min_chunk=policy.min_chunk,
         max_chunks=policy.max_chunks,
         wanted_records=policy.wanted_records,

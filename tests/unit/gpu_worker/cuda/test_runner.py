@@ -19,6 +19,7 @@ from gpu_worker.runner import TorchRunner
 from gpu_worker.runner_api import RowFaultCode, StepResult, TokenMask
 from load_tests.cpu_worker.step_driver import StepDriver, greedy, sampling
 from tests.unit.gpu_worker.cuda.inline_runner import load_inline
+from tests.unit.gpu_worker.models.tiny_checkpoints import save_tiny
 
 VOCAB_SIZE = 300
 
@@ -98,6 +99,19 @@ def test_chunked_prefill_beside_decodes_gives_the_same_tokens(model_dir: Path) -
         results = [driver.step(runs) for driver in (ours, theirs)]
         assert_same(*results)
     assert [row.tokens for row in ours.rows.values()] == [row.tokens for row in theirs.rows.values()]
+
+
+def test_attention_in_chunks_gives_the_same_tokens(tmp_path: Path) -> None:
+    """Prompts that begin and end in chunks of 9 tokens, decodes that come to the next one; a layer that sees all."""
+    sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64, "num_hidden_layers": 2}
+    chunks = {"attention_chunk_size": 9, "no_rope_layer_interval": 2, "interleave_moe_layer_step": 3}
+    save_tiny("llama4-plain", tmp_path, **sizes, **chunks)
+    ours, theirs = both(tmp_path)
+    for driver in (ours, theirs):
+        driver.add(0, prompt(1, 24), greedy())
+        driver.add(2, prompt(2, 8), greedy())
+    for runs in ({0: 7, 2: 8}, {0: 17, 2: 1}, None, None, None):
+        assert_same(ours.step(runs), theirs.step(runs))
 
 
 def test_blocks_grow_and_a_prefix_is_shared(llama_dir: Path) -> None:
