@@ -110,17 +110,17 @@ def log_probabilities(model: Any, tokens: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_float32_log_probabilities_are_those_of_transformers(name: str, tmp_path: Path) -> None:
-    reference = save_tiny(name, tmp_path, **sizes(name))
+    reference = save_tiny(name, tmp_path, **sizes(name)).to("cuda")
     largest, _ = errors(reference, *run_rows(load(tmp_path, max_model_len=256)))
     assert largest <= 2e-3
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_bfloat16_is_as_near_to_float32_as_transformers_is(name: str, tmp_path: Path) -> None:
-    reference = save_tiny(name, tmp_path, **sizes(name))
+    reference = save_tiny(name, tmp_path, **sizes(name)).to("cuda")
     seen, driver = run_rows(load(tmp_path, max_model_len=256, dtype="bfloat16"))
     _, ours = errors(reference, seen, driver)
-    rounded = deepcopy(reference).to("cuda", torch.bfloat16)
+    rounded = deepcopy(reference).to(torch.bfloat16)
     theirs = np.mean(
         [
             (log_probabilities(rounded, row.tokens) - log_probabilities(reference, row.tokens)).abs().mean().item()
