@@ -34,6 +34,7 @@ from gpu_worker.models.registry import find_family, known_architectures  # noqa:
 from gpu_worker.parallel.shares import ParallelContext  # noqa: E402
 from gpu_worker.quant.config import SUPPORTED  # noqa: E402
 from gpu_worker.quant.scheme import ON_LOAD  # noqa: E402
+from tests.unit.gpu_worker.models.test_row_states import HYBRIDS, OTHER_HYBRIDS  # noqa: E402
 from tests.unit.gpu_worker.models.test_transformers_fallback import CARRIED, REFUSED  # noqa: E402
 from tests.unit.gpu_worker.models.tiny_checkpoints import TINY, Tiny  # noqa: E402
 
@@ -180,13 +181,23 @@ def native_table() -> list[str]:
 def fallback_lines() -> list[str]:
     carried = sorted({_architecture(tiny.config_class) for tiny in CARRIED.values()})
     refused = sorted({_architecture(tiny.config_class) for tiny, _ in REFUSED.values()} - set(carried))
-    names = ", ".join(f"`{name}`" for name in refused)
+    hybrids = sorted(
+        {_architecture(tiny.config_class) for tiny in (HYBRIDS | OTHER_HYBRIDS).values()}
+        | {"GraniteMoeHybridForCausalLM"}
+    )
     return [
-        "Tested: " + ", ".join(f"`{name}`" for name in carried) + ".",
+        f"Tested: {_quoted(carried)}.",
         "",
-        f"Refused, with the reason: {names}; so is whatever else keeps a state for every sequence, makes attention",
+        "Layers that keep a state for every sequence (recurrences, convolutions) run row after row, and no prompt's",
+        f"beginning is taken over from another; tested: {_quoted(hybrids)}.",
+        "",
+        f"Refused, with the reason: {_quoted(refused)}; so is whatever else has no layer that attends, makes attention",
         "masks of its own, or has rope that depends on the rest of the step.",
     ]
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _architecture(config_class: Any) -> str:

@@ -111,6 +111,7 @@ class InputBatch(RowTable):
                 context_lengths=contexts,
                 block_tables=self._block_tables[rows, :max_blocks],
                 positions=positions,
+                rows=rows,
             ),
             sampled_rows=rows[samples],
             sampled_tokens=ends[samples] - 1,

@@ -180,6 +180,8 @@ class ModelSpec:
     moe: MoeSpec | None = None
     latent: LatentSpec | None = None
     eos_token_ids: tuple[int, ...] = field(default=())
+    row_state_bytes: int = 0
+    """What layers keep for a row beside keys and values."""
 
     @property
     def num_layers(self) -> int:

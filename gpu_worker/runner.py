@@ -192,7 +192,16 @@ class TorchRunner:
             plan = plan_encoder_memory(shape, sizes, weight_bytes, device)
         else:
             sizes, plan = plan_memory(
-                settings, spec, parallel, shape, sizes, weight_bytes, device, dtype, num_local_ranks=num_local_ranks
+                settings,
+                spec,
+                parallel,
+                shape,
+                sizes,
+                weight_bytes,
+                device,
+                dtype,
+                workspace_bytes=spec.row_state_bytes * sizes.max_num_seqs,
+                num_local_ranks=num_local_ranks,
             )
             sizes, plan = agree_on_sizes(sizes, plan, shape, group)
         for line in plan.lines()[: 1 if family.is_encoder else None]:
@@ -208,6 +217,7 @@ class TorchRunner:
             backend = TiledTorchAttention if settings.deterministic else TorchAttention
             attention = backend(heads, kv_cache.layers, dtype)
         facts = worker_facts(settings.model, spec, sizes, plan, shape, device, dtype, pooling)
+        facts = replace(facts, keeps_row_states=model.row_states is not None)
         if group.layout.num_stages > 1:
             # The last stage has the logits, and the first one answers.
             facts = replace(facts, can_prompt_logprobs=False)
@@ -223,6 +233,8 @@ class TorchRunner:
         self._rows.clear()
         if self._pooler is not None:
             self._pooler.clear()
+        if self.model.row_states is not None:
+            self.model.row_states.clear()
 
     def close(self) -> None:
         """Nothing is held that the end of the process does not free."""
@@ -279,6 +291,8 @@ class TorchRunner:
     def _forward(self, inputs: StepInputs, step: int) -> HiddenStates | None:
         """What the last layer gives; None if another stage has it."""
         self.attention.plan(inputs.metadata)
+        if self.model.row_states is not None:
+            self.model.row_states.plan(inputs.metadata)
         token_ids = torch.from_numpy(inputs.token_ids).to(self._device)
         positions = torch.from_numpy(inputs.metadata.positions).to(self._device)
         received = None

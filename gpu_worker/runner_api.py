@@ -62,6 +62,7 @@ class WorkerFacts:
     num_stages: int = 1
     """Parts of the worker that work on different steps at a time."""
     weights_per_token: int = 0
+    keeps_row_states: bool = False
 
 
 @dataclass(frozen=True, slots=True)

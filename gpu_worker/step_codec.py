@@ -178,6 +178,7 @@ def encode_facts(facts: WorkerFacts, instance_id: str, version: str) -> worker_p
         pooling=pooling,
         num_stages=facts.num_stages,
         weights_per_token=facts.weights_per_token,
+        keeps_row_states=facts.keeps_row_states,
     )
 
 

@@ -47,7 +47,8 @@ def scheduler_config(worker: worker_pb2.DescribeResponse, config: EngineConfig) 
             worker.weights_per_token, worker.block_bytes / worker.block_size
         ),
         policy=config.scheduling_policy,
-        enable_prefix_caching=config.enable_prefix_caching,
+        enable_prefix_caching=config.enable_prefix_caching and not worker.keeps_row_states,
+        shares_blocks=not worker.keeps_row_states,
         whole_prompts=worker.pooling.whole_prompts,
         num_stages=max(1, worker.num_stages),
     )

@@ -138,7 +138,7 @@ class Scheduler:
             pass  # the hidden states of tokens that are not run are not there to be pooled
         elif self.config.enable_prefix_caching:
             root = root_hash(request.tenant, request.cache_salt)
-        elif request.num_sequences > 1:
+        elif request.num_sequences > 1 and self.config.shares_blocks:
             # No caching, but siblings share their prompt: a chain that nobody else can start.
             root = root_hash(f"fork {arrival}", request.request_id)
         state = RequestState(request, arrival, now, root)

@@ -18,6 +18,8 @@ class SchedulerConfig:
     max_num_batched_tokens: int
     policy: PolicyName = "fcfs"
     enable_prefix_caching: bool = True
+    shares_blocks: bool = True
+    """Whether a sequence may begin with what another has computed; False: not even a request's own siblings do."""
     mixed_step_tokens: int = 512
     """What a step is filled up to with prompts while others generate; see `policy.mixed_step_size`."""
     context_per_prompt_token: int = 0

@@ -44,6 +44,7 @@ class StepMetadata:
     context_lengths: npt.NDArray[np.int64]  # [num_rows]: tokens up to and with this step's last
     block_tables: npt.NDArray[np.int64]  # [num_rows, max_blocks]: padded with block 0
     positions: npt.NDArray[np.int64]  # [num_tokens]
+    rows: npt.NDArray[np.int64] | None = None  # [num_rows]: which of the worker's; for models that keep more than KV
 
 
 StepT_contra = TypeVar("StepT_contra", contravariant=True)

@@ -1,6 +1,6 @@
 """Granite 3 and 4: a Llama with a multiplier at every joint.
 
-Of Granite 4's hybrids those without layers that keep a state (micro, 1B, 350M)."""
+Of Granite 4's hybrids those without layers that keep a state (micro, 1B, 350M); the others run through transformers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from gpu_worker.models.family import ModelFamily
 from gpu_worker.models.hf_config import FULL, HfConfig
 from gpu_worker.models.llama import LLAMA_NAMES
 from gpu_worker.models.registry import register
+from gpu_worker.models.transformers_fallback import TransformersModel
 
 
 @register("GraniteForCausalLM")
@@ -40,16 +41,13 @@ class GraniteHybrid(ModelFamily):
         "layers.{i}.mlp.down": {"": "model.layers.{i}.shared_mlp.output_linear"},
     }
 
+    @classmethod
+    def for_config(cls, config: HfConfig) -> type[ModelFamily]:
+        kinds = config.fields.get("layer_types") or config.fields.get("layers_block_type") or ["mamba"]
+        return cls if set(kinds) <= {"attention", FULL} else TransformersModel
+
     @staticmethod
     def read_config(config: HfConfig, architecture: str) -> ModelSpec:
-        kinds = config.fields.get("layer_types") or config.fields.get("layers_block_type") or ["mamba"]
-        others = set(kinds) - {"attention", FULL}
-        if others:
-            raise config.error(
-                "layer_types",
-                f"has {', '.join(sorted(map(str, others)))}: layers that keep a state for every sequence are not "
-                "served; Granite 4's releases without -h in their names have none",
-            )
         config.refuse("num_local_experts", 0)
         config.refuse("position_embedding_type", "rope", "nope")
         spec = Granite.read_config(HfConfig({**config.fields, "layer_types": None}, config.file), architecture)

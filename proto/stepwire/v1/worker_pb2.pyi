@@ -47,7 +47,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribeResponse(_message.Message):
-    __slots__ = ("instance_id", "model", "architecture", "dtype", "kv_cache_dtype", "devices", "num_blocks", "first_block_id", "block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "buckets", "vocab_size", "max_num_logprobs", "capabilities", "version", "block_bytes", "num_stages", "pooling", "weights_per_token")
+    __slots__ = ("instance_id", "model", "architecture", "dtype", "kv_cache_dtype", "devices", "num_blocks", "first_block_id", "block_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "buckets", "vocab_size", "max_num_logprobs", "capabilities", "version", "block_bytes", "num_stages", "pooling", "weights_per_token", "keeps_row_states")
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ARCHITECTURE_FIELD_NUMBER: _ClassVar[int]
@@ -69,6 +69,7 @@ class DescribeResponse(_message.Message):
     NUM_STAGES_FIELD_NUMBER: _ClassVar[int]
     POOLING_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_PER_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    KEEPS_ROW_STATES_FIELD_NUMBER: _ClassVar[int]
     instance_id: str
     model: str
     architecture: str
@@ -90,7 +91,8 @@ class DescribeResponse(_message.Message):
     num_stages: int
     pooling: PoolingFacts
     weights_per_token: int
-    def __init__(self, instance_id: _Optional[str] = ..., model: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., kv_cache_dtype: _Optional[str] = ..., devices: _Optional[_Iterable[str]] = ..., num_blocks: _Optional[int] = ..., first_block_id: _Optional[int] = ..., block_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., buckets: _Optional[_Iterable[int]] = ..., vocab_size: _Optional[int] = ..., max_num_logprobs: _Optional[int] = ..., capabilities: _Optional[_Iterable[_Union[Capability, str]]] = ..., version: _Optional[str] = ..., block_bytes: _Optional[int] = ..., num_stages: _Optional[int] = ..., pooling: _Optional[_Union[PoolingFacts, _Mapping]] = ..., weights_per_token: _Optional[int] = ...) -> None: ...
+    keeps_row_states: bool
+    def __init__(self, instance_id: _Optional[str] = ..., model: _Optional[str] = ..., architecture: _Optional[str] = ..., dtype: _Optional[str] = ..., kv_cache_dtype: _Optional[str] = ..., devices: _Optional[_Iterable[str]] = ..., num_blocks: _Optional[int] = ..., first_block_id: _Optional[int] = ..., block_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., buckets: _Optional[_Iterable[int]] = ..., vocab_size: _Optional[int] = ..., max_num_logprobs: _Optional[int] = ..., capabilities: _Optional[_Iterable[_Union[Capability, str]]] = ..., version: _Optional[str] = ..., block_bytes: _Optional[int] = ..., num_stages: _Optional[int] = ..., pooling: _Optional[_Union[PoolingFacts, _Mapping]] = ..., weights_per_token: _Optional[int] = ..., keeps_row_states: _Optional[bool] = ...) -> None: ...
 
 class PoolingFacts(_message.Message):
     __slots__ = ("kind", "dimensions", "whole_prompts", "only")

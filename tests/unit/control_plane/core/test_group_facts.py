@@ -72,6 +72,12 @@ def test_alone_a_worker_may_come_back_with_another_version() -> None:
     check_may_serve(worker(), CONFIG, None, [])
 
 
+def test_rows_with_states_share_nothing() -> None:
+    usual, stateful = scheduler_config(worker(), CONFIG), scheduler_config(worker(keeps_row_states=True), CONFIG)
+    assert (usual.enable_prefix_caching, usual.shares_blocks) == (True, True)
+    assert (stateful.enable_prefix_caching, stateful.shares_blocks) == (False, False)
+
+
 def test_a_sequence_has_to_fit_the_pool_and_a_step_its_bucket() -> None:
     small = worker(num_blocks=11, buckets=[16, 128, 300])
     assert model_facts(small, CONFIG).max_model_len == 160

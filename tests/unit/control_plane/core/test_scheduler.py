@@ -86,6 +86,14 @@ def test_sequences_of_a_request_share_their_prompt_even_without_caching(caching:
         assert total_tokens(driver, 1) == 21
 
 
+def test_nobody_takes_over_what_a_worker_with_states_has_computed() -> None:
+    driver = Driver(Scheduler(config(enable_prefix_caching=False, shares_blocks=False)))
+    driver.scheduler.add_request(make_request(0, 21, max_tokens=3, num_sequences=3), 0.0)
+    driver.run()
+    assert total_tokens(driver, 0) == 3 * (21 + 2)
+    assert all(start.num_computed_tokens == 0 for plan in driver.plans for start in plan.starts)
+
+
 def test_nothing_is_run_past_max_tokens() -> None:
     driver = Driver(Scheduler(config()), depth=3)
     driver.scheduler.add_request(make_request(0, 5, max_tokens=7), 0.0)

@@ -228,6 +228,7 @@ configs = st.builds(
     max_num_batched_tokens=st.integers(3, 40),
     policy=st.sampled_from(["fcfs", "priority"]),
     enable_prefix_caching=st.booleans(),
+    shares_blocks=st.booleans(),
     num_stages=st.integers(1, 3),
 ).flatmap(
     # A prompt that must run whole has to fit into a step: 28 tokens are the longest.

@@ -37,6 +37,11 @@ class PagedModel:
         self.attention = TorchAttention(attention_spec(spec, parallel), cache.layers, dtype)
         self.table = np.random.default_rng(0).permutation(np.arange(1, 80))[None, :]
 
+    def plan(self, metadata: StepMetadata) -> None:
+        self.attention.plan(metadata)
+        if self.model.row_states is not None:
+            self.model.row_states.plan(metadata)
+
     @torch.inference_mode()
     def logits(self, token_ids: list[int], start: int) -> torch.Tensor:
         """Logits after every one of these tokens, the ones before `start` being in the cache."""
@@ -47,8 +52,9 @@ class PagedModel:
             context_lengths=np.array([stop]),
             block_tables=self.table,
             positions=np.arange(start, stop),
+            rows=np.array([0]),
         )
-        self.attention.plan(metadata)
+        self.plan(metadata)
         hidden = self.model.hidden_states(torch.tensor(token_ids), torch.arange(start, stop), self.attention)
         return self.model.logits(hidden)
 
@@ -88,8 +94,9 @@ class MixedBatch:
             context_lengths=np.array([self.rows[row].done for row in order]),
             block_tables=np.stack([self.rows[row].table for row in order]),
             positions=np.array(positions),
+            rows=np.array(order),
         )
-        self.paged.attention.plan(metadata)
+        self.paged.plan(metadata)
         hidden = self.paged.model.hidden_states(torch.tensor(ids), torch.tensor(positions), self.paged.attention)
         parts = self.paged.model.logits(hidden).split([counts[row] for row in order])
         by_row = dict(zip(order, parts, strict=True))

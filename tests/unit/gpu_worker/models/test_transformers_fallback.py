@@ -19,7 +19,6 @@ from transformers.models.gpt_neox import GPTNeoXConfig
 from transformers.models.gptj import GPTJConfig
 from transformers.models.granitemoe import GraniteMoeConfig
 from transformers.models.hunyuan_v1_dense import HunYuanDenseV1Config
-from transformers.models.jamba import JambaConfig
 from transformers.models.mamba import MambaConfig
 from transformers.models.mpt import MptConfig
 from transformers.models.nemotron import NemotronConfig
@@ -98,10 +97,9 @@ CARRIED = {
 }
 REFUSED = {
     "xglm": (Tiny(XGLMConfig, {"attention_heads": 6}), "XGLMForCausalLM"),
-    "mamba": (Tiny(MambaConfig, {"state_size": 4}), "layers of the kinds linear_attention"),
+    "mamba": (Tiny(MambaConfig, {"state_size": 4}), "its attention needs a mask"),
     "phimoe": (Tiny(PhimoeConfig, {"sliding_window": 11, "num_local_experts": 2}), "windows of 11 tokens"),
     "roberta": (Tiny(RobertaConfig, {"is_decoder": True}), "from its padding token on"),
-    "jamba": (Tiny(JambaConfig, {"num_experts": 2}), "JambaForCausalLM"),
 }
 
 

@@ -1,0 +1,336 @@
+"""What a model of transformers asks of the paged attention, found out by running it on device meta, without memory.
+
+Configs name heads, sizes, windows and scales differently, so the model is asked itself: its attention modules call the
+attention interface (those that do not are made to, `attention_adapters.py`), and the calls are taken down. Layers that
+keep a state of another kind are found on the way (`row_states.py`). What cannot be served is refused with the reason.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+
+from gpu_worker.attention.api import StepMetadata
+from gpu_worker.model_spec import ModelConfigError
+from gpu_worker.models.attention_adapters import adapt, is_adapted, placeholder_mask
+from gpu_worker.models.hf_config import FULL, SLIDING
+from gpu_worker.models.row_states import RowStates, find_mixers
+
+INTERFACE = "stepwire"
+SLOT = "stepwire_slot"
+_PROBE_TOKENS = 3
+# What attention functions are given beside q, k and v, as far as the paged backend has it or need not know it.
+_CARRIED = {"scaling", "sliding_window", "softcap", "s_aux", "is_causal", "alibi_slopes"}
+_INDIFFERENT = {
+    "dropout",
+    "position_ids",
+    "position_embeddings",
+    "cache_position",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "return_dict",
+    "layer_idx",
+    "deterministic",
+    "target_dtype",
+    "logits_to_keep",
+}
+# Rope whose frequencies hang on the longest sequence of the step: a row would depend on its neighbours.
+_STEP_DEPENDENT_ROPES = ("dynamic", "longrope")
+_ATTENTION_KINDS = {FULL, SLIDING}
+# Kinds of layers that keep a state for a row, attend beside that, or do neither.
+_STATE_KINDS = {"linear_attention", "conv", "hybrid", "moe", "mlp"}
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """What one layer's attention asks for, shapes apart from the number of tokens."""
+
+    module: str
+    num_heads: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+    scale: float
+    window: int | None
+    softcap: float | None
+    has_sinks: bool
+    alibi_slopes: tuple[float, ...] | None = None
+    """What a head's scores grow by with every position of the key. Keys then carry their position in two more
+    dimensions, and queries what it is multiplied by: for the attention below it is a product like any other."""
+
+    @property
+    def head_dim(self) -> int:
+        """Keys and values lie in one cache: the narrower of them is padded with zeros."""
+        return max(self.key_dim + (2 if self.alibi_slopes else 0), self.value_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelLayers:
+    """What the probe has found."""
+
+    calls: tuple[AttentionCall, ...]
+    """One a layer that attends."""
+    mixers: tuple[str, ...] = ()
+    """Modules that keep a state for every row."""
+    row_state_bytes: int = 0
+
+
+@runtime_checkable
+class Attends(Protocol):
+    """What an attention module finds in its slot: who runs it, or who asks what it would do."""
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        options: dict[str, Any],
+    ) -> torch.Tensor:
+        """query [1, num_heads, num_tokens, key_dim] -> [1, num_tokens, num_heads, value_dim]; keys and values alike."""
+        ...
+
+
+def paged_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface; see its documentation for the shapes."""
+    slot = module.__dict__.get(SLOT)
+    if not isinstance(slot, Attends):
+        raise RuntimeError(f"{type(module).__name__} asks for paged attention, and no step runs it")
+    return slot.attend(module, query, key, value, attention_mask, options), None
+
+
+class _Probe:
+    """Takes down every call of the attention interface."""
+
+    def __init__(self, architecture: str, names: dict[torch.nn.Module, str]) -> None:
+        self.calls: list[AttentionCall] = []
+        self._architecture, self._names = architecture, names
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        options: dict[str, Any],
+    ) -> torch.Tensor:
+        asked = {name for name, option in options.items() if option is not None} - _CARRIED - _INDIFFERENT
+        if mask is not None:
+            raise refused(self._architecture, "it makes an attention mask of its own")
+        if asked:
+            raise refused(self._architecture, f"its attention asks for {', '.join(sorted(asked))}")
+        if options.get("is_causal", getattr(module, "is_causal", True)) is False:
+            raise refused(self._architecture, "its attention looks ahead, so it is no decoder")
+        scale = options.get("scaling")
+        self.calls.append(
+            AttentionCall(
+                module=self._names[module],
+                num_heads=query.shape[1],
+                num_kv_heads=key.shape[1],
+                key_dim=query.shape[-1],
+                value_dim=value.shape[-1],
+                scale=float(query.shape[-1] ** -0.5 if scale is None else scale),
+                window=options.get("sliding_window"),
+                softcap=options.get("softcap"),
+                has_sinks=options.get("s_aux") is not None,
+                alibi_slopes=None if options.get("alibi_slopes") is None else tuple(options["alibi_slopes"]),
+            )
+        )
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
+
+
+def refused(architecture: str, reason: str) -> ModelConfigError:
+    return ModelConfigError(
+        f"{architecture} has no native code here, and cannot run through transformers' with paged attention: {reason}"
+    )
+
+
+def probe_layers(hf_config: Any, architecture: str) -> ModelLayers:
+    """Run the model on device meta.
+
+    Raises:
+        ModelConfigError: the attention interface does not carry this architecture; the message says why.
+    """
+    _check_rope(hf_config, architecture)
+    model = _build(hf_config, architecture)
+    _check_class(model, architecture)
+    adapt(model, paged_attention)
+    trunk = model.get_decoder()
+    names = {module: name for name, module in model.named_modules()}
+    probe = _Probe(architecture, names)
+    for module in names:
+        module.__dict__[SLOT] = probe
+    try:
+        with torch.inference_mode():
+            output = _run_trunk(model, trunk)
+            calls = tuple(probe.calls)
+            attending = {call.module for call in calls}
+            mixers = find_mixers(model, [module for module, name in names.items() if name in attending])
+            _check_layers(calls, [name for name, _ in mixers], model, architecture)
+            row_state_bytes = _count_states(model, trunk, [module for _, module in mixers]) if mixers else 0
+            takers: list[None] = []
+
+            def given(*args: Any, **kwargs: Any) -> Any:
+                takers.append(None)
+                return output
+
+            trunk.forward = given
+            model(inputs_embeds=output.last_hidden_state, use_cache=False)
+    except ModelConfigError:
+        raise
+    except Exception as error:  # whatever code of others does with a tensor that has no values
+        raise refused(architecture, f"its forward pass cannot be tried out ({first_line(error)})") from error
+    if not takers:
+        raise refused(architecture, "its head does not read what its decoder gives")
+    return ModelLayers(calls, tuple(name for name, _ in mixers), row_state_bytes)
+
+
+def _build(hf_config: Any, architecture: str) -> Any:
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    AttentionInterface.register(INTERFACE, paged_attention)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                hf_config,
+                attn_implementation=attention_implementation(architecture),
+                # The one whose sizes do not depend on what the router chooses, in any type.
+                experts_implementation="batched_mm",
+                trust_remote_code=False,
+            )
+    except KeyError as error:
+        reason = "its attention does not go through the attention interface"
+        raise refused(architecture, reason if error.args == (INTERFACE,) else f"transformers lacks {error}") from error
+    except (ValueError, ImportError) as error:
+        raise refused(architecture, f"transformers cannot build it ({first_line(error)})") from error
+
+
+def _run_trunk(model: Any, trunk: Any) -> Any:
+    places = {"position_ids": torch.arange(_PROBE_TOKENS, device="meta").unsqueeze(0)} if takes_positions(trunk) else {}
+    ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.int64, device="meta")
+    return trunk(input_ids=ids, attention_mask=placeholder_mask(model, "meta"), use_cache=False, **places)
+
+
+def _count_states(model: Any, trunk: Any, mixers: Sequence[torch.nn.Module]) -> int:
+    """Bytes of a row's states."""
+    states = RowStates(model.config, mixers)
+    states.plan(
+        StepMetadata(
+            num_decodes=0,
+            query_lengths=np.array([_PROBE_TOKENS]),
+            context_lengths=np.array([_PROBE_TOKENS]),
+            block_tables=np.zeros((1, 1), dtype=np.int64),
+            positions=np.arange(_PROBE_TOKENS),
+            rows=np.array([0]),
+        )
+    )
+    _run_trunk(model, trunk)
+    return states.num_bytes()
+
+
+def _check_rope(hf_config: Any, architecture: str) -> None:
+    rope = getattr(hf_config.get_text_config(), "rope_parameters", None) or {}
+    nested = [part for part in rope.values() if isinstance(part, dict)] or [rope]
+    # Hunyuan's "dynamic" has a fixed factor.
+    kinds = {str(part.get("rope_type")) for part in nested if not part.get("alpha")} & set(_STEP_DEPENDENT_ROPES)
+    if kinds:
+        raise refused(architecture, f"its rope ({', '.join(kinds)}) depends on what else is in a step")
+
+
+def _check_class(model: Any, architecture: str) -> None:
+    if type(model).__name__ != architecture:
+        raise refused(architecture, f"its model_type stands for {type(model).__name__}")
+    adapted = is_adapted(architecture)
+    if not adapted and not getattr(model, "_supports_flash_attn", False):
+        raise refused(architecture, "its attention needs a mask, which the interface does not carry")
+    if not adapted and not takes_positions(model.get_decoder()):
+        raise refused(architecture, "it counts positions by itself, and takes no position_ids")
+    if any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules()):
+        raise refused(architecture, "it counts positions from its padding token on, and not from 0")
+
+
+def _check_layers(calls: Sequence[AttentionCall], mixers: Sequence[str], model: Any, architecture: str) -> None:
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    others = set(kinds or ()) - _ATTENTION_KINDS - (_STATE_KINDS if mixers else set())
+    if others:
+        raise refused(architecture, f"it has layers of the kinds {', '.join(sorted(others))}")
+    if not mixers and getattr(model, "_is_stateful", False):
+        raise refused(architecture, "it keeps a state for every sequence, which is no KV cache")
+    for name, module in model.named_modules():
+        is_convolution = isinstance(module, torch.nn.modules.conv._ConvNd)
+        if is_convolution and not any(name.startswith(f"{mixer}.") for mixer in mixers):
+            raise refused(architecture, f"its {name} mixes neighbouring tokens")
+    _check_calls(calls, None if mixers else config.num_hidden_layers, architecture)
+    _check_windows(calls, config, kinds, model.get_decoder(), architecture)
+
+
+def _check_calls(calls: Sequence[AttentionCall], num_layers: int | None, architecture: str) -> None:
+    """`num_layers`: how many are to attend; None: any number of them."""
+    if not calls:
+        raise refused(architecture, "its attention does not go through the attention interface")
+    num_layers = num_layers or len(calls)
+    if len(calls) != num_layers or len({call.module for call in calls}) != num_layers:
+        raise refused(architecture, f"it attends {len(calls)} times in {num_layers} layers")
+    most = max(call.num_kv_heads for call in calls)
+    if any(most % call.num_kv_heads or call.num_heads % most for call in calls):
+        raise refused(architecture, "numbers of KV heads differ between its layers, and are no multiples")
+    for field in ("num_heads", "softcap"):
+        values = {getattr(call, field) for call in calls}
+        if len(values) > 1:
+            raise refused(architecture, f"{field} differs between its layers ({', '.join(map(str, sorted(values)))})")
+
+
+def _check_windows(
+    calls: Sequence[AttentionCall], config: Any, kinds: Sequence[str] | None, trunk: Any, architecture: str
+) -> None:
+    """Some models have their windows in the mask alone, of which the attention interface is told nothing here."""
+    window = getattr(config, "sliding_window", None)
+    if kinds is None or SLIDING not in kinds:
+        makes_window_masks = hasattr(sys.modules[type(trunk).__module__], "create_sliding_window_causal_mask")
+        has_window = kinds is None and isinstance(window, int) and window < context_of(config)
+        is_hidden = has_window and makes_window_masks and all(call.window is None for call in calls)
+    else:
+        attending = [kind for kind in kinds if kind in _ATTENTION_KINDS]
+        is_hidden = any(kind == SLIDING and call.window is None for kind, call in zip(attending, calls, strict=True))
+    if is_hidden:
+        raise refused(architecture, f"its windows of {window} tokens are in its attention mask alone")
+
+
+def takes_positions(trunk: torch.nn.Module) -> bool:
+    return "position_ids" in inspect.signature(trunk.forward).parameters
+
+
+def context_of(config: Any) -> int:
+    """Positions that the model was made for."""
+    for name in ("max_position_embeddings", "max_seq_len", "seq_length"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return 2048
+
+
+def attention_implementation(architecture: str) -> str:
+    """What transformers is to build its attention with."""
+    return "eager" if is_adapted(architecture) else INTERFACE
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

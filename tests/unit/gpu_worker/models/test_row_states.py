@@ -1,0 +1,128 @@
+"""Models whose layers keep a state for every row, through transformers' code: recurrences and short convolutions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from gpu_worker.config import WorkerSettings
+from gpu_worker.models.loader import read_spec
+from gpu_worker.models.transformers_fallback import TransformersModel
+from gpu_worker.runner import TorchRunner
+from load_tests.cpu_worker.step_driver import StepDriver, greedy
+from tests.unit.gpu_worker.models.test_families import PagedModel, check_logits
+from tests.unit.gpu_worker.models.tiny_checkpoints import Tiny, save_model
+
+STATE, FULL = "linear_attention", "full_attention"
+MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 30, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 16}
+DELTA = {
+    "layer_types": [STATE, FULL, STATE],
+    "head_dim": 16,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+SHARED = {"shared_expert_intermediate_size": 40}
+CONVOLUTIONS = {"layer_types": ["conv", FULL, "conv"]}
+
+
+def tiny(model_type: str, **fields: Any) -> Tiny:
+    return Tiny(CONFIG_MAPPING[model_type], fields)
+
+
+HYBRIDS = {
+    "lfm2": tiny("lfm2", **CONVOLUTIONS, block_auto_adjust_ff_dim=False),
+    "qwen3-next": tiny("qwen3_next", **DELTA, **EXPERTS, **SHARED),
+    "granite4-h": tiny(
+        "granitemoehybrid",
+        **MAMBA2,
+        layer_types=["mamba", "attention", "mamba"],
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        shared_intermediate_size=90,
+    ),
+    # Both in every layer.
+    "falcon-h1": tiny("falcon_h1", **(MAMBA2 | {"mamba_d_head": 15}), mamba_d_ssm=60),
+    # Its layers forget what was before where they are given several tokens: they get one at a time.
+    "jamba": tiny(
+        "jamba",
+        attn_layer_period=3,
+        attn_layer_offset=1,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+        num_experts=4,
+        mamba_d_state=8,
+        use_mamba_kernels=False,
+    ),
+}
+OTHER_HYBRIDS = {
+    "lfm2-moe": tiny("lfm2_moe", **CONVOLUTIONS, **EXPERTS, num_dense_layers=1),
+    "qwen3.5": tiny("qwen3_5_text", **DELTA),
+    "qwen3.5-moe": tiny("qwen3_5_moe_text", **DELTA, **EXPERTS, **SHARED),
+    "bamba": tiny("bamba", **MAMBA2, attn_layer_indices=[1]),
+    "olmo-hybrid": tiny("olmo_hybrid", layer_types=[STATE, FULL, STATE]),
+    # Layers that do neither.
+    "nemotron-h": tiny(
+        "nemotron_h",
+        layers_block_type=[STATE, "moe", FULL, "mlp"],
+        n_routed_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=40,
+        moe_shared_expert_intermediate_size=40,
+        mamba_num_heads=4,
+        mamba_head_dim=30,
+        ssm_state_size=16,
+        n_groups=1,
+        chunk_size=16,
+        head_dim=16,
+        num_nextn_predict_layers=0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*HYBRIDS, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHER_HYBRIDS)])
+def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
+    """Of a prompt in pieces, and of decodes beside other rows with states of their own."""
+    reference = save_model((HYBRIDS | OTHER_HYBRIDS)[name], tmp_path)
+    spec, family = read_spec(tmp_path)
+    assert family is TransformersModel and spec.row_state_bytes > 0
+    check_logits(reference, tmp_path)
+
+
+def test_rows_keep_their_states_whoever_had_their_place_before(tmp_path: Path) -> None:
+    """A row is thrown out, another one takes its place, and it is computed anew in a third."""
+    reference = save_model(HYBRIDS["qwen3-next"], tmp_path)
+    settings = WorkerSettings(model=tmp_path, device="cpu", dtype="float32", cpu_kv_cache_gib=0.01, num_threads=1)
+    runner = TorchRunner.load(settings)
+    assert runner.describe().keeps_row_states
+    driver = StepDriver(runner)
+    prompts = {0: list(range(5, 26)), 1: [7, 9, 11]}
+    for row, prompt in prompts.items():
+        driver.add(row, prompt, greedy())
+    for runs in ({0: 13, 1: 3}, {0: 8, 1: 1}, None, None):
+        driver.step(runs)
+    tokens = driver.drop(0)
+    prompts |= {0: [20, 30, 40, 50], 3: tokens[:21]}
+    driver.add(0, prompts[0], greedy())
+    driver.step()
+    driver.add(3, tokens, greedy(), num_prompt_tokens=21)
+    for _ in range(8):
+        driver.step()
+    for row, driven in driver.rows.items():
+        with torch.inference_mode():
+            logits = reference(torch.tensor([driven.tokens])).logits[0]
+        drawn = len(driven.tokens) - len(prompts[row])
+        assert drawn >= 9
+        assert logits[-drawn - 1 : -1].argmax(-1).tolist() == driven.tokens[-drawn:]
+
+
+def test_what_no_row_has_computed_is_not_gone_on_from(tmp_path: Path) -> None:
+    save_model(HYBRIDS["lfm2"], tmp_path)
+    with pytest.raises(RuntimeError, match="row 0 begins at token 5, and has no state from before"):
+        PagedModel(tmp_path).logits([5, 6, 7], 5)
