@@ -252,7 +252,21 @@ GEMMA3N = GEMMA | {
 }
 
 
-@pytest.mark.parametrize(("kind", "fields"), [("gemma4", GEMMA4), ("gemma4", GEMMA | SHARED), ("gemma3n", GEMMA3N)])
+# Every second layer keeps a state.
+QWEN35 = TEXT | {
+    "layer_types": ["linear_attention", "full_attention"],
+    "num_hidden_layers": 2,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [("gemma4", GEMMA4), ("gemma4", GEMMA | SHARED), ("gemma3n", GEMMA3N), ("qwen3_5", QWEN35)],
+)
 def test_a_text_part_without_native_code_runs_through_transformers(
     kind: str, fields: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -261,6 +275,8 @@ def test_a_text_part_without_native_code_runs_through_transformers(
     tensors = load_file(tmp_path / "model.safetensors")
     tensors = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in tensors.items()}
     tensors |= {"model.vision_tower.a.weight": torch.zeros(2), "model.embed_audio.b.weight": torch.zeros(2)}
+    if kind == "qwen3_5":
+        tensors |= {"model.visual.a.weight": torch.zeros(2), "mtp.fc.weight": torch.zeros(2)}
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     text = json.loads((tmp_path / "config.json").read_text())
     name = text.pop("architectures")[0].replace("ForCausalLM", "ForConditionalGeneration")
