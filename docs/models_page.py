@@ -44,6 +44,12 @@ REAL_WEIGHTS = {
     "Gemma3ForCausalLM": ["Gemma 3 270M"],
     "BertModel": ["all-MiniLM-L6-v2"],
 }
+# Text parts without native code.
+THROUGH_TRANSFORMERS = (
+    "Lfm2VlForConditionalGeneration",
+    "Qwen3_5ForConditionalGeneration",
+    "Qwen3_5MoeForConditionalGeneration",
+)
 SHAPE = "shape of "
 # Fields that the class leaves open, as the release has them.
 _QWEN3_OMNI = {"text_config": {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128}}
@@ -166,13 +172,14 @@ def native_table() -> list[str]:
     for architecture in known_architectures():
         _, family = find_family([architecture])
         file = family.__module__.rpartition(".")[2]
+        is_other = architecture in THROUGH_TRANSFORMERS
         cells = [
             f"`{architecture}`",
             f"[{file}.py](../gpu_worker/models/{file}.py)",
-            runs_on(architecture, family),
+            "CPU; GPU in plain torch" if is_other else runs_on(architecture, family),
             f"`{gguf[architecture]}`" if architecture in gguf else "",
             ", ".join(seen.get(architecture, [])),
-            ", ".join(features(tested_specs(architecture))),
+            "the text part by transformers' code" if is_other else ", ".join(features(tested_specs(architecture))),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
