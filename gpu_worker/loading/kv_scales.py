@@ -34,11 +34,24 @@ def is_kv_scale(name: str) -> bool:
     return _NAME.fullmatch(name) is not None or _UNUSED.fullmatch(name) is not None
 
 
+def check_kv_scales(infos: Iterable[TensorInfo], num_layers: int) -> None:
+    """Raises `CheckpointError` for scales that are not one a layer, or of a layer that does not exist."""
+    for info in infos:
+        match = _NAME.fullmatch(info.name)
+        if match is not None and (int(match["layer"]) >= num_layers or info.num_elements != 1):
+            raise CheckpointError(
+                info.file,
+                f"has the shape {list(info.shape)} in a model of {num_layers} layers",
+                tensor=info.name,
+                advice="only one scale for a layer's keys and one for its values are supported",
+            )
+
+
 def read_kv_scales(source: TensorSource, infos: Iterable[TensorInfo], num_layers: int) -> tuple[KVScales, ...] | None:
     """One entry a layer; None where the checkpoint has no scales.
 
     Raises:
-        CheckpointError: a scale that is not one positive number, or of a layer that does not exist.
+        CheckpointError: a scale that is not a positive number.
     """
     found: dict[tuple[int, str], float] = {}
     for info in infos:
@@ -46,13 +59,6 @@ def read_kv_scales(source: TensorSource, infos: Iterable[TensorInfo], num_layers
         if match is None:
             continue
         layer = int(match["layer"])
-        if layer >= num_layers or info.num_elements != 1:
-            raise CheckpointError(
-                info.file,
-                f"has the shape {list(info.shape)} in a model of {num_layers} layers",
-                tensor=info.name,
-                advice="only one scale for a layer's keys and one for its values are supported",
-            )
         scale = float(source.read(info.name).float().reshape(()))
         if not 0 < scale < float("inf"):
             raise CheckpointError(info.file, f"is {scale}, not a positive number", tensor=info.name)

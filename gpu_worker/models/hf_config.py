@@ -103,7 +103,7 @@ class HfConfig:
         inner = self.fields.get(field)
         if not isinstance(inner, dict):
             raise self.error(field, f"is {inner!r}, expected an object")
-        shared = ("dtype", "torch_dtype", "eos_token_id", "quantization_config")
+        shared = ("dtype", "torch_dtype", "eos_token_id", "quantization_config", "compression_config")
         outer: dict[str, Any] = {name: self.fields[name] for name in shared if name in self.fields}
         return HfConfig(outer | inner, f"{self.file}: {field}")
 
@@ -127,9 +127,20 @@ class HfConfig:
                 field, f"is {value!r}, which is not supported (supported: {', '.join(map(repr, accepted))})"
             )
 
+    def quantization_fields(self) -> Any:
+        """`quantization_config` under its names of all times, of the whole or of the text part; None: there is none.
+
+        `compression_config` is from before compressed-tensors was part of transformers, `quantization` is MLX's.
+        """
+        for part in (self.fields, self.fields.get("text_config"), self.fields.get("thinker_config")):
+            for name in ("quantization_config", "compression_config", "quantization"):
+                if isinstance(part, dict) and part.get(name):
+                    return part[name]
+        return None
+
     def is_quantized(self) -> bool:
         """Whether the checkpoint's weights are; tools that quantize store experts one by one."""
-        return bool(self.fields.get("quantization_config"))
+        return self.quantization_fields() is not None
 
     def num_labels(self) -> int:
         """Of a classification head: `id2label` has them all, and transformers' default is two."""

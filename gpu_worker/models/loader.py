@@ -28,7 +28,7 @@ from gpu_worker.loading.checkpoint import CheckpointError, StrictReader, open_ch
 from gpu_worker.loading.dequantized import DequantizedSource
 from gpu_worker.loading.gguf_packed import PackedGgufSource
 from gpu_worker.loading.gguf_reader import GgufReader
-from gpu_worker.loading.kv_scales import is_kv_scale, read_kv_scales
+from gpu_worker.loading.kv_scales import check_kv_scales, is_kv_scale, read_kv_scales
 from gpu_worker.loading.tensor_source import TensorIndex, TensorInfo, TensorSource
 from gpu_worker.model_spec import ModelConfigError, ModelSpec
 from gpu_worker.models.checkpoint_names import checkpoint_modules, path_template
@@ -37,7 +37,7 @@ from gpu_worker.models.hf_config import HfConfig
 from gpu_worker.models.registry import find_family, known_architectures
 from gpu_worker.quant.api import OutputSpan
 from gpu_worker.quant.bitsandbytes import METHOD as BITSANDBYTES
-from gpu_worker.quant.scheme import module_format, read_quantization
+from gpu_worker.quant.scheme import module_format, read_quantization, stored_modules
 
 log = structlog.get_logger(__name__)
 
@@ -171,7 +171,7 @@ class _ServedTensors:
         skipped, unused = (
             re.compile(pattern or r"(?!)") for pattern in (family.skipped_tensors, family.unused_tensors(spec))
         )
-        self._stored_names = {
+        self.stored_names = {
             name: info.name
             for info in source.names()
             if not skipped.match(info.name) and not unused.match(name := family.canonical_name(info.name))
@@ -182,14 +182,14 @@ class _ServedTensors:
         return self._source.path
 
     def names(self) -> Iterable[TensorInfo]:
-        canonical = {stored: name for name, stored in self._stored_names.items()}
+        canonical = {stored: name for name, stored in self.stored_names.items()}
         return [replace(info, name=canonical[info.name]) for info in self._source.names() if info.name in canonical]
 
     def stored_name(self, name: str) -> str:
-        return self._stored_names[name]
+        return self.stored_names[name]
 
     def read(self, name: str, index: TensorIndex | None = None) -> torch.Tensor:
-        return self._source.read(self._stored_names[name], index)
+        return self._source.read(self.stored_names[name], index)
 
     def close(self) -> None:
         self._source.close()
@@ -218,6 +218,7 @@ def _matched(model: ModelFamily, path: Path) -> Iterator[_MatchedCheckpoint]:
         source = _as_wanted(_ServedTensors(checkpoint, type(model), model.spec), checkpoint, path, places)
         infos = list(source.names())
         scales = tuple(info for info in infos if is_kv_scale(info.name) and info.name not in places)
+        check_kv_scales(scales, model.spec.num_layers)
         hidden = {info.name for info in scales}
         expected = {name: _whole_shape(shared) for name, shared in places.items()}
         optional = {
@@ -261,7 +262,10 @@ def _as_wanted(
     if quant is None:
         return served
     plain = BitsAndBytesSource(served) if quant.method == BITSANDBYTES else served
-    return DequantizedSource(plain, lambda module: module_format(quant, module, names), places.keys())
+    modules, stored = stored_modules(served.stored_names), frozenset(served.stored_names.values())
+    return DequantizedSource(
+        plain, lambda module: module_format(quant, module, modules.get(module, module), stored), places.keys()
+    )
 
 
 def check_weights(model: ModelFamily, path: Path) -> None:

@@ -27,6 +27,10 @@ class Float4Format(WeightFormat):
     """ModelOpt's NVFP4 has other names, and a float32 factor where the other has a divisor."""
 
     @property
+    def marker(self) -> str:
+        return "weight_scale"
+
+    @property
     def packed_name(self) -> str:
         return "weight" if self.dialect == "modelopt" else "weight_packed"
 

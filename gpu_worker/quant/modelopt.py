@@ -31,8 +31,14 @@ _FORMATS: dict[str, WeightFormat] = {
 
 
 def read_modelopt(section: ConfigSection) -> QuantConfig:
-    algorithm = section.text("quant_algo", "")
+    inner = section.fields.get("quantization")
+    if isinstance(inner, dict):  # as in hf_quant_config.json
+        section = ConfigSection(section.fields | inner, section._error)
+    algorithm = section.text("quant_algo", "").upper()
     left_out = section.names("exclude_modules", "ignore")
+    if not algorithm and "quant_algo" in section.fields:
+        # The KV cache alone: its scales are read wherever they are.
+        return QuantConfig("modelopt", lambda name: None, "modelopt (KV cache only)")
     if algorithm == MIXED:
         layers = section.fields.get("quantized_layers")
         if not isinstance(layers, dict) or not all(isinstance(fields, dict) for fields in layers.values()):
@@ -49,11 +55,11 @@ def read_modelopt(section: ConfigSection) -> QuantConfig:
         found = next((stored for entry, stored in formats.items() if fnmatchcase(name, entry)), None)
         return None if name.split(".")[-1] == "lm_head" else found
 
-    return QuantConfig("modelopt", format_of, "weight_scale", f"modelopt {algorithm}")
+    return QuantConfig("modelopt", format_of, f"modelopt {algorithm}", otherwise=formats.get("*"))
 
 
 def _format(section: ConfigSection, layer: ConfigSection) -> WeightFormat:
-    algorithm = layer.text("quant_algo", "")
+    algorithm = layer.text("quant_algo", "").upper()
     stored = _FORMATS.get(algorithm)
     if stored is None or layer.fields.get("pre_quant_scale"):
         raise section.refuse(f"modelopt with quant_algo {algorithm or None!r}")

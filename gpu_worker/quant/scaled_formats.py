@@ -53,6 +53,10 @@ class ScaledFormat(WeightFormat):
     """Further tensors that may be there and say nothing, such as zero points of a symmetric format."""
 
     @property
+    def marker(self) -> str:
+        return self.scale_name
+
+    @property
     def _dtype(self) -> torch.dtype:
         return torch.float8_e4m3fn if self.kind == "float8" else torch.int8
 

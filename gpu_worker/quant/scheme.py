@@ -75,10 +75,12 @@ def read_quantization(config: HfConfig, stored_names: Collection[str] = ()) -> Q
             return read_compressed_tensors(section)
         case "mxfp4":
             return read_mxfp4(section)
-        case "modelopt" | "modelopt_fp4":
+        case "modelopt" | "modelopt_fp4" | "modelopt_mixed":
             return read_modelopt(section)
+        case "mlx":
+            raise section.refuse("the layout of MLX (mlx-lm)")
         case "gguf":
-            return QuantConfig("gguf", lambda name: None, None, "gguf")
+            return QuantConfig("gguf", lambda name: None, "gguf")
         case _:
             raise config.error(FIELD, f"names quant_method {method!r}, which is not supported; supported: {SUPPORTED}")
 
@@ -88,15 +90,13 @@ def quantization_fields(config: HfConfig) -> Any:
 
     Multimodal models may have it in their text part, and files of 2023 in a file of its own.
     """
-    text = config.fields.get("text_config")
-    for fields in (config.fields, text if isinstance(text, dict) else {}):
-        if fields.get(FIELD):
-            return fields[FIELD]
+    found = config.quantization_fields()
+    if found is not None:
+        return found
     for name, method in OWN_FILES.items():
         file = Path(config.file).parent / name
         if Path(config.file).name == "config.json" and file.is_file():
-            own = HfConfig.read(file).fields
-            return {"quant_method": method} | own.get("quantization", own)
+            return {"quant_method": method} | HfConfig.read(file).fields
     return None
 
 
@@ -106,7 +106,11 @@ def _method(fields: dict[str, Any]) -> Any:
         return fields["quant_method"]
     if fields.get("load_in_4bit") or fields.get("load_in_8bit"):
         return BITSANDBYTES
-    return "compressed-tensors" if fields.get("config_groups") else None
+    if "quant_algo" in fields or isinstance(fields.get("quantization"), dict):
+        return "modelopt"
+    if fields.get("config_groups"):
+        return "compressed-tensors"
+    return "mlx" if {"bits", "group_size"} <= fields.keys() else None
 
 
 def stored_names(directory: Path) -> frozenset[str]:
@@ -194,18 +198,13 @@ class CheckpointScheme(_ByName):
     ) -> None:
         super().__init__(name_rules, ops, kernels)
         self._quant, self._names = quant, names
-        # Lists of modules are in the checkpoint's own names.
-        self._stored_modules = {
-            canonical_name(name).rpartition(".")[0]: name.rpartition(".")[0]
-            for name in names
-            if canonical_name(name) != name
-        }
+        self._stored_modules = stored_modules({canonical_name(name): name for name in names})
         self.fused_experts_are_packed = quant.method == "mxfp4" and (
             not names or any(name.endswith("_blocks") for name in names)
         )
 
     def format_of(self, name: str) -> WeightFormat | None:
-        return module_format(self._quant, self._stored_modules.get(name, name), self._names)
+        return module_format(self._quant, name, self._stored_modules.get(name, name), self._names)
 
 
 class GgufScheme(_ByName):
@@ -240,14 +239,31 @@ class OnLoadScheme:
         return QuantizingLinear(self._kind, self._ops, self._kernels)
 
 
-def module_format(quant: QuantConfig, name: str, names: Collection[str]) -> WeightFormat | None:
-    """How one module is stored. Where the config of a format is known to leave modules out that it does not list
-    (routers of GPTQ and AWQ mixtures), the stored tensors decide."""
-    stored = quant.format_of(name)
-    if stored is not None and quant.marker is not None and names:
-        is_plain = f"{name}.weight" in names and f"{name}.{quant.marker}" not in names
-        return None if is_plain else stored
-    return stored
+def stored_modules(stored_names: Mapping[str, str]) -> dict[str, str]:
+    """Canonical module name -> its name in the checkpoint, from those of tensors."""
+    return {name.rpartition(".")[0]: stored.rpartition(".")[0] for name, stored in stored_names.items()}
+
+
+def module_format(
+    quant: QuantConfig, name: str, stored_name: str, tensor_names: Collection[str]
+) -> WeightFormat | None:
+    """How one module is stored; None: plainly.
+
+    The config speaks of it under the checkpoint's name, or under the one that a library had for it in memory. Where
+    the tensors say otherwise they win: routers are no linears any more in new libraries, which then do not list them
+    as left out, and pieces of names (`gate`) fit more modules than were meant.
+
+    Args:
+        stored_name: of the module in the checkpoint.
+        tensor_names: of all tensors in the checkpoint; empty: not known.
+    """
+    said = quant.format_of(stored_name) or quant.format_of(name)
+    stored = said or quant.otherwise
+    if not tensor_names or stored is None:
+        return said
+    if f"{stored_name}.{stored.marker}" in tensor_names:
+        return stored
+    return None if f"{stored_name}.weight" in tensor_names else said
 
 
 def modules_of(name_rules: Mapping[str, Mapping[str, str]], path: str) -> dict[str, str]:
