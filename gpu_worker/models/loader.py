@@ -24,12 +24,13 @@ from gpu_worker.device import return_freed_memory
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.layers.weighted import Weighted
 from gpu_worker.loading.bitsandbytes_source import BitsAndBytesSource
-from gpu_worker.loading.checkpoint import CheckpointError, StrictReader, open_checkpoint
+from gpu_worker.loading.checkpoint import TIED_HEAD, CheckpointError, StrictReader, open_checkpoint
 from gpu_worker.loading.dequantized import DequantizedSource
 from gpu_worker.loading.gguf_packed import PackedGgufSource
 from gpu_worker.loading.gguf_reader import GgufReader
 from gpu_worker.loading.kv_scales import check_kv_scales, is_kv_scale, read_kv_scales
 from gpu_worker.loading.tensor_source import TensorIndex, TensorInfo, TensorSource
+from gpu_worker.loading.tied_head import check_tied_head
 from gpu_worker.model_spec import ModelConfigError, ModelSpec
 from gpu_worker.models.checkpoint_names import checkpoint_modules, path_template
 from gpu_worker.models.family import LoadsItself, ModelFamily
@@ -269,7 +270,7 @@ def _as_wanted(
 
 
 def check_weights(model: ModelFamily, path: Path) -> None:
-    """Whether the checkpoint at `path` fills `model`, which may be built on the meta device: nothing is read.
+    """Whether the checkpoint at `path` fills `model`, which may be built on the meta device: no memory is taken.
 
     Raises:
         CheckpointError: damaged, or its tensors are not those of the config; names file and tensor.
@@ -277,8 +278,10 @@ def check_weights(model: ModelFamily, path: Path) -> None:
     if isinstance(model, LoadsItself):
         model.check_checkpoint(path)
         return
-    with _matched(model, path):
-        return
+    with _matched(model, path) as matched:
+        if model.spec.tie_word_embeddings:
+            table = checkpoint_modules(model.name_rules, "embedding").get("", "")
+            check_tied_head(matched.source, TIED_HEAD, f"{table}.weight")
 
 
 def load_weights(model: ModelFamily, path: Path) -> None:
