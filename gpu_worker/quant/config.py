@@ -21,7 +21,8 @@ SUPPORTED = (
     "awq (4 bit, version gemm), gptq (2, 3, 4 or 8 bit, v1 and v2), compressed-tensors (pack-quantized, "
     "int-quantized, float-quantized, naive-quantized, nvfp4-pack-quantized, mxfp4-pack-quantized), "
     "fp8 (e4m3, a scale per tensor or per block), fbgemm_fp8, modelopt (FP8, FP8_PER_CHANNEL_PER_TOKEN, NVFP4, "
-    "W4A16_NVFP4, MIXED_PRECISION of these), mxfp4, auto-round (in the layouts of GPTQ and AWQ), "
+    "W4A16_NVFP4, MIXED_PRECISION of these), quark (FP8, INT8, MXFP4), mxfp4, "
+    "auto-round (in the layouts of GPTQ and AWQ), "
     "bitsandbytes (nf4, fp4, int8), gguf"
 )
 GPTQ_BITS = (2, 3, 4, 8)

@@ -36,6 +36,8 @@ from gpu_worker.quant.modelopt import read_modelopt
 from gpu_worker.quant.none import Unquantized, UnquantizedLinear
 from gpu_worker.quant.on_load import QuantizingLinear
 from gpu_worker.quant.products import PackedKernels
+from gpu_worker.quant.quark import METHOD as QUARK
+from gpu_worker.quant.quark import read_quark
 from gpu_worker.quant.stored import SplitLinear, StoredLinear
 
 QuantizationSetting = Literal["auto", "fp8", "int8"]
@@ -77,6 +79,8 @@ def read_quantization(config: HfConfig, stored_names: Collection[str] = ()) -> Q
             return read_mxfp4(section)
         case "modelopt" | "modelopt_fp4" | "modelopt_mixed":
             return read_modelopt(section)
+        case _ if method == QUARK:
+            return read_quark(section)
         case "mlx":
             raise section.refuse("the layout of MLX (mlx-lm)")
         case "gguf":
