@@ -134,8 +134,9 @@ class HfConfig:
         """
         for part in (self.fields, self.fields.get("text_config"), self.fields.get("thinker_config")):
             for name in ("quantization_config", "compression_config", "quantization"):
-                if isinstance(part, dict) and part.get(name):
-                    return part[name]
+                found = part.get(name) if isinstance(part, dict) else None
+                if found and (name != "quantization" or "bits" in found):
+                    return found
         return None
 
     def is_quantized(self) -> bool:
