@@ -141,7 +141,7 @@ def publish(
     quantization: dict[str, Any],
     packer_of: Callable[[str], Packer | None],
 ) -> Path:
-    """`directory/packed` with `packer_of(module)` applied to the weights, `directory/plain` with what they stand for."""
+    """In `directory`: `packed`, with `packer_of(module)` applied to the weights, and `plain`, what they stand for."""
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     saved = directory / "saved"

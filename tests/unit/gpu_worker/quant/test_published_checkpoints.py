@@ -119,7 +119,9 @@ class Published:
 
 CASES = {
     # Routers and the shared expert's gate are no linears that the tool quantizes, and no list says so.
-    "gptq-mixture": Published(Qwen2MoeConfig, OLD_GPTQ | {"bits": 4, "group_size": 32}, [(PLAIN, None), (".*", gptq())]),
+    "gptq-mixture": Published(
+        Qwen2MoeConfig, OLD_GPTQ | {"bits": 4, "group_size": 32}, [(PLAIN, None), (".*", gptq())]
+    ),
     "gptq-one-group": Published(
         Qwen3Config, OLD_GPTQ | {"bits": 8, "group_size": -1}, [(PLAIN, None), (".*", gptq(8, -1))]
     ),
@@ -158,9 +160,7 @@ CASES = {
         [(PLAIN, None), (".*", awq())],
         {"dtype": "float16"},
     ),
-    "awq-mixtral": Published(
-        MixtralConfig, AWQ | {"modules_to_not_convert": ["gate"]}, [(PLAIN, None), (".*", awq())]
-    ),
+    "awq-mixtral": Published(MixtralConfig, AWQ | {"modules_to_not_convert": ["gate"]}, [(PLAIN, None), (".*", awq())]),
     # The list's pieces are in the names of other modules too: `gate` in gate_proj.
     "awq-pieces-of-names": Published(
         Qwen3MoeConfig, AWQ | {"modules_to_not_convert": ["gate", "lm_head"]}, [(PLAIN, None), (".*", awq())]
@@ -224,12 +224,12 @@ def test_a_published_checkpoint_computes_what_its_weights_stand_for(case: str, t
 
 FLOAT8_CASES = {
     # DeepSeek names nothing that it leaves plain.
-    "blocks-without-a-list": Published(
+    "fp8-blocks-without-a-list": Published(
         Qwen3MoeConfig,
         {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [32, 32]},
         [(PLAIN, None), (".*", float8_by_block())],
     ),
-    "blocks-with-a-list": Published(
+    "fp8-blocks-with-a-list": Published(
         Qwen3MoeConfig,
         {
             "activation_scheme": "dynamic",
@@ -240,7 +240,7 @@ FLOAT8_CASES = {
         },
         [(PLAIN, None), (".*", float8_by_block())],
     ),
-    "compressed-tokens": Published(
+    "compressed-float8-by-token": Published(
         Qwen3MoeConfig,
         compressed(
             "float-quantized",
@@ -279,7 +279,7 @@ def test_symmetric_awq_with_its_zero_points(tmp_path: Path) -> None:
 
 
 def test_a_float8_weight_whose_scale_is_missing_is_refused_before_memory_is_taken(tmp_path: Path) -> None:
-    directory = FLOAT8_CASES["blocks-without-a-list"].write(tmp_path) / "packed"
+    directory = FLOAT8_CASES["fp8-blocks-without-a-list"].write(tmp_path) / "packed"
     tensors = load_file(directory / "model.safetensors")
     name = "model.layers.1.self_attn.o_proj.weight"
     del tensors[f"{name}_scale_inv"]

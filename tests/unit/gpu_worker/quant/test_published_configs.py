@@ -44,8 +44,8 @@ WHOLE_CONFIGS: dict[str, tuple[dict[str, Any], WeightFormat | None]] = {
         {"compression_config": compressed("pack-quantized", group(int4(), "Linear"), ignore=["lm_head"])},
         PackQuantizedFormat(4, 32, symmetric=True),
     ),
-    "text_config": ({"text_config": {"quantization_config": AWQ}}, AwqFormat(128)),
-    "text_config-of-a-thinker": ({"thinker_config": {"quantization_config": GPTQ}}, GptqFormat(4, 128, True)),
+    "awq-in-text_config": ({"text_config": {"quantization_config": AWQ}}, AwqFormat(128)),
+    "gptq-in-thinker_config": ({"thinker_config": {"quantization_config": GPTQ}}, GptqFormat(4, 128, True)),
     "modelopt-as-in-its-own-file": (
         {
             "quantization_config": {
@@ -77,7 +77,7 @@ WHOLE_CONFIGS: dict[str, tuple[dict[str, Any], WeightFormat | None]] = {
         },
         None,
     ),
-    "sparse-but-dense": (
+    "compressed-sparse-stored-densely": (
         {
             "quantization_config": {
                 "quant_method": "compressed-tensors",
@@ -86,7 +86,7 @@ WHOLE_CONFIGS: dict[str, tuple[dict[str, Any], WeightFormat | None]] = {
         },
         None,
     ),
-    "nvfp4-both": (
+    "compressed-nvfp4": (
         {
             "quantization_config": compressed(
                 "nvfp4-pack-quantized", group(NVFP4, "Linear", input_activations=NVFP4_INPUTS), ignore=["lm_head"]
@@ -94,17 +94,25 @@ WHOLE_CONFIGS: dict[str, tuple[dict[str, Any], WeightFormat | None]] = {
         },
         Float4Format("nvfp4"),
     ),
-    "asymmetric-int8-inputs": (
+    "compressed-asymmetric-int8-inputs": (
         {
             "quantization_config": compressed(
                 "int-quantized",
                 group(
                     int4(num_bits=8, group_size=None, strategy="channel"),
                     "Linear",
-                    input_activations=int4(num_bits=8, group_size=None, strategy="token", symmetric=False, dynamic=True),
+                    input_activations=int4(
+                        num_bits=8, group_size=None, strategy="token", symmetric=False, dynamic=True
+                    ),
                 ),
                 ignore=["lm_head"],
-                kv_cache_scheme={"dynamic": False, "num_bits": 8, "strategy": "tensor", "symmetric": True, "type": "float"},
+                kv_cache_scheme={
+                    "dynamic": False,
+                    "num_bits": 8,
+                    "strategy": "tensor",
+                    "symmetric": True,
+                    "type": "float",
+                },
             )
         },
         ScaledFormat(
@@ -114,7 +122,7 @@ WHOLE_CONFIGS: dict[str, tuple[dict[str, Any], WeightFormat | None]] = {
             ignored=("weight_zero_point",),
         ),
     ),
-    "early-float8": (
+    "compressed-early-float8": (
         {
             "quantization_config": compressed(
                 "naive-quantized",
@@ -133,15 +141,15 @@ WHOLE_CONFIGS: dict[str, tuple[dict[str, Any], WeightFormat | None]] = {
             ignored=("weight_zero_point",),
         ),
     ),
-    "act-order": (
+    "compressed-act-order": (
         {"quantization_config": compressed("pack-quantized", group(int4(actorder="group"), "Linear"), ignore=[])},
         PackQuantizedFormat(4, 32, symmetric=True, may_have_group_index=True),
     ),
-    "act-order-that-changes-nothing": (
+    "compressed-static-act-order": (
         {"quantization_config": compressed("pack-quantized", group(int4(actorder="static"), "Linear"), ignore=[])},
         PackQuantizedFormat(4, 32, symmetric=True),
     ),
-    "ministral-3": (
+    "fp8-static-ministral-3": (
         {
             "quantization_config": {
                 "activation_scheme": "static",
@@ -199,25 +207,31 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "gptq-adapter": (GPTQ | {"adapter": {"name": "lora", "path": "x", "rank": 64}}, "gptq with adapter"),
     "sparse": (
         compressed("dense", ignore=[], sparsity_config={"format": "sparse-24-bitmask"}),
-        "sparsity_config of the format 'sparse-24-bitmask'",
+        "compressed-tensors with a sparsity_config of the format 'sparse-24-bitmask'",
     ),
-    "marlin-24": (compressed("marlin-24", group(int4(), "Linear"), ignore=[]), "format 'marlin-24'"),
+    "marlin-24": (
+        compressed("marlin-24", group(int4(), "Linear"), ignore=[]),
+        "compressed-tensors with the format 'marlin-24'",
+    ),
     "transforms": (
         compressed("pack-quantized", group(int4(), "Linear"), ignore=[], transform_config={"config_groups": {"u": {}}}),
-        "transform_config",
+        "compressed-tensors with a transform_config",
     ),
-    "mxfp8": (compressed("mxfp8-quantized", group(float8(), "Linear"), ignore=[]), "format 'mxfp8-quantized'"),
+    "mxfp8": (
+        compressed("mxfp8-quantized", group(float8(), "Linear"), ignore=[]),
+        "compressed-tensors with the format 'mxfp8-quantized'",
+    ),
     "nvfp4-of-32": (
         compressed("nvfp4-pack-quantized", group(NVFP4 | {"group_size": 32}, "Linear"), ignore=[]),
-        "nvfp4-pack-quantized with 4 bit float in groups of 32",
+        "compressed-tensors nvfp4-pack-quantized with 4 bit float in groups of 32",
     ),
     "w4a8-static": (
         compressed("pack-quantized", group(int4(), "Linear", input_activations=FP8_STATIC), ignore=[]),
-        "static scales for activations",
+        "compressed-tensors pack-quantized with static scales for activations",
     ),
     "not-compressed": (
         compressed("pack-quantized", group(int4(), "Linear"), ignore=[], quantization_status="calibration"),
-        "quantization_status 'calibration'",
+        "compressed-tensors with quantization_status 'calibration'",
     ),
     "fp4-experts": (
         {"quant_method": "fp8", "weight_block_size": [128, 128], "expert_dtype": "fp4"},
