@@ -29,6 +29,7 @@ from gpu_worker.loading.dequantized import DequantizedSource
 from gpu_worker.loading.gguf_packed import PackedGgufSource
 from gpu_worker.loading.gguf_reader import GgufReader
 from gpu_worker.loading.kv_scales import check_kv_scales, is_kv_scale, read_kv_scales
+from gpu_worker.loading.stacked_experts import StackedExpertsSource
 from gpu_worker.loading.tensor_source import TensorIndex, TensorInfo, TensorSource
 from gpu_worker.loading.tied_head import check_tied_head
 from gpu_worker.model_spec import ModelConfigError, ModelSpec
@@ -38,6 +39,7 @@ from gpu_worker.models.hf_config import HfConfig
 from gpu_worker.models.registry import find_family, known_architectures
 from gpu_worker.quant.api import OutputSpan
 from gpu_worker.quant.bitsandbytes import METHOD as BITSANDBYTES
+from gpu_worker.quant.formats import WeightFormat
 from gpu_worker.quant.scheme import module_format, read_quantization, stored_modules
 
 log = structlog.get_logger(__name__)
@@ -251,7 +253,7 @@ def _problem(place: _Place, info: TensorInfo) -> str | None:
 
 
 def _as_wanted(
-    served: _ServedTensors, checkpoint: TensorSource, path: Path, places: Mapping[str, object]
+    served: _ServedTensors, checkpoint: TensorSource, path: Path, places: Mapping[str, list[_Place]]
 ) -> TensorSource:
     """The checkpoint as the model's layers ask for it: packed where they keep packed weights, plain elsewhere."""
     if isinstance(checkpoint, GgufReader):
@@ -264,9 +266,12 @@ def _as_wanted(
         return served
     plain = BitsAndBytesSource(served) if quant.method == BITSANDBYTES else served
     modules, stored = stored_modules(served.stored_names), frozenset(served.stored_names.values())
-    return DequantizedSource(
-        plain, lambda module: module_format(quant, module, modules.get(module, module), stored), places.keys()
-    )
+
+    def format_of(module: str) -> WeightFormat | None:
+        return module_format(quant, module, modules.get(module, module), stored)
+
+    shapes = {name: _whole_shape(shared) for name, shared in places.items()}
+    return DequantizedSource(StackedExpertsSource(plain, shapes, format_of), format_of, places.keys())
 
 
 def check_weights(model: ModelFamily, path: Path) -> None:
