@@ -12,14 +12,17 @@ from dataclasses import dataclass
 
 from gpu_worker.loading.tensor_source import CheckpointError, TensorInfo, TensorSource
 
-# compressed-tensors; AutoFP8 and ModelOpt; the same two before attention had scales of its own; one for both, long ago.
+# compressed-tensors, and as vLLM has it in memory; AutoFP8, ModelOpt and Quark; a fused projection; Hunyuan; one for
+# both, long ago.
 _NAME = re.compile(
     r".*\blayers\.(?P<layer>\d+)\.self_attn\."
-    r"(?:(?P<own>[kv])_scale|(?P<proj>[kv])_proj\.(?:[kv]_scale|output_scale)|qkv_proj\.(?P<fused>[kv])_scale"
-    r"|(?P<both>kv_scale))"
+    r"(?:(?:attn\.)?(?P<own>[kv])_scale|(?P<proj>[kv])_proj\.(?:[kv]_scale|output_scale)|qkv_proj\.(?P<fused>[kv])_scale"
+    r"|(?P<cache>[kv])_cache\.scale|(?P<both>kv_scale))"
 )
 # Of queries and of probabilities: attention here multiplies in 16 bits.
-_UNUSED = re.compile(r".*\.self_attn\.(?:q_scale|prob_scale)")
+_UNUSED = re.compile(
+    r".*\.self_attn\.(?:(?:attn\.)?q_scale|prob_(?:output_)?scale|q_proj\.(?:q_scale|output_scale)|q\.scale)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,7 @@ def read_kv_scales(source: TensorSource, infos: Iterable[TensorInfo], num_layers
         scale = float(source.read(info.name).float().reshape(()))
         if not 0 < scale < float("inf"):
             raise CheckpointError(info.file, f"is {scale}, not a positive number", tensor=info.name)
-        for kind in "kv" if match["both"] else (match["own"] or match["proj"] or match["fused"]):
+        for kind in "kv" if match["both"] else (match["own"] or match["proj"] or match["fused"] or match["cache"]):
             found[layer, kind] = scale
     if not found:
         return None

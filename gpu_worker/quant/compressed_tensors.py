@@ -14,7 +14,7 @@ from gpu_worker.quant.affine_formats import PackQuantizedFormat
 from gpu_worker.quant.config import ConfigSection, QuantConfig, _compiled
 from gpu_worker.quant.float4_formats import Float4Format
 from gpu_worker.quant.formats import WeightFormat
-from gpu_worker.quant.scaled_formats import ScaledFormat
+from gpu_worker.quant.scaled_formats import MXFP8, ScaledFormat
 
 LINEAR, EMBEDDING = "Linear", "Embedding"
 
@@ -89,6 +89,8 @@ def _read_group(section: ConfigSection, group: dict[str, Any], kind: str) -> Wei
             return _read_packed(section, weights, group.get("input_activations"))
         case "nvfp4-pack-quantized" | "mxfp4-pack-quantized":
             return _read_float4(section, weights, kind)
+        case "mxfp8-quantized":
+            return _read_mxfp8(section, weights)
         case "int-quantized" | "float-quantized" | "naive-quantized":
             return _read_scaled(section, weights, group.get("input_activations"), kind)
         case _:
@@ -111,6 +113,13 @@ def _read_float4(section: ConfigSection, weights: dict[str, Any], kind: str) -> 
     if (bits, number) != (4, "float") or group_size not in (stored.group_size, None):
         raise section.refuse(f"compressed-tensors {kind} with {bits} bit {number} in groups of {group_size}")
     return stored
+
+
+def _read_mxfp8(section: ConfigSection, weights: dict[str, Any]) -> WeightFormat:
+    bits, number, group_size = weights.get("num_bits"), weights.get("type"), weights.get("group_size")
+    if (bits, number) != (8, "float") or group_size not in (MXFP8.block[1], None):
+        raise section.refuse(f"compressed-tensors mxfp8-quantized with {bits} bit {number} in groups of {group_size}")
+    return MXFP8
 
 
 def _read_packed(section: ConfigSection, weights: dict[str, Any], inputs: Any) -> WeightFormat:

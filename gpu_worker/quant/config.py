@@ -19,9 +19,9 @@ from gpu_worker.quant.scaled_formats import ScaledFormat
 FIELD = "quantization_config"
 SUPPORTED = (
     "awq (4 bit, version gemm), gptq (2, 3, 4 or 8 bit, v1 and v2), compressed-tensors (pack-quantized, "
-    "int-quantized, float-quantized, naive-quantized, nvfp4-pack-quantized, mxfp4-pack-quantized), "
-    "fp8 (e4m3, a scale per tensor or per block), fbgemm_fp8, modelopt (FP8, FP8_PER_CHANNEL_PER_TOKEN, NVFP4, "
-    "W4A16_NVFP4, MIXED_PRECISION of these), quark (FP8, INT8, MXFP4), mxfp4, "
+    "int-quantized, float-quantized, naive-quantized, nvfp4-pack-quantized, mxfp4-pack-quantized, "
+    "mxfp8-quantized), fp8 (e4m3, a scale per tensor or per block), fbgemm_fp8, modelopt (FP8, "
+    "FP8_PER_CHANNEL_PER_TOKEN, MXFP8, NVFP4, W4A16_NVFP4, MIXED_PRECISION of these), quark (FP8, INT8, MXFP4), mxfp4, "
     "auto-round (in the layouts of GPTQ and AWQ), "
     "bitsandbytes (nf4, fp4, int8), gguf"
 )
@@ -176,9 +176,9 @@ def read_fp8(section: ConfigSection, stored_names: Collection[str]) -> QuantConf
         raise section.refuse(f"fp8 with fmt {fmt!r}")
     if "weight_scale_semantics" in section.fields:
         raise section.refuse(f"fp8 with weight_scale_semantics {section.fields['weight_scale_semantics']!r}")
-    experts = section.text("expert_dtype", "fp8")
-    if experts != "fp8":
-        raise section.refuse(f"fp8 with expert_dtype {experts!r}")
+    for field in ("expert_dtype", "store_dtype"):
+        if section.text(field, "fp8") != "fp8":
+            raise section.refuse(f"fp8 with {field} {section.fields[field]!r}")
     scheme = section.text("activation_scheme", "dynamic")
     if scheme not in ("dynamic", "static"):
         raise section.refuse(f"fp8 with activation_scheme {scheme!r}")

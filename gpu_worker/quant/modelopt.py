@@ -1,7 +1,7 @@
 """`quant_method: modelopt`, and hf_quant_config.json: NVIDIA's ModelOpt (https://github.com/NVIDIA/Model-Optimizer).
 
-FP8 with static scales for inputs, FP8 with a scale for every output and token, NVFP4 whose second scale multiplies, and
-models that have one of these in some layers and another in others.
+FP8 with static scales for inputs, FP8 with a scale for every output and token, MXFP8, NVFP4 whose second scale
+multiplies, and models that have one of these in some layers and another in others.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from gpu_worker.quant.activations import ActivationQuant
 from gpu_worker.quant.config import ConfigSection, QuantConfig, is_module
 from gpu_worker.quant.float4_formats import Float4Format
 from gpu_worker.quant.formats import WeightFormat
-from gpu_worker.quant.scaled_formats import ScaledFormat
+from gpu_worker.quant.scaled_formats import MXFP8, ScaledFormat
 
 MIXED = "MIXED_PRECISION"
 _FORMATS: dict[str, WeightFormat] = {
@@ -26,6 +26,7 @@ _FORMATS: dict[str, WeightFormat] = {
         "float8", "channel", activations=ActivationQuant("float8", "token", dynamic=True)
     ),
     "NVFP4": Float4Format("nvfp4", dialect="modelopt"),
+    "MXFP8": MXFP8,
     "W4A16_NVFP4": Float4Format("nvfp4", dialect="modelopt"),
 }
 

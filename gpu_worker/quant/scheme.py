@@ -77,7 +77,7 @@ def read_quantization(config: HfConfig, stored_names: Collection[str] = ()) -> Q
             return read_compressed_tensors(section)
         case "mxfp4":
             return read_mxfp4(section)
-        case "modelopt" | "modelopt_fp4" | "modelopt_mixed":
+        case "modelopt" | "modelopt_fp4" | "modelopt_mxfp8" | "modelopt_mixed":
             return read_modelopt(section)
         case _ if method == QUARK:
             return read_quark(section)

@@ -15,7 +15,7 @@ from gpu_worker.quant.activations import ActivationQuant
 from gpu_worker.quant.affine_formats import AwqFormat, GptqFormat, PackQuantizedFormat
 from gpu_worker.quant.float4_formats import Float4Format
 from gpu_worker.quant.formats import WeightFormat
-from gpu_worker.quant.scaled_formats import ScaledFormat
+from gpu_worker.quant.scaled_formats import MXFP8, ScaledFormat
 from gpu_worker.quant.scheme import module_format, read_quantization
 from tests.unit.gpu_worker.models.tiny_checkpoints import save_tiny
 from tests.unit.gpu_worker.quant.test_published_checkpoints import compressed, float8, group, int4
@@ -28,6 +28,7 @@ FLOAT8_STATIC = ScaledFormat(
     "float8", "tensor", input_scale_name="input_scale", activations=ActivationQuant("float8", "tensor", dynamic=False)
 )
 NVFP4 = int4(type="float", group_size=16, strategy="tensor_group")
+MXFP8_WEIGHTS = int4(type="float", num_bits=8, scale_dtype="torch.uint8")
 NVFP4_INPUTS = NVFP4 | {"dynamic": "local"}
 """Scales of groups are measured, the one above them is in the file."""
 
@@ -93,6 +94,20 @@ WHOLE_CONFIGS: dict[str, tuple[dict[str, Any], WeightFormat | None]] = {
             )
         },
         Float4Format("nvfp4"),
+    ),
+    "compressed-mxfp8": (
+        {
+            "quantization_config": compressed(
+                "mxfp8-quantized",
+                group(MXFP8_WEIGHTS, "Linear", input_activations=MXFP8_WEIGHTS | {"dynamic": True}),
+                ignore=["lm_head"],
+            )
+        },
+        MXFP8,
+    ),
+    "modelopt-mxfp8": (
+        {"quantization_config": {"quant_method": "modelopt", "quant_algo": "MXFP8", "group_size": 32, "ignore": []}},
+        MXFP8,
     ),
     "compressed-asymmetric-int8-inputs": (
         {
@@ -217,9 +232,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         compressed("pack-quantized", group(int4(), "Linear"), ignore=[], transform_config={"config_groups": {"u": {}}}),
         "compressed-tensors with a transform_config",
     ),
-    "mxfp8": (
-        compressed("mxfp8-quantized", group(float8(), "Linear"), ignore=[]),
-        "compressed-tensors with the format 'mxfp8-quantized'",
+    "mxfp6": (
+        compressed("mxfp6-pack-quantized", group(float8(), "Linear"), ignore=[]),
+        "compressed-tensors with the format 'mxfp6-pack-quantized'",
+    ),
+    "mxfp8-of-128": (
+        compressed("mxfp8-quantized", group(int4(num_bits=8, type="float", group_size=128), "Linear"), ignore=[]),
+        "compressed-tensors mxfp8-quantized with 8 bit float in groups of 128",
     ),
     "nvfp4-of-32": (
         compressed("nvfp4-pack-quantized", group(NVFP4 | {"group_size": 32}, "Linear"), ignore=[]),
@@ -237,7 +256,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"quant_method": "fp8", "weight_block_size": [128, 128], "expert_dtype": "fp4"},
         "fp8 with expert_dtype 'fp4'",
     ),
-    "modelopt-mxfp8": ({"quant_method": "modelopt", "quant_algo": "MXFP8"}, "modelopt with quant_algo 'MXFP8'"),
+    "fp8-stored-otherwise": ({"quant_method": "fp8", "store_dtype": "mxfp4"}, "fp8 with store_dtype 'mxfp4'"),
+    "modelopt-awq": ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "modelopt with quant_algo 'W4A8_AWQ'"),
+    "modelopt-blocks": (
+        {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"},
+        "modelopt with quant_algo 'FP8_PB_WO'",
+    ),
     "mlx": ({"group_size": 64, "bits": 4, "mode": "affine"}, "the layout of MLX"),
     **{
         method: ({"quant_method": method}, f"quant_method '{method}'")
