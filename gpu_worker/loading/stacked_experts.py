@@ -8,7 +8,7 @@ it, `experts.gate_up_proj_scale_inv` and so on, in the same order (Qwen3-VL-MoE,
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from gpu_worker.loading.tensor_source import TensorIndex, TensorInfo, TensorSour
 from gpu_worker.quant.formats import WeightFormat
 from gpu_worker.quant.scaled_formats import ScaledFormat
 
+EXPERTS = ".experts."
+"""What stands before an expert's number, or before the name of a stack."""
 _STACK = re.compile(r"(?P<experts>.+\.experts)\.(?P<projection>gate_up_proj|down_proj)")
 _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 # What a scale of a stack is called there, and beside a weight of its own.
@@ -49,6 +51,14 @@ class _View:
         if self.is_transposed:
             return source.read(self.stack.name, (one, cols, rows))[0].T.contiguous()
         return source.read(self.stack.name, (one, rows, cols))[0]
+
+
+def is_in_plain_stack(module: str, tensor_names: Collection[str]) -> bool:
+    """Whether an expert's linear is a part of a stack that has no scales."""
+    experts, _, member = module.partition(EXPERTS)
+    part = member.rpartition(".")[2]
+    stack = next((f"{experts}{EXPERTS}{stack}" for stack, parts in _PARTS.items() if part in parts), "")
+    return stack in tensor_names and not any(stack + suffix in tensor_names for suffix in _SCALES)
 
 
 class StackedExpertsSource:

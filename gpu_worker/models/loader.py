@@ -40,7 +40,7 @@ from gpu_worker.models.registry import find_family, known_architectures
 from gpu_worker.quant.api import OutputSpan
 from gpu_worker.quant.bitsandbytes import METHOD as BITSANDBYTES
 from gpu_worker.quant.formats import WeightFormat
-from gpu_worker.quant.scheme import module_format, read_quantization, stored_modules
+from gpu_worker.quant.scheme import StoredModules, module_format, read_quantization
 
 log = structlog.get_logger(__name__)
 
@@ -265,10 +265,10 @@ def _as_wanted(
     if quant is None:
         return served
     plain = BitsAndBytesSource(served) if quant.method == BITSANDBYTES else served
-    modules, stored = stored_modules(served.stored_names), frozenset(served.stored_names.values())
+    modules, stored = StoredModules(served.stored_names), frozenset(served.stored_names.values())
 
     def format_of(module: str) -> WeightFormat | None:
-        return module_format(quant, module, modules.get(module, module), stored)
+        return module_format(quant, module, modules.name_of(module), stored)
 
     shapes = {name: _whole_shape(shared) for name, shared in places.items()}
     return DequantizedSource(StackedExpertsSource(plain, shapes, format_of), format_of, places.keys())

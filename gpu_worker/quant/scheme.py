@@ -9,6 +9,7 @@ from typing import Any, Literal
 from gpu_worker.layers.ops import TORCH_OPS, LayerOps
 from gpu_worker.loading.checkpoint import open_checkpoint
 from gpu_worker.loading.gguf_reader import GgufReader
+from gpu_worker.loading.stacked_experts import EXPERTS, is_in_plain_stack
 from gpu_worker.loading.weight_files import GGUF_NAME, gguf_in
 from gpu_worker.model_spec import ModelConfigError
 from gpu_worker.models.checkpoint_names import checkpoint_modules
@@ -202,13 +203,13 @@ class CheckpointScheme(_ByName):
     ) -> None:
         super().__init__(name_rules, ops, kernels)
         self._quant, self._names = quant, names
-        self._stored_modules = stored_modules({canonical_name(name): name for name in names})
+        self._modules = StoredModules({canonical_name(name): name for name in names})
         self.fused_experts_are_packed = quant.method == "mxfp4" and (
             not names or any(name.endswith("_blocks") for name in names)
         )
 
     def format_of(self, name: str) -> WeightFormat | None:
-        return module_format(self._quant, name, self._stored_modules.get(name, name), self._names)
+        return module_format(self._quant, name, self._modules.name_of(name), self._names)
 
 
 class GgufScheme(_ByName):
@@ -243,9 +244,21 @@ class OnLoadScheme:
         return QuantizingLinear(self._kind, self._ops, self._kernels)
 
 
-def stored_modules(stored_names: Mapping[str, str]) -> dict[str, str]:
-    """Canonical module name -> its name in the checkpoint, from those of tensors."""
-    return {name.rpartition(".")[0]: stored.rpartition(".")[0] for name, stored in stored_names.items()}
+class StoredModules:
+    """Names of modules in the checkpoint.
+
+    Args:
+        stored_names: a tensor's canonical name -> its name in the checkpoint.
+    """
+
+    def __init__(self, stored_names: Mapping[str, str]) -> None:
+        self._names = {name.rpartition(".")[0]: stored.rpartition(".")[0] for name, stored in stored_names.items()}
+
+    def name_of(self, module: str) -> str:
+        """For a canonical name; one expert of those that are stored in one tensor is named as if it stood alone."""
+        experts, marker, member = module.partition(EXPERTS)
+        stack = self._names.get(experts + EXPERTS.rstrip(".")) if marker else None
+        return self._names.get(module, module if stack is None else f"{stack}.{member}")
 
 
 def module_format(
@@ -267,7 +280,8 @@ def module_format(
         return said
     if f"{stored_name}.{stored.marker}" in tensor_names:
         return stored
-    return None if f"{stored_name}.weight" in tensor_names else said
+    is_plain = f"{stored_name}.weight" in tensor_names or is_in_plain_stack(stored_name, tensor_names)
+    return None if is_plain else said
 
 
 def modules_of(name_rules: Mapping[str, Mapping[str, str]], path: str) -> dict[str, str]:

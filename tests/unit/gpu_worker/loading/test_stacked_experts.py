@@ -109,8 +109,12 @@ def test_one_scale_an_expert_for_weights_and_inputs(transposed: bool, tmp_path: 
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_plain_stacks_in_a_quantized_checkpoint(transposed: bool, tmp_path: Path) -> None:
-    quantization = BLOCKS | {"modules_to_not_convert": [f"model.layers.{layer}.mlp.experts" for layer in (0, 1)]}
+@pytest.mark.parametrize(
+    "names", [["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"], []], ids=["listed", "unsaid"]
+)
+def test_plain_stacks_in_a_quantized_checkpoint(transposed: bool, names: list[str], tmp_path: Path) -> None:
+    """Tools that look for linears leave them plain, and have no linear there to list as left out."""
+    quantization = BLOCKS | {"modules_to_not_convert": names}
     file = write(tmp_path, quantization, float8_by_block(), 96, r".*self_attn.*") / "model.safetensors"
     expected = QuantizedModel(file.parent).logits(TOKENS)
     save_file(stacked(load_file(file), transposed=transposed), file, {"format": "pt"})
