@@ -26,6 +26,7 @@ _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _SCALES = {
     "_scale_inv": "weight_scale_inv",
     "_scale": "weight_scale",
+    "_weight_scale": "weight_scale",
     "_activation_scale": "activation_scale",
     "_input_scale": "input_scale",
 }

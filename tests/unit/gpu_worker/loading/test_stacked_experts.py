@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,30 @@ def test_plain_stacks_in_a_quantized_checkpoint(transposed: bool, names: list[st
     file = write(tmp_path, quantization, float8_by_block(), 96, r".*self_attn.*") / "model.safetensors"
     expected = QuantizedModel(file.parent).logits(TOKENS)
     save_file(stacked(load_file(file), transposed=transposed), file, {"format": "pt"})
+    assert torch.equal(QuantizedModel(file.parent).logits(TOKENS), expected)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "suffixes"),
+    [
+        ({"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}, ("_weight_scale", "_input_scale")),
+        ({"quant_method": "fp8", "activation_scheme": "static"}, ("_scale", "_input_scale")),
+    ],
+    ids=["modelopt", "fp8"],
+)
+def test_names_of_other_tools(quantization: dict[str, Any], suffixes: tuple[str, str], tmp_path: Path) -> None:
+    file = write(tmp_path, STATIC, float8_static, 96) / "model.safetensors"
+    expected = QuantizedModel(file.parent).logits(TOKENS)
+    kinds = {"_scale_inv": suffixes[0], "_activation_scale": suffixes[1]}
+    renamed = {}
+    for name, tensor in stacked(load_file(file), transposed=True).items():
+        for old, new in kinds.items() if ".experts." in name else ():
+            name = name.replace(f"_proj{old}", f"_proj{new}")
+        name = name.replace("weight_scale_inv", "weight_scale").replace("activation_scale", "input_scale")
+        renamed[name] = tensor
+    save_file(renamed, file, {"format": "pt"})
+    config = json.loads((file.parent / "config.json").read_text()) | {"quantization_config": quantization}
+    (file.parent / "config.json").write_text(json.dumps(config))
     assert torch.equal(QuantizedModel(file.parent).logits(TOKENS), expected)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import MixtralConfig, PretrainedConfig, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import MixtralConfig, PretrainedConfig, Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
 
 from gpu_worker.assembly import load_model
 from gpu_worker.config import WorkerSettings
@@ -150,6 +151,10 @@ CASES = {
             (".*", gptq()),
         ],
     ),
+    "gptq-biases": Published(
+        Qwen2Config, OLD_GPTQ | {"bits": 4, "group_size": 32, "desc_act": True}, [(PLAIN, None), (".*", gptq())]
+    ),
+    "awq-biases": Published(Qwen2Config, AWQ | {"modules_to_not_convert": ["visual"]}, [(PLAIN, None), (".*", awq())]),
     # A head that is quantized though an old config has no word for it.
     "gptq-unsaid-head": Published(
         Qwen3Config, OLD_GPTQ | {"bits": 4, "group_size": 32}, [(".*embed_tokens", None), (".*", gptq())]
@@ -260,6 +265,26 @@ def test_published_float8_weights_are_those_that_were_packed(case: str, tmp_path
     scheme = make_scheme(directory / "packed", family.name_rules)
     build = BuildContext(ParallelContext(), scheme, torch.float32, torch.device("cpu"))
     load_model(WorkerSettings(model=directory / "packed"), family, spec, build, 64)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_repository_of_2023(shards: int, tmp_path: Path) -> None:
+    """Settings in a file of their own, weights under a name that says them, in one file or in shards without index."""
+    directory = CASES["gptq-mixture"].write(tmp_path) / "packed"
+    expected = QuantizedModel(directory).logits([5, 6, 7])
+    config = json.loads((directory / "config.json").read_text())
+    settings = config.pop("quantization_config")
+    (directory / "config.json").write_text(json.dumps(config))
+    own = {name: settings[name] for name in ("bits", "group_size", "desc_act", "damp_percent", "true_sequential")}
+    name = "gptq_model-4bit-32g"
+    own |= {"sym": True, "model_name_or_path": None, "model_file_base_name": name}
+    (directory / "quantize_config.json").write_text(json.dumps(own))
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    for shard in range(shards):
+        file = f"{name}.safetensors" if shards == 1 else f"{name}-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        save_file({key: tensors[key] for key in sorted(tensors)[shard::shards]}, directory / file)
+    assert torch.equal(QuantizedModel(directory).logits([5, 6, 7]), expected)
 
 
 def test_symmetric_awq_with_its_zero_points(tmp_path: Path) -> None:
