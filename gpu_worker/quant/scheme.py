@@ -108,7 +108,8 @@ def quantization_fields(config: HfConfig) -> Any:
 def _method(fields: dict[str, Any]) -> Any:
     """`quant_method`, or what the other fields say where it is missing."""
     if fields.get("quant_method") is not None:
-        return fields["quant_method"]
+        name = fields["quant_method"]
+        return name.lower().replace("compressed_tensors", "compressed-tensors") if isinstance(name, str) else name
     if fields.get("load_in_4bit") or fields.get("load_in_8bit"):
         return BITSANDBYTES
     if "quant_algo" in fields or isinstance(fields.get("quantization"), dict):

@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from gpu_worker.loading.dequantized import DequantizedSource
+from gpu_worker.loading.safetensors_reader import SafetensorsReader
+from gpu_worker.models.hf_config import HfConfig
+from gpu_worker.quant.scheme import module_format, read_quantization
 from tests.unit.gpu_worker.quant.paged_model import QuantizedModel
 
 SIZES: dict[str, Any] = {
@@ -149,7 +153,7 @@ def publish(
     fields = json.loads((saved / "config.json").read_text())
     packed: Tensors = {}
     plain: Tensors = {}
-    for name, weight in _published_tensors(saved).items():
+    for name, weight in load_file(saved / "model.safetensors").items():
         # Whole sixteenths: what a bfloat16 holds exactly.
         weight = (weight * 64).round() / 16 if weight.dim() == 2 else weight
         if name.endswith(".bias"):  # which the class begins with zeros
@@ -168,12 +172,6 @@ def publish(
     return directory
 
 
-def _published_tensors(directory: Path) -> Tensors:
-    from safetensors.torch import load_file
-
-    return load_file(directory / "model.safetensors")
-
-
 def assert_equal_logits(directory: Path) -> QuantizedModel:
     """The packed checkpoint computes what the plain one does, bit for bit; returns the former."""
     ours, plain = QuantizedModel(directory / "packed"), QuantizedModel(directory / "plain")
@@ -185,11 +183,6 @@ def assert_equal_logits(directory: Path) -> QuantizedModel:
 
 def assert_equal_weights(directory: Path) -> None:
     """Every weight of the packed checkpoint is exactly the plain one's; for formats that quantize inputs as well."""
-    from gpu_worker.loading.dequantized import DequantizedSource
-    from gpu_worker.loading.safetensors_reader import SafetensorsReader
-    from gpu_worker.models.hf_config import HfConfig
-    from gpu_worker.quant.scheme import module_format, read_quantization
-
     packed, plain = (SafetensorsReader(directory / kind) for kind in ("packed", "plain"))
     names = {info.name for info in packed.names()}
     quant = read_quantization(HfConfig.open(directory / "packed"), names)
