@@ -181,6 +181,25 @@ def test_stacks_are_those_of_transformers(quantization: dict[str, Any]) -> None:
         assert source.read(f"{names[1].format(3)}.activation_scale") == module.gate_up_proj_activation_scale[3]
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_part_of_an_expert_is_that_part_of_the_whole(transposed: bool) -> None:
+    """As ranks read their shares."""
+    stack, scales = torch.rand(4, 192, 64), torch.rand(4, 6, 2)
+    if transposed:
+        stack, scales = stack.transpose(1, 2).contiguous(), scales.transpose(1, 2).contiguous()
+    prefix = "model.layers.0.mlp.experts"
+    stored = {f"{prefix}.gate_up_proj": stack.to(torch.float8_e4m3fn), f"{prefix}.gate_up_proj_scale_inv": scales}
+    quant = read_quantization(HfConfig({"quantization_config": BLOCKS}))
+    assert quant is not None
+    shapes: dict[str, tuple[int, ...] | None] = {f"{prefix}.0.gate_proj.weight": (96, 64)}
+    source = StackedExpertsSource(_Stored(stored), shapes, quant.format_of)
+    for kind, rows, cols in (("weight", slice(10, 58), slice(3, 50)), ("weight_scale_inv", slice(1, 3), slice(1, 2))):
+        whole = source.read(f"{prefix}.2.up_proj.{kind}")
+        assert tuple(whole.shape) == ((96, 64) if kind == "weight" else (3, 2))
+        part = source.read(f"{prefix}.2.up_proj.{kind}", (rows, cols))
+        assert torch.equal(part.float(), whole.float()[rows, cols])
+
+
 class _Stored:
     """Tensors in memory as a checkpoint."""
 
