@@ -151,6 +151,9 @@ def _split(
                     place = (0, expert, expert * len(parts) + number)[numbers.index(scale.num_elements)]
                     yield _View(info, scale, expert, place)
                     continue
-                rows, cols = scale.shape[:0:-1] if is_transposed else scale.shape[1:]
+                # One an output may lie either way, whichever way the weight does (Llama 4).
+                by_output = stored is not None and stored.granularity == "channel"
+                lies_across = scale.shape[1] == 1 if by_output else is_transposed
+                rows, cols = scale.shape[:0:-1] if lies_across else scale.shape[1:]
                 rows //= len(parts)
-                yield _View(replace(info, shape=(rows, cols)), scale, expert, number * rows, is_transposed)
+                yield _View(replace(info, shape=(rows, cols)), scale, expert, number * rows, lies_across)

@@ -17,11 +17,21 @@ from gpu_worker.loading.tensor_source import CheckpointError, TensorIndex, Tenso
 from gpu_worker.models.hf_config import HfConfig
 from gpu_worker.quant.scheme import read_quantization
 from tests.unit.gpu_worker.quant.paged_model import QuantizedModel
-from tests.unit.gpu_worker.quant.published import MIXTURE, SIZES, TOKENS, Packer, Tensors, float8_by_block, publish
+from tests.unit.gpu_worker.quant.published import (
+    MIXTURE,
+    SIZES,
+    TOKENS,
+    Packer,
+    Tensors,
+    float8_by_block,
+    float8_by_output,
+    publish,
+)
 
 EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<number>\d+)\.(?P<part>\w+)\.(?P<kind>weight\w*|activation_scale)")
 SUFFIXES = {"weight": "", "weight_scale_inv": "_scale_inv", "activation_scale": "_activation_scale"}
 BLOCKS = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [32, 32]}
+LLAMA4_LEFT_OUT = ("self_attn", "feed_forward.router")
 STATIC = {"activation_scheme": "static", "quant_method": "fp8", "weight_block_size": None}
 
 
@@ -179,6 +189,44 @@ def test_stacks_are_those_of_transformers(quantization: dict[str, Any]) -> None:
         )
     if not block:
         assert source.read(f"{names[1].format(3)}.activation_scale") == module.gate_up_proj_activation_scale[3]
+
+
+def test_llama_4_as_meta_published_it(tmp_path: Path) -> None:
+    """FBGEMM's own module for its experts: weights are transposed, scales of `down_proj` are not."""
+    from transformers.integrations.fbgemm_fp8 import FbgemmFp8Llama4TextExperts
+    from transformers.models.llama4 import Llama4TextConfig
+
+    sizes = SIZES | {"intermediate_size": 96, "intermediate_size_mlp": 64, "num_local_experts": 4}
+    config = Llama4TextConfig(**sizes, interleave_moe_layer_step=1, no_rope_layers=[1, 1])
+
+    def packer_of(module: str) -> Packer | None:
+        return float8_by_output if module.endswith("_proj") and "self_attn" not in module else None
+
+    directory = publish(tmp_path, config, {}, packer_of)
+    module = FbgemmFp8Llama4TextExperts(config)
+    packed, plain = (load_file(directory / kind / "model.safetensors") for kind in ("packed", "plain"))
+    generator = torch.Generator().manual_seed(5)
+    for layer in (0, 1):
+        prefix = f"model.layers.{layer}.feed_forward.experts"
+        for projection in ("gate_up_proj", "down_proj"):
+            shape, of_scale = (tuple(getattr(module, projection + suffix).shape) for suffix in ("", "_scale"))
+            values = torch.randn(shape, generator=generator).mul(64).to(torch.float8_e4m3fn)
+            scale = torch.exp2(-torch.randint(8, 12, of_scale, generator=generator).float())
+            packed |= {f"{prefix}.{projection}": values, f"{prefix}.{projection}_scale": scale}
+            plain[f"{prefix}.{projection}"] = values.float() * scale.reshape(4, 1, -1)
+    quantization = {
+        "activation_scale_ub": 1200.0,
+        "modules_to_not_convert": [f"model.layers.{layer}.{name}" for layer in (0, 1) for name in LLAMA4_LEFT_OUT],
+        "quant_method": "fbgemm_fp8",
+    }
+    fields = json.loads((directory / "plain" / "config.json").read_text())
+    for kind, tensors, more in (("packed", packed, {"quantization_config": quantization}), ("plain", plain, {})):
+        save_file(tensors, directory / kind / "model.safetensors", {"format": "pt"})
+        (directory / kind / "config.json").write_text(json.dumps(fields | more))
+    ours, expected = (QuantizedModel(directory / kind).logits(TOKENS) for kind in ("packed", "plain"))
+    # Inputs of experts are rounded to float8 here, after which a token may choose another expert.
+    similarity = torch.nn.functional.cosine_similarity(ours, expected, dim=-1)
+    assert (similarity > 0.99).sum() >= len(TOKENS) - 3
 
 
 @pytest.mark.parametrize("transposed", [False, True])
