@@ -208,12 +208,24 @@ PROOFS = (
     ("fbgemm_fp8", "transformers' module of it (names, shapes, types)", "test_config"),
     ("mxfp4 experts", "transformers' unpacking", "test_loading"),
 )
-GGUF_TEST = "tests/unit/gpu_worker/loading/test_gguf_blocks.py"
+OTHER_PROOFS = (
+    (
+        "float8 experts in one tensor a layer",
+        "transformers' modules of them",
+        "tests/unit/gpu_worker/loading/test_stacked_experts.py",
+    ),
+    (
+        "every family with quantized linears",
+        "the same model with plain ones",
+        "tests/unit/gpu_worker/models/test_quantized_families.py",
+    ),
+    ("GGUF blocks", "the `gguf` package", "tests/unit/gpu_worker/loading/test_gguf_blocks.py"),
+)
 
 
 def proof_table() -> list[str]:
     rows = [(what, against, f"tests/unit/gpu_worker/quant/{name}.py") for what, against, name in PROOFS]
-    rows.append(("GGUF blocks", "the `gguf` package", GGUF_TEST))
+    rows += OTHER_PROOFS
     lines = ["| format | held against | test |", "|---|---|---|"]
     for what, against, file in rows:
         lines.append(f"| {what} | {against} | [{Path(file).name}](../{file}) |")

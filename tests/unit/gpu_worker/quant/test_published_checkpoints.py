@@ -287,6 +287,28 @@ def test_a_repository_of_2023(shards: int, tmp_path: Path) -> None:
     assert torch.equal(QuantizedModel(directory).logits([5, 6, 7]), expected)
 
 
+LEFTOVERS = {
+    "qlora": {
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_quant_type": "nf4",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "quant_method": "bitsandbytes",
+    },
+    "int8": {"load_in_8bit": True, "llm_int8_threshold": 6.0, "quant_method": "bitsandbytes"},
+    "gptq": OLD_GPTQ | {"bits": 4, "group_size": 32},
+    "fp8": {"activation_scheme": "dynamic", "quant_method": "fp8", "weight_block_size": [128, 128]},
+}
+
+
+@pytest.mark.parametrize("case", LEFTOVERS)
+def test_a_config_that_is_left_over_from_training(case: str, tmp_path: Path) -> None:
+    """Adapters merged into plain weights, under the config of the model that they were trained on."""
+    assert_equal_logits(Published(Qwen3Config, LEFTOVERS[case], [(".*", None)]).write(tmp_path))
+
+
 def test_symmetric_awq_with_its_zero_points(tmp_path: Path) -> None:
     """GPTQModel writes 8s beside `zero_point: false`, others an empty tensor or none."""
     directory = CASES["awq"].write(tmp_path)
