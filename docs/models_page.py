@@ -204,6 +204,7 @@ PROOFS = (
     ("auto-round", "its own linears", "test_auto_round"),
     ("modelopt", "its own tensors", "test_modelopt"),
     ("quark", "its own unpacking", "test_quark"),
+    ("mlx", "its own unpacking", "test_mlx"),
     ("bitsandbytes", "its own unpacking", "test_bitsandbytes"),
     ("fbgemm_fp8", "transformers' module of it (names, shapes, types)", "test_config"),
     ("mxfp4 experts", "transformers' unpacking", "test_loading"),

@@ -33,6 +33,8 @@ from gpu_worker.quant.config import (
 )
 from gpu_worker.quant.formats import WeightFormat
 from gpu_worker.quant.gguf_format import GgufFormat
+from gpu_worker.quant.mlx import METHOD as MLX
+from gpu_worker.quant.mlx import read_mlx
 from gpu_worker.quant.modelopt import read_modelopt
 from gpu_worker.quant.none import Unquantized, UnquantizedLinear
 from gpu_worker.quant.on_load import QuantizingLinear
@@ -82,8 +84,8 @@ def read_quantization(config: HfConfig, stored_names: Collection[str] = ()) -> Q
             return read_modelopt(section)
         case _ if method == QUARK:
             return read_quark(section)
-        case "mlx":
-            raise section.refuse("the layout of MLX (mlx-lm)")
+        case _ if method == MLX:
+            return read_mlx(section, stored_names)
         case "gguf":
             return QuantConfig("gguf", lambda name: None, "gguf")
         case _:
@@ -116,7 +118,7 @@ def _method(fields: dict[str, Any]) -> Any:
         return "modelopt"
     if fields.get("config_groups"):
         return "compressed-tensors"
-    return "mlx" if {"bits", "group_size"} <= fields.keys() else None
+    return MLX if {"bits", "group_size"} <= fields.keys() else None
 
 
 def stored_names(directory: Path) -> frozenset[str]:

@@ -59,7 +59,8 @@ def codes_of(weight: torch.Tensor, bits: int, group_size: int) -> tuple[torch.Te
     """Codes [N, K], zero points and scales [N, G] of a weight, rounded to the nearest."""
     groups = weight.unflatten(1, (-1, group_size))
     top = (1 << bits) - 1
-    scales = torch.exp2((2 * groups.abs().amax(-1) / top).log2().ceil())
+    # A group of zeros, which the row of the padding token is made of, may have any scale.
+    scales = torch.exp2((2 * groups.abs().amax(-1) / top).clamp(min=2.0**-12).log2().ceil())
     zeros = torch.full_like(scales, (top + 1) // 2)
     zeros[:, 1::2] -= 1
     codes = (groups / scales[..., None]).round().add(zeros[..., None]).clamp(0, top)

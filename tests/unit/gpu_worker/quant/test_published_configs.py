@@ -15,6 +15,7 @@ from gpu_worker.quant.activations import ActivationQuant
 from gpu_worker.quant.affine_formats import AwqFormat, GptqFormat, PackQuantizedFormat
 from gpu_worker.quant.float4_formats import Float4Format
 from gpu_worker.quant.formats import WeightFormat
+from gpu_worker.quant.mlx import MlxFormat
 from gpu_worker.quant.scaled_formats import MXFP8, ScaledFormat
 from gpu_worker.quant.scheme import module_format, read_quantization
 from tests.unit.gpu_worker.models.tiny_checkpoints import save_tiny
@@ -94,6 +95,10 @@ WHOLE_CONFIGS: dict[str, tuple[dict[str, Any], WeightFormat | None]] = {
             )
         },
         Float4Format("nvfp4"),
+    ),
+    "mlx": (
+        {"quantization": {"group_size": 64, "bits": 4, UP: {"group_size": 32, "bits": 6}}},
+        MlxFormat(6, 32),
     ),
     "compressed-mxfp8": (
         {
@@ -263,7 +268,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"},
         "modelopt with quant_algo 'FP8_PB_WO'",
     ),
-    "mlx": ({"group_size": 64, "bits": 4, "mode": "affine"}, "the layout of MLX"),
+    "mlx": (
+        {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+        "MLX with the mode 'mxfp4' and 4 bits",
+    ),
     **{
         method: ({"quant_method": method}, f"quant_method '{method}'")
         for method in ("aqlm", "bitnet", "eetq", "exl3", "fp_quant", "higgs", "hqq", "marlin", "paroquant", "qqq")
@@ -287,11 +295,6 @@ def test_a_config_that_cannot_be_read_is_refused_with_what_works(case: str, tmp_
         read_spec(tmp_path)
     for word in (words, str(tmp_path), "awq (4 bit", "gptq (2, 3, 4 or 8 bit", "quark (FP8", "gguf"):
         assert word in str(refusal.value)
-
-
-def test_mlx_is_refused_under_its_own_key_as_well() -> None:
-    with pytest.raises(ModelConfigError, match=r"layout of MLX.*supported are awq"):
-        read_quantization(HfConfig({"quantization": {"group_size": 64, "bits": 4}}))
 
 
 @pytest.mark.parametrize(
