@@ -270,8 +270,9 @@ WEIGHTS = """\
 
 safetensors as they are, or quantized: {supported}. `--quantization {on_load}` quantizes plain weights while they are
 loaded. On a CPU packed weights are computed from dequantized ones; on a GPU they stay packed, but for bitsandbytes'
-4-bit weights, which become bfloat16 everywhere. Inputs are quantized where a format says so; bitsandbytes' int8 and
-NVFP4 read theirs as they are.
+4-bit weights, which become bfloat16 everywhere, and for float8 ones whose inputs are not quantized (MXFP8, W8A16),
+which do where the device multiplies. Inputs are quantized where a format says so; bitsandbytes' int8, NVFP4, MXFP4,
+MXFP8 and 4-bit weights under 8-bit inputs (W4A8) read theirs as they are.
 
 {proofs}
 

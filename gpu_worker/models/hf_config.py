@@ -135,7 +135,7 @@ class HfConfig:
         for part in (self.fields, self.fields.get("text_config"), self.fields.get("thinker_config")):
             for name in ("quantization_config", "compression_config", "quantization"):
                 found = part.get(name) if isinstance(part, dict) else None
-                if found and (name != "quantization" or "bits" in found):
+                if found and (name != "quantization" or (isinstance(found, dict) and "bits" in found)):
                     return found
         return None
 

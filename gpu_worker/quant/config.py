@@ -107,7 +107,7 @@ def read_gptq(section: ConfigSection) -> QuantConfig:
     kind = section.text("checkpoint_format", section.text("format", "gptq")).lower()
     if kind not in ("gptq", "gptq_v2"):
         raise section.refuse(f"gptq with checkpoint_format {kind!r}")
-    # The first two are other layouts, or inputs that are turned before a product (GPTQModel).
+    # Another layout; inputs that are turned before a product; a product of low rank beside it (GPTQModel).
     for field in ("is_marlin_format", "rotation", "adapter"):
         if section.fields.get(field):
             raise section.refuse(f"gptq with {field} {section.fields[field]!r:.60}")
