@@ -2,7 +2,8 @@
 
 `experts.gate_up_proj` is [experts, 2 * inner, hidden], gate before up, or the transpose of each; its scales lie beside
 it, `experts.gate_up_proj_scale_inv` and so on, in the same order (Qwen3-VL-MoE, Mistral Small 4, Llama 4). Seen as
-`experts.3.gate_proj.weight` with its own scale, a layer takes them like those that are stored one by one.
+`experts.3.gate_proj.weight` with its own scale, a layer takes them like those that are stored one by one. MLX has
+`switch_mlp.gate_proj`, every tensor of which has the experts in front.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ EXPERTS = ".experts."
 """What stands before an expert's number, or before the name of a stack."""
 _STACK = re.compile(r"(?P<experts>.+\.experts)\.(?P<projection>gate_up_proj|down_proj)")
 _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+SWITCH = ".switch_mlp."
+SWITCH_PARTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+"""An expert's parts in MLX, and what Mixtral calls them."""
 # What a scale of a stack is called there, and beside a weight of its own.
 _SCALES = {
     "_scale_inv": "weight_scale_inv",
@@ -81,6 +85,9 @@ class StackedExpertsSource:
         self._views: dict[str, _View] = {}
         hidden: set[str] = set()
         for info in infos.values():
+            for view in _split_switch(info, expected):
+                self._views[view.info.name] = view
+                hidden.add(info.name)
             match = _STACK.fullmatch(info.name)
             if match is None or info.name in expected or len(info.shape) != 3:
                 continue
@@ -113,6 +120,19 @@ class StackedExpertsSource:
 
     def close(self) -> None:
         self._source.close()
+
+
+def _split_switch(stack: TensorInfo, expected: Mapping[str, tuple[int, ...] | None]) -> Iterator[_View]:
+    """The experts' parts of a tensor of MLX; nothing for any other tensor."""
+    before, marker, member = stack.name.partition(SWITCH)
+    part, _, kind = member.partition(".")
+    if not marker or part not in SWITCH_PARTS or len(stack.shape) != 3:
+        return
+    for expert in range(stack.shape[0]):
+        for name in (part, SWITCH_PARTS[part]):
+            info = replace(stack, name=f"{before}{EXPERTS}{expert}.{name}.{kind}", shape=stack.shape[1:])
+            if info.name in expected:
+                yield _View(info, stack, expert)
 
 
 def _split(

@@ -1,19 +1,21 @@
 """What mlx-lm writes (`mlx-community`): integers of a few bits with a scale and an offset to every group of inputs.
 
 W[n, k] = q[n, k] * scales[n, g] + biases[n, g]; q is unsigned and packed along the inputs, low bits first, running on
-over words. The table of embeddings and the output head are packed like the linears, mixtures under names of their own.
+over words. The table of embeddings and the output head are packed like the linears; the experts of a layer are in one
+tensor (`loading/stacked_experts.py`).
 Source: https://ml-explore.github.io/mlx (`mlx.core.quantize`), `mlx_lm.utils.quantize_model`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import torch
 
+from gpu_worker.loading.stacked_experts import SWITCH, SWITCH_PARTS
 from gpu_worker.parallel.shares import ParallelError, Share
 from gpu_worker.quant.api import OutputSpan, RandomValues
 from gpu_worker.quant.bit_packing import Packing
@@ -23,8 +25,7 @@ from gpu_worker.quant.weights import OffsetWeight, QuantizedWeight
 
 METHOD = "mlx"
 BITS = (2, 3, 4, 5, 6, 8)
-# How mlx-lm calls a layer's experts, which it puts into one tensor.
-_MIXTURE = ".switch_mlp."
+_OF_AN_EXPERT = re.compile(r"(?P<before>.+)\.experts\.\d+\.(?P<part>\w+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +82,8 @@ class MlxFormat(WeightFormat):
         return OffsetWeight(codes, scales, -middle * scales, self.group_size, self.bits)
 
 
-def read_mlx(section: ConfigSection, stored_names: Collection[str]) -> QuantConfig:
+def read_mlx(section: ConfigSection) -> QuantConfig:
     """`quantization`: settings for all modules, and for some by name; false leaves one out."""
-    mixture = next((name for name in stored_names if _MIXTURE in name), None)
-    if mixture is not None:
-        raise section.refuse(f"MLX's experts ({mixture})")
 
     def make(fields: dict[str, Any]) -> MlxFormat:
         inner = ConfigSection(fields, section._error)
@@ -101,4 +99,17 @@ def read_mlx(section: ConfigSection, stored_names: Collection[str]) -> QuantConf
             formats[name] = make(section.fields | changes)
         elif changes is False:
             formats[name] = None
-    return QuantConfig(METHOD, lambda name: formats.get(name, default), f"mlx {default.bits} bit", otherwise=default)
+
+    def format_of(name: str) -> WeightFormat | None:
+        return formats.get(_name_in_mlx(name), default)
+
+    return QuantConfig(METHOD, format_of, f"mlx {default.bits} bit", otherwise=default)
+
+
+def _name_in_mlx(module: str) -> str:
+    """An expert's linear by the name of the tensor that has it."""
+    match = _OF_AN_EXPERT.fullmatch(module)
+    if match is None:
+        return module
+    part = next((part for part, other in SWITCH_PARTS.items() if other == match["part"]), match["part"])
+    return f"{match['before']}{SWITCH}{part}"

@@ -85,7 +85,7 @@ def read_quantization(config: HfConfig, stored_names: Collection[str] = ()) -> Q
         case _ if method == QUARK:
             return read_quark(section)
         case _ if method == MLX:
-            return read_mlx(section, stored_names)
+            return read_mlx(section)
         case "gguf":
             return QuantConfig("gguf", lambda name: None, "gguf")
         case _:

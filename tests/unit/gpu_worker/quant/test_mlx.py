@@ -6,24 +6,24 @@ The file is made by `tests/fixtures/quant/make_mlx.py`.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GemmaConfig, Qwen2Config
+from transformers import GemmaConfig, MixtralConfig, Qwen2Config, Qwen3MoeConfig
 
 from gpu_worker.model_spec import ModelConfigError
 from gpu_worker.models.hf_config import HfConfig
-from gpu_worker.models.loader import read_spec
 from gpu_worker.parallel.shares import ParallelError, Share
 from gpu_worker.quant.config import QuantConfig
 from gpu_worker.quant.mlx import MlxFormat
 from gpu_worker.quant.repack import repack
-from gpu_worker.quant.scheme import make_scheme, read_quantization
-from tests.unit.gpu_worker.quant.paged_model import QuantizedModel
+from gpu_worker.quant.scheme import read_quantization
 from tests.unit.gpu_worker.quant.published import (
+    MIXTURE,
     SIZES,
     Packer,
     Tensors,
@@ -46,8 +46,8 @@ def stored() -> tuple[dict[str, Any], dict[str, Tensors]]:
 CASES = sorted(stored()[0])
 
 
-def read(names: tuple[str, ...] = (), **fields: Any) -> QuantConfig:
-    quant = read_quantization(HfConfig({"quantization": {"group_size": 64, "bits": 4} | fields}), names)
+def read(**fields: Any) -> QuantConfig:
+    quant = read_quantization(HfConfig({"quantization": {"group_size": 64, "bits": 4} | fields}))
     assert quant is not None
     return quant
 
@@ -147,13 +147,31 @@ def test_what_cannot_be_read_is_refused_by_its_name(fields: dict[str, Any], word
     assert "supported are awq" in str(refusal.value)
 
 
-def test_mixtures_are_refused_by_their_tensors(tmp_path: Path) -> None:
-    publish(tmp_path, Qwen2Config(**SIZES), {"group_size": 32, "bits": 4}, lambda name: packed_by_mlx(4))
-    file = tmp_path / "packed" / "model.safetensors"
-    name = "model.layers.0.mlp.switch_mlp.up_proj.weight"
-    save_file(load_file(file) | {name: torch.zeros(4, 8, 8).to(torch.uint32)}, file, {"format": "mlx"})
-    _, family = read_spec(file.parent)
-    with pytest.raises(ModelConfigError, match=r"MLX's experts \(model\.layers\.0\.mlp\.switch_mlp\.up_proj\.weight\)"):
-        make_scheme(file.parent, family.name_rules)
-    with pytest.raises(ModelConfigError, match="MLX's experts"):
-        QuantizedModel(file.parent)
+@pytest.mark.parametrize("config_class", [Qwen3MoeConfig, MixtralConfig])
+def test_mixtures_have_their_experts_in_one_tensor(config_class: Any, tmp_path: Path) -> None:
+    """As `sanitize` of mlx-lm's models joins them: all of a layer's first, in every tensor; the router is packed too."""
+    block = "mlp" if config_class is Qwen3MoeConfig else "block_sparse_moe"
+    switch = f"model.layers.0.{block}.switch_mlp.down_proj"
+    settings = {"group_size": 32, "bits": 4, switch: {"group_size": 32, "bits": 8}}
+
+    def packer_of(module: str) -> Packer | None:
+        return packed_by_mlx(8 if re.search(r"layers\.0\..*experts.*(down_proj|w2)$", module) else 4)
+
+    directory = publish(tmp_path, config_class(**SIZES, **MIXTURE), settings, packer_of)
+    file = directory / "packed" / "model.safetensors"
+    members: dict[str, dict[int, torch.Tensor]] = {}
+    joined: Tensors = {}
+    for name, tensor in load_file(file).items():
+        match = re.fullmatch(r"(.*)\.experts\.(\d+)\.(\w+)\.(\w+)", name)
+        if match is None:
+            joined[name] = tensor
+        else:
+            part = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}.get(match[3], match[3])
+            members.setdefault(f"{match[1]}.switch_mlp.{part}.{match[4]}", {})[int(match[2])] = tensor
+    assert len(members) == 18 and f"{switch}.scales" in members
+    for name, tensors in members.items():
+        # Stacks of uint32 are not a thing in torch.
+        stack = torch.stack([tensors[expert].view(torch.int16) for expert in range(4)])
+        joined[name] = stack.view(tensors[0].dtype)
+    save_file(joined, file, {"format": "mlx"})
+    assert_equal_logits(directory)
