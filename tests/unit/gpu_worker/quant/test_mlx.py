@@ -149,7 +149,7 @@ def test_what_cannot_be_read_is_refused_by_its_name(fields: dict[str, Any], word
 
 @pytest.mark.parametrize("config_class", [Qwen3MoeConfig, MixtralConfig])
 def test_mixtures_have_their_experts_in_one_tensor(config_class: Any, tmp_path: Path) -> None:
-    """As `sanitize` of mlx-lm's models joins them: all of a layer's first, in every tensor; the router is packed too."""
+    """As `sanitize` of mlx-lm's models joins them: every tensor has all of a layer's; the router is packed too."""
     block = "mlp" if config_class is Qwen3MoeConfig else "block_sparse_moe"
     switch = f"model.layers.0.{block}.switch_mlp.down_proj"
     settings = {"group_size": 32, "bits": 4, switch: {"group_size": 32, "bits": 8}}
