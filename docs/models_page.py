@@ -37,6 +37,10 @@ from gpu_worker.quant.scheme import ON_LOAD  # noqa: E402
 from tests.unit.gpu_worker.models.test_row_states import HYBRIDS, OTHER_HYBRIDS  # noqa: E402
 from tests.unit.gpu_worker.models.test_transformers_fallback import CARRIED, REFUSED  # noqa: E402
 from tests.unit.gpu_worker.models.tiny_checkpoints import TINY, Tiny  # noqa: E402
+from tests.unit.gpu_worker.quant.test_published_checkpoints import CASES as CHECKPOINTS  # noqa: E402
+from tests.unit.gpu_worker.quant.test_published_checkpoints import FLOAT8_CASES as FLOAT8_CHECKPOINTS  # noqa: E402
+from tests.unit.gpu_worker.quant.test_published_configs import REFUSED as UNREADABLE  # noqa: E402
+from tests.unit.gpu_worker.quant.test_published_configs import WHOLE_CONFIGS as CONFIGS  # noqa: E402
 
 # Weights that tests run. Sizes of which only the shape was run, with random weights, are in load_tests/shapes.
 REAL_WEIGHTS = {
@@ -217,16 +221,30 @@ PROOFS = (
     ("compressed-tensors, each format and strategy", "its own decompression", "test_compressed_tensors"),
     ("auto-round", "its own linears", "test_auto_round"),
     ("modelopt", "its own tensors", "test_modelopt"),
+    ("quark", "its own unpacking", "test_quark"),
+    ("mlx", "its own unpacking", "test_mlx"),
     ("bitsandbytes", "its own unpacking", "test_bitsandbytes"),
     ("fbgemm_fp8", "transformers' module of it (names, shapes, types)", "test_config"),
     ("mxfp4 experts", "transformers' unpacking", "test_loading"),
 )
-GGUF_TEST = "tests/unit/gpu_worker/loading/test_gguf_blocks.py"
+OTHER_PROOFS = (
+    (
+        "float8 experts in one tensor a layer",
+        "transformers' modules of them",
+        "tests/unit/gpu_worker/loading/test_stacked_experts.py",
+    ),
+    (
+        "every family with quantized linears",
+        "the same model with plain ones",
+        "tests/unit/gpu_worker/models/test_quantized_families.py",
+    ),
+    ("GGUF blocks", "the `gguf` package", "tests/unit/gpu_worker/loading/test_gguf_blocks.py"),
+)
 
 
 def proof_table() -> list[str]:
     rows = [(what, against, f"tests/unit/gpu_worker/quant/{name}.py") for what, against, name in PROOFS]
-    rows.append(("GGUF blocks", "the `gguf` package", GGUF_TEST))
+    rows += OTHER_PROOFS
     lines = ["| format | held against | test |", "|---|---|---|"]
     for what, against, file in rows:
         lines.append(f"| {what} | {against} | [{Path(file).name}](../{file}) |")
@@ -270,14 +288,18 @@ WEIGHTS = """\
 
 safetensors as they are, or quantized: {supported}. `--quantization {on_load}` quantizes plain weights while they are
 loaded. On a CPU packed weights are computed from dequantized ones; on a GPU they stay packed, but for bitsandbytes'
-4-bit weights, which become bfloat16 everywhere. Inputs are quantized where a format says so; bitsandbytes' int8 and
-NVFP4 read theirs as they are.
+4-bit weights, which become bfloat16 everywhere, and for float8 ones whose inputs are not quantized (MXFP8, W8A16),
+which do where the device multiplies. Inputs are quantized where a format says so; bitsandbytes' int8, NVFP4, MXFP4,
+MXFP8 and 4-bit weights under 8-bit inputs (W4A8) read theirs as they are.
 
 {proofs}
 
-Refused by name: AWQ gemv, GPTQ of 5 to 7 bits, marlin layouts, compressed-tensors with sparsity, transforms or output
-activations, AutoRound's own float formats, ModelOpt with scales before the weights (AWQ, SVDQuant), HQQ, torchao,
-quanto, EETQ.
+Configurations as publishers write them, each with a test
+([whole checkpoints]({published_tests}/test_published_checkpoints.py),
+[configs]({published_tests}/test_published_configs.py)): {published}.
+
+Refused by name, before anything is allocated, with the list of what works: {refused}. So are AutoRound's own float
+formats, and ModelOpt with scales before the weights (AWQ, SVDQuant).
 
 GGUF files: {gguf_types}, in one file or in several (`-00001-of-0000N.gguf`: give the first, or the directory).
 `stepwire serve` converts them to bfloat16 once, or keeps them packed where the model runs on a GPU (`--gguf-weights`).
@@ -289,6 +311,9 @@ def page() -> str:
         proofs="\n".join(proof_table()),
         supported=SUPPORTED,
         on_load="` or `".join(ON_LOAD),
+        published_tests="../tests/unit/gpu_worker/quant",
+        published=", ".join(sorted({*CHECKPOINTS, *FLOAT8_CHECKPOINTS, *CONFIGS})),
+        refused=", ".join(sorted({words for _, words in UNREADABLE.values()})),
         gguf_types=", ".join(sorted(kind.name for kind in GGML_TYPES.values())),
     )
     table, others = "\n".join(native_table()), "\n".join(fallback_lines())

@@ -275,7 +275,8 @@ def _first_request(settings: LaunchSettings, model: Path) -> tuple[str, dict[str
     if task == "score":
         return "score", {"text_1": "What is the capital of France?", "text_2": ["Paris", "Rome"]}
     has_template = settings.chat_template is not None or (model / "chat_template.jinja").exists()
-    if has_template or _read_object(model / "tokenizer_config.json").get("chat_template"):
+    files = ("tokenizer_config.json", "chat_template.json")
+    if has_template or any(_read_object(model / name).get("chat_template") for name in files):
         return "chat/completions", {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
     return "completions", {"prompt": "The capital of France is", "max_tokens": 8}
 

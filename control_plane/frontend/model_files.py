@@ -130,7 +130,7 @@ def _sampling_defaults(config: Mapping[str, Any], path: Path) -> dict[str, float
     defaults: dict[str, float] = {}
     for name, (low, high) in _DEFAULT_RANGES.items():
         value = config.get(name)
-        if value is None:
+        if value is None or (name == "top_k" and value == -1):  # two ways to say that there is none
             continue
         is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if not is_number or not low <= value <= high or (name == "top_p" and value == 0):
@@ -140,14 +140,19 @@ def _sampling_defaults(config: Mapping[str, Any], path: Path) -> dict[str, float
 
 
 def _chat_template(directory: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
-    """`chat_template.jinja` wins; tokenizer_config.json has one string, or several under names."""
+    """`chat_template.jinja` wins; tokenizer_config.json has one string, or several under names.
+
+    Models that see or hear had theirs in chat_template.json until 2025, some of them nowhere else.
+    """
     file = directory / "chat_template.jinja"
     if file.is_file():
         return _read_text(file, "chat template")
-    value = tokenizer_config.get("chat_template")
+    path, value = directory / "tokenizer_config.json", tokenizer_config.get("chat_template")
+    if not value:
+        path = directory / "chat_template.json"
+        value = _read_json(path).get("chat_template")
     if value is None or isinstance(value, str):
         return value or None
-    path = directory / "tokenizer_config.json"
     try:
         named = {str(entry["name"]): str(entry["template"]) for entry in value}
     except (TypeError, KeyError) as error:

@@ -12,14 +12,17 @@ from dataclasses import dataclass
 
 from gpu_worker.loading.tensor_source import CheckpointError, TensorInfo, TensorSource
 
-# compressed-tensors; AutoFP8 and ModelOpt; the same two before attention had scales of its own; one for both, long ago.
+# compressed-tensors, and as vLLM has it in memory; AutoFP8, ModelOpt and Quark; a fused projection; Hunyuan; one for
+# both, long ago.
 _NAME = re.compile(
     r".*\blayers\.(?P<layer>\d+)\.self_attn\."
-    r"(?:(?P<own>[kv])_scale|(?P<proj>[kv])_proj\.(?:[kv]_scale|output_scale)|qkv_proj\.(?P<fused>[kv])_scale"
-    r"|(?P<both>kv_scale))"
+    r"(?:(?:attn\.)?(?P<own>[kv])_scale|(?P<proj>[kv])_proj\.(?:[kv]_scale|output_scale)|qkv_proj\.(?P<fused>[kv])_scale"
+    r"|(?P<cache>[kv])_cache\.scale|(?P<both>kv_scale))"
 )
 # Of queries and of probabilities: attention here multiplies in 16 bits.
-_UNUSED = re.compile(r".*\.self_attn\.(?:q_scale|prob_scale)")
+_UNUSED = re.compile(
+    r".*\.self_attn\.(?:(?:attn\.)?q_scale|prob_(?:output_)?scale|q_proj\.(?:q_scale|output_scale)|q\.scale)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +37,24 @@ def is_kv_scale(name: str) -> bool:
     return _NAME.fullmatch(name) is not None or _UNUSED.fullmatch(name) is not None
 
 
+def check_kv_scales(infos: Iterable[TensorInfo], num_layers: int) -> None:
+    """Raises `CheckpointError` for scales that are not one a layer, or of a layer that does not exist."""
+    for info in infos:
+        match = _NAME.fullmatch(info.name)
+        if match is not None and (int(match["layer"]) >= num_layers or info.num_elements != 1):
+            raise CheckpointError(
+                info.file,
+                f"has the shape {list(info.shape)} in a model of {num_layers} layers",
+                tensor=info.name,
+                advice="only one scale for a layer's keys and one for its values are supported",
+            )
+
+
 def read_kv_scales(source: TensorSource, infos: Iterable[TensorInfo], num_layers: int) -> tuple[KVScales, ...] | None:
     """One entry a layer; None where the checkpoint has no scales.
 
     Raises:
-        CheckpointError: a scale that is not one positive number, or of a layer that does not exist.
+        CheckpointError: a scale that is not a positive number.
     """
     found: dict[tuple[int, str], float] = {}
     for info in infos:
@@ -46,17 +62,10 @@ def read_kv_scales(source: TensorSource, infos: Iterable[TensorInfo], num_layers
         if match is None:
             continue
         layer = int(match["layer"])
-        if layer >= num_layers or info.num_elements != 1:
-            raise CheckpointError(
-                info.file,
-                f"has the shape {list(info.shape)} in a model of {num_layers} layers",
-                tensor=info.name,
-                advice="only one scale for a layer's keys and one for its values are supported",
-            )
         scale = float(source.read(info.name).float().reshape(()))
         if not 0 < scale < float("inf"):
             raise CheckpointError(info.file, f"is {scale}, not a positive number", tensor=info.name)
-        for kind in "kv" if match["both"] else (match["own"] or match["proj"] or match["fused"]):
+        for kind in "kv" if match["both"] else (match["own"] or match["proj"] or match["fused"] or match["cache"]):
             found[layer, kind] = scale
     if not found:
         return None

@@ -122,8 +122,7 @@ def _rope(config: HfConfig, latent: LatentSpec, architecture: str) -> RopeSpec:
 
 def attention_scale(config: HfConfig, rope: RopeSpec, latent: LatentSpec) -> float:
     """YaRN's correction comes squared with the scores here, and not with cos and sin."""
-    parameters = config.fields.get("rope_parameters") or config.fields.get("rope_scaling") or {}
-    weight = parameters.get("mscale_all_dim") or 0
+    weight = config.rope_parameters().optional_number("mscale_all_dim") or 0
     correction = yarn_factor(rope.factor, weight) if rope.kind != "default" and weight else 1.0
     return float(latent.query_dim**-0.5 * correction**2)
 

@@ -93,7 +93,7 @@ class HfConfig:
 
     def dtype(self) -> torch.dtype:
         """`dtype` (transformers 5) or `torch_dtype` (4); float32 where neither is given."""
-        name = self.fields.get("dtype") or self.fields.get("torch_dtype") or "float32"
+        name = str(self.fields.get("dtype") or self.fields.get("torch_dtype") or "float32").removeprefix("torch.")
         if name not in _DTYPES:
             raise self.error("dtype", f"is {name!r}, expected one of {', '.join(_DTYPES)}")
         return _DTYPES[name]
@@ -103,7 +103,7 @@ class HfConfig:
         inner = self.fields.get(field)
         if not isinstance(inner, dict):
             raise self.error(field, f"is {inner!r}, expected an object")
-        shared = ("dtype", "torch_dtype", "eos_token_id", "quantization_config")
+        shared = ("dtype", "torch_dtype", "eos_token_id", "quantization_config", "compression_config")
         outer: dict[str, Any] = {name: self.fields[name] for name in shared if name in self.fields}
         return HfConfig(outer | inner, f"{self.file}: {field}")
 
@@ -127,9 +127,21 @@ class HfConfig:
                 field, f"is {value!r}, which is not supported (supported: {', '.join(map(repr, accepted))})"
             )
 
+    def quantization_fields(self) -> Any:
+        """`quantization_config` under its names of all times, of the whole or of the text part; None: there is none.
+
+        `compression_config` is from before compressed-tensors was part of transformers, `quantization` is MLX's.
+        """
+        for part in (self.fields, self.fields.get("text_config"), self.fields.get("thinker_config")):
+            for name in ("quantization_config", "compression_config", "quantization"):
+                found = part.get(name) if isinstance(part, dict) else None
+                if found and (name != "quantization" or (isinstance(found, dict) and "bits" in found)):
+                    return found
+        return None
+
     def is_quantized(self) -> bool:
         """Whether the checkpoint's weights are; tools that quantize store experts one by one."""
-        return bool(self.fields.get("quantization_config"))
+        return self.quantization_fields() is not None
 
     def num_labels(self) -> int:
         """Of a classification head: `id2label` has them all, and transformers' default is two."""
@@ -161,28 +173,47 @@ class HfConfig:
             return num_heads, num_kv_heads, hidden_size // num_heads
         return num_heads, num_kv_heads, self.integer("head_dim")
 
+    def rope_parameters(self, layer_type: str | None = None) -> HfConfig:
+        """What `rope_parameters` (transformers 5) and `rope_scaling` (4) say together, the type under `rope_type`.
+
+        Where both are there, somebody has stretched the model by hand: `rope_scaling` wins, the base stays.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        for name in ("rope_parameters", "rope_scaling"):
+            found[name] = self.fields.get(name) or {}
+            if not isinstance(found[name], dict):
+                raise self.error(name, f"is {found[name]!r:.60}, expected an object")
+        parameters, scaling = found["rope_parameters"], found["rope_scaling"]
+        by_layer = {kind: fields for kind, fields in parameters.items() if isinstance(fields, dict)}
+        if by_layer:
+            entries = [by_layer[layer_type]] if layer_type in by_layer else list(by_layer.values())
+            if scaling or any(fields != entries[0] for fields in entries):
+                raise self.error("rope_parameters", f"has {', '.join(by_layer)}: which is meant is not decidable here")
+            parameters = entries[0]
+        kinds = [fields.get("rope_type") or fields.get("type") for fields in (scaling, parameters)]
+        merged = parameters | scaling | {"rope_type": next((kind for kind in kinds if kind), None)}
+        return HfConfig(merged, f"{self.file}: {'rope_scaling' if scaling else 'rope_parameters'}")
+
     def rope(self, head_dim: int, default_theta: float = 10000.0, *, layer_type: str | None = None) -> RopeSpec:
         """Rope from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (4).
 
         `layer_type`: the entry to take where `rope_parameters` has one for every kind of layer.
         """
-        parameters = self.fields.get("rope_parameters") or self.fields.get("rope_scaling") or {}
-        if isinstance(parameters, dict) and layer_type is not None and layer_type in parameters:
-            parameters = parameters[layer_type]
-        if not isinstance(parameters, dict):
-            raise self.error("rope_parameters", f"is {parameters!r}, expected an object")
-        nested = HfConfig(parameters, f"{self.file}: rope_parameters")
-        kind = str(parameters.get("rope_type") or parameters.get("type") or "default")
+        nested = self.rope_parameters(layer_type)
+        kind = nested.text("rope_type", "default")
         kind = "longrope" if kind == "su" else kind
         if kind not in _ROPE_KINDS:
             raise nested.error("rope_type", f"is {kind!r}, supported are {', '.join(_ROPE_KINDS)}")
         theta = nested.number("rope_theta", self.number("rope_theta", default_theta))
         share = nested.number("partial_rotary_factor", self.number("partial_rotary_factor", 1.0))
-        original = nested.integer(
-            "original_max_position_embeddings", self.integer("original_max_position_embeddings", 0)
+        # As in transformers: outside (Phi-3) before inside, and else what the model was made for.
+        original = self.integer(
+            "original_max_position_embeddings", nested.integer("original_max_position_embeddings", 0)
         )
         if kind in ("llama3", "yarn", "longrope") and not original:
-            raise nested.error("original_max_position_embeddings", f"is missing, and rope_type {kind} needs it")
+            original = self.integer("max_position_embeddings", 0)
+            if not original:
+                raise nested.error("original_max_position_embeddings", f"is missing, and rope_type {kind} needs it")
         rope = RopeSpec(
             theta=theta,
             rotary_dim=int(head_dim * share),

@@ -54,6 +54,6 @@ class Llama(ModelFamily):
 
 def query_scaling(config: HfConfig) -> QueryScaling | None:
     """Ministral 3's, which its config has among the parameters of rope."""
-    rope = HfConfig(config.fields.get("rope_parameters") or config.fields.get("rope_scaling") or {}, config.file)
+    rope = config.rope_parameters()
     weight = rope.optional_number("llama_4_scaling_beta")
     return QueryScaling(weight, rope.integer("original_max_position_embeddings")) if weight else None

@@ -24,12 +24,14 @@ from gpu_worker.device import return_freed_memory
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.layers.weighted import Weighted
 from gpu_worker.loading.bitsandbytes_source import BitsAndBytesSource
-from gpu_worker.loading.checkpoint import CheckpointError, StrictReader, open_checkpoint
+from gpu_worker.loading.checkpoint import TIED_HEAD, CheckpointError, StrictReader, open_checkpoint
 from gpu_worker.loading.dequantized import DequantizedSource
 from gpu_worker.loading.gguf_packed import PackedGgufSource
 from gpu_worker.loading.gguf_reader import GgufReader
-from gpu_worker.loading.kv_scales import is_kv_scale, read_kv_scales
+from gpu_worker.loading.kv_scales import check_kv_scales, is_kv_scale, read_kv_scales
+from gpu_worker.loading.stacked_experts import StackedExpertsSource
 from gpu_worker.loading.tensor_source import TensorIndex, TensorInfo, TensorSource
+from gpu_worker.loading.tied_head import check_tied_head
 from gpu_worker.model_spec import ModelConfigError, ModelSpec
 from gpu_worker.models.checkpoint_names import checkpoint_modules, path_template
 from gpu_worker.models.family import LoadsItself, ModelFamily
@@ -37,7 +39,8 @@ from gpu_worker.models.hf_config import HfConfig
 from gpu_worker.models.registry import find_family, known_architectures
 from gpu_worker.quant.api import OutputSpan
 from gpu_worker.quant.bitsandbytes import METHOD as BITSANDBYTES
-from gpu_worker.quant.scheme import module_format, read_quantization
+from gpu_worker.quant.formats import WeightFormat
+from gpu_worker.quant.scheme import StoredModules, module_format, read_quantization
 
 log = structlog.get_logger(__name__)
 
@@ -171,7 +174,7 @@ class _ServedTensors:
         skipped, unused = (
             re.compile(pattern or r"(?!)") for pattern in (family.skipped_tensors, family.unused_tensors(spec))
         )
-        self._stored_names = {
+        self.stored_names = {
             name: info.name
             for info in source.names()
             if not skipped.match(info.name) and not unused.match(name := family.canonical_name(info.name))
@@ -182,14 +185,14 @@ class _ServedTensors:
         return self._source.path
 
     def names(self) -> Iterable[TensorInfo]:
-        canonical = {stored: name for name, stored in self._stored_names.items()}
+        canonical = {stored: name for name, stored in self.stored_names.items()}
         return [replace(info, name=canonical[info.name]) for info in self._source.names() if info.name in canonical]
 
     def stored_name(self, name: str) -> str:
-        return self._stored_names[name]
+        return self.stored_names[name]
 
     def read(self, name: str, index: TensorIndex | None = None) -> torch.Tensor:
-        return self._source.read(self._stored_names[name], index)
+        return self._source.read(self.stored_names[name], index)
 
     def close(self) -> None:
         self._source.close()
@@ -218,6 +221,7 @@ def _matched(model: ModelFamily, path: Path) -> Iterator[_MatchedCheckpoint]:
         source = _as_wanted(_ServedTensors(checkpoint, type(model), model.spec), checkpoint, path, places)
         infos = list(source.names())
         scales = tuple(info for info in infos if is_kv_scale(info.name) and info.name not in places)
+        check_kv_scales(scales, model.spec.num_layers)
         hidden = {info.name for info in scales}
         expected = {name: _whole_shape(shared) for name, shared in places.items()}
         optional = {
@@ -249,7 +253,7 @@ def _problem(place: _Place, info: TensorInfo) -> str | None:
 
 
 def _as_wanted(
-    served: _ServedTensors, checkpoint: TensorSource, path: Path, places: Mapping[str, object]
+    served: _ServedTensors, checkpoint: TensorSource, path: Path, places: Mapping[str, list[_Place]]
 ) -> TensorSource:
     """The checkpoint as the model's layers ask for it: packed where they keep packed weights, plain elsewhere."""
     if isinstance(checkpoint, GgufReader):
@@ -261,11 +265,17 @@ def _as_wanted(
     if quant is None:
         return served
     plain = BitsAndBytesSource(served) if quant.method == BITSANDBYTES else served
-    return DequantizedSource(plain, lambda module: module_format(quant, module, names), places.keys())
+    modules, stored = StoredModules(served.stored_names), frozenset(served.stored_names.values())
+
+    def format_of(module: str) -> WeightFormat | None:
+        return module_format(quant, module, modules.name_of(module), stored)
+
+    shapes = {name: _whole_shape(shared) for name, shared in places.items()}
+    return DequantizedSource(StackedExpertsSource(plain, shapes, format_of), format_of, places.keys())
 
 
 def check_weights(model: ModelFamily, path: Path) -> None:
-    """Whether the checkpoint at `path` fills `model`, which may be built on the meta device: nothing is read.
+    """Whether the checkpoint at `path` fills `model`, which may be built on the meta device: no memory is taken.
 
     Raises:
         CheckpointError: damaged, or its tensors are not those of the config; names file and tensor.
@@ -273,8 +283,10 @@ def check_weights(model: ModelFamily, path: Path) -> None:
     if isinstance(model, LoadsItself):
         model.check_checkpoint(path)
         return
-    with _matched(model, path):
-        return
+    with _matched(model, path) as matched:
+        if model.spec.tie_word_embeddings:
+            table = checkpoint_modules(model.name_rules, "embedding").get("", "")
+            check_tied_head(matched.source, TIED_HEAD, f"{table}.weight")
 
 
 def load_weights(model: ModelFamily, path: Path) -> None:

@@ -41,6 +41,10 @@ class _AffineFormat(WeightFormat):
     bits: int
     group_size: int
 
+    @property
+    def marker(self) -> str:
+        return "qweight"
+
     def effective_group(self, num_inputs: int) -> int:
         """-1 stands for one group."""
         return num_inputs if self.group_size == -1 else self.group_size
@@ -140,7 +144,7 @@ class AwqFormat(_AffineFormat):
         num_words = -(-num_outputs // 8)
         return {
             "qweight": TensorRule(((num_inputs, num_words),), WORDS),
-            # Files without zero points may still carry the tensor.
+            # Files without zero points may still carry the tensor: of 8s (GPTQModel), or empty.
             "qzeros": TensorRule(((groups, num_words),), WORDS, optional=not self.has_zeros),
             "scales": TensorRule(((groups, num_outputs),), FLOAT_SCALES),
         }
@@ -166,7 +170,7 @@ class AwqFormat(_AffineFormat):
         group = self.effective_group(cols.total)
         codes = _unpack_awq(tensors["qweight"], rows).t().contiguous()  # [N, K]
         scales = tensors["scales"].float().t().contiguous()  # [N, G]
-        if self.has_zeros:
+        if self.has_zeros or ("qzeros" in tensors and tensors["qzeros"].any()):
             zeros = _unpack_awq(tensors["qzeros"], rows).t().contiguous()  # [N, G]
         else:
             zeros = torch.full((1, 1), 8, dtype=torch.uint8, device=codes.device)
@@ -194,6 +198,10 @@ class PackQuantizedFormat(_AffineFormat):
     symmetric: bool
     may_have_group_index: bool = False
     may_have_stray_bias: bool = False
+
+    @property
+    def marker(self) -> str:
+        return "weight_packed"
 
     def _packings(self) -> tuple[Packing, Packing]:
         """As written today, and as old releases wrote widths that do not divide 32."""

@@ -59,7 +59,7 @@ def read_auto_round(section: ConfigSection) -> QuantConfig:
                 return changed
         return None if name.split(".")[-1] == "lm_head" else default
 
-    return QuantConfig("auto-round", format_of, "qweight", f"auto-round {section.fields.get('bits', 4)} bit")
+    return QuantConfig("auto-round", format_of, f"auto-round {section.fields.get('bits', 4)} bit", otherwise=default)
 
 
 def _overrides(

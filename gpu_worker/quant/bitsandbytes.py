@@ -21,9 +21,8 @@ def read_bitsandbytes(section: ConfigSection) -> QuantConfig:
         def format_of(name: str) -> ScaledFormat | None:
             return None if is_module(name, left_out) else INT8
 
-        # The tensors themselves say which modules were left out.
-        return QuantConfig(METHOD, format_of, INT8.scale_name, "bitsandbytes int8")
+        return QuantConfig(METHOD, format_of, "bitsandbytes int8", otherwise=INT8)
     kind = section.text("bnb_4bit_quant_type", "fp4")
     if kind not in ("nf4", "fp4"):
         raise section.refuse(f"bitsandbytes with bnb_4bit_quant_type {kind!r}")
-    return QuantConfig(METHOD, lambda name: None, None, f"bitsandbytes {kind}")
+    return QuantConfig(METHOD, lambda name: None, f"bitsandbytes {kind}")

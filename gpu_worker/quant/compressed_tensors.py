@@ -14,18 +14,17 @@ from gpu_worker.quant.affine_formats import PackQuantizedFormat
 from gpu_worker.quant.config import ConfigSection, QuantConfig, _compiled
 from gpu_worker.quant.float4_formats import Float4Format
 from gpu_worker.quant.formats import WeightFormat
-from gpu_worker.quant.scaled_formats import ScaledFormat
+from gpu_worker.quant.scaled_formats import MXFP8, ScaledFormat
 
-LINEAR_CLASS = "Linear"
+LINEAR, EMBEDDING = "Linear", "Embedding"
 
 
 @dataclass(frozen=True, slots=True)
 class _Names:
-    """Module names, given exactly, as `re:` patterns or as the class that all linears have."""
+    """Module names, given exactly or as `re:` patterns, and classes of modules among them."""
 
     exact: frozenset[str]
     patterns: tuple[re.Pattern[str], ...]
-    any_linear: bool
 
     @classmethod
     def of(cls, section: ConfigSection, field: str, entries: list[str]) -> _Names:
@@ -33,24 +32,30 @@ class _Names:
         return cls(
             frozenset(entry for entry in entries if not entry.startswith("re:")),
             tuple(_compiled(section, field, entry.removeprefix("re:")) for entry in patterns),
-            LINEAR_CLASS in entries,
         )
 
     def has(self, name: str) -> bool:
         return name in self.exact or any(pattern.match(name) for pattern in self.patterns)
+
+    def has_class_of(self, name: str) -> bool:
+        return (EMBEDDING if name.split(".")[-1] == "embed_tokens" else LINEAR) in self.exact
 
 
 def read_compressed_tensors(section: ConfigSection) -> QuantConfig:
     status = section.text("quantization_status", "compressed")
     if status not in ("compressed", "frozen"):
         raise section.refuse(f"compressed-tensors with quantization_status {status!r}")
-    for field in ("sparsity_config", "transform_config"):
-        content = section.fields.get(field)
-        # Writers leave an empty object, or one whose format is dense.
-        if content and not (isinstance(content, dict) and content.get("format", "") == "dense"):
-            raise section.refuse(f"compressed-tensors with a {field}")
+    sparsity = section.fields.get("sparsity_config")
+    # Zeros that are stored like other values need nothing, in whatever pattern they lie.
+    sparse_format = sparsity.get("format") if isinstance(sparsity, dict) else sparsity
+    if sparsity and sparse_format != "dense":
+        raise section.refuse(f"compressed-tensors with a sparsity_config of the format {sparse_format!r}")
+    if section.fields.get("transform_config"):
+        raise section.refuse("compressed-tensors with a transform_config")
     whole_format = section.text("format", "")
     groups = section.fields.get("config_groups")
+    if not groups and sparsity:
+        return QuantConfig("compressed-tensors", lambda name: None, "compressed-tensors (sparse, stored densely)")
     if not isinstance(groups, dict) or not groups:
         raise section.error("config_groups", "is missing or empty")
     schemes: list[tuple[_Names, WeightFormat]] = []
@@ -68,9 +73,9 @@ def read_compressed_tensors(section: ConfigSection) -> QuantConfig:
         for names, stored in schemes:
             if names.has(name):
                 return stored
-        return next((stored for names, stored in schemes if names.any_linear), None)
+        return next((stored for names, stored in schemes if names.has_class_of(name)), None)
 
-    return QuantConfig("compressed-tensors", format_of, None, f"compressed-tensors {whole_format}")
+    return QuantConfig("compressed-tensors", format_of, f"compressed-tensors {whole_format}")
 
 
 def _read_group(section: ConfigSection, group: dict[str, Any], kind: str) -> WeightFormat:
@@ -82,10 +87,10 @@ def _read_group(section: ConfigSection, group: dict[str, Any], kind: str) -> Wei
     match kind:
         case "pack-quantized":
             return _read_packed(section, weights, group.get("input_activations"))
-        case "nvfp4-pack-quantized":
-            return Float4Format("nvfp4")
-        case "mxfp4-pack-quantized":
-            return Float4Format("mxfp4")
+        case "nvfp4-pack-quantized" | "mxfp4-pack-quantized":
+            return _read_float4(section, weights, kind)
+        case "mxfp8-quantized":
+            return _read_mxfp8(section, weights)
         case "int-quantized" | "float-quantized" | "naive-quantized":
             return _read_scaled(section, weights, group.get("input_activations"), kind)
         case _:
@@ -102,13 +107,29 @@ def _strategy(section: ConfigSection, weights: dict[str, Any], known: tuple[str,
     return str(strategy)
 
 
+def _read_float4(section: ConfigSection, weights: dict[str, Any], kind: str) -> WeightFormat:
+    stored = Float4Format("nvfp4" if kind.startswith("nvfp4") else "mxfp4")
+    bits, number, group_size = weights.get("num_bits"), weights.get("type"), weights.get("group_size")
+    if (bits, number) != (4, "float") or group_size not in (stored.group_size, None):
+        raise section.refuse(f"compressed-tensors {kind} with {bits} bit {number} in groups of {group_size}")
+    return stored
+
+
+def _read_mxfp8(section: ConfigSection, weights: dict[str, Any]) -> WeightFormat:
+    bits, number, group_size = weights.get("num_bits"), weights.get("type"), weights.get("group_size")
+    if (bits, number) != (8, "float") or group_size not in (MXFP8.block[1], None):
+        raise section.refuse(f"compressed-tensors mxfp8-quantized with {bits} bit {number} in groups of {group_size}")
+    return MXFP8
+
+
 def _read_packed(section: ConfigSection, weights: dict[str, Any], inputs: Any) -> WeightFormat:
     inner = ConfigSection(weights, section._error)
     bits = inner.integer("num_bits")
     if weights.get("type", "int") != "int" or not 2 <= bits <= 8:
         raise section.refuse(f"compressed-tensors pack-quantized with {bits} bit {weights.get('type')}")
-    if inputs:
-        raise section.refuse("compressed-tensors pack-quantized with quantized activations")
+    # Inputs that would be quantized to 8 bits at run time (W4A8) stay as they are: no result gets worse.
+    if inputs and not (isinstance(inputs, dict) and inputs.get("dynamic") is True):
+        raise section.refuse("compressed-tensors pack-quantized with static scales for activations")
     strategy = _strategy(section, weights, ("group", "channel", "tensor"))
     return PackQuantizedFormat(
         bits,

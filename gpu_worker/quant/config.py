@@ -19,10 +19,11 @@ from gpu_worker.quant.scaled_formats import ScaledFormat
 FIELD = "quantization_config"
 SUPPORTED = (
     "awq (4 bit, version gemm), gptq (2, 3, 4 or 8 bit, v1 and v2), compressed-tensors (pack-quantized, "
-    "int-quantized, float-quantized, naive-quantized, nvfp4-pack-quantized, mxfp4-pack-quantized), "
-    "fp8 (e4m3, a scale per tensor or per block), fbgemm_fp8, modelopt (FP8, FP8_PER_CHANNEL_PER_TOKEN, NVFP4, "
-    "W4A16_NVFP4, MIXED_PRECISION of these), mxfp4, auto-round (in the layouts of GPTQ and AWQ), "
-    "bitsandbytes (nf4, fp4, int8), gguf"
+    "int-quantized, float-quantized, naive-quantized, nvfp4-pack-quantized, mxfp4-pack-quantized, "
+    "mxfp8-quantized), fp8 (e4m3, a scale per tensor or per block), fbgemm_fp8, modelopt (FP8, "
+    "FP8_PER_CHANNEL_PER_TOKEN, MXFP8, NVFP4, W4A16_NVFP4, MIXED_PRECISION of these), quark (FP8, INT8, MXFP4), mxfp4, "
+    "auto-round (in the layouts of GPTQ and AWQ), "
+    "bitsandbytes (nf4, fp4, int8), mlx (affine, 2 to 6 and 8 bit), gguf"
 )
 GPTQ_BITS = (2, 3, 4, 8)
 
@@ -37,10 +38,9 @@ class QuantConfig:
     """`quant_method`, for messages."""
     format_of: FormatOf
     """Module name in the checkpoint (unfused) -> how its weight is stored; None: as it is."""
-    marker: str | None = None
-    """The tensor by which a quantized module is told from a plain one, for formats whose config does not list the
-    modules that it leaves out."""
     label: str = ""
+    otherwise: WeightFormat | None = None
+    """How a module is stored that the config leaves out, and that has packed tensors all the same."""
 
 
 class ConfigSection:
@@ -104,11 +104,13 @@ def is_module(name: str, entries: Iterable[str]) -> bool:
 
 def read_gptq(section: ConfigSection) -> QuantConfig:
     # GPTQModel writes both keys; old files have neither, and are v1.
-    kind = section.text("checkpoint_format", section.text("format", "gptq"))
+    kind = section.text("checkpoint_format", section.text("format", "gptq")).lower()
     if kind not in ("gptq", "gptq_v2"):
         raise section.refuse(f"gptq with checkpoint_format {kind!r}")
-    if section.boolean("is_marlin_format", False):
-        raise section.refuse("gptq with is_marlin_format")
+    # Another layout; inputs that are turned before a product; a product of low rank beside it (GPTQModel).
+    for field in ("is_marlin_format", "rotation", "adapter"):
+        if section.fields.get(field):
+            raise section.refuse(f"gptq with {field} {section.fields[field]!r:.60}")
     pack_dtype = section.text("pack_dtype", "int32")
     if pack_dtype != "int32":
         raise section.refuse(f"gptq with pack_dtype {pack_dtype!r}")
@@ -125,38 +127,46 @@ def read_gptq(section: ConfigSection) -> QuantConfig:
     default = make(section.integer("bits"), section.group_size())
     rules: list[tuple[re.Pattern[str], GptqFormat | None]] = []
     for pattern, changes in overrides.items():
-        leaves_out = pattern.startswith("-:")
         expression = _compiled(section, "dynamic", pattern.removeprefix("-:").removeprefix("+:"))
+        if pattern.startswith("-:"):
+            rules.append((expression, None))
+            continue
         if not isinstance(changes, dict):
             raise section.error("dynamic", f"has {changes!r:.60} for {pattern!r}, expected an object")
         inner = ConfigSection(changes, section._error)
-        changed = make(inner.integer("bits", default.bits), inner.group_size(default.group_size))
-        rules.append((expression, None if leaves_out else changed))
+        rules.append((expression, make(inner.integer("bits", default.bits), inner.group_size(default.group_size))))
 
     def format_of(name: str) -> WeightFormat | None:
         if not with_head and name.split(".")[-1] == "lm_head":
             return None
         return next((changed for expression, changed in rules if expression.match(name)), default)
 
-    return QuantConfig("gptq", format_of, "qweight", f"gptq {default.bits} bit")
+    return QuantConfig("gptq", format_of, f"gptq {default.bits} bit", otherwise=default)
 
 
 def read_awq(section: ConfigSection) -> QuantConfig:
-    version = section.text("version", "gemm").lower()
+    # GPTQModel writes all three keys.
+    version = section.text("version", section.text("checkpoint_format", section.text("format", "gemm"))).lower()
+    if section.text("backend", "") == "llm-awq":
+        version = "llm-awq"
     if version != "gemm":
         raise section.refuse(f"awq with version {version!r}")
+    order = section.text("pack_method", "reorder")  # Quark's name for AutoAWQ's order of nibbles
+    if order != "reorder":
+        raise section.refuse(f"awq with pack_method {order!r}")
     bits = section.integer("bits", section.fields.get("w_bit"))
     if bits != 4:
         raise section.refuse(f"awq with {bits} bits")
     group_size = section.group_size(section.fields.get("q_group_size"))
-    stored = AwqFormat(group_size, has_zeros=section.boolean("zero_point", True))
+    has_zeros = section.boolean("zero_point", not section.boolean("sym", False))
+    stored = AwqFormat(group_size, has_zeros)
     left_out = [*section.names("modules_to_not_convert"), "lm_head"]
 
     def format_of(name: str) -> WeightFormat | None:
         # AutoAWQ takes an entry for any piece of a name.
         return None if any(entry in name for entry in left_out) else stored
 
-    return QuantConfig("awq", format_of, "qweight", "awq 4 bit")
+    return QuantConfig("awq", format_of, "awq 4 bit", otherwise=stored)
 
 
 def read_fp8(section: ConfigSection, stored_names: Collection[str]) -> QuantConfig:
@@ -166,6 +176,9 @@ def read_fp8(section: ConfigSection, stored_names: Collection[str]) -> QuantConf
         raise section.refuse(f"fp8 with fmt {fmt!r}")
     if "weight_scale_semantics" in section.fields:
         raise section.refuse(f"fp8 with weight_scale_semantics {section.fields['weight_scale_semantics']!r}")
+    for field in ("expert_dtype", "store_dtype"):
+        if section.text(field, "fp8") != "fp8":
+            raise section.refuse(f"fp8 with {field} {section.fields[field]!r}")
     scheme = section.text("activation_scheme", "dynamic")
     if scheme not in ("dynamic", "static"):
         raise section.refuse(f"fp8 with activation_scheme {scheme!r}")
@@ -176,7 +189,8 @@ def read_fp8(section: ConfigSection, stored_names: Collection[str]) -> QuantConf
     def format_of(name: str) -> WeightFormat | None:
         return None if is_module(name, left_out) or name.split(".")[-1] == "lm_head" else stored
 
-    return QuantConfig("fp8", format_of, None, f"fp8 {stored.granularity} scales, {scheme} activations")
+    label = f"fp8 {stored.granularity} scales, {scheme} activations"
+    return QuantConfig("fp8", format_of, label, otherwise=stored)
 
 
 def _fp8_blocks(section: ConfigSection, block: Any, scheme: str) -> ScaledFormat:
@@ -221,12 +235,12 @@ def read_fbgemm_fp8(section: ConfigSection) -> QuantConfig:
     def format_of(name: str) -> WeightFormat | None:
         return None if is_module(name, left_out) or name.split(".")[-1] == "lm_head" else stored
 
-    return QuantConfig("fbgemm_fp8", format_of, "weight_scale", "fbgemm_fp8")
+    return QuantConfig("fbgemm_fp8", format_of, "fbgemm_fp8", otherwise=stored)
 
 
 def read_mxfp4(section: ConfigSection) -> QuantConfig:
     """GPT-OSS: only fused experts are packed, and those are no linears of their own."""
-    return QuantConfig("mxfp4", lambda name: None, None, "mxfp4 experts")
+    return QuantConfig("mxfp4", lambda name: None, "mxfp4 experts")
 
 
 def _compiled(section: ConfigSection, field: str, pattern: str) -> re.Pattern[str]:

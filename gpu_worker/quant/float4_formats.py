@@ -1,5 +1,5 @@
 """4-bit floats (e2m1) with a scale to every 16 or 32 inputs: compressed-tensors' NVFP4 and MXFP4,
-ModelOpt's NVFP4.
+ModelOpt's NVFP4, Quark's MXFP4.
 
 Activations that a W4A4 checkpoint would quantize to 4 bits as well stay as they are: weights alone are what the memory
 is saved by, and no result gets worse.
@@ -23,12 +23,16 @@ class Float4Format(WeightFormat):
     """`nvfp4`: groups of 16, float8 scales under one float32 divisor; `mxfp4`: groups of 32, scales are powers of 2."""
 
     kind: Literal["nvfp4", "mxfp4"]
-    dialect: Literal["compressed-tensors", "modelopt"] = "compressed-tensors"
-    """ModelOpt's NVFP4 has other names, and a float32 factor where the other has a divisor."""
+    dialect: Literal["compressed-tensors", "modelopt", "quark"] = "compressed-tensors"
+    """ModelOpt's NVFP4 has other names, and a float32 factor where the other has a divisor; Quark has MXFP4 alone."""
+
+    @property
+    def marker(self) -> str:
+        return "weight_scale"
 
     @property
     def packed_name(self) -> str:
-        return "weight" if self.dialect == "modelopt" else "weight_packed"
+        return "weight_packed" if self.dialect == "compressed-tensors" else "weight"
 
     @property
     def group_size(self) -> int:
@@ -42,10 +46,11 @@ class Float4Format(WeightFormat):
         }
         if self.dialect == "modelopt":
             rules["weight_scale_2"] = TensorRule(SCALAR, FLOAT_SCALES)
-            rules["input_scale"] = TensorRule(SCALAR, FLOAT_SCALES, optional=True)
         elif self.kind == "nvfp4":
             rules["weight_global_scale"] = TensorRule(SCALAR, FLOAT_SCALES)
             rules["input_global_scale"] = TensorRule(SCALAR, FLOAT_SCALES, optional=True)
+        if self.dialect != "compressed-tensors":
+            rules["input_scale"] = TensorRule(SCALAR, FLOAT_SCALES, optional=True)
         return rules
 
     def size_of(self, shapes: dict[str, Shape]) -> tuple[int, int]:

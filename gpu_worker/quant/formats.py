@@ -41,6 +41,11 @@ class WeightFormat(ABC):
     may_have_stray_bias: bool = False
     """Whether writers of this format store a bias (of zeros) for linears that have none."""
 
+    @property
+    @abstractmethod
+    def marker(self) -> str:
+        """The stored tensor by which a linear in this format is told from a plain one."""
+
     @abstractmethod
     def rules(self, num_outputs: int, num_inputs: int) -> Rules:
         """The stored tensors of a [num_outputs, num_inputs] weight, by name."""

@@ -25,6 +25,10 @@ class GgufFormat(WeightFormat):
     type_name: str
 
     @property
+    def marker(self) -> str:
+        return PACKED_NAME
+
+    @property
     def ggml_type(self) -> GgmlType:
         return _BY_NAME[self.type_name]
 

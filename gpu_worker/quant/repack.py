@@ -11,7 +11,7 @@ import torch
 from stepwire_kernels.packed_weight import ALIGN_INPUTS, PackedWeight, pack_fields
 
 from gpu_worker.loading.gguf_blocks import codes_of
-from gpu_worker.quant.weights import AffineWeight, Float4Weight, GgufWeight, QuantizedWeight
+from gpu_worker.quant.weights import AffineWeight, Float4Weight, GgufWeight, OffsetWeight, QuantizedWeight
 
 # What runs of a group are made of.
 PLANE = 32
@@ -31,6 +31,8 @@ def repack(weight: QuantizedWeight) -> Repacked | None:
     """The kernel's layout; None where a form or size has none."""
     if isinstance(weight, AffineWeight):
         return _repack_affine(weight)
+    if isinstance(weight, OffsetWeight):
+        return _repack_offset(weight)
     if isinstance(weight, Float4Weight):
         return _repack_float4(weight)
     if isinstance(weight, GgufWeight):
@@ -117,6 +119,27 @@ def _regular(weight: AffineWeight) -> tuple[AffineWeight, torch.Tensor]:
     codes = torch.nn.functional.pad(weight.codes, (0, 1))[:, padded]
     of_plane = torch.repeat_interleave(torch.arange(len(counts), device=groups.device), filled // PLANE)
     return AffineWeight(codes, zeros[:, of_plane], weight.scales[:, of_plane], PLANE, weight.bits), padded
+
+
+def _repack_offset(weight: OffsetWeight) -> Repacked | None:
+    group_size = _kernel_group(weight.group_size, weight.num_inputs)
+    if group_size is None:
+        return None
+    words, high_words, high_bits = _words(weight.codes, weight.bits)
+    packed = PackedWeight(
+        words=words,
+        high_words=high_words,
+        scales=_by_group(_narrowest(weight.scales)),
+        zeros=None,
+        minima=_by_group(_narrowest(-weight.offsets)),
+        outer_scales=None,
+        outer_minima=None,
+        row_scales=None,
+        num_inputs=weight.num_inputs,
+        group_size=group_size,
+        high_bits=high_bits,
+    )
+    return Repacked(packed)
 
 
 def _repack_float4(weight: Float4Weight) -> Repacked:

@@ -1,4 +1,5 @@
-"""8-bit floats and integers that are multiplied by a scale: native FP8 checkpoints, compressed-tensors' FP8 and INT8.
+"""8-bit floats and integers that are multiplied by a scale: native FP8 checkpoints, MXFP8, compressed-tensors' FP8 and
+INT8.
 
 W[n, k] = w[n, k] * s, with one scale for the tensor, one for each output, or one for each block of outputs and inputs.
 """
@@ -30,6 +31,7 @@ from gpu_worker.quant.formats import (
 from gpu_worker.quant.weights import QuantizedWeight, ScaledWeight
 
 SCALE_DTYPES = (*FLOAT_SCALES, torch.float8_e8m0fnu)
+EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +49,16 @@ class ScaledFormat(WeightFormat):
     input_zero_name: str | None = None
     activations: ActivationQuant | None = None
     may_have_stray_bias: bool = False
+    scales_are_exponents: bool = False
+    """Scales are powers of 2, stored as their exponents plus 127 (e8m0)."""
     layout_name: str | None = None
     """A tensor that numbers the order of the values; 0, which is row by row, is the one that is read."""
     ignored: tuple[str, ...] = ()
     """Further tensors that may be there and say nothing, such as zero points of a symmetric format."""
+
+    @property
+    def marker(self) -> str:
+        return self.scale_name
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -66,7 +74,7 @@ class ScaledFormat(WeightFormat):
                 shapes = ((-(-num_outputs // self.block[0]), -(-num_inputs // self.block[1])),)
         rules = {
             "weight": TensorRule(((num_outputs, num_inputs),), (self._dtype,)),
-            self.scale_name: TensorRule(shapes, SCALE_DTYPES),
+            self.scale_name: TensorRule(shapes, EXPONENTS if self.scales_are_exponents else SCALE_DTYPES),
         }
         if self.input_scale_name is not None:
             rules[self.input_scale_name] = TensorRule(SCALAR, FLOAT_SCALES)
@@ -101,7 +109,9 @@ class ScaledFormat(WeightFormat):
         return OutputSpan(0, Fraction(1, self.block[0]) if self.granularity == "block" else Fraction(1))
 
     def decode(self, tensors: Tensors, rows: Share, cols: Share) -> QuantizedWeight:
-        values, scales = tensors["weight"], tensors[self.scale_name].float() / self.scale_divisor
+        values, stored = tensors["weight"], tensors[self.scale_name]
+        stored = stored.view(torch.float8_e8m0fnu) if self.scales_are_exponents else stored
+        scales = stored.float() / self.scale_divisor
         layout = 0 if self.layout_name is None else int(tensors.get(self.layout_name, torch.tensor(0)))
         if layout:
             raise LoadError(
@@ -143,3 +153,8 @@ def _blockwise(
         begins = torch.arange(cols.start, cols.stop, smaller, device=scales.device)
         scales, block_k = scales[:, begins // block_k - cols.start // block_k], smaller
     return ScaledWeight(values, scales, block_n, block_k)
+
+
+MXFP8 = ScaledFormat("float8", "block", (1, 32), scales_are_exponents=True)
+"""A power of 2 for every 32 inputs (OCP Microscaling Formats). Inputs, which a W8A8 checkpoint would quantize likewise,
+stay as they are."""

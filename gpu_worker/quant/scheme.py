@@ -9,6 +9,7 @@ from typing import Any, Literal
 from gpu_worker.layers.ops import TORCH_OPS, LayerOps
 from gpu_worker.loading.checkpoint import open_checkpoint
 from gpu_worker.loading.gguf_reader import GgufReader
+from gpu_worker.loading.stacked_experts import EXPERTS, is_in_plain_stack
 from gpu_worker.loading.weight_files import GGUF_NAME, gguf_in
 from gpu_worker.model_spec import ModelConfigError
 from gpu_worker.models.checkpoint_names import checkpoint_modules
@@ -32,10 +33,14 @@ from gpu_worker.quant.config import (
 )
 from gpu_worker.quant.formats import WeightFormat
 from gpu_worker.quant.gguf_format import GgufFormat
+from gpu_worker.quant.mlx import METHOD as MLX
+from gpu_worker.quant.mlx import read_mlx
 from gpu_worker.quant.modelopt import read_modelopt
 from gpu_worker.quant.none import Unquantized, UnquantizedLinear
 from gpu_worker.quant.on_load import QuantizingLinear
 from gpu_worker.quant.products import PackedKernels
+from gpu_worker.quant.quark import METHOD as QUARK
+from gpu_worker.quant.quark import read_quark
 from gpu_worker.quant.stored import SplitLinear, StoredLinear
 
 QuantizationSetting = Literal["auto", "fp8", "int8"]
@@ -75,10 +80,14 @@ def read_quantization(config: HfConfig, stored_names: Collection[str] = ()) -> Q
             return read_compressed_tensors(section)
         case "mxfp4":
             return read_mxfp4(section)
-        case "modelopt" | "modelopt_fp4":
+        case "modelopt" | "modelopt_fp4" | "modelopt_mxfp8" | "modelopt_mixed":
             return read_modelopt(section)
+        case _ if method == QUARK:
+            return read_quark(section)
+        case _ if method == MLX:
+            return read_mlx(section)
         case "gguf":
-            return QuantConfig("gguf", lambda name: None, None, "gguf")
+            return QuantConfig("gguf", lambda name: None, "gguf")
         case _:
             raise config.error(FIELD, f"names quant_method {method!r}, which is not supported; supported: {SUPPORTED}")
 
@@ -88,25 +97,28 @@ def quantization_fields(config: HfConfig) -> Any:
 
     Multimodal models may have it in their text part, and files of 2023 in a file of its own.
     """
-    text = config.fields.get("text_config")
-    for fields in (config.fields, text if isinstance(text, dict) else {}):
-        if fields.get(FIELD):
-            return fields[FIELD]
+    found = config.quantization_fields()
+    if found is not None:
+        return found
     for name, method in OWN_FILES.items():
         file = Path(config.file).parent / name
         if Path(config.file).name == "config.json" and file.is_file():
-            own = HfConfig.read(file).fields
-            return {"quant_method": method} | own.get("quantization", own)
+            return {"quant_method": method} | HfConfig.read(file).fields
     return None
 
 
 def _method(fields: dict[str, Any]) -> Any:
     """`quant_method`, or what the other fields say where it is missing."""
     if fields.get("quant_method") is not None:
-        return fields["quant_method"]
+        name = fields["quant_method"]
+        return name.lower().replace("compressed_tensors", "compressed-tensors") if isinstance(name, str) else name
     if fields.get("load_in_4bit") or fields.get("load_in_8bit"):
         return BITSANDBYTES
-    return "compressed-tensors" if fields.get("config_groups") else None
+    if "quant_algo" in fields or isinstance(fields.get("quantization"), dict):
+        return "modelopt"
+    if fields.get("config_groups"):
+        return "compressed-tensors"
+    return MLX if {"bits", "group_size"} <= fields.keys() else None
 
 
 def stored_names(directory: Path) -> frozenset[str]:
@@ -194,18 +206,13 @@ class CheckpointScheme(_ByName):
     ) -> None:
         super().__init__(name_rules, ops, kernels)
         self._quant, self._names = quant, names
-        # Lists of modules are in the checkpoint's own names.
-        self._stored_modules = {
-            canonical_name(name).rpartition(".")[0]: name.rpartition(".")[0]
-            for name in names
-            if canonical_name(name) != name
-        }
+        self._modules = StoredModules({canonical_name(name): name for name in names})
         self.fused_experts_are_packed = quant.method == "mxfp4" and (
             not names or any(name.endswith("_blocks") for name in names)
         )
 
     def format_of(self, name: str) -> WeightFormat | None:
-        return module_format(self._quant, self._stored_modules.get(name, name), self._names)
+        return module_format(self._quant, name, self._modules.name_of(name), self._names)
 
 
 class GgufScheme(_ByName):
@@ -240,14 +247,44 @@ class OnLoadScheme:
         return QuantizingLinear(self._kind, self._ops, self._kernels)
 
 
-def module_format(quant: QuantConfig, name: str, names: Collection[str]) -> WeightFormat | None:
-    """How one module is stored. Where the config of a format is known to leave modules out that it does not list
-    (routers of GPTQ and AWQ mixtures), the stored tensors decide."""
-    stored = quant.format_of(name)
-    if stored is not None and quant.marker is not None and names:
-        is_plain = f"{name}.weight" in names and f"{name}.{quant.marker}" not in names
-        return None if is_plain else stored
-    return stored
+class StoredModules:
+    """Names of modules in the checkpoint.
+
+    Args:
+        stored_names: a tensor's canonical name -> its name in the checkpoint.
+    """
+
+    def __init__(self, stored_names: Mapping[str, str]) -> None:
+        self._names = {name.rpartition(".")[0]: stored.rpartition(".")[0] for name, stored in stored_names.items()}
+
+    def name_of(self, module: str) -> str:
+        """For a canonical name; one expert of those that are stored in one tensor is named as if it stood alone."""
+        experts, marker, member = module.partition(EXPERTS)
+        stack = self._names.get(experts + EXPERTS.rstrip(".")) if marker else None
+        return self._names.get(module, module if stack is None else f"{stack}.{member}")
+
+
+def module_format(
+    quant: QuantConfig, name: str, stored_name: str, tensor_names: Collection[str]
+) -> WeightFormat | None:
+    """How one module is stored; None: plainly.
+
+    The config speaks of it under the checkpoint's name, or under the one that a library had for it in memory. Where
+    the tensors say otherwise they win: routers are no linears any more in new libraries, which then do not list them
+    as left out, and pieces of names (`gate`) fit more modules than were meant.
+
+    Args:
+        stored_name: of the module in the checkpoint.
+        tensor_names: of all tensors in the checkpoint; empty: not known.
+    """
+    said = quant.format_of(stored_name) or quant.format_of(name)
+    stored = said or quant.otherwise
+    if not tensor_names or stored is None:
+        return said
+    if f"{stored_name}.{stored.marker}" in tensor_names:
+        return stored
+    is_plain = f"{stored_name}.weight" in tensor_names or is_in_plain_stack(stored_name, tensor_names)
+    return None if is_plain else said
 
 
 def modules_of(name_rules: Mapping[str, Mapping[str, str]], path: str) -> dict[str, str]:

@@ -104,6 +104,51 @@ class AffineWeight(QuantizedWeight):
 
 
 @dataclass(frozen=True, slots=True)
+class OffsetWeight(QuantizedWeight):
+    """W[n, k] = codes[n, k] * scales[n, k // group_size] + offsets[n, k // group_size]."""
+
+    codes: torch.Tensor  # uint8 [N, K]
+    scales: torch.Tensor  # float32 [N, K / group_size]
+    offsets: torch.Tensor  # float32, shaped like scales
+    group_size: int
+    bits: int
+
+    @property
+    def num_outputs(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def num_inputs(self) -> int:
+        return self.codes.shape[1]
+
+    def dequantize(self) -> torch.Tensor:
+        groups = self.codes.float().unflatten(1, (-1, self.group_size))
+        return groups.mul_(self.scales[:, :, None]).add_(self.offsets[:, :, None]).flatten(1)
+
+    def rows(self, start: int, stop: int) -> OffsetWeight:
+        taken = slice(start, stop)
+        return replace(self, codes=self.codes[taken], scales=self.scales[taken], offsets=self.offsets[taken])
+
+    @classmethod
+    def stack(cls, parts: Sequence[OffsetWeight]) -> OffsetWeight | None:
+        """One weight of all parts' rows; None where their groups or widths differ."""
+        first = parts[0]
+        if any((part.group_size, part.bits) != (first.group_size, first.bits) for part in parts):
+            return None
+        return cls(
+            torch.cat([part.codes for part in parts]),
+            torch.cat([part.scales for part in parts]),
+            torch.cat([part.offsets for part in parts]),
+            first.group_size,
+            first.bits,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class ScaledWeight(QuantizedWeight):
     """W[n, k] = values[n, k] * scales[n // block_n, k // block_k]; values are float8 or int8."""
 

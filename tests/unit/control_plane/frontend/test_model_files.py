@@ -21,6 +21,8 @@ def test_names_and_defaults(model_dir: Path) -> None:
     assert files.special_tokens == {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     assert files.sampling_defaults == {"temperature": 0.6, "top_k": 20}
     assert load_served_model(model_dir).names == ("tiny",)
+    (model_dir / "generation_config.json").write_text('{"top_k": -1, "top_p": null, "do_sample": true}')
+    assert not read_model_files(model_dir).sampling_defaults
 
 
 def test_a_directory_without_a_tokenizer_is_served_with_token_ids(tmp_path: Path) -> None:
@@ -36,6 +38,9 @@ def test_where_the_chat_template_comes_from(model_dir: Path, tmp_path: Path) -> 
         return read_model_files(model_dir).chat_template
 
     config = model_dir / "tokenizer_config.json"
+    config.write_text("{}")
+    (model_dir / "chat_template.json").write_text(json.dumps({"chat_template": "P"}))
+    assert template() == "P"
     config.write_text(
         json.dumps({"chat_template": [{"name": "rag", "template": "R"}, {"name": "default", "template": "D"}]})
     )
@@ -60,7 +65,7 @@ def test_where_the_chat_template_comes_from(model_dir: Path, tmp_path: Path) -> 
         ("generation_config.json", '{"top_p": 0}', "top_p"),
         ("generation_config.json", '{"top_k": true}', "top_k"),
         ("tokenizer.json", "{}", "tokenizer.json: cannot be read as a tokenizer"),
-        ("tokenizer_config.json", '{"chat_template": 5}', "chat_template must be"),
+        ("tokenizer_config.json", '{"chat_template": 5}', "tokenizer_config.json: chat_template must be"),
         (
             "tokenizer_config.json",
             '{"chat_template": [{"name": "a", "template": "A"}, {"name": "b", "template": "B"}]}',

@@ -60,9 +60,16 @@ def test_the_first_known_architecture_is_taken() -> None:
         ({"num_hidden_layers": "many"}, ["num_hidden_layers", "many"]),
         ({"num_attention_heads": 0}, ["num_attention_heads", "0"]),
         ({"num_key_value_heads": 4}, ["num_attention_heads", "6", "4"]),
-        ({"rope_parameters": {"rope_type": "longrope"}}, ["rope_type longrope", "original_max"]),
+        (
+            {"rope_parameters": {"rope_type": "longrope"}, "max_position_embeddings": ...},
+            ["rope_type longrope", "original_max"],
+        ),
         ({"rope_parameters": {"rope_type": "dynamic"}}, ["rope_type", "dynamic", "llama3"]),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, ["original_max_position_embeddings"]),
+        ({"rope_parameters": {"rope_type": "longrope"}}, ["short_factor", "list"]),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}},
+            ["rope_parameters", "full_attention, sliding_attention", "which"],
+        ),
         ({"rope_parameters": {"rope_type": "linear"}}, ["factor", "missing"]),
         ({"dtype": "int8"}, ["dtype", "int8"]),
         ({"layer_types": ["full_attention"]}, ["layer_types", "num_hidden_layers"]),

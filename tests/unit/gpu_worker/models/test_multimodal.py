@@ -330,6 +330,11 @@ def test_what_a_quantized_checkpoint_leaves_out_is_in_its_own_names(tmp_path: Pa
         "ignore": [left_out, "re:vision_tower.*"],
     }
     (tmp_path / "config.json").write_text(json.dumps(fields))
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = left_out.replace("0", "1")
+    tensors[f"{name}.weight_scale"] = torch.ones(tensors[f"{name}.weight"].shape[0], 1)
+    tensors[f"{name}.weight"] = tensors[f"{name}.weight"].to(torch.float8_e4m3fn)
+    save_file(tensors, tmp_path / "model.safetensors")
     _, family = read_spec(tmp_path)
     scheme = make_scheme(tmp_path, family.name_rules, canonical_name=family.canonical_name)
     methods = [scheme.linear_method(f"layers.{layer}.attention.output") for layer in (0, 1)]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from gpu_worker.loading.gguf_blocks import GGML_TYPES
-from gpu_worker.quant.weights import AffineWeight, Float4Weight, GgufWeight
+from gpu_worker.quant.weights import AffineWeight, Float4Weight, GgufWeight, OffsetWeight
 
 KERNEL_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "MXFP4")
 
@@ -63,6 +63,14 @@ def float4(n: int, k: int, group_size: int, *, seed: int = 0) -> Float4Weight:
     return Float4Weight(packed, scales, torch.rand(n, generator=generator) * 100 + 1, group_size)
 
 
+def with_offsets(n: int, k: int, group_size: int, bits: int) -> OffsetWeight:
+    generator = torch.Generator().manual_seed(n * k + bits)
+    codes = torch.randint(0, 1 << bits, (n, k), generator=generator).to(torch.uint8)
+    scales = (torch.rand(n, k // group_size, generator=generator) * 0.1).bfloat16().float()
+    offsets = (torch.randn(n, k // group_size, generator=generator) * 0.3).bfloat16().float()
+    return OffsetWeight(codes, scales, offsets, group_size, bits)
+
+
 WEIGHTS: dict[str, Any] = {
     "int4-g128": lambda: affine(40, 512, 128, 4),
     "int4-g64-odd-k": lambda: affine(24, 576, 64, 4),
@@ -72,6 +80,8 @@ WEIGHTS: dict[str, Any] = {
     "int3-g32": lambda: affine(8, 96, 32, 3),
     "int8-g128": lambda: affine(24, 384, 128, 8),
     "int8-channel": lambda: affine(24, 100, 100, 8, symmetric=True),
+    "offsets-4-g64": lambda: with_offsets(24, 320, 64, 4),
+    "offsets-6-g32": lambda: with_offsets(8, 96, 32, 6),
     "nvfp4": lambda: float4(24, 208, 16),
     "mxfp4": lambda: float4(24, 160, 32),
     **{name: (lambda name=name: random_blocks(name, 24, 512)) for name in KERNEL_TYPES},

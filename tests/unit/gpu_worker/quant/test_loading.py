@@ -191,10 +191,23 @@ def test_ignored_layers_stay_plain(tmp_path: Path) -> None:
     assert torch.nn.functional.cosine_similarity(mixed, whole, dim=-1).min() > 0.99
 
 
-@pytest.mark.parametrize("names", [("k_scale", "v_scale"), ("k_proj.k_scale", "v_proj.v_scale"), ("kv_scale",)])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("k_scale", "v_scale"),
+        ("attn.k_scale", "attn.v_scale"),
+        ("k_proj.k_scale", "v_proj.v_scale"),
+        ("k_proj.output_scale", "v_proj.output_scale"),
+        ("qkv_proj.k_scale", "qkv_proj.v_scale"),
+        ("k_cache.scale", "v_cache.scale"),
+        ("kv_scale",),
+    ],
+)
 def test_scales_of_the_kv_cache_come_along(names: tuple[str, ...], tmp_path: Path) -> None:
     scales = [torch.tensor([0.25]), torch.tensor(0.5)]
     changes = {f"model.layers.0.self_attn.{name}": scale for name, scale in zip(names, scales, strict=False)}
+    for unused in ("q_scale", "q_proj.output_scale", "prob_scale"):
+        changes[f"model.layers.0.self_attn.{unused}"] = torch.ones(1)
     model = QuantizedModel(edited("fp8-block", tmp_path, **changes)).model
     assert model.kv_scales is not None
     (only,) = model.kv_scales

@@ -1,0 +1,214 @@
+"""config.json and the files beside it as they are published: fields of all times, contradictions, leftovers."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from gpu_worker.assembly import load_model
+from gpu_worker.config import WorkerSettings
+from gpu_worker.layers.linear import BuildContext
+from gpu_worker.layers.rope import attention_factor, inverse_frequencies
+from gpu_worker.loading.tensor_source import CheckpointError
+from gpu_worker.model_spec import ModelConfigError
+from gpu_worker.models.family import ModelFamily
+from gpu_worker.models.hf_config import FULL, SLIDING, HfConfig
+from gpu_worker.models.loader import read_spec
+from gpu_worker.models.registry import find_family
+from gpu_worker.parallel.shares import ParallelContext
+from gpu_worker.quant.none import Unquantized
+from tests.unit.gpu_worker.models.test_families import PagedModel
+from tests.unit.gpu_worker.models.tiny_checkpoints import save_tiny
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 512,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "vocab_size": 64,
+    "pad_token_id": 0,
+}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32768}
+LLAMA3 = {
+    "factor": 8.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+ROPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2.5-stretched": ("qwen2", {"rope_theta": 1e6, "rope_scaling": YARN | {"type": "yarn"}}),
+    "qwen3-stretched": ("qwen3", {"head_dim": 128, "rope_theta": 1e6, "rope_scaling": YARN | {"rope_type": "yarn"}}),
+    "yarn-without-original": ("llama", {"rope_theta": 5e5, "rope_scaling": {"factor": 8.0, "type": "yarn"}}),
+    "yarn-with-original-outside": (
+        "llama",
+        {"original_max_position_embeddings": 4096, "rope_scaling": YARN | {"rope_type": "yarn"}},
+    ),
+    "yarn-with-its-own-factor": (
+        "llama",
+        {"rope_scaling": YARN | {"type": "yarn", "attention_factor": 1.3, "beta_fast": 24, "beta_slow": 2}},
+    ),
+    "llama-3.1": ("llama", {"rope_theta": 500000.0, "rope_scaling": LLAMA3}),
+    "llama-3.1-v5": ("llama", {"rope_parameters": LLAMA3 | {"rope_theta": 500000.0}}),
+    "both": ("llama", {"rope_theta": 5e5, "rope_parameters": LLAMA3 | {"rope_theta": 5e5}, "rope_scaling": LLAMA3}),
+    "both-and-one-is-default": (
+        "llama",
+        {"rope_theta": 1e4, "rope_parameters": {"rope_type": "default"}, "rope_scaling": YARN | {"type": "yarn"}},
+    ),
+    "linear": ("llama", {"rope_theta": 10000, "rope_scaling": {"type": "linear", "factor": 4}}),
+    "theta-inside": ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "rope_theta": 77.0}}),
+    "null": ("llama", {"rope_theta": 1000000, "rope_scaling": None}),
+    "default-twice": ("llama", {"rope_theta": 5e5, "rope_scaling": {"rope_type": "default", "type": "default"}}),
+    "partial": ("glm4", {"head_dim": 128, "partial_rotary_factor": 0.5, "rope_theta": 10000.0}),
+}
+
+
+@pytest.mark.parametrize("case", ROPES)
+def test_rope_is_what_transformers_makes_of_the_config(case: str) -> None:
+    kind, fields = ROPES[case]
+    config = CONFIG_MAPPING[kind].from_dict(deepcopy(SIZES | {"max_position_embeddings": 32768} | fields))
+    parameters = config.rope_parameters
+    rope = HfConfig(SIZES | {"max_position_embeddings": 32768} | fields).rope(128)
+    if parameters["rope_type"] == "default":
+        size = int(128 * parameters.get("partial_rotary_factor", 1.0))
+        expected, factor = parameters["rope_theta"] ** (-torch.arange(0, size, 2) / size), 1.0
+    else:
+        expected, factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"))
+    torch.testing.assert_close(inverse_frequencies(rope), expected, rtol=1e-5, atol=0)
+    assert attention_factor(rope) == pytest.approx(factor)
+
+
+def test_who_stretches_a_new_config_by_hand_keeps_its_base() -> None:
+    """transformers 5.23 falls back to the class's base there, which no model was trained with."""
+    fields = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": YARN | {"type": "yarn"}}
+    rope = HfConfig(fields).rope(128)
+    assert (rope.theta, rope.kind, rope.factor) == (1e6, "yarn", 4.0)
+
+
+def test_a_rope_for_every_kind_of_layer() -> None:
+    parameters = {FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}, SLIDING: {"rope_theta": 1e4}}
+    config = HfConfig({"rope_parameters": parameters})
+    assert [config.rope(64, layer_type=kind).theta for kind in (FULL, SLIDING)] == [1e6, 1e4]
+    for contradiction in ({"rope_parameters": parameters}, {"rope_parameters": parameters, "rope_scaling": YARN}):
+        with pytest.raises(ModelConfigError, match="rope_parameters has full_attention, sliding_attention"):
+            HfConfig(contradiction).rope(64)
+    assert HfConfig({"rope_parameters": {FULL: {"rope_theta": 7.0}}}).rope(64).theta == 7.0
+
+
+def spec_of(architecture: str, **fields: Any) -> Any:
+    config = HfConfig(SIZES | {"max_position_embeddings": 4096} | fields)
+    return find_family([architecture])[1].read_config(config, architecture)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "expected"),
+    [
+        ("LlamaForCausalLM", {"torch_dtype": "bfloat16"}, {"dtype": torch.bfloat16}),
+        ("LlamaForCausalLM", {"dtype": "torch.float16", "torch_dtype": None}, {"dtype": torch.float16}),
+        ("LlamaForCausalLM", {"head_dim": None, "num_key_value_heads": None}, {"head_dim": 128, "num_kv_heads": 4}),
+        ("LlamaForCausalLM", {"eos_token_id": [7, 8, 9]}, {"eos_token_ids": (7, 8, 9)}),
+        ("LlamaForCausalLM", {"eos_token_id": None}, {"eos_token_ids": ()}),
+        ("LlamaForCausalLM", {}, {"tie_word_embeddings": False}),
+        ("Gemma2ForCausalLM", {"head_dim": 128}, {"tie_word_embeddings": True}),
+        ("Qwen3ForCausalLM", {}, {"head_dim": 128}),
+    ],
+    ids=str,
+)
+def test_fields_that_are_missing_null_or_of_another_time(
+    architecture: str, fields: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    spec = spec_of(architecture, **fields)
+    assert {name: getattr(spec, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "windows"),
+    [
+        ("MistralForCausalLM", {}, [4096, 4096]),
+        ("MistralForCausalLM", {"sliding_window": None}, [None, None]),
+        (
+            "Qwen2ForCausalLM",
+            {"sliding_window": 131072, "use_sliding_window": False, "max_window_layers": 70},
+            [None] * 2,
+        ),
+        ("Qwen2ForCausalLM", {"sliding_window": 99, "use_sliding_window": True, "max_window_layers": 1}, [None, 99]),
+        ("Qwen3ForCausalLM", {"sliding_window": None, "layer_types": [FULL, FULL]}, [None, None]),
+        ("LlamaForCausalLM", {"sliding_window": 128}, [None, None]),
+        ("Gemma2ForCausalLM", {"head_dim": 128, "sliding_window": 64, "layer_types": [FULL, SLIDING]}, [None, 64]),
+    ],
+    ids=str,
+)
+def test_windows(architecture: str, fields: dict[str, Any], windows: list[int | None]) -> None:
+    assert [layer.sliding_window for layer in spec_of(architecture, **fields).layers] == windows
+
+
+def loaded(directory: Path) -> ModelFamily:
+    spec, family = read_spec(directory)
+    build = BuildContext(ParallelContext(), Unquantized(), torch.float32, torch.device("cpu"))
+    return load_model(WorkerSettings(model=directory), family, spec, build, 64)
+
+
+def test_a_head_that_differs_from_the_table_it_is_tied_to_is_refused(tmp_path: Path) -> None:
+    """As transformers 5 sees it, the config is wrong then; with the same values it is right."""
+    save_tiny("qwen2", tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is True
+    tensors = load_file(tmp_path / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors | {"lm_head.weight": head}, tmp_path / "model.safetensors")
+    loaded(tmp_path)
+    head[-1, -1] += 1
+    save_file(tensors | {"lm_head.weight": head}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight.*differs.*set tie_word_embeddings to false"):
+        loaded(tmp_path)
+    save_file(tensors | {"lm_head.weight": head[:-1].contiguous()}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="differs"):
+        loaded(tmp_path)
+
+
+def test_what_lies_beside_the_weights_and_among_them(tmp_path: Path) -> None:
+    """Shards under an index with names of their own, Mistral's file and an adapter beside them, old buffers inside."""
+    save_tiny("llama", tmp_path)
+    before = PagedModel(tmp_path).logits([5, 6, 7], 0)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    tensors["model.layers.1.self_attn.k_scale"] = torch.ones(1)
+    names = sorted(tensors)
+    files = {"gptq_model-4bit-128g-1.safetensors": names[::2], "extra.safetensors": names[1::2]}
+    for file, held in files.items():
+        save_file({name: tensors[name] for name in held}, tmp_path / file)
+    index = {name: file for file, held in files.items() for name in held}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    for file in ("consolidated.safetensors", "adapter_model.safetensors"):
+        save_file({"tok_embeddings.weight": torch.ones(3)}, tmp_path / file)
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    assert torch.equal(PagedModel(tmp_path).logits([5, 6, 7], 0), before)
+
+
+def test_cache_scales_of_a_kind_that_is_not_done_are_refused_before_memory_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny("llama", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.self_attn.k_scale"] = torch.ones(2)
+    save_file(tensors, tmp_path / "model.safetensors")
+    devices: list[torch.device] = []
+    _, family = read_spec(tmp_path)
+    build_layers = family.__init__
+
+    def watched(self: Any, spec: Any, max_position: int, build: BuildContext) -> None:
+        devices.append(build.device)
+        build_layers(self, spec, max_position, build)
+
+    monkeypatch.setattr(family, "__init__", watched)
+    with pytest.raises(CheckpointError, match=r"k_scale.*\[2\].*one scale for a layer's keys"):
+        loaded(tmp_path)
+    assert devices == [torch.device("meta")]
