@@ -115,14 +115,14 @@ def test_streams_survive_the_death_of_the_worker(lasting: Launched) -> None:
 def test_a_hung_worker_is_replaced(bare_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stopped process answers nothing and closes nothing: its step's deadline ends the session."""
     monkeypatch.setenv("STEPWIRE_STEP_TIMEOUT_S", "4")
-    monkeypatch.setenv("STEPWIRE_SIM_STEP_MS", "10")
+    monkeypatch.setenv("STEPWIRE_SIM_STEP_MS", "40")
     with Launched(bare_model, *SIMULATED) as launched:
         tokens = asyncio.run(stream(launched.base_url, "sim", [1, 2, 3], 40, seed=1))
         worker = launched.child("gpu_worker")
 
         async def run() -> dict[int, list]:
             before = launched.metric("stepwire_generation_tokens_total")
-            task = asyncio.create_task(stream(launched.base_url, "sim", [1, 2, 3], 500, seed=1))
+            task = asyncio.create_task(stream(launched.base_url, "sim", [1, 2, 3], 120, seed=1))
             while launched.metric("stepwire_generation_tokens_total") < before + 20:
                 await asyncio.sleep(0.01)
             worker.suspend()
@@ -149,6 +149,8 @@ def test_a_step_that_never_ends_ends_its_worker(bare_model: Path, monkeypatch: p
         assert launched.metric("stepwire_worker_losses_total") == 1
 
 
+# In every run of groups that a test starts again: tests/system/test_groups.py.
+@pytest.mark.slow
 def test_a_request_that_crashes_every_worker_ends_alone(bare_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEPWIRE_SIM_POISON_TOKEN", "666")
     monkeypatch.setenv("STEPWIRE_SIM_STEP_MS", "20")
@@ -170,11 +172,12 @@ def test_a_request_that_crashes_every_worker_ends_alone(bare_model: Path, monkey
         assert launched.metric("stepwire_worker_losses_total") == 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+# SIGTERM ends every server that these tests start.
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_it_drains_and_leaves_nothing(
     bare_model: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("STEPWIRE_SIM_STEP_MS", "10")
+    monkeypatch.setenv("STEPWIRE_SIM_STEP_MS", "40")
     with Launched(bare_model, *SIMULATED) as launched:
         children = launched.children()
         assert len(children) == 3
@@ -184,13 +187,13 @@ def test_it_drains_and_leaves_nothing(
         assert sockets.exists()
 
         async def run() -> dict[int, list]:
-            task = asyncio.create_task(stream(launched.base_url, "sim", [1, 2, 3], 300, seed=1))
+            task = asyncio.create_task(stream(launched.base_url, "sim", [1, 2, 3], 80, seed=1))
             while not launched.metric("stepwire_generation_tokens_total"):
                 await asyncio.sleep(0.01)
             launched.process.send_signal(number)
             return await task
 
-        assert len(asyncio.run(run())[0]) == 300, "what runs may finish"
+        assert len(asyncio.run(run())[0]) == 80, "what runs may finish"
         wait_until(lambda: launched.process.poll() is not None, what="the end")
         assert launched.process.returncode == 0, launched.read()
         assert not [child for child in children if child.is_running()]

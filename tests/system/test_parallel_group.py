@@ -62,7 +62,7 @@ def message_of(process: WorkerProcess, *, limit_s: float = LIMIT_S) -> str:
                 children.update(psutil.Process(process.process.pid).children(recursive=True))
         return process.process.poll() is not None
 
-    wait_until(is_over, limit_s, "the end of the worker")
+    wait_until(is_over, limit_s, "the end of the worker", every_s=0.1)
     assert process.wait_for_exit() == 1
     wait_until(lambda: not any(child.is_running() for child in children), LIMIT_S, "the end of its ranks")
     lines = [line for line in process.lines if line.startswith("python -m gpu_worker: ")]
