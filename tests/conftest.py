@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,28 @@ COMPILING = "tests/unit/gpu_worker/cpu/"
 
 
 class FilesThatShare(LoadFileScheduling):
-    """A file's tests, and those of files that share with it, go to one process."""
+    """A file's tests, and those of files that share with it, go to one process.
+
+    Of two processes the first begins with the system tests, which often wait for what they have started, and the other
+    with what computes in the process itself: so both cores are busy all the time. Whoever comes to the end of its own
+    takes the last of the other's.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
         return COMPILING if file.startswith(COMPILING) else SHARED_BY_FILES.get(file, file)
+
+    def _assign_work_unit(self, node: Any) -> None:
+        takes_system_tests = self.nodes.index(node) % 2 == 0
+        own = (scope for scope, tests in self.workqueue.items() if _is_system(tests) == takes_system_tests)
+        scope = next(own, next(reversed(self.workqueue)))
+        self.workqueue.move_to_end(scope, last=False)
+        super()._assign_work_unit(node)
+
+
+def _is_system(tests: Iterable[str]) -> bool:
+    """By the paths of a file's tests."""
+    return next(iter(tests)).startswith("tests/system/")
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:

@@ -59,7 +59,7 @@ FORMATS: list[tuple[str, Any, list[Any]]] = [
         {"json": SCHEMA},
         [{"json": SCHEMA, "regex": "a"}, {"json": 3}, {"json": {"type": "x"}}],
     ),
-    ("structured_outputs", {"regex": "[a-z]+"}, [{"regex": "["}, {"regex": 3}, {"regex": "((a{900}){900}){900}"}]),
+    ("structured_outputs", {"regex": "[a-z]+"}, [{"regex": "["}, {"regex": 3}]),
     ("structured_outputs", {"choice": ["yes", "no"]}, [{"choice": []}, {"choice": [""]}, {"choice": [1]}]),
     ("structured_outputs", {"grammar": 'start: "a" | "b"'}, [{"grammar": "start: missing"}, {"grammar": "root ::= ("}]),
     ("structured_outputs", {"structural_tag": TAG}, [{"structural_tag": {"structures": []}}, {"structural_tag": "{"}]),
