@@ -120,6 +120,13 @@ def check_taken(http: httpx.Client, path: str, fields: dict[str, Any]) -> None:
         assert response.text.endswith("data: [DONE]\n\n") and not any("error" in event for event in events)
 
 
+# That it is refused is held in every run by tests/unit/control_plane/frontend/test_grammar.py.
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_a_pattern_that_explodes_is_refused(http: httpx.Client, path: str) -> None:
+    check_refused(http, path, "structured_outputs", [{"regex": "((a{900}){900}){900}"}])
+
+
 @pytest.mark.parametrize(("name", "value", "wrong"), [*SHARED, *FORMATS, *CHAT_ONLY], ids=lambda each: str(each)[:30])
 def test_a_parameter_of_chats(http: httpx.Client, name: str, value: Any, wrong: list[Any]) -> None:
     check_taken(http, CHAT, {name: value})
