@@ -17,6 +17,8 @@ from openai import AsyncOpenAI
 from tests.system.conftest import LIMIT_S, Stack
 
 CHAT = "/v1/chat/completions"
+# Counts are saved five times a second.
+POLL_S = 0.1
 ENDED = ("completed", "failed", "expired", "cancelled")
 
 
@@ -56,7 +58,7 @@ async def begin(client: AsyncOpenAI, lines: list[dict[str, Any]], endpoint: str 
 async def ended(client: AsyncOpenAI, batch_id: str, limit_s: float = 60) -> Any:
     async with asyncio.timeout(limit_s):
         while (batch := await client.batches.retrieve(batch_id)).status not in ENDED:
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(POLL_S)
     return batch
 
 
@@ -129,7 +131,7 @@ async def test_a_cancelled_batch_keeps_what_was_answered(client: AsyncOpenAI, ba
     batch = await begin(client, lines)
     async with asyncio.timeout(120):
         while (counts := (await client.batches.retrieve(batch.id)).request_counts).completed < 4:
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(POLL_S)
     # They are counted while those that take half a minute run on.
     assert counts.completed == 4
     # Bounded: four run at a time, and fewer while others are being answered.
@@ -152,7 +154,7 @@ async def test_a_batch_survives_the_death_of_the_gateway_and_of_the_control_plan
         async with asyncio.timeout(120):
             before = (await client.batches.retrieve(batch.id)).request_counts.completed
             while (await client.batches.retrieve(batch.id)).request_counts.completed < before + 5:
-                await asyncio.sleep(0.02)
+                await asyncio.sleep(POLL_S)
         with batching.paused():
             assert (await client.batches.retrieve(batch.id)).status == "in_progress"
             batching.kill(name)
@@ -201,7 +203,7 @@ def test_a_directory_belongs_to_one_gateway(batching: Stack) -> None:
 async def test_what_is_not_answered_in_time_has_expired(tiny_model: Path) -> None:
     """What was answered is kept; everything else has its line, and nothing of it goes on."""
     flags = ["--batch-concurrency=2", "--batch-window-s=6"]
-    with Stack(tiny_model, gateway_flags=flags, worker_flags=["--sim-step-ms", "20"]) as short:
+    with Stack(tiny_model, gateway_flags=flags, worker_flags=["--sim-step-ms", "50"]) as short:
         async with AsyncOpenAI(base_url=f"{short.url}/v1", api_key="any", max_retries=0, timeout=120) as client:
             lines = [line(number, max_tokens=4 if number < 3 else 4000, ignore_eos=True) for number in range(8)]
             batch = await ended(client, (await begin(client, lines)).id)

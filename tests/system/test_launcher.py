@@ -37,7 +37,7 @@ def lasting(bare_model: Path) -> Iterator[Launched]:
     """One that tests share, whose parts may die: leave it running. The last test of this file kills it as a whole."""
     with pytest.MonkeyPatch.context() as patch:
         # Every worker stands still for a while at its 30th step, shorter than what counts as hung.
-        for name, value in (("STEP_MS", "10"), ("DELAY_AT_STEP", "30"), ("DELAY_S", "8")):
+        for name, value in (("STEP_MS", "10"), ("DELAY_AT_STEP", "30"), ("DELAY_S", "5")):
             patch.setenv(f"STEPWIRE_SIM_{name}", value)
         with Launched(bare_model, *SIMULATED) as launched:
             yield launched
@@ -103,7 +103,7 @@ def test_streams_survive_the_death_of_the_worker(lasting: Launched) -> None:
             before = await asyncio.to_thread(lasting.metric, "stepwire_generation_tokens_total")
             while await asyncio.to_thread(lasting.metric, "stepwire_generation_tokens_total") < before + 180:
                 assert not streams.done(), "over before the worker was lost"
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.05)
             await asyncio.to_thread(kill_worker, lasting)
         return await streams
 
@@ -124,7 +124,7 @@ def test_a_hung_worker_is_replaced(bare_model: Path, monkeypatch: pytest.MonkeyP
             before = launched.metric("stepwire_generation_tokens_total")
             task = asyncio.create_task(stream(launched.base_url, "sim", [1, 2, 3], 120, seed=1))
             while launched.metric("stepwire_generation_tokens_total") < before + 20:
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.05)
             worker.suspend()
             while not launched.metric("stepwire_worker_losses_total"):
                 await asyncio.sleep(0.1)
@@ -159,7 +159,7 @@ def test_a_request_that_crashes_every_worker_ends_alone(bare_model: Path, monkey
         async def run() -> tuple[list[dict[int, list]], BaseException]:
             good = asyncio.create_task(eight_streams(launched, "sim", 200))
             while launched.metric("stepwire_generation_tokens_total") < 50:
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.05)
             try:
                 await stream(launched.base_url, "sim", [1, 666, 2], 10, seed=0)
             except openai.APIError as error:
@@ -189,7 +189,7 @@ def test_it_drains_and_leaves_nothing(
         async def run() -> dict[int, list]:
             task = asyncio.create_task(stream(launched.base_url, "sim", [1, 2, 3], 80, seed=1))
             while not launched.metric("stepwire_generation_tokens_total"):
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.05)
             launched.process.send_signal(number)
             return await task
 
