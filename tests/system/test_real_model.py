@@ -81,6 +81,8 @@ def test_packed_blocks_give_the_same_answer(tmp_path: Path) -> None:
         assert "Paris" in (answer.choices[0].message.content or "")
 
 
+# In every run: with a small model's ranks in test_parallel_serving.py, simulated in test_launcher.py.
+@pytest.mark.slow
 def test_eight_streams_survive_the_death_of_the_worker(served: Launched) -> None:
     async def stream(client: openai.AsyncOpenAI, prompt: str) -> str:
         events = await client.completions.create(
