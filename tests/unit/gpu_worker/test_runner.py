@@ -55,10 +55,10 @@ def model_dir(request: pytest.FixtureRequest) -> Path:
 class Served:
     """A model in our runner and in transformers, with what it says to each prompt, all of them run together."""
 
-    def __init__(self, directory: Path, num_tokens: int = NUM_TOKENS) -> None:
+    def __init__(self, directory: Path, num_tokens: int = NUM_TOKENS, which: slice = slice(None)) -> None:
         self.runner = load(directory, max_model_len=256)
         self.reference: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-        self.prompts = prompts(self.runner.describe().vocab_size)
+        self.prompts = prompts(self.runner.describe().vocab_size)[which]
         driver = StepDriver(self.runner)
         for row, prompt in enumerate(self.prompts):
             driver.add(row, prompt, greedy())
@@ -86,7 +86,7 @@ def test_greedy_equals_transformers_choice_after_every_prefix(served: Served) ->
 
 
 def test_the_default_model_says_what_transformers_would_say(smollm2_dir: Path) -> None:
-    Served(smollm2_dir, num_tokens=8).check_choices(8)
+    Served(smollm2_dir, num_tokens=8, which=slice(1, None, 2)).check_choices(8)
 
 
 @pytest.mark.parametrize("index", range(12))
