@@ -22,7 +22,8 @@ serve: $(VENV)/.installed
 	exec $(BIN)/stepwire serve $(MODEL) $(SERVE_FLAGS)
 
 # Two processes for two cores, of one thread each: two threads each would wait for one another. A file's tests share what
-# they start, so they stay in one process; the longest files come first, so that both processes end together.
+# they start, so they stay in one process. One process begins with the system tests, the other with what computes
+# (tests/conftest.py): so both cores are busy, and both processes end together.
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile --no-loadscope-reorder \
 	  tests/system tests/unit tests/contract

@@ -212,9 +212,10 @@ def from_validation_error(error: ValidationError) -> ApiError:
         return ApiError(400, f"{message}.", param=message.partition(":")[0])
     if not first["loc"]:
         return ApiError(400, "The body must be a JSON object.")
-    listed = [f"{format_location(problem['loc'])}: {_lower_first(problem['msg'])}" for problem in problems]
-    hidden = len(listed) - MAX_LISTED_VIOLATIONS
-    text = "; ".join(listed[:MAX_LISTED_VIOLATIONS]) + (f"; and {hidden} more" if hidden > 0 else "")
+    shown = problems[:MAX_LISTED_VIOLATIONS]
+    listed = [f"{format_location(problem['loc'])}: {_lower_first(problem['msg'])}" for problem in shown]
+    hidden = len(problems) - len(shown)
+    text = "; ".join(listed) + (f"; and {hidden} more" if hidden > 0 else "")
     return ApiError(400, f"{text}.", param=format_location(first["loc"]))
 
 

@@ -78,6 +78,7 @@ class InProcessDriver:
         """`start_s` is of the monotonic clock: request times count from it."""
         records = [RequestRecord(num_prompt_tokens=len(request.prompt_ids)) for request in phase.requests]
         slots = None if phase.max_concurrency is None else asyncio.Semaphore(phase.max_concurrency)
+        was_frozen = gc.get_freeze_count() > 0
         gc.collect()
         gc.freeze()
         # A collection in the middle would walk every record and show up as a pause of the server.
@@ -96,7 +97,9 @@ class InProcessDriver:
             wall_s, cpu_s = time.monotonic() - started_s, time.process_time() - cpu_started_s
         finally:
             gc.enable()
-            gc.unfreeze()
+            # What others have frozen stays so.
+            if not was_frozen:
+                gc.unfreeze()
         return PhaseResult(records, wall_s, cpu_s)
 
     async def _send_all(

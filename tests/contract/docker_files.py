@@ -194,6 +194,12 @@ def interpolate(text: str, values: dict[str, str]) -> str:
     return _VARIABLE.sub(lambda match: values.get(match[1]) or interpolate(match[2], values), text)
 
 
+@cache
+def _compose_file() -> Any:
+    """As it stands; `compose` makes another one of it."""
+    return yaml.safe_load((DOCKER / "compose.yaml").read_text())
+
+
 def compose(values: dict[str, str]) -> dict[str, Any]:
     """The file as compose reads it with these variables: YAML first, and then the strings in it are filled in."""
 
@@ -207,7 +213,7 @@ def compose(values: dict[str, str]) -> dict[str, Any]:
             assert "$" not in node, f"a variable without a default: {node}"
         return node
 
-    loaded: dict[str, Any] = fill(yaml.safe_load((DOCKER / "compose.yaml").read_text()))
+    loaded: dict[str, Any] = fill(_compose_file())
     return loaded
 
 

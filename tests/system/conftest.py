@@ -270,12 +270,13 @@ def read_sample(text: str, sample: str) -> float:
 def wait_until(
     condition: Callable[[], bool], limit_s: float, explain: Callable[[], str] = str, *, every_s: float = 0.02
 ) -> None:
-    """Poll; the limit only ends a test that has failed. `every_s`: longer where looking costs much."""
+    """Poll, less often as time goes by; the limit only ends a test that has failed. `every_s`: how often at first."""
     deadline = time.monotonic() + limit_s
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(f"not within {limit_s} s\n{explain()}")
         time.sleep(every_s)
+        every_s = max(every_s, min(every_s * 1.1, 0.1))
 
 
 @pytest.fixture(scope="session")

@@ -21,12 +21,16 @@ from tests.system.ports import free_port
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = LIMIT_S, what: str = "") -> None:
+def wait_until(
+    condition: Callable[[], bool], timeout_s: float = LIMIT_S, what: str = "", *, every_s: float = 0.02
+) -> None:
+    """Poll, less often as time goes by; the limit only ends a test that has failed. `every_s`: how often at first."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {timeout_s} s: {what or condition}")
-        time.sleep(0.02)
+        time.sleep(every_s)
+        every_s = max(every_s, min(every_s * 1.1, 0.1))
 
 
 class Launched:

@@ -41,7 +41,8 @@ def http(stack: Stack) -> Iterator[httpx.Client]:
         (CHAT, "tools", "{}"),
         (CHAT, "guided_choice", '"a"'),
         ("/v1/responses", "input", "1"),
-        ("/v1/messages", "messages", "1"),
+        # They are read as a chat's are.
+        pytest.param("/v1/messages", "messages", "1", marks=pytest.mark.slow),
         ("/detokenize", "tokens", "9999"),
     ],
 )

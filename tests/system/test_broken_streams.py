@@ -51,7 +51,7 @@ ENDLESS = 30_000
 # For a reader that reads late: more than the sockets on the way can hold.
 MUCH = 3500
 # A request of a reader that reads late: everything that it makes can be waited for.
-LONG = 1100
+LONG = 550
 
 
 @pytest.fixture(scope="module")
@@ -254,9 +254,9 @@ def test_a_slow_reader_of_a_message(served: Stack) -> None:
 
 
 def num_long(stack: Stack) -> float:
-    """Requests that ended well after more than 1,000 tokens: none of the bystander's."""
+    """Requests that ended well after more than 500 tokens: none of the bystander's."""
     name = "stepwire_request_generation_tokens_bucket"
-    return stack.control_plane_metric(f'{name}{{le="+Inf"}}') - stack.control_plane_metric(f'{name}{{le="1000.0"}}')
+    return stack.control_plane_metric(f'{name}{{le="+Inf"}}') - stack.control_plane_metric(f'{name}{{le="500.0"}}')
 
 
 @pytest.mark.slow

@@ -144,9 +144,16 @@ def test_doctor_names_a_port_in_use() -> None:
     assert findings["worker"]["level"] == "ok" and findings["memory"]["facts"]["total_gib"] > 0
 
 
-@pytest.mark.parametrize("word", ["chat", "complete", "models", "run-batch", "doctor", "bench"])
+WORDS = ("chat", "complete", "models", "run-batch", "doctor", "bench")
+
+
+@pytest.mark.parametrize("word", WORDS)
 def test_every_command_explains_itself(word: str) -> None:
     shown = run(word, "--help")
     assert shown.returncode == 0 and "--help" in shown.stdout
     assert f"stepwire {word}" in shown.stdout
-    assert word in run("--help").stdout
+
+
+def test_every_command_is_named() -> None:
+    shown = run("--help").stdout
+    assert all(word in shown for word in WORDS)

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -20,14 +19,30 @@ from tests.system.conftest import LIMIT_S, ROOT, STOP_LIMIT_S, Stack, wait_until
 from tests.system.http_streams import BODY, CHAT, ENDLESS, data_of, error_of, open_stream
 from tests.system.ports import free_port
 
-# A worker that may stand still during its first steps for as long as a test needs.
-PATIENT: dict[str, Any] = {
-    "worker_flags": ["--sim-step-ms", "50"],
-    "control_plane_flags": ["--step-timeout-s", "300"],
-}
+
+@pytest.fixture(scope="module")
+def patient(tiny_model: Path) -> Iterator[Stack]:
+    """Its worker may stand still during its first steps for as long as a test needs; each test starts its gateway."""
+    flags = ["--step-timeout-s", "300"]
+    with Stack(tiny_model, worker_flags=["--sim-step-ms", "50"], control_plane_flags=flags) as running:
+        yield running
 
 
-def test_with_a_key_everything_but_probes_is_closed(tiny_model: Path) -> None:
+def start_gateway(stack: Stack, *flags: str) -> None:
+    """With these flags, in place of the one that was there."""
+    if "gateway" in stack.processes:
+        stack.kill("gateway", signal.SIGTERM)
+    stack.gateway_flags = flags
+    stack.start("gateway")
+
+
+def with_gateway(stack: Stack, *flags: str) -> Stack:
+    start_gateway(stack, *flags)
+    stack.wait_ready()
+    return stack
+
+
+def test_with_a_key_everything_but_probes_is_closed_also_at_the_control_plane(tiny_model: Path) -> None:
     key = "sk-test"
     closed = (("GET", "/v1/models"), ("POST", CHAT), ("GET", "/metrics"), ("GET", "/x"))
     with (
@@ -42,14 +57,12 @@ def test_with_a_key_everything_but_probes_is_closed(tiny_model: Path) -> None:
         assert http.post(CHAT, json=BODY, headers=stack.headers).status_code == 200
         assert http.get("/v1/models/alias/tiny", headers=stack.headers).json()["id"] == "alias/tiny"
 
-
-def test_a_gateway_whose_key_the_control_plane_refuses(tiny_model: Path) -> None:
-    with Stack(
-        tiny_model, control_plane_flags=["--api-key", "right"], gateway_flags=["--control-plane-api-key", "right"]
-    ) as stack:
-        stack.kill("gateway", signal.SIGTERM)
-        stack.gateway_flags = ["--control-plane-api-key", "wrong"]
-        stack.start("gateway")
+        # A gateway may be open to everybody and have a key for its control plane.
+        stack.api_key = None
+        with_gateway(stack, "--control-plane-api-key", key)
+        assert http.post(CHAT, json=BODY).status_code == 200
+        # One whose key the control plane refuses says so.
+        start_gateway(stack, "--control-plane-api-key", "wrong")
 
         def answers() -> bool:
             try:
@@ -69,26 +82,26 @@ def test_a_gateway_whose_key_the_control_plane_refuses(tiny_model: Path) -> None
         assert httpx.get(f"{stack.url}/ready", timeout=LIMIT_S).status_code == 503
 
 
-def test_a_control_plane_that_restarts(tiny_model: Path) -> None:
-    with Stack(tiny_model, worker_flags=["--sim-step-ms", "20"]) as stack:
-        client, response = open_stream(stack, ENDLESS)
-        lines = response.iter_lines()
-        assert data_of(next(lines))
-        stack.kill("control_plane")
-        events = [json.loads(data) for line in lines if (data := data_of(line)) and data != "[DONE]"]
-        client.close()
-        assert events[-1]["error"]["code"] == "control_plane_lost"
-        assert events[-1]["error"]["type"] == "service_unavailable_error"
-        assert httpx.get(f"{stack.url}/health", timeout=LIMIT_S).status_code == 200
-        down = httpx.get(f"{stack.url}/ready", timeout=LIMIT_S)
-        assert down.status_code == 503
-        refused = httpx.post(f"{stack.url}{CHAT}", json=BODY, timeout=120)
-        assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
-        assert str(stack.directory) not in refused.text + down.text
-        stack.start("control_plane")
-        stack.wait_ready()
-        assert httpx.post(f"{stack.url}{CHAT}", json=BODY, timeout=120).status_code == 200
-        assert stack.gateway_metric("stepwire_gateway_control_plane_reconnects_total") == 1
+def test_a_control_plane_that_restarts(patient: Stack) -> None:
+    stack = with_gateway(patient)
+    client, response = open_stream(stack, ENDLESS)
+    lines = response.iter_lines()
+    assert data_of(next(lines))
+    stack.kill("control_plane")
+    events = [json.loads(data) for line in lines if (data := data_of(line)) and data != "[DONE]"]
+    client.close()
+    assert events[-1]["error"]["code"] == "control_plane_lost"
+    assert events[-1]["error"]["type"] == "service_unavailable_error"
+    assert httpx.get(f"{stack.url}/health", timeout=LIMIT_S).status_code == 200
+    down = httpx.get(f"{stack.url}/ready", timeout=LIMIT_S)
+    assert down.status_code == 503
+    refused = httpx.post(f"{stack.url}{CHAT}", json=BODY, timeout=120)
+    assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
+    assert str(stack.directory) not in refused.text + down.text
+    stack.start("control_plane")
+    stack.wait_ready()
+    assert httpx.post(f"{stack.url}{CHAT}", json=BODY, timeout=120).status_code == 200
+    assert stack.gateway_metric("stepwire_gateway_control_plane_reconnects_total") == 1
 
 
 def finish_in_thread(lines: Iterator[str]) -> Callable[[], list[str]]:
@@ -98,52 +111,52 @@ def finish_in_thread(lines: Iterator[str]) -> Callable[[], list[str]]:
     return lambda: future.result(LIMIT_S)
 
 
-def test_sigterm_lets_streams_end_and_refuses_the_rest(tiny_model: Path) -> None:
-    with Stack(tiny_model, gateway_flags=["--drain-timeout-s", "300"], **PATIENT) as stack:
-        client, response = open_stream(stack, {**BODY, "max_tokens": 40})
-        lines = response.iter_lines()
-        assert data_of(next(lines))
-        with stack.paused():
-            result = finish_in_thread(lines)
-            stack.processes["gateway"].send_signal(signal.SIGTERM)
-            wait_until(lambda: httpx.get(f"{stack.url}/ready", timeout=LIMIT_S).status_code == 503, LIMIT_S, stack.logs)
-            assert httpx.get(f"{stack.url}/health", timeout=LIMIT_S).status_code == 200
-            refused = httpx.post(f"{stack.url}{CHAT}", json=BODY, timeout=120)
-            assert (refused.status_code, error_of(refused)["code"]) == (503, "draining")
-            assert "retry-after" in refused.headers
-        *events, done = result()
-        client.close()
-        assert done == "[DONE]"
-        assert json.loads(events[-1])["choices"][0]["finish_reason"] == "length"
-        assert stack.processes["gateway"].wait(STOP_LIMIT_S) == 0
-
-
-def test_a_drain_that_runs_out_of_time_tells_its_streams(tiny_model: Path) -> None:
-    with Stack(tiny_model, worker_flags=["--sim-step-ms", "20"], gateway_flags=["--drain-timeout-s", "0.2"]) as stack:
-        client, response = open_stream(stack, ENDLESS)
-        lines = response.iter_lines()
-        assert data_of(next(lines))
+def test_sigterm_lets_streams_end_and_refuses_the_rest(patient: Stack) -> None:
+    stack = with_gateway(patient, "--drain-timeout-s", "300")
+    client, response = open_stream(stack, {**BODY, "max_tokens": 40})
+    lines = response.iter_lines()
+    assert data_of(next(lines))
+    with stack.paused():
+        result = finish_in_thread(lines)
         stack.processes["gateway"].send_signal(signal.SIGTERM)
-        *events, done = finish_in_thread(lines)()
-        client.close()
-        assert done == "[DONE]"
-        assert json.loads(events[-1])["error"]["code"] == "draining"
-        assert stack.processes["gateway"].wait(STOP_LIMIT_S) == 0
-        stack.wait_idle()
+        wait_until(lambda: httpx.get(f"{stack.url}/ready", timeout=LIMIT_S).status_code == 503, LIMIT_S, stack.logs)
+        assert httpx.get(f"{stack.url}/health", timeout=LIMIT_S).status_code == 200
+        refused = httpx.post(f"{stack.url}{CHAT}", json=BODY, timeout=120)
+        assert (refused.status_code, error_of(refused)["code"]) == (503, "draining")
+        assert "retry-after" in refused.headers
+    *events, done = result()
+    client.close()
+    assert done == "[DONE]"
+    assert json.loads(events[-1])["choices"][0]["finish_reason"] == "length"
+    assert stack.processes["gateway"].wait(STOP_LIMIT_S) == 0
 
 
-def test_silent_streams_are_kept_alive(tiny_model: Path) -> None:
-    with Stack(tiny_model, gateway_flags=["--sse-keepalive-s", "0.1"], **PATIENT) as stack:
-        client, response = open_stream(stack, {**BODY, "max_tokens": 40})
-        with stack.paused():
-            raw, pieces = "", response.iter_text()
-            while raw.count(": keep-alive\n\n") < 3:
-                raw += next(pieces)
-        raw += "".join(pieces)
-        client.close()
-        events = [part for part in raw.split("\n\n") if part.startswith("data: {")]
-        assert all(json.loads(event[6:])["object"] == "chat.completion.chunk" for event in events)
-        assert raw.endswith("data: [DONE]\n\n")
+def test_a_drain_that_runs_out_of_time_tells_its_streams(patient: Stack) -> None:
+    stack = with_gateway(patient, "--drain-timeout-s", "0.2")
+    client, response = open_stream(stack, ENDLESS)
+    lines = response.iter_lines()
+    assert data_of(next(lines))
+    stack.processes["gateway"].send_signal(signal.SIGTERM)
+    *events, done = finish_in_thread(lines)()
+    client.close()
+    assert done == "[DONE]"
+    assert json.loads(events[-1])["error"]["code"] == "draining"
+    assert stack.processes["gateway"].wait(STOP_LIMIT_S) == 0
+    stack.wait_idle()
+
+
+def test_silent_streams_are_kept_alive(patient: Stack) -> None:
+    stack = with_gateway(patient, "--sse-keepalive-s", "0.1")
+    client, response = open_stream(stack, {**BODY, "max_tokens": 40})
+    with stack.paused():
+        raw, pieces = "", response.iter_text()
+        while raw.count(": keep-alive\n\n") < 3:
+            raw += next(pieces)
+    raw += "".join(pieces)
+    client.close()
+    events = [part for part in raw.split("\n\n") if part.startswith("data: {")]
+    assert all(json.loads(event[6:])["object"] == "chat.completion.chunk" for event in events)
+    assert raw.endswith("data: [DONE]\n\n")
 
 
 def run_gateway(*flags: str) -> subprocess.CompletedProcess[str]:
@@ -199,21 +212,18 @@ def test_tls_on_both_sides(tiny_model: Path, tmp_path: Path) -> None:
         assert answer.status_code == 200
 
 
-def test_a_unix_socket(tiny_model: Path) -> None:
-    with Stack(tiny_model) as stack:
-        stack.kill("gateway", signal.SIGTERM)
-        path = stack.directory / "gateway.sock"
-        stack.gateway_flags = ["--uds", str(path)]
-        stack.start("gateway")
-        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://gateway", timeout=120) as http:
+def test_a_unix_socket(patient: Stack) -> None:
+    path = patient.directory / "gateway.sock"
+    start_gateway(patient, "--uds", str(path))
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://gateway", timeout=120) as http:
 
-            def is_ready() -> bool:
-                try:
-                    return http.get("/ready").status_code == 200
-                except httpx.TransportError:
-                    return False
+        def is_ready() -> bool:
+            try:
+                return http.get("/ready").status_code == 200
+            except httpx.TransportError:
+                return False
 
-            wait_until(is_ready, LIMIT_S, stack.logs)
-            assert http.post(CHAT, json=BODY).status_code == 200
-        assert stack.kill("gateway", signal.SIGTERM) == 0
-        assert not path.exists()
+        wait_until(is_ready, LIMIT_S, patient.logs)
+        assert http.post(CHAT, json=BODY).status_code == 200
+    assert patient.kill("gateway", signal.SIGTERM) == 0
+    assert not path.exists()

@@ -17,8 +17,8 @@ from stepwire.v1 import admin_pb2
 from tests.system.worker_groups import VOCAB_SIZE, Stream, WorkerGroups
 
 GENERATED = "stepwire_generation_tokens_total"
-# A stream of 200 tokens takes five seconds: what happens meanwhile happens meanwhile on a busy machine as well.
-SLOW_STEPS = ("--sim-step-ms=25",)
+# A stream of 100 tokens takes five seconds: what happens meanwhile happens meanwhile on a busy machine as well.
+SLOW_STEPS = ("--sim-step-ms=50",)
 
 
 def prompts(count: int, length: int = 40) -> list[list[int]]:
@@ -26,7 +26,7 @@ def prompts(count: int, length: int = 40) -> list[list[int]]:
 
 
 PROMPTS = prompts(16)
-MAX_TOKENS = 300
+MAX_TOKENS = 150
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +59,9 @@ def pair() -> Iterator[WorkerGroups]:
 
 
 async def test_sixteen_streams_outlive_a_group_which_then_works_again(said_alone: list[list[int]]) -> None:
-    wanted, expected = PROMPTS, [tokens[:120] for tokens in said_alone]
+    wanted, expected = PROMPTS, [tokens[:60] for tokens in said_alone]
     async with WorkerGroups(2, worker_flags=SLOW_STEPS).running() as groups:
-        running = asyncio.gather(*streams(groups, wanted, 120))
+        running = asyncio.gather(*streams(groups, wanted, 60))
         await groups.wait_for(lambda: min(groups.metric(GENERATED, group) for group in (0, 1)) > 100)
         groups.kill_worker(1)
         # Not one of them waits for the worker to come back: there is nobody who starts it.
@@ -73,7 +73,7 @@ async def test_sixteen_streams_outlive_a_group_which_then_works_again(said_alone
         before = groups.metric(GENERATED, 1)
         groups.start_worker(1)
         await groups.wait_connected(2)
-        assert tokens_of(await asyncio.gather(*streams(groups, wanted, 120))) == expected
+        assert tokens_of(await asyncio.gather(*streams(groups, wanted, 60))) == expected
         assert groups.metric(GENERATED, 1) > before, "it takes work again"
         assert groups.metric("stepwire_kv_blocks_in_use") == 0
 
@@ -124,14 +124,14 @@ async def test_a_queue_is_shared_with_the_group_that_joins() -> None:
     async with WorkerGroups(1, worker_flags=(*SLOW_STEPS, "--sim-max-num-seqs=2")).running() as groups:
         groups.start_worker("new")
         await groups.wait_for(lambda: groups.is_listening("new"))
-        running = asyncio.gather(*streams(groups, prompts(12), 200))
+        running = asyncio.gather(*streams(groups, prompts(12), 100))
         await groups.wait_for(lambda: groups.metric("stepwire_requests_waiting") == 10)
         await groups.admin.AddGroup(admin_pb2.AddGroupRequest(worker=groups.address("new")))
         await groups.wait_for(lambda: groups.metric("stepwire_requests_running", 1) == 2)
         tokens_of(await running)
-        assert groups.metric(GENERATED, 1) > 3 * 200
+        assert groups.metric(GENERATED, 1) > 3 * 100
         # And given back by the one that drains.
-        running = asyncio.gather(*streams(groups, prompts(12), 200))
+        running = asyncio.gather(*streams(groups, prompts(12), 100))
         await groups.wait_for(lambda: groups.metric("stepwire_requests_waiting", 0) > 0)
         assert (await groups.admin.DrainGroup(admin_pb2.DrainGroupRequest(group=0))).is_drained
         assert groups.metric("stepwire_requests_waiting", 0) == 0
@@ -182,12 +182,12 @@ async def test_a_worker_that_does_not_fit_is_refused_by_name(pair: WorkerGroups)
 
 async def test_a_request_that_kills_every_worker_it_meets_ends_alone(said_alone: list[list[int]]) -> None:
     """The poison ends one group after another; then it is tried with nothing beside it, and the others finish."""
-    wanted, expected = PROMPTS[:8], [tokens[:120] for tokens in said_alone[:8]]
+    wanted, expected = PROMPTS[:8], [tokens[:60] for tokens in said_alone[:8]]
     harmless = {token for tokens in (*wanted, *expected) for token in tokens}
     poison = max(set(range(4, VOCAB_SIZE)) - harmless)
     async with WorkerGroups(2, worker_flags=(*SLOW_STEPS, f"--sim-poison-token={poison}")).running() as groups:
         watching = asyncio.create_task(keep_alive(groups))
-        running = asyncio.gather(*streams(groups, wanted, 120))
+        running = asyncio.gather(*streams(groups, wanted, 60))
         await groups.wait_for(lambda: groups.metric(GENERATED) > 80)
         culprit = await groups.generate([1, 2, poison, 3], max_tokens=5)
         assert "the last time with nothing beside it" in culprit.error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,9 @@ class Session:
 
 def test_a_session_answers_as_single_calls_do(control_plane: ControlPlane) -> None:
     requests = {tag: text_request(f"Request number {tag}", 40 + tag) for tag in range(30)}
-    single = {tag: Answer(control_plane.stub.Generate(request)).texts[0] for tag, request in requests.items()}
+    with ThreadPoolExecutor(10) as pool:
+        answers = pool.map(lambda request: Answer(control_plane.stub.Generate(request)).texts[0], requests.values())
+        single = dict(zip(requests, answers, strict=True))
     session = Session(control_plane.stub)
     # All of them are there before the first step.
     with control_plane.stack.paused():

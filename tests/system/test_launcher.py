@@ -34,10 +34,10 @@ def bare_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def lasting(bare_model: Path) -> Iterator[Launched]:
-    """One that tests share, whose parts may die: leave it running."""
+    """One that tests share, whose parts may die: leave it running. The last test of this file kills it as a whole."""
     with pytest.MonkeyPatch.context() as patch:
         # Every worker stands still for a while at its 30th step, shorter than what counts as hung.
-        for name, value in (("STEP_MS", "10"), ("DELAY_AT_STEP", "30"), ("DELAY_S", "8")):
+        for name, value in (("STEP_MS", "10"), ("DELAY_AT_STEP", "30"), ("DELAY_S", "5")):
             patch.setenv(f"STEPWIRE_SIM_{name}", value)
         with Launched(bare_model, *SIMULATED) as launched:
             yield launched
@@ -103,7 +103,7 @@ def test_streams_survive_the_death_of_the_worker(lasting: Launched) -> None:
             before = await asyncio.to_thread(lasting.metric, "stepwire_generation_tokens_total")
             while await asyncio.to_thread(lasting.metric, "stepwire_generation_tokens_total") < before + 180:
                 assert not streams.done(), "over before the worker was lost"
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.05)
             await asyncio.to_thread(kill_worker, lasting)
         return await streams
 
@@ -115,16 +115,16 @@ def test_streams_survive_the_death_of_the_worker(lasting: Launched) -> None:
 def test_a_hung_worker_is_replaced(bare_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stopped process answers nothing and closes nothing: its step's deadline ends the session."""
     monkeypatch.setenv("STEPWIRE_STEP_TIMEOUT_S", "4")
-    monkeypatch.setenv("STEPWIRE_SIM_STEP_MS", "10")
+    monkeypatch.setenv("STEPWIRE_SIM_STEP_MS", "40")
     with Launched(bare_model, *SIMULATED) as launched:
         tokens = asyncio.run(stream(launched.base_url, "sim", [1, 2, 3], 40, seed=1))
         worker = launched.child("gpu_worker")
 
         async def run() -> dict[int, list]:
             before = launched.metric("stepwire_generation_tokens_total")
-            task = asyncio.create_task(stream(launched.base_url, "sim", [1, 2, 3], 500, seed=1))
+            task = asyncio.create_task(stream(launched.base_url, "sim", [1, 2, 3], 120, seed=1))
             while launched.metric("stepwire_generation_tokens_total") < before + 20:
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.05)
             worker.suspend()
             while not launched.metric("stepwire_worker_losses_total"):
                 await asyncio.sleep(0.1)
@@ -149,6 +149,8 @@ def test_a_step_that_never_ends_ends_its_worker(bare_model: Path, monkeypatch: p
         assert launched.metric("stepwire_worker_losses_total") == 1
 
 
+# In every run of groups that a test starts again: tests/system/test_groups.py.
+@pytest.mark.slow
 def test_a_request_that_crashes_every_worker_ends_alone(bare_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEPWIRE_SIM_POISON_TOKEN", "666")
     monkeypatch.setenv("STEPWIRE_SIM_STEP_MS", "20")
@@ -157,7 +159,7 @@ def test_a_request_that_crashes_every_worker_ends_alone(bare_model: Path, monkey
         async def run() -> tuple[list[dict[int, list]], BaseException]:
             good = asyncio.create_task(eight_streams(launched, "sim", 200))
             while launched.metric("stepwire_generation_tokens_total") < 50:
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.05)
             try:
                 await stream(launched.base_url, "sim", [1, 666, 2], 10, seed=0)
             except openai.APIError as error:
@@ -170,11 +172,12 @@ def test_a_request_that_crashes_every_worker_ends_alone(bare_model: Path, monkey
         assert launched.metric("stepwire_worker_losses_total") == 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+# SIGTERM ends every server that these tests start.
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_it_drains_and_leaves_nothing(
     bare_model: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("STEPWIRE_SIM_STEP_MS", "10")
+    monkeypatch.setenv("STEPWIRE_SIM_STEP_MS", "40")
     with Launched(bare_model, *SIMULATED) as launched:
         children = launched.children()
         assert len(children) == 3
@@ -184,28 +187,17 @@ def test_it_drains_and_leaves_nothing(
         assert sockets.exists()
 
         async def run() -> dict[int, list]:
-            task = asyncio.create_task(stream(launched.base_url, "sim", [1, 2, 3], 300, seed=1))
+            task = asyncio.create_task(stream(launched.base_url, "sim", [1, 2, 3], 80, seed=1))
             while not launched.metric("stepwire_generation_tokens_total"):
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.05)
             launched.process.send_signal(number)
             return await task
 
-        assert len(asyncio.run(run())[0]) == 300, "what runs may finish"
+        assert len(asyncio.run(run())[0]) == 80, "what runs may finish"
         wait_until(lambda: launched.process.poll() is not None, what="the end")
         assert launched.process.returncode == 0, launched.read()
         assert not [child for child in children if child.is_running()]
         assert not sockets.exists()
-
-
-def test_no_orphan_outlives_a_killed_launcher(bare_model: Path) -> None:
-    with Launched(bare_model, *SIMULATED) as launched:
-        children = launched.children()
-        assert len(children) == 3
-        launched.process.kill()
-        wait_until(
-            lambda: not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE],
-            what="the children's end",
-        )
 
 
 def test_a_dead_control_plane_and_a_dead_gateway_are_started_again(lasting: Launched) -> None:
@@ -256,8 +248,19 @@ def test_a_wrong_flag_is_one_line_that_suggests_the_right_one(bare_model: Path) 
     assert len(run.stderr.splitlines()) == 1 and "--max-model-len" in run.stderr
 
 
-@pytest.mark.parametrize("source", ["/nowhere/model", "pypi:no-such-package-xyz"])
+# What is said of other sources: tests/unit/gpu_worker/prepare.
+@pytest.mark.parametrize("source", ["/nowhere/model", pytest.param("pypi:no-such-package-xyz", marks=pytest.mark.slow)])
 def test_a_model_that_is_not_there(source: str) -> None:
     run = run_serve(source)
     assert run.returncode == 1
     assert "Traceback" not in run.stderr and source.removeprefix("pypi:") in run.stderr
+
+
+def test_no_orphan_outlives_a_killed_launcher(lasting: Launched) -> None:
+    children = lasting.children()
+    assert len(children) == 3
+    lasting.process.kill()
+    wait_until(
+        lambda: not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE],
+        what="the children's end",
+    )

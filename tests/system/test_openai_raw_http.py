@@ -266,7 +266,6 @@ def test_a_slow_reader_gets_everything_in_fewer_pieces(stack: Stack) -> None:
     """A client that reads nothing for a while: what waits for it grows together, and arrives complete."""
     # Some 2 KB a token: more than the sockets on the way can hold.
     body = {**BODY, "max_tokens": 2000, "seed": 3, "n": 2, "ignore_eos": True}
-    whole = httpx.post(f"{stack.url}{CHAT}", json=body, timeout=120).json()
     content = json.dumps({**body, "stream": True, "logprobs": True, "top_logprobs": 20}).encode()
     sends = stack.gateway_metric("stepwire_gateway_sse_sends_total")
     generated = stack.control_plane_metric("stepwire_generation_tokens_total")
@@ -275,7 +274,9 @@ def test_a_slow_reader_gets_everything_in_fewer_pieces(stack: Stack) -> None:
         raw.settimeout(60)
         raw.connect(("127.0.0.1", stack.port))
         raw.sendall(request_head(CHAT, content, "Connection: close") + content)
-        everything = generated + 2 * 2000
+        # Beside it, in the same steps, the same for somebody who reads it all.
+        whole = httpx.post(f"{stack.url}{CHAT}", json=body, timeout=120).json()
+        everything = generated + 2 * 2 * 2000
         wait_until(
             lambda: stack.control_plane_metric("stepwire_generation_tokens_total") >= everything, LIMIT_S, stack.logs
         )

@@ -62,7 +62,7 @@ def message_of(process: WorkerProcess, *, limit_s: float = LIMIT_S) -> str:
                 children.update(psutil.Process(process.process.pid).children(recursive=True))
         return process.process.poll() is not None
 
-    wait_until(is_over, limit_s, "the end of the worker")
+    wait_until(is_over, limit_s, "the end of the worker", every_s=0.1)
     assert process.wait_for_exit() == 1
     wait_until(lambda: not any(child.is_running() for child in children), LIMIT_S, "the end of its ranks")
     lines = [line for line in process.lines if line.startswith("python -m gpu_worker: ")]
@@ -73,14 +73,18 @@ def message_of(process: WorkerProcess, *, limit_s: float = LIMIT_S) -> str:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--tensor-parallel-size=4"], ["num_attention_heads 6", "tensor_parallel_size 4", "divisor of 6"]),
         # No device for any of two ranks; tests/gpu has one rank more than devices.
         pytest.param(
             ["--tensor-parallel-size=2", "--device=cuda"],
             ["rank 0 (tensor-parallel rank 0 of 2)", "finds no CUDA device", "--device cpu"],
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device"),
         ),
-        # The others differ in words only, which a unit test holds.
+        # The others differ in words only, which unit tests hold.
+        pytest.param(
+            ["--tensor-parallel-size=4"],
+            ["num_attention_heads 6", "tensor_parallel_size 4", "divisor of 6"],
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             ["--pipeline-parallel-size=2", "--pipeline-parallel-layers=2,2"],
             ["pipeline_parallel_layers 2,2", "3 layers"],

@@ -10,6 +10,9 @@ import httpx
 import psutil
 import pytest
 
+from gpu_worker.config import WorkerSettings
+from gpu_worker.runner import TorchRunner
+from load_tests.cpu_worker.step_driver import StepDriver, sampling
 from tests.unit.gpu_worker.models.tiny_checkpoints import save_tiny
 
 from .launched import Launched, wait_until
@@ -22,24 +25,29 @@ PLACE = ("--group-timeout-s=240", "--dtype=float32", "--device=cpu", "--num-thre
 FLAGS = (*PLACE, "--max-num-batched-tokens=48")
 
 
+NUM_TOKENS = 40
+
+
 def pool(num_blocks: int, block_bytes: int) -> str:
     return f"--cpu-kv-cache-gib={num_blocks * block_bytes / (1 << 30):.9f}"
 
 
-async def sixteen_streams(launched: Launched, max_tokens: int, *, vocab_size: int = 300) -> list[dict[int, list]]:
-    """Half of them begin with the same 48 tokens; one has two choices."""
+def prompts(vocab_size: int = 300) -> list[list[int]]:
+    """Half of them begin with the same 48 tokens."""
     shared = [(7 * position) % vocab_size for position in range(48)]
+    return [[*(shared if number % 2 else []), *range(3 + number, 3 + 3 * number + 2)] for number in range(16)]
+
+
+def num_choices(number: int) -> int:
+    """One has two."""
+    return 1 + (number == 5)
+
+
+async def sixteen_streams(launched: Launched, max_tokens: int, *, vocab_size: int = 300) -> list[dict[int, list]]:
     return await asyncio.gather(
         *(
-            stream(
-                launched.base_url,
-                "tiny",
-                [*(shared if number % 2 else []), *range(3 + number, 3 + 3 * number + 2)],
-                max_tokens,
-                seed=number,
-                n=1 + (number == 5),
-            )
-            for number in range(16)
+            stream(launched.base_url, "tiny", prompt, max_tokens, seed=number, n=num_choices(number))
+            for number, prompt in enumerate(prompts(vocab_size))
         )
     )
 
@@ -57,12 +65,29 @@ def tiny_mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tokens_of_one_rank(tiny_mixture: Path) -> list[dict[int, list]]:
+    """Every choice alone in the runner: nothing is shared, and nothing thrown out."""
+    settings = WorkerSettings(model=tiny_mixture, device="cpu", dtype="float32", num_threads=1, cpu_kv_cache_gib=0.01)
+    runner = TorchRunner.load(settings)
+
+    def alone(prompt: list[int], seed: int, index: int) -> list[int]:
+        driver = StepDriver(runner)
+        driver.add(0, prompt, sampling(temperature=0.8, seed=seed, sequence_index=index))
+        for _ in range(NUM_TOKENS):
+            driver.step()
+        return driver.rows[0].tokens[len(prompt) :]
+
+    return [
+        {index: alone(prompt, number, index) for index in range(num_choices(number))}
+        for number, prompt in enumerate(prompts())
+    ]
+
+
+@pytest.mark.slow
+def test_one_rank_gives_the_tokens_of_its_runner(tiny_mixture: Path, tokens_of_one_rank: list[dict[int, list]]) -> None:
     with Launched(tiny_mixture, *FLAGS, pool(40, 7680)) as launched:
-        tokens = asyncio.run(sixteen_streams(launched, 60))
-        assert all(len(choice) == 60 for choices in tokens for choice in choices.values())
+        assert asyncio.run(sixteen_streams(launched, NUM_TOKENS)) == tokens_of_one_rank
         assert launched.metric("stepwire_preemptions_total") > 0
         assert launched.metric("stepwire_prefix_cache_hits_total") > 0
-    return tokens
 
 
 def test_two_by_two_ranks_give_the_tokens_of_one_and_survive_the_loss_of_one(
@@ -72,20 +97,19 @@ def test_two_by_two_ranks_give_the_tokens_of_one_and_survive_the_loss_of_one(
     parallel = ("--tensor-parallel-size=2", "--pipeline-parallel-size=2", "--enable-expert-parallel")
     with Launched(tiny_mixture, *FLAGS, *parallel, pool(40, 7680)) as launched:
         assert len(ranks_of(launched)) == 3
-        assert asyncio.run(sixteen_streams(launched, 60)) == tokens_of_one_rank
-        assert launched.metric("stepwire_preemptions_total") > 0
         first_group = ranks_of(launched)
 
         async def disturbed() -> list[dict[int, list]]:
-            streams = asyncio.create_task(sixteen_streams(launched, 60))
-            before = launched.metric("stepwire_generation_tokens_total")
-            while launched.metric("stepwire_generation_tokens_total") < before + 100:
+            streams = asyncio.create_task(sixteen_streams(launched, NUM_TOKENS))
+            while launched.metric("stepwire_generation_tokens_total") < 200:
                 assert not streams.done(), "over before the rank was lost"
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.05)
             first_group[-1].kill()
             return await streams
 
         assert asyncio.run(disturbed()) == tokens_of_one_rank
+        assert launched.metric("stepwire_preemptions_total") > 0
+        assert launched.metric("stepwire_prefix_cache_hits_total") > 0
         wait_until(lambda: launched.metric("stepwire_worker_losses_total") == 1, what="the loss to be counted")
         assert launched.metric("stepwire_kv_blocks_in_use") == 0
         wait_until(lambda: not any(process.is_running() for process in first_group), what="the end of the first group")
@@ -105,6 +129,7 @@ def test_two_by_two_ranks_give_the_tokens_of_one_and_survive_the_loss_of_one(
         ("--tensor-parallel-size=2", "--enable-expert-parallel"),
         ("--pipeline-parallel-size=2",),
         ("--pipeline-parallel-size=3", "--pipeline-parallel-layers=1,1,1"),
+        ("--tensor-parallel-size=2", "--pipeline-parallel-size=2", "--enable-expert-parallel"),
     ],
     ids=lambda flags: " ".join(flags),
 )
@@ -112,7 +137,8 @@ def test_every_layout_gives_the_tokens_of_one_rank(
     tiny_mixture: Path, tokens_of_one_rank: list[dict[int, list]], parallel: tuple[str, ...]
 ) -> None:
     with Launched(tiny_mixture, *FLAGS, *parallel, pool(40, 7680)) as launched:
-        assert asyncio.run(sixteen_streams(launched, 60)) == tokens_of_one_rank
+        assert asyncio.run(sixteen_streams(launched, NUM_TOKENS)) == tokens_of_one_rank
+        assert launched.metric("stepwire_preemptions_total") > 0
 
 
 @pytest.mark.slow

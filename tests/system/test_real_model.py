@@ -81,10 +81,12 @@ def test_packed_blocks_give_the_same_answer(tmp_path: Path) -> None:
         assert "Paris" in (answer.choices[0].message.content or "")
 
 
+# In every run: with a small model's ranks in test_parallel_serving.py, simulated in test_launcher.py.
+@pytest.mark.slow
 def test_eight_streams_survive_the_death_of_the_worker(served: Launched) -> None:
     async def stream(client: openai.AsyncOpenAI, prompt: str) -> str:
         events = await client.completions.create(
-            model=MODEL, prompt=prompt, max_tokens=24, temperature=0, stream=True, extra_body={"ignore_eos": True}
+            model=MODEL, prompt=prompt, max_tokens=16, temperature=0, stream=True, extra_body={"ignore_eos": True}
         )
         return "".join([choice.text async for event in events for choice in event.choices])
 
@@ -93,8 +95,8 @@ def test_eight_streams_survive_the_death_of_the_worker(served: Launched) -> None
             streams = [asyncio.create_task(stream(client, prompt)) for prompt in PROMPTS]
             if kill:
                 before = served.metric("stepwire_generation_tokens_total")
-                while served.metric("stepwire_generation_tokens_total") < before + 50:
-                    await asyncio.sleep(0.02)
+                while served.metric("stepwire_generation_tokens_total") < before + 30:
+                    await asyncio.sleep(0.05)
                 served.child("gpu_worker").kill()
             return list(await asyncio.gather(*streams))
 

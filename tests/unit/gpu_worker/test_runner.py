@@ -21,7 +21,6 @@ from load_tests.cpu_worker.step_driver import StepDriver, greedy, sampling
 from tests.unit.gpu_worker.models.tiny_checkpoints import save_tiny
 
 NUM_TOKENS = 32  # every sequence grows by two blocks
-PREFIX = list(range(300, 348))  # 48 tokens: three blocks
 
 
 def load(directory: Path, **changes: Any) -> TorchRunner:
@@ -29,38 +28,81 @@ def load(directory: Path, **changes: Any) -> TorchRunner:
     return TorchRunner.load(WorkerSettings(model=directory, **(values | changes)))
 
 
-def prompts() -> list[list[int]]:
-    """A dozen prompts of different lengths; half of them begin with the same 48 tokens."""
+def prompts(vocab_size: int) -> list[list[int]]:
+    """A dozen prompts of different lengths; half of them begin with the same 48 tokens: three blocks."""
     generator = torch.Generator().manual_seed(42)
     lengths = [1, 7, 16, 17, 33, 90, 5, 1, 16, 31, 64, 100]
-    texts = [torch.randint(0, 49_000, (length,), generator=generator).tolist() for length in lengths]
-    return [text if index < 6 else PREFIX + text for index, text in enumerate(texts)]
+    texts = [torch.randint(0, vocab_size, (length,), generator=generator).tolist() for length in lengths]
+    prefix = list(range(vocab_size // 3, vocab_size // 3 + 48))
+    return [text if index < 6 else prefix + text for index, text in enumerate(texts)]
 
 
 @pytest.fixture(scope="module")
-def smollm2_runner(smollm2_dir: Path) -> TorchRunner:
-    return load(smollm2_dir, max_model_len=512)
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tiny")
+    save_tiny("llama", directory)
+    return directory
+
+
+# How rows are laid out does not hang on the model's size. The default model's tokens are compared in every run:
+# `test_the_default_model_says_what_transformers_would_say`.
+@pytest.fixture(scope="module", params=["tiny", pytest.param("smollm2", marks=pytest.mark.slow)])
+def model_dir(request: pytest.FixtureRequest) -> Path:
+    directory: Path = request.getfixturevalue(f"{request.param}_dir")
+    return directory
+
+
+class Served:
+    """A model in our runner and in transformers, with what it says to each prompt, all of them run together."""
+
+    def __init__(self, directory: Path, num_tokens: int = NUM_TOKENS, which: slice = slice(None)) -> None:
+        self.runner = load(directory, max_model_len=256)
+        self.reference: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        self.prompts = prompts(self.runner.describe().vocab_size)[which]
+        driver = StepDriver(self.runner)
+        for row, prompt in enumerate(self.prompts):
+            driver.add(row, prompt, greedy())
+        for _ in range(num_tokens):
+            driver.step()
+        self.greedy = [driver.rows[row].tokens for row in range(len(self.prompts))]
+
+    def check_choices(self, num_tokens: int = NUM_TOKENS) -> None:
+        """One forward pass of transformers over each finished sequence: its argmax at every place is our next token."""
+        for sequence in self.greedy:
+            first = len(sequence) - num_tokens
+            with torch.inference_mode():
+                logits = self.reference(torch.tensor([sequence])).logits[0, first - 1 : -1]
+            assert logits.argmax(-1).tolist() == sequence[first:]
 
 
 @pytest.fixture(scope="module")
-def smollm2_reference(smollm2_dir: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32).eval()
+def served(model_dir: Path) -> Served:
+    return Served(model_dir)
 
 
-@pytest.fixture(scope="module")
-def greedy_sequences(smollm2_runner: TorchRunner) -> list[list[int]]:
-    """Each prompt with its greedy tokens, all of them run together."""
-    driver = StepDriver(smollm2_runner)
-    for row, prompt in enumerate(prompts()):
-        driver.add(row, prompt, greedy())
+def test_greedy_equals_transformers_choice_after_every_prefix(served: Served) -> None:
+    assert len({tuple(sequence[-NUM_TOKENS:]) for sequence in served.greedy}) == len(served.prompts)
+    served.check_choices()
+
+
+def test_the_default_model_says_what_transformers_would_say(smollm2_dir: Path) -> None:
+    Served(smollm2_dir, num_tokens=8, which=slice(1, None, 2)).check_choices(8)
+
+
+@pytest.mark.parametrize("index", range(12))
+def test_a_prompt_alone_gives_the_same_tokens(index: int, served: Served) -> None:
+    driver = StepDriver(served.runner)
+    driver.add(0, served.prompts[index], greedy())
     for _ in range(NUM_TOKENS):
         driver.step()
-    return [driver.rows[row].tokens for row in range(len(prompts()))]
+    assert driver.rows[0].tokens == served.greedy[index]
 
 
-def generate(reference: Any, prompt: list[int]) -> list[int]:
+@pytest.mark.parametrize("index", range(12))
+def test_greedy_equals_transformers_generate(index: int, served: Served) -> None:
+    prompt = served.prompts[index]
     with torch.inference_mode():
-        output = reference.generate(
+        output = served.reference.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
             max_new_tokens=NUM_TOKENS,
@@ -69,59 +111,21 @@ def generate(reference: Any, prompt: list[int]) -> list[int]:
             eos_token_id=None,
             pad_token_id=0,
         )
-    return output[0].tolist()
+    assert served.greedy[index] == output[0].tolist()
 
 
-def test_greedy_equals_transformers_choice_after_every_prefix(
-    greedy_sequences: list[list[int]], smollm2_reference: Any
-) -> None:
-    """One forward pass of transformers over each finished sequence: its argmax at every place is our next token."""
-    for sequence in greedy_sequences:
-        first = len(sequence) - NUM_TOKENS
-        with torch.inference_mode():
-            logits = smollm2_reference(torch.tensor([sequence])).logits[0, first - 1 : -1]
-        assert logits.argmax(-1).tolist() == sequence[first:]
-
-
-def some(*indices: int) -> list[Any]:
-    """All prompts; those that are not named with the slow tests."""
-    return [pytest.param(index, marks=() if index in indices else pytest.mark.slow) for index in range(12)]
-
-
-@pytest.mark.parametrize("index", some(0, 11))
-def test_a_prompt_alone_gives_the_same_tokens(
-    index: int, greedy_sequences: list[list[int]], smollm2_runner: TorchRunner
-) -> None:
-    """The shortest and the longest, in steps of one row."""
-    driver = StepDriver(smollm2_runner)
-    driver.add(0, prompts()[index], greedy())
-    for _ in range(NUM_TOKENS):
-        driver.step()
-    assert driver.rows[0].tokens == greedy_sequences[index]
-
-
-@pytest.mark.parametrize("index", some(9))
-def test_greedy_equals_transformers_generate(
-    index: int, greedy_sequences: list[list[int]], smollm2_reference: Any
-) -> None:
-    assert greedy_sequences[index] == generate(smollm2_reference, prompts()[index])
-
-
-def test_a_batch_of_16_with_shared_prefixes_gives_the_same_tokens(
-    greedy_sequences: list[list[int]], smollm2_runner: TorchRunner
-) -> None:
-    driver = StepDriver(smollm2_runner)
-    all_prompts = prompts()
+def test_a_batch_of_16_with_shared_prefixes_gives_the_same_tokens(served: Served) -> None:
+    driver = StepDriver(served.runner)
     batch = [*range(12), 6, 7, 8, 9]
     # The first prompt with the prefix computes it, the others take its three blocks.
-    driver.add(6, all_prompts[6], greedy())
+    driver.add(6, served.prompts[6], greedy())
     driver.step()
     for row, index in enumerate(batch):
         if row != 6:
             shares = index >= 6
             driver.add(
                 row,
-                all_prompts[index],
+                served.prompts[index],
                 greedy(),
                 prefix_of=6 if shares else None,
                 num_shared_tokens=48 if shares else 0,
@@ -129,35 +133,29 @@ def test_a_batch_of_16_with_shared_prefixes_gives_the_same_tokens(
     for _ in range(NUM_TOKENS):
         driver.step()
     for row, index in enumerate(batch):
-        tokens = driver.rows[row].tokens[: len(greedy_sequences[index])]
-        assert tokens == greedy_sequences[index], f"row {row}, prompt {index}"
+        tokens = driver.rows[row].tokens[: len(served.greedy[index])]
+        assert tokens == served.greedy[index], f"row {row}, prompt {index}"
     # The prefix was computed once and is in every table that needs it.
     assert all(driver.rows[row].blocks[:3] == driver.rows[6].blocks[:3] for row, i in enumerate(batch) if i >= 6)
 
 
-@pytest.mark.parametrize(
-    "chunk", [pytest.param(1, marks=pytest.mark.slow), 13, pytest.param(16, marks=pytest.mark.slow)]
-)
-def test_chunked_prefill_in_mixed_steps_gives_the_same_tokens(
-    chunk: int, greedy_sequences: list[list[int]], smollm2_runner: TorchRunner
-) -> None:
-    driver = StepDriver(smollm2_runner)
+@pytest.mark.parametrize("chunk", [1, 13, 16])
+def test_chunked_prefill_in_mixed_steps_gives_the_same_tokens(chunk: int, served: Served) -> None:
+    driver = StepDriver(served.runner)
     indices = [0, 5, 11] if chunk != 1 else [2, 4]
     for row, index in enumerate(indices):
-        driver.add(row, prompts()[index], greedy())
-    while any(len(driver.rows[row].tokens) < len(greedy_sequences[index]) for row, index in enumerate(indices)):
+        driver.add(row, served.prompts[index], greedy())
+    while any(len(driver.rows[row].tokens) < len(served.greedy[index]) for row, index in enumerate(indices)):
         driver.step({row: min(chunk, driven.num_waiting) for row, driven in driver.rows.items()})
     for row, index in enumerate(indices):
-        assert driver.rows[row].tokens[: len(greedy_sequences[index])] == greedy_sequences[index]
+        assert driver.rows[row].tokens[: len(served.greedy[index])] == served.greedy[index]
 
 
-def test_forced_preemption_gives_the_same_tokens(
-    greedy_sequences: list[list[int]], smollm2_runner: TorchRunner
-) -> None:
-    driver = StepDriver(smollm2_runner)
+def test_forced_preemption_gives_the_same_tokens(served: Served) -> None:
+    driver = StepDriver(served.runner)
     batch = list(range(12))
     for row in batch:
-        driver.add(row, prompts()[row], greedy())
+        driver.add(row, served.prompts[row], greedy())
     blocks_before: dict[int, list[int]] = {}
     for number in range(NUM_TOKENS + 40):
         if number and number % 8 == 0:
@@ -170,29 +168,29 @@ def test_forced_preemption_gives_the_same_tokens(
         unfinished = {
             row: driven.num_waiting
             for row, driven in driver.rows.items()
-            if len(driven.tokens) < len(greedy_sequences[row])
+            if len(driven.tokens) < len(served.greedy[row])
         }
         if not unfinished:
             break
         driver.step(unfinished)
     assert len(blocks_before) == 12
     for row in batch:
-        assert driver.rows[row].tokens == greedy_sequences[row], f"prompt {row}"
+        assert driver.rows[row].tokens == served.greedy[row], f"prompt {row}"
 
 
-def test_sampled_sequences_resume_as_they_would_have_gone_on(smollm2_runner: TorchRunner) -> None:
+def test_sampled_sequences_resume_as_they_would_have_gone_on(served: Served) -> None:
     """Seeded draws with penalties: alone, beside others, and preempted half way."""
     params = sampling(
         temperature=0.9, top_p=0.95, seed=2**63 + 5, sequence_index=1, repetition_penalty=1.2, frequency_penalty=0.1
     )
-    prompt = prompts()[4]
-    expected = StepDriver(smollm2_runner)
+    prompt = served.prompts[4]
+    expected = StepDriver(served.runner)
     expected.add(0, prompt, params)
     for _ in range(24):
         expected.step()
-    other = StepDriver(smollm2_runner)
+    other = StepDriver(served.runner)
     for row in range(4):
-        other.add(row, prompts()[row], sampling(seed=row))
+        other.add(row, served.prompts[row], sampling(seed=row))
     other.add(9, prompt, params)
     for number in range(24):
         if number == 11:
@@ -200,13 +198,6 @@ def test_sampled_sequences_resume_as_they_would_have_gone_on(smollm2_runner: Tor
             other.add(20, tokens, params, num_prompt_tokens=len(prompt))
         other.step()
     assert other.rows[20].tokens == expected.rows[0].tokens
-
-
-@pytest.fixture(scope="module")
-def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("tiny")
-    save_tiny("llama", directory)
-    return directory
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ class _RelaunchGraphs:
 @pytest.fixture(scope="module")
 def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("llama")
-    save_model(directory, "llama", num_heads=2)
+    save_model(directory, "llama", num_heads=2, num_layers=1)
     return directory
 
 

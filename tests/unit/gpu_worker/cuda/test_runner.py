@@ -24,13 +24,13 @@ from tests.unit.gpu_worker.models.tiny_checkpoints import save_tiny
 VOCAB_SIZE = 300
 
 
-def save_model(directory: Path, kind: str, *, num_heads: int = 4) -> None:
-    """Two layers with heads of a size that the kernels take, two for each head of keys and values."""
+def save_model(directory: Path, kind: str, *, num_heads: int = 4, num_layers: int = 2) -> None:
+    """Heads of a size that the kernels take, two for each head of keys and values."""
     fields: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 48,
         "intermediate_size": 80,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": num_layers,
         "num_attention_heads": num_heads,
         "num_key_value_heads": num_heads // 2,
         "head_dim": 64,
@@ -53,8 +53,9 @@ def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="module")
 def llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One layer: rows and steps are alike with more of them, which those of `model_dir` have."""
     directory = tmp_path_factory.mktemp("llama")
-    save_model(directory, "llama", num_heads=2)
+    save_model(directory, "llama", num_heads=2, num_layers=1)
     return directory
 
 

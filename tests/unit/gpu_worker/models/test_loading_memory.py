@@ -23,7 +23,8 @@ OVERHEAD = 64 << 20
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("quantization", ["auto", "int8"])
+# Tensors that are quantized come one after another as those that are not.
+@pytest.mark.parametrize("quantization", ["auto", pytest.param("int8", marks=pytest.mark.slow)])
 def test_loading_peaks_at_the_model_and_about_one_tensor(quantization: str, smollm2_dir: Path) -> None:
     memory = measured(smollm2_dir, quantization)
     assert memory["weights"] > 250 << 20

