@@ -110,7 +110,7 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
 
 def check_logits(reference: Any, directory: Path) -> None:
     """Prefill, chunked prefill and decodes in a mixed batch of the checkpoint against `reference`."""
-    token_ids = torch.randint(0, 301, (48,), generator=torch.Generator().manual_seed(7)).tolist()
+    token_ids = torch.randint(0, 301, (56,), generator=torch.Generator().manual_seed(7)).tolist()
     with torch.inference_mode():
         expected = reference(torch.tensor([token_ids])).logits[0]
     scale = expected.abs().max().item()
@@ -120,11 +120,10 @@ def check_logits(reference: Any, directory: Path) -> None:
         error = (got - expected[start : start + len(got)]).abs().max().item()
         assert error <= 1e-4 * scale, f"from position {start}: error {error} at scale {scale}"
 
-    # 40 tokens at once, then 8 decodes (two blocks) beside a row that decodes too and one whose prompt comes in
-    # pieces of 3.
+    # 40 tokens at once, then 16 decodes beside a row that decodes too and one whose prompt comes in pieces of 3.
     batch = MixedBatch(directory, [token_ids, token_ids[::-1], token_ids])
     check(batch.step([40, 5, 0])[0], 0)
-    for position in range(40, 48):
+    for position in range(40, 56):
         check(batch.step([1, 1, 3])[0], position)
     chunked = PagedModel(directory)
     for start, stop in ((0, 13), (13, 14), (14, 31), (31, 40)):
