@@ -159,12 +159,12 @@ async def test_a_text_that_waits_long_is_not_copied_with_every_token() -> None:
     """Parts of a bounded length are kept, and made one where the message is made, or the text is withdrawn."""
     packed = PackedTexts(FrontendMetrics(CollectorRegistry()), lambda: None)
     texts = packed.texts
-    places = [texts.add(tag, "a", 1, 1.0) for tag in (1, 2)]
+    places = [texts.add(tag, "a", 1, 1.0, 5) for tag in (1, 2)]
     for _ in range(9_999):
         for place in places:
-            texts.columns.grow(place, "b", 1)
+            texts.columns.grow(place, "b", 1, 6)
         assert max(map(len, texts.columns.texts)) < 3000
-    assert texts.withdraw(places[0]) == ("a" + "b" * 9_999, 10_000, 1.0)
+    assert texts.withdraw(places[0]) == ("a" + "b" * 9_999, [], 10_000, 1.0)
     message = pb.SessionResponse()
     packed.take(message, 2.0)
     assert list(message.texts.tags) == [2]
