@@ -107,6 +107,7 @@ class Placement:
         sequence.capacity = num_blocks * block_size
         sequence.num_computed = sequence.num_retired = len(cached) * block_size
         sequence.asks_prompt_logprobs = sequence.num_prompt_logprobs_left > 0
+        sequence.quiet_until = 0
         if sequence.request.root_hash is not None:
             sequence.next_hash_at = (len(cached) + 1) * block_size
             sequence.computing = [
@@ -126,6 +127,7 @@ class Placement:
         self._drop_rows.append(sequence.row)
         self._free_rows.append(sequence.row)
         sequence.row = NO_ROW
+        sequence.decodes_until = sequence.quiet_until = 0
         for block_hash in sequence.computing:
             if self._computing.get(block_hash) is sequence:
                 del self._computing[block_hash]
@@ -144,13 +146,16 @@ class Placement:
 
     def share_computed_blocks(self, sequence: SequenceState) -> None:
         """Enter the sequence's newly computed full blocks into the cache; called at `next_hash_at`."""
-        num_full = min(sequence.num_retired, sequence.num_known) // self._block_size
+        num_full = sequence.num_retired // self._block_size
         self._extend_hashes(sequence, num_full)
+        # Of what was computed, tokens may be unknown yet: such blocks have no hash.
+        hashes, block_ids = sequence.block_hashes, sequence.block_ids
+        num_full = min(num_full, len(hashes))
         for index in range(sequence.next_hash_at // self._block_size - 1, num_full):
-            block_hash, block_id = sequence.block_hashes[index], sequence.block_ids[index]
+            block_hash, block_id = hashes[index], block_ids[index]
             if self._cache.insert(block_hash, block_id):
                 self._pool.mark_cached(block_id)
-            if self._computing.get(block_hash) is sequence:
+            if self._computing and self._computing.get(block_hash) is sequence:
                 del self._computing[block_hash]
         sequence.next_hash_at = (num_full + 1) * self._block_size
 
@@ -173,7 +178,7 @@ class Placement:
         """Hash the sequence's known tokens at least up to its first `num_blocks` full blocks."""
         hashes, root = sequence.block_hashes, sequence.request.root_hash
         if root is not None and len(hashes) < num_blocks:
-            extend_chain(hashes, root, sequence.token_bytes(len(hashes) * self._block_size), self._block_size)
+            extend_chain(hashes, root, sequence.token_ids(len(hashes) * self._block_size), self._block_size)
 
     def check_integrity(self, running: Sequence[SequenceState]) -> None:
         """Raise if the books disagree with the sequences that run."""

@@ -376,7 +376,11 @@ class Scheduler:
         prefills: list[SequenceState] = []
         grown: dict[int, int] = {}
         for sequence in running:
-            num_computed, num_total = sequence.num_computed, sequence.num_total
+            num_computed = sequence.num_computed
+            if num_computed < sequence.decodes_until and len(decodes) < budget:
+                decodes.append(sequence)
+                continue
+            num_total = sequence.num_total
             if num_total - num_computed > 1 or sequence.pools:
                 if sequence.row != NO_ROW and sequence.may_draw:  # neither preempted a moment ago nor at its end
                     prefills.append(sequence)
@@ -385,6 +389,7 @@ class Scheduler:
                     if not self._make_room(sequence):
                         continue  # no block for it in this step
                     grown[len(decodes)] = self._placement.grow(sequence)
+                sequence.decodes_until = min(sequence.capacity, sequence.max_total - 1)
                 decodes.append(sequence)
         plan.add_decodes(decodes, grown)
         return prefills
@@ -483,28 +488,34 @@ class Scheduler:
         sequences, token_ids = events.sequences, events.token_ids
         logprobs = outcome.logprobs or repeat(None, len(drawing))
         for sequence, token_id, logprob in zip(drawing, outcome.token_ids, logprobs, strict=True):
-            if sequence.finished:
-                num_discarded += 1
-                continue
             output_ids = sequence.output_ids
-            output_ids.append(token_id)
-            num_known = sequence.num_prompt_tokens + len(output_ids)
-            # All that it knew before was run to draw this one.
-            sequence.num_retired = num_known - 1
-            if num_known > sequence.next_hash_at:
-                self._placement.share_computed_blocks(sequence)
-            if num_known == sequence.max_total or token_id in sequence.stop_token_ids or logprob is not None:
-                self._take_token(sequence, token_id, logprob, events)
-            else:
+            if len(output_ids) < sequence.quiet_until and token_id not in sequence.stop_token_ids and logprob is None:
+                output_ids.append(token_id)
+                sequence.num_retired += 1
                 sequences.append(sequence)
                 token_ids.append(token_id)
+            elif sequence.finished:
+                num_discarded += 1
+            else:
+                self._take_token(sequence, token_id, logprob, events)
         self.counters.num_discarded_tokens += num_discarded
         self.counters.num_generated_tokens += len(drawing) - num_discarded
 
     def _take_token(
         self, sequence: SequenceState, token_id: int, logprob: TokenLogprobs | None, events: StepEvents
     ) -> None:
-        """A token of which more is to be said than its id, or that may be the last."""
+        """A token that may complete a block, of which more is to be said than its id, or that may be the last."""
+        sequence.output_ids.append(token_id)
+        num_known = sequence.num_known
+        # All that it knew before was run to draw this one.
+        sequence.num_retired = num_known - 1
+        if num_known > sequence.next_hash_at:
+            self._placement.share_computed_blocks(sequence)
+        sequence.quiet_until = min(sequence.next_hash_at, sequence.max_total - 1) - sequence.num_prompt_tokens
+        if num_known < sequence.max_total and token_id not in sequence.stop_token_ids and logprob is None:
+            events.sequences.append(sequence)
+            events.token_ids.append(token_id)
+            return
         output = SequenceOutput(sequence.index, [token_id], 1)
         if logprob is not None:
             output.logprobs = [logprob]
@@ -513,7 +524,7 @@ class Scheduler:
             output.logprobs = None
             output.finish_reason = FinishReason.STOP
             output.stop_token_id = token_id
-        elif sequence.num_known == sequence.max_total:
+        elif num_known == sequence.max_total:
             output.finish_reason = FinishReason.LENGTH
         events.outputs.append((sequence.request, output))
         if output.finish_reason is not None:
@@ -558,6 +569,7 @@ class Scheduler:
         if sequence.finished:
             return
         sequence.finished = True
+        sequence.quiet_until = 0
         sequence.request.num_unfinished -= 1
         self._marked.discard(sequence)
         if sequence.row != NO_ROW:

@@ -58,6 +58,7 @@ class SequenceState:
         "block_ids",
         "capacity",
         "computing",
+        "decodes_until",
         "finished",
         "index",
         "last_step_id",
@@ -74,6 +75,7 @@ class SequenceState:
         "output_ids",
         "pools",
         "progress_mark",
+        "quiet_until",
         "request",
         "row",
         "sort_key",
@@ -87,7 +89,8 @@ class SequenceState:
         # `num_total` when it has been promised all the tokens that it may generate.
         self.max_total = self.num_prompt_tokens + request.request.max_tokens
         self.stop_token_ids = request.request.stop_token_ids
-        self.output_ids: list[int] = []
+        # Not a list: four bytes a token, and no object that lives as long as the request.
+        self.output_ids = array("I")
         self.finished = False
         # Its sampling run gives a vector, and is its last.
         self.pools = request.request.pooling is not None
@@ -106,6 +109,8 @@ class SequenceState:
         self.num_losses = 0
         self.progress_mark = 0
 
+        # While it has fewer outputs, a token that does not stop it is all that there is to say. Set when one is looked at.
+        self.quiet_until = 0
         self.block_hashes: list[BlockHash] = []
         self.forget_placement()
 
@@ -116,6 +121,8 @@ class SequenceState:
         self.capacity = 0  # tokens that block_ids have room for
         self.num_total = self.num_prompt_tokens + len(self.output_ids)
         self.num_computed = 0  # planned or done
+        # While it has computed less, its newest token is all that it runs, and there is room. Set when it is looked at.
+        self.decodes_until = 0
         self.num_retired = 0  # done
         self.next_hash_at = NEVER  # num_retired at which the next block of ours can enter the prefix cache
         self.computing: list[BlockHash] = []  # hashes that others may wait for
@@ -136,12 +143,11 @@ class SequenceState:
     def num_known(self) -> int:
         return self.num_prompt_tokens + len(self.output_ids)
 
-    def token_bytes(self, start: int = 0) -> bytes:
-        """Known token ids from position `start` on, prompt then output: four bytes each, little-endian.
+    def token_ids(self, start: int = 0) -> array[int]:
+        """Known token ids from position `start` on, prompt then output.
 
         Costs what it returns, not what came before: a running sequence asks for its newest block only.
         """
-        output_bytes = array("I", self.output_ids[max(0, start - self.num_prompt_tokens) :]).tobytes()
         if start >= self.num_prompt_tokens:
-            return output_bytes
-        return self.request.request.prompt_ids[start:].tobytes() + output_bytes
+            return self.output_ids[start - self.num_prompt_tokens :]
+        return array("I", self.request.request.prompt_ids[start:].tobytes()) + self.output_ids
