@@ -15,6 +15,9 @@ from control_plane.core.kv_blocks import BlockPool
 from control_plane.core.prefix_cache import BlockHash, PrefixCache, extend_chain
 from control_plane.core.sequence import NEVER, NO_ROW, SequenceState
 
+# Generated blocks that enter the prefix cache together: a quarter of the work, and caches are cold each time.
+_NUM_NAMED_TOGETHER = 4
+
 
 class Placement:
     """The rows and blocks of one worker, as of one session."""
@@ -109,6 +112,7 @@ class Placement:
         sequence.asks_prompt_logprobs = sequence.num_prompt_logprobs_left > 0
         sequence.quiet_until = 0
         if sequence.request.root_hash is not None:
+            sequence.num_named = len(cached)
             sequence.next_hash_at = (len(cached) + 1) * block_size
             sequence.computing = [
                 h for h in hashes[len(cached) :] if self._computing.setdefault(h, sequence) is sequence
@@ -123,7 +127,9 @@ class Placement:
         return block_id
 
     def displace(self, sequence: SequenceState, last_step_in_flight: int | None) -> None:
-        """Take the sequence's row and blocks away."""
+        """Take the sequence's row and blocks away. What it has computed stays to be shared."""
+        if sequence.next_hash_at != NEVER:
+            self.share_computed_blocks(sequence)
         self._drop_rows.append(sequence.row)
         self._free_rows.append(sequence.row)
         sequence.row = NO_ROW
@@ -148,19 +154,21 @@ class Placement:
         """Enter the sequence's newly computed full blocks into the cache; called at `next_hash_at`."""
         num_full = sequence.num_retired // self._block_size
         self._extend_hashes(sequence, num_full)
-        # Of what was computed, tokens may be unknown yet: such blocks have no hash.
         hashes, block_ids = sequence.block_hashes, sequence.block_ids
-        num_full = min(num_full, len(hashes))
-        for index in range(sequence.next_hash_at // self._block_size - 1, num_full):
+        for index in range(sequence.num_named, num_full):
             block_hash, block_id = hashes[index], block_ids[index]
             if self._cache.insert(block_hash, block_id):
                 self._pool.mark_cached(block_id)
             if self._computing and self._computing.get(block_hash) is sequence:
                 del self._computing[block_hash]
-        sequence.next_hash_at = (num_full + 1) * self._block_size
+        sequence.num_named = num_full
+        # Others may wait for a block whose name is known; what is generated is named several blocks at a time.
+        num_more = 1 if len(hashes) > num_full else _NUM_NAMED_TOGETHER
+        sequence.next_hash_at = (num_full + num_more) * self._block_size
 
     def forget_contents(self, sequence: SequenceState) -> None:
-        """Take the contents of the sequence's blocks out of the prefix cache."""
+        """Take the contents of the sequence's blocks out of the prefix cache, for good."""
+        sequence.next_hash_at = NEVER
         for block_id in sequence.block_ids:
             if self._cache.holds(block_id):
                 self._cache.forget(block_id)

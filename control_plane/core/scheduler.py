@@ -54,6 +54,8 @@ class Scheduler:
         self._running: list[SequenceState] = []  # by sort_key
         self._num_waiting_requests = 0
         self._num_waiting_tokens = 0
+        # Sequences of which the prefix cache is to be told: `share_computed`.
+        self._to_share: list[SequenceState] = []
         # Sequences with num_losses > 0 that have not cleared themselves yet.
         self._marked: set[SequenceState] = set()
         self.reset(config)
@@ -114,6 +116,7 @@ class Scheduler:
 
     @property
     def num_cached_blocks(self) -> int:
+        self.share_computed()
         return self._placement.num_cached_blocks
 
     @property
@@ -123,6 +126,7 @@ class Scheduler:
 
     def num_cached_tokens(self, block_hashes: list[BlockHash]) -> int:
         """How many tokens of a prompt with these block hashes are cached, or being computed by a running prefill."""
+        self.share_computed()
         return self._placement.num_known_blocks(block_hashes) * self.config.block_size
 
     # ---- requests come and go ----
@@ -214,6 +218,8 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan | None:
         """Decide the next step; None if there is nothing to run now."""
         plan = StepPlan(self._next_step_id)
+        if self._waiting:
+            self.share_computed()
         only = self._next_suspect()
         if only is not None:
             if not self._make_alone(only):
@@ -257,7 +263,8 @@ class Scheduler:
         failures = {failure.row: failure for failure in outcome.failures}
         check_rows(plan, outcome, failures)
         self._in_flight.popleft()
-        # The step's writes are done: deferred blocks are free, contents enter the prefix cache.
+        # The step's writes are done: deferred blocks are free, contents may enter the prefix cache.
+        self.share_computed()
         self._placement.retire(plan.step_id)
         events = StepEvents()
         if plan.prompt_logprob_runs:
@@ -277,6 +284,17 @@ class Scheduler:
         if self._marked:
             self._clear_suspicion(plan.sequences)
         return events
+
+    def share_computed(self) -> None:
+        """Name the blocks that generated tokens have filled, for others to share.
+
+        Steps do not need it: whoever has a result to answer plans first. Done by itself before anybody looks for them.
+        """
+        to_share, self._to_share = self._to_share, []
+        for sequence in to_share:
+            if sequence.num_retired >= sequence.next_hash_at:
+                self._placement.share_computed_blocks(sequence)
+                sequence.look_again()
 
     def worker_lost(self) -> StepEvents:
         """Everything on the worker is gone: every sequence waits again, to be recomputed from its token ids.
@@ -510,8 +528,9 @@ class Scheduler:
         # All that it knew before was run to draw this one.
         sequence.num_retired = num_known - 1
         if num_known > sequence.next_hash_at:
-            self._placement.share_computed_blocks(sequence)
-        sequence.quiet_until = min(sequence.next_hash_at, sequence.max_total - 1) - sequence.num_prompt_tokens
+            self._to_share.append(sequence)
+        else:
+            sequence.look_again()
         if num_known < sequence.max_total and token_id not in sequence.stop_token_ids and logprob is None:
             events.sequences.append(sequence)
             events.token_ids.append(token_id)
@@ -528,6 +547,7 @@ class Scheduler:
             output.finish_reason = FinishReason.LENGTH
         events.outputs.append((sequence.request, output))
         if output.finish_reason is not None:
+            self.share_computed()  # before it gives its blocks up
             self._end_well(sequence, events)
 
     def _take_vector(self, sequence: SequenceState, vector: VectorArray, events: StepEvents) -> None:

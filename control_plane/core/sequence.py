@@ -68,6 +68,7 @@ class SequenceState:
         "num_computed",
         "num_losses",
         "num_matched",
+        "num_named",
         "num_prompt_logprobs_left",
         "num_prompt_tokens",
         "num_retired",
@@ -109,7 +110,8 @@ class SequenceState:
         self.num_losses = 0
         self.progress_mark = 0
 
-        # While it has fewer outputs, a token that does not stop it is all that there is to say. Set when one is looked at.
+        # While it has fewer outputs, there is no more to say of a token than its id, unless it is a stop token. Set when
+        # one is looked at.
         self.quiet_until = 0
         self.block_hashes: list[BlockHash] = []
         self.forget_placement()
@@ -121,10 +123,12 @@ class SequenceState:
         self.capacity = 0  # tokens that block_ids have room for
         self.num_total = self.num_prompt_tokens + len(self.output_ids)
         self.num_computed = 0  # planned or done
-        # While it has computed less, its newest token is all that it runs, and there is room. Set when it is looked at.
+        # While it has computed less, all that it has to run is its newest token, and its blocks have room for that. Set
+        # when it is looked at.
         self.decodes_until = 0
         self.num_retired = 0  # done
-        self.next_hash_at = NEVER  # num_retired at which the next block of ours can enter the prefix cache
+        self.next_hash_at = NEVER  # num_retired at which the next blocks of ours are to enter the prefix cache
+        self.num_named = 0  # blocks that have been through that
         self.computing: list[BlockHash] = []  # hashes that others may wait for
         self.last_step_id = 0  # the last step that it was planned into
         # Placed to compute its prompt from the first token on, with logprobs.
@@ -134,6 +138,10 @@ class SequenceState:
     def may_draw(self) -> bool:
         """Whether it may generate more than it has and what is in flight."""
         return self.num_total < self.max_total
+
+    def look_again(self) -> None:
+        """Set `quiet_until`: to where its next blocks are full, or its last token comes."""
+        self.quiet_until = min(self.next_hash_at, self.max_total - 1) - self.num_prompt_tokens
 
     @property
     def is_suspect(self) -> bool:
