@@ -110,8 +110,8 @@ class SequenceState:
         self.num_losses = 0
         self.progress_mark = 0
 
-        # While it has fewer outputs, there is no more to say of a token than its id, unless it is a stop token. Set when
-        # one is looked at.
+        # While it has fewer outputs, there is no more to say of a token than its id, unless it is a stop token. Set
+        # when one is looked at.
         self.quiet_until = 0
         self.block_hashes: list[BlockHash] = []
         self.forget_placement()
