@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Mapping, Sequence
-from itertools import chain
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -20,6 +19,8 @@ from control_plane.core.request import TokenIdArray
 MAX_WORDS = 2**16
 # What is longer is seldom met twice.
 MAX_WORD_CHARS = 32
+# Of one call: a new word costs twice as much alone as within its text.
+MAX_NEW_WORDS = 64
 
 # What may stand before the blank at which a text is cut; a letter stands behind it.
 WORD_ENDS = string.ascii_letters + ",.;:!?"
@@ -63,36 +64,45 @@ class WordEncoder:
         return None if None in ids else b"".join(ids)  # type: ignore[arg-type]  # mypy does not know what `in` says
 
     def _learn(self, texts: Sequence[str]) -> list[bytes]:
-        """Ids of each text; its words are known afterwards."""
-        keys = [_keys(text) for text in texts]
+        """Ids of each text; its words are known afterwards. Where too many are new, texts are encoded as a whole."""
+        keys_of_texts: list[list[str]] = []
         ids: dict[str, bytes] = {}
-        new = []
-        for key in dict.fromkeys(chain.from_iterable(keys)):
-            known = self._known.get(key)
-            if known is None:
-                new.append(key)
-            else:
-                ids[key] = known
+        new: dict[str, None] = {}
+        for text in texts:
+            keys = _keys(text)
+            ids |= {key: known for key in keys if (known := self._known.get(key)) is not None}
+            unknown = {key: None for key in keys if key not in ids and key not in new}
+            if len(new) + len(unknown) > MAX_NEW_WORDS:
+                keys = [_key(text)]
+                unknown = dict.fromkeys(keys)
+            new |= unknown
+            keys_of_texts.append(keys)
         if new:
             encodings = self._tokenizer.encode_batch_fast([_text(key) for key in new], add_special_tokens=False)
-            for key, encoding in zip(new, encodings, strict=True):
-                ids[key] = np.array(encoding.ids, dtype=np.uint32).tobytes()
-            self._keep(new, ids)
-        return [b"".join([ids[key] for key in keys_of_text]) for keys_of_text in keys]
+            learnt = {
+                key: np.array(encoding.ids, dtype=np.uint32).tobytes()
+                for key, encoding in zip(new, encodings, strict=True)
+            }
+            self._keep(learnt)
+            ids |= learnt
+        return [b"".join([ids[key] for key in keys]) for keys in keys_of_texts]
 
-    def _keep(self, keys: Sequence[str], ids: Mapping[str, bytes]) -> None:
-        words = {key: ids[key] for key in keys if key[-1] in WORD_ENDS and len(key) <= MAX_WORD_CHARS}
+    def _keep(self, learnt: Mapping[str, bytes]) -> None:
+        words = {key: ids for key, ids in learnt.items() if key[-1] in WORD_ENDS and len(key) <= MAX_WORD_CHARS}
         if len(self._known) + len(words) > self._max_words:
             self._known.clear()  # what is used is soon there again
-        if len(words) <= self._max_words:
-            self._known.update(words)
+        self._known.update(words)
 
 
 def _keys(text: str) -> list[str]:
     """Of a text that is cut between words."""
-    keys = BLANK_BETWEEN_WORDS.split(text)
-    keys[0] = keys[0][1:] if _BEGINS_WITH_BLANK.match(keys[0]) else f" {keys[0]}"
-    return keys
+    first, *keys = BLANK_BETWEEN_WORDS.split(text)
+    return [_key(first), *keys]
+
+
+def _key(text: str) -> str:
+    """Of a text's beginning."""
+    return text[1:] if _BEGINS_WITH_BLANK.match(text) else f" {text}"
 
 
 def _text(key: str) -> str:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from control_plane.frontend.piecewise_encoding import PiecewiseEncoder, finds_words
-from control_plane.frontend.word_encoding import WordEncoder
+from control_plane.frontend.word_encoding import MAX_NEW_WORDS, WordEncoder
 from tests.unit.control_plane.frontend import tokenizers_for_tests as kinds
 
 # The words of GPT-2, Llama 3, Qwen 2, GPT-4o and DeepSeek V3.
@@ -266,9 +266,19 @@ def test_a_word_at_the_end_of_a_text_is_no_word_within_another(name: str) -> Non
 
 def test_words_are_kept_within_bounds() -> None:
     tokenizer = WORDS["qwen2"]
-    encoder = WordEncoder(tokenizer, max_words=8)
-    for number in range(20):
-        texts = [f"{letter}{number} the cat" for letter in "abc"] + ["x" * 100 + " y"]
+    encoder = WordEncoder(tokenizer, max_words=2 * MAX_NEW_WORDS)
+    for number in range(0, 600, 30):
+        texts = [" ".join(f"w{each}" for each in range(number, number + 30)), "x" * 100 + " y"]
         whole = [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
         assert [ids.tolist() for ids in encoder.encode(texts)] == whole
-        assert encoder.num_words <= 8
+        assert encoder.num_words <= 2 * MAX_NEW_WORDS
+
+
+def test_of_many_new_words_some_are_learnt() -> None:
+    tokenizer = CountingTokenizer(WORDS["qwen2"])
+    encoder = WordEncoder(tokenizer)  # type: ignore[arg-type]
+    texts = [" " + " ".join(f"a{number}x{each}x" for each in range(40)) for number in range(4)]
+    for num_encoded in (40 + 3, 40 + 2, 40 + 1, 40, 0):
+        tokenizer.encoded.clear()
+        assert [ids.tolist() for ids in encoder.encode(texts)] == [WORDS["qwen2"].encode(text).ids for text in texts]
+        assert len(tokenizer.encoded) == num_encoded
