@@ -168,6 +168,7 @@ class Scheduler:
 
     def take_waiting(self) -> list[RequestState]:
         """Let go of the requests that have nothing on the worker, in order of arrival, for others to adopt."""
+        self.share_computed()  # what is still to be named is ours
         in_flight = {sequence for plan in self._in_flight for sequence in plan.sequences}
         taken = []
         for state in list(self._requests.values()):
@@ -547,7 +548,6 @@ class Scheduler:
             output.finish_reason = FinishReason.LENGTH
         events.outputs.append((sequence.request, output))
         if output.finish_reason is not None:
-            self.share_computed()  # before it gives its blocks up
             self._end_well(sequence, events)
 
     def _take_vector(self, sequence: SequenceState, vector: VectorArray, events: StepEvents) -> None:
@@ -629,6 +629,8 @@ class Scheduler:
         for sequence in self._running:
             if sequence.finished or sequence.num_computed > min(sequence.num_total, sequence.capacity):
                 raise RuntimeError(f"sequence {sequence.sort_key} ran past its end or its blocks")
+            if not sequence.has_true_bounds():
+                raise RuntimeError(f"sequence {sequence.sort_key} is to be looked at too late")
         for sequence in self._waiting:
             if sequence.finished or sequence.row != NO_ROW or sequence.block_ids:
                 raise RuntimeError(f"waiting sequence {sequence.sort_key} is finished or still placed")

@@ -143,6 +143,16 @@ class SequenceState:
         """Set `quiet_until`: to where its next blocks are full, or its last token comes."""
         self.quiet_until = min(self.next_hash_at, self.max_total - 1) - self.num_prompt_tokens
 
+    def has_true_bounds(self) -> bool:
+        """Whether nothing is passed over before `quiet_until` and `decodes_until`. For a sequence with a row."""
+        decodes = self.num_total - self.num_computed == 1 and not self.pools
+        return (
+            self.quiet_until + self.num_prompt_tokens
+            <= max(min(self.next_hash_at, self.max_total - 1), self.num_prompt_tokens)
+            and self.decodes_until <= min(self.capacity, self.max_total - 1)
+            and (decodes or self.num_computed >= self.decodes_until)
+        )
+
     @property
     def is_suspect(self) -> bool:
         return self.num_losses >= LOSSES_UNTIL_ALONE
