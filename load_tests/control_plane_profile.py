@@ -1,7 +1,8 @@
 """Where a control plane's CPU goes in a step, part by part, in this process and without gRPC.
 
 The parts are the production classes, called in the engine's order: read the worker's answer, apply it, plan the next
-step, encode it, publish to the mailboxes, and build the message of packed text that a gateway's Session would write.
+step, encode it, name the blocks that were filled, publish to the mailboxes, and build the message of packed text that a
+gateway's Session would write.
 The worker's answer is made up between two steps, outside of the clock. CPU time of the thread is read, so that
 neighbours do not count.
 """

@@ -133,7 +133,7 @@ class Placement:
         self._drop_rows.append(sequence.row)
         self._free_rows.append(sequence.row)
         sequence.row = NO_ROW
-        sequence.decodes_until = sequence.quiet_until = 0
+        sequence.quiet_until = 0
         for block_hash in sequence.computing:
             if self._computing.get(block_hash) is sequence:
                 del self._computing[block_hash]

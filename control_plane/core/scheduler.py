@@ -395,11 +395,7 @@ class Scheduler:
         prefills: list[SequenceState] = []
         grown: dict[int, int] = {}
         for sequence in running:
-            num_computed = sequence.num_computed
-            if num_computed < sequence.decodes_until and len(decodes) < budget:
-                decodes.append(sequence)
-                continue
-            num_total = sequence.num_total
+            num_computed, num_total = sequence.num_computed, sequence.num_total
             if num_total - num_computed > 1 or sequence.pools:
                 if sequence.row != NO_ROW and sequence.may_draw:  # neither preempted a moment ago nor at its end
                     prefills.append(sequence)
@@ -408,7 +404,6 @@ class Scheduler:
                     if not self._make_room(sequence):
                         continue  # no block for it in this step
                     grown[len(decodes)] = self._placement.grow(sequence)
-                sequence.decodes_until = min(sequence.capacity, sequence.max_total - 1)
                 decodes.append(sequence)
         plan.add_decodes(decodes, grown)
         return prefills
@@ -629,8 +624,9 @@ class Scheduler:
         for sequence in self._running:
             if sequence.finished or sequence.num_computed > min(sequence.num_total, sequence.capacity):
                 raise RuntimeError(f"sequence {sequence.sort_key} ran past its end or its blocks")
-            if not sequence.has_true_bounds():
-                raise RuntimeError(f"sequence {sequence.sort_key} is to be looked at too late")
+            look_at = min(sequence.next_hash_at, sequence.max_total - 1) - sequence.num_prompt_tokens
+            if sequence.quiet_until > max(look_at, 0):
+                raise RuntimeError(f"sequence {sequence.sort_key} is quiet past its next block or its end")
         for sequence in self._waiting:
             if sequence.finished or sequence.row != NO_ROW or sequence.block_ids:
                 raise RuntimeError(f"waiting sequence {sequence.sort_key} is finished or still placed")

@@ -58,7 +58,6 @@ class SequenceState:
         "block_ids",
         "capacity",
         "computing",
-        "decodes_until",
         "finished",
         "index",
         "last_step_id",
@@ -123,9 +122,6 @@ class SequenceState:
         self.capacity = 0  # tokens that block_ids have room for
         self.num_total = self.num_prompt_tokens + len(self.output_ids)
         self.num_computed = 0  # planned or done
-        # While it has computed less, all that it has to run is its newest token, and its blocks have room for that. Set
-        # when it is looked at.
-        self.decodes_until = 0
         self.num_retired = 0  # done
         self.next_hash_at = NEVER  # num_retired at which the next blocks of ours are to enter the prefix cache
         self.num_named = 0  # blocks that have been through that
@@ -142,16 +138,6 @@ class SequenceState:
     def look_again(self) -> None:
         """Set `quiet_until`: to where its next blocks are full, or its last token comes."""
         self.quiet_until = min(self.next_hash_at, self.max_total - 1) - self.num_prompt_tokens
-
-    def has_true_bounds(self) -> bool:
-        """Whether nothing is passed over before `quiet_until` and `decodes_until`. For a sequence with a row."""
-        decodes = self.num_total - self.num_computed == 1 and not self.pools
-        return (
-            self.quiet_until + self.num_prompt_tokens
-            <= max(min(self.next_hash_at, self.max_total - 1), self.num_prompt_tokens)
-            and self.decodes_until <= min(self.capacity, self.max_total - 1)
-            and (decodes or self.num_computed >= self.decodes_until)
-        )
 
     @property
     def is_suspect(self) -> bool:
