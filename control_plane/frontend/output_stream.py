@@ -92,7 +92,7 @@ class RequestOutput:
         # The one sequence of a request of which nothing but its text and its ids is wanted: most are.
         self._plain = self._sequences[0] if self._is_plain(built) else None
         self._sends_token_ids = built.output.sends_token_ids
-        # Where a plain one's tokens are packed: once the client knows of the request, and until it ends.
+        # Where a plain one's tokens are packed: once the client knows of the request, and while nothing else waits.
         self._packable: PackedColumns | None = None
         self._packed: PackedColumns | None = None
         # The rest is looked at for every token that is packed: here, and not in objects further away.
@@ -104,7 +104,7 @@ class RequestOutput:
         # Where its newest tokens are, once they go that way.
         self._columns: Columns | None = None
         self._place = 0
-        # Tokens since it was last unpacked: those that were packed, and those after them that are no text yet.
+        # Tokens since that began: those that were packed, and those after them that are no text yet.
         self._num_packed = 0
         self._num_held = 0
 
@@ -133,19 +133,21 @@ class RequestOutput:
     def on_token(self, index: int, token_id: int) -> None:
         packed = self._packed
         if packed is None or not packed.is_wanted:
+            self._end_packing()
             self._on_unpacked_token(index, token_id)
             return
-        num_new = self._num_held + 1
         text = "" if self._push_token is None else self._push_token(token_id)
+        last = self._columns
+        if last is packed.columns:
+            self._num_packed += 1
+            last.grow(self._place, text, 1, token_id)
+            return
+        num_new = self._num_held + 1
         if not (text or self._sends_token_ids):
             self._num_held = num_new
             return
         self._num_held = 0
         self._num_packed += num_new
-        last = self._columns
-        if last is packed.columns:
-            last.grow(self._place, text, num_new, token_id)
-            return
         since_s = self._begun_s() if last is None else last.taken_s
         self._columns = packed.columns
         self._place = packed.add(self.tag, text, num_new, since_s, token_id)
@@ -174,9 +176,15 @@ class RequestOutput:
         if not self._is_ready:
             self._notify()
 
-    def _unpack(self) -> None:
+    def _begin_packing(self, packed: PackedColumns) -> None:
+        """From here on: everything before was taken, but for tokens that are no text yet."""
+        self._packed, sequence = packed, self._sequences[0]
+        self._num_held, sequence.num_new = sequence.num_new, 0
+        sequence.num_tokens -= self._num_held
+
+    def _end_packing(self) -> None:
         """Take back what waits to be packed: it goes with what else there is to say."""
-        packed = self._packed
+        packed, self._packed = self._packed, None
         if packed is None:
             return
         sequence = self._sequences[0]
@@ -197,15 +205,11 @@ class RequestOutput:
         else:
             sequence.last_taken_s = columns.taken_s
 
-    def _stop_packing(self) -> None:
-        self._unpack()
-        self._packed = None
-
     def on_output(self, output: SequenceOutput) -> None:
         sequence = self._sequences[output.index]
         if sequence.has_ended or self._has_ended:
             return
-        self._unpack()
+        self._end_packing()
         if output.prompt_logprobs is not None and self._prompt is not None:
             self._prompt.add(output.prompt_logprobs)
             if self._prompt.is_complete:
@@ -247,7 +251,7 @@ class RequestOutput:
         if self.is_closed:
             return
         self.is_closed = True
-        self._stop_packing()
+        self._end_packing()
         if not self._has_ended:
             self._has_ended = True
             self._engine.cancel(self.request_id)
@@ -257,7 +261,7 @@ class RequestOutput:
     def _end(self, error: RequestRefused | None, num_cached_tokens: int) -> None:
         if self._has_ended:
             return
-        self._stop_packing()
+        self._end_packing()
         self._has_ended = True
         self._error = error
         self._num_cached_tokens = num_cached_tokens
@@ -281,8 +285,6 @@ class RequestOutput:
         self._is_ready = False
         if not self._is_accepted_sent:
             self._is_accepted_sent = True
-            if not self._has_ended:
-                self._packed = self._packable
             accepted = response.accepted
             accepted.request_id = self.request_id
             accepted.model = self._built.model
@@ -296,6 +298,8 @@ class RequestOutput:
         if self._has_ended:
             self.is_closed = True
             self._take_end(response, now_s)
+        elif self._packed is None and self._packable is not None and self._packable.is_wanted:
+            self._begin_packing(self._packable)
 
     def _take_sequence(self, index: int, sequence: SequenceStream, response: pb.GenerateResponse, now_s: float) -> None:
         delta = response.deltas.add()
