@@ -1,7 +1,8 @@
 """Where a control plane's CPU goes in a step, part by part, in this process and without gRPC.
 
 The parts are the production classes, called in the engine's order: read the worker's answer, apply it, plan the next
-step, encode it, publish to the mailboxes, and build the message of packed text that a gateway's Session would write.
+step, encode it, name the blocks that were filled, publish to the mailboxes, and build the message of packed text that a
+gateway's Session would write.
 The worker's answer is made up between two steps, outside of the clock. CPU time of the thread is read, so that
 neighbours do not count.
 """
@@ -37,7 +38,7 @@ from control_plane.frontend.served_model import load_served_model
 from load_tests.gateway_cost import VOCAB_SIZE, write_model
 from load_tests.workload import TokenIdSource
 
-CORE_PARTS = ("plan", "encode", "decode", "apply", "metrics")
+CORE_PARTS = ("plan", "encode", "decode", "apply", "share", "metrics")
 FRONTEND_PARTS = ("publish", "message")
 _BLOCK_SIZE = 16
 _STEPS_IN_FLIGHT = 2
@@ -116,6 +117,8 @@ class _InProcessCore:
             encode_step(next_plan, ()).SerializeToString()
             self._in_flight.append((next_plan, now_s))
         marks.append(clock())
+        self.scheduler.share_computed()
+        marks.append(clock())
         if events is None:
             return
         for state, output in events.outputs:
@@ -132,7 +135,7 @@ class _InProcessCore:
         marks.append(clock())
         self._message(now_s)
         marks.append(clock())
-        parts = ("decode", "apply", "plan", "encode", "publish", "metrics", "message")
+        parts = ("decode", "apply", "plan", "encode", "share", "publish", "metrics", "message")
         for part, (begin, end) in zip(parts, pairwise(marks), strict=True):
             times.ns[part] += end - begin
         times.num_steps += 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -308,7 +309,7 @@ class Engine:
         if len(groups) > 1 and self._config.enable_prefix_caching:
             root = root_hash(request.tenant, request.cache_salt)
             block_size = self._scheduler_of(groups[0]).config.block_size
-            extend_chain(hashes, root, request.prompt_ids.tobytes(), block_size)
+            extend_chain(hashes, root, array("I", request.prompt_ids.tobytes()), block_size)
         return hashes
 
     def _choose(self, needs: RequestNeeds, hashes: list[BlockHash], groups: Sequence[WorkerGroup]) -> WorkerGroup:

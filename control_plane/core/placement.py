@@ -15,6 +15,9 @@ from control_plane.core.kv_blocks import BlockPool
 from control_plane.core.prefix_cache import BlockHash, PrefixCache, extend_chain
 from control_plane.core.sequence import NEVER, NO_ROW, SequenceState
 
+# Generated blocks that enter the prefix cache together: a quarter of the work, and caches are cold each time.
+_NUM_NAMED_TOGETHER = 4
+
 
 class Placement:
     """The rows and blocks of one worker, as of one session."""
@@ -107,7 +110,9 @@ class Placement:
         sequence.capacity = num_blocks * block_size
         sequence.num_computed = sequence.num_retired = len(cached) * block_size
         sequence.asks_prompt_logprobs = sequence.num_prompt_logprobs_left > 0
+        sequence.quiet_until = 0
         if sequence.request.root_hash is not None:
+            sequence.num_named = len(cached)
             sequence.next_hash_at = (len(cached) + 1) * block_size
             sequence.computing = [
                 h for h in hashes[len(cached) :] if self._computing.setdefault(h, sequence) is sequence
@@ -122,10 +127,13 @@ class Placement:
         return block_id
 
     def displace(self, sequence: SequenceState, last_step_in_flight: int | None) -> None:
-        """Take the sequence's row and blocks away."""
+        """Take the sequence's row and blocks away. What it has computed stays to be shared."""
+        if sequence.next_hash_at != NEVER:
+            self.share_computed_blocks(sequence)
         self._drop_rows.append(sequence.row)
         self._free_rows.append(sequence.row)
         sequence.row = NO_ROW
+        sequence.quiet_until = 0
         for block_hash in sequence.computing:
             if self._computing.get(block_hash) is sequence:
                 del self._computing[block_hash]
@@ -144,18 +152,23 @@ class Placement:
 
     def share_computed_blocks(self, sequence: SequenceState) -> None:
         """Enter the sequence's newly computed full blocks into the cache; called at `next_hash_at`."""
-        num_full = min(sequence.num_retired, sequence.num_known) // self._block_size
+        num_full = sequence.num_retired // self._block_size
         self._extend_hashes(sequence, num_full)
-        for index in range(sequence.next_hash_at // self._block_size - 1, num_full):
-            block_hash, block_id = sequence.block_hashes[index], sequence.block_ids[index]
+        hashes, block_ids = sequence.block_hashes, sequence.block_ids
+        for index in range(sequence.num_named, num_full):
+            block_hash, block_id = hashes[index], block_ids[index]
             if self._cache.insert(block_hash, block_id):
                 self._pool.mark_cached(block_id)
-            if self._computing.get(block_hash) is sequence:
+            if self._computing and self._computing.get(block_hash) is sequence:
                 del self._computing[block_hash]
-        sequence.next_hash_at = (num_full + 1) * self._block_size
+        sequence.num_named = num_full
+        # Others may wait for a block whose name is known; what is generated is named several blocks at a time.
+        num_more = 1 if len(hashes) > num_full else _NUM_NAMED_TOGETHER
+        sequence.next_hash_at = (num_full + num_more) * self._block_size
 
     def forget_contents(self, sequence: SequenceState) -> None:
-        """Take the contents of the sequence's blocks out of the prefix cache."""
+        """Take the contents of the sequence's blocks out of the prefix cache, for good."""
+        sequence.next_hash_at = NEVER
         for block_id in sequence.block_ids:
             if self._cache.holds(block_id):
                 self._cache.forget(block_id)
@@ -173,7 +186,7 @@ class Placement:
         """Hash the sequence's known tokens at least up to its first `num_blocks` full blocks."""
         hashes, root = sequence.block_hashes, sequence.request.root_hash
         if root is not None and len(hashes) < num_blocks:
-            extend_chain(hashes, root, sequence.token_bytes(len(hashes) * self._block_size), self._block_size)
+            extend_chain(hashes, root, sequence.token_ids(len(hashes) * self._block_size), self._block_size)
 
     def check_integrity(self, running: Sequence[SequenceState]) -> None:
         """Raise if the books disagree with the sequences that run."""

@@ -54,6 +54,8 @@ class Scheduler:
         self._running: list[SequenceState] = []  # by sort_key
         self._num_waiting_requests = 0
         self._num_waiting_tokens = 0
+        # Sequences of which the prefix cache is to be told: `share_computed`.
+        self._to_share: list[SequenceState] = []
         # Sequences with num_losses > 0 that have not cleared themselves yet.
         self._marked: set[SequenceState] = set()
         self.reset(config)
@@ -114,6 +116,7 @@ class Scheduler:
 
     @property
     def num_cached_blocks(self) -> int:
+        self.share_computed()
         return self._placement.num_cached_blocks
 
     @property
@@ -123,6 +126,7 @@ class Scheduler:
 
     def num_cached_tokens(self, block_hashes: list[BlockHash]) -> int:
         """How many tokens of a prompt with these block hashes are cached, or being computed by a running prefill."""
+        self.share_computed()
         return self._placement.num_known_blocks(block_hashes) * self.config.block_size
 
     # ---- requests come and go ----
@@ -164,6 +168,7 @@ class Scheduler:
 
     def take_waiting(self) -> list[RequestState]:
         """Let go of the requests that have nothing on the worker, in order of arrival, for others to adopt."""
+        self.share_computed()  # what is still to be named is ours
         in_flight = {sequence for plan in self._in_flight for sequence in plan.sequences}
         taken = []
         for state in list(self._requests.values()):
@@ -214,6 +219,8 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan | None:
         """Decide the next step; None if there is nothing to run now."""
         plan = StepPlan(self._next_step_id)
+        if self._waiting:
+            self.share_computed()
         only = self._next_suspect()
         if only is not None:
             if not self._make_alone(only):
@@ -257,7 +264,8 @@ class Scheduler:
         failures = {failure.row: failure for failure in outcome.failures}
         check_rows(plan, outcome, failures)
         self._in_flight.popleft()
-        # The step's writes are done: deferred blocks are free, contents enter the prefix cache.
+        # The step's writes are done: deferred blocks are free, contents may enter the prefix cache.
+        self.share_computed()
         self._placement.retire(plan.step_id)
         events = StepEvents()
         if plan.prompt_logprob_runs:
@@ -277,6 +285,17 @@ class Scheduler:
         if self._marked:
             self._clear_suspicion(plan.sequences)
         return events
+
+    def share_computed(self) -> None:
+        """Name the blocks that generated tokens have filled, for others to share.
+
+        Steps do not need it: whoever has a result to answer plans first. Done by itself before anybody looks for them.
+        """
+        to_share, self._to_share = self._to_share, []
+        for sequence in to_share:
+            if sequence.num_retired >= sequence.next_hash_at:
+                self._placement.share_computed_blocks(sequence)
+                sequence.look_again()
 
     def worker_lost(self) -> StepEvents:
         """Everything on the worker is gone: every sequence waits again, to be recomputed from its token ids.
@@ -483,28 +502,35 @@ class Scheduler:
         sequences, token_ids = events.sequences, events.token_ids
         logprobs = outcome.logprobs or repeat(None, len(drawing))
         for sequence, token_id, logprob in zip(drawing, outcome.token_ids, logprobs, strict=True):
-            if sequence.finished:
-                num_discarded += 1
-                continue
             output_ids = sequence.output_ids
-            output_ids.append(token_id)
-            num_known = sequence.num_prompt_tokens + len(output_ids)
-            # All that it knew before was run to draw this one.
-            sequence.num_retired = num_known - 1
-            if num_known > sequence.next_hash_at:
-                self._placement.share_computed_blocks(sequence)
-            if num_known == sequence.max_total or token_id in sequence.stop_token_ids or logprob is not None:
-                self._take_token(sequence, token_id, logprob, events)
-            else:
+            if len(output_ids) < sequence.quiet_until and token_id not in sequence.stop_token_ids and logprob is None:
+                output_ids.append(token_id)
+                sequence.num_retired += 1
                 sequences.append(sequence)
                 token_ids.append(token_id)
+            elif sequence.finished:
+                num_discarded += 1
+            else:
+                self._take_token(sequence, token_id, logprob, events)
         self.counters.num_discarded_tokens += num_discarded
         self.counters.num_generated_tokens += len(drawing) - num_discarded
 
     def _take_token(
         self, sequence: SequenceState, token_id: int, logprob: TokenLogprobs | None, events: StepEvents
     ) -> None:
-        """A token of which more is to be said than its id, or that may be the last."""
+        """A token that may complete a block, of which more is to be said than its id, or that may be the last."""
+        sequence.output_ids.append(token_id)
+        num_known = sequence.num_known
+        # All that it knew before was run to draw this one.
+        sequence.num_retired = num_known - 1
+        if num_known > sequence.next_hash_at:
+            self._to_share.append(sequence)
+        else:
+            sequence.look_again()
+        if num_known < sequence.max_total and token_id not in sequence.stop_token_ids and logprob is None:
+            events.sequences.append(sequence)
+            events.token_ids.append(token_id)
+            return
         output = SequenceOutput(sequence.index, [token_id], 1)
         if logprob is not None:
             output.logprobs = [logprob]
@@ -513,7 +539,7 @@ class Scheduler:
             output.logprobs = None
             output.finish_reason = FinishReason.STOP
             output.stop_token_id = token_id
-        elif sequence.num_known == sequence.max_total:
+        elif num_known == sequence.max_total:
             output.finish_reason = FinishReason.LENGTH
         events.outputs.append((sequence.request, output))
         if output.finish_reason is not None:
@@ -558,6 +584,7 @@ class Scheduler:
         if sequence.finished:
             return
         sequence.finished = True
+        sequence.quiet_until = 0
         sequence.request.num_unfinished -= 1
         self._marked.discard(sequence)
         if sequence.row != NO_ROW:
@@ -597,6 +624,9 @@ class Scheduler:
         for sequence in self._running:
             if sequence.finished or sequence.num_computed > min(sequence.num_total, sequence.capacity):
                 raise RuntimeError(f"sequence {sequence.sort_key} ran past its end or its blocks")
+            look_at = min(sequence.next_hash_at, sequence.max_total - 1) - sequence.num_prompt_tokens
+            if sequence.quiet_until > max(look_at, 0):
+                raise RuntimeError(f"sequence {sequence.sort_key} is quiet past its next block or its end")
         for sequence in self._waiting:
             if sequence.finished or sequence.row != NO_ROW or sequence.block_ids:
                 raise RuntimeError(f"waiting sequence {sequence.sort_key} is finished or still placed")

@@ -67,6 +67,7 @@ class SequenceState:
         "num_computed",
         "num_losses",
         "num_matched",
+        "num_named",
         "num_prompt_logprobs_left",
         "num_prompt_tokens",
         "num_retired",
@@ -74,6 +75,7 @@ class SequenceState:
         "output_ids",
         "pools",
         "progress_mark",
+        "quiet_until",
         "request",
         "row",
         "sort_key",
@@ -87,7 +89,8 @@ class SequenceState:
         # `num_total` when it has been promised all the tokens that it may generate.
         self.max_total = self.num_prompt_tokens + request.request.max_tokens
         self.stop_token_ids = request.request.stop_token_ids
-        self.output_ids: list[int] = []
+        # Not a list: four bytes a token, and no object that lives as long as the request.
+        self.output_ids = array("I")
         self.finished = False
         # Its sampling run gives a vector, and is its last.
         self.pools = request.request.pooling is not None
@@ -106,6 +109,9 @@ class SequenceState:
         self.num_losses = 0
         self.progress_mark = 0
 
+        # While it has fewer outputs, there is no more to say of a token than its id, unless it is a stop token. Set
+        # when one is looked at.
+        self.quiet_until = 0
         self.block_hashes: list[BlockHash] = []
         self.forget_placement()
 
@@ -117,7 +123,8 @@ class SequenceState:
         self.num_total = self.num_prompt_tokens + len(self.output_ids)
         self.num_computed = 0  # planned or done
         self.num_retired = 0  # done
-        self.next_hash_at = NEVER  # num_retired at which the next block of ours can enter the prefix cache
+        self.next_hash_at = NEVER  # num_retired at which the next blocks of ours are to enter the prefix cache
+        self.num_named = 0  # blocks that have been through that
         self.computing: list[BlockHash] = []  # hashes that others may wait for
         self.last_step_id = 0  # the last step that it was planned into
         # Placed to compute its prompt from the first token on, with logprobs.
@@ -128,6 +135,10 @@ class SequenceState:
         """Whether it may generate more than it has and what is in flight."""
         return self.num_total < self.max_total
 
+    def look_again(self) -> None:
+        """Set `quiet_until`: to where its next blocks are full, or its last token comes."""
+        self.quiet_until = min(self.next_hash_at, self.max_total - 1) - self.num_prompt_tokens
+
     @property
     def is_suspect(self) -> bool:
         return self.num_losses >= LOSSES_UNTIL_ALONE
@@ -136,12 +147,11 @@ class SequenceState:
     def num_known(self) -> int:
         return self.num_prompt_tokens + len(self.output_ids)
 
-    def token_bytes(self, start: int = 0) -> bytes:
-        """Known token ids from position `start` on, prompt then output: four bytes each, little-endian.
+    def token_ids(self, start: int = 0) -> array[int]:
+        """Known token ids from position `start` on, prompt then output.
 
         Costs what it returns, not what came before: a running sequence asks for its newest block only.
         """
-        output_bytes = array("I", self.output_ids[max(0, start - self.num_prompt_tokens) :]).tobytes()
         if start >= self.num_prompt_tokens:
-            return output_bytes
-        return self.request.request.prompt_ids[start:].tobytes() + output_bytes
+            return self.output_ids[start - self.num_prompt_tokens :]
+        return array("I", self.request.request.prompt_ids[start:].tobytes()) + self.output_ids

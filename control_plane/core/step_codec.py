@@ -72,7 +72,7 @@ def _encode_start(start: RowStart) -> worker_pb2.RowAdd:
     pooling = sequence.request.request.pooling
     add = worker_pb2.RowAdd(
         row=start.row,
-        token_ids=sequence.token_bytes(),
+        token_ids=sequence.token_ids().tobytes(),
         num_prompt_tokens=sequence.num_prompt_tokens,
         num_computed_tokens=start.num_computed_tokens,
         block_ids=_pack(start.block_ids),

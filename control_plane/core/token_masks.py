@@ -51,7 +51,7 @@ class MaskFiller:
         for row, sequence in zip(plan.mask_rows, plan.masked, strict=True):
             if sequence.finished or sequence.matcher is None:
                 continue
-            new_token_ids = sequence.output_ids[sequence.num_matched :]
+            new_token_ids = sequence.output_ids[sequence.num_matched :].tolist()
             sequence.num_matched += len(new_token_ids)
             entries.append(_Entry(row, sequence, sequence.matcher, new_token_ids))
         self._thread.submit(_fill, plan.step_id, entries, -(-vocab_size // 32)).add_done_callback(done)

@@ -257,6 +257,8 @@ class WorkerGroup:
 
     def _publish(self) -> None:
         """Hand on what has come, in order."""
+        if self.scheduler is not None:
+            self.scheduler.share_computed()
         while self._unpublished:
             self._host.publish(self._unpublished.popleft())
 

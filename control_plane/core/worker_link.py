@@ -141,6 +141,8 @@ class WorkerLink:
                     self.lose("the worker sent something that is not a step result")
                     return
                 self._on_result(response.result)
+                # The next step goes out first: asking for the next result wakes gRPC's threads, and they take the core.
+                await asyncio.sleep(0)
             code, details = await self._call.code(), await self._call.details()
             reason = f"{code.name}: {details}" if code is not grpc.StatusCode.OK else "the worker ended the session"
         except aio.AioRpcError as error:

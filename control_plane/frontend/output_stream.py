@@ -39,12 +39,16 @@ class RequestOutput:
         "_is_ready",
         "_metrics",
         "_num_cached_tokens",
+        "_num_held",
+        "_num_packed",
         "_num_reasoning_tokens",
         "_on_ready",
+        "_packable",
         "_packed",
         "_place",
         "_plain",
         "_prompt",
+        "_push_token",
         "_sends_token_ids",
         "_sequences",
         "is_closed",
@@ -88,12 +92,21 @@ class RequestOutput:
         # The one sequence of a request of which nothing but its text and its ids is wanted: most are.
         self._plain = self._sequences[0] if self._is_plain(built) else None
         self._sends_token_ids = built.output.sends_token_ids
+        # Where a plain one's tokens are packed: once the client knows of the request, and while nothing else waits.
+        self._packable: PackedColumns | None = None
         self._packed: PackedColumns | None = None
-        if packed is not None:
-            self._packed = packed.token_ids if self._sends_token_ids else packed.texts
+        # The rest is looked at for every token that is packed: here, and not in objects further away.
+        self._push_token: Callable[[int], str] | None = None
+        if packed is not None and self._plain is not None:
+            self._packable = packed.token_ids if self._sends_token_ids else packed.texts
+            if self._plain.detokenizer is not None:
+                self._push_token = self._plain.detokenizer.push_token
         # Where its newest tokens are, once they go that way.
         self._columns: Columns | None = None
         self._place = 0
+        # Tokens since that began: those that were packed, and those after them that are no text yet.
+        self._num_packed = 0
+        self._num_held = 0
 
     def _is_plain(self, built: BuiltRequest) -> bool:
         plan, first = built.output, self._sequences[0]
@@ -118,6 +131,32 @@ class RequestOutput:
         self._notify()
 
     def on_token(self, index: int, token_id: int) -> None:
+        packed = self._packed
+        if packed is None or not packed.is_wanted:
+            self._end_packing()
+            self._on_unpacked_token(index, token_id)
+            return
+        text = "" if self._push_token is None else self._push_token(token_id)
+        last = self._columns
+        if last is packed.columns:
+            self._num_packed += 1
+            last.grow(self._place, text, 1, token_id)
+            return
+        num_new = self._num_held + 1
+        if not (text or self._sends_token_ids):
+            self._num_held = num_new
+            return
+        self._num_held = 0
+        self._num_packed += num_new
+        since_s = self._begun_s() if last is None else last.taken_s
+        self._columns = packed.columns
+        self._place = packed.add(self.tag, text, num_new, since_s, token_id)
+
+    def _begun_s(self) -> float:
+        """When text of it was last taken; if none was, its arrival, negated."""
+        return self._sequences[0].last_taken_s or -self._arrival_s
+
+    def _on_unpacked_token(self, index: int, token_id: int) -> None:
         sequence = self._plain
         if sequence is None:
             self.on_output(SequenceOutput(index, [token_id], 1))
@@ -129,10 +168,6 @@ class RequestOutput:
         text = "" if sequence.detokenizer is None else sequence.detokenizer.push_token(token_id)
         if not (text or self._sends_token_ids):
             return
-        packed = self._packed
-        if packed is not None and packed.is_wanted and self._is_accepted_sent:
-            self._pack(sequence, text, token_id, packed)
-            return
         if text:
             sequence.texts.append(text)
         if self._sends_token_ids:
@@ -141,34 +176,29 @@ class RequestOutput:
         if not self._is_ready:
             self._notify()
 
-    def _pack(self, sequence: SequenceStream, text: str, token_id: int, packed: PackedColumns) -> None:
-        """Put a token into the Session's next message, behind what waits there of this request."""
-        num_new, sequence.num_new = sequence.num_new, 0
-        columns = self._columns
-        if columns is packed.columns:
-            columns.grow(self._place, text, num_new)
-            if self._sends_token_ids:
-                columns.token_ids[self._place].append(token_id)
-        else:
-            last_s = columns.taken_s if columns is not None else sequence.last_taken_s
-            self._columns = packed.columns
-            if self._sends_token_ids:
-                packed.columns.token_ids.append([token_id])
-            self._place = packed.add(self.tag, text, num_new, last_s or -self._arrival_s)
+    def _begin_packing(self, packed: PackedColumns) -> None:
+        """From here on: everything before was taken, but for tokens that are no text yet."""
+        self._packed, sequence = packed, self._sequences[0]
+        self._num_held, sequence.num_new = sequence.num_new, 0
+        sequence.num_tokens -= self._num_held
 
-    def _unpack(self) -> None:
+    def _end_packing(self) -> None:
         """Take back what waits to be packed: it goes with what else there is to say."""
-        columns, packed = self._columns, self._packed
-        if columns is None or packed is None:
+        packed, self._packed = self._packed, None
+        if packed is None:
             return
-        self._columns = None
         sequence = self._sequences[0]
+        sequence.num_tokens += self._num_packed + self._num_held
+        sequence.num_new += self._num_held
+        self._num_packed = self._num_held = 0
+        columns, self._columns = self._columns, None
+        if columns is None:
+            return
         if columns is packed.columns:
-            text, num_tokens, since_s = packed.withdraw(self._place)
+            text, token_ids, num_tokens, since_s = packed.withdraw(self._place)
             if text:
                 sequence.texts.append(text)
-            if self._sends_token_ids:
-                sequence.token_ids += columns.token_ids[self._place]
+            sequence.token_ids += token_ids
             sequence.num_new += num_tokens
             sequence.last_taken_s = max(since_s, 0.0)
             sequence.has_news = True
@@ -179,7 +209,7 @@ class RequestOutput:
         sequence = self._sequences[output.index]
         if sequence.has_ended or self._has_ended:
             return
-        self._unpack()
+        self._end_packing()
         if output.prompt_logprobs is not None and self._prompt is not None:
             self._prompt.add(output.prompt_logprobs)
             if self._prompt.is_complete:
@@ -221,7 +251,7 @@ class RequestOutput:
         if self.is_closed:
             return
         self.is_closed = True
-        self._unpack()
+        self._end_packing()
         if not self._has_ended:
             self._has_ended = True
             self._engine.cancel(self.request_id)
@@ -231,7 +261,7 @@ class RequestOutput:
     def _end(self, error: RequestRefused | None, num_cached_tokens: int) -> None:
         if self._has_ended:
             return
-        self._unpack()
+        self._end_packing()
         self._has_ended = True
         self._error = error
         self._num_cached_tokens = num_cached_tokens
@@ -268,6 +298,8 @@ class RequestOutput:
         if self._has_ended:
             self.is_closed = True
             self._take_end(response, now_s)
+        elif self._packed is None and self._packable is not None and self._packable.is_wanted:
+            self._begin_packing(self._packable)
 
     def _take_sequence(self, index: int, sequence: SequenceStream, response: pb.GenerateResponse, now_s: float) -> None:
         delta = response.deltas.add()

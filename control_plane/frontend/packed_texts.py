@@ -7,7 +7,7 @@ are handed to protobuf as they are.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import TypeVar
 
@@ -24,23 +24,27 @@ _PART_CHARS = 2048
 class Columns:
     """One message's. Nothing in it changes any more once it was taken, at `taken_s`."""
 
-    __slots__ = ("_parts", "num_tokens", "since_s", "tags", "taken_s", "texts", "token_ids")
+    __slots__ = ("_later_ids", "_parts", "num_tokens", "since_s", "tags", "taken_s", "texts", "token_ids")
 
     def __init__(self) -> None:
         self.tags: list[int] = []
         self.texts: list[str] = []
         self.num_tokens: list[int] = []
-        # Empty where only text is wanted; else as many of each as it has tokens.
-        self.token_ids: list[list[int]] = []
+        # The first of each; empty where only text is wanted.
+        self.token_ids: list[int] = []
         # When text of the request was last taken; of a request of which none was, its arrival, negated.
         self.since_s: list[float] = []
         self.taken_s = 0.0
         # Place -> what comes before its text.
         self._parts: dict[int, list[str]] = {}
+        # Place -> the ids after its first.
+        self._later_ids: dict[int, list[int]] = {}
 
-    def grow(self, place: int, text: str, num_tokens: int) -> None:
+    def grow(self, place: int, text: str, num_tokens: int, token_id: int) -> None:
         """Append to a request's entry."""
         self.num_tokens[place] += num_tokens
+        if self.token_ids:
+            self._later_ids.setdefault(place, []).append(token_id)
         texts = self.texts
         texts[place] += text
         if len(texts[place]) > _PART_CHARS:
@@ -59,39 +63,55 @@ class Columns:
         kept = Columns()
         kept.tags, kept.texts = _at(self.tags, places), _at(self.texts, places)
         kept.num_tokens, kept.since_s = _at(self.num_tokens, places), _at(self.since_s, places)
-        kept.token_ids = _at(self.token_ids, places) if self.token_ids else []
+        if self.token_ids:
+            kept.token_ids = _at(self.token_ids, places)
+            later = self._later_ids
+            kept._later_ids = {new: later[old] for new, old in enumerate(places) if old in later}
         return kept
+
+    def ids_at(self, place: int) -> list[int]:
+        """All of a request's."""
+        return [self.token_ids[place], *self._later_ids.get(place, ())] if self.token_ids else []
+
+    def all_ids(self) -> Iterable[int]:
+        """Request after request."""
+        if not self._later_ids:
+            return self.token_ids
+        return chain.from_iterable(map(self.ids_at, range(len(self.token_ids))))
 
 
 class PackedColumns:
     """The columns that fill now. `on_first` is called when they were empty and are no longer."""
 
-    __slots__ = ("_has_holes", "_on_first", "columns", "is_wanted")
+    __slots__ = ("_has_holes", "_has_ids", "_on_first", "columns", "is_wanted")
 
-    def __init__(self, on_first: Callable[[], None]) -> None:
+    def __init__(self, on_first: Callable[[], None], *, has_ids: bool) -> None:
         self.columns = Columns()
+        self._has_ids = has_ids
         # Whether the client asked for them.
         self.is_wanted = False
         self._on_first = on_first
         self._has_holes = False
 
-    def add(self, tag: int, text: str, num_tokens: int, since_s: float) -> int:
-        """A request's first text in this message; returns the place at which further text is appended."""
+    def add(self, tag: int, text: str, num_tokens: int, since_s: float, token_id: int) -> int:
+        """A request's first token in this message; returns the place at which further ones are appended."""
         columns = self.columns
         place = len(columns.tags)
         columns.tags.append(tag)
         columns.texts.append(text)
         columns.num_tokens.append(num_tokens)
         columns.since_s.append(since_s)
+        if self._has_ids:
+            columns.token_ids.append(token_id)
         if not place:
             self._on_first()
         return place
 
-    def withdraw(self, place: int) -> tuple[str, int, float]:
-        """Take a request's entry out, because more is to be said of it: (text, tokens, since)."""
+    def withdraw(self, place: int) -> tuple[str, list[int], int, float]:
+        """Take a request's entry out, because more is to be said of it: (text, ids, tokens, since)."""
         columns = self.columns
         columns.join()
-        entry = columns.texts[place], columns.num_tokens[place], columns.since_s[place]
+        entry = columns.texts[place], columns.ids_at(place), columns.num_tokens[place], columns.since_s[place]
         columns.num_tokens[place] = 0
         self._has_holes = True
         return entry
@@ -114,8 +134,8 @@ class PackedTexts:
 
     def __init__(self, metrics: FrontendMetrics, on_first: Callable[[], None]) -> None:
         # Of requests of which only text is wanted, and of those whose ids are.
-        self.texts = PackedColumns(on_first)
-        self.token_ids = PackedColumns(on_first)
+        self.texts = PackedColumns(on_first, has_ids=False)
+        self.token_ids = PackedColumns(on_first, has_ids=True)
         self._metrics = metrics
 
     def has_any(self) -> bool:
@@ -130,17 +150,24 @@ class PackedTexts:
         if self.token_ids.columns.tags:
             columns = self.token_ids.take_columns(now_s)
             _fill(message.token_ids, columns)
-            message.token_ids.token_ids.extend(chain.from_iterable(columns.token_ids))
+            message.token_ids.token_ids.extend(columns.all_ids())
             self._observe(columns, now_s)
 
     def _observe(self, columns: Columns, now_s: float) -> None:
-        # Most were in the message before, with as many tokens: few values, each seen often.
-        seen = Counter(zip(columns.since_s, columns.num_tokens, strict=True))
-        for (since, count), num_seen in seen.items():
+        for since, count, num_seen in _counted(columns.since_s, columns.num_tokens):
             if since > 0:
                 self._metrics.inter_token_latency.observe((now_s - since) / count, count * num_seen)
             else:
                 self._metrics.time_to_first_token.observe(now_s + since, num_seen)
+
+
+def _counted(since_s: list[float], num_tokens: list[int]) -> Iterable[tuple[float, int, int]]:
+    """(since, tokens, how often). Most were in the message before, with as many tokens: few values, each seen often."""
+    num_entries = len(since_s)
+    if num_entries and since_s.count(since_s[0]) == num_tokens.count(num_tokens[0]) == num_entries:
+        return ((since_s[0], num_tokens[0], num_entries),)
+    seen = Counter(zip(since_s, num_tokens, strict=True))
+    return ((since, count, num_seen) for (since, count), num_seen in seen.items())
 
 
 def _fill(packed: pb.PackedTexts | pb.PackedTokenIds, columns: Columns) -> None:

@@ -5,8 +5,8 @@ new is cut as well, because the library encodes several texts side by side.
 
 There are two kinds of place. The library looks for special tokens first and encodes what stands between them apart, so
 a text may be cut where a special token begins (not behind it: some tokenizers mark the beginning of a text). And where
-a tokenizer splits words without looking at what is around them, a text may be cut before a blank between two letters:
-`finds_words` says which tokenizers these are.
+a tokenizer splits words without looking at what is around them, a text may be cut before a blank between two words:
+`finds_words` says which tokenizers these are. There words are kept as well (`word_encoding.py`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, models
 
 from control_plane.core.request import TokenIdArray
+from control_plane.frontend.word_encoding import BLANK_BETWEEN_WORDS, WORD_ENDS, WordEncoder
 
 # About a million tokens; with the ids 20 MB at most where text is ASCII.
 MAX_KEPT_CHARS = 4 * 2**20
@@ -29,7 +30,6 @@ MAX_KEPT_CHARS = 4 * 2**20
 MIN_TURN_CHARS = 64
 MIN_WORDS_CHARS = 512
 
-_BLANK = re.compile("(?<=[A-Za-z]) (?=[A-Za-z])")
 _NORMALIZERS_OF_CHARACTERS = {"NFC", "NFD", "NFKC", "NFKD", "Lowercase"}
 _NO_TOKENS: TokenIdArray = np.array([], dtype=np.uint32)
 
@@ -53,7 +53,7 @@ class PiecewiseEncoder:
         names = sorted({token.content for token in added if token.content and not token.normalized}, key=len)
         self._names = re.compile("|".join(map(re.escape, reversed(names)))) if names else None
         self._cuts = frozenset(token.content for token in added if _may_be_cut_at(token))
-        self._cuts_words = finds_words(tokenizer)
+        self._words = WordEncoder(tokenizer) if finds_words(tokenizer) else None
         self._lock = threading.Lock()
         # (salt, text) -> ids, what was used last at the end.
         self._kept: OrderedDict[tuple[str, str], TokenIdArray] = OrderedDict()
@@ -73,10 +73,7 @@ class PiecewiseEncoder:
             found = [self._find((salt, piece)) for piece in pieces]
         new = list(dict.fromkeys(piece for piece, ids in zip(pieces, found, strict=True) if ids is None))
         if new:
-            encodings = self._tokenizer.encode_batch_fast(new, add_special_tokens=False)
-            encoded = {
-                piece: np.array(encoding.ids, dtype=np.uint32) for piece, encoding in zip(new, encodings, strict=True)
-            }
+            encoded = dict(zip(new, self._encode_new(new, salt), strict=True))
             found = [encoded[piece] if ids is None else ids for piece, ids in zip(pieces, found, strict=True)]
             with self._lock:
                 for piece, ids in encoded.items():
@@ -84,12 +81,18 @@ class PiecewiseEncoder:
         parts = [ids for ids in found if ids is not None]
         return np.concatenate(parts) if parts else _NO_TOKENS  # [num_tokens]
 
+    def _encode_new(self, pieces: list[str], salt: str) -> list[TokenIdArray]:
+        if self._words is not None and not salt:
+            return self._words.encode(pieces)
+        encodings = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
     def pieces(self, text: str) -> Iterator[str]:
         """The text in order. Where a piece ends is found from its beginning: texts that begin alike are cut alike."""
         begin = 0
         for cut in self._turns(text):
             if cut - begin >= self._min_turn_chars or cut == len(text):
-                yield from self._words(text[begin:cut])
+                yield from self._cut_between_words(text[begin:cut])
                 begin = cut
 
     def _turns(self, text: str) -> Iterator[int]:
@@ -101,10 +104,10 @@ class PiecewiseEncoder:
         if text:
             yield len(text)
 
-    def _words(self, text: str) -> Iterator[str]:
+    def _cut_between_words(self, text: str) -> Iterator[str]:
         begin = 0
-        while self._cuts_words and len(text) - begin > self._min_words_chars:
-            found = _BLANK.search(text, begin + self._min_words_chars)
+        while self._words is not None and len(text) - begin > self._min_words_chars:
+            found = BLANK_BETWEEN_WORDS.search(text, begin + self._min_words_chars)
             if found is None:
                 break
             yield text[begin : found.start()]
@@ -143,7 +146,9 @@ def _may_be_cut_at(token: AddedToken) -> bool:
 
 
 def finds_words(tokenizer: Tokenizer) -> bool:
-    """Whether it always splits before a blank between two ASCII letters, and neither side depends on the other.
+    """Whether it always splits before a blank between two words, and neither side depends on the other.
+
+    Before the blank stands an ASCII letter or one of a few marks, behind it an ASCII letter.
 
     So it is for normalizers that look at single characters and for pre-tokenizers that look for words from left to
     right, as those of GPT-2 and its successors do. Where words are found by what stands before them, or only after
@@ -193,8 +198,8 @@ def _looks_ahead_only(splitter: dict[str, Any]) -> bool:
 def _may_lie_across(token: AddedToken) -> bool:
     name = token.content
     return bool(
-        re.search(r"\w (?:\w|$)", name)
-        or (token.rstrip and re.search(r"\w$", name))
+        re.search(rf"[\w{WORD_ENDS}] (?:\w|$)", name)
+        or (token.rstrip and re.search(rf"[\w{WORD_ENDS}]$", name))
         or (token.lstrip and re.search(r"^\w", name))
     )
 
@@ -216,6 +221,16 @@ _LEFT = (
     "a b",
     "#!a",
     ",a",
+    "a,",
+    "I'm.",
+    "x1;",
+    "(a):",
+    "é!",
+    "東京?",
+    " ,",
+    "\n.",
+    "a...",
+    "1,",
 )
 _RIGHT = (" b", " B", " the", " I'm", " a1", " x.y", " a  b", " a\n", " aé", " a東", " HTTPServer", " don't", " a 1")
 

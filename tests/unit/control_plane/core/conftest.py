@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 
@@ -27,7 +26,7 @@ def outputs_of(events: StepEvents) -> Iterator[tuple[RequestState, SequenceOutpu
 
 
 def known_ids(sequence: SequenceState) -> list[int]:
-    return list(array("I", sequence.token_bytes()))
+    return sequence.token_ids().tolist()
 
 
 class Driver:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-import numpy as np
+from array import array
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -98,7 +99,7 @@ def test_equal_hashes_mean_equal_prefixes(tokens: list[int], other: list[int], c
         hashes: list[bytes] = []
         for step in range(1, steps + 1):
             known = ids[len(hashes) * block_size : len(ids) * step // steps]
-            extend_chain(hashes, root, np.array(known, np.uint32).tobytes(), block_size)
+            extend_chain(hashes, root, array("I", known), block_size)
         return hashes
 
     first, second = chain(tokens), chain(other)

@@ -271,6 +271,64 @@ def test_what_a_failed_row_computed_is_not_shared() -> None:
     assert scheduler.num_cached_blocks == 0 and scheduler.num_blocks_held == 0
 
 
+def test_what_a_failed_row_generated_is_not_shared() -> None:
+    scheduler = Scheduler(config())
+    driver = Driver(scheduler, depth=1)
+    scheduler.add_request(make_request(0, 8, max_tokens=30), 0.0)
+    for _ in range(10):
+        driver.fill()
+        driver.answer()
+    assert scheduler.num_cached_blocks == 2
+    driver.fill()
+    plan = driver.in_flight.popleft()
+    scheduler.apply(StepOutcome(plan.step_id, [], [], failures=[RowFailure(plan.rows[0], "NOT_FINITE", "nan")]))
+    assert scheduler.num_cached_blocks == 0
+
+
+@pytest.mark.parametrize("cancels", [True, False])
+def test_generated_blocks_are_named_together_and_the_rest_at_the_end(cancels: bool) -> None:
+    scheduler = Scheduler(config())
+    driver = Driver(scheduler, depth=1)
+    scheduler.add_request(make_request(0, 8, max_tokens=30), 0.0)
+    num_cached = []
+    for _ in range(30 if not cancels else 29):
+        driver.fill()
+        driver.answer()
+        num_cached.append(scheduler.num_cached_blocks)
+    if cancels:
+        scheduler.cancel("r0")
+        num_cached.append(scheduler.num_cached_blocks)
+    # After so many answers 7 + so many tokens are computed.
+    assert num_cached == [2] * 16 + [6] * 13 + [9]
+
+
+def test_who_waits_for_a_prefix_starts_once_it_is_computed() -> None:
+    driver = Driver(Scheduler(config()), depth=1)
+    for number in range(2):
+        driver.scheduler.add_request(make_request(number, [*range(20), number], max_tokens=5), 0.0)
+    driver.fill()
+    driver.answer()
+    driver.fill()
+    first, second = driver.plans
+    assert [start.sequence.request.request.request_id for start in first.starts] == ["r0"]
+    assert [start.num_computed_tokens for start in second.starts] == [20]
+
+
+def test_tokens_of_what_was_preempted_and_then_cancelled_are_thrown_away() -> None:
+    scheduler = Scheduler(config(max_num_seqs=1))
+    driver = Driver(scheduler, depth=3)
+    scheduler.add_request(make_request(0, max_tokens=30, priority=BACKGROUND_PRIORITY), 0.0)
+    driver.fill()
+    driver.answer()
+    scheduler.add_request(make_request(1), 0.0)
+    driver.fill()
+    assert scheduler.counters.num_preemptions == 1
+    assert [sequence.request.request.request_id for sequence in driver.answer().sequences] == ["r0"]
+    scheduler.cancel("r0")
+    assert not list(outputs_of(driver.answer()))
+    assert scheduler.counters.num_discarded_tokens == 1
+
+
 def test_a_step_does_not_grow_past_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("control_plane.core.scheduler._MAX_START_TOKENS", 50)
     driver = Driver(Scheduler(config(max_num_batched_tokens=1000)), depth=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from itertools import count
 
 import pytest
@@ -138,7 +139,7 @@ def test_cached_and_awaited_blocks_count_for_the_router() -> None:
 
 def extend_chain_of(prompt_ids: TokenIdArray) -> list[bytes]:
     hashes: list[bytes] = []
-    extend_chain(hashes, root_hash("", ""), prompt_ids.tobytes(), CONFIG.block_size)
+    extend_chain(hashes, root_hash("", ""), array("I", prompt_ids.tobytes()), CONFIG.block_size)
     return hashes
 
 

@@ -99,8 +99,8 @@ def test_every_token_is_the_one_that_its_mask_allows(depth: int, num_blocks: int
     driver.run()
     assert (driver.scheduler.counters.num_preemptions > 0) == (num_blocks == 13)
     for state in held:
-        assert state.sequences[0].output_ids == list(range(16))
-    assert free.sequences[0].output_ids == [5] * 16
+        assert state.sequences[0].output_ids.tolist() == list(range(16))
+    assert free.sequences[0].output_ids.tolist() == [5] * 16
     assert driver.finished == [FinishReason.STOP] * 3
 
 
@@ -114,7 +114,7 @@ def test_a_lost_worker_changes_nothing() -> None:
     driver.fill()
     driver.lose_worker()
     driver.run()
-    assert [sequence.output_ids for sequence in state.sequences] == [list(range(12))] * 2
+    assert [sequence.output_ids.tolist() for sequence in state.sequences] == [list(range(12))] * 2
 
 
 def test_only_rows_with_a_grammar_that_sample_wait() -> None:

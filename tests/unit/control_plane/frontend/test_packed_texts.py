@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from stepwire.v1 import inference_pb2 as pb
 
-from control_plane.core.request import FinishReason, RequestFault
+from control_plane.core.request import FinishReason, RequestFault, SequenceOutput
 from control_plane.frontend.metrics import FrontendMetrics
 from control_plane.frontend.output_stream import RequestOutput
 from control_plane.frontend.packed_texts import PackedTexts
@@ -94,7 +94,8 @@ class Client:
         ]
 
 
-ACTIONS = ("token", "token", "token", "write", "finish", "fail", "cancel")
+# "stop": a stop token that does not stop yet.
+ACTIONS = ("token", "token", "token", "write", "stop", "finish", "fail", "cancel")
 
 
 @settings(deadline=None, max_examples=150)
@@ -120,6 +121,8 @@ async def test_packed_and_unpacked_say_the_same(script: list[tuple[str, int, int
                 continue
             elif action == "token":
                 client.engine.output([token_id], request_id=request_id)
+            elif action == "stop":
+                client.engine.sinks[request_id].on_output(SequenceOutput(0, [token_id], 1))
             elif action == "finish":
                 client.engine.output([token_id], request_id=request_id, finish=FinishReason.LENGTH)
                 client.engine.end(request_id=request_id)
@@ -159,12 +162,12 @@ async def test_a_text_that_waits_long_is_not_copied_with_every_token() -> None:
     """Parts of a bounded length are kept, and made one where the message is made, or the text is withdrawn."""
     packed = PackedTexts(FrontendMetrics(CollectorRegistry()), lambda: None)
     texts = packed.texts
-    places = [texts.add(tag, "a", 1, 1.0) for tag in (1, 2)]
+    places = [texts.add(tag, "a", 1, 1.0, 5) for tag in (1, 2)]
     for _ in range(9_999):
         for place in places:
-            texts.columns.grow(place, "b", 1)
+            texts.columns.grow(place, "b", 1, 6)
         assert max(map(len, texts.columns.texts)) < 3000
-    assert texts.withdraw(places[0]) == ("a" + "b" * 9_999, 10_000, 1.0)
+    assert texts.withdraw(places[0]) == ("a" + "b" * 9_999, [], 10_000, 1.0)
     message = pb.SessionResponse()
     packed.take(message, 2.0)
     assert list(message.texts.tags) == [2]

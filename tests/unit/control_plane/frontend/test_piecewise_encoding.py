@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from control_plane.frontend.piecewise_encoding import PiecewiseEncoder, finds_words
+from control_plane.frontend.word_encoding import MAX_NEW_WORDS, WordEncoder
 from tests.unit.control_plane.frontend import tokenizers_for_tests as kinds
 
 # The words of GPT-2, Llama 3, Qwen 2, GPT-4o and DeepSeek V3.
@@ -112,6 +113,8 @@ _fragments = st.sampled_from(
             "東京",
             "9",
             ",",
+            ". ",
+            "?! a",
             "|",
             "<",
             "end|>",
@@ -193,9 +196,18 @@ def test_what_came_with_another_salt_is_encoded_again() -> None:
     tokenizer = CountingTokenizer(WORDS["qwen2"])
     encoder = PiecewiseEncoder(tokenizer)  # type: ignore[arg-type]
     text = "some words " * 10
-    for salt, num_encoded in (("", 1), ("mine", 2), ("mine", 2), ("", 2)):
+    for salt, is_new in (("", True), ("mine", True), ("mine", False), ("", False)):
+        tokenizer.encoded.clear()
         encoder.encode(text, salt)
-        assert len(tokenizer.encoded) == num_encoded
+        assert bool(tokenizer.encoded) == is_new
+    # Words of its own are not known to anybody else, and it does not learn what others know.
+    tokenizer.encoded.clear()
+    encoder.encode(text + "more", "mine")
+    assert "".join(tokenizer.encoded) == text + "more"
+    encoder.encode("further words", "mine")
+    tokenizer.encoded.clear()
+    encoder.encode("some further words")
+    assert tokenizer.encoded == [" further"]
 
 
 def test_what_was_not_used_for_longest_goes_first() -> None:
@@ -231,3 +243,42 @@ def test_threads_may_encode_at_once() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_words_are_encoded_once_wherever_they_come_again() -> None:
+    tokenizer = CountingTokenizer(WORDS["gpt2"])
+    encoder = PiecewiseEncoder(tokenizer)  # type: ignore[arg-type]
+    encoder.encode("It is one text, made of words. Is it?")
+    tokenizer.encoded.clear()
+    for text in (" words. is made of text,", "It text, of made of words. is"):
+        assert encoder.encode(text).tolist() == WORDS["gpt2"].encode(text).ids
+    assert not tokenizer.encoded
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_a_word_at_the_end_of_a_text_is_no_word_within_another(name: str) -> None:
+    """What may not be followed by a cut was the end of a text that was met before."""
+    encoder = PiecewiseEncoder(WORDS[name])
+    for end in (")", "1", "\n", "é", '"', "<|end|>", "["):
+        for text in (f"the cat{end}", f"cat{end}", f"the cat{end} the cat", f"cat{end} cat", f" cat{end} cat"):
+            assert encoder.encode(text).tolist() == WORDS[name].encode(text, add_special_tokens=False).ids
+
+
+def test_words_are_kept_within_bounds() -> None:
+    tokenizer = WORDS["qwen2"]
+    encoder = WordEncoder(tokenizer, max_words=2 * MAX_NEW_WORDS)
+    for number in range(0, 600, 30):
+        texts = [" ".join(f"w{each}" for each in range(number, number + 30)), "x" * 100 + " y"]
+        whole = [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+        assert [ids.tolist() for ids in encoder.encode(texts)] == whole
+        assert encoder.num_words <= 2 * MAX_NEW_WORDS
+
+
+def test_of_many_new_words_some_are_learnt() -> None:
+    tokenizer = CountingTokenizer(WORDS["qwen2"])
+    encoder = WordEncoder(tokenizer)  # type: ignore[arg-type]
+    texts = [" " + " ".join(f"a{number}x{each}x" for each in range(40)) for number in range(4)]
+    for num_encoded in (40 + 3, 40 + 2, 40 + 1, 40, 0):
+        tokenizer.encoded.clear()
+        assert [ids.tolist() for ids in encoder.encode(texts)] == [WORDS["qwen2"].encode(text).ids for text in texts]
+        assert len(tokenizer.encoded) == num_encoded
