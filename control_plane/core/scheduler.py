@@ -279,8 +279,10 @@ class Scheduler:
         if failures:
             for sequence, row in zip(plan.sequences, plan.rows, strict=True):
                 if row in failures and not sequence.finished:
-                    # What it computed may be as wrong as its logits: nobody is to share it from now on.
-                    self._placement.forget_contents(sequence)
+                    # What it computed may be as wrong as its logits, and its siblings go on from that: nobody is to
+                    # share it from now on.
+                    for sibling in sequence.request.sequences:
+                        self._placement.forget_contents(sibling)
                     self._fail(sequence.request, fault_of(failures[row]), events)
         if self._marked:
             self._clear_suspicion(plan.sequences)

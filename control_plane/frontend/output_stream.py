@@ -166,7 +166,8 @@ class RequestOutput:
         sequence.num_tokens += 1
         sequence.num_new += 1
         text = "" if sequence.detokenizer is None else sequence.detokenizer.push_token(token_id)
-        if not (text or self._sends_token_ids):
+        # There may be news already: what was taken back when packing ended.
+        if not (text or self._sends_token_ids or sequence.has_news):
             return
         if text:
             sequence.texts.append(text)

@@ -65,6 +65,15 @@ def sizes(name: str) -> dict[str, Any]:
     return changes
 
 
+def saved(name: str, directory: Path) -> Any:
+    """transformers' model on the GPU."""
+    reference = save_tiny(name, directory, **sizes(name)).to("cuda")
+    rope = getattr(reference.config, "rope_parameters", None) or {}
+    if "rotary_dim" in TINY[name].fields and "partial_rotary_factor" not in rope:
+        pytest.skip("this version of transformers takes no notice of rotary_dim")
+    return reference
+
+
 def run_rows(runner: Any) -> tuple[Distributions, StepDriver]:
     """Prompts at once, in pieces and beside decodes, then decodes; what each row's tokens were drawn from."""
     driver, seen = StepDriver(runner), defaultdict(list)
@@ -110,14 +119,14 @@ def log_probabilities(model: Any, tokens: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_float32_log_probabilities_are_those_of_transformers(name: str, tmp_path: Path) -> None:
-    reference = save_tiny(name, tmp_path, **sizes(name)).to("cuda")
+    reference = saved(name, tmp_path)
     largest, _ = errors(reference, *run_rows(load(tmp_path, max_model_len=256)))
     assert largest <= 2e-3
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_bfloat16_is_as_near_to_float32_as_transformers_is(name: str, tmp_path: Path) -> None:
-    reference = save_tiny(name, tmp_path, **sizes(name)).to("cuda")
+    reference = saved(name, tmp_path)
     seen, driver = run_rows(load(tmp_path, max_model_len=256, dtype="bfloat16"))
     _, ours = errors(reference, seen, driver)
     rounded = deepcopy(reference).to(torch.bfloat16)

@@ -285,6 +285,24 @@ def test_what_a_failed_row_generated_is_not_shared() -> None:
     assert scheduler.num_cached_blocks == 0
 
 
+@pytest.mark.parametrize("num_failing", [1, 2])
+@pytest.mark.parametrize("alike", [True, False])
+def test_what_the_siblings_of_a_failed_row_generated_is_not_shared(num_failing: int, alike: bool) -> None:
+    scheduler = Scheduler(config())
+    driver = Driver(scheduler, depth=1, choose=lambda plan, row: 5 if alike else 5 + row)
+    scheduler.add_request(make_request(0, 8, max_tokens=30, num_sequences=2), 0.0)
+    for _ in range(14):
+        driver.fill()
+        driver.answer()
+    assert scheduler.num_cached_blocks >= 2
+    driver.fill()
+    plan = driver.in_flight.popleft()
+    failures = [RowFailure(row, "NOT_FINITE", "nan") for row in plan.rows[:num_failing]]
+    others = plan.rows[num_failing:]
+    scheduler.apply(StepOutcome(plan.step_id, others, [5] * len(others), failures=failures))
+    assert scheduler.num_cached_blocks == 0
+
+
 @pytest.mark.parametrize("cancels", [True, False])
 def test_generated_blocks_are_named_together_and_the_rest_at_the_end(cancels: bool) -> None:
     scheduler = Scheduler(config())
