@@ -9,7 +9,13 @@ import pytest
 from load_tests.stack import SHAPES_DIRECTORY
 
 # From the models' cards, in billions; Qwen3-30B-A3B also says how many of them a token uses.
-PUBLISHED = {"llama-3.1-8b": 8.03, "llama-3.2-1b": 1.236, "qwen3-0.6b": 0.596, "qwen3-30b-a3b": 30.53}
+PUBLISHED = {
+    "llama-3.1-8b": 8.03,
+    "llama-3.1-8b-awq": 8.03,
+    "llama-3.2-1b": 1.236,
+    "qwen3-0.6b": 0.596,
+    "qwen3-30b-a3b": 30.53,
+}
 
 
 def num_parameters(config: dict[str, int]) -> int:
