@@ -192,10 +192,7 @@ def native_table() -> list[str]:
 def fallback_lines() -> list[str]:
     carried = sorted({_architecture(tiny.config_class) for tiny in CARRIED.values()})
     refused = sorted({_architecture(tiny.config_class) for tiny, _ in REFUSED.values()} - set(carried))
-    hybrids = sorted(
-        {_architecture(tiny.config_class) for tiny in (HYBRIDS | OTHER_HYBRIDS).values()}
-        | {"GraniteMoeHybridForCausalLM"}
-    )
+    hybrids = sorted({_architecture(tiny.config_class) for tiny in (HYBRIDS | OTHER_HYBRIDS).values()})
     return [
         f"Tested: {_quoted(carried)}.",
         "",

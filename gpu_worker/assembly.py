@@ -82,6 +82,7 @@ def batch_limits(facts: WorkerFacts) -> BatchLimits:
         max_num_logprobs=facts.max_num_logprobs,
         pooling=facts.pooling,
         can_prompt_logprobs=facts.can_prompt_logprobs,
+        keeps_row_states=facts.keeps_row_states,
     )
 
 
@@ -221,6 +222,7 @@ def worker_facts(
         can_prompt_logprobs=pooling is None,
         pooling=None if pooling is None else pooling_facts(pooling),
         weights_per_token=sum(spec.layer_weights()),
+        keeps_row_states=spec.row_state_bytes > 0,
     )
 
 

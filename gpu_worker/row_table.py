@@ -29,6 +29,7 @@ class BatchLimits:
     max_num_logprobs: int
     pooling: PoolingFacts | None = None
     can_prompt_logprobs: bool = False
+    keeps_row_states: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,8 @@ class RowTable:
         pooling = self._limits.pooling
         if add.pooling is not None and pooling is None:
             return "asks for a vector, and this worker draws tokens only"
+        if add.num_computed_tokens and self._limits.keeps_row_states:
+            return f"begins at token {add.num_computed_tokens}, and this worker keeps states that no row can take over"
         if add.pooling is None and pooling is not None and pooling.only:
             return "asks for tokens, and this worker gives vectors only"
         if add.sampling.num_logprobs is not None and add.sampling.num_logprobs > self._limits.max_num_logprobs:

@@ -217,7 +217,6 @@ class TorchRunner:
             backend = TiledTorchAttention if settings.deterministic else TorchAttention
             attention = backend(heads, kv_cache.layers, dtype)
         facts = worker_facts(settings.model, spec, sizes, plan, shape, device, dtype, pooling)
-        facts = replace(facts, keeps_row_states=model.row_states is not None)
         if group.layout.num_stages > 1:
             # The last stage has the logits, and the first one answers.
             facts = replace(facts, can_prompt_logprobs=False)

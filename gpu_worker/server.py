@@ -253,6 +253,8 @@ class WorkerServer:
         self._loop.call_soon_threadsafe(self._begin_end, f"the worker failed in {where} and ends: {error}")
 
     def _end_after(self, seconds: float, message: str) -> None:
+        if self._last_resort is not None:
+            return  # the end that follows a failure is bounded already
         self._last_resort = threading.Timer(seconds, _end_process, [message])
         self._last_resort.daemon = True
         self._last_resort.start()

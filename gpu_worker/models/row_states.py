@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -55,8 +54,10 @@ class RowStates:
         self._config = config
         self._caches: dict[int, Any] = {}
         self._step: list[_Run] = []
+        # By class: layers of one differ in their weights alone.
+        self._go_on: dict[tuple[type, _Like], bool] = {}
         for mixer in mixers:
-            mixer.forward = self._row_by_row(mixer.forward)
+            mixer.forward = self._row_by_row(mixer.forward, type(mixer))
 
     def plan(self, metadata: StepMetadata) -> None:
         """Before a step's forward pass.
@@ -89,7 +90,7 @@ class RowStates:
 
         return DynamicCache(config=self._config)
 
-    def _row_by_row(self, forward: Callable[..., Any]) -> Callable[..., torch.Tensor]:
+    def _row_by_row(self, forward: Callable[..., Any], kind: type) -> Callable[..., torch.Tensor]:
         signature = inspect.signature(forward)
         hidden_name, *others = signature.parameters
         cache_name = _cache_name(forward)
@@ -107,9 +108,10 @@ class RowStates:
                 raise TypeError("a layer that keeps a state gives more than hidden states")
             return output
 
-        @cache
         def goes_on(like: _Like) -> bool:
-            return _goes_on(run_part, like, self._new_cache)
+            if (kind, like) not in self._go_on:
+                self._go_on[kind, like] = _goes_on(run_part, like, self._new_cache)
+            return self._go_on[kind, like]
 
         def run(*args: Any, **kwargs: Any) -> torch.Tensor:
             hidden = signature.bind(*args, **kwargs).arguments[hidden_name]  # [1, num_tokens, hidden]

@@ -274,7 +274,10 @@ def test_a_profile_as_a_table(model_recording: Path) -> None:
 
 def test_a_profile_is_taken_when_all_is_prepared_and_read_after_the_server_has_ended(recording: Path) -> None:
     done = python("-c", WITH_PAUSES, str(recording), "--profile")
-    assert done.returncode == 0 and f"alive 0 {4 * NUM_STEPS}\n" in done.stdout, done.stdout + done.stderr
+    # Those that were answered: the killed worker's last one may not have been written.
+    num_steps = sum(entry.WhichOneof("entry") == "result" for entry in read_recording(recording))
+    assert num_steps >= 4 * NUM_STEPS - 1
+    assert done.returncode == 0 and f"alive 0 {num_steps}\n" in done.stdout, done.stdout + done.stderr
 
 
 def test_a_profile_needs_its_flag(recording: Path) -> None:

@@ -122,6 +122,20 @@ def test_rows_keep_their_states_whoever_had_their_place_before(tmp_path: Path) -
         assert logits[-drawn - 1 : -1].argmax(-1).tolist() == driven.tokens[-drawn:]
 
 
+def test_a_row_that_would_take_over_another_ones_beginning_is_refused_alone(tmp_path: Path) -> None:
+    save_model(HYBRIDS["lfm2"], tmp_path)
+    settings = WorkerSettings(
+        model=tmp_path, device="cpu", dtype="float32", cpu_kv_cache_gib=0.01, num_threads=1, block_size=16
+    )
+    driver = StepDriver(TorchRunner.load(settings))
+    driver.add(0, list(range(5, 30)), greedy())
+    driver.step()
+    driver.add(1, list(range(5, 30)), greedy(), prefix_of=0, num_shared_tokens=16)
+    result = driver.step()
+    assert result.rows.tolist() == [0]
+    assert [(fault.row, "begins at token 16" in fault.message) for fault in result.faults] == [(1, True)]
+
+
 def test_what_no_row_has_computed_is_not_gone_on_from(tmp_path: Path) -> None:
     save_model(HYBRIDS["lfm2"], tmp_path)
     with pytest.raises(RuntimeError, match="row 0 begins at token 5, and has no state from before"):
