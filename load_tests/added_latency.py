@@ -4,7 +4,8 @@
 (`load_tests.stamping_worker`). Added is what passes from then until the client has the event: the worker's gRPC,
 control plane, gateway, two sockets, and the driver's own queue.
 `first_byte`: one request at a time with a prompt of 1,024 tokens, all different: as a chat over REST, with a real
-tokenizer and template, and as token ids straight to the control plane. Added by gateway and frontend is the difference
+tokenizer and template, and as token ids straight to the control plane. `--words invented`: no word comes twice, so that
+nothing of a tokenizer's or the frontend's memory of words helps. Added by gateway and frontend is the difference
 of the two times to the first token; core, worker and the step are in both.
 
 Both go into load_tests/results/added_latency.jsonl with the CPU that others used meanwhile.
@@ -141,15 +142,32 @@ def spread(values: list[float]) -> dict[str, float]:
     return {name: round(float(point), 2) for name, point in zip(("p50", "p90", "p99", "p999"), points, strict=True)}
 
 
-def prompts(tokenizer: Tokenizer, count: int) -> list[str]:
-    """Texts of words of about `PROMPT_TOKENS` tokens each, no two of which begin alike."""
+def prompts(tokenizer: Tokenizer, count: int, words: str) -> list[str]:
+    """Texts of words of about `PROMPT_TOKENS` tokens each, no two of which begin alike.
+
+    `words`: "met" draws from one vocabulary, of which the server soon knows all; "invented" puts halves of such words
+    together, and no word comes twice.
+    """
     drawn = random.Random(7)
-    words = [word for word in Path(__file__).with_name("NOTES.md").read_text().split() if word.isalpha()]
+    met = [word for word in Path(__file__).with_name("NOTES.md").read_text().split() if word.isalpha()]
+    invented = _invented_words(met, drawn)
     found = []
     for _ in range(count):
-        text = " ".join(drawn.choice(words) for _ in range(PROMPT_TOKENS * 2))
+        text = " ".join(drawn.choice(met) if words == "met" else next(invented) for _ in range(PROMPT_TOKENS * 2))
         found.append(tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids[:PROMPT_TOKENS]))
     return found
+
+
+def _invented_words(met: list[str], drawn: random.Random) -> Iterator[str]:
+    """Words that are in nobody's text: a beginning, a middle and an end of three words in use."""
+    parts = sorted({word.lower() for word in met if len(word) > 4})
+    seen = set(met)
+    while True:
+        beginning, middle, end = drawn.choices(parts, k=3)
+        word = beginning[: drawn.randint(2, 4)] + middle[1 : drawn.randint(2, 5)] + end[-drawn.randint(2, 4) :]
+        if word not in seen:
+            seen.add(word)
+            yield word
 
 
 async def measure_first_bytes(services: Services, texts: list[str]) -> dict[str, Any]:
@@ -240,6 +258,9 @@ def main() -> None:
     parser.add_argument("--step-ms", type=float, default=5.0, help="length of a step (default 5)")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of the window (default 10)")
     parser.add_argument("--requests", type=int, default=200, help="first bytes to measure (default 200)")
+    parser.add_argument(
+        "--words", choices=("met", "invented"), default="met", help="prompts of first_byte (default met)"
+    )
     parser.add_argument("--model", type=Path, help="directory of a model with tokenizer and template, for first_byte")
     parser.add_argument("--label", default="", help="about the machine at that time")
     parser.add_argument("--output", type=Path, default=RESULTS_DIRECTORY / f"{SCENARIO}.jsonl")
@@ -261,11 +282,12 @@ def main() -> None:
             numbers |= {"goal_tokens_per_s": GOAL_TOKENS_PER_S, "goal_added_p99_ms": GOAL_STREAM_P99_MS}
         else:
             model: Path = arguments.model
-            texts = prompts(Tokenizer.from_file(str(model / "tokenizer.json")), arguments.requests)
+            texts = prompts(Tokenizer.from_file(str(model / "tokenizer.json")), arguments.requests, arguments.words)
             with running(copied_from(model), arguments.step_ms, 16, "gpu_worker") as services:
                 uvloop.run(measure_first_bytes(services, texts[:10]))
                 numbers = uvloop.run(measure_first_bytes(services, texts[10:]))
-            numbers |= {"prompt_tokens": PROMPT_TOKENS, "goal_added_p50_ms": GOAL_FIRST_BYTE_P50_MS}
+            numbers |= {"prompt_tokens": PROMPT_TOKENS, "words": arguments.words}
+            numbers |= {"goal_added_p50_ms": GOAL_FIRST_BYTE_P50_MS}
         result = facts | {"part": section} | common | numbers
         append_result(arguments.output, result)
         print(json.dumps({"part": section, **common, **numbers}), flush=True)
