@@ -11,6 +11,7 @@ import string
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from control_plane.core.request import TokenIdArray
@@ -19,8 +20,6 @@ from control_plane.core.request import TokenIdArray
 MAX_WORDS = 2**16
 # What is longer is seldom met twice.
 MAX_WORD_CHARS = 32
-# Of one call: a new word costs twice as much alone as within its text.
-MAX_NEW_WORDS = 64
 
 # What may stand before the blank at which a text is cut; a letter stands behind it.
 WORD_ENDS = string.ascii_letters + ",.;:!?"
@@ -38,13 +37,17 @@ class WordEncoder:
     def __init__(self, tokenizer: Tokenizer, *, max_words: int = MAX_WORDS) -> None:
         self._tokenizer = tokenizer
         self._max_words = max_words
+        self._begins_with_blank = _tokens_that_begin_with_blank(tokenizer)
         # Key -> ids, as the bytes of an array of uint32. A key is a word without the blank before it; that of a text's
         # first word, which has none before it, begins with a blank instead. All may be followed by another word.
         self._known: dict[str, bytes] = {}
+        # Keys of words that are not known yet: most of what is met once is never met again.
+        self._met: set[str] = set()
 
     @property
     def num_words(self) -> int:
-        return len(self._known)
+        """Kept: known, or met once."""
+        return len(self._known) + len(self._met - self._known.keys())
 
     def encode(self, texts: Sequence[str]) -> list[TokenIdArray]:
         """Ids of each text  # [num_tokens] each, uint32"""
@@ -64,34 +67,75 @@ class WordEncoder:
         return None if None in ids else b"".join(ids)  # type: ignore[arg-type]  # mypy does not know what `in` says
 
     def _learn(self, texts: Sequence[str]) -> list[bytes]:
-        """Ids of each text; its words are known afterwards. Where too many are new, texts are encoded as a whole."""
+        """Ids of each text; words that are met a second time are known afterwards.
+
+        A word alone takes the library twice as long as within its text: where half of a text is unknown, it is encoded
+        as a whole, and the ids are dealt out to its words.
+        """
         keys_of_texts: list[list[str]] = []
         ids: dict[str, bytes] = {}
-        new: dict[str, None] = {}
+        new: dict[str, list[str]] = {}  # what to encode -> the words that it is made of
+        again: set[str] = set()
         for text in texts:
             keys = _keys(text)
             ids |= {key: known for key in keys if (known := self._known.get(key)) is not None}
-            unknown = {key: None for key in keys if key not in ids and key not in new}
-            if len(new) + len(unknown) > MAX_NEW_WORDS:
+            unknown = [key for key in keys if key not in ids]
+            short = [key for key in unknown if len(key) <= MAX_WORD_CHARS]
+            again |= self._met.intersection(short)
+            self._met.update(short)
+            if sum(map(len, unknown)) * 2 > len(text):
+                new[_key(text)] = keys
                 keys = [_key(text)]
-                unknown = dict.fromkeys(keys)
-            new |= unknown
+            else:
+                new |= {key: [key] for key in unknown}
             keys_of_texts.append(keys)
-        if new:
-            encodings = self._tokenizer.encode_batch_fast([_text(key) for key in new], add_special_tokens=False)
-            learnt = {
-                key: np.array(encoding.ids, dtype=np.uint32).tobytes()
-                for key, encoding in zip(new, encodings, strict=True)
-            }
-            self._keep(learnt)
-            ids |= learnt
+        if len(self._met) > self._max_words:
+            self._met.clear()
+        encodings = (
+            self._tokenizer.encode_batch_fast([_text(key) for key in new], add_special_tokens=False) if new else []
+        )
+        for (key, words), encoding in zip(new.items(), encodings, strict=True):
+            of_key = np.array(encoding.ids, dtype=np.uint32)
+            ids[key] = of_key.tobytes()
+            if not again.isdisjoint(words):
+                of_words = {key: ids[key]} if words == [key] else self._ids_of_words(_text(key), words, of_key)
+                self._keep({word: of_words[word] for word in again.intersection(of_words)})
         return [b"".join([ids[key] for key in keys]) for keys in keys_of_texts]
 
+    def _ids_of_words(self, text: str, keys: Sequence[str], ids: TokenIdArray) -> dict[str, bytes]:
+        """Of the words of a text; nothing where it cannot be told which token is whose.
+
+        A token that begins with a blank holds at least one: where there are as many such tokens as blanks, each blank
+        begins a token of its own, and they come in the same order.
+        """
+        begins = np.flatnonzero(self._begins_with_blank[ids])  # [tokens that begin with a blank]
+        if not text.isascii() and self._tokenizer.normalizer is not None:
+            text = self._tokenizer.normalizer.normalize_str(text)  # which may make blanks of other characters
+        if len(begins) != text.count(" "):
+            return {}
+        edges, blanks = [0], _text(keys[0]).count(" ")
+        for key in keys[1:]:
+            edges.append(int(begins[blanks]))
+            blanks += 1 + key.count(" ")
+        edges.append(len(ids))
+        raw, size = ids.tobytes(), ids.itemsize
+        return {key: raw[begin * size : end * size] for key, begin, end in zip(keys, edges, edges[1:], strict=False)}
+
     def _keep(self, learnt: Mapping[str, bytes]) -> None:
-        words = {key: ids for key, ids in learnt.items() if key[-1] in WORD_ENDS and len(key) <= MAX_WORD_CHARS}
+        words = {key: ids for key, ids in learnt.items() if key[-1] in WORD_ENDS}
         if len(self._known) + len(words) > self._max_words:
             self._known.clear()  # what is used is soon there again
         self._known.update(words)
+
+
+def _tokens_that_begin_with_blank(tokenizer: Tokenizer) -> npt.NDArray[np.bool_]:
+    """By token id, added tokens with them, which count as none that do  # [largest id + 1]"""
+    blank = tokenizer.pre_tokenizer.pre_tokenize_str(" a")[0][0][0]
+    vocabulary = tokenizer.get_vocab(with_added_tokens=False)
+    begins = np.zeros(max(tokenizer.get_vocab().values(), default=0) + 1, dtype=np.bool_)
+    if blank != "a":  # else it is left out
+        begins[[token_id for token, token_id in vocabulary.items() if token.startswith(blank)]] = True
+    return begins
 
 
 def _keys(text: str) -> list[str]:
