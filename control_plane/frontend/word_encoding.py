@@ -129,11 +129,15 @@ class WordEncoder:
 
 
 def _tokens_that_begin_with_blank(tokenizer: Tokenizer) -> npt.NDArray[np.bool_]:
-    """By token id, added tokens with them, which count as none that do  # [largest id + 1]"""
-    blank = tokenizer.pre_tokenizer.pre_tokenize_str(" a")[0][0][0]
+    """By token id, added tokens with them, which count as none that do  # [largest id + 1]
+
+    None does where the pre-tokenizer puts blanks of its own before a text and behind added tokens.
+    """
+    find = tokenizer.pre_tokenizer.pre_tokenize_str
+    blank = find(" a")[0][0][0]
     vocabulary = tokenizer.get_vocab(with_added_tokens=False)
     begins = np.zeros(max(tokenizer.get_vocab().values(), default=0) + 1, dtype=np.bool_)
-    if blank != "a":  # else it is left out
+    if blank != "a" and not find("a")[0][0].startswith(blank):  # "a": blanks are left out
         begins[[token_id for token, token_id in vocabulary.items() if token.startswith(blank)]] = True
     return begins
 

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
 from stepwire_kernels.packed_launch import format_constants, num_splits, weight_pointers
-from stepwire_kernels.packed_stream import load_words, walk_inputs, word_offsets
+from stepwire_kernels.packed_stream import load_ahead, load_words, multiply_ahead, walk_inputs, word_offsets
 from stepwire_kernels.packed_tile import dense_tile
 from stepwire_kernels.packed_weight import (
     ALIGN_INPUTS,
@@ -39,12 +39,14 @@ UNSPECIALIZED = ("num_tokens", "num_tiles", "tiles_each", "magic")
 class StreamTuning:
     """Launch shape for up to 16 tokens: one or two blocks of 16 rows a program, warps that share the inputs.
 
-    `split_k` 0: enough parts to fill the device.
+    `split_k` 0: enough parts to fill the device. `ahead`: how many times 128 inputs of a warp are loaded before the
+    kernel waits for the one ahead of it; where a warp has more, one at a time.
     """
 
     row_blocks: int = 1
     num_warps: int = 8
     split_k: int = 0
+    ahead: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ def _stream_kernel(
     GROUP: tl.constexpr,
     EVEN_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    STEPS: tl.constexpr,
     WARPS: tl.constexpr,
     ROW_BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -113,24 +116,38 @@ def _stream_kernel(
     first_tile = split * WARPS * tiles_each
     tokens = tl.arange(0, BLOCK_M)
     token_mask = tokens < num_tokens
-    # Weights do not depend on earlier kernels: the first of them are fetched before waiting for those.
-    tile = first_tile + tl.arange(0, WARPS) * tiles_each
-    last_tile = tl.minimum(tile + tiles_each, num_tiles)
-    at = word_offsets(block, num_tiles, tile, WARPS)
-    one, two = load_words(words_ptr + at, tile, last_tile, True, WARPS)
-    other_one, other_two = one, two
-    if ROW_BLOCKS == 2:
-        at += tl.cast(num_tiles, tl.int64) * 128
-        other_one, other_two = load_words(words_ptr + at, tile, last_tile, (block + 1) * 16 < N, WARPS)
-    release_downstream(USE_PDL)
-    wait_upstream(USE_PDL)
     folded = tl.arange(0, 8)[:, None] + 8 * tl.arange(0, BLOCK_M // 8)[None, :]
-    acc, other_acc = walk_inputs(
-        x_ptr + folded.to(tl.int64) * x_stride, folded < num_tokens, words_ptr, high_ptr, scales_ptr, zeros_ptr,
-        minima_ptr, outer_scales_ptr, outer_minima_ptr, block, block + 1, N, K, num_tiles, first_tile, tiles_each,
-        magic, one, two, other_one, other_two, HIGH_BITS, IS_E2M1, EXPONENTS, OFFSET, MAGIC, X_SCALE, OUT_SCALE,
-        HAS_ZEROS, HAS_MINIMA, HAS_OUTER, SUBTRACTS, GROUP, EVEN_K, WARPS, ROW_BLOCKS, BLOCK_M,
-    )  # fmt: skip
+    x_rows = x_ptr + folded.to(tl.int64) * x_stride
+    # Weights do not depend on earlier kernels: all, or the first of them, are fetched before waiting for those.
+    if STEPS > 0:
+        words, scales, other_scales = load_ahead(
+            words_ptr, high_ptr, scales_ptr, zeros_ptr, minima_ptr, outer_scales_ptr, outer_minima_ptr, block,
+            block + 1, N, K, num_tiles, first_tile, tiles_each, HIGH_BITS, OFFSET, MAGIC, EXPONENTS, OUT_SCALE,
+            HAS_ZEROS, HAS_MINIMA, HAS_OUTER, GROUP, STEPS, WARPS, ROW_BLOCKS,
+        )  # fmt: skip
+        release_downstream(USE_PDL)
+        wait_upstream(USE_PDL)
+        acc, other_acc = multiply_ahead(
+            x_rows, folded < num_tokens, words, scales, other_scales, K, num_tiles, first_tile, tiles_each, magic,
+            HIGH_BITS, IS_E2M1, X_SCALE, SUBTRACTS, GROUP, EVEN_K, STEPS, WARPS, ROW_BLOCKS, BLOCK_M,
+        )  # fmt: skip
+    else:
+        tile = first_tile + tl.arange(0, WARPS) * tiles_each
+        last_tile = tl.minimum(tile + tiles_each, num_tiles)
+        at = word_offsets(block, num_tiles, tile, WARPS)
+        one, two = load_words(words_ptr + at, tile, last_tile, True, WARPS)
+        other_one, other_two = one, two
+        if ROW_BLOCKS == 2:
+            at += tl.cast(num_tiles, tl.int64) * 128
+            other_one, other_two = load_words(words_ptr + at, tile, last_tile, (block + 1) * 16 < N, WARPS)
+        release_downstream(USE_PDL)
+        wait_upstream(USE_PDL)
+        acc, other_acc = walk_inputs(
+            x_rows, folded < num_tokens, words_ptr, high_ptr, scales_ptr, zeros_ptr, minima_ptr, outer_scales_ptr,
+            outer_minima_ptr, block, block + 1, N, K, num_tiles, first_tile, tiles_each, magic, one, two, other_one,
+            other_two, HIGH_BITS, IS_E2M1, EXPONENTS, OFFSET, MAGIC, X_SCALE, OUT_SCALE, HAS_ZEROS, HAS_MINIMA,
+            HAS_OUTER, SUBTRACTS, GROUP, EVEN_K, WARPS, ROW_BLOCKS, BLOCK_M,
+        )  # fmt: skip
     out_at = out_ptr + tokens.to(tl.int64) * out_stride
     _finish(
         acc, block, split, partial_ptr, counters_ptr, row_scales_ptr, bias_ptr, out_at, token_mask, N, HAS_ROW_SCALES,
@@ -295,6 +312,7 @@ def _stream(
     columns, pairs = triton.cdiv(n, rows), weight.num_tiles // 2
     steps = triton.cdiv(pairs, tuning.num_warps)
     splits = num_splits(tuning.split_k, columns, steps, rows * block_m, workspace)
+    steps_each = triton.cdiv(pairs, tuning.num_warps * splits)
     _stream_kernel[(columns, splits)](
         x,
         *weight_pointers(weight),
@@ -307,7 +325,7 @@ def _stream(
         n,
         weight.num_inputs,
         weight.num_tiles,
-        2 * triton.cdiv(pairs, tuning.num_warps * splits),
+        2 * steps_each,
         MAGIC_BITS[x.dtype],
         x.stride(0),
         out.stride(0),
@@ -316,6 +334,7 @@ def _stream(
         HAS_BIAS=bias is not None,
         EVEN_K=weight.num_inputs % ALIGN_INPUTS == 0,
         SPLIT_K=splits,
+        STEPS=steps_each if steps_each <= tuning.ahead else 0,
         WARPS=tuning.num_warps,
         ROW_BLOCKS=tuning.row_blocks,
         BLOCK_M=block_m,

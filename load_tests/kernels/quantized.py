@@ -186,6 +186,8 @@ def packed_candidates(count: int) -> Iterator[Tuning]:
     if count <= MAX_STREAM_TOKENS:
         for row_blocks, warps, split in product((1, 2), (2, 4, 8), (1, 2)):
             yield StreamTuning(row_blocks, warps, split)
+        for row_blocks, warps, split in product((1, 2), (4, 8, 16), (1, 2, 4)):
+            yield StreamTuning(row_blocks, warps, split, ahead=8)
     if count > MAX_STREAM_TOKENS:
         yield PackedTuning(64, min(128, max(32, count)), 2, 4, 3)
     small = count <= 64

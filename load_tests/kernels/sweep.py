@@ -121,8 +121,9 @@ def _compile(job: tuple[str | Callable[[Any], None], Any]) -> str | None:
             prefill_launches(LITE, paged(LITE, [300], [300], num_caches=1), payload)[0]()
         elif kind == "packed":
             name, num_tokens, tuning = payload
-            _, launches = packed_launches(name, 4096, 4096, num_tokens, allocate_linear_workspace("cuda"))
-            launches(tuning)[0]()
+            for k in {k for _, k in LLAMA_8B_LINEARS.values()}:
+                _, launches = packed_launches(name, 4096, k, num_tokens, allocate_linear_workspace("cuda"))
+                launches(tuning)[0]()
         elif kind == "packed experts":
             index, num_tokens, tuning = payload
             mixture, weight_kind = PACKED_MIXTURES[index]

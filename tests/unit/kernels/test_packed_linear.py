@@ -71,11 +71,19 @@ def test_every_activation_type(device: str, dtype: torch.dtype, name: str, num_t
 @pytest.mark.parametrize("row_blocks", [1, 2])
 @pytest.mark.parametrize("warps", [pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("num_tokens", [1, pytest.param(8, marks=pytest.mark.slow), 13])
-def test_any_stream(device: str, row_blocks: int, warps: int, num_tokens: int) -> None:
+@pytest.mark.parametrize("ahead", [0, 9])
+def test_any_stream(device: str, row_blocks: int, warps: int, num_tokens: int, ahead: int) -> None:
     """The last row block is half full, the last warps have less to do, or nothing."""
     repacked = repack(affine(40, 1152, 128, 4))
     assert repacked is not None
-    check(on_device(repacked.weight, device), num_tokens, torch.bfloat16, device, StreamTuning(row_blocks, warps, 1))
+    tuning = StreamTuning(row_blocks, warps, 1, ahead)
+    check(on_device(repacked.weight, device), num_tokens, torch.bfloat16, device, tuning)
+
+
+@pytest.mark.parametrize("name", ["int4-g64-odd-k", "nvfp4", "Q4_K", "Q6_K", "MXFP4"])
+def test_all_of_a_weight_ahead(device: str, name: str) -> None:
+    """Scales of every kind, and upper bits of codes, fetched before the kernel waits."""
+    check(packed(name, device), 3, torch.bfloat16, device, StreamTuning(2, 2, 1, 8))
 
 
 @pytest.mark.parametrize(
