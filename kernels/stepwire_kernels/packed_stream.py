@@ -92,15 +92,15 @@ def _load_high(high_ptr, at, first_tile, last_tile, in_range, one, two, HIGH_BIT
 
 @triton.jit
 def _load_scales(
-    scales_ptr, zeros_ptr, minima_ptr, outer_scales_ptr, outer_minima_ptr, block, start, last, N,
+    scales_ptr, zeros_ptr, minima_ptr, outer_scales_ptr, outer_minima_ptr, block, start, last, N, COUNT: tl.constexpr,
     OFFSET: tl.constexpr, MAGIC: tl.constexpr, EXPONENTS: tl.constexpr, OUT_SCALE: tl.constexpr,
     HAS_ZEROS: tl.constexpr, HAS_MINIMA: tl.constexpr, HAS_OUTER: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """(scale, minimum) by turns for the 128 inputs from start [WARPS] on, [WARPS, 16] each; zeros from `last` on."""
-    RUN: tl.constexpr = 128 if GROUP > 128 else GROUP
+    """(scale, minimum) by turns for COUNT inputs from start [WARPS] on, [WARPS, 16] each; zeros from `last` on."""
+    RUN: tl.constexpr = COUNT if GROUP > COUNT else GROUP
     rows = block * 16 + tl.arange(0, 16)
     found = ()
-    for run in tl.static_range(128 // RUN):
+    for run in tl.static_range(COUNT // RUN):
         at = start + run * RUN
         mask = (at < last)[:, None] & (rows < N)[None, :]
         scale, minimum = scale_and_minimum(
@@ -125,11 +125,17 @@ def _scaled(acc, part, total, scale, minimum, SUBTRACTS: tl.constexpr):
 @triton.jit
 def _multiply_pair(
     acc, other_acc, one, two, other_one, other_two, high_one, high_two, other_high_one, other_high_two, scales,
-    other_scales, x_lanes, x_mask, lane_inputs, k, last_input, K, magic, HIGH_BITS: tl.constexpr,
-    IS_E2M1: tl.constexpr, X_SCALE: tl.constexpr, SUBTRACTS: tl.constexpr, GROUP: tl.constexpr, EVEN_K: tl.constexpr,
-    WARPS: tl.constexpr, ROW_BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr,
+    other_scales, scales_ptr, zeros_ptr, minima_ptr, outer_scales_ptr, outer_minima_ptr, block, other_block, N,
+    x_lanes, x_mask, lane_inputs, k, last_input, K, magic, HIGH_BITS: tl.constexpr, IS_E2M1: tl.constexpr,
+    EXPONENTS: tl.constexpr, OFFSET: tl.constexpr, MAGIC: tl.constexpr, X_SCALE: tl.constexpr, OUT_SCALE: tl.constexpr,
+    HAS_ZEROS: tl.constexpr, HAS_MINIMA: tl.constexpr, HAS_OUTER: tl.constexpr, SUBTRACTS: tl.constexpr,
+    GROUP: tl.constexpr, EVEN_K: tl.constexpr, AHEAD: tl.constexpr, WARPS: tl.constexpr, ROW_BLOCKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Add what the inputs k [WARPS] to k + 127 bring: two tiles of one or two row blocks, `_load_scales` of each."""
+    """Add what the inputs k [WARPS] to k + 127 bring: two tiles of one or two row blocks.
+
+    `scales` and `other_scales`: what `_load_scales` gives for 128 inputs; without AHEAD they are loaded here.
+    """
     X: tl.constexpr = x_lanes.dtype.element_ty
     # Inputs between two scales; groups of 16 lie within the 32 of one product.
     RUN: tl.constexpr = 128 if GROUP > 128 else 32 if GROUP == 16 else GROUP
@@ -181,8 +187,21 @@ def _multiply_pair(
                 )  # fmt: skip
             if SUBTRACTS:
                 total = tl.dot(ones, x, total, input_precision="ieee")
-        own = scales[run * SCALES : run * SCALES + SCALES]
-        other_own = other_scales[run * SCALES : run * SCALES + SCALES]
+        if AHEAD:
+            own = scales[run * SCALES : run * SCALES + SCALES]
+            other_own = other_scales[run * SCALES : run * SCALES + SCALES]
+        else:
+            # Behind the products: before them they keep registers that words on their way need.
+            own = _load_scales(
+                scales_ptr, zeros_ptr, minima_ptr, outer_scales_ptr, outer_minima_ptr, block, k + run * RUN, last_input,
+                N, RUN, OFFSET, MAGIC, EXPONENTS, OUT_SCALE, HAS_ZEROS, HAS_MINIMA, HAS_OUTER, GROUP,
+            )  # fmt: skip
+            other_own = own
+            if ROW_BLOCKS == 2:
+                other_own = _load_scales(
+                    scales_ptr, zeros_ptr, minima_ptr, outer_scales_ptr, outer_minima_ptr, other_block, k + run * RUN,
+                    last_input, N, RUN, OFFSET, MAGIC, EXPONENTS, OUT_SCALE, HAS_ZEROS, HAS_MINIMA, HAS_OUTER, GROUP,
+                )  # fmt: skip
         acc = _scaled(acc, part, total, own[0], own[1], SUBTRACTS)
         if ROW_BLOCKS == 2:
             other_acc = _scaled(other_acc, other_part, total, other_own[0], other_own[1], SUBTRACTS)
@@ -275,20 +294,11 @@ def walk_inputs(
             next_other_one, next_other_two = load_words(
                 words_ptr + (following + apart), tile + 2, last_tile, is_other, WARPS
             )
-        scales = _load_scales(
-            scales_ptr, zeros_ptr, minima_ptr, outer_scales_ptr, outer_minima_ptr, block, tile * 64, last_input, N,
-            OFFSET, MAGIC, EXPONENTS, OUT_SCALE, HAS_ZEROS, HAS_MINIMA, HAS_OUTER, GROUP,
-        )  # fmt: skip
-        other_scales = scales
-        if ROW_BLOCKS == 2:
-            other_scales = _load_scales(
-                scales_ptr, zeros_ptr, minima_ptr, outer_scales_ptr, outer_minima_ptr, other_block, tile * 64,
-                last_input, N, OFFSET, MAGIC, EXPONENTS, OUT_SCALE, HAS_ZEROS, HAS_MINIMA, HAS_OUTER, GROUP,
-            )  # fmt: skip
         acc, other_acc = _multiply_pair(
-            acc, other_acc, one, two, other_one, other_two, high[0], high[1], other_high[0], other_high[1], scales,
-            other_scales, x_lanes, x_mask, lane_inputs, tile * 64, last_input, K, magic, HIGH_BITS, IS_E2M1, X_SCALE,
-            SUBTRACTS, GROUP, EVEN_K, WARPS, ROW_BLOCKS, BLOCK_M,
+            acc, other_acc, one, two, other_one, other_two, high[0], high[1], other_high[0], other_high[1], (), (),
+            scales_ptr, zeros_ptr, minima_ptr, outer_scales_ptr, outer_minima_ptr, block, other_block, N, x_lanes, x_mask,
+            lane_inputs, tile * 64, last_input, K, magic, HIGH_BITS, IS_E2M1, EXPONENTS, OFFSET, MAGIC, X_SCALE,
+            OUT_SCALE, HAS_ZEROS, HAS_MINIMA, HAS_OUTER, SUBTRACTS, GROUP, EVEN_K, False, WARPS, ROW_BLOCKS, BLOCK_M,
         )  # fmt: skip
         one, two, other_one, other_two = next_one, next_two, next_other_one, next_other_two
         tile += 2
@@ -332,12 +342,12 @@ def load_ahead(
     for step in tl.static_range(STEPS):
         scales = scales + _load_scales(
             scales_ptr, zeros_ptr, minima_ptr, outer_scales_ptr, outer_minima_ptr, block, (tile + step * 2) * 64,
-            last_input, N, OFFSET, MAGIC, EXPONENTS, OUT_SCALE, HAS_ZEROS, HAS_MINIMA, HAS_OUTER, GROUP,
+            last_input, N, 128, OFFSET, MAGIC, EXPONENTS, OUT_SCALE, HAS_ZEROS, HAS_MINIMA, HAS_OUTER, GROUP,
         )  # fmt: skip
         if ROW_BLOCKS == 2:
             other_scales = other_scales + _load_scales(
                 scales_ptr, zeros_ptr, minima_ptr, outer_scales_ptr, outer_minima_ptr, other_block,
-                (tile + step * 2) * 64, last_input, N, OFFSET, MAGIC, EXPONENTS, OUT_SCALE, HAS_ZEROS, HAS_MINIMA,
+                (tile + step * 2) * 64, last_input, N, 128, OFFSET, MAGIC, EXPONENTS, OUT_SCALE, HAS_ZEROS, HAS_MINIMA,
                 HAS_OUTER, GROUP,
             )  # fmt: skip
     return words, scales, other_scales if ROW_BLOCKS == 2 else scales
@@ -363,7 +373,8 @@ def multiply_ahead(
         acc, other_acc = _multiply_pair(
             acc, other_acc, own[0], own[1], own[2], own[3], own[4], own[5], own[6], own[7],
             scales[SCALES * step : SCALES * step + SCALES], other_scales[SCALES * step : SCALES * step + SCALES],
-            x_lanes, x_mask, lane_inputs, (tile + step * 2) * 64, last_input, K, magic, HIGH_BITS, IS_E2M1, X_SCALE,
-            SUBTRACTS, GROUP, EVEN_K, WARPS, ROW_BLOCKS, BLOCK_M,
+            x_rows, x_rows, x_rows, x_rows, x_rows, 0, 0, 0, x_lanes, x_mask, lane_inputs, (tile + step * 2) * 64,
+            last_input, K, magic, HIGH_BITS, IS_E2M1, False, 0, 0, X_SCALE, 1.0, False, False, False, SUBTRACTS, GROUP,
+            EVEN_K, True, WARPS, ROW_BLOCKS, BLOCK_M,
         )  # fmt: skip
     return tl.sum(acc, axis=0), tl.sum(other_acc, axis=0)
