@@ -80,8 +80,8 @@ class LaunchSettings(ProcessSettings):
 
     runner: Literal["torch", "simulated"] = Field(
         "torch",
-        description="simulated makes up tokens and computes nothing, for trying out everything else; --task says what a "
-        "model is served for",
+        description="simulated makes up tokens and computes nothing, for trying out everything else; --task says what "
+        "a model is served for",
         json_schema_extra=_passed_to(WORKER),
     )
     device: Literal["auto", "cpu", "cuda"] = Field(

@@ -216,6 +216,7 @@ class MessageToolCall(RequestModel):
 class ChatMessage(RequestModel):
     role: Annotated[str, Field(min_length=1)]
     content: ContentField = None
+    refusal: str | None = Field(None, description="What an assistant's earlier turn said instead of content.")
     name: str | None = None
     tool_calls: list[MessageToolCall] | None = None
     tool_call_id: str | None = None

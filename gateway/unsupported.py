@@ -43,7 +43,6 @@ _COMPLETION: Mapping[str, tuple[Any, ...]] = {
 _MESSAGE: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": (),
-    "refusal": ("",),
 }
 # Without effect on the text of an answer: not worth a line in the log.
 _HARMLESS = frozenset(

@@ -149,6 +149,16 @@ def test_content_parts_render_like_a_string_and_roles_are_free() -> None:
     assert len(request.chat.messages[1].content) == 0
 
 
+def test_a_refusal_is_what_the_assistant_said() -> None:
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": None, "refusal": "I cannot."},
+        {"role": "user", "content": "b"},
+    ]
+    said = chat(messages=messages).requests[0].chat.messages[1]
+    assert [part.text for part in said.content] == ["I cannot."]
+
+
 def test_continue_final_message() -> None:
     assert chat(continue_final_message=True, add_generation_prompt=False).requests[0].chat.continue_final_message
     assert not chat(add_generation_prompt=True).requests[0].chat.continue_final_message
