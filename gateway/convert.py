@@ -85,6 +85,7 @@ def plan_completion(body: CompletionBody, request_id: str, max_prompts: int) -> 
     shared, renames = _generation(body, request_id, max_tokens, body.logprobs)
     if body.suffix:
         shared.suffix = body.suffix
+    shared.no_special_tokens = body.add_special_tokens is False
     if body.echo:
         shared.output.prompt_text = True
         if body.logprobs is not None:

@@ -16,51 +16,28 @@ from gateway.messages.schemas import CountTokensBody, MessagesBody
 from gateway.pooling_schemas import EmbeddingsBody, RerankBody, ScoreBody
 from gateway.responses.schemas import ResponsesBody
 from gateway.schemas import ChatCompletionBody, CompletionBody, DetokenizeBody, TokenizeBody
-from gateway.unsupported import CHAT_FIELDS, COMPLETION_FIELDS
+from gateway.unsupported import CHAT_FIELDS, COMPLETION_FIELDS, POOLING_FIELDS
 
 UNKNOWN_PARAMETER = "unknown_parameter"
 
 # vLLM's, without effect here.
 _VLLM = frozenset(
     {
-        "add_special_tokens",
         "ec_transfer_params",
         "guided_decoding_backend",
         "guided_whitespace_pattern",
         "kv_transfer_params",
-        "logprob_token_ids",
         "media_io_kwargs",
         "repetition_detection",
         "return_prompt_text",
-        "return_tokens_as_token_ids",
         "session_id",
         "stream_interval",
         "structural_tag",
         "thinking_token_budget",
-        "truncation_side",
         "vllm_xargs",
     }
 )
-_VLLM_POOLING = frozenset(
-    {
-        "activation",
-        "add_special_tokens",
-        "cache_salt",
-        "chat_template",
-        "chat_template_kwargs",
-        "embed_dtype",
-        "endianness",
-        "instruction",
-        "messages",
-        "mm_processor_kwargs",
-        "normalize",
-        "request_id",
-        "softmax",
-        "truncation_side",
-        "use_activation",
-        "user",
-    }
-)
+_VLLM_POOLING = POOLING_FIELDS | {"cache_salt", "chat_template_kwargs", "request_id", "user"}
 _ANTHROPIC = frozenset(
     {
         "cache_control",

@@ -255,6 +255,7 @@ class CompletionBody(GenerationBody):
     max_tokens: UInt32 | None = Field(None, description="16 if left out; 0 only with echo or prompt_logprobs.")
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = Field(None, description="Put the prompt in front of the text.")
+    add_special_tokens: bool | None = Field(None, description="Those that the tokenizer begins a text with; true.")
     best_of: PositiveCount | None = None
 
     @model_validator(mode="after")

@@ -271,12 +271,12 @@ class RequestBuilder:
                 check_vocabulary("token_ids.ids", ids, facts.vocab_size)
             case "text":
                 self.check_num_chars("text", len(request.text), facts)
+                text = request.text
                 if request.HasField("suffix"):
-                    ids = await self._infill(request.text, request.suffix, request.cache_salt)
-                else:
-                    ids = await self._tokenizer("text").encode_text(
-                        request.text, add_special_tokens=True, salt=request.cache_salt
-                    )
+                    text = self._infill(text, request.suffix)
+                ids = await self._tokenizer("text").encode_text(
+                    text, add_special_tokens=not request.no_special_tokens, salt=request.cache_salt
+                )
                 check_vocabulary("text", ids, facts.vocab_size)
             case "chat":
                 prompt = await self._chat_prompt(request.chat, facts, request.cache_salt)
@@ -296,15 +296,14 @@ class RequestBuilder:
     def can_infill(self) -> bool:
         return self._model.tokenizer is not None and _infill_marks(self._model.tokenizer) is not None
 
-    async def _infill(self, before: str, after: str, salt: str) -> TokenIdArray:
+    def _infill(self, before: str, after: str) -> str:
         """The prompt from which a model writes what stands between two texts."""
         tokenizer = self._tokenizer("suffix")
         marks = _infill_marks(tokenizer)
         if marks is None:
             raise RequestRefused.invalid(Violation("suffix", "this model does not define how to fill in; leave it out"))
         prefix, suffix, middle = marks
-        text = f"{prefix}{before}{suffix}{after}{middle}"
-        return await tokenizer.encode_text(text, add_special_tokens=True, salt=salt)
+        return f"{prefix}{before}{suffix}{after}{middle}"
 
     async def _chat_prompt(self, chat: pb.ChatInput, facts: ModelFacts, salt: str = "") -> _Prompt:
         tokenizer = self._tokenizer("chat")

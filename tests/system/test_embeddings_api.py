@@ -191,6 +191,14 @@ def test_rerank_and_score_are_cosines(http: httpx.Client, expected: np.ndarray) 
     np.testing.assert_allclose([each["score"] for each in scores["data"]], cosines, atol=1e-4)
     assert http.post("/score", json={"text_1": ["a", "b"], "text_2": ["c"]}).json()["error"]["param"] == "text_2"
     assert http.post("/rerank", json={"query": "a", "documents": []}).json()["error"]["param"] == "documents"
+    assert http.post("/rerank", json={"query": "", "documents": ["b"]}).json()["error"]["param"] == "query"
+    # What would give other numbers is refused, and not left out.
+    for path, body, field in (
+        ("/embeddings", {"input": "a"}, "normalize"),
+        ("/score", {"text_1": "a", "text_2": "b"}, "use_activation"),
+    ):
+        assert http.post(path, json={**body, field: False}).json()["error"]["param"] == field
+        assert http.post(path, json={**body, field: True}).status_code == 200
 
 
 def test_it_generates_nothing(client: openai.OpenAI) -> None:

@@ -3,15 +3,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from stepwire.v1 import inference_pb2 as pb
+from tokenizers import Tokenizer, processors
 
 from control_plane.core.request import ModelFacts
 from control_plane.frontend.errors import RequestRefused
 from control_plane.frontend.request_builder import BuiltRequest, RequestBuilder
-from control_plane.frontend.served_model import ServedModel
+from control_plane.frontend.served_model import ServedModel, load_served_model
 from tests.unit.control_plane.frontend.scripted_engine import FACTS
 
 Change = Callable[[pb.GenerateRequest], object]
@@ -116,6 +118,21 @@ async def test_all_wrong_fields_are_named_at_once(model: ServedModel) -> None:
         "stop.stop[0]",
         "n",
     }
+
+
+async def test_a_prompt_that_has_its_special_tokens_gets_no_more(model_dir: Path) -> None:
+    file = model_dir / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    tokenizer.save(str(file))
+    begins = load_served_model(model_dir, names=("tiny",))
+    usual = await build(begins, set_field(text="hello"))
+    begun = await build(begins, set_field(text="<|im_start|>hello", no_special_tokens=True))
+    assert usual.core.prompt_ids[0] == 1 and begun.core.prompt_ids.tolist() == usual.core.prompt_ids.tolist()
+    bare = await build(begins, set_field(text="hello", no_special_tokens=True))
+    assert bare.core.prompt_ids.tolist() == usual.core.prompt_ids[1:].tolist()
 
 
 @pytest.mark.parametrize(
