@@ -208,7 +208,12 @@ class RequestBuilder:
             if _forces_calls(chat):
                 source = rules.forced_calls(chat, prompt_end)
             elif all(not tool.function.HasField("strict") or tool.function.strict for tool in chat.tools):
-                source = rules.optional_calls(chat, prompt_end)
+                try:
+                    source = rules.optional_calls(chat, prompt_end)
+                except RequestRefused:
+                    # What rules cannot say is left to the model, like what does not compile.
+                    if is_needed:
+                        raise
         grammar: Grammar | None = None
         if source is not None and (facts.can_mask_tokens or is_needed):
             try:

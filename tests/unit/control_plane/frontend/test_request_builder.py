@@ -120,6 +120,30 @@ async def test_all_wrong_fields_are_named_at_once(model: ServedModel) -> None:
     }
 
 
+DEEP = '{"properties": {"a": ' + '{"items": ' * 70 + "{}" + "}" * 70 + "}}"
+
+
+@pytest.mark.parametrize(
+    ("parser", "schema"), [("qwen3_coder", '{"minProperties": 1}'), ("gemma4", '{"anyOf": []}'), ("hermes", DEEP)]
+)
+async def test_arguments_that_rules_cannot_hold_are_left_to_a_model_that_need_not_call(
+    model_dir: Path, parser: str, schema: str
+) -> None:
+    model = load_served_model(model_dir, names=("tiny",), tool_call_parser=parser)
+    facts = replace(FACTS, max_model_len=4000, can_mask_tokens=True)
+
+    def asking(mode: pb.ToolChoiceMode, strict: bool | None) -> Change:
+        message = pb.ChatMessage(role="user", content=[pb.ContentPart(text="hi")])
+        tool = pb.Tool(function=pb.FunctionTool(name="f", parameters=schema, strict=strict))
+        return set_field(chat=pb.ChatInput(messages=[message], tools=[tool], tool_choice=pb.ToolChoice(mode=mode)))
+
+    free = await build(model, asking(pb.TOOL_CHOICE_MODE_AUTO, None), facts=facts)
+    assert free.core.grammar is None
+    for change in (asking(pb.TOOL_CHOICE_MODE_REQUIRED, None), asking(pb.TOOL_CHOICE_MODE_AUTO, True)):
+        error = await refusal(model, change, facts=facts)
+        assert [violation.field for violation in error.violations] == ["chat.tools[0].function.parameters"]
+
+
 async def test_a_prompt_that_has_its_special_tokens_gets_no_more(model_dir: Path) -> None:
     file = model_dir / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(file))
