@@ -112,7 +112,8 @@ def parse_settings(settings_class: type[SettingsType], argv: Sequence[str]) -> S
             _refuse(settings_class, first["msg"].removeprefix("Value error, "))
         flag = f"--{name.replace('_', '-')}"
         if first["type"] == "extra_forbidden":
-            _refuse(settings_class, f"{name} in the configuration file is not a setting{_suggest(flag, known_flags)}")
+            advice = _advise(settings_class, [flag], known_flags)
+            _refuse(settings_class, f"{name} in the configuration file is not a setting{advice}")
         field = settings_class.model_fields.get(name)
         is_secret = field is not None and "Secret" in str(field.annotation)
         given = "" if is_secret else f", got {first['input']!r}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,6 +98,13 @@ def test_flags_of_vllm_are_answered_with_what_to_do(
     argv: list[str], needle: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert needle in refusal(argv, capsys)
+
+
+def test_a_configuration_of_vllm_is_answered_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "vllm.yaml"
+    file.write_text("max-model-len: 512\ntrust-remote-code: true\n")
+    told = refusal(["m", "--config", str(file)], capsys)
+    assert "trust_remote_code in the configuration file is not a setting; --trust-remote-code: leave it out" in told
 
 
 def test_what_is_advised_is_there() -> None:
