@@ -133,6 +133,14 @@ EXAMPLES = [
     ("hunyuan_a13b", f'Ok<tool_calls>[{{"name": "weather", "arguments": {CALL}}}]</tool_calls>', "Ok", 1),
     ("llama4_pythonic", '<|python_start|>[weather(city="Rome", days=3)]<|python_end|>', "", 1),
     ("openai", f"<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{CALL}", "", 1),
+    ("openai", f" to=functions.weather<|channel|>commentary json<|message|>{CALL}<|call|>", "", 1),
+    (
+        "openai",
+        "<|channel|>analysis<|message|>Hm<|end|><|start|>assistant to=functions.weather<|channel|>commentary "
+        f"<|constrain|>json<|message|>{CALL}",
+        "",
+        1,
+    ),
 ]
 
 
