@@ -42,7 +42,7 @@ def read_line(line: bytes | str, endpoint: str | None = None) -> BatchLine:
         raise LineError("custom_id: must be a string that is not empty")
     if request.get("method") != "POST":
         raise LineError("method: must be 'POST'")
-    if url not in ((endpoint,) if endpoint else SENT_ENDPOINTS):
+    if not isinstance(url, str) or url not in ((endpoint,) if endpoint else SENT_ENDPOINTS):
         wanted = f"'{endpoint}', the batch's endpoint" if endpoint else f"one of {', '.join(SENT_ENDPOINTS)}"
         raise LineError(f"url: must be {wanted}")
     if not isinstance(body, dict):
