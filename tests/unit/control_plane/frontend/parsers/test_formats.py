@@ -179,6 +179,14 @@ def test_nothing_of_a_marked_call_is_text_wherever_it_is_cut_off(name: str, text
         assert parser.push(text[:end]).text == "" == parser.finish().text
 
 
+@pytest.mark.parametrize("written", ["null", '""', "{}", '"{}"'])
+def test_arguments_that_are_none_are_an_object(written: str) -> None:
+    first, last = f'{{"name": "weather", "arguments": {written}}}', f'{{"arguments": {written}, "name": "weather"}}'
+    for text in (f"<tool_call>{first}</tool_call>", f"<tool_call>{last}</tool_call>"):
+        assert parse(OutputFormat("hermes", ""), text) == ("", "", [("weather", "{}", True)])
+        assert parse(OutputFormat("hermes", ""), [text]) == ("", "", [("weather", "{}", True)])
+
+
 def test_a_string_of_a_marked_call_comes_as_it_is_written() -> None:
     """A long text that a model writes into an argument is sent on piece by piece."""
     start = OutputFormat("qwen3_coder", "").start(SCHEMAS, "")
