@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from control_plane.frontend.tokenizer import TextTokenizer
 MAX_CHARS_PER_TOKEN = 32
 MAX_BAD_WORDS = 256
 MAX_BAD_WORD_CHARS = 256
+# Formats of an answer in whose place there may be calls.
+_JSON_KINDS = ("json_object", "json_schema")
 # (before, after, here it goes): Qwen 2.5 Coder; StarCoder, Granite Code; DeepSeek Coder; Code Llama.
 _INFILL_MARKS = (
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
@@ -191,7 +194,9 @@ class RequestBuilder:
 
     async def _grammar(self, request: pb.GenerateRequest, prompt_end: str, facts: ModelFacts) -> Grammar | None:
         """What the request's text is held to, compiled; None: anything goes."""
-        source, field, is_needed = None, "structured_output", True
+        # The first that compiles counts.
+        sources: list[str] = []
+        field, is_needed = "structured_output", True
         chat = request.chat
         is_chat = request.WhichOneof("input") == "chat"
         if request.HasField("structured_output"):
@@ -199,27 +204,33 @@ class RequestBuilder:
                 raise RequestRefused.invalid(
                     Violation(field, "cannot be combined with a tool_choice that forces a call")
                 )
-            field = f"{field}.{request.structured_output.WhichOneof('format')}"
-            source = self._output_rules(field).structured(request.structured_output, prompt_end if is_chat else None)
-        elif is_chat and chat.tools and chat.tool_choice.mode != pb.TOOL_CHOICE_MODE_NONE:
+            output, kind = request.structured_output, request.structured_output.WhichOneof("format")
+            field = f"{field}.{kind}"
+            rules = self._output_rules(field)
+            if is_chat and kind in _JSON_KINDS and _may_call(chat) and rules.tells_calls(prompt_end):
+                with contextlib.suppress(RequestRefused):
+                    sources.append(rules.structured(output, prompt_end, chat))
+            sources.append(rules.structured(output, prompt_end if is_chat else None))
+        elif is_chat and _may_call(chat):
             field = "chat.tools"
             is_needed = _forces_calls(chat) or any(tool.function.strict for tool in chat.tools)
             rules = self._output_rules(field)
             if _forces_calls(chat):
-                source = rules.forced_calls(chat, prompt_end)
+                sources.append(rules.forced_calls(chat, prompt_end))
             elif all(not tool.function.HasField("strict") or tool.function.strict for tool in chat.tools):
                 try:
-                    source = rules.optional_calls(chat, prompt_end)
+                    sources += filter(None, [rules.optional_calls(chat, prompt_end)])
                 except RequestRefused:
                     # What rules cannot say is left to the model, like what does not compile.
                     if is_needed:
                         raise
         grammar: Grammar | None = None
-        if source is not None and (facts.can_mask_tokens or is_needed):
+        for source in sources if facts.can_mask_tokens or is_needed else ():
             try:
                 grammar = await self._compiler(field, facts).compile(source)
+                break
             except GrammarError as error:
-                if is_needed:
+                if is_needed and source is sources[-1]:
                     raise RequestRefused.invalid(Violation(field, str(error))) from error
         if request.sampling.bad_words:
             words = await self._tokenizer("sampling.bad_words").spellings(request.sampling.bad_words)
@@ -248,7 +259,9 @@ class RequestBuilder:
         if request.WhichOneof("input") != "chat" or self._model.tokenizer is None:
             return None
         chat = request.chat
-        has_tools = bool(chat.tools) and chat.tool_choice.mode != pb.TOOL_CHOICE_MODE_NONE
+        # An answer that is held to a format may look like a call where no mark tells them apart.
+        is_told = not request.HasField("structured_output") or self._output_rules("chat").tells_calls(prompt_end)
+        has_tools = _may_call(chat) and is_told
         tools = [(tool.function.name, tool.function.parameters) for tool in chat.tools]
         schemas = schemas_of(tools) if has_tools else None
         return self._model.output_format.start(schemas, prompt_end, calls_only=_forces_calls(chat))
@@ -374,6 +387,10 @@ def _input_field(request: pb.GenerateRequest) -> str:
 def _infill_marks(tokenizer: TextTokenizer) -> tuple[str, str, str] | None:
     known = (marks for marks in _INFILL_MARKS if all(tokenizer.token_id(mark) is not None for mark in marks))
     return next(known, None)
+
+
+def _may_call(chat: pb.ChatInput) -> bool:
+    return bool(chat.tools) and chat.tool_choice.mode != pb.TOOL_CHOICE_MODE_NONE
 
 
 def _forces_calls(chat: pb.ChatInput) -> bool:

@@ -144,6 +144,41 @@ async def test_arguments_that_rules_cannot_hold_are_left_to_a_model_that_need_no
         assert [violation.field for violation in error.violations] == ["chat.tools[0].function.parameters"]
 
 
+def with_a_tool_and_a_format(schema: str) -> Change:
+    message = pb.ChatMessage(role="user", content=[pb.ContentPart(text="hi")])
+    tool = pb.Tool(function=pb.FunctionTool(name="f", parameters=schema))
+    return set_field(
+        chat=pb.ChatInput(messages=[message], tools=[tool]),
+        structured_output=pb.StructuredOutput(json_schema='{"properties": {"name": {"type": "string"}}}'),
+    )
+
+
+async def test_a_tool_may_be_called_instead_of_the_answer_that_is_held_to_a_format(model_dir: Path) -> None:
+    facts = replace(FACTS, max_model_len=4000, can_mask_tokens=True)
+    model = load_served_model(model_dir, names=("tiny",), tool_call_parser="hermes")
+    tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+
+    async def lets_through(schema: str, text: str) -> bool:
+        built = await build(model, with_a_tool_and_a_format(schema), facts=facts)
+        assert built.core.grammar is not None
+        matcher = built.core.grammar.start()
+        matcher.accept(tokenizer.encode(text).ids)
+        return not matcher.error
+
+    call, answer = '<tool_call>\n{"name": "f", "arguments": {', '{"name": "Ada"}'
+    free = '{"type": "object"}'
+    assert await lets_through(free, call) and await lets_through(free, answer) and not await lets_through(free, "Sure")
+    # A tool whose arguments cannot be held is no reason to refuse the format.
+    assert await lets_through('{"not": {}}', answer) and await lets_through(DEEP, answer)
+
+
+async def test_an_answer_that_is_held_to_a_format_is_no_call_where_it_looks_like_one(model_dir: Path) -> None:
+    model = load_served_model(model_dir, names=("tiny",), tool_call_parser="llama3_json")
+    facts = replace(FACTS, max_model_len=4000, can_mask_tokens=True)
+    built = await build(model, with_a_tool_and_a_format('{"type": "object"}'), facts=facts)
+    assert built.output.start_parser is None
+
+
 async def test_a_prompt_that_has_its_special_tokens_gets_no_more(model_dir: Path) -> None:
     file = model_dir / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(file))
