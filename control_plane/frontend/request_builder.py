@@ -194,36 +194,7 @@ class RequestBuilder:
 
     async def _grammar(self, request: pb.GenerateRequest, prompt_end: str, facts: ModelFacts) -> Grammar | None:
         """What the request's text is held to, compiled; None: anything goes."""
-        # The first that compiles counts.
-        sources: list[str] = []
-        field, is_needed = "structured_output", True
-        chat = request.chat
-        is_chat = request.WhichOneof("input") == "chat"
-        if request.HasField("structured_output"):
-            if is_chat and _forces_calls(chat):
-                raise RequestRefused.invalid(
-                    Violation(field, "cannot be combined with a tool_choice that forces a call")
-                )
-            output, kind = request.structured_output, request.structured_output.WhichOneof("format")
-            field = f"{field}.{kind}"
-            rules = self._output_rules(field)
-            if is_chat and kind in _JSON_KINDS and _may_call(chat) and rules.tells_calls(prompt_end):
-                with contextlib.suppress(RequestRefused):
-                    sources.append(rules.structured(output, prompt_end, chat))
-            sources.append(rules.structured(output, prompt_end if is_chat else None))
-        elif is_chat and _may_call(chat):
-            field = "chat.tools"
-            is_needed = _forces_calls(chat) or any(tool.function.strict for tool in chat.tools)
-            rules = self._output_rules(field)
-            if _forces_calls(chat):
-                sources.append(rules.forced_calls(chat, prompt_end))
-            elif all(not tool.function.HasField("strict") or tool.function.strict for tool in chat.tools):
-                try:
-                    sources += filter(None, [rules.optional_calls(chat, prompt_end)])
-                except RequestRefused:
-                    # What rules cannot say is left to the model, like what does not compile.
-                    if is_needed:
-                        raise
+        sources, field, is_needed = self._grammar_sources(request, prompt_end)
         grammar: Grammar | None = None
         for source in sources if facts.can_mask_tokens or is_needed else ():
             try:
@@ -237,6 +208,41 @@ class RequestBuilder:
             self._check_masks("sampling.bad_words", facts)
             grammar = BadWords(words, grammar)
         return grammar
+
+    def _grammar_sources(self, request: pb.GenerateRequest, prompt_end: str) -> tuple[list[str], str, bool]:
+        """(sources, the first of which that compiles counts; the field that asks for them; whether one is needed)."""
+        chat = request.chat
+        is_chat = request.WhichOneof("input") == "chat"
+        sources: list[str] = []
+        if request.HasField("structured_output"):
+            field = "structured_output"
+            if is_chat and _forces_calls(chat):
+                raise RequestRefused.invalid(
+                    Violation(field, "cannot be combined with a tool_choice that forces a call")
+                )
+            output, kind = request.structured_output, request.structured_output.WhichOneof("format")
+            field = f"{field}.{kind}"
+            rules = self._output_rules(field)
+            if is_chat and kind in _JSON_KINDS and _may_call(chat) and rules.tells_calls(prompt_end):
+                with contextlib.suppress(RequestRefused):
+                    sources.append(rules.structured(output, prompt_end, chat))
+            sources.append(rules.structured(output, prompt_end if is_chat else None))
+            return sources, field, True
+        field = "chat.tools"
+        if not is_chat or not _may_call(chat):
+            return sources, field, False
+        rules = self._output_rules(field)
+        if _forces_calls(chat):
+            return [rules.forced_calls(chat, prompt_end)], field, True
+        is_needed = any(tool.function.strict for tool in chat.tools)
+        if all(not tool.function.HasField("strict") or tool.function.strict for tool in chat.tools):
+            try:
+                sources += filter(None, [rules.optional_calls(chat, prompt_end)])
+            except RequestRefused:
+                # What rules cannot say is left to the model, like what does not compile.
+                if is_needed:
+                    raise
+        return sources, field, is_needed
 
     def _output_rules(self, field: str) -> OutputRules:
         self._tokenizer(field)
