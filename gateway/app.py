@@ -151,8 +151,7 @@ def _middleware(settings: GatewaySettings, lifecycle: Lifecycle, metrics: Gatewa
 async def _answer_api_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, ApiError):
         raise error
-    body = error_body(error, request.url.path, request.state.request_id)
-    return Response(body, error.status, error.headers(), "application/json")
+    return Response(error_body(error, request.scope), error.status, error.headers(), "application/json")
 
 
 async def _answer_wrong_parameter(request: Request, error: Exception) -> Response:

@@ -14,6 +14,8 @@ import orjson
 from gateway.json_types import type_name
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
+# Those of lines that a command sends one by one, each where its url says.
+SENT_ENDPOINTS = (*ENDPOINTS, "/v1/rerank", "/v1/score")
 
 
 class LineError(Exception):
@@ -28,7 +30,7 @@ class BatchLine:
 
 
 def read_line(line: bytes | str, endpoint: str | None = None) -> BatchLine:
-    """One request; with `endpoint`, for that one only. Raises `LineError`."""
+    """One request; with `endpoint`, one of ENDPOINTS, for that one only. Raises `LineError`."""
     try:
         request = orjson.loads(line)
     except orjson.JSONDecodeError as error:
@@ -40,8 +42,8 @@ def read_line(line: bytes | str, endpoint: str | None = None) -> BatchLine:
         raise LineError("custom_id: must be a string that is not empty")
     if request.get("method") != "POST":
         raise LineError("method: must be 'POST'")
-    if url not in ENDPOINTS or (endpoint is not None and url != endpoint):
-        wanted = f"'{endpoint}', the batch's endpoint" if endpoint else f"one of {', '.join(ENDPOINTS)}"
+    if not isinstance(url, str) or url not in ((endpoint,) if endpoint else SENT_ENDPOINTS):
+        wanted = f"'{endpoint}', the batch's endpoint" if endpoint else f"one of {', '.join(SENT_ENDPOINTS)}"
         raise LineError(f"url: must be {wanted}")
     if not isinstance(body, dict):
         raise LineError(f"body: must be an object, not {type_name(body)}")

@@ -143,6 +143,8 @@ def _tool_call(index: int, position: int, call: MessageToolCall) -> inference_pb
 def content_texts(index: int, message: ChatMessage) -> list[str]:
     """The texts of a message's content, a string or a list of parts."""
     param, content = f"messages[{index}].content", message.content
+    if content is None and message.role == "assistant" and message.refusal:
+        return [message.refusal]
     if isinstance(content, str):
         return [content]
     if content is None:

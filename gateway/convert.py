@@ -53,8 +53,8 @@ class GenerationPlan:
     renames: Mapping[str, str] = field(default_factory=dict)
 
 
-def plan_chat(body: ChatCompletionBody, request_id: str) -> GenerationPlan:
-    """Raises `ApiError` with the field named."""
+def plan_chat(body: ChatCompletionBody, request_id: str, own_names: Mapping[str, str] | None = None) -> GenerationPlan:
+    """Raises `ApiError` with the field named; `own_names` are those of the body that was made a chat of."""
     check_chat_fields(body.model_extra)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     num_top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -64,6 +64,7 @@ def plan_chat(body: ChatCompletionBody, request_id: str) -> GenerationPlan:
     renames["output.logprobs"] = "top_logprobs"
     if body.max_completion_tokens is not None:
         renames["stop.max_tokens"] = "max_completion_tokens"
+    renames |= own_names or {}
     echo_text = ""
     if body.echo and body.continue_final_message:
         echo_text = "\n".join(content_texts(len(body.messages) - 1, body.messages[-1]))
@@ -84,6 +85,7 @@ def plan_completion(body: CompletionBody, request_id: str, max_prompts: int) -> 
     shared, renames = _generation(body, request_id, max_tokens, body.logprobs)
     if body.suffix:
         shared.suffix = body.suffix
+    shared.no_special_tokens = body.add_special_tokens is False
     if body.echo:
         shared.output.prompt_text = True
         if body.logprobs is not None:

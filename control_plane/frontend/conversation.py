@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from stepwire.v1 import inference_pb2 as pb
 from control_plane.frontend.chat_template import ChatTemplate, Message
 from control_plane.frontend.errors import RequestRefused, Violation
 from control_plane.frontend.parsers.registry import HERMES, CallSyntax
-from control_plane.frontend.template_traits import NUM_SHORT_ID_CHARS, CallIds, TemplateTraits, ToolsPlace
+from control_plane.frontend.template_traits import NUM_SHORT_ID_CHARS, CallIds, TemplateTraits, ToolsPlace, reasoning_of
 
 _TOOL_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
 _EFFORT_PREFIX = "REASONING_EFFORT_"
@@ -62,6 +63,8 @@ def read_conversation(chat: pb.ChatInput, template: ChatTemplate, syntax: CallSy
         messages = _with_tools_prompt(messages, tools, syntax or HERMES, takes_system=template.traits.takes_system)
     else:
         _rename_calls(messages, template.traits.call_ids)
+        if template.traits.single_calls:
+            messages = _with_single_calls(messages)
         messages = [_as_wanted(message, template.traits, syntax or HERMES) for message in messages]
         if template.traits.results_with_calls:
             messages = _with_results(messages)
@@ -93,7 +96,7 @@ def _message(index: int, message: pb.ChatMessage, violations: list[Violation]) -
     if message.tool_call_id:
         rendered["tool_call_id"] = message.tool_call_id
     if message.reasoning:
-        rendered["reasoning"] = rendered["reasoning_content"] = rendered["thinking"] = message.reasoning
+        rendered |= reasoning_of(message.reasoning)
     return rendered
 
 
@@ -170,12 +173,39 @@ def _rename_calls(messages: list[Message], call_ids: CallIds) -> None:
             message["tool_call_id"] = renamed.get(own, fallback)
 
 
+def _with_single_calls(messages: Sequence[Message]) -> list[Message]:
+    """Calls of one message become messages of their own, each before its results."""
+    made: list[Message] = []
+    # Of the message that called last: (call's id, its own message and its results).
+    turns: list[tuple[str, list[Message]]] = []
+    for message in [*messages, None]:
+        if message is not None and message["role"] == "tool" and turns:
+            own = next((turn for call_id, turn in turns if call_id == message.get("tool_call_id")), turns[-1][1])
+            own.append(message)
+            continue
+        made += itertools.chain.from_iterable(turn for _, turn in turns)
+        turns = []
+        if message is None:
+            break
+        calls = message.get("tool_calls", ())
+        if len(calls) < 2:
+            made.append(message)
+            continue
+        first = {**message, "tool_calls": [calls[0]]}
+        others = [{"role": message["role"], "content": None, "tool_calls": [call]} for call in calls[1:]]
+        turns = [(call["id"], [each]) for call, each in zip(calls, [first, *others], strict=True)]
+    return made
+
+
 def _as_wanted(message: Message, traits: TemplateTraits, syntax: CallSyntax) -> Message:
     made = dict(message)
     if "tool_calls" in message and not traits.shows_calls:
         made["content"] = _with_calls(message, syntax)
         return made
-    if message["content"] is None:
+    if traits.text_or_reasoning and "tool_calls" in message and message["content"] and "thinking" in message:
+        made |= reasoning_of(f"{message['thinking']}\n{message['content']}")
+        made["content"] = None
+    if made["content"] is None:
         made["content"] = traits.no_content
     if "tool_calls" in message:
         made["tool_calls"] = [_wanted_call(call, traits) for call in message["tool_calls"]]

@@ -168,7 +168,7 @@ def regex_grammar(regex: str) -> str:
     if len(regex) > MAX_REGEX_CHARS:
         raise GrammarError(f"has {len(regex)} characters; at most {MAX_REGEX_CHARS} are taken")
     _check_nesting(regex)
-    return llguidance.LLMatcher.grammar_from_regex(regex)
+    return llguidance.LLMatcher.grammar_from_regex(with_plain_digits(regex))
 
 
 def choice_grammar(texts: Sequence[str]) -> str:
@@ -201,6 +201,25 @@ def after(source: str, before: str, rules: str) -> str:
     inner = json.loads(source)["grammars"] if source.startswith('{"grammars"') else [{"lark_grammar": source}]
     outer = {"name": "outer", "lark_grammar": f"start: {before} @answer\n{rules}"}
     return json.dumps({"grammars": [outer, {**inner[0], "name": "answer"}, *inner[1:]]})
+
+
+def with_plain_digits(regex: str) -> str:
+    """The regex with `\\d` for 0 to 9 alone, as JSON Schema's patterns (ECMA-262) have it.
+
+    Other digits share their first bytes with emoji: a model that begins one could only go on with such a digit.
+    """
+    pieces, is_escaped, in_class = [], False, False
+    for character in regex:
+        if is_escaped:
+            plain = {"d": "0-9" if in_class else "[0-9]", "D": "[^0-9]"}
+            pieces.append(plain.get(character, "\\" + character))
+            is_escaped = False
+        elif character == "\\":
+            is_escaped = True
+        else:
+            in_class = (in_class or character == "[") and character != "]"
+            pieces.append(character)
+    return "".join(pieces) + "\\" * is_escaped
 
 
 def regex_literal(text: str) -> str:

@@ -27,8 +27,10 @@ class OutputRules:
         self._tokenizer = tokenizer
         self._format = output_format
 
-    def structured(self, output: pb.StructuredOutput, prompt_end: str | None) -> str:
-        """A grammar's source. prompt_end: how a chat's prompt ends; None for text completions.
+    def structured(self, output: pb.StructuredOutput, prompt_end: str | None, chat: pb.ChatInput | None = None) -> str:
+        """A grammar's source.
+
+        prompt_end: how a chat's prompt ends; None for text completions. chat: one whose tools may be called instead.
 
         Raises:
             RequestRefused: INVALID_ARGUMENT, with the field.
@@ -58,29 +60,43 @@ class OutputRules:
         except ValueError as error:
             raise RequestRefused.invalid(Violation(field, f"cannot be read: {error}")) from error
         thinking = self._thinking(prompt_end)
-        if thinking is None:
+        if thinking is None and chat is None:
             return source
-        before, rules = thinking
-        if self._format.is_harmony:
-            before += " final"
+        before, rules = thinking or ("", "")
+        header = ""
+        if thinking is not None and self._format.is_harmony:
+            header = " final"
             rules += "\n" + harmony_calls.final_rule(self._special)
-        return grammar.after(source, before, rules)
+        if chat is None:
+            return grammar.after(source, before + header, rules)
+        calls, call_rules = self._only_calls(chat)
+        return grammar.after(source, f"{before} {calls} | {before}{header}", f"{rules}\n{call_rules}")
+
+    def tells_calls(self, prompt_end: str) -> bool:
+        """Whether a mark tells a call from an answer that is held to a format."""
+        if self._format.is_harmony:
+            return harmony_calls.can_be_told(self._special, prompt_end)
+        return self._format.syntax is not None and bool(self._format.syntax.trigger)
 
     def forced_calls(self, chat: pb.ChatInput, prompt_end: str) -> str:
         """The grammar of an answer that is one or several calls and nothing else."""
+        answer, calls = self._only_calls(chat)
+        before, thoughts = self._thinking(prompt_end) or ("", "")
+        return grammar.lark_grammar(f"start: {before} {answer}\n{calls}\n{thoughts}")
+
+    def _only_calls(self, chat: pb.ChatInput) -> tuple[str, str]:
+        """(expression, rules): one or several calls and nothing else."""
         syntax = self._format.syntax or CallSyntax('{"name": "', '", "parameters": ', "}", separator="\n")
         is_named = chat.tool_choice.WhichOneof("choice") == "function_name"
         allowed = [chat.tool_choice.function_name] if is_named else list(chat.tool_choice.allowed_function_names)
         several = not is_named and _may_be_several(chat)
         calls = self._calls(chat, syntax, allowed)
-        thinking = self._thinking(prompt_end)
         more = f" ({self._literal(syntax.separator or '')} call)*" if several and syntax.separator is not None else ""
         section = [self._literal(syntax.begin_section), "call" + more, self._literal(syntax.end_section)]
         answer = " ".join(filter(None, section))
         if syntax.may_be_python and (python := self._python_calls(chat, allowed, several=several)):
             answer, calls = f"({answer} | {python[0]})", f"{calls}\n{python[1]}"
-        before, thoughts = thinking or ("", "")
-        return grammar.lark_grammar(f"start: {before} {answer}\n{calls}\n{thoughts}")
+        return answer, calls
 
     def optional_calls(self, chat: pb.ChatInput, prompt_end: str) -> str | None:
         """Free text in which a call, once it has begun, is held to its tool; None where nothing tells its beginning."""

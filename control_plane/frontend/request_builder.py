@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from control_plane.frontend.tokenizer import TextTokenizer
 MAX_CHARS_PER_TOKEN = 32
 MAX_BAD_WORDS = 256
 MAX_BAD_WORD_CHARS = 256
+# Formats of an answer in whose place there may be calls.
+_JSON_KINDS = ("json_object", "json_schema")
 # (before, after, here it goes): Qwen 2.5 Coder; StarCoder, Granite Code; DeepSeek Coder; Code Llama.
 _INFILL_MARKS = (
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
@@ -191,36 +194,55 @@ class RequestBuilder:
 
     async def _grammar(self, request: pb.GenerateRequest, prompt_end: str, facts: ModelFacts) -> Grammar | None:
         """What the request's text is held to, compiled; None: anything goes."""
-        source, field, is_needed = None, "structured_output", True
-        chat = request.chat
-        is_chat = request.WhichOneof("input") == "chat"
-        if request.HasField("structured_output"):
-            if is_chat and _forces_calls(chat):
-                raise RequestRefused.invalid(
-                    Violation(field, "cannot be combined with a tool_choice that forces a call")
-                )
-            field = f"{field}.{request.structured_output.WhichOneof('format')}"
-            source = self._output_rules(field).structured(request.structured_output, prompt_end if is_chat else None)
-        elif is_chat and chat.tools and chat.tool_choice.mode != pb.TOOL_CHOICE_MODE_NONE:
-            field = "chat.tools"
-            is_needed = _forces_calls(chat) or any(tool.function.strict for tool in chat.tools)
-            rules = self._output_rules(field)
-            if _forces_calls(chat):
-                source = rules.forced_calls(chat, prompt_end)
-            elif all(not tool.function.HasField("strict") or tool.function.strict for tool in chat.tools):
-                source = rules.optional_calls(chat, prompt_end)
+        sources, field, is_needed = self._grammar_sources(request, prompt_end)
         grammar: Grammar | None = None
-        if source is not None and (facts.can_mask_tokens or is_needed):
+        for source in sources if facts.can_mask_tokens or is_needed else ():
             try:
                 grammar = await self._compiler(field, facts).compile(source)
+                break
             except GrammarError as error:
-                if is_needed:
+                if is_needed and source is sources[-1]:
                     raise RequestRefused.invalid(Violation(field, str(error))) from error
         if request.sampling.bad_words:
             words = await self._tokenizer("sampling.bad_words").spellings(request.sampling.bad_words)
             self._check_masks("sampling.bad_words", facts)
             grammar = BadWords(words, grammar)
         return grammar
+
+    def _grammar_sources(self, request: pb.GenerateRequest, prompt_end: str) -> tuple[list[str], str, bool]:
+        """(sources, the first of which that compiles counts; the field that asks for them; whether one is needed)."""
+        chat = request.chat
+        is_chat = request.WhichOneof("input") == "chat"
+        sources: list[str] = []
+        if request.HasField("structured_output"):
+            field = "structured_output"
+            if is_chat and _forces_calls(chat):
+                raise RequestRefused.invalid(
+                    Violation(field, "cannot be combined with a tool_choice that forces a call")
+                )
+            output, kind = request.structured_output, request.structured_output.WhichOneof("format")
+            field = f"{field}.{kind}"
+            rules = self._output_rules(field)
+            if is_chat and kind in _JSON_KINDS and _may_call(chat) and rules.tells_calls(prompt_end):
+                with contextlib.suppress(RequestRefused):
+                    sources.append(rules.structured(output, prompt_end, chat))
+            sources.append(rules.structured(output, prompt_end if is_chat else None))
+            return sources, field, True
+        field = "chat.tools"
+        if not is_chat or not _may_call(chat):
+            return sources, field, False
+        rules = self._output_rules(field)
+        if _forces_calls(chat):
+            return [rules.forced_calls(chat, prompt_end)], field, True
+        is_needed = any(tool.function.strict for tool in chat.tools)
+        if all(not tool.function.HasField("strict") or tool.function.strict for tool in chat.tools):
+            try:
+                sources += filter(None, [rules.optional_calls(chat, prompt_end)])
+            except RequestRefused:
+                # What rules cannot say is left to the model, like what does not compile.
+                if is_needed:
+                    raise
+        return sources, field, is_needed
 
     def _output_rules(self, field: str) -> OutputRules:
         self._tokenizer(field)
@@ -243,7 +265,9 @@ class RequestBuilder:
         if request.WhichOneof("input") != "chat" or self._model.tokenizer is None:
             return None
         chat = request.chat
-        has_tools = bool(chat.tools) and chat.tool_choice.mode != pb.TOOL_CHOICE_MODE_NONE
+        # An answer that is held to a format may look like a call where no mark tells them apart.
+        is_told = not request.HasField("structured_output") or self._output_rules("chat").tells_calls(prompt_end)
+        has_tools = _may_call(chat) and is_told
         tools = [(tool.function.name, tool.function.parameters) for tool in chat.tools]
         schemas = schemas_of(tools) if has_tools else None
         return self._model.output_format.start(schemas, prompt_end, calls_only=_forces_calls(chat))
@@ -271,12 +295,12 @@ class RequestBuilder:
                 check_vocabulary("token_ids.ids", ids, facts.vocab_size)
             case "text":
                 self.check_num_chars("text", len(request.text), facts)
+                text = request.text
                 if request.HasField("suffix"):
-                    ids = await self._infill(request.text, request.suffix, request.cache_salt)
-                else:
-                    ids = await self._tokenizer("text").encode_text(
-                        request.text, add_special_tokens=True, salt=request.cache_salt
-                    )
+                    text = self._infill(text, request.suffix)
+                ids = await self._tokenizer("text").encode_text(
+                    text, add_special_tokens=not request.no_special_tokens, salt=request.cache_salt
+                )
                 check_vocabulary("text", ids, facts.vocab_size)
             case "chat":
                 prompt = await self._chat_prompt(request.chat, facts, request.cache_salt)
@@ -296,15 +320,14 @@ class RequestBuilder:
     def can_infill(self) -> bool:
         return self._model.tokenizer is not None and _infill_marks(self._model.tokenizer) is not None
 
-    async def _infill(self, before: str, after: str, salt: str) -> TokenIdArray:
+    def _infill(self, before: str, after: str) -> str:
         """The prompt from which a model writes what stands between two texts."""
         tokenizer = self._tokenizer("suffix")
         marks = _infill_marks(tokenizer)
         if marks is None:
             raise RequestRefused.invalid(Violation("suffix", "this model does not define how to fill in; leave it out"))
         prefix, suffix, middle = marks
-        text = f"{prefix}{before}{suffix}{after}{middle}"
-        return await tokenizer.encode_text(text, add_special_tokens=True, salt=salt)
+        return f"{prefix}{before}{suffix}{after}{middle}"
 
     async def _chat_prompt(self, chat: pb.ChatInput, facts: ModelFacts, salt: str = "") -> _Prompt:
         tokenizer = self._tokenizer("chat")
@@ -370,6 +393,10 @@ def _input_field(request: pb.GenerateRequest) -> str:
 def _infill_marks(tokenizer: TextTokenizer) -> tuple[str, str, str] | None:
     known = (marks for marks in _INFILL_MARKS if all(tokenizer.token_id(mark) is not None for mark in marks))
     return next(known, None)
+
+
+def _may_call(chat: pb.ChatInput) -> bool:
+    return bool(chat.tools) and chat.tool_choice.mode != pb.TOOL_CHOICE_MODE_NONE
 
 
 def _forces_calls(chat: pb.ChatInput) -> bool:

@@ -53,6 +53,10 @@ class TemplateTraits:
     shows_calls: bool = True
     # Results belong to the message that called, as its `tool_responses` (Gemma 4 as it was released).
     results_with_calls: bool = False
+    # A message has one call, and its result comes before the next one (Llama 3, GPT-OSS).
+    single_calls: bool = False
+    # A message that calls has a text or reasoning, not both (GPT-OSS).
+    text_or_reasoning: bool = False
 
 
 def find_traits(attempt: Try) -> TemplateTraits:
@@ -66,13 +70,58 @@ def find_traits(attempt: Try) -> TemplateTraits:
         tools = ToolsPlace.SYSTEM_MESSAGE
     takes_system = nonce in (attempt([{"role": "system", "content": nonce}, user], None) or "")
     of_calls = _of_calls(attempt, nonce)
+    if of_calls is None:
+        return TemplateTraits("", False, CallIds.ANY, tools, takes_system, shows_calls=False)
     return TemplateTraits(
-        *(of_calls or ("", False, CallIds.ANY)),
+        *of_calls,
         tools,
         takes_system,
-        of_calls is not None,
-        of_calls is not None and _has_results_with_calls(attempt, nonce),
+        results_with_calls=_has_results_with_calls(attempt, nonce),
+        single_calls=_has_single_calls(attempt, nonce, *of_calls),
+        text_or_reasoning=_has_text_or_reasoning(attempt, nonce, *of_calls),
     )
+
+
+def _has_single_calls(attempt: Try, nonce: str, no_content: str | None, as_text: bool, kind: CallIds) -> bool:
+    """Whether two calls of one message do not come out, and the same calls one after another do."""
+    calls = [_example_call(f"n{number}{nonce}", number, as_text, kind) for number in range(2)]
+    results: list[Message] = [
+        {"role": "tool", "tool_call_id": call["id"], "name": call["function"]["name"], "content": f"r{number}{nonce}"}
+        for number, call in enumerate(calls)
+    ]
+    asked: Message = {"role": "user", "content": "x"}
+    called: list[Message] = [{"role": "assistant", "content": no_content, "tool_calls": [call]} for call in calls]
+    together = attempt([asked, {**called[0], "tool_calls": calls}, *results], None) or ""
+    apart = attempt([asked, called[0], results[0], called[1], results[1]], None) or ""
+    parts = [f"{part}{number}{nonce}" for part in "nr" for number in range(2)]
+    return all(part in apart for part in parts) and not all(part in together for part in parts)
+
+
+def _has_text_or_reasoning(attempt: Try, nonce: str, no_content: str | None, as_text: bool, kind: CallIds) -> bool:
+    """Whether the template fails with both, and with one of them does not."""
+    asked: Message = {"role": "user", "content": "x"}
+    called: Message = {
+        "role": "assistant",
+        "content": f"t{nonce}",
+        "tool_calls": [_example_call(f"n{nonce}", 0, as_text, kind)],
+    }
+    reasoned = {**called, **reasoning_of(f"h{nonce}")}
+    alone = attempt([asked, {**reasoned, "content": no_content}], None)
+    return alone is not None and attempt([asked, called], None) is not None and attempt([asked, reasoned], None) is None
+
+
+def _example_call(name: str, number: int, as_text: bool, kind: CallIds) -> dict[str, Any]:
+    ids = {
+        CallIds.ANY: f"call_0123456789abcde{number}",
+        CallIds.SHORT: f"abcdef01{number}",
+        CallIds.NAMED: f"functions.{name}:{number}",
+    }
+    return {"id": ids[kind], "type": "function", "function": {"name": name, "arguments": "{}" if as_text else {}}}
+
+
+def reasoning_of(text: str) -> Message:
+    """What an assistant thought, under the names that templates know."""
+    return dict.fromkeys(("reasoning", "reasoning_content", "thinking"), text)
 
 
 def _has_results_with_calls(attempt: Try, nonce: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from control_plane.frontend.grammar import GrammarError, quoted
+from control_plane.frontend.grammar import GrammarError, quoted, with_plain_digits
 from control_plane.frontend.parsers.argument_types import resolved, value_types
 
 # They may say something of a string that no terminal holds.
@@ -130,7 +130,7 @@ def _of_pattern(pattern: str) -> str:
     if has_alternatives and is_begin:
         # `^a|b$` is either end alone.
         raise GrammarError(f"pattern {pattern[:80]!r}: put its alternatives into brackets")
-    anything = "(.|\\n)*"
+    anything, body = "(.|\\n)*", with_plain_digits(body)
     return f"/{'' if is_begin else anything}({_with_escaped_slashes(body)}){'' if is_end else anything}/"
 
 

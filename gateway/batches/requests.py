@@ -15,7 +15,7 @@ from gateway.convert import GenerationPlan, plan_chat, plan_completion
 from gateway.embeddings import embed_request, embeddings_answer
 from gateway.errors import ApiError
 from gateway.pooling_schemas import EmbeddingsBody
-from gateway.responses.convert import chat_body, input_items
+from gateway.responses.convert import chat_body, input_items, param_names
 from gateway.responses.output import ResponseOutput, response_object
 from gateway.responses.schemas import ResponsesBody
 from gateway.schemas import ChatCompletionBody, CompletionBody
@@ -71,7 +71,7 @@ class BatchRequests:
         for name in ("background", "previous_response_id"):
             if getattr(body, name):
                 raise ApiError(400, f"{name}: not possible in a batch.", param=name)
-        plan = plan_chat(chat_body(body, input_items(body)), request_id)
+        plan = plan_chat(chat_body(body, input_items(body)), request_id, param_names(body))
         generation = self._start(plan)
         try:
             mailbox = generation.mailbox

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from gateway.errors import ApiError, from_validation_error
 from gateway.json_types import type_name
-from gateway.messages.schemas import CountTokensBody, InputMessage, MessagesBody, MessageToolChoice
+from gateway.messages.schemas import CountTokensBody, InputMessage, MessagesBody, MessageToolChoice, OutputConfig
 from gateway.schemas import ChatCompletionBody
 
 _MODES = {"auto": "auto", "any": "required", "none": "none"}
@@ -45,6 +45,8 @@ def chat_body(body: CountTokensBody) -> ChatCompletionBody:
     shows_thinking = body.thinking is not None and body.thinking.type != "disabled"
     arguments = {} if body.thinking is None else {"enable_thinking": shows_thinking}
     fields["include_reasoning"] = shows_thinking
+    if body.output_config is not None:
+        fields |= _output_config(body.output_config)
     if isinstance(body, MessagesBody):
         arguments |= body.chat_template_kwargs or {}
         fields |= {
@@ -64,6 +66,28 @@ def chat_body(body: CountTokensBody) -> ChatCompletionBody:
         return ChatCompletionBody.model_validate(fields)
     except ValidationError as error:
         raise from_validation_error(error) from error
+
+
+def param_names(body: MessagesBody) -> dict[str, str]:
+    """What fields of a GenerateRequest are called in this body, where a chat has another name."""
+    names = {
+        "stop.max_tokens": "max_tokens",
+        "stop.stop": "stop_sequences",
+        "chat.reasoning_effort": "output_config.effort",
+        "structured_output.json_schema": "output_config.format.schema",
+        "structured_output": "output_config.format",
+    }
+    for index in range(len(body.tools or ())):
+        names[f"chat.tools[{index}].function"] = f"tools[{index}]"
+    return names
+
+
+def _output_config(config: OutputConfig) -> dict[str, Any]:
+    fields: dict[str, Any] = {"reasoning_effort": config.effort}
+    if config.format is not None:
+        schema = {"schema": config.format.json_schema}
+        fields["response_format"] = {"type": "json_schema", "json_schema": schema}
+    return fields
 
 
 def _tool_choice(choice: MessageToolChoice) -> dict[str, Any]:

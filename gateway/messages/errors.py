@@ -6,10 +6,13 @@ from typing import Literal
 
 import orjson
 from pydantic import BaseModel
+from starlette.types import Scope
 
 from gateway.errors import ApiError
 
 PREFIX = "/v1/messages"
+# Both APIs have it, each in its own shape.
+_SHARED = "/v1/models"
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -40,8 +43,15 @@ def message_error(error: ApiError, request_id: str | None = None) -> dict[str, o
     return {"type": "error", "error": {"type": kind, "message": error.message}, "request_id": request_id}
 
 
-def error_body(error: ApiError, path: str, request_id: str | None = None) -> bytes:
-    """The body of an error answer to `path`, in the shape that its clients know."""
-    if path.startswith(PREFIX):
-        return orjson.dumps(message_error(error, request_id))
+def is_anthropics(scope: Scope) -> bool:
+    """Whether its client asks: on a route of its own, or naming its version of the API, as it always does."""
+    if scope["path"].startswith(PREFIX):
+        return True
+    return scope["path"].startswith(_SHARED) and any(name == b"anthropic-version" for name, _ in scope["headers"])
+
+
+def error_body(error: ApiError, scope: Scope) -> bytes:
+    """The body of an error answer, in the shape that the client knows."""
+    if is_anthropics(scope):
+        return orjson.dumps(message_error(error, scope.get("state", {}).get("request_id")))
     return error.body()

@@ -7,13 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import orjson
-from starlette.requests import Request
 from stepwire.v1 import inference_pb2
-
-
-def is_anthropics(request: Request) -> bool:
-    """Whether its client asks: it names its version of the API with every request."""
-    return "anthropic-version" in request.headers
 
 
 def model_info(model: inference_pb2.Model) -> bytes:

@@ -40,6 +40,17 @@ class Thinking(RequestModel):
     budget_tokens: int | None = Field(None, description="Taken, and without effect: max_tokens bounds an answer.")
 
 
+class OutputFormat(RequestModel):
+    type: Literal["json_schema"]
+    # `schema` is a method of pydantic's base class.
+    json_schema: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(RequestModel):
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    format: OutputFormat | None = Field(None, description="What the text must look like: JSON by a schema.")
+
+
 class CountTokensBody(RequestModel):
     model: str | None = Field(None, description="One of the ids of /v1/models; the served model if left out.")
     messages: Annotated[list[InputMessage], Field(min_length=1)]
@@ -47,6 +58,7 @@ class CountTokensBody(RequestModel):
     tools: Annotated[list[MessageTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: MessageToolChoice | None = None
     thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
 
 
 class MessagesBody(CountTokensBody):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import orjson
 from pydantic import ValidationError
 
 from gateway.errors import ApiError, from_validation_error
@@ -76,8 +78,11 @@ def _part_text(param: str, part: Any) -> str:
     return text
 
 
-def chat_messages(items: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A conversation's items as chat messages: what an assistant thought, said and called becomes one message."""
+def chat_messages(items: Iterable[dict[str, Any]], num_earlier: int = 0) -> list[dict[str, Any]]:
+    """A conversation's items as chat messages: what an assistant thought, said and called becomes one message.
+
+    `num_earlier` of the items were not given with this request.
+    """
     messages: list[dict[str, Any]] = []
     turn: dict[str, Any] | None = None
 
@@ -88,7 +93,7 @@ def chat_messages(items: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             messages.append(turn)
         return turn
 
-    for index, item in enumerate(items):
+    for index, item in enumerate(items, -num_earlier):
         where = f"input[{index}]"
         kind = item["type"]
         if kind == "reasoning":
@@ -97,7 +102,7 @@ def chat_messages(items: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             thoughts = [*(item.get("content") or ()), *(item.get("summary") or ())]
             assistant()["reasoning"] = "".join(str(part.get("text", "")) for part in thoughts if isinstance(part, dict))
         elif kind == "function_call":
-            function = {"name": _field(where, item, "name"), "arguments": item.get("arguments") or "{}"}
+            function = {"name": _field(where, item, "name"), "arguments": _arguments(where, item)}
             call = {"id": _field(where, item, "call_id"), "type": "function", "function": function}
             assistant().setdefault("tool_calls", []).append(call)
         elif kind == "function_call_output":
@@ -134,9 +139,34 @@ def _field(param: str, item: dict[str, Any], name: str) -> str:
     return value
 
 
-def chat_body(body: ResponsesBody, items: Iterable[dict[str, Any]]) -> ChatCompletionBody:
-    """The whole conversation, `items` being its earlier turns and this one's input."""
-    messages = chat_messages(items)
+def _arguments(param: str, item: dict[str, Any]) -> str:
+    arguments = item.get("arguments") or "{}"
+    with contextlib.suppress(orjson.JSONDecodeError):
+        if isinstance(orjson.loads(arguments), dict):
+            return str(arguments)
+    raise ApiError(400, f"{param}.arguments: must be a JSON object as a string.", param=f"{param}.arguments")
+
+
+def param_names(body: ResponsesBody) -> dict[str, str]:
+    """What fields of a GenerateRequest are called in this body, where a chat has another name."""
+    names = {
+        "stop.max_tokens": "max_output_tokens",
+        "chat.messages": "input",
+        "chat": "input",
+        "chat.reasoning_effort": "reasoning.effort",
+    }
+    if body.structured_outputs is None:
+        names |= {"structured_output.json_schema": "text.format.schema", "structured_output": "text.format"}
+    for index in range(len(body.tools or ())):
+        names[f"chat.tools[{index}].function"] = f"tools[{index}]"
+    return names
+
+
+def chat_body(
+    body: ResponsesBody, items: Sequence[dict[str, Any]], history: Sequence[dict[str, Any]] = ()
+) -> ChatCompletionBody:
+    """The whole conversation: its earlier turns, and this one's input."""
+    messages = chat_messages([*history, *items], len(history))
     if body.instructions:
         messages.insert(0, {"role": "system", "content": body.instructions})
     if not messages:
@@ -145,7 +175,8 @@ def chat_body(body: ResponsesBody, items: Iterable[dict[str, Any]]) -> ChatCompl
         "messages": messages,
         "max_completion_tokens": body.max_output_tokens,
         "tools": _tools(body),
-        "tool_choice": _tool_choice(body.tool_choice),
+        # Without tools `auto` asks for nothing here, where a chat refuses it.
+        "tool_choice": None if body.tool_choice == "auto" and not body.tools else _tool_choice(body.tool_choice),
         "reasoning_effort": body.reasoning.effort if body.reasoning else None,
         "response_format": _response_format(body),
         "logprobs": True if body.wants_logprobs else None,
@@ -169,6 +200,11 @@ _SAME = (
     "seed",
     "top_k",
     "min_p",
+    "repetition_penalty",
+    "stop",
+    "include_stop_str_in_output",
+    "skip_special_tokens",
+    "structured_outputs",
     "priority",
     "cache_salt",
     "ignore_eos",

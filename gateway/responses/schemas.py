@@ -6,7 +6,18 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, WithJsonSchema, model_validator
 
-from gateway.schemas import MAX_LOGPROBS, MAX_TOOLS, Finite, Int32, Int64, PositiveCount, RequestModel, SchemaField
+from gateway.schemas import (
+    MAX_LOGPROBS,
+    MAX_TOOLS,
+    Finite,
+    Int32,
+    Int64,
+    PositiveCount,
+    RequestModel,
+    SchemaField,
+    StopField,
+    StructuredOutputs,
+)
 
 InputField = Annotated[
     Any,
@@ -83,6 +94,11 @@ class ResponsesBody(RequestModel):
     seed: Int64 | None = None
     top_k: Annotated[int, Field(ge=-1, le=2**32 - 1)] | None = None
     min_p: Finite | None = None
+    repetition_penalty: Finite | None = None
+    stop: StopField = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    structured_outputs: StructuredOutputs | None = None
     priority: Int32 | None = None
     cache_salt: str | None = None
     ignore_eos: bool | None = None

@@ -19,7 +19,7 @@ from gateway.convert import GenerationPlan, plan_chat, read_timeout
 from gateway.errors import ApiError, internal
 from gateway.mailbox import SequenceUpdate, UsageTotals
 from gateway.middleware import CLIENT_CLOSED_REQUEST
-from gateway.responses.convert import chat_body, input_items
+from gateway.responses.convert import chat_body, input_items, param_names
 from gateway.responses.output import ResponseOutput, response_object
 from gateway.responses.schemas import ResponsesBody
 from gateway.responses.store import ResponseStore, StoredResponse
@@ -84,7 +84,8 @@ class ResponsesServing:
             param = "background" if body.background else "previous_response_id"
             raise ApiError(400, f"{param}: this server keeps no responses (--responses-store).", param=param)
         items = input_items(body)
-        plan = plan_chat(chat_body(body, [*await self._history(body), *items]), request.state.request_id)
+        chat = chat_body(body, items, await self._history(body))
+        plan = plan_chat(chat, request.state.request_id, param_names(body))
         response_id = f"resp_{uuid.uuid4().hex}"
         if body.background:
             return await self._create_in_background(request, body, plan, response_id, items)

@@ -81,11 +81,15 @@ async def create_file(request: Request) -> Response:
 
 @router.get("/v1/files", summary="The files there are", responses=error_responses(400, 401))
 async def list_files(
-    request: Request, purpose: str | None = None, limit: Limit = 10_000, after: str | None = None
+    request: Request,
+    purpose: str | None = None,
+    limit: Limit = 10_000,
+    after: str | None = None,
+    order: Literal["asc", "desc"] = "desc",
 ) -> Response:
     files: FileStore = request.app.state.files
     found = [file.to_json() for file in await files.list_all() if purpose is None or file.purpose == purpose]
-    return _page(found, limit, after)
+    return _page(found if order == "desc" else found[::-1], limit, after)
 
 
 @router.get("/v1/files/{file_id}", summary="One of them", responses=_STORED)

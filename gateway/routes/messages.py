@@ -9,7 +9,7 @@ from gateway.chat_input import read_chat_input
 from gateway.client import ControlPlaneClient
 from gateway.convert import plan_chat
 from gateway.messages.answers import MessageEvents, whole_message
-from gateway.messages.convert import chat_body
+from gateway.messages.convert import chat_body, param_names
 from gateway.messages.errors import MessageErrorAnswer
 from gateway.messages.schemas import CountTokensBody, MessagesBody
 from gateway.middleware import CLIENT_CLOSED_REQUEST
@@ -26,7 +26,7 @@ _ERRORS = error_responses(400, 401, 404, 413, 415, 429, 503, 504, model=MessageE
 async def create_message(request: Request) -> Response:
     serving: Serving = request.app.state.serving
     body = await read_body(request, MessagesBody)
-    plan = plan_chat(chat_body(body), request.state.request_id)
+    plan = plan_chat(chat_body(body), request.state.request_id, param_names(body))
     async with serving.generating(request, plan) as (generation, accepted):
         mailbox = generation.mailbox
         if mailbox.disconnected:

@@ -6,7 +6,8 @@ from fastapi import APIRouter, Request, Response
 
 from gateway.answers import ModelList, ModelObject, model_list, model_object
 from gateway.client import ControlPlaneClient
-from gateway.messages.models import is_anthropics, model_info, model_page
+from gateway.messages.errors import is_anthropics
+from gateway.messages.models import model_info, model_page
 from gateway.openapi import error_responses
 
 router = APIRouter(tags=["models"])
@@ -21,7 +22,7 @@ _JSON = "application/json"
 async def list_models(request: Request) -> Response:
     client: ControlPlaneClient = request.app.state.client
     models = await client.models()
-    return Response(model_page(models), media_type=_JSON) if is_anthropics(request) else _json(model_list(models))
+    return Response(model_page(models), media_type=_JSON) if is_anthropics(request.scope) else _json(model_list(models))
 
 
 # Ids may hold slashes, as those of a hub do.
@@ -33,7 +34,7 @@ async def list_models(request: Request) -> Response:
 async def get_model(request: Request, model: str) -> Response:
     client: ControlPlaneClient = request.app.state.client
     found = await client.model(model)
-    return Response(model_info(found), media_type=_JSON) if is_anthropics(request) else _json(model_object(found))
+    return Response(model_info(found), media_type=_JSON) if is_anthropics(request.scope) else _json(model_object(found))
 
 
 def _json(answer: ModelList | ModelObject) -> Response:

@@ -30,6 +30,7 @@ from gateway.pooling_schemas import (
     ScoreObject,
 )
 from gateway.serving import read_body
+from gateway.unsupported import check_pooling_fields
 
 router = APIRouter(tags=["pooling"])
 
@@ -63,8 +64,8 @@ async def embeddings(request: Request) -> Response:
 async def rerank(request: Request) -> Response:
     client: ControlPlaneClient = request.app.state.client
     body = await read_body(request, RerankBody)
-    documents = read_documents(body.documents)
-    call = score_request(body, [(body.query, text) for text in documents], request.state.request_id)
+    query, documents = _text("query", body.query), read_documents(body.documents)
+    call = score_request(body, [(query, text) for text in documents], request.state.request_id)
     renames = {"pairs": "documents"}
     answer = await _computed(request, client.score(call, renames, _timeout(request)))
     best = sorted(range(len(documents)), key=lambda index: -answer.scores[index])[: body.top_n]
@@ -110,6 +111,7 @@ async def score(request: Request) -> Response:
 def score_request(
     body: RerankBody | ScoreBody, pairs: Sequence[tuple[str, str]], request_id: str
 ) -> inference_pb2.ScoreRequest:
+    check_pooling_fields(body.model_extra)
     call = inference_pb2.ScoreRequest(model=body.model or "", priority=body.priority or 0, request_id=request_id)
     for first, second in pairs:
         call.pairs.add(first=first, second=second)

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 
+from gateway.errors import ApiError
 from gateway.openapi import body_schema, error_responses
 from gateway.responses.schemas import ResponsesBody
 from gateway.responses.serving import ResponsesServing
@@ -24,8 +25,10 @@ async def create_response(request: Request) -> Response:
     return await _serving(request).create(request)
 
 
-@router.get("/v1/responses/{response_id}", summary="A stored response", responses=_STORED)
-async def get_response(request: Request, response_id: str) -> Response:
+@router.get("/v1/responses/{response_id}", summary="A stored response", responses=error_responses(400, 401, 404))
+async def get_response(request: Request, response_id: str, stream: bool = False) -> Response:
+    if stream:
+        raise ApiError(400, "stream: events are not kept; fetch the response without stream.", param="stream")
     return await _serving(request).get(response_id)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import anthropic
 import httpx
 import pytest
 from anthropic import AsyncAnthropic
+from pydantic import BaseModel, ConfigDict
 
 from tests.system.conftest import LIMIT_S, Stack
 
@@ -62,6 +64,49 @@ async def test_errors_have_anthropics_shape(client: AsyncAnthropic, stack: Stack
             assert 400 <= answer.status_code < 500
             assert body["type"] == "error" and body["error"]["message"]
             assert body["request_id"] == answer.headers["x-request-id"]
+
+
+class Sizes(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    is_large: bool
+    is_heavy: bool
+
+
+async def test_a_message_is_parsed_as_the_format_says(client: AsyncAnthropic) -> None:
+    fields = {"model": "tiny", "max_tokens": 400, "messages": ASKED, "output_format": Sizes, "extra_body": EXTRA}
+    whole = await client.messages.parse(**fields)
+    assert whole.stop_reason == "end_turn" and isinstance(whole.parsed_output, Sizes)
+    async with client.messages.stream(**fields) as stream:
+        assert (await stream.get_final_message()).parsed_output == whole.parsed_output
+
+
+TOOL = {"name": "two words", "input_schema": {"type": "object"}}
+FORMAT = {"type": "json_schema", "schema": {"not": {}}}
+
+
+@pytest.mark.parametrize(
+    "fields, needle",
+    [
+        ({"max_tokens": 100_000}, "max_tokens: "),
+        ({"stop_sequences": ["a", ""]}, "stop_sequences[1]: "),
+        ({"tools": [TOOL]}, "tools[0].name: "),
+        ({"output_config": {"format": FORMAT}}, "output_config.format.schema: "),
+    ],
+)
+async def test_wrong_fields_are_named_as_they_were_sent(stack: Stack, fields: dict[str, Any], needle: str) -> None:
+    async with httpx.AsyncClient(base_url=stack.url, timeout=LIMIT_S) as raw:
+        answer = await raw.post("/v1/messages", json={"max_tokens": 4, "messages": ASKED, **fields})
+    assert answer.status_code == 400 and answer.json()["error"]["message"].startswith(needle), answer.text
+
+
+async def test_a_model_that_is_not_there(client: AsyncAnthropic, stack: Stack) -> None:
+    with pytest.raises(anthropic.NotFoundError) as unknown:
+        await client.models.retrieve("nobody")
+    assert unknown.value.body["type"] == "error" and unknown.value.body["error"]["type"] == "not_found_error"  # type: ignore[index, call-overload]
+    assert unknown.value.request_id
+    # Others get OpenAI's shape on the same route.
+    async with httpx.AsyncClient(base_url=stack.url, timeout=LIMIT_S) as raw:
+        assert (await raw.get("/v1/models/nobody")).json()["error"]["code"] == "model_not_found"
 
 
 async def test_a_client_that_leaves_frees_its_blocks(client: AsyncAnthropic, stack: Stack) -> None:

@@ -169,7 +169,11 @@ async def test_files_are_kept_deleted_and_bounded(client: AsyncOpenAI, batching:
     file = await client.files.create(file=("a.txt", b"\x00\xffabc"), purpose="user_data")
     assert (await client.files.content(file.id)).content == b"\x00\xffabc"
     assert (await client.files.retrieve(file.id)).bytes == 5
-    assert (await client.files.delete(file.id)).deleted
+    other = await client.files.create(file=("b.txt", b"b"), purpose="user_data")
+    listed = [each.id async for each in client.files.list(purpose="user_data", order="asc", limit=1)]
+    assert listed == [file.id, other.id]
+    assert [each.id async for each in client.files.list(purpose="user_data")] == [other.id, file.id]
+    assert (await client.files.delete(file.id)).deleted and (await client.files.delete(other.id)).deleted
     with pytest.raises(openai.NotFoundError):
         await client.files.content(file.id)
     # Refused by its announced length, before any of it is read.

@@ -19,6 +19,7 @@ from stepwire.v1 import inference_pb2, inference_pb2_grpc
 
 from .conftest import MINILM_NAME as MODEL
 from .launched import Launched, wait_until
+from .test_commands import run
 
 SENTENCES = [
     "A man is eating food.",
@@ -191,6 +192,31 @@ def test_rerank_and_score_are_cosines(http: httpx.Client, expected: np.ndarray) 
     np.testing.assert_allclose([each["score"] for each in scores["data"]], cosines, atol=1e-4)
     assert http.post("/score", json={"text_1": ["a", "b"], "text_2": ["c"]}).json()["error"]["param"] == "text_2"
     assert http.post("/rerank", json={"query": "a", "documents": []}).json()["error"]["param"] == "documents"
+    assert http.post("/rerank", json={"query": "", "documents": ["b"]}).json()["error"]["param"] == "query"
+    # What would give other numbers is refused, and not left out.
+    for path, body, field in (
+        ("/embeddings", {"input": "a"}, "normalize"),
+        ("/score", {"text_1": "a", "text_2": "b"}, "use_activation"),
+    ):
+        assert http.post(path, json={**body, field: False}).json()["error"]["param"] == field
+        assert http.post(path, json={**body, field: True}).status_code == 200
+
+
+def test_a_file_of_requests_of_every_kind(served: Launched, tmp_path: Path) -> None:
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/embeddings": {"input": "a"},
+        "/v1/rerank": {"query": "a", "documents": ["b", "c"]},
+        "/v1/score": {"text_1": "a", "text_2": "b"},
+    }
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines = [{"custom_id": url, "method": "POST", "url": url, "body": body} for url, body in bodies.items()]
+    source.write_text("\n".join(map(json.dumps, lines)))
+    done = run("run-batch", str(source), str(target), "--url", served.base_url)
+    assert done.returncode == 0, done.stderr
+    results = {each["custom_id"]: each["response"] for each in map(json.loads, target.read_text().splitlines())}
+    assert results.keys() == bodies.keys()
+    assert {each["status_code"] for each in results.values()} == {200}
+    assert len(results["/v1/rerank"]["body"]["results"]) == 2
 
 
 def test_it_generates_nothing(client: openai.OpenAI) -> None:

@@ -128,12 +128,47 @@ async def test_background_responses_end_or_are_cancelled(client: AsyncOpenAI, st
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"max_output_tokens": 100_000}, "max_output_tokens"),
+        ({"input": "x" * 5000}, "input"),
+        ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"not": {}}}}}, "text.format.schema"),
+        ({"tools": [{"type": "function", "name": "two words"}]}, "tools[0].name"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        (
+            {
+                "instructions": "Be brief.",
+                "input": [
+                    {"role": "user", "content": "hi"},
+                    {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{"},
+                ],
+            },
+            "input[1].arguments",
+        ),
     ],
 )
 async def test_what_cannot_be_served_is_named(client: AsyncOpenAI, fields: dict[str, Any], param: str) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         await create(client, **fields)
     assert refused.value.param == param
+
+
+async def test_items_of_this_request_are_counted_alone(client: AsyncOpenAI) -> None:
+    root = await create(client)
+    with pytest.raises(openai.BadRequestError) as refused:
+        await create(client, previous_response_id=root.id, input=[{"type": "function_call_output", "output": "x"}])
+    assert refused.value.param == "input[0].call_id"
+
+
+async def test_what_a_chat_takes_beyond_openais_is_taken_here(client: AsyncOpenAI) -> None:
+    text = (await create(client)).output_text
+    cut = next(character for character in text[4:] if character != "�")
+    stopped = await create(client, extra_body={**EXTRA, "stop": [cut], "include_stop_str_in_output": True})
+    assert stopped.status == "completed" and stopped.output_text == text[: text.index(cut) + 1]
+    chosen = await create(client, extra_body={"structured_outputs": {"choice": ["left", "right"]}})
+    assert chosen.output_text in ("left", "right")
+    # Frameworks send both whether there are tools or not.
+    assert (await create(client, tools=[], tool_choice="auto", parallel_tool_calls=True)).output_text == text
+    with pytest.raises(openai.BadRequestError, match="events are not kept"):
+        await client.responses.retrieve(stopped.id, stream=True)
 
 
 async def test_responses_survive_a_restart_and_are_bounded(tiny_model: Path, tmp_path: Path) -> None:

@@ -188,6 +188,25 @@ def test_a_held_stream_survives_the_death_of_the_worker(served: Launched) -> Non
         jsonschema.validate(json.loads(text), long)
 
 
+def test_a_tool_is_called_or_the_format_is_kept_to(client: openai.OpenAI) -> None:
+    """What agents ask for: tools for the way, a format for the answer at its end."""
+    schema = {
+        "type": "object",
+        "properties": {"is_warm": {"type": "boolean"}},
+        "required": ["is_warm"],
+        "additionalProperties": False,
+    }
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    fields = {"tools": [WEATHER], "response_format": wanted, "parallel_tool_calls": False, "temperature": 0}
+    called = ask(client, "What is the weather in Paris? Call get_weather.", **fields).choices[0]
+    (call,) = called.message.tool_calls
+    assert called.finish_reason == "tool_calls" and not called.message.content
+    jsonschema.validate(json.loads(call.function.arguments), WEATHER["function"]["parameters"])
+    answered = ask(client, "Is fire warm? Answer in JSON.", **fields).choices[0]
+    assert answered.finish_reason == "stop" and answered.message.tool_calls is None
+    jsonschema.validate(json.loads(answered.message.content), schema)
+
+
 @pytest.mark.parametrize("temperature", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_named_tool_is_called_with_valid_arguments(client: openai.OpenAI, temperature: float) -> None:
     choice = {"type": "function", "function": {"name": "get_weather"}}

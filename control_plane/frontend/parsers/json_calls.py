@@ -11,6 +11,7 @@ from control_plane.frontend.parsers.scanner import Parsing, Scanner, discard
 _BEGUN_NAME = re.compile(r"\s*[\w.-]{0,128}\s*(\[[A-Z_]*)?")
 _NAME_KEYS = ("name", "function")
 _ARGUMENT_KEYS = ("arguments", "parameters")
+_NO_ARGUMENTS = ("null", '""')
 
 
 def call_object(s: Scanner, before: str = "", *, is_marked: bool = False) -> Parsing[bool]:
@@ -61,8 +62,8 @@ def call_object(s: Scanner, before: str = "", *, is_marked: bool = False) -> Par
 
 
 def _arguments(s: Scanner) -> Parsing[None]:
-    """Arguments as they stand; some models put them into a string once more."""
-    if (yield from s.peek()) != '"':
+    """Arguments as they stand; some models put them into a string once more, or write null where there are none."""
+    if (yield from s.peek()) not in ('"', "n"):
         yield from s.json_value(s.argue)
         return
     value: list[str] = []
@@ -92,6 +93,8 @@ def _is_text(value: str) -> bool:
 
 
 def _unwrapped(raw: str) -> str:
+    if raw in _NO_ARGUMENTS:
+        return "{}"
     text = _text_of(raw)
     return text if text.lstrip().startswith("{") else raw
 

@@ -60,14 +60,18 @@ _HARMONY_ENDS = ("<|end|>", "<|return|>", "<|call|>", "<|start|>", "<|channel|>"
 
 
 def harmony(s: Scanner) -> Parsing[None]:
-    """GPT-OSS: messages of channels. `analysis` is reasoning, `commentary to=functions.NAME` a call, the rest text."""
+    """GPT-OSS: messages of channels. `analysis` is reasoning, the rest text; what has a recipient, `to=functions.NAME`
+    before or after the channel, is a call."""
     header: list[str] = []
     mark = yield from s.until(("<|channel|>", "<|message|>"), header.append)
     if mark is None:
-        s.say("".join(header))
+        if not "".join(header).lstrip().startswith("to=functions."):
+            s.say("".join(header))
         return
     while True:
         if mark == "<|channel|>":
+            # The mark ends the recipient's name before it.
+            header.append(" ")
             mark = yield from s.until(("<|message|>",), header.append)
         if mark is None:
             return

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
 
@@ -70,6 +70,8 @@ class ProcessSettings(BaseSettings):
         protected_namespaces=(),
     )
     program: ClassVar[str]
+    # Flags that users of another program will try -> what to do instead.
+    advice: ClassVar[Mapping[str, str]] = {}
 
     config: Path | None = Field(None, description="YAML file with these settings; flags and variables win over it")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level that is logged")
@@ -110,17 +112,37 @@ def parse_settings(settings_class: type[SettingsType], argv: Sequence[str]) -> S
             _refuse(settings_class, first["msg"].removeprefix("Value error, "))
         flag = f"--{name.replace('_', '-')}"
         if first["type"] == "extra_forbidden":
-            _refuse(settings_class, f"{name} in the configuration file is not a setting{_suggest(flag, known_flags)}")
+            advice = _advise(settings_class, [flag], known_flags)
+            _refuse(settings_class, f"{name} in the configuration file is not a setting{advice}")
         field = settings_class.model_fields.get(name)
         is_secret = field is not None and "Secret" in str(field.annotation)
         given = "" if is_secret else f", got {first['input']!r}"
         message = first["msg"].removeprefix("Value error, ")
-        _refuse(settings_class, f"{flag} (STEPWIRE_{name.upper()}): {message}{given}")
+        # What the values mean says which of them was meant.
+        meaning = f": {field.description}" if field is not None and first["type"] == "literal_error" else ""
+        _refuse(settings_class, f"{flag} (STEPWIRE_{name.upper()}): {message}{given}{meaning}")
     except SettingsError as error:
         message = " ".join(str(error).removeprefix("error parsing CLI: ").split())
-        unknown = message.removeprefix("unrecognized arguments: ").split()[0]
-        suggestion = _suggest(unknown, known_flags) if message.startswith("unrecognized") else ""
-        _refuse(settings_class, message + suggestion)
+        if message.startswith("unrecognized"):
+            message += _advise(settings_class, message.split()[2:], known_flags)
+        _refuse(settings_class, message)
+
+
+def _advise(settings_class: type[ProcessSettings], unknown: Sequence[str], known_flags: list[str]) -> str:
+    """What to do about arguments that are not known: about all of another program's, else about the first."""
+    if not unknown[0].startswith("-"):
+        return ": lists are written with commas, as a,b"
+    found = {}
+    for word in unknown:
+        flag = word.partition("=")[0].replace("_", "-")
+        short = flag if flag.startswith("--") else flag[:2]
+        for name in (flag, flag.replace("--no-", "--", 1), short):
+            if name in settings_class.advice:
+                found[flag] = settings_class.advice[name]
+                break
+    if found:
+        return "".join(f"; {flag}: {advice}" for flag, advice in found.items())
+    return _suggest(unknown[0], known_flags)
 
 
 def _suggest(flag: str, known_flags: list[str]) -> str:

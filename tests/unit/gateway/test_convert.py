@@ -149,6 +149,16 @@ def test_content_parts_render_like_a_string_and_roles_are_free() -> None:
     assert len(request.chat.messages[1].content) == 0
 
 
+def test_a_refusal_is_what_the_assistant_said() -> None:
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": None, "refusal": "I cannot."},
+        {"role": "user", "content": "b"},
+    ]
+    said = chat(messages=messages).requests[0].chat.messages[1]
+    assert [part.text for part in said.content] == ["I cannot."]
+
+
 def test_continue_final_message() -> None:
     assert chat(continue_final_message=True, add_generation_prompt=False).requests[0].chat.continue_final_message
     assert not chat(add_generation_prompt=True).requests[0].chat.continue_final_message
@@ -389,6 +399,10 @@ def test_a_logit_bias_value_that_is_no_number() -> None:
         {"modalities": ["text", "audio"]},
         {"web_search_options": {}},
         {"use_beam_search": True},
+        {"add_special_tokens": True},
+        {"return_tokens_as_token_ids": True},
+        {"logprob_token_ids": [5]},
+        {"truncation_side": "right"},
     ],
 )
 def test_unsupported_fields_are_refused_by_name(fields: dict[str, Any]) -> None:
@@ -404,6 +418,7 @@ def test_unsupported_fields_are_refused_by_name(fields: dict[str, Any]) -> None:
         {"tools": None, "tool_choice": None, "functions": []},
         {"response_format": {"type": "text"}},
         {"modalities": ["text"], "audio": None},
+        {"add_special_tokens": False, "return_tokens_as_token_ids": False, "logprob_token_ids": []},
         {"user": "u", "metadata": {"a": "b"}, "store": True, "service_tier": "auto"},
         {"prediction": {"type": "content", "content": "x"}, "safety_identifier": "x", "prompt_cache_key": "k"},
         {"something_nobody_knows": [1, 2]},
@@ -533,6 +548,12 @@ SCHEMA_TEXT = '{"type": "object", "properties": {"b": {"type": "integer"}, "a": 
 def test_structured_output_in_every_spelling(fields: dict[str, Any], expected: dict[str, Any]) -> None:
     assert only_request(chat(**fields))["structured_output"] == expected
     assert only_request(complete(**fields))["structured_output"] == expected
+
+
+@pytest.mark.parametrize(("value", "is_left_out"), [(None, False), (True, False), (False, True)])
+def test_special_tokens_are_left_out_where_that_is_asked_for(value: bool | None, is_left_out: bool) -> None:
+    plan = complete(prompt=["a", "b"], add_special_tokens=value)
+    assert [request.no_special_tokens for request in plan.requests] == [is_left_out] * 2
 
 
 def test_echo_asks_for_the_prompt() -> None:

@@ -252,3 +252,20 @@ def test_bad_words_take_away_the_last_token_of_what_stands() -> None:
     assert allowed(matcher) == everything - {5, 9}
     matcher.accept([1])
     assert allowed(matcher) == everything - {5}
+
+
+@pytest.mark.parametrize(
+    ("regex", "valid", "invalid"),
+    [
+        (r"\d{3}", ["123"], ["\u0967\u0968\u0969", "\U0001fbf8" * 3]),
+        (r"[\d.x-]+", ["1.5x-"], ["\u0967"]),
+        (r"[^\d]\D", ["ab", "\u0967\u0968"], ["a1", "1a"]),
+        (r"\\d\[\d\]", ["\\d[1]"], ["\\1[1]"]),
+    ],
+)
+async def test_digits_are_0_to_9(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, regex: str, valid: list[str], invalid: list[str]
+) -> None:
+    source = grammar.regex_grammar(regex)
+    assert [text for text in valid if not await accepts(compiler, tokenizer, source, text)] == []
+    assert [text for text in invalid if await accepts(compiler, tokenizer, source, text)] == []

@@ -20,6 +20,7 @@ from control_plane.frontend.tokenizer import TextTokenizer
 SCHEMA = '{"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}'
 TOOL = pb.Tool(function=pb.FunctionTool(name="weather", parameters=SCHEMA))
 ARGUMENTS = '{"city": "Rome"}'
+ANSWER = '{"properties": {"is_warm": {"type": "boolean"}}, "required": ["is_warm"], "type": "object"}'
 # In XML every text is a string.
 WRONG = ('{"city": 3}', '{"town": "Rome"}')
 
@@ -228,6 +229,39 @@ def test_calls_of_harmony_are_told_by_their_recipient(
     held = LLMatcher(harmony_table, forced, log_level=0)
     assert harmony_passes(held, harmony_tokenizer, thought + calls[0])
     assert not harmony_passes(held, harmony_tokenizer, thought + message("final", "No."))
+
+
+@pytest.mark.parametrize("name", [name for name in TOOL_FORMATS if TOOL_FORMATS[name].syntax.trigger])
+@pytest.mark.parametrize("reasoning", ["", "qwen3"])
+def test_a_format_leaves_room_for_calls(
+    name: str, reasoning: str, tokenizer: TextTokenizer, table: LLTokenizer
+) -> None:
+    rules = OutputRules(tokenizer, OutputFormat(name, reasoning))
+    assert rules.tells_calls("")
+    source = rules.structured(pb.StructuredOutput(json_schema=ANSWER), "", pb.ChatInput(tools=[TOOL]))
+    call = written_call(name, ARGUMENTS)
+    thought = "<think>hm</think>\n\n" if reasoning else ""
+    for text in ('{"is_warm": true}', call, f'{thought}{{"is_warm": true}}', thought + call):
+        assert accepts(table, source, text), text
+    wrong = written_call(name, WRONG[TOOL_FORMATS[name].syntax.tags is not None])
+    for text in ("Sure.", f"Sure. {call}", wrong, '{"is_warm": 1}', f'{call}{{"is_warm": true}}'):
+        assert not accepts(table, source, text), text
+
+
+def test_a_format_of_harmony_leaves_room_for_calls(
+    harmony_tokenizer: TextTokenizer, harmony_table: LLTokenizer
+) -> None:
+    rules = OutputRules(harmony_tokenizer, OutputFormat("openai", "openai_gptoss"))
+    assert rules.tells_calls(OPENED) and not rules.tells_calls("elsewhere")
+    source = rules.structured(pb.StructuredOutput(json_schema=ANSWER), OPENED, pb.ChatInput(tools=[TOOL]))
+    held = LLMatcher(harmony_table, source, log_level=0)
+    thought = message("analysis", "Hm.") + "<|end|>" + OPENED
+    call = message("commentary to=functions.weather <|constrain|>json", ARGUMENTS)
+    answer = message("final", '{"is_warm": true}')
+    for text in (call, answer, thought + call, thought + answer):
+        assert harmony_passes(held, harmony_tokenizer, text), text
+    for text in (message("final", "Yes."), call.replace('"Rome"', "3"), call + answer):
+        assert not harmony_passes(held, harmony_tokenizer, text), text
 
 
 KINDS: list[tuple[pb.StructuredOutput, str, str]] = [

@@ -3,15 +3,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from stepwire.v1 import inference_pb2 as pb
+from tokenizers import Tokenizer, processors
 
 from control_plane.core.request import ModelFacts
 from control_plane.frontend.errors import RequestRefused
 from control_plane.frontend.request_builder import BuiltRequest, RequestBuilder
-from control_plane.frontend.served_model import ServedModel
+from control_plane.frontend.served_model import ServedModel, load_served_model
 from tests.unit.control_plane.frontend.scripted_engine import FACTS
 
 Change = Callable[[pb.GenerateRequest], object]
@@ -116,6 +118,80 @@ async def test_all_wrong_fields_are_named_at_once(model: ServedModel) -> None:
         "stop.stop[0]",
         "n",
     }
+
+
+DEEP = '{"properties": {"a": ' + '{"items": ' * 70 + "{}" + "}" * 70 + "}}"
+
+
+@pytest.mark.parametrize(
+    ("parser", "schema"), [("qwen3_coder", '{"minProperties": 1}'), ("gemma4", '{"anyOf": []}'), ("hermes", DEEP)]
+)
+async def test_arguments_that_rules_cannot_hold_are_left_to_a_model_that_need_not_call(
+    model_dir: Path, parser: str, schema: str
+) -> None:
+    model = load_served_model(model_dir, names=("tiny",), tool_call_parser=parser)
+    facts = replace(FACTS, max_model_len=4000, can_mask_tokens=True)
+
+    def asking(mode: pb.ToolChoiceMode, strict: bool | None) -> Change:
+        message = pb.ChatMessage(role="user", content=[pb.ContentPart(text="hi")])
+        tool = pb.Tool(function=pb.FunctionTool(name="f", parameters=schema, strict=strict))
+        return set_field(chat=pb.ChatInput(messages=[message], tools=[tool], tool_choice=pb.ToolChoice(mode=mode)))
+
+    free = await build(model, asking(pb.TOOL_CHOICE_MODE_AUTO, None), facts=facts)
+    assert free.core.grammar is None
+    for change in (asking(pb.TOOL_CHOICE_MODE_REQUIRED, None), asking(pb.TOOL_CHOICE_MODE_AUTO, True)):
+        error = await refusal(model, change, facts=facts)
+        assert [violation.field for violation in error.violations] == ["chat.tools[0].function.parameters"]
+
+
+def with_a_tool_and_a_format(schema: str) -> Change:
+    message = pb.ChatMessage(role="user", content=[pb.ContentPart(text="hi")])
+    tool = pb.Tool(function=pb.FunctionTool(name="f", parameters=schema))
+    return set_field(
+        chat=pb.ChatInput(messages=[message], tools=[tool]),
+        structured_output=pb.StructuredOutput(json_schema='{"properties": {"name": {"type": "string"}}}'),
+    )
+
+
+async def test_a_tool_may_be_called_instead_of_the_answer_that_is_held_to_a_format(model_dir: Path) -> None:
+    facts = replace(FACTS, max_model_len=4000, can_mask_tokens=True)
+    model = load_served_model(model_dir, names=("tiny",), tool_call_parser="hermes")
+    tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+
+    async def lets_through(schema: str, text: str) -> bool:
+        built = await build(model, with_a_tool_and_a_format(schema), facts=facts)
+        assert built.core.grammar is not None
+        matcher = built.core.grammar.start()
+        matcher.accept(tokenizer.encode(text).ids)
+        return not matcher.error
+
+    call, answer = '<tool_call>\n{"name": "f", "arguments": {', '{"name": "Ada"}'
+    free = '{"type": "object"}'
+    assert await lets_through(free, call) and await lets_through(free, answer) and not await lets_through(free, "Sure")
+    # A tool whose arguments cannot be held is no reason to refuse the format.
+    assert await lets_through('{"not": {}}', answer) and await lets_through(DEEP, answer)
+
+
+async def test_an_answer_that_is_held_to_a_format_is_no_call_where_it_looks_like_one(model_dir: Path) -> None:
+    model = load_served_model(model_dir, names=("tiny",), tool_call_parser="llama3_json")
+    facts = replace(FACTS, max_model_len=4000, can_mask_tokens=True)
+    built = await build(model, with_a_tool_and_a_format('{"type": "object"}'), facts=facts)
+    assert built.output.start_parser is None
+
+
+async def test_a_prompt_that_has_its_special_tokens_gets_no_more(model_dir: Path) -> None:
+    file = model_dir / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)]
+    )
+    tokenizer.save(str(file))
+    begins = load_served_model(model_dir, names=("tiny",))
+    usual = await build(begins, set_field(text="hello"))
+    begun = await build(begins, set_field(text="<|im_start|>hello", no_special_tokens=True))
+    assert usual.core.prompt_ids[0] == 1 and begun.core.prompt_ids.tolist() == usual.core.prompt_ids.tolist()
+    bare = await build(begins, set_field(text="hello", no_special_tokens=True))
+    assert bare.core.prompt_ids.tolist() == usual.core.prompt_ids[1:].tolist()
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,24 @@ TEMPLATES = {
     # Hermes 2 Pro and 3: tools are gone through whether there are any or not.
     "tools without asking": "{% for tool in tools %}{{ tool | tojson }}{% endfor %}"
     + looped("{{ message.content or '' }}" + _CALLS),
+    # Llama 3.1 to 3.3: more than one call is refused.
+    "one call a message": _LISTED
+    + looped(
+        _TURN + "{% if message.tool_calls %}{% if message.tool_calls | length != 1 %}"
+        "{{ raise_exception('one call at once') }}{% endif %}{% endif %}" + _CALLS + "{{ message.content or '' }}"
+    ),
+    # GPT-OSS: the first call is shown alone, and a result is that of the last one shown.
+    "the first call alone": _LISTED
+    + "{% set last = namespace(name=none) %}"
+    + looped(
+        "{% if message.tool_calls %}{% if message.content and message.thinking %}"
+        "{{ raise_exception('content or thinking') }}{% endif %}"
+        "<|channel|>analysis<|message|>{{ message.content or message.thinking or '' }}"
+        "{% set call = message.tool_calls[0].function %}{% set last.name = call.name %}"
+        "to=functions.{{ call.name }}<|message|>{{ call.arguments | tojson }}"
+        "{% elif message.role == 'tool' %}functions.{{ last.name }} says {{ message.content }}"
+        "{% else %}{{ message.content }}{% endif %}"
+    ),
     # Llama 3.2 Vision, Gemma 3: content in parts.
     "content in parts": _LISTED + looped("{% for part in message.content or [] %}{{ part.text }}{% endfor %}" + _CALLS),
 }
@@ -180,6 +198,36 @@ def test_results_stand_where_the_model_has_learnt_to_read_them() -> None:
         text = rendered(source, conversation())
         assert shown in text and "<|turn>tool" not in text
     assert not ChatTemplate(looped("{{ message | tojson }}"), {}).traits.results_with_calls
+
+
+SINGLE = ("one call a message", "the first call alone")
+
+
+def test_calls_that_must_stand_alone_come_each_before_its_result() -> None:
+    for name, source in TEMPLATES.items():
+        assert ChatTemplate(source, {}).traits.single_calls == (name in SINGLE), name
+    chat = conversation()
+    chat.messages[1].tool_calls[1].name = "forecast"
+    # Results in another order than the calls, and a turn after them.
+    chat.messages[2].tool_call_id, chat.messages[3].tool_call_id = IDS[1], IDS[0]
+    chat.messages.append(pb.ChatMessage(role="user", content=[pb.ContentPart(text="So?")]))
+    for name in SINGLE:
+        text = rendered(TEMPLATES[name], chat)
+        places = [text.index(part) for part in ('{"city": "Rome"}', "cold", '{"city": "Oslo"}', "warm", "So?")]
+        # The first `warm` is the question's.
+        places[3] = text.rindex("warm")
+        assert places == sorted(places), name
+    assert "functions.weather says cold" in text and "functions.forecast says warm" in text
+
+
+def test_a_call_has_a_text_or_reasoning_where_the_template_takes_but_one() -> None:
+    for name, source in TEMPLATES.items():
+        assert ChatTemplate(source, {}).traits.text_or_reasoning == (name == "the first call alone"), name
+    chat = conversation()
+    chat.messages[1].reasoning = "I must look."
+    chat.messages[1].content.add(text="Looking.")
+    text = rendered(TEMPLATES["the first call alone"], chat)
+    assert "<|channel|>analysis<|message|>I must look.\nLooking.to=functions.weather" in text
 
 
 def test_no_effort_is_a_thinking_budget_of_nothing() -> None:

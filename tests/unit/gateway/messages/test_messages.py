@@ -11,11 +11,13 @@ from anthropic.types import Message, RawMessageStreamEvent
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
+from stepwire.v1 import inference_pb2
 
+from gateway.convert import plan_chat
 from gateway.errors import ApiError
 from gateway.mailbox import SequenceUpdate, ToolCallPiece, UsageTotals
 from gateway.messages.answers import MessageEvents, whole_message
-from gateway.messages.convert import chat_body
+from gateway.messages.convert import chat_body, param_names
 from gateway.messages.schemas import MessagesBody
 from gateway.sse import StreamShape
 
@@ -71,6 +73,17 @@ def test_a_begun_answer_is_continued() -> None:
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Well,"}]
     assert converted(messages=messages)["continue_final_message"] is True
     assert "continue_final_message" not in converted()
+
+
+def test_a_format_and_an_effort_become_a_chats() -> None:
+    schema = {"type": "object", "properties": {}}
+    config = {"effort": "high", "format": {"type": "json_schema", "schema": schema}}
+    body = MessagesBody.model_validate(
+        {"max_tokens": 5, "messages": [{"role": "user", "content": "hi"}], "output_config": config}
+    )
+    (request,) = plan_chat(chat_body(body), "id", param_names(body)).requests
+    assert json.loads(request.structured_output.json_schema) == schema
+    assert request.chat.reasoning_effort == inference_pb2.REASONING_EFFORT_HIGH
 
 
 @pytest.mark.parametrize(

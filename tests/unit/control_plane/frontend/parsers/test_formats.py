@@ -133,6 +133,14 @@ EXAMPLES = [
     ("hunyuan_a13b", f'Ok<tool_calls>[{{"name": "weather", "arguments": {CALL}}}]</tool_calls>', "Ok", 1),
     ("llama4_pythonic", '<|python_start|>[weather(city="Rome", days=3)]<|python_end|>', "", 1),
     ("openai", f"<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{CALL}", "", 1),
+    ("openai", f" to=functions.weather<|channel|>commentary json<|message|>{CALL}<|call|>", "", 1),
+    (
+        "openai",
+        "<|channel|>analysis<|message|>Hm<|end|><|start|>assistant to=functions.weather<|channel|>commentary "
+        f"<|constrain|>json<|message|>{CALL}",
+        "",
+        1,
+    ),
 ]
 
 
@@ -169,6 +177,14 @@ def test_nothing_of_a_marked_call_is_text_wherever_it_is_cut_off(name: str, text
         assert said.startswith(whole[:end]) and not any(mark in said for mark in ("{", "weather", "Rome")), said
         parser = start()
         assert parser.push(text[:end]).text == "" == parser.finish().text
+
+
+@pytest.mark.parametrize("written", ["null", '""', "{}", '"{}"'])
+def test_arguments_that_are_none_are_an_object(written: str) -> None:
+    first, last = f'{{"name": "weather", "arguments": {written}}}', f'{{"arguments": {written}, "name": "weather"}}'
+    for text in (f"<tool_call>{first}</tool_call>", f"<tool_call>{last}</tool_call>"):
+        assert parse(OutputFormat("hermes", ""), text) == ("", "", [("weather", "{}", True)])
+        assert parse(OutputFormat("hermes", ""), [text]) == ("", "", [("weather", "{}", True)])
 
 
 def test_a_string_of_a_marked_call_comes_as_it_is_written() -> None:
