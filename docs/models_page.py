@@ -287,7 +287,9 @@ safetensors as they are, or quantized: {supported}. `--quantization {on_load}` q
 loaded. On a CPU packed weights are computed from dequantized ones; on a GPU they stay packed, but for bitsandbytes'
 4-bit weights, which become bfloat16 everywhere, and for float8 ones whose inputs are not quantized (MXFP8, W8A16),
 which do where the device multiplies. Inputs are quantized where a format says so; bitsandbytes' int8, NVFP4, MXFP4,
-MXFP8 and 4-bit weights under 8-bit inputs (W4A8) read theirs as they are.
+MXFP8 and 4-bit weights under 8-bit inputs (W4A8) read theirs as they are. Where `tie_word_embeddings` is true and the
+checkpoint stores an output head with other values, or a packed one, the stored head is served, as transformers 5 does;
+the worker's log says so.
 
 {proofs}
 
