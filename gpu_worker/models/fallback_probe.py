@@ -9,39 +9,22 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 
-from gpu_worker.attention.api import StepMetadata
 from gpu_worker.model_spec import ModelConfigError
 from gpu_worker.models.attention_adapters import adapt, is_adapted, placeholder_mask
 from gpu_worker.models.hf_config import FULL, SLIDING
-from gpu_worker.models.row_states import RowStates, find_mixers
+from gpu_worker.models.row_states import INDIFFERENT, PLACES, StateProbe
 
 INTERFACE = "stepwire"
 SLOT = "stepwire_slot"
 _PROBE_TOKENS = 3
 # What attention functions are given beside q, k and v, as far as the paged backend has it or need not know it.
 _CARRIED = {"scaling", "sliding_window", "softcap", "s_aux", "is_causal", "alibi_slopes"}
-_INDIFFERENT = {
-    "dropout",
-    "position_ids",
-    "position_embeddings",
-    "cache_position",
-    "use_cache",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-    "return_dict",
-    "layer_idx",
-    "deterministic",
-    "target_dtype",
-    "logits_to_keep",
-}
 # Rope whose frequencies hang on the longest sequence of the step: a row would depend on its neighbours.
 _STEP_DEPENDENT_ROPES = ("dynamic", "longrope")
 _ATTENTION_KINDS = {FULL, SLIDING}
@@ -78,9 +61,8 @@ class ModelLayers:
 
     calls: tuple[AttentionCall, ...]
     """One a layer that attends."""
-    mixers: tuple[str, ...] = ()
-    """Modules that keep a state for every row."""
-    row_state_bytes: int = 0
+    states: Mapping[str, int]
+    """Modules that keep a state for every row, and its bytes."""
 
 
 @runtime_checkable
@@ -131,7 +113,7 @@ class _Probe:
         mask: torch.Tensor | None,
         options: dict[str, Any],
     ) -> torch.Tensor:
-        asked = {name for name, option in options.items() if option is not None} - _CARRIED - _INDIFFERENT
+        asked = {name for name, option in options.items() if option is not None} - _CARRIED - INDIFFERENT - PLACES
         if mask is not None:
             raise refused(self._architecture, "it makes an attention mask of its own")
         if asked:
@@ -182,9 +164,10 @@ def probe_layers(hf_config: Any, architecture: str) -> ModelLayers:
             output = _run_trunk(model, trunk)
             calls = tuple(probe.calls)
             attending = {call.module for call in calls}
-            mixers = find_mixers(model, [module for module, name in names.items() if name in attending])
-            _check_layers(calls, [name for name, _ in mixers], model, architecture)
-            row_state_bytes = _count_states(model, trunk, [module for _, module in mixers]) if mixers else 0
+            states = StateProbe(model.config, model, [module for module, name in names.items() if name in attending])
+            if states.asked:
+                _run_trunk(model, trunk)
+            _check_layers(calls, list(states.kept), model, architecture)
             takers: list[None] = []
 
             def given(*args: Any, **kwargs: Any) -> Any:
@@ -199,7 +182,7 @@ def probe_layers(hf_config: Any, architecture: str) -> ModelLayers:
         raise refused(architecture, f"its forward pass cannot be tried out ({first_line(error)})") from error
     if not takers:
         raise refused(architecture, "its head does not read what its decoder gives")
-    return ModelLayers(calls, tuple(name for name, _ in mixers), row_state_bytes)
+    return ModelLayers(calls, states.kept)
 
 
 def _build(hf_config: Any, architecture: str) -> Any:
@@ -226,23 +209,6 @@ def _run_trunk(model: Any, trunk: Any) -> Any:
     places = {"position_ids": torch.arange(_PROBE_TOKENS, device="meta").unsqueeze(0)} if takes_positions(trunk) else {}
     ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.int64, device="meta")
     return trunk(input_ids=ids, attention_mask=placeholder_mask(model, "meta"), use_cache=False, **places)
-
-
-def _count_states(model: Any, trunk: Any, mixers: Sequence[torch.nn.Module]) -> int:
-    """Bytes of a row's states."""
-    states = RowStates(model.config, mixers)
-    states.plan(
-        StepMetadata(
-            num_decodes=0,
-            query_lengths=np.array([_PROBE_TOKENS]),
-            context_lengths=np.array([_PROBE_TOKENS]),
-            block_tables=np.zeros((1, 1), dtype=np.int64),
-            positions=np.arange(_PROBE_TOKENS),
-            rows=np.array([0]),
-        )
-    )
-    _run_trunk(model, trunk)
-    return states.num_bytes()
 
 
 def _check_rope(hf_config: Any, architecture: str) -> None:
@@ -288,7 +254,10 @@ def _check_calls(calls: Sequence[AttentionCall], num_layers: int | None, archite
         raise refused(architecture, "its attention does not go through the attention interface")
     num_layers = num_layers or len(calls)
     if len(calls) != num_layers or len({call.module for call in calls}) != num_layers:
-        raise refused(architecture, f"it attends {len(calls)} times in {num_layers} layers")
+        raise refused(
+            architecture,
+            f"its {num_layers} layers attend {len(calls)} times, in {len({call.module for call in calls})} modules",
+        )
     most = max(call.num_kv_heads for call in calls)
     if any(most % call.num_kv_heads or call.num_heads % most for call in calls):
         raise refused(architecture, "numbers of KV heads differ between its layers, and are no multiples")

@@ -146,7 +146,7 @@ class TransformersModel(ModelFamily, LoadsItself):
             attention_softcap=first.softcap,
             attention_sinks=any(call.has_sinks for call in calls),
             eos_token_ids=config.eos_token_ids() or text.eos_token_ids(),
-            row_state_bytes=found.row_state_bytes,
+            row_state_bytes=sum(found.states.values()),
         )
 
     def __init__(self, spec: ModelSpec, max_position: int, build: BuildContext) -> None:
@@ -223,8 +223,8 @@ class TransformersModel(ModelFamily, LoadsItself):
         modules = dict(model.named_modules())
         for layer, call in enumerate(found.calls):
             modules[call.module].__dict__[SLOT] = _LayerSlot(self, layer, call)
-        if found.mixers:
-            self.row_states = RowStates(model.config, [modules[name] for name in found.mixers])
+        if found.states:
+            self.row_states = RowStates(model.config, [modules[name] for name in found.states])
         # The head's own road (scaling, soft caps) is taken for the rows that are sampled only: it is handed the states
         # that the trunk gave before.
         trunk = model.get_decoder()
