@@ -45,16 +45,10 @@ class QuantizedWeight(ABC):
         """Some of the outputs; `start` is a multiple of ROW_STEP."""
 
 
-@dataclass(frozen=True, slots=True)
-class AffineWeight(QuantizedWeight):
-    """W[n, k] = (codes[n, k] - zeros[n, g]) * scales[n, g] with g = groups[k] (None: k // group_size)."""
+class CodesInGroups(QuantizedWeight):
+    """Integers of a few bits."""
 
     codes: torch.Tensor  # uint8 [N, K]
-    zeros: torch.Tensor  # uint8 [N, G], or [1, 1] where all are the same
-    scales: torch.Tensor  # float32 [N, G]
-    group_size: int
-    bits: int
-    groups: torch.Tensor | None = None  # int64 [K]
 
     @property
     def num_outputs(self) -> int:
@@ -67,6 +61,18 @@ class AffineWeight(QuantizedWeight):
     @property
     def num_inputs(self) -> int:
         return self.codes.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class AffineWeight(CodesInGroups):
+    """W[n, k] = (codes[n, k] - zeros[n, g]) * scales[n, g] with g = groups[k] (None: k // group_size)."""
+
+    codes: torch.Tensor  # uint8 [N, K]
+    zeros: torch.Tensor  # uint8 [N, G], or [1, 1] where all are the same
+    scales: torch.Tensor  # float32 [N, G]
+    group_size: int
+    bits: int
+    groups: torch.Tensor | None = None  # int64 [K]
 
     def group_of_input(self) -> torch.Tensor:
         """int64 [K]."""
@@ -104,7 +110,7 @@ class AffineWeight(QuantizedWeight):
 
 
 @dataclass(frozen=True, slots=True)
-class OffsetWeight(QuantizedWeight):
+class OffsetWeight(CodesInGroups):
     """W[n, k] = codes[n, k] * scales[n, k // group_size] + offsets[n, k // group_size]."""
 
     codes: torch.Tensor  # uint8 [N, K]
@@ -112,18 +118,6 @@ class OffsetWeight(QuantizedWeight):
     offsets: torch.Tensor  # float32, shaped like scales
     group_size: int
     bits: int
-
-    @property
-    def num_outputs(self) -> int:
-        return self.codes.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self.codes.device
-
-    @property
-    def num_inputs(self) -> int:
-        return self.codes.shape[1]
 
     def dequantize(self) -> torch.Tensor:
         groups = self.codes.float().unflatten(1, (-1, self.group_size))
