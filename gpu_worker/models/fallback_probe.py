@@ -8,6 +8,7 @@ keep a state of another kind are found on the way (`row_states.py`). What cannot
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -145,11 +146,21 @@ def refused(architecture: str, reason: str) -> ModelConfigError:
 
 
 def probe_layers(hf_config: Any, architecture: str) -> ModelLayers:
-    """Run the model on device meta.
+    """Run the model on device meta. What was found of a config is remembered: for a large one that took seconds.
 
     Raises:
         ModelConfigError: the attention interface does not carry this architecture; the message says why.
     """
+    key = architecture, json.dumps(hf_config.to_dict(), sort_keys=True, default=str)
+    if key not in _found:
+        _found[key] = _run_on_meta(hf_config, architecture)
+    return _found[key]
+
+
+_found: dict[tuple[str, str], ModelLayers] = {}
+
+
+def _run_on_meta(hf_config: Any, architecture: str) -> ModelLayers:
     _check_rope(hf_config, architecture)
     model = _build(hf_config, architecture)
     _check_class(model, architecture)

@@ -29,6 +29,7 @@ from gpu_worker.models.attention_adapters import adapt, placeholder_mask
 from gpu_worker.models.fallback_probe import (
     SLOT,
     AttentionCall,
+    ModelLayers,
     attention_implementation,
     context_of,
     first_line,
@@ -51,6 +52,8 @@ HOLD_A_MODEL = (
     "Gemma4UnifiedForConditionalGeneration",
 )
 """Without images and sound they compute as the language model within them, which is what runs."""
+# One expert after another, those that were chosen: of any size, and without a copy of its weights for every token.
+EXPERTS = "eager"
 # Positions in two digits, each of which any dtype holds exactly.
 _POSITION_DIGIT = 256
 LANGUAGE_MODEL = r"^(thinker\.)?(model\.language_model|model\.text_model|language_model\.model)\."
@@ -176,12 +179,14 @@ class TransformersModel(ModelFamily, LoadsItself):
 
         SafetensorsReader(path).close()
         served = _Served.of(path, self.spec.architecture)
+        found = probe_layers(served.config, served.architecture)
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
                 path,
                 config=served.config,
                 dtype=self.dtype,
                 attn_implementation=attention_implementation(served.architecture),
+                experts_implementation=EXPERTS,
                 trust_remote_code=False,
                 use_safetensors=True,
                 local_files_only=True,
@@ -193,25 +198,27 @@ class TransformersModel(ModelFamily, LoadsItself):
         if served.is_part:
             report["unexpected_keys"] = [name for name in report["unexpected_keys"] if not _OTHER_PARTS.search(name)]
         _check_report(path, report)
-        self._adopt(model.to(self.device))
+        self._adopt(model.to(self.device), found)
 
     def fill_random_weights(self, source: RandomValues, directory: Path) -> None:
         """load_format dummy."""
         from transformers import AutoModelForCausalLM
 
         served = _Served.of(directory, self.spec.architecture)
+        found = probe_layers(served.config, served.architecture)
         model = AutoModelForCausalLM.from_config(
             served.config,
             dtype=self.dtype,
             attn_implementation=attention_implementation(served.architecture),
+            experts_implementation=EXPERTS,
             trust_remote_code=False,
         )
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 source.fill(parameter.data, std=parameter.shape[-1] ** -0.5)
-        self._adopt(model.to(self.device))
+        self._adopt(model.to(self.device), found)
 
-    def _adopt(self, model: Any) -> None:
+    def _adopt(self, model: Any, found: ModelLayers) -> None:
         log.warning(
             "no native code for this architecture: transformers' own runs, with paged attention",
             architecture=self.spec.architecture,
@@ -219,7 +226,6 @@ class TransformersModel(ModelFamily, LoadsItself):
         )
         self._model = model.eval()
         adapt(model, paged_attention)
-        found = probe_layers(model.config, type(model).__name__)
         modules = dict(model.named_modules())
         for layer, call in enumerate(found.calls):
             modules[call.module].__dict__[SLOT] = _LayerSlot(self, layer, call)
