@@ -30,7 +30,9 @@ from gpu_worker.loading.gguf_names import ARCHITECTURES as GGUF_ARCHITECTURES  #
 from gpu_worker.model_spec import ModelSpec  # noqa: E402
 from gpu_worker.models.family import ModelFamily  # noqa: E402
 from gpu_worker.models.hf_config import HfConfig  # noqa: E402
+from gpu_worker.models.multimodal import Multimodal  # noqa: E402
 from gpu_worker.models.registry import find_family, known_architectures  # noqa: E402
+from gpu_worker.models.transformers_fallback import TransformersModel  # noqa: E402
 from gpu_worker.parallel.shares import ParallelContext  # noqa: E402
 from gpu_worker.quant.config import SUPPORTED  # noqa: E402
 from gpu_worker.quant.scheme import ON_LOAD  # noqa: E402
@@ -48,12 +50,6 @@ REAL_WEIGHTS = {
     "Gemma3ForCausalLM": ["Gemma 3 270M"],
     "BertModel": ["all-MiniLM-L6-v2"],
 }
-# Text parts without native code.
-THROUGH_TRANSFORMERS = (
-    "Lfm2VlForConditionalGeneration",
-    "Qwen3_5ForConditionalGeneration",
-    "Qwen3_5MoeForConditionalGeneration",
-)
 SHAPE = "shape of "
 # Fields that the class leaves open, as the release has them.
 _QWEN3_OMNI = {"text_config": {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128}}
@@ -74,8 +70,12 @@ CLASS_NAMES = {
 }
 
 
+def fields_of(config: Any) -> HfConfig:
+    return HfConfig(json.loads(json.dumps(config.to_dict(), default=str)))
+
+
 def spec_of(config: Any, architecture: str) -> ModelSpec:
-    fields = HfConfig(json.loads(json.dumps(config.to_dict(), default=str)))
+    fields = fields_of(config)
     return find_family([architecture])[1].for_config(fields).read_config(fields, architecture)
 
 
@@ -92,13 +92,23 @@ def _architecture_of(tiny: Tiny, config: Any) -> str | None:
     return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
 
 
-def default_spec(architecture: str) -> ModelSpec:
+def default_config(architecture: str) -> Any:
     """Of the sizes that transformers' class has by default, which are some release's."""
     config_class = getattr(transformers, CLASS_NAMES.get(architecture, architecture)).config_class
     fields = dict(NO_DEFAULT.get(architecture, {}))
     if architecture.endswith("Classification"):
         fields["num_labels"] = 1
-    return spec_of(config_class(**fields), architecture)
+    return config_class(**fields)
+
+
+def default_spec(architecture: str) -> ModelSpec:
+    return spec_of(default_config(architecture), architecture)
+
+
+def is_run_by_transformers(architecture: str) -> bool:
+    """Whether the text part, as the class has it by default, has no native code."""
+    family = find_family([architecture])[1]
+    return family is Multimodal and family.for_config(fields_of(default_config(architecture))) is TransformersModel
 
 
 def features(specs: Iterable[ModelSpec]) -> list[str]:
@@ -176,7 +186,7 @@ def native_table() -> list[str]:
     for architecture in known_architectures():
         _, family = find_family([architecture])
         file = family.__module__.rpartition(".")[2]
-        is_other = architecture in THROUGH_TRANSFORMERS
+        is_other = is_run_by_transformers(architecture)
         cells = [
             f"`{architecture}`",
             f"[{file}.py](../gpu_worker/models/{file}.py)",

@@ -59,7 +59,7 @@ _POSITION_DIGIT = 256
 LANGUAGE_MODEL = r"^(thinker\.)?(model\.language_model|model\.text_model|language_model\.model)\."
 LANGUAGE_HEAD = r"^(thinker\.|language_model\.|model\.)lm_head\."
 """How the tensors of a language model are called in a checkpoint that holds other models too."""
-_OTHER_PARTS = re.compile(r"vision|visual|image|audio|projector|connector|talker|token2wav|code2wav")
+_OTHER_PARTS = re.compile(r"vision|visual|image|audio|projector|connector|merger|talker|token2wav|code2wav")
 
 
 def is_known(architecture: str) -> bool:
