@@ -36,7 +36,7 @@ from gpu_worker.models.transformers_fallback import TransformersModel  # noqa: E
 from gpu_worker.parallel.shares import ParallelContext  # noqa: E402
 from gpu_worker.quant.config import SUPPORTED  # noqa: E402
 from gpu_worker.quant.scheme import ON_LOAD  # noqa: E402
-from tests.unit.gpu_worker.models.test_row_states import HYBRIDS, OTHER_HYBRIDS  # noqa: E402
+from tests.unit.gpu_worker.models.test_row_states import HYBRIDS, OTHER_HYBRIDS, RECURRENT  # noqa: E402
 from tests.unit.gpu_worker.models.test_transformers_fallback import CARRIED, REFUSED  # noqa: E402
 from tests.unit.gpu_worker.models.tiny_checkpoints import TINY, Tiny  # noqa: E402
 from tests.unit.gpu_worker.quant.test_published_checkpoints import CASES as CHECKPOINTS  # noqa: E402
@@ -202,15 +202,15 @@ def native_table() -> list[str]:
 def fallback_lines() -> list[str]:
     carried = sorted({_architecture(tiny.config_class) for tiny in CARRIED.values()})
     refused = sorted({_architecture(tiny.config_class) for tiny, _ in REFUSED.values()} - set(carried))
-    hybrids = sorted({_architecture(tiny.config_class) for tiny in (HYBRIDS | OTHER_HYBRIDS).values()})
+    hybrids = sorted({_architecture(tiny.config_class) for tiny in (HYBRIDS | OTHER_HYBRIDS | RECURRENT).values()})
     return [
         f"Tested: {_quoted(carried)}.",
         "",
         "Layers that keep a state for every sequence (recurrences, convolutions) run row after row, and no prompt's",
         f"beginning is taken over from another; tested: {_quoted(hybrids)}.",
         "",
-        f"Refused, with the reason: {_quoted(refused)}; so is whatever else has no layer that attends, makes attention",
-        "masks of its own, or has rope that depends on the rest of the step.",
+        f"Refused, with the reason: {_quoted(refused)}; so is whatever else neither attends nor keeps such a state,",
+        "makes attention masks of its own, or has rope that depends on the rest of the step.",
     ]
 
 

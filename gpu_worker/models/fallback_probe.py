@@ -234,17 +234,25 @@ def _check_rope(hf_config: Any, architecture: str) -> None:
 def _check_class(model: Any, architecture: str) -> None:
     if type(model).__name__ != architecture:
         raise refused(architecture, f"its model_type stands for {type(model).__name__}")
-    adapted = is_adapted(architecture)
-    if not adapted and not getattr(model, "_supports_flash_attn", False):
+    # None of the layers may attend then, which is seen when they run.
+    needs_no_attention = is_adapted(architecture) or _is_recurrent(model)
+    if not needs_no_attention and not getattr(model, "_supports_flash_attn", False):
         raise refused(architecture, "its attention needs a mask, which the interface does not carry")
-    if not adapted and not takes_positions(model.get_decoder()):
+    if not needs_no_attention and not takes_positions(model.get_decoder()):
         raise refused(architecture, "it counts positions by itself, and takes no position_ids")
     if any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules()):
         raise refused(architecture, "it counts positions from its padding token on, and not from 0")
 
 
+def _is_recurrent(model: Any) -> bool:
+    """Whether its class keeps states and has no attention that could be another than its own."""
+    return getattr(model, "_is_stateful", False) and not getattr(model, "_supports_flash_attn", False)
+
+
 def _check_layers(calls: Sequence[AttentionCall], mixers: Sequence[str], model: Any, architecture: str) -> None:
     config = model.config.get_text_config()
+    if _is_recurrent(model) and (calls or len(mixers) != config.num_hidden_layers):
+        raise refused(architecture, "not all of its layers keep a state, and attention in others is its own")
     kinds = getattr(config, "layer_types", None)
     others = set(kinds or ()) - _ATTENTION_KINDS - (_STATE_KINDS if mixers else set())
     if others:
@@ -255,6 +263,8 @@ def _check_layers(calls: Sequence[AttentionCall], mixers: Sequence[str], model: 
         is_convolution = isinstance(module, torch.nn.modules.conv._ConvNd)
         if is_convolution and not any(name.startswith(f"{mixer}.") for mixer in mixers):
             raise refused(architecture, f"its {name} mixes neighbouring tokens")
+    if _is_recurrent(model):
+        return
     _check_calls(calls, None if mixers else config.num_hidden_layers, architecture)
     _check_windows(calls, config, kinds, model.get_decoder(), architecture)
 

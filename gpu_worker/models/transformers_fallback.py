@@ -54,6 +54,10 @@ HOLD_A_MODEL = (
 """Without images and sound they compute as the language model within them, which is what runs."""
 # One expert after another, those that were chosen: of any size, and without a copy of its weights for every token.
 EXPERTS = "eager"
+# Where all layers keep states and none attends, blocks are counted all the same, of next to nothing.
+# Such a model's states hold any number of tokens; its config names none.
+_RECURRENT_CONTEXT = 1 << 17
+_NO_ATTENTION = AttentionCall("", 1, 1, 1, 1, 1.0, window=None, softcap=None, has_sinks=False)
 # Positions in two digits, each of which any dtype holds exactly.
 _POSITION_DIGIT = 256
 LANGUAGE_MODEL = r"^(thinker\.)?(model\.language_model|model\.text_model|language_model\.model)\."
@@ -130,23 +134,23 @@ class TransformersModel(ModelFamily, LoadsItself):
             )
         served = _Served.of(Path(config.file).parent, architecture)
         found = probe_layers(served.config, served.architecture)
-        calls, first = found.calls, found.calls[0]
+        calls = found.calls or (_NO_ATTENTION,)
         text_config = served.config.get_text_config()
         return ModelSpec(
             architecture=architecture,
             vocab_size=text_config.vocab_size,
             hidden_size=text_config.hidden_size,
             intermediate_size=_widest(text_config),
-            num_heads=first.num_heads,
+            num_heads=calls[0].num_heads,
             num_kv_heads=max(call.num_kv_heads for call in calls),
             head_dim=max(call.head_dim for call in calls),
-            max_position_embeddings=context_of(text_config),
+            max_position_embeddings=context_of(text_config) if found.calls else _RECURRENT_CONTEXT,
             norm_eps=1e-5,
             layers=tuple(LayerSpec(rope=None, sliding_window=call.window) for call in calls),
             dtype=text.dtype(),
             tie_word_embeddings=bool(getattr(served.config, "tie_word_embeddings", False)),
-            softmax_scale=first.scale,
-            attention_softcap=first.softcap,
+            softmax_scale=calls[0].scale,
+            attention_softcap=calls[0].softcap,
             attention_sinks=any(call.has_sinks for call in calls),
             eos_token_ids=config.eos_token_ids() or text.eos_token_ids(),
             row_state_bytes=sum(found.states.values()),

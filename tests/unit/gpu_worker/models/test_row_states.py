@@ -81,6 +81,12 @@ HYBRIDS = {
         use_mamba_kernels=False,
     ),
 }
+# Every layer keeps a state, and none attends.
+RECURRENT = {
+    "mamba2": tiny("mamba2", num_heads=4, head_dim=30, state_size=16, n_groups=1, chunk_size=16),
+    "mamba": tiny("mamba", state_size=8),
+    "falcon-mamba": tiny("falcon_mamba", state_size=8),
+}
 OTHER_HYBRIDS = {
     "lfm2-moe": tiny("lfm2_moe", **CONVOLUTIONS, **EXPERTS, num_dense_layers=1),
     "qwen3.5": tiny("qwen3_5_text", **DELTA),
@@ -117,6 +123,33 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
     spec, family = read_spec(tmp_path)
     assert family is TransformersModel and spec.row_state_bytes > 0
     check_logits(reference, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["mamba2", *(pytest.param(name, marks=pytest.mark.slow) for name in list(RECURRENT)[1:])]
+)
+def test_models_without_any_attention(name: str, tmp_path: Path) -> None:
+    reference = save_model(RECURRENT[name], tmp_path)
+    check_logits(reference, tmp_path)
+    settings = WorkerSettings(model=tmp_path, device="cpu", dtype="float32", num_threads=1, max_num_seqs=4)
+    runner = TorchRunner.load(settings)
+    facts = runner.describe()
+    assert facts.keeps_row_states and facts.max_model_len > 100_000
+    # Blocks are counted, and are of next to nothing.
+    assert (
+        facts.num_blocks * facts.block_size > 4 * facts.max_model_len and facts.num_blocks * facts.block_bytes < 1 << 23
+    )
+    driver = StepDriver(runner)
+    for row, length in enumerate((3, 21)):
+        driver.add(row, list(range(5, 5 + length)), greedy())
+    for _ in range(9):
+        driver.step()
+    for row, length in enumerate((3, 21)):
+        tokens = driver.rows[row].tokens
+        with torch.inference_mode():
+            logits = reference(torch.tensor([tokens])).logits[0]
+        assert len(tokens) == length + 9
+        assert logits[length - 1 : -1].argmax(-1).tolist() == tokens[length:]
 
 
 def test_rows_keep_their_states_whoever_had_their_place_before(tmp_path: Path) -> None:

@@ -20,13 +20,13 @@ from transformers.models.gpt_neox import GPTNeoXConfig
 from transformers.models.gptj import GPTJConfig
 from transformers.models.granitemoe import GraniteMoeConfig
 from transformers.models.hunyuan_v1_dense import HunYuanDenseV1Config
-from transformers.models.mamba import MambaConfig
 from transformers.models.mpt import MptConfig
 from transformers.models.nemotron import NemotronConfig
 from transformers.models.olmo import OlmoConfig
 from transformers.models.opt import OPTConfig
 from transformers.models.phi import PhiConfig
 from transformers.models.phimoe import PhimoeConfig
+from transformers.models.recurrent_gemma import RecurrentGemmaConfig
 from transformers.models.roberta import RobertaConfig
 from transformers.models.stablelm import StableLmConfig
 from transformers.models.vaultgemma import VaultGemmaConfig
@@ -99,7 +99,11 @@ CARRIED = {
 }
 REFUSED = {
     "xglm": (Tiny(XGLMConfig, {"attention_heads": 6}), "XGLMForCausalLM"),
-    "mamba": (Tiny(MambaConfig, {"state_size": 4}), "its attention needs a mask"),
+    # Its attention has a cache of its own.
+    "recurrent-gemma": (
+        Tiny(RecurrentGemmaConfig, {"lru_width": 60, "block_types": ["recurrent", "recurrent", "attention"]}),
+        "cannot be tried out",
+    ),
     "phimoe": (Tiny(PhimoeConfig, {"sliding_window": 11, "num_local_experts": 2}), "windows of 11 tokens"),
     "roberta": (Tiny(RobertaConfig, {"is_decoder": True}), "from its padding token on"),
 }
