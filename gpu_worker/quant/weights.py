@@ -15,7 +15,7 @@ import torch
 from gpu_worker.loading.gguf_blocks import GgmlType, decode_rows
 
 ROW_STEP = 1024
-"""Weights are cut between rows at multiples of this, which no block of scales spans."""
+"""Weights are cut between rows at multiples of this."""
 
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """The 16 codes of a 4-bit float (OCP Microscaling Formats, v1.0)."""
@@ -177,6 +177,9 @@ class ScaledWeight(QuantizedWeight):
         return self.values.float() * scales
 
     def rows(self, start: int, stop: int) -> ScaledWeight:
+        if start % self.block_n:
+            # A block of another size than a power of 2 is cut.
+            return replace(self, values=self.values[start:stop], scales=self.scales_by_output()[start:stop], block_n=1)
         scales = self.scales[start // self.block_n : -(-stop // self.block_n)]
         return replace(self, values=self.values[start:stop], scales=scales)
 
@@ -287,3 +290,12 @@ def stack(parts: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
         return None
     stacked: QuantizedWeight | None = kind.stack(parts)  # type: ignore[attr-defined]
     return stacked
+
+
+def dequantized(weight: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """W [N, K] in `dtype`, some rows at a time: float32 of the whole would be the peak of loading."""
+    dense = torch.empty(weight.num_outputs, weight.num_inputs, dtype=dtype, device=weight.device)
+    for start in range(0, weight.num_outputs, ROW_STEP):
+        stop = min(start + ROW_STEP, weight.num_outputs)
+        dense[start:stop] = weight.rows(start, stop).dequantize()
+    return dense
