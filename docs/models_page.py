@@ -30,11 +30,13 @@ from gpu_worker.loading.gguf_names import ARCHITECTURES as GGUF_ARCHITECTURES  #
 from gpu_worker.model_spec import ModelSpec  # noqa: E402
 from gpu_worker.models.family import ModelFamily  # noqa: E402
 from gpu_worker.models.hf_config import HfConfig  # noqa: E402
+from gpu_worker.models.multimodal import Multimodal  # noqa: E402
 from gpu_worker.models.registry import find_family, known_architectures  # noqa: E402
+from gpu_worker.models.transformers_fallback import TransformersModel  # noqa: E402
 from gpu_worker.parallel.shares import ParallelContext  # noqa: E402
 from gpu_worker.quant.config import SUPPORTED  # noqa: E402
 from gpu_worker.quant.scheme import ON_LOAD  # noqa: E402
-from tests.unit.gpu_worker.models.test_row_states import HYBRIDS, OTHER_HYBRIDS  # noqa: E402
+from tests.unit.gpu_worker.models.test_row_states import HYBRIDS, OTHER_HYBRIDS, RECURRENT  # noqa: E402
 from tests.unit.gpu_worker.models.test_transformers_fallback import CARRIED, REFUSED  # noqa: E402
 from tests.unit.gpu_worker.models.tiny_checkpoints import TINY, Tiny  # noqa: E402
 from tests.unit.gpu_worker.quant.test_published_checkpoints import CASES as CHECKPOINTS  # noqa: E402
@@ -48,12 +50,6 @@ REAL_WEIGHTS = {
     "Gemma3ForCausalLM": ["Gemma 3 270M"],
     "BertModel": ["all-MiniLM-L6-v2"],
 }
-# Text parts without native code.
-THROUGH_TRANSFORMERS = (
-    "Lfm2VlForConditionalGeneration",
-    "Qwen3_5ForConditionalGeneration",
-    "Qwen3_5MoeForConditionalGeneration",
-)
 SHAPE = "shape of "
 # Fields that the class leaves open, as the release has them.
 _QWEN3_OMNI = {"text_config": {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128}}
@@ -74,8 +70,12 @@ CLASS_NAMES = {
 }
 
 
+def fields_of(config: Any) -> HfConfig:
+    return HfConfig(json.loads(json.dumps(config.to_dict(), default=str)))
+
+
 def spec_of(config: Any, architecture: str) -> ModelSpec:
-    fields = HfConfig(json.loads(json.dumps(config.to_dict(), default=str)))
+    fields = fields_of(config)
     return find_family([architecture])[1].for_config(fields).read_config(fields, architecture)
 
 
@@ -92,13 +92,23 @@ def _architecture_of(tiny: Tiny, config: Any) -> str | None:
     return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
 
 
-def default_spec(architecture: str) -> ModelSpec:
+def default_config(architecture: str) -> Any:
     """Of the sizes that transformers' class has by default, which are some release's."""
     config_class = getattr(transformers, CLASS_NAMES.get(architecture, architecture)).config_class
     fields = dict(NO_DEFAULT.get(architecture, {}))
     if architecture.endswith("Classification"):
         fields["num_labels"] = 1
-    return spec_of(config_class(**fields), architecture)
+    return config_class(**fields)
+
+
+def default_spec(architecture: str) -> ModelSpec:
+    return spec_of(default_config(architecture), architecture)
+
+
+def is_run_by_transformers(architecture: str) -> bool:
+    """Whether the text part, as the class has it by default, has no native code."""
+    family = find_family([architecture])[1]
+    return family is Multimodal and family.for_config(fields_of(default_config(architecture))) is TransformersModel
 
 
 def features(specs: Iterable[ModelSpec]) -> list[str]:
@@ -176,7 +186,7 @@ def native_table() -> list[str]:
     for architecture in known_architectures():
         _, family = find_family([architecture])
         file = family.__module__.rpartition(".")[2]
-        is_other = architecture in THROUGH_TRANSFORMERS
+        is_other = is_run_by_transformers(architecture)
         cells = [
             f"`{architecture}`",
             f"[{file}.py](../gpu_worker/models/{file}.py)",
@@ -192,15 +202,15 @@ def native_table() -> list[str]:
 def fallback_lines() -> list[str]:
     carried = sorted({_architecture(tiny.config_class) for tiny in CARRIED.values()})
     refused = sorted({_architecture(tiny.config_class) for tiny, _ in REFUSED.values()} - set(carried))
-    hybrids = sorted({_architecture(tiny.config_class) for tiny in (HYBRIDS | OTHER_HYBRIDS).values()})
+    hybrids = sorted({_architecture(tiny.config_class) for tiny in (HYBRIDS | OTHER_HYBRIDS | RECURRENT).values()})
     return [
         f"Tested: {_quoted(carried)}.",
         "",
         "Layers that keep a state for every sequence (recurrences, convolutions) run row after row, and no prompt's",
         f"beginning is taken over from another; tested: {_quoted(hybrids)}.",
         "",
-        f"Refused, with the reason: {_quoted(refused)}; so is whatever else has no layer that attends, makes attention",
-        "masks of its own, or has rope that depends on the rest of the step.",
+        f"Refused, with the reason: {_quoted(refused)}; so is whatever else neither attends nor keeps such a state,",
+        "makes attention masks of its own, or has rope that depends on the rest of the step.",
     ]
 
 
@@ -287,7 +297,9 @@ safetensors as they are, or quantized: {supported}. `--quantization {on_load}` q
 loaded. On a CPU packed weights are computed from dequantized ones; on a GPU they stay packed, but for bitsandbytes'
 4-bit weights, which become bfloat16 everywhere, and for float8 ones whose inputs are not quantized (MXFP8, W8A16),
 which do where the device multiplies. Inputs are quantized where a format says so; bitsandbytes' int8, NVFP4, MXFP4,
-MXFP8 and 4-bit weights under 8-bit inputs (W4A8) read theirs as they are.
+MXFP8 and 4-bit weights under 8-bit inputs (W4A8) read theirs as they are. Where `tie_word_embeddings` is true and the
+checkpoint stores an output head with other values, or a packed one, the stored head is served, as transformers 5 does;
+the worker's log says so.
 
 {proofs}
 

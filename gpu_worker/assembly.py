@@ -25,6 +25,7 @@ from gpu_worker.layers.linear import BuildContext
 from gpu_worker.model_spec import ModelConfigError, ModelSpec
 from gpu_worker.models.family import ModelFamily
 from gpu_worker.models.loader import check_weights, fill_random, load_weights
+from gpu_worker.models.matched_checkpoint import spec_as_stored
 from gpu_worker.parallel.process_group import RankGroup
 from gpu_worker.parallel.shares import ParallelContext
 from gpu_worker.pooling import PoolingSpec
@@ -91,6 +92,7 @@ def load_model(
 ) -> ModelFamily:
     begun = time.monotonic()
     if settings.load_format == "auto" and settings.model is not None:
+        spec = spec_as_stored(spec, family, settings.model)
         # Whatever is wrong with the files shows on a model without memory, before the device holds anything.
         check_weights(family(spec, max_position, replace(build, device=torch.device("meta"))), settings.model)
     model = family(spec, max_position, build)

@@ -25,9 +25,8 @@ from gpu_worker.quant.api import ExpectedTensors, LinearMethod, RandomValues, St
 from gpu_worker.quant.expert_stack import pack_expert, stack_experts
 from gpu_worker.quant.float4_formats import Float4Format
 from gpu_worker.quant.gguf_format import GgufFormat
-from gpu_worker.quant.products import dequantized
 from gpu_worker.quant.stored import LinearParts, SplitLinear, StoredLinear
-from gpu_worker.quant.weights import Float4Weight
+from gpu_worker.quant.weights import Float4Weight, dequantized
 
 log = structlog.get_logger(__name__)
 

@@ -15,7 +15,7 @@ import torch
 from gpu_worker.loading.tensor_source import TensorIndex, TensorInfo, TensorSource, resolve_index
 from gpu_worker.parallel.shares import Share
 from gpu_worker.quant.formats import WeightFormat
-from gpu_worker.quant.weights import Float4Weight
+from gpu_worker.quant.weights import Float4Weight, dequantized
 
 PLAIN_DTYPE = torch.bfloat16
 # Of rules only the names matter here.
@@ -107,7 +107,7 @@ class DequantizedSource:
             suffix: self._source.read(info.name, module.stored.index(suffix, info.shape, rows, cols) or None)
             for suffix, info in module.tensors.items()
         }
-        return module.stored.decode(tensors, rows, cols).dequantize().to(PLAIN_DTYPE)
+        return dequantized(module.stored.decode(tensors, rows, cols), PLAIN_DTYPE)
 
     def _read_experts(self, name: str, index: TensorIndex | None) -> torch.Tensor:
         """blocks [experts, outputs, inputs / 32, 16] -> [experts, inputs, outputs]."""

@@ -8,40 +8,24 @@ keep a state of another kind are found on the way (`row_states.py`). What cannot
 from __future__ import annotations
 
 import inspect
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 
-from gpu_worker.attention.api import StepMetadata
 from gpu_worker.model_spec import ModelConfigError
 from gpu_worker.models.attention_adapters import adapt, is_adapted, placeholder_mask
 from gpu_worker.models.hf_config import FULL, SLIDING
-from gpu_worker.models.row_states import RowStates, find_mixers
+from gpu_worker.models.row_states import INDIFFERENT, PLACES, StateProbe
 
 INTERFACE = "stepwire"
 SLOT = "stepwire_slot"
 _PROBE_TOKENS = 3
 # What attention functions are given beside q, k and v, as far as the paged backend has it or need not know it.
 _CARRIED = {"scaling", "sliding_window", "softcap", "s_aux", "is_causal", "alibi_slopes"}
-_INDIFFERENT = {
-    "dropout",
-    "position_ids",
-    "position_embeddings",
-    "cache_position",
-    "use_cache",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-    "return_dict",
-    "layer_idx",
-    "deterministic",
-    "target_dtype",
-    "logits_to_keep",
-}
 # Rope whose frequencies hang on the longest sequence of the step: a row would depend on its neighbours.
 _STEP_DEPENDENT_ROPES = ("dynamic", "longrope")
 _ATTENTION_KINDS = {FULL, SLIDING}
@@ -78,9 +62,8 @@ class ModelLayers:
 
     calls: tuple[AttentionCall, ...]
     """One a layer that attends."""
-    mixers: tuple[str, ...] = ()
-    """Modules that keep a state for every row."""
-    row_state_bytes: int = 0
+    states: Mapping[str, int]
+    """Modules that keep a state for every row, and its bytes."""
 
 
 @runtime_checkable
@@ -131,7 +114,7 @@ class _Probe:
         mask: torch.Tensor | None,
         options: dict[str, Any],
     ) -> torch.Tensor:
-        asked = {name for name, option in options.items() if option is not None} - _CARRIED - _INDIFFERENT
+        asked = {name for name, option in options.items() if option is not None} - _CARRIED - INDIFFERENT - PLACES
         if mask is not None:
             raise refused(self._architecture, "it makes an attention mask of its own")
         if asked:
@@ -163,11 +146,21 @@ def refused(architecture: str, reason: str) -> ModelConfigError:
 
 
 def probe_layers(hf_config: Any, architecture: str) -> ModelLayers:
-    """Run the model on device meta.
+    """Run the model on device meta. What was found of a config is remembered: for a large one that took seconds.
 
     Raises:
         ModelConfigError: the attention interface does not carry this architecture; the message says why.
     """
+    key = architecture, json.dumps(hf_config.to_dict(), sort_keys=True, default=str)
+    if key not in _found:
+        _found[key] = _run_on_meta(hf_config, architecture)
+    return _found[key]
+
+
+_found: dict[tuple[str, str], ModelLayers] = {}
+
+
+def _run_on_meta(hf_config: Any, architecture: str) -> ModelLayers:
     _check_rope(hf_config, architecture)
     model = _build(hf_config, architecture)
     _check_class(model, architecture)
@@ -182,9 +175,10 @@ def probe_layers(hf_config: Any, architecture: str) -> ModelLayers:
             output = _run_trunk(model, trunk)
             calls = tuple(probe.calls)
             attending = {call.module for call in calls}
-            mixers = find_mixers(model, [module for module, name in names.items() if name in attending])
-            _check_layers(calls, [name for name, _ in mixers], model, architecture)
-            row_state_bytes = _count_states(model, trunk, [module for _, module in mixers]) if mixers else 0
+            states = StateProbe(model.config, model, [module for module, name in names.items() if name in attending])
+            if states.asked:
+                _run_trunk(model, trunk)
+            _check_layers(calls, list(states.kept), model, architecture)
             takers: list[None] = []
 
             def given(*args: Any, **kwargs: Any) -> Any:
@@ -199,7 +193,7 @@ def probe_layers(hf_config: Any, architecture: str) -> ModelLayers:
         raise refused(architecture, f"its forward pass cannot be tried out ({first_line(error)})") from error
     if not takers:
         raise refused(architecture, "its head does not read what its decoder gives")
-    return ModelLayers(calls, tuple(name for name, _ in mixers), row_state_bytes)
+    return ModelLayers(calls, states.kept)
 
 
 def _build(hf_config: Any, architecture: str) -> Any:
@@ -228,23 +222,6 @@ def _run_trunk(model: Any, trunk: Any) -> Any:
     return trunk(input_ids=ids, attention_mask=placeholder_mask(model, "meta"), use_cache=False, **places)
 
 
-def _count_states(model: Any, trunk: Any, mixers: Sequence[torch.nn.Module]) -> int:
-    """Bytes of a row's states."""
-    states = RowStates(model.config, mixers)
-    states.plan(
-        StepMetadata(
-            num_decodes=0,
-            query_lengths=np.array([_PROBE_TOKENS]),
-            context_lengths=np.array([_PROBE_TOKENS]),
-            block_tables=np.zeros((1, 1), dtype=np.int64),
-            positions=np.arange(_PROBE_TOKENS),
-            rows=np.array([0]),
-        )
-    )
-    _run_trunk(model, trunk)
-    return states.num_bytes()
-
-
 def _check_rope(hf_config: Any, architecture: str) -> None:
     rope = getattr(hf_config.get_text_config(), "rope_parameters", None) or {}
     nested = [part for part in rope.values() if isinstance(part, dict)] or [rope]
@@ -257,17 +234,25 @@ def _check_rope(hf_config: Any, architecture: str) -> None:
 def _check_class(model: Any, architecture: str) -> None:
     if type(model).__name__ != architecture:
         raise refused(architecture, f"its model_type stands for {type(model).__name__}")
-    adapted = is_adapted(architecture)
-    if not adapted and not getattr(model, "_supports_flash_attn", False):
+    # None of the layers may attend then, which is seen when they run.
+    needs_no_attention = is_adapted(architecture) or _is_recurrent(model)
+    if not needs_no_attention and not getattr(model, "_supports_flash_attn", False):
         raise refused(architecture, "its attention needs a mask, which the interface does not carry")
-    if not adapted and not takes_positions(model.get_decoder()):
+    if not needs_no_attention and not takes_positions(model.get_decoder()):
         raise refused(architecture, "it counts positions by itself, and takes no position_ids")
     if any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules()):
         raise refused(architecture, "it counts positions from its padding token on, and not from 0")
 
 
+def _is_recurrent(model: Any) -> bool:
+    """Whether its class keeps states and has no attention that could be another than its own."""
+    return getattr(model, "_is_stateful", False) and not getattr(model, "_supports_flash_attn", False)
+
+
 def _check_layers(calls: Sequence[AttentionCall], mixers: Sequence[str], model: Any, architecture: str) -> None:
     config = model.config.get_text_config()
+    if _is_recurrent(model) and (calls or len(mixers) != config.num_hidden_layers):
+        raise refused(architecture, "not all of its layers keep a state, and attention in others is its own")
     kinds = getattr(config, "layer_types", None)
     others = set(kinds or ()) - _ATTENTION_KINDS - (_STATE_KINDS if mixers else set())
     if others:
@@ -278,6 +263,8 @@ def _check_layers(calls: Sequence[AttentionCall], mixers: Sequence[str], model: 
         is_convolution = isinstance(module, torch.nn.modules.conv._ConvNd)
         if is_convolution and not any(name.startswith(f"{mixer}.") for mixer in mixers):
             raise refused(architecture, f"its {name} mixes neighbouring tokens")
+    if _is_recurrent(model):
+        return
     _check_calls(calls, None if mixers else config.num_hidden_layers, architecture)
     _check_windows(calls, config, kinds, model.get_decoder(), architecture)
 
@@ -288,7 +275,10 @@ def _check_calls(calls: Sequence[AttentionCall], num_layers: int | None, archite
         raise refused(architecture, "its attention does not go through the attention interface")
     num_layers = num_layers or len(calls)
     if len(calls) != num_layers or len({call.module for call in calls}) != num_layers:
-        raise refused(architecture, f"it attends {len(calls)} times in {num_layers} layers")
+        raise refused(
+            architecture,
+            f"its {num_layers} layers attend {len(calls)} times, in {len({call.module for call in calls})} modules",
+        )
     most = max(call.num_kv_heads for call in calls)
     if any(most % call.num_kv_heads or call.num_heads % most for call in calls):
         raise refused(architecture, "numbers of KV heads differ between its layers, and are no multiples")

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from gpu_worker.model_spec import ModelSpec
 from gpu_worker.models.cohere import Cohere
 from gpu_worker.models.deepseek import MISTRAL, V3, DeepSeek
+from gpu_worker.models.exaone import Exaone
 from gpu_worker.models.family import ModelFamily, NameRules
 from gpu_worker.models.glm import Glm, GlmMoe
 from gpu_worker.models.gpt_oss import GptOss
@@ -35,6 +36,7 @@ TEXT_PARTS: dict[str, tuple[type[ModelFamily], str]] = {
     "cohere": (Cohere, "CohereForCausalLM"),
     "cohere2": (Cohere, "Cohere2ForCausalLM"),
     "deepseek_v3": (DeepSeek, V3),
+    "exaone4": (Exaone, "Exaone4ForCausalLM"),
     "glm4": (Glm, "Glm4ForCausalLM"),
     "glm4v_moe_text": (GlmMoe, "Glm4MoeForCausalLM"),
     "glm4v_text": (Glm, "Glm4ForCausalLM"),
@@ -61,7 +63,7 @@ TEXT_PARTS: dict[str, tuple[type[ModelFamily], str]] = {
 # What a checkpoint holds beside its language model, under whatever prefix.
 _OTHERS = (
     r"(model\.|thinker\.)?(vision_tower|vision_model|vision_encoder|visual|audio_tower|multi_modal_projector|mm_projector|"
-    r"vision_projection|connector|image_newline)(\.|$)|(talker|token2wav|code2wav)\."
+    r"vision_projection|connector|image_newline|projector|aligner|merger|visual_embeddings_table)(\.|$)|(talker|token2wav|code2wav)\."
 )
 # Where its tensors are: published names, and those that transformers 5 has in memory.
 _PREFIXES = re.compile(rf"{LANGUAGE_MODEL}|^(thinker\.)?model\.")
@@ -122,11 +124,16 @@ def text_part(kind: str) -> type[ModelFamily]:
 
 
 @register(
+    "AriaForConditionalGeneration",
     "AyaVisionForConditionalGeneration",
     "Cohere2VisionForConditionalGeneration",
+    "DeepseekVLForConditionalGeneration",
+    "Exaone4_5_ForConditionalGeneration",
     "Glm46VForConditionalGeneration",
     "Glm4vForConditionalGeneration",
     "Glm4vMoeForConditionalGeneration",
+    "HyperCLOVAXVisionV2ForConditionalGeneration",
+    "Idefics2ForConditionalGeneration",
     "Idefics3ForConditionalGeneration",
     "InternVLForConditionalGeneration",
     "KimiK25ForConditionalGeneration",
@@ -136,8 +143,12 @@ def text_part(kind: str) -> type[ModelFamily]:
     "Llama4ForConditionalGeneration",
     "LlavaForConditionalGeneration",
     "LlavaNextForConditionalGeneration",
+    "LlavaNextVideoForConditionalGeneration",
     "LlavaOnevisionForConditionalGeneration",
+    "MiniCPMV4_6ForConditionalGeneration",
+    "MiniCPMV4_7ForConditionalGeneration",
     "Mistral3ForConditionalGeneration",
+    "Ovis2ForConditionalGeneration",
     "Qwen2AudioForConditionalGeneration",
     "Qwen2VLForConditionalGeneration",
     "Qwen2_5OmniForConditionalGeneration",
@@ -151,6 +162,7 @@ def text_part(kind: str) -> type[ModelFamily]:
     "Qwen3_5ForConditionalGeneration",
     "Qwen3_5MoeForConditionalGeneration",
     "SmolVLMForConditionalGeneration",
+    "VideoLlama3ForConditionalGeneration",
     "VipLlavaForConditionalGeneration",
     "VoxtralForConditionalGeneration",
 )

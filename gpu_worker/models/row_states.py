@@ -19,6 +19,20 @@ from gpu_worker.attention.api import StepMetadata
 
 # What such layers call the cache that they are given.
 _CACHE_NAMES = ("cache_params", "past_key_values")
+# What transformers hands down to layers and no layer's result depends on.
+INDIFFERENT = {
+    "dropout",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "return_dict",
+    "layer_idx",
+    "deterministic",
+    "target_dtype",
+    "logits_to_keep",
+}
+PLACES = {"position_ids", "position_embeddings", "cache_position"}
 # A layer that goes on errs by rounding alone, and by less than this share of what it errs if it starts anew.
 _ROUNDING = 1e-4
 _OF_WHAT_IS_FORGOTTEN = 0.25
@@ -71,7 +85,7 @@ class RowStates:
         runs = zip(metadata.rows.tolist(), metadata.query_lengths.tolist(), metadata.context_lengths, strict=True)
         for row, num_tokens, context in runs:
             if context == num_tokens:
-                self._caches[row] = self._new_cache()
+                self._caches[row] = _new_cache(self._config)
             elif row not in self._caches:
                 raise RuntimeError(f"row {row} begins at token {context - num_tokens}, and has no state from before")
             self._step.append(_Run(num_tokens, self._caches[row], context == num_tokens))
@@ -80,37 +94,17 @@ class RowStates:
         self._caches.clear()
         self._step = []
 
-    def num_bytes(self) -> int:
-        """Of all rows that have states."""
-        tensors = [tensor for cache in self._caches.values() for tensor in _tensors(cache)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-    def _new_cache(self) -> Any:
-        from transformers import DynamicCache
-
-        return DynamicCache(config=self._config)
-
     def _row_by_row(self, forward: Callable[..., Any], kind: type) -> Callable[..., torch.Tensor]:
         signature = inspect.signature(forward)
-        hidden_name, *others = signature.parameters
-        cache_name = _cache_name(forward)
-        # What a signature insists on; such layers take no notice of positions, and a step has no padding to mask.
-        fixed = {
-            name: None
-            for name in others
-            if signature.parameters[name].default is inspect.Parameter.empty
-            and signature.parameters[name].kind is not inspect.Parameter.VAR_KEYWORD
-        }
+        hidden_name, cache_name, fixed = next(iter(signature.parameters)), _cache_name(forward), _insisted_on(signature)
 
         def run_part(part: torch.Tensor, cache: Any) -> torch.Tensor:
-            output = forward(**{**fixed, hidden_name: part, str(cache_name): cache})
-            if not isinstance(output, torch.Tensor):
-                raise TypeError("a layer that keeps a state gives more than hidden states")
+            output: torch.Tensor = forward(**{**fixed, hidden_name: part, str(cache_name): cache})
             return output
 
         def goes_on(like: _Like) -> bool:
             if (kind, like) not in self._go_on:
-                self._go_on[kind, like] = _goes_on(run_part, like, self._new_cache)
+                self._go_on[kind, like] = _goes_on(run_part, like, lambda: _new_cache(self._config))
             return self._go_on[kind, like]
 
         def run(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -138,20 +132,83 @@ def _goes_on(run: Callable[[torch.Tensor, Any], torch.Tensor], like: _Like, new_
     return bool(error <= rounding * whole.norm() and error <= _OF_WHAT_IS_FORGOTTEN * without)
 
 
-def find_mixers(model: torch.nn.Module, attending: Collection[torch.nn.Module]) -> list[tuple[str, torch.nn.Module]]:
-    """Modules that take a cache and do not attend, nor hold one that does, with their names: the innermost ones."""
-    taking = {name: module for name, module in model.named_modules() if _cache_name(module.forward) is not None}
-    return [
-        (name, module)
-        for name, module in taking.items()
-        if not any(other in attending for other in module.modules())
-        and not any(other.startswith(f"{name}.") for other in taking)
-    ]
+class StateProbe:
+    """Finds out in a forward pass which modules keep a state, by what they leave in a cache."""
+
+    def __init__(self, config: Any, model: torch.nn.Module, attending: Collection[torch.nn.Module]) -> None:
+        """The modules asked are the innermost ones that take a cache, and do not attend nor hold one that does."""
+        self._cache = _new_cache(config)
+        self.kept: dict[str, int] = {}
+        """Module -> bytes of a row's state."""
+        taking = {name: module for name, module in model.named_modules() if _cache_name(module.forward) is not None}
+        self.asked = {
+            name: module
+            for name, module in taking.items()
+            if not any(other in attending for other in module.modules())
+            and not any(other.startswith(f"{name}.") for other in taking)
+        }
+        for name, module in self.asked.items():
+            module.forward = self._watched(name, module.forward)
+
+    def _watched(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        signature, cache_name = inspect.signature(forward), str(_cache_name(forward))
+        fixed = _insisted_on(signature)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            bound, before = signature.bind(*args, **kwargs), _num_bytes(self._cache)
+            given = set(bound.arguments) - {next(iter(signature.parameters)), cache_name}
+            bound.arguments |= {**fixed, cache_name: self._cache}
+            output = forward(*bound.args, **bound.kwargs)
+            num_bytes = _num_bytes(self._cache) - before
+            if num_bytes:
+                self.kept[name] = num_bytes
+                left_out = _told(signature.bind(*args, **kwargs), given)
+                if left_out:
+                    raise TypeError(f"a layer that keeps a state is given {', '.join(sorted(left_out))}")
+                if not isinstance(output, torch.Tensor):
+                    raise TypeError("a layer that keeps a state gives more than hidden states")
+            return output
+
+        return run
+
+
+def _told(bound: inspect.BoundArguments, names: Collection[str]) -> set[str]:
+    """Which of these arguments have a value that the layer may go by; it is run without them.
+
+    Places are handed to everything: a layer may insist on them or take them among whatever else there is, unread.
+    """
+    parameters = bound.signature.parameters
+    told = set()
+    for name in names:
+        value, parameter = bound.arguments[name], parameters[name]
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            told |= {one for one, given in value.items() if given is not None} - PLACES
+        elif value is not None and not (name in PLACES and parameter.default is inspect.Parameter.empty):
+            told.add(name)
+    return told - INDIFFERENT
+
+
+def _insisted_on(signature: inspect.Signature) -> dict[str, None]:
+    """What a signature wants beside hidden states, and layers that keep states do without: a step has no padding to
+    mask, and they know no positions."""
+    _, *others = signature.parameters.values()
+    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return {one.name: None for one in others if one.default is inspect.Parameter.empty and one.kind not in kinds}
+
+
+def _new_cache(config: Any) -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache(config=config)
 
 
 def _cache_name(forward: Callable[..., Any]) -> str | None:
     parameters = inspect.signature(forward).parameters
     return next((name for name in _CACHE_NAMES if name in parameters), None)
+
+
+def _num_bytes(cache: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(cache))
 
 
 def _tensors(cache: Any) -> Iterator[torch.Tensor]:

@@ -137,6 +137,7 @@ TEXT_DEFAULTS: Mapping[str, dict[str, Any]] = {
     "granite": _LLAMA,
     "cohere": _COHERE,
     "cohere2": _COHERE,
+    "exaone4": _LLAMA | {"vocab_size": 102_400, "intermediate_size": 16_384, "num_key_value_heads": 32},
     "glm4": _GLM4,
     "glm4v_text": _GLM4 | {"max_position_embeddings": 32_768, "rms_norm_eps": 1e-5},
     "glm4v_moe_text": {

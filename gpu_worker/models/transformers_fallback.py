@@ -29,6 +29,7 @@ from gpu_worker.models.attention_adapters import adapt, placeholder_mask
 from gpu_worker.models.fallback_probe import (
     SLOT,
     AttentionCall,
+    ModelLayers,
     attention_implementation,
     context_of,
     first_line,
@@ -51,12 +52,18 @@ HOLD_A_MODEL = (
     "Gemma4UnifiedForConditionalGeneration",
 )
 """Without images and sound they compute as the language model within them, which is what runs."""
+# One expert after another, those that were chosen: of any size, and without a copy of its weights for every token.
+EXPERTS = "eager"
+# Where all layers keep states and none attends, blocks are counted all the same, of next to nothing.
+# Such a model's states hold any number of tokens; its config names none.
+_RECURRENT_CONTEXT = 1 << 17
+_NO_ATTENTION = AttentionCall("", 1, 1, 1, 1, 1.0, window=None, softcap=None, has_sinks=False)
 # Positions in two digits, each of which any dtype holds exactly.
 _POSITION_DIGIT = 256
 LANGUAGE_MODEL = r"^(thinker\.)?(model\.language_model|model\.text_model|language_model\.model)\."
 LANGUAGE_HEAD = r"^(thinker\.|language_model\.|model\.)lm_head\."
 """How the tensors of a language model are called in a checkpoint that holds other models too."""
-_OTHER_PARTS = re.compile(r"vision|visual|image|audio|projector|connector|talker|token2wav|code2wav")
+_OTHER_PARTS = re.compile(r"vision|visual|image|audio|projector|connector|merger|talker|token2wav|code2wav")
 
 
 def is_known(architecture: str) -> bool:
@@ -127,26 +134,26 @@ class TransformersModel(ModelFamily, LoadsItself):
             )
         served = _Served.of(Path(config.file).parent, architecture)
         found = probe_layers(served.config, served.architecture)
-        calls, first = found.calls, found.calls[0]
+        calls = found.calls or (_NO_ATTENTION,)
         text_config = served.config.get_text_config()
         return ModelSpec(
             architecture=architecture,
             vocab_size=text_config.vocab_size,
             hidden_size=text_config.hidden_size,
             intermediate_size=_widest(text_config),
-            num_heads=first.num_heads,
+            num_heads=calls[0].num_heads,
             num_kv_heads=max(call.num_kv_heads for call in calls),
             head_dim=max(call.head_dim for call in calls),
-            max_position_embeddings=context_of(text_config),
+            max_position_embeddings=context_of(text_config) if found.calls else _RECURRENT_CONTEXT,
             norm_eps=1e-5,
             layers=tuple(LayerSpec(rope=None, sliding_window=call.window) for call in calls),
             dtype=text.dtype(),
             tie_word_embeddings=bool(getattr(served.config, "tie_word_embeddings", False)),
-            softmax_scale=first.scale,
-            attention_softcap=first.softcap,
+            softmax_scale=calls[0].scale,
+            attention_softcap=calls[0].softcap,
             attention_sinks=any(call.has_sinks for call in calls),
             eos_token_ids=config.eos_token_ids() or text.eos_token_ids(),
-            row_state_bytes=found.row_state_bytes,
+            row_state_bytes=sum(found.states.values()),
         )
 
     def __init__(self, spec: ModelSpec, max_position: int, build: BuildContext) -> None:
@@ -176,12 +183,14 @@ class TransformersModel(ModelFamily, LoadsItself):
 
         SafetensorsReader(path).close()
         served = _Served.of(path, self.spec.architecture)
+        found = probe_layers(served.config, served.architecture)
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
                 path,
                 config=served.config,
                 dtype=self.dtype,
                 attn_implementation=attention_implementation(served.architecture),
+                experts_implementation=EXPERTS,
                 trust_remote_code=False,
                 use_safetensors=True,
                 local_files_only=True,
@@ -193,25 +202,27 @@ class TransformersModel(ModelFamily, LoadsItself):
         if served.is_part:
             report["unexpected_keys"] = [name for name in report["unexpected_keys"] if not _OTHER_PARTS.search(name)]
         _check_report(path, report)
-        self._adopt(model.to(self.device))
+        self._adopt(model.to(self.device), found)
 
     def fill_random_weights(self, source: RandomValues, directory: Path) -> None:
         """load_format dummy."""
         from transformers import AutoModelForCausalLM
 
         served = _Served.of(directory, self.spec.architecture)
+        found = probe_layers(served.config, served.architecture)
         model = AutoModelForCausalLM.from_config(
             served.config,
             dtype=self.dtype,
             attn_implementation=attention_implementation(served.architecture),
+            experts_implementation=EXPERTS,
             trust_remote_code=False,
         )
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 source.fill(parameter.data, std=parameter.shape[-1] ** -0.5)
-        self._adopt(model.to(self.device))
+        self._adopt(model.to(self.device), found)
 
-    def _adopt(self, model: Any) -> None:
+    def _adopt(self, model: Any, found: ModelLayers) -> None:
         log.warning(
             "no native code for this architecture: transformers' own runs, with paged attention",
             architecture=self.spec.architecture,
@@ -219,12 +230,11 @@ class TransformersModel(ModelFamily, LoadsItself):
         )
         self._model = model.eval()
         adapt(model, paged_attention)
-        found = probe_layers(model.config, type(model).__name__)
         modules = dict(model.named_modules())
         for layer, call in enumerate(found.calls):
             modules[call.module].__dict__[SLOT] = _LayerSlot(self, layer, call)
-        if found.mixers:
-            self.row_states = RowStates(model.config, [modules[name] for name in found.mixers])
+        if found.states:
+            self.row_states = RowStates(model.config, [modules[name] for name in found.states])
         # The head's own road (scaling, soft caps) is taken for the rows that are sampled only: it is handed the states
         # that the trunk gave before.
         trunk = model.get_decoder()

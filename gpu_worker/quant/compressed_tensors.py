@@ -50,8 +50,10 @@ def read_compressed_tensors(section: ConfigSection) -> QuantConfig:
     sparse_format = sparsity.get("format") if isinstance(sparsity, dict) else sparsity
     if sparsity and sparse_format != "dense":
         raise section.refuse(f"compressed-tensors with a sparsity_config of the format {sparse_format!r}")
-    if section.fields.get("transform_config"):
-        raise section.refuse("compressed-tensors with a transform_config")
+    # Inputs are turned; experts are fewer in some layers, or constants.
+    for field in ("transform_config", "moe_sparsity_config"):
+        if section.fields.get(field):
+            raise section.refuse(f"compressed-tensors with a {field}")
     whole_format = section.text("format", "")
     groups = section.fields.get("config_groups")
     if not groups and sparsity:

@@ -10,7 +10,7 @@ import torch
 from gpu_worker.layers.ops import LayerOps, QuantizedRows, RowQuant
 from gpu_worker.quant import none
 from gpu_worker.quant.activations import ActivationQuant, StaticScale, quantize_input, simulate
-from gpu_worker.quant.weights import ROW_STEP, QuantizedWeight, ScaledWeight
+from gpu_worker.quant.weights import QuantizedWeight, ScaledWeight, dequantized
 
 
 class Product(ABC):
@@ -120,15 +120,6 @@ class ScaledProduct(Product):
 
     def num_bytes(self) -> int:
         return self._num_bytes
-
-
-def dequantized(weight: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
-    """W [N, K] in `dtype`, some rows at a time: float32 of the whole would be the peak of loading."""
-    dense = torch.empty(weight.num_outputs, weight.num_inputs, dtype=dtype, device=weight.device)
-    for start in range(0, weight.num_outputs, ROW_STEP):
-        stop = min(start + ROW_STEP, weight.num_outputs)
-        dense[start:stop] = weight.rows(start, stop).dequantize()
-    return dense
 
 
 def make_product(

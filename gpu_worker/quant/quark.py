@@ -26,6 +26,7 @@ def read_quark(section: ConfigSection) -> QuantConfig:
     stored_as = export.get("weight_format") if isinstance(export, dict) else None
     if stored_as not in (None, "real_quantized"):
         raise section.refuse(f"quark with the weight_format {stored_as!r}")
+    _refuse_turned_inputs(section)
     by_class = section.fields.get("layer_type_quant_config") or {}
     if by_class:
         raise section.refuse(f"quark with layer_type_quant_config for {', '.join(map(str, by_class))}")
@@ -42,6 +43,17 @@ def read_quark(section: ConfigSection) -> QuantConfig:
         return next((stored for entry, stored in formats.items() if fnmatchcase(name, entry)), default)
 
     return QuantConfig(METHOD, format_of, f"quark {_label(default)}")
+
+
+def _refuse_turned_inputs(section: ConfigSection) -> None:
+    """Some rotations are not part of the weights: inputs are turned before a product. What turns them is stored by
+    current releases alone."""
+    algorithms = section.fields.get("algo_config") or []
+    for algorithm in algorithms if isinstance(algorithms, list) else [algorithms]:
+        if not isinstance(algorithm, dict) or algorithm.get("name") not in ("rotation", "quarot"):
+            continue
+        if algorithm["name"] == "quarot" or algorithm.get("r4", True) or algorithm.get("online_r1_rotation"):
+            raise section.refuse("quark with rotations of inputs (algo_config)")
 
 
 def _label(stored: WeightFormat | None) -> str:

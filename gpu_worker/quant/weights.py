@@ -15,7 +15,7 @@ import torch
 from gpu_worker.loading.gguf_blocks import GgmlType, decode_rows
 
 ROW_STEP = 1024
-"""Weights are cut between rows at multiples of this, which no block of scales spans."""
+"""Weights are cut between rows at multiples of this."""
 
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """The 16 codes of a 4-bit float (OCP Microscaling Formats, v1.0)."""
@@ -45,16 +45,10 @@ class QuantizedWeight(ABC):
         """Some of the outputs; `start` is a multiple of ROW_STEP."""
 
 
-@dataclass(frozen=True, slots=True)
-class AffineWeight(QuantizedWeight):
-    """W[n, k] = (codes[n, k] - zeros[n, g]) * scales[n, g] with g = groups[k] (None: k // group_size)."""
+class CodesInGroups(QuantizedWeight):
+    """Integers of a few bits."""
 
     codes: torch.Tensor  # uint8 [N, K]
-    zeros: torch.Tensor  # uint8 [N, G], or [1, 1] where all are the same
-    scales: torch.Tensor  # float32 [N, G]
-    group_size: int
-    bits: int
-    groups: torch.Tensor | None = None  # int64 [K]
 
     @property
     def num_outputs(self) -> int:
@@ -67,6 +61,18 @@ class AffineWeight(QuantizedWeight):
     @property
     def num_inputs(self) -> int:
         return self.codes.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class AffineWeight(CodesInGroups):
+    """W[n, k] = (codes[n, k] - zeros[n, g]) * scales[n, g] with g = groups[k] (None: k // group_size)."""
+
+    codes: torch.Tensor  # uint8 [N, K]
+    zeros: torch.Tensor  # uint8 [N, G], or [1, 1] where all are the same
+    scales: torch.Tensor  # float32 [N, G]
+    group_size: int
+    bits: int
+    groups: torch.Tensor | None = None  # int64 [K]
 
     def group_of_input(self) -> torch.Tensor:
         """int64 [K]."""
@@ -104,7 +110,7 @@ class AffineWeight(QuantizedWeight):
 
 
 @dataclass(frozen=True, slots=True)
-class OffsetWeight(QuantizedWeight):
+class OffsetWeight(CodesInGroups):
     """W[n, k] = codes[n, k] * scales[n, k // group_size] + offsets[n, k // group_size]."""
 
     codes: torch.Tensor  # uint8 [N, K]
@@ -112,18 +118,6 @@ class OffsetWeight(QuantizedWeight):
     offsets: torch.Tensor  # float32, shaped like scales
     group_size: int
     bits: int
-
-    @property
-    def num_outputs(self) -> int:
-        return self.codes.shape[0]
-
-    @property
-    def device(self) -> torch.device:
-        return self.codes.device
-
-    @property
-    def num_inputs(self) -> int:
-        return self.codes.shape[1]
 
     def dequantize(self) -> torch.Tensor:
         groups = self.codes.float().unflatten(1, (-1, self.group_size))
@@ -183,6 +177,9 @@ class ScaledWeight(QuantizedWeight):
         return self.values.float() * scales
 
     def rows(self, start: int, stop: int) -> ScaledWeight:
+        if start % self.block_n:
+            # A block of another size than a power of 2 is cut.
+            return replace(self, values=self.values[start:stop], scales=self.scales_by_output()[start:stop], block_n=1)
         scales = self.scales[start // self.block_n : -(-stop // self.block_n)]
         return replace(self, values=self.values[start:stop], scales=scales)
 
@@ -293,3 +290,12 @@ def stack(parts: Sequence[QuantizedWeight]) -> QuantizedWeight | None:
         return None
     stacked: QuantizedWeight | None = kind.stack(parts)  # type: ignore[attr-defined]
     return stacked
+
+
+def dequantized(weight: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """W [N, K] in `dtype`, some rows at a time: float32 of the whole would be the peak of loading."""
+    dense = torch.empty(weight.num_outputs, weight.num_inputs, dtype=dtype, device=weight.device)
+    for start in range(0, weight.num_outputs, ROW_STEP):
+        stop = min(start + ROW_STEP, weight.num_outputs)
+        dense[start:stop] = weight.rows(start, stop).dequantize()
+    return dense

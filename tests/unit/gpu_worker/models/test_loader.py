@@ -14,8 +14,9 @@ from gpu_worker.layers.decoder import HiddenStates
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.loading.tensor_source import CheckpointError
 from gpu_worker.model_spec import ModelConfigError
+from gpu_worker.models.checkpoint_places import checkpoint_places
 from gpu_worker.models.hf_config import HfConfig
-from gpu_worker.models.loader import checkpoint_places, fill_random, load_weights, read_spec
+from gpu_worker.models.loader import fill_random, load_weights, read_spec
 from gpu_worker.models.registry import find_family, known_architectures
 from gpu_worker.parallel.shares import ParallelContext
 from gpu_worker.quant.none import Unquantized

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.llava import LlavaConfig
 from transformers.models.mistral3 import Mistral3Config
@@ -137,6 +137,15 @@ del LATENT["head_dim"]
 OMNI_AUDIO = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 24, "output_dim": 60}
 
 
+# Every second layer keeps a state.
+QWEN35 = TEXT | {
+    "layer_types": ["linear_attention", "full_attention"],
+    "num_hidden_layers": 2,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
 QWEN2_AUDIO = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 24}
 
 
@@ -214,6 +223,48 @@ def test_the_text_part_under_its_published_names(kind: str, tmp_path: Path) -> N
     check_logits(reference, tmp_path)
 
 
+# Every size of an encoder that would be large by default.
+SHRUNK = SMALL_VISION | {"depth": 1, "num_heads": 2, "embed_dim": 16, "num_layers": 1}
+
+
+def with_small_parts(kind: str, text: dict[str, Any]) -> Any:
+    """A config whose other parts are as their classes have them, but for their sizes."""
+    config = CONFIG_MAPPING[kind](text_config=text)
+    for part in vars(config).values():
+        if isinstance(part, PreTrainedConfig) and part is not config.get_text_config():
+            for name, size in SHRUNK.items():
+                if isinstance(getattr(part, name, None), int):
+                    setattr(part, name, size)
+    return config
+
+
+FURTHER = {
+    "aria": {"model_type": "aria_text", "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+    "deepseek_vl": {"model_type": "llama"},
+    "exaone4_5": {
+        "model_type": "exaone4",
+        "sliding_window": 11,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "hyperclovax_vision_v2": {"model_type": "hyperclovax"},
+    "idefics2": {"model_type": "mistral", "sliding_window": None},
+    "llava_next_video": {"model_type": "llama"},
+    "minicpmv4_6": QWEN35 | {"model_type": "qwen3_5_text"},
+    "minicpmv4_7": QWEN35 | {"model_type": "qwen3_5_text"},
+    "ovis2": {"model_type": "qwen2"},
+    "video_llama_3": {"model_type": "qwen2"},
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind == "minicpmv4_6" else pytest.mark.slow) for kind in FURTHER]
+)
+def test_further_text_parts_under_their_published_names(kind: str, tmp_path: Path) -> None:
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {kind}")
+    check_logits(save_config(with_small_parts(kind, TEXT | FURTHER[kind]), tmp_path), tmp_path)
+
+
 def test_a_model_that_hears_and_speaks_holds_one_that_thinks(tmp_path: Path) -> None:
     """Qwen3-Omni as published: the language model within its thinker, beside what makes sound."""
     reference = save_config(others()["qwen3_omni_moe_thinker"](), tmp_path)
@@ -249,17 +300,6 @@ GEMMA3N = GEMMA | {
     "activation_sparsity_pattern": [0.5] + [0.0] * 5,
     "laurel_rank": 8,
     "altup_num_inputs": 2,
-}
-
-
-# Every second layer keeps a state.
-QWEN35 = TEXT | {
-    "layer_types": ["linear_attention", "full_attention"],
-    "num_hidden_layers": 2,
-    "linear_num_value_heads": 4,
-    "linear_num_key_heads": 2,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
 }
 
 

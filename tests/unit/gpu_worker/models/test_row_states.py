@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from gpu_worker.config import WorkerSettings
+from gpu_worker.models.fallback_probe import probe_layers
 from gpu_worker.models.loader import read_spec
+from gpu_worker.models.row_states import StateProbe
 from gpu_worker.models.transformers_fallback import TransformersModel
 from gpu_worker.runner import TorchRunner
 from load_tests.cpu_worker.step_driver import StepDriver, greedy
@@ -29,6 +32,23 @@ DELTA = {
 }
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
 SHARED = {"shared_expert_intermediate_size": 40}
+LATENT = {
+    "layer_types": [STATE, FULL, STATE],
+    "kv_lora_rank": 20,
+    "q_lora_rank": None,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 10,
+    "num_key_value_heads": 6,
+    "linear_head_dim": 16,
+    "linear_num_heads": 4,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 CONVOLUTIONS = {"layer_types": ["conv", FULL, "conv"]}
 
 
@@ -61,11 +81,21 @@ HYBRIDS = {
         use_mamba_kernels=False,
     ),
 }
+# Every layer keeps a state, and none attends.
+RECURRENT = {
+    "mamba2": tiny("mamba2", num_heads=4, head_dim=30, state_size=16, n_groups=1, chunk_size=16),
+    "mamba": tiny("mamba", state_size=8),
+    "falcon-mamba": tiny("falcon_mamba", state_size=8),
+}
 OTHER_HYBRIDS = {
     "lfm2-moe": tiny("lfm2_moe", **CONVOLUTIONS, **EXPERTS, num_dense_layers=1),
     "qwen3.5": tiny("qwen3_5_text", **DELTA),
     "qwen3.5-moe": tiny("qwen3_5_moe_text", **DELTA, **EXPERTS, **SHARED),
     "bamba": tiny("bamba", **MAMBA2, attn_layer_indices=[1]),
+    "lfm3": tiny("lfm3"),
+    # Keys and values of their other layers are compressed.
+    "kimi-linear": tiny("kimi_linear", **LATENT),
+    "bailing-hybrid": tiny("bailing_hybrid", **LATENT, num_experts=6, n_group=1, topk_group=1),
     "olmo-hybrid": tiny("olmo_hybrid", layer_types=[STATE, FULL, STATE]),
     # Layers that do neither.
     "nemotron-h": tiny(
@@ -93,6 +123,33 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
     spec, family = read_spec(tmp_path)
     assert family is TransformersModel and spec.row_state_bytes > 0
     check_logits(reference, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["mamba2", *(pytest.param(name, marks=pytest.mark.slow) for name in list(RECURRENT)[1:])]
+)
+def test_models_without_any_attention(name: str, tmp_path: Path) -> None:
+    reference = save_model(RECURRENT[name], tmp_path)
+    check_logits(reference, tmp_path)
+    settings = WorkerSettings(model=tmp_path, device="cpu", dtype="float32", num_threads=1, max_num_seqs=4)
+    runner = TorchRunner.load(settings)
+    facts = runner.describe()
+    assert facts.keeps_row_states and facts.max_model_len > 100_000
+    # Blocks are counted, and are of next to nothing.
+    assert (
+        facts.num_blocks * facts.block_size > 4 * facts.max_model_len and facts.num_blocks * facts.block_bytes < 1 << 23
+    )
+    driver = StepDriver(runner)
+    for row, length in enumerate((3, 21)):
+        driver.add(row, list(range(5, 5 + length)), greedy())
+    for _ in range(9):
+        driver.step()
+    for row, length in enumerate((3, 21)):
+        tokens = driver.rows[row].tokens
+        with torch.inference_mode():
+            logits = reference(torch.tensor([tokens])).logits[0]
+        assert len(tokens) == length + 9
+        assert logits[length - 1 : -1].argmax(-1).tolist() == tokens[length:]
 
 
 def test_rows_keep_their_states_whoever_had_their_place_before(tmp_path: Path) -> None:
@@ -140,3 +197,34 @@ def test_what_no_row_has_computed_is_not_gone_on_from(tmp_path: Path) -> None:
     save_model(HYBRIDS["lfm2"], tmp_path)
     with pytest.raises(RuntimeError, match="row 0 begins at token 5, and has no state from before"):
         PagedModel(tmp_path).logits([5, 6, 7], 5)
+
+
+class Gated(torch.nn.Module):
+    def forward(self, hidden: torch.Tensor, cache_params: Any = None, gate: Any = None, **kwargs: Any) -> torch.Tensor:
+        cache_params.update_conv_state(hidden.transpose(1, 2), 0, conv_kernel_size=3)
+        return hidden if gate is None else hidden * gate
+
+
+@pytest.mark.parametrize(
+    ("more", "words"), [({"gate": 2.0}, "given gate"), ({"segments": [0]}, "given segments"), ({"position_ids": 1}, "")]
+)
+def test_what_a_layer_is_given_is_not_dropped_in_silence(more: dict[str, Any], words: str) -> None:
+    model = torch.nn.Sequential(Gated())
+    config = CONFIG_MAPPING["lfm2"](num_hidden_layers=1, layer_types=["conv"])
+    states = StateProbe(config, model, [])
+    hidden = torch.ones(1, 5, 4)
+    if words:
+        with pytest.raises(TypeError, match=words):
+            model[0](hidden, **more)
+        return
+    assert torch.equal(model[0](hidden, **more), hidden)
+    assert states.kept == {"0": 3 * 4 * 4}
+
+
+def test_only_layers_that_keep_a_state_run_row_by_row(tmp_path: Path) -> None:
+    """Blocks of Nemotron H take the cache, whatever is in them."""
+    save_model(OTHER_HYBRIDS["nemotron-h"], tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    found = probe_layers(config, "NemotronHForCausalLM")
+    assert list(found.states) == ["model.layers.0.mixer"]
+    assert [call.module for call in found.calls] == ["model.layers.2.mixer"]

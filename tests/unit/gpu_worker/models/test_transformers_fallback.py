@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from structlog.testing import capture_logs
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.biogpt import BioGptConfig
 from transformers.models.bloom import BloomConfig
 from transformers.models.codegen import CodeGenConfig
@@ -19,13 +20,13 @@ from transformers.models.gpt_neox import GPTNeoXConfig
 from transformers.models.gptj import GPTJConfig
 from transformers.models.granitemoe import GraniteMoeConfig
 from transformers.models.hunyuan_v1_dense import HunYuanDenseV1Config
-from transformers.models.mamba import MambaConfig
 from transformers.models.mpt import MptConfig
 from transformers.models.nemotron import NemotronConfig
 from transformers.models.olmo import OlmoConfig
 from transformers.models.opt import OPTConfig
 from transformers.models.phi import PhiConfig
 from transformers.models.phimoe import PhimoeConfig
+from transformers.models.recurrent_gemma import RecurrentGemmaConfig
 from transformers.models.roberta import RobertaConfig
 from transformers.models.stablelm import StableLmConfig
 from transformers.models.vaultgemma import VaultGemmaConfig
@@ -35,6 +36,7 @@ from gpu_worker.config import WorkerSettings
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.loading.tensor_source import CheckpointError
 from gpu_worker.model_spec import ModelConfigError
+from gpu_worker.models import fallback_probe
 from gpu_worker.models.loader import read_spec
 from gpu_worker.models.transformers_fallback import TransformersModel
 from gpu_worker.parallel.shares import ParallelContext
@@ -97,7 +99,11 @@ CARRIED = {
 }
 REFUSED = {
     "xglm": (Tiny(XGLMConfig, {"attention_heads": 6}), "XGLMForCausalLM"),
-    "mamba": (Tiny(MambaConfig, {"state_size": 4}), "its attention needs a mask"),
+    # Its attention has a cache of its own.
+    "recurrent-gemma": (
+        Tiny(RecurrentGemmaConfig, {"lru_width": 60, "block_types": ["recurrent", "recurrent", "attention"]}),
+        "cannot be tried out",
+    ),
     "phimoe": (Tiny(PhimoeConfig, {"sliding_window": 11, "num_local_experts": 2}), "windows of 11 tokens"),
     "roberta": (Tiny(RobertaConfig, {"is_decoder": True}), "from its padding token on"),
 }
@@ -136,6 +142,36 @@ def test_random_weights(tmp_path: Path) -> None:
     driver.add(0, [5, 6, 7], greedy())
     driver.step()
     assert len(driver.rows[0].tokens) == 4
+
+
+def test_it_is_built_on_device_meta_once_a_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(CARRIED["gpt-neox"], tmp_path, vocab_size=311)
+    built: list[str] = []
+    build = fallback_probe._build
+
+    def watched(config: Any, architecture: str) -> Any:
+        built.append(architecture)
+        return build(config, architecture)
+
+    monkeypatch.setattr(fallback_probe, "_build", watched)
+    PagedModel(tmp_path)
+    assert built == ["GPTNeoXForCausalLM"]
+    # Another config in the same place is another model.
+    _edit(tmp_path, num_hidden_layers=1)
+    assert read_spec(tmp_path)[0].num_layers == 1
+    assert len(built) == 2
+
+
+def test_experts_are_not_copied_for_every_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe has them multiplied that way, whose sizes do not hang on what a router chooses."""
+    save_model(CARRIED["granite-moe"], tmp_path)
+    model = PagedModel(tmp_path)
+
+    def refused(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("experts are copied")
+
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS._global_mapping, "batched_mm", refused)
+    assert model.logits([5, 6, 7], 0).shape == (3, 301)
 
 
 def test_it_says_so(tmp_path: Path) -> None:

@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from gpu_worker.assembly import attention_spec
+from gpu_worker.assembly import attention_spec, load_model
 from gpu_worker.attention.api import StepMetadata
 from gpu_worker.attention.torch_backend import TorchAttention
+from gpu_worker.config import WorkerSettings
 from gpu_worker.kv_cache import KVCache, KVCacheShape
 from gpu_worker.layers.linear import BuildContext
-from gpu_worker.models.loader import load_weights, read_spec
+from gpu_worker.models.loader import read_spec
 from gpu_worker.parallel.layout import GroupLayout, Place
 from gpu_worker.parallel.process_group import RankGroup, StoreServer
 from gpu_worker.parallel.shares import ParallelContext
@@ -36,8 +37,7 @@ def prompt_logits(directory: Path, parallel: ParallelContext) -> torch.Tensor:
     spec, family = read_spec(directory)
     scheme = make_scheme(directory, family.name_rules)
     build = BuildContext(parallel, scheme, torch.float32, torch.device("cpu"))
-    model = family(spec, 64, build)
-    load_weights(model, directory)
+    model = load_model(WorkerSettings(model=directory), family, spec, build, 64)
     cache = KVCache(KVCacheShape.of(spec, parallel, 4, torch.float32), 8, build.device)
     attention = TorchAttention(attention_spec(spec, parallel), cache.layers, torch.float32)
     table = np.array([[5, 2, 7, 1]])

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from gpu_worker.assembly import attention_spec
+from gpu_worker.assembly import attention_spec, load_model
 from gpu_worker.attention.api import StepMetadata
 from gpu_worker.attention.torch_backend import TorchAttention
+from gpu_worker.config import WorkerSettings
 from gpu_worker.kv_cache import KVCache, KVCacheShape
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.layers.ops import TORCH_OPS
 from gpu_worker.models.family import ModelFamily
-from gpu_worker.models.loader import load_weights, read_spec
+from gpu_worker.models.loader import read_spec
 from gpu_worker.parallel.shares import ParallelContext
 from gpu_worker.quant.products import PackedKernels
 from gpu_worker.quant.scheme import make_scheme
@@ -55,8 +56,9 @@ class QuantizedModel:
             directory, family.name_rules, setting=setting, kernels=kernels, canonical_name=family.canonical_name
         )
         build = BuildContext(parallel, scheme, dtype, torch.device("cpu"), TORCH_OPS)
-        self.model: ModelFamily = family(spec, BLOCK_SIZE * NUM_BLOCKS, build)
-        load_weights(self.model, directory)
+        self.model: ModelFamily = load_model(
+            WorkerSettings(model=directory), family, spec, build, BLOCK_SIZE * NUM_BLOCKS
+        )
         cache = KVCache(KVCacheShape.of(spec, parallel, BLOCK_SIZE, dtype), NUM_BLOCKS + 1, build.device)
         self.attention = TorchAttention(attention_spec(spec, parallel), cache.layers, dtype)
         self.table = np.random.default_rng(0).permutation(np.arange(1, NUM_BLOCKS + 1))[None, :]

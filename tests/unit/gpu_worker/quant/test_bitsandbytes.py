@@ -23,6 +23,7 @@ from gpu_worker.models.hf_config import HfConfig
 from gpu_worker.quant.none import UnquantizedLinear
 from gpu_worker.quant.scheme import make_scheme, read_quantization
 from gpu_worker.quant.stored import StoredLinear
+from tests.unit.gpu_worker.quant.exported import TOKENS, reference_logits
 from tests.unit.gpu_worker.quant.paged_model import QuantizedModel
 
 FIXTURES = Path(__file__).resolve().parents[3] / "fixtures" / "quant" / "bitsandbytes"
@@ -61,23 +62,11 @@ def test_values_are_those_of_the_tool(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_those_of_the_dequantized_weights(case: str, tmp_path: Path) -> None:
-    from transformers import LlamaForCausalLM
-
-    tensors = {name: tensor.float() for name, tensor in dequantized(case).items()}
-    plain = load_file(FIXTURES / case / "model.safetensors")
-    own = {name: tensor.float() for name, tensor in plain.items() if tensor.dtype == torch.bfloat16}
-    save_file(own | tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    config = json.loads((FIXTURES / case / "config.json").read_text())
-    del config["quantization_config"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    reference = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    tokens = list(range(3, 43))
-    with torch.inference_mode():
-        expected = reference(torch.tensor([tokens])).logits[0]
+    expected = reference_logits(FIXTURES / case, dequantized(case), tmp_path)
     ours = QuantizedModel(FIXTURES / case)
-    error = (ours.logits(tokens) - expected).abs().max() / expected.abs().max()
-    assert error <= 1e-4
-    assert torch.equal(ours.logits(tokens).argmax(-1), expected.argmax(-1))
+    logits = ours.logits(TOKENS)
+    assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert torch.equal(logits.argmax(-1), expected.argmax(-1))
     kind = StoredLinear if case == "int8" else UnquantizedLinear
     assert isinstance(ours.model.blocks[0].mlp.down.method, kind)
 

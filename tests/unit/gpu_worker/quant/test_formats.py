@@ -13,6 +13,7 @@ from gpu_worker.quant.float4_formats import Float4Format
 from gpu_worker.quant.formats import WeightFormat
 from gpu_worker.quant.gguf_format import GgufFormat
 from gpu_worker.quant.scheme import read_quantization
+from gpu_worker.quant.weights import ROW_STEP, ScaledWeight, dequantized
 from tests.unit.gpu_worker.quant.paged_model import fixture
 
 N, K = 16, 64
@@ -115,3 +116,13 @@ def test_a_share_that_cuts_a_group_is_refused(kind: WeightFormat) -> None:
     name = next(iter(kind.rules(8, 512)))
     with pytest.raises(ParallelError, match="another --tensor-parallel-size"):
         kind.index(name, (8, 256), Share(0, 8, 8), Share(8, 248, 512))
+
+
+@pytest.mark.parametrize("block", [(128, 128), (96, 80), (1, 200)])
+def test_rows_of_blocks_of_any_size(block: tuple[int, int]) -> None:
+    """Weights are unpacked some rows at a time, and a block of scales may lie across two lots of them."""
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randint(-9, 9, (2 * ROW_STEP + 50, 200), generator=generator).to(torch.int8)
+    sizes = [-(-size // one) for size, one in zip(values.shape, block, strict=True)]
+    weight = ScaledWeight(values, torch.rand(sizes, generator=generator), *block)
+    assert torch.equal(dequantized(weight, torch.float32), weight.dequantize())

@@ -22,6 +22,8 @@ from gpu_worker.quant.config import QuantConfig
 from gpu_worker.quant.mlx import MlxFormat
 from gpu_worker.quant.repack import repack
 from gpu_worker.quant.scheme import read_quantization
+from gpu_worker.quant.weights import ROW_STEP, OffsetWeight
+from tests.unit.gpu_worker.quant.paged_model import QuantizedModel
 from tests.unit.gpu_worker.quant.published import (
     MIXTURE,
     SIZES,
@@ -123,6 +125,22 @@ def test_a_checkpoint_of_mlx_lm(tmp_path: Path) -> None:
     config["quantization"] = config.pop("quantization_config")
     (directory / "packed" / "config.json").write_text(json.dumps(config))
     assert_equal_logits(directory)
+
+
+def test_a_packed_table_is_unpacked_some_rows_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 it would be the peak of loading."""
+    sizes = SIZES | {"vocab_size": 2 * ROW_STEP + 100}
+    directory = publish(tmp_path, Qwen2Config(**sizes), {"group_size": 32, "bits": 4}, lambda name: packed_by_mlx(4))
+    rows: list[int] = []
+    unpack = OffsetWeight.dequantize
+
+    def watched(self: OffsetWeight) -> torch.Tensor:
+        rows.append(self.num_outputs)
+        return unpack(self)
+
+    monkeypatch.setattr(OffsetWeight, "dequantize", watched)
+    QuantizedModel(directory / "packed")
+    assert max(rows) == ROW_STEP and rows.count(ROW_STEP) == 4
 
 
 def test_a_packed_table_that_is_the_head_too(tmp_path: Path) -> None:

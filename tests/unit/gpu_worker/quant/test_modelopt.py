@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from gpu_worker.model_spec import ModelConfigError
 from gpu_worker.models.hf_config import HfConfig
@@ -21,6 +21,7 @@ from gpu_worker.quant.config import QuantConfig
 from gpu_worker.quant.float4_formats import Float4Format
 from gpu_worker.quant.scaled_formats import ScaledFormat
 from gpu_worker.quant.scheme import read_quantization
+from tests.unit.gpu_worker.quant.exported import TOKENS, assert_same_tokens, reference_logits
 from tests.unit.gpu_worker.quant.paged_model import QuantizedModel
 
 FIXTURES = Path(__file__).resolve().parents[3] / "fixtures" / "quant" / "modelopt"
@@ -60,26 +61,8 @@ def test_values_are_those_of_the_tool(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_greedy_tokens_are_those_of_the_dequantized_weights(case: str, tmp_path: Path) -> None:
-    from transformers import LlamaForCausalLM
-
-    tensors = load_file(FIXTURES / case / "model.safetensors")
-    plain = {name: tensor.float() for name, tensor in tensors.items() if tensor.dtype == torch.bfloat16}
-    plain |= load_file(FIXTURES / case / "dequantized.safetensors")
-    save_file(plain, tmp_path / "model.safetensors", {"format": "pt"})
-    config = json.loads((FIXTURES / case / "config.json").read_text())
-    del config["quantization_config"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    reference = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    tokens = list(range(3, 43))
-    with torch.inference_mode():
-        expected = reference(torch.tensor([tokens])).logits[0]
-    ours = QuantizedModel(FIXTURES / case).logits(tokens)
-    # Its inputs are not rounded to 8 bits, ours are: near ties may fall either way.
-    best = expected.topk(2).values
-    clear = best[:, 0] - best[:, 1] > 0.1 * expected.abs().max()
-    assert clear.sum() >= 5
-    assert torch.equal(ours.argmax(-1)[clear], expected.argmax(-1)[clear])
-    assert torch.nn.functional.cosine_similarity(ours, expected, dim=-1).min() > 0.99
+    expected = reference_logits(FIXTURES / case, load_file(FIXTURES / case / "dequantized.safetensors"), tmp_path)
+    assert_same_tokens(QuantizedModel(FIXTURES / case).logits(TOKENS), expected, least_cosine=0.99)
 
 
 def test_nvfp4_values_are_those_of_the_tool() -> None:

@@ -238,6 +238,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         compressed("pack-quantized", group(int4(), "Linear"), ignore=[], transform_config={"config_groups": {"u": {}}}),
         "compressed-tensors with a transform_config",
     ),
+    "experts-left-out": (
+        compressed("pack-quantized", group(int4(), "Linear"), ignore=[], moe_sparsity_config={"method": "novice"}),
+        "compressed-tensors with a moe_sparsity_config",
+    ),
     "mxfp6": (
         compressed("mxfp6-pack-quantized", group(float8(), "Linear"), ignore=[]),
         "compressed-tensors with the format 'mxfp6-pack-quantized'",

@@ -5,7 +5,6 @@ The files are made by `tests/fixtures/quant/make_quark.py`.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from gpu_worker.quant.config import QuantConfig
 from gpu_worker.quant.quark import MXFP4
 from gpu_worker.quant.scaled_formats import ScaledFormat
 from gpu_worker.quant.scheme import read_quantization
+from tests.unit.gpu_worker.quant.exported import TOKENS, assert_same_tokens, reference_logits
 from tests.unit.gpu_worker.quant.paged_model import QuantizedModel
 
 FIXTURES = Path(__file__).resolve().parents[3] / "fixtures" / "quant" / "quark"
@@ -29,6 +29,9 @@ CASES = ("fp8-kv", "ptpc-fp8", "int8", "mxfp4", "mxfp4-attention-fp8")
 LAYER = "model.layers.3"
 FP8 = {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": False, "symmetric": True}
 FP4 = {"dtype": "fp4", "qscheme": "per_group", "group_size": 32, "ch_axis": -1, "scale_format": "e8m0"}
+
+
+ROTATION = {"name": "rotation", "r1": True, "r2": True, "r3": False, "r4": False, "online_r1_rotation": None}
 
 
 def read(**fields: Any) -> QuantConfig:
@@ -62,30 +65,8 @@ def test_values_are_those_of_the_tool(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_greedy_tokens_are_those_of_the_dequantized_weights(case: str, tmp_path: Path) -> None:
-    from transformers import LlamaForCausalLM
-
-    tensors = load_file(FIXTURES / case / "model.safetensors")
-    expected_weights = load_file(FIXTURES / case / "dequantized.safetensors")
-    plain = {
-        name: tensor.float()
-        for name, tensor in tensors.items()
-        if name.endswith("weight") and name not in expected_weights
-    }
-    save_file(plain | expected_weights, tmp_path / "model.safetensors", {"format": "pt"})
-    config = json.loads((FIXTURES / case / "config.json").read_text())
-    del config["quantization_config"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    reference = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    tokens = list(range(3, 43))
-    with torch.inference_mode():
-        expected = reference(torch.tensor([tokens])).logits[0]
-    ours = QuantizedModel(FIXTURES / case).logits(tokens)
-    # Its inputs are not rounded to 8 bits, ours are: near ties may fall either way.
-    best = expected.topk(2).values
-    clear = best[:, 0] - best[:, 1] > 0.1 * expected.abs().max()
-    assert clear.sum() >= 5
-    assert torch.equal(ours.argmax(-1)[clear], expected.argmax(-1)[clear])
-    assert torch.nn.functional.cosine_similarity(ours, expected, dim=-1).min() > 0.98
+    expected = reference_logits(FIXTURES / case, load_file(FIXTURES / case / "dequantized.safetensors"), tmp_path)
+    assert_same_tokens(QuantizedModel(FIXTURES / case).logits(TOKENS), expected, least_cosine=0.98)
 
 
 def test_scales_of_the_kv_cache_are_those_of_its_projections() -> None:
@@ -121,6 +102,10 @@ def test_layers_go_by_pattern_and_exceptions_by_name_or_pattern() -> None:
         ({"global_quant_config": {"weight": FP8, "input_tensors": {"dtype": "int8"}}}, "int8 inputs"),
         ({"global_quant_config": {"weight": FP8, "input_tensors": FP8 | {"qscheme": "per_group"}}}, "inputs per_group"),
         ({"global_quant_config": {"weight": FP8}, "export": {"weight_format": "fake_quantized"}}, "fake_quantized"),
+        # By amd-quark 0.13: "r4" turns the inputs of down projections.
+        ({"global_quant_config": {"weight": FP8}, "algo_config": [ROTATION | {"r4": True}]}, "rotations of inputs"),
+        ({"algo_config": [ROTATION | {"online_r1_rotation": True}]}, "rotations of inputs"),
+        ({"algo_config": [{"name": "quarot"}]}, "rotations of inputs"),
         ({"global_quant_config": {"weight": FP8}, "layer_type_quant_config": {"Conv2d": {}}}, "Conv2d"),
     ],
     ids=str,
@@ -129,6 +114,12 @@ def test_what_cannot_be_read_is_refused_by_its_name(fields: dict[str, Any], word
     with pytest.raises(ModelConfigError, match=f"quark with .*{words}") as refusal:
         read(**fields)
     assert "quark (FP8, INT8, MXFP4)" in str(refusal.value)
+
+
+def test_rotations_within_the_weights_are_read() -> None:
+    for algorithms in ([ROTATION], [{"name": "smooth"}, {"name": "gptq"}], None):
+        quant = read(global_quant_config={"weight": FP8}, algo_config=algorithms)
+        assert isinstance(quant.format_of(f"{LAYER}.mlp.up_proj"), ScaledFormat)
 
 
 def test_a_weight_without_its_scale_is_refused(tmp_path: Path) -> None:
