@@ -19,6 +19,7 @@ import grpc
 import structlog
 from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from stepwire.process.connections import KEEPALIVE_OPTIONS, MESSAGE_OPTIONS, NO_PROXY_OPTIONS
 from stepwire.process.traces import HEADER, current_traceparent
 from stepwire.v1 import inference_pb2, inference_pb2_grpc
 
@@ -36,11 +37,19 @@ HEALTH_TIMEOUT_S = 2.0
 # A control plane that restarts is back within seconds; gRPC's own default waits up to two minutes.
 RECONNECT_MIN_S = 0.05
 RECONNECT_MAX_S = 1.0
-MAX_MESSAGE_BYTES = 64 * 2**20
 # What may be on its way to us unread, a step's message or two. gRPC's own estimate grows to megabytes: seconds
 # of tokens. A gateway short of CPU would send each one late; a control plane that has to wait puts more of them
 # into one message. A message that is larger than the window is let through whole when it is read.
 RECEIVE_WINDOW_BYTES = 4096
+CHANNEL_OPTIONS = [
+    *MESSAGE_OPTIONS,
+    *KEEPALIVE_OPTIONS,
+    *NO_PROXY_OPTIONS,
+    ("grpc.initial_reconnect_backoff_ms", int(RECONNECT_MIN_S * 1000)),
+    ("grpc.max_reconnect_backoff_ms", int(RECONNECT_MAX_S * 1000)),
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", RECEIVE_WINDOW_BYTES),
+]
 # One message at a time: while we write its events the control plane puts the next one together. Each one more that may
 # be on its way makes every token late by what it takes to write 256 streams.
 _SESSION_OPTIONS = inference_pb2.SessionOptions(packed_texts=True, packed_token_ids=True, max_outstanding_messages=1)
@@ -352,19 +361,9 @@ def _duration(seconds: float) -> Duration:
 
 def open_channel(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
     """A channel to one of the control plane's services, which connects when it is used."""
-    options = [
-        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.initial_reconnect_backoff_ms", int(RECONNECT_MIN_S * 1000)),
-        ("grpc.max_reconnect_backoff_ms", int(RECONNECT_MAX_S * 1000)),
-        ("grpc.http2.bdp_probe", 0),
-        ("grpc.http2.lookahead_bytes", RECEIVE_WINDOW_BYTES),
-        # The control plane is ours: a proxy that the environment names is for the outside world.
-        ("grpc.enable_http_proxy", 0),
-    ]
     if credentials is None:
-        return grpc.aio.insecure_channel(address, options=options)
-    return grpc.aio.secure_channel(address, credentials, options=options)
+        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    return grpc.aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
 
 
 def read_credentials(settings: GatewaySettings) -> grpc.ChannelCredentials | None:

@@ -23,7 +23,7 @@ from gpu_worker.config import PROGRAM, WorkerSettings
 from gpu_worker.listen import ListenError, read_pem
 from gpu_worker.parallel.local_ranks import LocalRanks
 from gpu_worker.parallel.model_digest import model_digest
-from gpu_worker.parallel.nodes import GROUP_PROTOCOL_VERSION, KEEPALIVE_OPTIONS
+from gpu_worker.parallel.nodes import GROUP_OPTIONS, GROUP_PROTOCOL_VERSION
 
 log = structlog.get_logger(__name__)
 
@@ -111,11 +111,11 @@ class _Relay:
 def _channel(settings: WorkerSettings, address: str) -> grpc.Channel:
     cert, key, roots = settings.group_tls_cert, settings.group_tls_key, settings.group_tls_ca
     if cert is None or key is None or roots is None:
-        return grpc.insecure_channel(address, options=KEEPALIVE_OPTIONS)
+        return grpc.insecure_channel(address, options=GROUP_OPTIONS)
     credentials = grpc.ssl_channel_credentials(
         read_pem(roots, "--group-tls-ca"), read_pem(key, "--group-tls-key"), read_pem(cert, "--group-tls-cert")
     )
-    return grpc.secure_channel(address, credentials, options=KEEPALIVE_OPTIONS)
+    return grpc.secure_channel(address, credentials, options=GROUP_OPTIONS)
 
 
 def _own_address(address: str) -> str:

@@ -1,0 +1,80 @@
+"""Connections between processes of different machines: who notices that the other end has gone, and proxies."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import httpx
+import pytest
+from stepwire.v1 import inference_pb2 as pb
+from stepwire.v1 import inference_pb2_grpc as pb_grpc
+
+from tests.system.conftest import Stack, wait_until
+from tests.system.http_streams import BODY, CHAT, ENDLESS, data_of, error_of, open_stream
+from tests.system.ports import free_port
+
+
+@pytest.fixture(scope="module")
+def apart(tiny_model: Path) -> Iterator[Stack]:
+    """Its processes speak TCP."""
+    port = free_port()
+    stack = Stack(
+        tiny_model,
+        worker_flags=["--sim-step-ms", "20", "--listen", f"127.0.0.1:{port}"],
+        control_plane_flags=["--workers", f"127.0.0.1:{port}", "--step-timeout-s", "300"],
+    )
+    stack.gateway_flags = ["--control-plane", stack.grpc_address]
+    with stack:
+        yield stack
+
+
+def test_a_proxy_is_for_the_outside_world(apart: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("gateway", "control_plane"):
+        apart.kill(name, signal.SIGTERM)
+    for variable in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(variable, f"http://127.0.0.1:{free_port()}")
+    for name in ("control_plane", "gateway"):
+        apart.start(name)
+    monkeypatch.undo()
+    apart.wait_ready()
+    assert httpx.post(f"{apart.url}{CHAT}", json=BODY, timeout=120).status_code == 200
+
+
+@pytest.mark.slow
+def test_a_control_plane_that_hangs_is_a_lost_one(apart: Stack) -> None:
+    client, response = open_stream(apart, ENDLESS)
+    lines = response.iter_lines()
+    assert data_of(next(lines))
+    with apart.paused("control_plane"):
+        events = [json.loads(data) for line in lines if (data := data_of(line)) and data != "[DONE]"]
+        client.close()
+        assert events[-1]["error"]["code"] == "control_plane_lost"
+        assert error_of(httpx.post(f"{apart.url}{CHAT}", json=BODY, timeout=120))["code"] == "control_plane_unreachable"
+    apart.wait_ready()
+    assert httpx.post(f"{apart.url}{CHAT}", json=BODY, timeout=120).status_code == 200
+    apart.wait_idle()
+
+
+@pytest.mark.slow
+def test_clients_may_ask_whether_the_server_lives_while_they_wait(apart: Stack) -> None:
+    every_s = 6
+    options = [
+        ("grpc.keepalive_time_ms", every_s * 1000),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+    request = pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=[1, 2, 3]), stop=pb.StopConditions(max_tokens=4, ignore_eos=True)
+    )
+    with grpc.insecure_channel(apart.grpc_address, options=options) as channel:
+        call = pb_grpc.InferenceServiceStub(channel).Generate(request)
+        assert next(call).HasField("accepted")
+        # gRPC forgives two questions that come too soon.
+        with apart.paused(), pytest.raises(TimeoutError):
+            wait_until(lambda: not call.is_active(), every_s * 4.5)
+        assert list(call)[-1].HasField("usage")
+    apart.wait_for("stepwire_open_requests", 0)
