@@ -10,12 +10,12 @@ import sys
 import time
 from collections.abc import Callable
 
-import grpc
 import structlog
 import uvloop
 from prometheus_client import CollectorRegistry, start_http_server
 from stepwire.process.logs import set_up_logging
 from stepwire.process.parent import end_with_parent
+from stepwire.process.tls import TlsFileError, client_credentials
 
 from control_plane.admin.server import create_admin_server
 from control_plane.admin.servicer import AdminServicer
@@ -43,7 +43,7 @@ def main() -> int:
     sys.setswitchinterval(1e-4)
     try:
         uvloop.run(_serve(settings))
-    except (ListenError, ModelFilesError) as error:
+    except (ListenError, ModelFilesError, TlsFileError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 1
     return 0
@@ -146,15 +146,11 @@ def _engine_config(settings: ControlPlaneSettings) -> EngineConfig:
 
 
 def _worker_addresses(settings: ControlPlaneSettings) -> Callable[[str], WorkerAddress]:
-    """What makes an address of where a worker listens: all workers are spoken to alike."""
+    """What makes an address of where a worker listens: all workers are spoken to alike. Raises `TlsFileError`."""
     if settings.worker_tls_ca is None:
         return WorkerAddress
-    client = settings.worker_tls_cert is not None and settings.worker_tls_key is not None
-    credentials = grpc.ssl_channel_credentials(
-        root_certificates=settings.worker_tls_ca.read_bytes(),
-        private_key=settings.worker_tls_key.read_bytes() if client and settings.worker_tls_key else None,
-        certificate_chain=settings.worker_tls_cert.read_bytes() if client and settings.worker_tls_cert else None,
-    )
+    own_cert, own_key = settings.worker_tls_cert, settings.worker_tls_key
+    credentials = client_credentials("--worker-tls", settings.worker_tls_ca, own_cert, own_key)
     return lambda worker: WorkerAddress(worker, credentials)
 
 

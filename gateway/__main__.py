@@ -38,14 +38,14 @@ def _serve(settings: GatewaySettings, started_at: float) -> None:
     """Answer requests in this process, until a signal."""
     # What a process that only starts others has no need of.
     import uvloop
+    from stepwire.process.tls import TlsFileError
 
     from gateway.app import create_app
-    from gateway.client import CredentialsError
     from gateway.server import serve
 
     try:
         app = create_app(settings)
-    except CredentialsError as error:
+    except TlsFileError as error:
         sys.exit(f"{PROGRAM}: {error}")
     listener = bind_socket(settings)
     where = settings.uds or "{}:{}".format(*listener.getsockname()[:2])

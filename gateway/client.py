@@ -20,6 +20,7 @@ import structlog
 from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from stepwire.process.connections import KEEPALIVE_OPTIONS, MESSAGE_OPTIONS, NO_PROXY_OPTIONS
+from stepwire.process.tls import client_credentials
 from stepwire.process.traces import HEADER, current_traceparent
 from stepwire.v1 import inference_pb2, inference_pb2_grpc
 
@@ -57,10 +58,6 @@ _RECEIPT = inference_pb2.SessionRequest(receipt=inference_pb2.SessionReceipt())
 
 _Response = TypeVar("_Response")
 _SessionCall = grpc.aio.StreamStreamCall[inference_pb2.SessionRequest, inference_pb2.SessionResponse]
-
-
-class CredentialsError(Exception):
-    """A TLS file cannot be read; the message says which."""
 
 
 @dataclass(slots=True, eq=False)
@@ -367,17 +364,8 @@ def open_channel(address: str, credentials: grpc.ChannelCredentials | None) -> g
 
 
 def read_credentials(settings: GatewaySettings) -> grpc.ChannelCredentials | None:
-    """TLS towards the control plane, where it is asked for. Raises `CredentialsError`."""
+    """TLS towards the control plane, where it is asked for. Raises `TlsFileError`."""
     if settings.control_plane_tls_ca is None:
         return None
-    try:
-        own_key, own_cert = settings.control_plane_tls_key, settings.control_plane_tls_cert
-        return grpc.ssl_channel_credentials(
-            root_certificates=settings.control_plane_tls_ca.read_bytes(),
-            private_key=own_key.read_bytes() if own_key else None,
-            certificate_chain=own_cert.read_bytes() if own_cert else None,
-        )
-    except OSError as error:
-        raise CredentialsError(
-            f"cannot read {error.filename}: {error.strerror}; check --control-plane-tls-*"
-        ) from error
+    own_cert, own_key = settings.control_plane_tls_cert, settings.control_plane_tls_key
+    return client_credentials("--control-plane-tls", settings.control_plane_tls_ca, own_cert, own_key)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +16,7 @@ import pytest
 from stepwire.v1 import inference_pb2 as pb
 from stepwire.v1 import inference_pb2_grpc as pb_grpc
 
-from tests.system.conftest import Stack, wait_until
+from tests.system.conftest import LIMIT_S, ROOT, Stack, wait_until
 from tests.system.http_streams import BODY, CHAT, ENDLESS, data_of, error_of, open_stream
 from tests.system.ports import free_port
 
@@ -42,6 +45,29 @@ def test_a_proxy_is_for_the_outside_world(apart: Stack, monkeypatch: pytest.Monk
     monkeypatch.undo()
     apart.wait_ready()
     assert httpx.post(f"{apart.url}{CHAT}", json=BODY, timeout=120).status_code == 200
+
+
+NO_CERTIFICATE = __file__
+
+
+@pytest.mark.parametrize(
+    ("command", "needle"),
+    [
+        ("gateway --tls-cert /no/cert.pem --tls-key /no/key.pem", "/no/cert.pem"),
+        ("gateway --control-plane-tls-ca /no/ca.pem", "/no/ca.pem"),
+        ("control_plane --worker-tls-ca /no/ca.pem", "--worker-tls-ca: cannot read /no/ca.pem"),
+        (f"control_plane --worker-tls-ca {NO_CERTIFICATE}", "--worker-tls-ca"),
+    ],
+)
+def test_tls_files_that_cannot_be_used_are_one_line_and_code_1(command: str, needle: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("STEPWIRE_")}
+    environment["PYTHONPATH"] = os.pathsep.join(str(ROOT / source) for source in (".", "proto"))
+    result = subprocess.run(
+        [sys.executable, "-m", *command.split()], env=environment, capture_output=True, text=True, timeout=LIMIT_S
+    )
+    *logged, message = result.stderr.strip().splitlines()
+    assert result.returncode == 1
+    assert needle in message and not any("Traceback" in line for line in logged)
 
 
 @pytest.mark.slow
