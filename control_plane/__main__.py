@@ -13,6 +13,7 @@ from collections.abc import Callable
 import structlog
 import uvloop
 from prometheus_client import CollectorRegistry, start_http_server
+from stepwire.process.file_limit import raise_file_limit
 from stepwire.process.logs import set_up_logging
 from stepwire.process.parent import end_with_parent
 from stepwire.process.tls import TlsFileError, client_credentials
@@ -32,6 +33,8 @@ log = structlog.get_logger("control_plane")
 
 # How long open calls may take to send their last message once everything has ended.
 _LAST_MESSAGES_S = 2.0
+# How long a connection to the metrics page may say nothing.
+_SILENT_SCRAPER_S = 5.0
 
 
 def main() -> int:
@@ -39,6 +42,7 @@ def main() -> int:
     if settings.exit_with_parent:
         end_with_parent()
     set_up_logging(settings)
+    raise_file_limit()
     # The step loop shares the interpreter with tokenizer threads: let it take over quickly.
     sys.setswitchinterval(1e-4)
     try:
@@ -156,7 +160,9 @@ def _worker_addresses(settings: ControlPlaneSettings) -> Callable[[str], WorkerA
 
 def _serve_metrics(settings: ControlPlaneSettings, registry: CollectorRegistry) -> None:
     try:
-        start_http_server(settings.metrics_port, settings.metrics_host, registry)
+        server, _ = start_http_server(settings.metrics_port, settings.metrics_host, registry)
+        # A connection has a thread, and one that asks for nothing would keep it.
+        server.RequestHandlerClass.timeout = _SILENT_SCRAPER_S  # type: ignore[attr-defined]  # a class, not any callable
     except OSError as error:
         raise ListenError(
             f"port {settings.metrics_port} on {settings.metrics_host} cannot be used for metrics ({error.strerror}): "

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -45,6 +47,25 @@ def test_a_proxy_is_for_the_outside_world(apart: Stack, monkeypatch: pytest.Monk
     monkeypatch.undo()
     apart.wait_ready()
     assert httpx.post(f"{apart.url}{CHAT}", json=BODY, timeout=120).status_code == 200
+
+
+def test_a_connection_to_the_metrics_page_that_asks_for_nothing_is_closed(apart: Stack) -> None:
+    with socket.create_connection(("127.0.0.1", apart.metrics_port), timeout=LIMIT_S) as silent:
+        assert silent.recv(1) == b""
+    assert "stepwire_open_requests" in apart.control_plane_page()
+
+
+@pytest.mark.parametrize("name", ["control_plane", "gateway"])
+def test_connections_are_limited_by_the_hard_limit_alone(apart: Stack, name: str) -> None:
+    apart.kill(name, signal.SIGTERM)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard // 2, hard))
+    try:
+        apart.start(name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    apart.wait_ready()
+    assert resource.prlimit(apart.processes[name].pid, resource.RLIMIT_NOFILE) == (hard, hard)
 
 
 NO_CERTIFICATE = __file__
