@@ -10,12 +10,13 @@ import sys
 import time
 from collections.abc import Callable
 
-import grpc
 import structlog
 import uvloop
 from prometheus_client import CollectorRegistry, start_http_server
+from stepwire.process.file_limit import raise_file_limit
 from stepwire.process.logs import set_up_logging
 from stepwire.process.parent import end_with_parent
+from stepwire.process.tls import TlsFileError, client_credentials
 
 from control_plane.admin.server import create_admin_server
 from control_plane.admin.servicer import AdminServicer
@@ -32,6 +33,8 @@ log = structlog.get_logger("control_plane")
 
 # How long open calls may take to send their last message once everything has ended.
 _LAST_MESSAGES_S = 2.0
+# How long a connection to the metrics page may say nothing.
+_SILENT_SCRAPER_S = 5.0
 
 
 def main() -> int:
@@ -39,11 +42,12 @@ def main() -> int:
     if settings.exit_with_parent:
         end_with_parent()
     set_up_logging(settings)
+    raise_file_limit()
     # The step loop shares the interpreter with tokenizer threads: let it take over quickly.
     sys.setswitchinterval(1e-4)
     try:
         uvloop.run(_serve(settings))
-    except (ListenError, ModelFilesError) as error:
+    except (ListenError, ModelFilesError, TlsFileError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 1
     return 0
@@ -146,21 +150,19 @@ def _engine_config(settings: ControlPlaneSettings) -> EngineConfig:
 
 
 def _worker_addresses(settings: ControlPlaneSettings) -> Callable[[str], WorkerAddress]:
-    """What makes an address of where a worker listens: all workers are spoken to alike."""
+    """What makes an address of where a worker listens: all workers are spoken to alike. Raises `TlsFileError`."""
     if settings.worker_tls_ca is None:
         return WorkerAddress
-    client = settings.worker_tls_cert is not None and settings.worker_tls_key is not None
-    credentials = grpc.ssl_channel_credentials(
-        root_certificates=settings.worker_tls_ca.read_bytes(),
-        private_key=settings.worker_tls_key.read_bytes() if client and settings.worker_tls_key else None,
-        certificate_chain=settings.worker_tls_cert.read_bytes() if client and settings.worker_tls_cert else None,
-    )
+    own_cert, own_key = settings.worker_tls_cert, settings.worker_tls_key
+    credentials = client_credentials("--worker-tls", settings.worker_tls_ca, own_cert, own_key)
     return lambda worker: WorkerAddress(worker, credentials)
 
 
 def _serve_metrics(settings: ControlPlaneSettings, registry: CollectorRegistry) -> None:
     try:
-        start_http_server(settings.metrics_port, settings.metrics_host, registry)
+        server, _ = start_http_server(settings.metrics_port, settings.metrics_host, registry)
+        # A connection has a thread, and one that asks for nothing would keep it.
+        server.RequestHandlerClass.timeout = _SILENT_SCRAPER_S  # type: ignore[attr-defined]  # a class, not any callable
     except OSError as error:
         raise ListenError(
             f"port {settings.metrics_port} on {settings.metrics_host} cannot be used for metrics ({error.strerror}): "

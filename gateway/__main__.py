@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import gc
-import resource
 import sys
 import time
 
 import structlog
+from stepwire.process.file_limit import raise_file_limit
 from stepwire.process.logs import set_up_logging
 from stepwire.process.parent import end_with_parent
 
@@ -22,7 +22,7 @@ def main() -> None:
     if settings.exit_with_parent:
         end_with_parent()
     set_up_logging(settings)
-    _raise_file_limit()
+    raise_file_limit()
     try:
         check_certificate(settings)
         if settings.gateway_processes > 1 and not settings.is_one_of_several:
@@ -38,14 +38,14 @@ def _serve(settings: GatewaySettings, started_at: float) -> None:
     """Answer requests in this process, until a signal."""
     # What a process that only starts others has no need of.
     import uvloop
+    from stepwire.process.tls import TlsFileError
 
     from gateway.app import create_app
-    from gateway.client import CredentialsError
     from gateway.server import serve
 
     try:
         app = create_app(settings)
-    except CredentialsError as error:
+    except TlsFileError as error:
         sys.exit(f"{PROGRAM}: {error}")
     listener = bind_socket(settings)
     where = settings.uds or "{}:{}".format(*listener.getsockname()[:2])
@@ -67,13 +67,6 @@ def _serve(settings: GatewaySettings, started_at: float) -> None:
     finally:
         if settings.uds is not None:
             settings.uds.unlink(missing_ok=True)
-
-
-def _raise_file_limit() -> None:
-    """Every connection is a file descriptor, and the usual soft limit (1024) is below `max_concurrent_requests`."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sqlite3
 from collections.abc import AsyncIterator
 from http import HTTPStatus
 
@@ -31,7 +32,7 @@ from gateway.responses.store import ResponseStore
 from gateway.routes import batches, chat, completions, console, messages, models, ops, pooling, responses, tokens
 from gateway.run_directory import RunDirectory
 from gateway.serving import Serving
-from gateway.store import Store
+from gateway.store import Store, is_storage_error
 
 _log = structlog.get_logger(__name__)
 
@@ -118,6 +119,8 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _answer_wrong_parameter)
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
+    for kind in (sqlite3.OperationalError, OSError):
+        app.add_exception_handler(kind, _answer_unusable_storage)
     app.add_exception_handler(Exception, _answer_unexpected)
     return app
 
@@ -178,6 +181,13 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
         message, code = str(error.detail), None
     kind = errors.INVALID_REQUEST if status < 500 else errors.SERVER_ERROR
     return await _answer_api_error(request, ApiError(status, message, type=kind, code=code, headers=error.headers))
+
+
+async def _answer_unusable_storage(request: Request, error: Exception) -> Response:
+    if not is_storage_error(error):
+        raise error
+    _log.error("nothing can be stored", request_id=request.state.request_id, error=str(error))
+    return await _answer_api_error(request, errors.storage_unusable())
 
 
 async def _answer_unexpected(request: Request, error: Exception) -> Response:

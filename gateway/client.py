@@ -19,6 +19,8 @@ import grpc
 import structlog
 from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from stepwire.process.connections import KEEPALIVE_OPTIONS, MESSAGE_OPTIONS, NO_PROXY_OPTIONS
+from stepwire.process.tls import client_credentials
 from stepwire.process.traces import HEADER, current_traceparent
 from stepwire.v1 import inference_pb2, inference_pb2_grpc
 
@@ -36,11 +38,19 @@ HEALTH_TIMEOUT_S = 2.0
 # A control plane that restarts is back within seconds; gRPC's own default waits up to two minutes.
 RECONNECT_MIN_S = 0.05
 RECONNECT_MAX_S = 1.0
-MAX_MESSAGE_BYTES = 64 * 2**20
 # What may be on its way to us unread, a step's message or two. gRPC's own estimate grows to megabytes: seconds
 # of tokens. A gateway short of CPU would send each one late; a control plane that has to wait puts more of them
 # into one message. A message that is larger than the window is let through whole when it is read.
 RECEIVE_WINDOW_BYTES = 4096
+CHANNEL_OPTIONS = [
+    *MESSAGE_OPTIONS,
+    *KEEPALIVE_OPTIONS,
+    *NO_PROXY_OPTIONS,
+    ("grpc.initial_reconnect_backoff_ms", int(RECONNECT_MIN_S * 1000)),
+    ("grpc.max_reconnect_backoff_ms", int(RECONNECT_MAX_S * 1000)),
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", RECEIVE_WINDOW_BYTES),
+]
 # One message at a time: while we write its events the control plane puts the next one together. Each one more that may
 # be on its way makes every token late by what it takes to write 256 streams.
 _SESSION_OPTIONS = inference_pb2.SessionOptions(packed_texts=True, packed_token_ids=True, max_outstanding_messages=1)
@@ -48,10 +58,6 @@ _RECEIPT = inference_pb2.SessionRequest(receipt=inference_pb2.SessionReceipt())
 
 _Response = TypeVar("_Response")
 _SessionCall = grpc.aio.StreamStreamCall[inference_pb2.SessionRequest, inference_pb2.SessionResponse]
-
-
-class CredentialsError(Exception):
-    """A TLS file cannot be read; the message says which."""
 
 
 @dataclass(slots=True, eq=False)
@@ -352,33 +358,14 @@ def _duration(seconds: float) -> Duration:
 
 def open_channel(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
     """A channel to one of the control plane's services, which connects when it is used."""
-    options = [
-        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.initial_reconnect_backoff_ms", int(RECONNECT_MIN_S * 1000)),
-        ("grpc.max_reconnect_backoff_ms", int(RECONNECT_MAX_S * 1000)),
-        ("grpc.http2.bdp_probe", 0),
-        ("grpc.http2.lookahead_bytes", RECEIVE_WINDOW_BYTES),
-        # The control plane is ours: a proxy that the environment names is for the outside world.
-        ("grpc.enable_http_proxy", 0),
-    ]
     if credentials is None:
-        return grpc.aio.insecure_channel(address, options=options)
-    return grpc.aio.secure_channel(address, credentials, options=options)
+        return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+    return grpc.aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
 
 
 def read_credentials(settings: GatewaySettings) -> grpc.ChannelCredentials | None:
-    """TLS towards the control plane, where it is asked for. Raises `CredentialsError`."""
+    """TLS towards the control plane, where it is asked for. Raises `TlsFileError`."""
     if settings.control_plane_tls_ca is None:
         return None
-    try:
-        own_key, own_cert = settings.control_plane_tls_key, settings.control_plane_tls_cert
-        return grpc.ssl_channel_credentials(
-            root_certificates=settings.control_plane_tls_ca.read_bytes(),
-            private_key=own_key.read_bytes() if own_key else None,
-            certificate_chain=own_cert.read_bytes() if own_cert else None,
-        )
-    except OSError as error:
-        raise CredentialsError(
-            f"cannot read {error.filename}: {error.strerror}; check --control-plane-tls-*"
-        ) from error
+    own_cert, own_key = settings.control_plane_tls_cert, settings.control_plane_tls_key
+    return client_credentials("--control-plane-tls", settings.control_plane_tls_ca, own_cert, own_key)

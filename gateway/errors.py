@@ -287,5 +287,16 @@ def cut_off() -> ApiError:
     )
 
 
+def storage_unusable() -> ApiError:
+    """Nothing can be stored: for the operator to mend, so a client need not retry."""
+    return ApiError(
+        507,
+        "The server cannot store this: its disk is full or cannot be written. What stores nothing is answered.",
+        type=SERVER_ERROR,
+        code="storage_unusable",
+        retryable=False,
+    )
+
+
 def internal() -> ApiError:
     return ApiError(500, "The server failed to answer this request.", type=SERVER_ERROR, code="internal_error")

@@ -8,6 +8,7 @@ that started them has the lock, and all of them the directory.
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import shutil
 import sqlite3
@@ -38,10 +39,20 @@ CREATE TABLE IF NOT EXISTS batch_cancels (id TEXT PRIMARY KEY, at_s REAL NOT NUL
 _BUSY_LIMIT_S = 10.0
 # With less than this on a disk it may be that which keeps the directory from being used.
 _FULL_BYTES = 1 << 20
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 class StoreError(Exception):
     """The data directory cannot be used; the message says what to do."""
+
+
+def is_storage_error(error: BaseException) -> bool:
+    """Whether it tells of a disk that is full or cannot be used, and not of a defect of ours."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(is_storage_error(each) for each in error.exceptions)
+    if isinstance(error, OSError):
+        return error.errno in _DISK_ERRORS
+    return isinstance(error, sqlite3.OperationalError)
 
 
 class Store:

@@ -31,6 +31,7 @@ import uvloop
 from grpc.aio import EOF  # type: ignore[attr-defined]  # the stubs lack it
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio  # type: ignore[attr-defined]  # the stubs lack it
+from stepwire.process.connections import KEEPALIVE_OPTIONS, MESSAGE_OPTIONS
 from stepwire.v1 import worker_pb2, worker_pb2_grpc
 
 from gpu_worker.listen import ListenAddress, ListenError
@@ -42,7 +43,6 @@ from gpu_worker.step_codec import PROTOCOL_VERSION, encode_facts, encode_result
 logger = structlog.get_logger(__name__)
 
 SERVICE_NAME = worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name
-MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 # The launching thread may hold the interpreter for most of a step; the default of 5 ms would add that to every result.
 SWITCH_INTERVAL_S = 1e-4
 # How long a thread that does not end may hold up the end of the process.
@@ -53,16 +53,11 @@ _LOADING = "the worker is still loading its model"
 
 T = TypeVar("T")
 
-_SERVER_OPTIONS = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+SERVER_OPTIONS = [
+    *MESSAGE_OPTIONS,
+    *KEEPALIVE_OPTIONS,
     # Two workers on one port would both start, and share the control plane's connections between them.
     ("grpc.so_reuseport", 0),
-    # Notice a control plane whose machine has gone, and let it notice the same of this one.
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 ]
 
 
@@ -294,7 +289,7 @@ class WorkerServer:
     async def _start_grpc(self) -> int:
         for service in ("", SERVICE_NAME):
             await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
-        server = grpc.aio.server(options=_SERVER_OPTIONS)
+        server = grpc.aio.server(options=SERVER_OPTIONS)
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(_Servicer(self), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         address = str(self._listen)

@@ -394,7 +394,6 @@ class Engine:
                 self.publish(self._scheduler_of(entry.home).finish_matched(sequence))
         for sequence, reason in filled.failed:
             request_id = sequence.request.request.request_id
-            log.warning("a grammar gave up", request_id=request_id, reason=reason)
             fault = RequestFault("INVALID_ARGUMENT", f"the structured output cannot go on: {reason}", retryable=False)
             entry = self._open.get(request_id)
             if entry is not None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import grpc
 import structlog
 from grpc import aio
+from stepwire.process.connections import KEEPALIVE_OPTIONS, MESSAGE_OPTIONS, NO_PROXY_OPTIONS
 from stepwire.v1 import worker_pb2, worker_pb2_grpc
 
 from control_plane.core.step_codec import PROTOCOL_VERSION
@@ -18,15 +19,13 @@ from control_plane.core.step_codec import PROTOCOL_VERSION
 log = structlog.get_logger(__name__)
 
 END_OF_STREAM = aio.EOF  # type: ignore[attr-defined]
-MAX_MESSAGE_BYTES = 64 << 20
 CHANNEL_OPTIONS = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    *MESSAGE_OPTIONS,
+    *KEEPALIVE_OPTIONS,
+    *NO_PROXY_OPTIONS,
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
 ]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import structlog
 from stepwire.v1 import inference_pb2 as pb
 
 from control_plane.core.request import EngineClient, FinishReason, RequestFault, SequenceOutput
@@ -18,6 +19,8 @@ from control_plane.frontend.packed_texts import Columns, PackedColumns, PackedTe
 from control_plane.frontend.prompt_output import PromptAssembly, no_bytes
 from control_plane.frontend.request_builder import BuiltRequest
 from control_plane.frontend.sequence_stream import SequenceStream
+
+log = structlog.get_logger(__name__)
 
 
 class RequestOutput:
@@ -237,6 +240,14 @@ class RequestOutput:
         self._notify_once()
 
     def on_end(self, num_cached_tokens: int, fault: RequestFault | None) -> None:
+        if fault is not None and not self._has_ended:
+            log.warning(
+                "request ended with an error",
+                request_id=self.request_id,
+                client_request_id=self._built.client_request_id,
+                code=fault.code,
+                message=fault.message,
+            )
         self._end(None if fault is None else RequestRefused.from_fault(fault), num_cached_tokens)
 
     # ---- in: from the stream's side ----

@@ -81,6 +81,8 @@ class BuiltRequest:
     output: OutputPlan
     # The name under which the model answers.
     model: str
+    # What the client calls it, in its own log.
+    client_request_id: str
 
 
 class RequestBuilder:
@@ -166,7 +168,7 @@ class RequestBuilder:
             generates_nothing=stop.max_tokens == 0,
             prompt=await self._prompt_output(request, prompt_ids, is_whole=len(prompt_ids) == len(prompt.ids)),
         )
-        return BuiltRequest(core, output, self._model.name(facts.model))
+        return BuiltRequest(core, output, self._model.name(facts.model), request.request_id)
 
     async def tokenize(self, request: pb.TokenizeRequest, facts: ModelFacts) -> TokenIdArray:
         self.check_model(request.model, facts)

@@ -17,6 +17,7 @@ from grpc_health.v1.health import aio as health_aio  # type: ignore[attr-defined
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 from pydantic import SecretStr
+from stepwire.process.connections import KEEPALIVE_OPTIONS, MESSAGE_OPTIONS
 from stepwire.v1 import inference_pb2, inference_pb2_grpc
 
 from control_plane.config import ControlPlaneSettings
@@ -36,18 +37,12 @@ else:
 INFERENCE_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 _HEALTH_METHODS = f"/{health.SERVICE_NAME}/"
 
-MAX_MESSAGE_BYTES = 64 * 2**20
 SERVER_OPTIONS = (
-    ("grpc.http2.write_buffer_size", 1024),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    *MESSAGE_OPTIONS,
+    # A client that vanished without a word is noticed, and its requests end.
+    *KEEPALIVE_OPTIONS,
     # With it two servers would share a port, and neither would say so.
     ("grpc.so_reuseport", 0),
-    # A client that vanished without a word is noticed, and its requests end.
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
     # A write ends when its bytes are on the wire, not when they are the next 64 KB to be sent: until then what comes is
     # collected in the mailboxes, and the reader gets it in one message instead of in many late ones.
     ("grpc.http2.write_buffer_size", 1),

@@ -58,8 +58,16 @@ class FileStore:
         """Raises `ApiError` where there is no room."""
         await self.expire()
         file_id = new_file_id()
-        num_bytes = await asyncio.to_thread(_copy, content, self.path(file_id))
-        file = self._new(file_id, filename, purpose, num_bytes)
+        try:
+            num_bytes = await asyncio.to_thread(_copy, content, self.path(file_id))
+            return await self._enter(self._new(file_id, filename, purpose, num_bytes))
+        except BaseException:
+            # What nobody has an id of would lie there for ever.
+            self.path(file_id).unlink(missing_ok=True)
+            raise
+
+    async def _enter(self, file: StoredFile) -> StoredFile:
+        """Raises `ApiError` where there is no room for a file whose content is there."""
 
         def write(connection: sqlite3.Connection) -> int:
             # One transaction: two that come at a time, to two processes, may not both take the last room.
@@ -69,15 +77,18 @@ class FileStore:
                     "SELECT COALESCE(SUM(num_bytes), 0) FROM files WHERE expires_s IS NULL OR expires_s > ?",
                     (file.created_s,),
                 ).fetchone()[0]
-                if others + num_bytes <= self._max_total_bytes:
+                if others + file.num_bytes <= self._max_total_bytes:
                     _insert(connection, file)
-            finally:
                 connection.execute("COMMIT")
-            return int(others) + num_bytes
+            except BaseException:
+                # SQLite does it itself on some errors, a full disk among them.
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise
+            return int(others) + file.num_bytes
 
         used = await self._store.run(write)
         if used > self._max_total_bytes:
-            self.path(file_id).unlink(missing_ok=True)
             raise ApiError(
                 413,
                 f"The files would be {used} bytes together, and at most {self._max_total_bytes} are kept "

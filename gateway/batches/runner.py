@@ -27,7 +27,7 @@ from gateway.batches.files import FileStore, new_file_id
 from gateway.batches.requests import BatchRequests
 from gateway.errors import ApiError
 from gateway.serving import Serving
-from gateway.store import Store
+from gateway.store import Store, is_storage_error
 
 _log = structlog.get_logger(__name__)
 
@@ -42,6 +42,8 @@ _FOLLOW_S = 0.25
 _COUNTS_S = 0.2
 _YIELD_S = 0.05
 _MAX_PAUSE_S = 10.0
+# How soon a batch tries again where its results could not be stored.
+_STORAGE_PAUSE_S = 5.0
 
 
 class BatchRunner:
@@ -248,20 +250,35 @@ class BatchRunner:
         task.add_done_callback(lambda _: self._tasks.pop(batch["id"], None))
 
     async def _run(self, batch: dict[str, Any]) -> None:
+        """Until its end, going on from what has been written whenever nothing could be stored meanwhile."""
+        while True:
+            try:
+                await self._run_once(batch)
+                return
+            except Exception as error:
+                if not is_storage_error(error):
+                    raise
+                _log.error("a batch waits until its results can be stored", batch=batch["id"], error=str(error))
+            await asyncio.sleep(_STORAGE_PAUSE_S)
+
+    async def _run_once(self, batch: dict[str, Any]) -> None:
         try:
             lines = await asyncio.to_thread(self._read_lines, batch)
             if lines is None:
-                batch["failed_at"] = int(time.time())
-                batch["status"] = "failed"
-                await self._save(batch)
-                return
-            await self._run_lines(batch, lines)
-        except Exception:
+                await self._fail(batch)
+            else:
+                await self._run_lines(batch, lines)
+        except Exception as error:
+            if is_storage_error(error):
+                raise
             _log.exception("a batch failed", batch=batch["id"])
             batch["errors"] = _errors([("internal_error", "The server failed to run this batch.", None)])
-            batch["failed_at"] = int(time.time())
-            batch["status"] = "failed"
-            await self._save(batch)
+            await self._fail(batch)
+
+    async def _fail(self, batch: dict[str, Any]) -> None:
+        batch["failed_at"] = int(time.time())
+        batch["status"] = "failed"
+        await self._save(batch)
 
     def _read_lines(self, batch: dict[str, Any]) -> list[BatchLine] | None:
         """All requests, or None with the batch's `errors` set."""

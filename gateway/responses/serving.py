@@ -24,6 +24,7 @@ from gateway.responses.output import ResponseOutput, response_object
 from gateway.responses.schemas import ResponsesBody
 from gateway.responses.store import ResponseStore, StoredResponse
 from gateway.serving import Serving, read_body
+from gateway.store import is_storage_error
 
 _log = structlog.get_logger(__name__)
 
@@ -133,8 +134,14 @@ class ResponsesServing:
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._end_task)
         return task
+
+    def _end_task(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            trace = None if is_storage_error(error) else error
+            _log.error("a response could not be stored", error=str(error), exc_info=trace)
 
     # ---- in the background ----
 

@@ -17,13 +17,13 @@ from types import FrameType
 import grpc
 import stepwire
 import structlog
+from stepwire.process.tls import TlsFileError, client_credentials
 from stepwire.v1 import group_pb2, group_pb2_grpc
 
 from gpu_worker.config import PROGRAM, WorkerSettings
-from gpu_worker.listen import ListenError, read_pem
 from gpu_worker.parallel.local_ranks import LocalRanks
 from gpu_worker.parallel.model_digest import model_digest
-from gpu_worker.parallel.nodes import GROUP_PROTOCOL_VERSION, KEEPALIVE_OPTIONS
+from gpu_worker.parallel.nodes import GROUP_OPTIONS, GROUP_PROTOCOL_VERSION
 
 log = structlog.get_logger(__name__)
 
@@ -43,7 +43,7 @@ def hold_ranks(settings: WorkerSettings) -> int:
             "with that --group-listen, and check that this node reaches it"
             + ("" if settings.group_tls_cert is None else " and that both have certificates by --group-tls-ca")
         )
-    except ListenError as error:
+    except TlsFileError as error:
         return _refuse(str(error))
     relay = _Relay(settings, host)
     signal.signal(signal.SIGTERM, relay.on_signal)
@@ -111,11 +111,8 @@ class _Relay:
 def _channel(settings: WorkerSettings, address: str) -> grpc.Channel:
     cert, key, roots = settings.group_tls_cert, settings.group_tls_key, settings.group_tls_ca
     if cert is None or key is None or roots is None:
-        return grpc.insecure_channel(address, options=KEEPALIVE_OPTIONS)
-    credentials = grpc.ssl_channel_credentials(
-        read_pem(roots, "--group-tls-ca"), read_pem(key, "--group-tls-key"), read_pem(cert, "--group-tls-cert")
-    )
-    return grpc.secure_channel(address, credentials, options=KEEPALIVE_OPTIONS)
+        return grpc.insecure_channel(address, options=GROUP_OPTIONS)
+    return grpc.secure_channel(address, client_credentials("--group-tls", roots, cert, key), options=GROUP_OPTIONS)
 
 
 def _own_address(address: str) -> str:

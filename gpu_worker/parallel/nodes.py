@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import stepwire
 import structlog
+from stepwire.process.connections import KEEPALIVE_OPTIONS, MESSAGE_OPTIONS, NO_PROXY_OPTIONS
 from stepwire.v1 import group_pb2, group_pb2_grpc
 
 from gpu_worker.config import WorkerSettings
@@ -24,16 +25,8 @@ from gpu_worker.parallel.places import write_places
 log = structlog.get_logger(__name__)
 
 GROUP_PROTOCOL_VERSION = 1
-# A rank's process that dies is noticed by its relay; this is for a machine that goes.
-KEEPALIVE_OPTIONS = [
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    ("grpc.max_receive_message_length", 64 << 20),
-    ("grpc.max_send_message_length", 64 << 20),
-    ("grpc.so_reuseport", 0),
-]
+# Of both sides.
+GROUP_OPTIONS = [*MESSAGE_OPTIONS, *KEEPALIVE_OPTIONS, *NO_PROXY_OPTIONS, ("grpc.so_reuseport", 0)]
 
 
 def group_host(settings: WorkerSettings) -> str:
@@ -68,7 +61,7 @@ class NodeServer(group_pb2_grpc.GroupServiceServicer):
         self._refusal: str | None = None
         self._is_closing = False
         # One thread for each node's stream, and one to refuse another with.
-        self._server = grpc.server(ThreadPoolExecutor(layout.num_nodes + 1), options=KEEPALIVE_OPTIONS)
+        self._server = grpc.server(ThreadPoolExecutor(layout.num_nodes + 1), options=GROUP_OPTIONS)
         group_pb2_grpc.add_GroupServiceServicer_to_server(self, self._server)
         address = settings.group_listen or ""
         try:

@@ -12,18 +12,13 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import grpc
+from stepwire.process.connections import MESSAGE_OPTIONS
 from stepwire.v1 import worker_pb2, worker_pb2_grpc
 from stepwire.v1.recording_pb2 import RecordingEntry
 
 from gpu_worker.errors import LoadError
 from gpu_worker.recording import read_recording
 from gpu_worker.replay.comparison import Comparison
-from gpu_worker.server import MAX_MESSAGE_BYTES
-
-_OPTIONS = [
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-]
 
 
 class ReplayError(LoadError):
@@ -87,7 +82,7 @@ def play(path: Path, address: str) -> Comparison:
         RecordingError: the file is damaged.
     """
     comparison = Comparison()
-    with grpc.insecure_channel(address, options=_OPTIONS) as channel:
+    with grpc.insecure_channel(address, options=MESSAGE_OPTIONS) as channel:
         stub = worker_pb2_grpc.WorkerServiceStub(channel)
         ours = stub.Describe(worker_pb2.DescribeRequest())
         for item in recorded_sessions(path):

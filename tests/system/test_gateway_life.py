@@ -173,20 +173,6 @@ def test_a_port_in_use_is_one_line_and_code_1(stack: Stack) -> None:
     assert f"port {stack.port}" in result.stderr and "--port" in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("flags", "needle"),
-    [
-        (["--tls-cert", "/no/cert.pem", "--tls-key", "/no/key.pem"], "/no/cert.pem"),
-        (["--control-plane-tls-ca", "/no/ca.pem"], "/no/ca.pem"),
-    ],
-)
-def test_missing_tls_files_are_one_line_and_code_1(flags: list[str], needle: str) -> None:
-    result = run_gateway("--port", str(free_port()), *flags)
-    assert result.returncode == 1
-    assert result.stderr.strip().count("\n") == 0
-    assert needle in result.stderr
-
-
 def test_tls_on_both_sides(tiny_model: Path, tmp_path: Path) -> None:
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1 -subj /CN=localhost"

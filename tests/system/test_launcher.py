@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -170,6 +171,10 @@ def test_a_request_that_crashes_every_worker_ends_alone(bare_model: Path, monkey
         assert all(len(tokens) == 200 for choices in good for tokens in choices.values())
         assert "worker was lost 3 times" in str(error)
         assert launched.metric("stepwire_worker_losses_total") == 3
+        # The control plane names it, by the id that the gateway and the client have for it.
+        log = launched.read()
+        [named] = re.findall(r"request ended with an error.* client_request_id=(\S+)", log)
+        assert re.search(rf"\[gateway.access\].* request_id={named} ", log)
 
 
 # SIGTERM ends every server that these tests start.
