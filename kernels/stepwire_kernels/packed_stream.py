@@ -296,8 +296,8 @@ def walk_inputs(
             )
         acc, other_acc = _multiply_pair(
             acc, other_acc, one, two, other_one, other_two, high[0], high[1], other_high[0], other_high[1], (), (),
-            scales_ptr, zeros_ptr, minima_ptr, outer_scales_ptr, outer_minima_ptr, block, other_block, N, x_lanes, x_mask,
-            lane_inputs, tile * 64, last_input, K, magic, HIGH_BITS, IS_E2M1, EXPONENTS, OFFSET, MAGIC, X_SCALE,
+            scales_ptr, zeros_ptr, minima_ptr, outer_scales_ptr, outer_minima_ptr, block, other_block, N, x_lanes,
+            x_mask, lane_inputs, tile * 64, last_input, K, magic, HIGH_BITS, IS_E2M1, EXPONENTS, OFFSET, MAGIC, X_SCALE,
             OUT_SCALE, HAS_ZEROS, HAS_MINIMA, HAS_OUTER, SUBTRACTS, GROUP, EVEN_K, False, WARPS, ROW_BLOCKS, BLOCK_M,
         )  # fmt: skip
         one, two, other_one, other_two = next_one, next_two, next_other_one, next_other_two
