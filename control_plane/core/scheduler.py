@@ -11,16 +11,14 @@ The plan runs ahead of what is known. When a step samples a token, the sequence 
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count as counting_up
 from itertools import repeat
 from operator import attrgetter
 
 from control_plane.core.outcomes import check_rows, fault_of, take_prompt_logprobs
-from control_plane.core.placement import Placement
-from control_plane.core.policy import choose_victim, is_background, mixed_step_size, sort_key
+from control_plane.core.policy import mixed_step_size, sort_key
 from control_plane.core.prefix_cache import BlockHash, root_hash
 from control_plane.core.request import (
     CoreRequest,
@@ -30,18 +28,16 @@ from control_plane.core.request import (
     TokenLogprobs,
     VectorArray,
 )
+from control_plane.core.roster import Roster
 from control_plane.core.scheduler_config import SchedulerConfig, SchedulerCounters
 from control_plane.core.sequence import NO_ROW, RequestState, SequenceState
 from control_plane.core.stage_turns import rows_in_turn
 from control_plane.core.step_plan import ProtocolError, RowFailure, RowStart, StepEvents, StepOutcome, StepPlan
-
-_by_sort_key = attrgetter("sort_key")
+from control_plane.core.suspects import Suspects
 
 # Starting sequences brings their token ids along: past this many, the next ones wait for the next step, so that a step
 # stays far below the size of a message.
 _MAX_START_TOKENS = 2**21
-# How many further tokens clear a sequence of suspicion.
-_TOKENS_THAT_CLEAR = 4
 
 
 class Scheduler:
@@ -50,24 +46,20 @@ class Scheduler:
         self.counters = SchedulerCounters()
         self._arrivals = counting_up() if arrivals is None else arrivals
         self._requests: dict[str, RequestState] = {}
-        self._waiting: list[SequenceState] = []  # by sort_key
-        self._running: list[SequenceState] = []  # by sort_key
-        self._num_waiting_requests = 0
-        self._num_waiting_tokens = 0
+        self._in_flight: deque[StepPlan] = deque()
+        self._roster = Roster(self.counters, self._in_flight)
         # Sequences of which the prefix cache is to be told: `share_computed`.
         self._to_share: list[SequenceState] = []
-        # Sequences with num_losses > 0 that have not cleared themselves yet.
-        self._marked: set[SequenceState] = set()
+        self._suspects = Suspects()
         self.reset(config)
 
     def reset(self, config: SchedulerConfig) -> None:
         """Start over with an empty worker. Nothing may be running; see `worker_lost`."""
-        if self._running:
-            raise RuntimeError("sequences are still placed on the old worker")
+        self._roster.reset(config)
         self.config = config
-        self._placement = Placement(config.first_block_id, config.num_blocks, config.block_size, config.max_num_seqs)
+        self._placement = self._roster.placement
         self._next_step_id = 1
-        self._in_flight: deque[StepPlan] = deque()
+        self._in_flight.clear()
         self._num_prefill_tokens = 0
 
     # ---- what the outside may ask ----
@@ -78,19 +70,19 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._roster.waiting)
 
     @property
     def num_waiting_requests(self) -> int:
-        return self._num_waiting_requests
+        return self._roster.num_waiting_requests
 
     @property
     def num_waiting_tokens(self) -> int:
-        return self._num_waiting_tokens
+        return self._roster.num_waiting_tokens
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self._roster.running)
 
     @property
     def num_prefill_tokens(self) -> int:
@@ -100,7 +92,7 @@ class Scheduler:
     @property
     def num_suspects(self) -> int:
         """Sequences that are to be tried alone."""
-        return sum(sequence.is_suspect for sequence in self._marked)
+        return self._suspects.num_to_try_alone
 
     @property
     def num_in_flight(self) -> int:
@@ -162,9 +154,8 @@ class Scheduler:
             if not sequence.finished:
                 sequence.sort_key = sort_key(self.config.policy, sequence)
                 sequence.last_step_id = 0
-                self._enqueue(sequence)
-                if sequence.num_losses:
-                    self._marked.add(sequence)
+                self._roster.enqueue(sequence)
+                self._suspects.adopt(sequence)
 
     def take_waiting(self) -> list[RequestState]:
         """Let go of the requests that have nothing on the worker, in order of arrival, for others to adopt."""
@@ -178,8 +169,8 @@ class Scheduler:
             del self._requests[state.request.request_id]
             for sequence in state.sequences:
                 if not sequence.finished:
-                    self._dequeue(sequence)
-                    self._marked.discard(sequence)
+                    self._roster.dequeue(sequence)
+                    self._suspects.forget(sequence)
             taken.append(state)
         return sorted(taken, key=attrgetter("arrival"))
 
@@ -219,17 +210,18 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan | None:
         """Decide the next step; None if there is nothing to run now."""
         plan = StepPlan(self._next_step_id)
-        if self._waiting:
+        if self._roster.waiting:
             self.share_computed()
-        only = self._next_suspect()
+        only = self._suspects.next()
         if only is not None:
-            if not self._make_alone(only):
+            if not self._roster.make_alone(only):
                 return None
             running = [only] if only.row != NO_ROW else []
             waiting = [only] if only.row == NO_ROW else []
         else:
-            self._make_way()
-            running, waiting = rows_in_turn(self._running, self._in_flight, self.config.num_stages), self._waiting
+            self._roster.make_way()
+            running = rows_in_turn(self._roster.running, self._in_flight, self.config.num_stages)
+            waiting = self._roster.waiting
         budget = self.config.max_num_batched_tokens
         num_preemptions = self.counters.num_preemptions
 
@@ -284,8 +276,8 @@ class Scheduler:
                     for sibling in sequence.request.sequences:
                         self._placement.forget_contents(sibling)
                     self._fail(sequence.request, fault_of(failures[row]), events)
-        if self._marked:
-            self._clear_suspicion(plan.sequences)
+        if self._suspects:
+            self._suspects.note_progress(plan.sequences)
         return events
 
     def share_computed(self) -> None:
@@ -307,12 +299,10 @@ class Scheduler:
         """
         events = StepEvents()
         in_batch = {sequence for plan in self._in_flight for sequence in plan.sequences if not sequence.finished}
-        was_alone = self._next_suspect()
+        was_alone = self._suspects.next()
         self.vacate()
         for sequence in in_batch:
-            sequence.num_losses += 1
-            sequence.progress_mark = len(sequence.output_ids) + _TOKENS_THAT_CLEAR
-            self._marked.add(sequence)
+            self._suspects.note_loss(sequence)
         if was_alone is not None and was_alone in in_batch:
             fault = RequestFault(
                 "INTERNAL",
@@ -326,14 +316,7 @@ class Scheduler:
     def vacate(self) -> None:
         """Give the worker up, steps in flight included: every sequence waits again, to be recomputed."""
         self._in_flight.clear()
-        running, self._running = self._running, []
-        for sequence in running:
-            self.counters.num_recomputed_tokens += sequence.num_retired
-            sequence.forget_placement()
-            self._enqueue(sequence)
-        for sequence in self._waiting:
-            # Preempted while its last samples were in flight: those are lost with the step.
-            sequence.forget_placement()
+        self._roster.vacate()
         self.reset(self.config)
 
     # ---- planning ----
@@ -346,50 +329,12 @@ class Scheduler:
         if waiting:
             # Of those that wait, as many as there are rows for.
             num_next = min(len(waiting), self._placement.num_free_rows)
-            backlog += self._num_waiting_tokens * num_next // len(self._waiting)
+            backlog += self._roster.num_waiting_tokens * num_next // len(self._roster.waiting)
         num_decodes, decode_cost = len(plan.rows), 0
         if self.config.context_per_prompt_token:
             num_context_tokens = sum(sequence.num_total for sequence in plan.sequences)
             decode_cost = num_context_tokens // self.config.context_per_prompt_token
         return mixed_step_size(num_decodes, decode_cost, backlog, self.config.mixed_step_tokens) - num_decodes
-
-    def _make_alone(self, suspect: SequenceState) -> bool:
-        """Clear the worker of every other sequence; False while steps of theirs are still in flight.
-
-        Alone in flight, so that a loss is the suspect's and nobody else's; alone on the worker, so that it has room.
-        """
-        if any(sequence is not suspect for step in self._in_flight for sequence in step.sequences):
-            return False
-        for sequence in list(self._running):
-            if sequence is not suspect:
-                self._preempt(sequence)
-        return True
-
-    def _make_way(self) -> None:
-        """Background work leaves the worker where the first in the queue needs its rows or blocks."""
-        if not self._waiting or not self._running or not is_background(self._running[-1]):
-            return
-        first = self._waiting[0]
-        # Once blocks are on their way back, the next plan knows whether they are enough.
-        if is_background(first) or self._placement.expects_blocks_back:
-            return
-        num_missing = self._placement.num_missing_blocks(first) + self._headroom()
-        while num_missing > 0 or not self._placement.has_free_row:
-            last = self._running[-1] if self._running else None
-            if last is None or not is_background(last):
-                return
-            num_missing -= len(last.block_ids)
-            self._preempt(last)
-
-    def _headroom(self) -> int:
-        """Blocks that an admission leaves for running sequences to grow into: preemption would undo it at once."""
-        return min(len(self._running), self._placement.num_usable_blocks // 20 + 1)
-
-    def _next_suspect(self) -> SequenceState | None:
-        if not self._marked:
-            return None
-        suspects = [sequence for sequence in self._marked if sequence.is_suspect]
-        return min(suspects, key=_by_sort_key, default=None)
 
     def _plan_decodes(self, plan: StepPlan, running: Sequence[SequenceState], budget: int) -> list[SequenceState]:
         """Run the newest token of all that wait for nothing else; returns those that have more to run."""
@@ -403,7 +348,7 @@ class Scheduler:
                     prefills.append(sequence)
             elif num_total < sequence.max_total and len(decodes) < budget:
                 if num_computed == sequence.capacity:
-                    if not self._make_room(sequence):
+                    if not self._roster.make_room(sequence):
                         continue  # no block for it in this step
                     grown[len(decodes)] = self._placement.grow(sequence)
                 decodes.append(sequence)
@@ -420,7 +365,7 @@ class Scheduler:
         """Give rows and blocks to waiting sequences, in order; the first that does not fit ends it."""
         placed = []
         num_start_tokens = 0
-        headroom = self._headroom()
+        headroom = self._roster.headroom()
         for sequence in waiting:
             if not budget or not self._placement.has_free_row or num_start_tokens > _MAX_START_TOKENS:
                 break
@@ -438,8 +383,7 @@ class Scheduler:
             num_start_tokens += sequence.num_known + len(sequence.request.request.sampling.allowed_token_ids)
             budget -= self._plan_prefill(plan, sequence, budget)
         for sequence in placed:
-            self._dequeue(sequence)
-            insort(self._running, sequence, key=_by_sort_key)
+            self._roster.run(sequence)
 
     def _note_start(self, plan: StepPlan, sequence: SequenceState, now: float) -> None:
         request = sequence.request
@@ -458,29 +402,6 @@ class Scheduler:
                 sequence.asks_prompt_logprobs,
             )
         )
-
-    def _make_room(self, sequence: SequenceState) -> bool:
-        """See to it that one block is free, by preempting later sequences; False if not in this step."""
-        while not self._placement.has_free_block:
-            if self._placement.expects_blocks_back:
-                return False  # blocks are on their way back: wait for them
-            later = self._running[bisect_left(self._running, sequence.sort_key, key=_by_sort_key) + 1 :]
-            if not later:
-                self._preempt(sequence)
-                return False
-            self._preempt(choose_victim(self.config.policy, later))
-        return True
-
-    def _preempt(self, sequence: SequenceState) -> None:
-        """Take a sequence off the worker; it is recomputed when there is room again.
-
-        Which is not before its last steps in flight have retired, and their tokens are known.
-        """
-        self.counters.num_preemptions += 1
-        self.counters.num_recomputed_tokens += sequence.num_retired
-        self._displace(sequence)
-        sequence.num_computed = sequence.num_retired = 0
-        self._enqueue(sequence)
 
     # ---- outcomes ----
 
@@ -556,12 +477,6 @@ class Scheduler:
     def _may_stop(self, sequence: SequenceState) -> bool:
         return len(sequence.output_ids) > sequence.request.request.min_tokens
 
-    def _clear_suspicion(self, sequences: Iterable[SequenceState]) -> None:
-        for sequence in sequences:
-            if sequence in self._marked and len(sequence.output_ids) >= sequence.progress_mark:
-                self._marked.discard(sequence)
-                sequence.num_losses = 0
-
     # ---- ends ----
 
     def _fail(self, state: RequestState, fault: RequestFault, events: StepEvents) -> None:
@@ -588,56 +503,11 @@ class Scheduler:
         sequence.finished = True
         sequence.quiet_until = 0
         sequence.request.num_unfinished -= 1
-        self._marked.discard(sequence)
-        if sequence.row != NO_ROW:
-            self._displace(sequence)
-        else:
-            self._dequeue(sequence)
-
-    def _displace(self, sequence: SequenceState) -> None:
-        """Take a running sequence off the worker."""
-        del self._running[self._index_of(self._running, sequence)]
-        self._placement.displace(sequence, self._in_flight[-1].step_id if self._in_flight else None)
-
-    def _enqueue(self, sequence: SequenceState) -> None:
-        insort(self._waiting, sequence, key=_by_sort_key)
-        self._num_waiting_tokens += sequence.num_prompt_tokens
-        self._num_waiting_requests += sequence.request.num_waiting == 0
-        sequence.request.num_waiting += 1
-
-    def _dequeue(self, sequence: SequenceState) -> None:
-        del self._waiting[self._index_of(self._waiting, sequence)]
-        self._num_waiting_tokens -= sequence.num_prompt_tokens
-        sequence.request.num_waiting -= 1
-        self._num_waiting_requests -= sequence.request.num_waiting == 0
-
-    @staticmethod
-    def _index_of(ordered: list[SequenceState], sequence: SequenceState) -> int:
-        index = bisect_left(ordered, sequence.sort_key, key=_by_sort_key)
-        if index == len(ordered) or ordered[index] is not sequence:
-            raise RuntimeError(f"sequence {sequence.sort_key} is not where it should be")
-        return index
+        self._suspects.forget(sequence)
+        self._roster.leave(sequence)
 
     # ---- integrity ----
 
     def check_integrity(self) -> None:
         """Raise if the books disagree with one another. Run when idle and after every test."""
-        self._placement.check_integrity(self._running)
-        for sequence in self._running:
-            if sequence.finished or sequence.num_computed > min(sequence.num_total, sequence.capacity):
-                raise RuntimeError(f"sequence {sequence.sort_key} ran past its end or its blocks")
-            look_at = min(sequence.next_hash_at, sequence.max_total - 1) - sequence.num_prompt_tokens
-            if sequence.quiet_until > max(look_at, 0):
-                raise RuntimeError(f"sequence {sequence.sort_key} is quiet past its next block or its end")
-        for sequence in self._waiting:
-            if sequence.finished or sequence.row != NO_ROW or sequence.block_ids:
-                raise RuntimeError(f"waiting sequence {sequence.sort_key} is finished or still placed")
-        if self._num_waiting_tokens != sum(sequence.num_prompt_tokens for sequence in self._waiting):
-            raise RuntimeError("the count of waiting tokens is wrong")
-        if self._num_waiting_requests != len({id(sequence.request) for sequence in self._waiting}):
-            raise RuntimeError("the count of waiting requests is wrong")
-        unfinished = sum(state.num_unfinished for state in self._requests.values())
-        if unfinished != len(self._running) + len(self._waiting):
-            raise RuntimeError(
-                f"{unfinished} unfinished sequences, {len(self._running)} running, {len(self._waiting)} waiting"
-            )
+        self._roster.check_integrity(self._requests.values())
