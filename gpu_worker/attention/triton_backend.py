@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from stepwire_kernels.attention_decode import SUPPORTED_HEAD_DIMS, allocate_decode_workspace, decode_attention
+from stepwire_kernels.attention_from_qkv import HeadNorms, attention_from_qkv, from_qkv_chunk_policy, takes_from_qkv
 from stepwire_kernels.attention_latent import unsupported_latent
 from stepwire_kernels.attention_prefill import default_prefill_tuning, prefill_attention, prefill_tile_tokens
 from stepwire_kernels.rope_kv import rope_and_write_kv
@@ -236,6 +237,51 @@ class TritonAttention(PlannedAttention):
             kv_scales=kv_scales,
             deterministic=deterministic,
         )
+
+    def attend(self, qkv: torch.Tensor, heads: AttentionHeads, positions: StepPositions) -> torch.Tensor:
+        """`LayerOps.attend`, by one kernel or two."""
+        if self._prefill_work is None and self._is_short(self._planned().inputs.max_runs):
+            return self._from_qkv(qkv, heads, positions)
+        q = self.rotate_and_write(qkv, heads, positions)
+        return self.run(q, None, None, heads.layer, sinks=heads.sinks)
+
+    def _chunk_policy(self, num_runs: int) -> ChunkPolicy:
+        if self._is_short(num_runs):
+            return from_qkv_chunk_policy(self._num_kv_heads, self.spec.head_dim)
+        return super()._chunk_policy(num_runs)
+
+    def _is_short(self, num_runs: int) -> bool:
+        return takes_from_qkv(num_runs, self.spec.num_heads, self._num_kv_heads, self.spec.head_dim)
+
+    def _from_qkv(self, qkv: torch.Tensor, heads: AttentionHeads, positions: StepPositions) -> torch.Tensor:
+        step, layer = self._planned(), heads.layer
+        window, scales = self._windows[layer], self._kv_scales[layer]
+        query_norm, key_norm, norms = heads.query_norm, heads.key_norm, None
+        if query_norm is not None and key_norm is not None:
+            norms = HeadNorms(query_norm.weight, key_norm.weight, query_norm.eps, query_norm.weight_offset)
+        return attention_from_qkv(
+            qkv,
+            self._keys[layer],
+            self._values[layer],
+            step.block_tables,
+            positions.positions,
+            step.inputs.slots,
+            positions.tables.cos,
+            positions.tables.sin,
+            self._decode_work[window],
+            self._workspace,
+            self.spec.scale,
+            heads.num_heads,
+            norms=norms,
+            interleaved=positions.tables.interleaved,
+            window=window.tokens,
+            aligned=window.aligned,
+            soft_cap=self.spec.softcap or 0.0,
+            sinks=heads.sinks,
+            k_scale=scales.key,
+            v_scale=scales.value,
+            pdl=self._pdl,
+        ).flatten(1)
 
     def rotate_and_write(self, qkv: torch.Tensor, heads: AttentionHeads, positions: StepPositions) -> torch.Tensor:
         """Norms of heads, rotation, and this step's keys and values into the cache.

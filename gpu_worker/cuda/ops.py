@@ -203,5 +203,4 @@ class TritonOps:
     ) -> torch.Tensor:
         if not isinstance(attention, TritonAttention):
             raise TypeError(f"TritonOps writes KV through TritonAttention, not through {type(attention).__name__}")
-        q = attention.rotate_and_write(qkv, heads, positions)
-        return attention.run(q, None, None, heads.layer, sinks=heads.sinks)
+        return attention.attend(qkv, heads, positions)

@@ -77,6 +77,7 @@ def _combine_kernel(
     NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    ALL_RUNS: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     USE_PDL: tl.constexpr,
@@ -87,12 +88,13 @@ def _combine_kernel(
     cols = tl.arange(0, BLOCK_D)
     col_mask = cols < HEAD_DIM
     release_downstream(USE_PDL)
-    wait_upstream(USE_PDL)
+    # The step's plan, not an earlier layer, has written these.
     token = tl.load(list_runs_ptr + run * 4).to(tl.int64)
     first_item = tl.load(list_runs_ptr + run * 4 + 1)
     num_chunks = tl.load(list_runs_ptr + run * 4 + 2)
-    # A run of one chunk has its result already.
-    if num_chunks > 1:
+    wait_upstream(USE_PDL)
+    # Elsewhere a run of one chunk has its result already, and padding its zeros.
+    if ALL_RUNS or num_chunks > 1:
         top = -1e30
         total = 0.0
         if HAS_SINKS:
@@ -122,7 +124,7 @@ def _combine_kernel(
 
 
 @triton.jit
-def _load_record(records_ptr, index, capacity):
+def load_record(records_ptr, index, capacity):
     """The fields of one work item; zeros past the list's end."""
     record = records_ptr + index * 8
     inside = index < capacity
@@ -176,16 +178,17 @@ def _decode_kernel(
     offsets_n = tl.arange(0, WARPS)[:, None] * WARP_TOKENS + tl.arange(0, WARP_TOKENS)[None, :]
     col_mask = cols < HEAD_DIM
     release_downstream(USE_PDL)
-    wait_upstream(USE_PDL)
     first = tl.program_id(0)
     stride = tl.num_programs(0)
+    # The step's plan, not an earlier layer, has written lists and tables: they are read before the wait.
     num_items = tl.load(num_records_ptr) * NUM_KV_HEADS
     # Records are read one item ahead: their latency hides behind the item before (or behind that of num_records).
-    row, token, kv_len, kv_start, kv_end, num_chunks = _load_record(records_ptr, first // NUM_KV_HEADS, capacity)
+    row, token, kv_len, kv_start, kv_end, num_chunks = load_record(records_ptr, first // NUM_KV_HEADS, capacity)
+    wait_upstream(USE_PDL)
     for item in range(first, num_items, stride):
         kv_head = item % NUM_KV_HEADS
         record_index = item // NUM_KV_HEADS
-        next_row, next_token, next_kv_len, next_kv_start, next_kv_end, next_num_chunks = _load_record(
+        next_row, next_token, next_kv_len, next_kv_start, next_kv_end, next_num_chunks = load_record(
             records_ptr, (item + stride) // NUM_KV_HEADS, capacity
         )
         head_start = kv_head * GROUP
@@ -368,9 +371,13 @@ def combine_chunks(
     *,
     sinks: torch.Tensor | None = None,
     v_scale: float = 1.0,
+    few_runs: bool = False,
     pdl: bool = False,
 ) -> None:
-    """Add up the partial results of every run of several chunks into its token's row of out [num_tokens, heads, D]."""
+    """Add up the partial results of every run of several chunks into its token's row of out [num_tokens, heads, D].
+
+    `few_runs`: those of one chunk too, and zeros for a padding run's only token; more parts are on their way at once.
+    """
     _, num_heads, head_dim = workspace.partial_out.shape
     block_d = triton.next_power_of_2(head_dim)
     _combine_kernel[(num_heads, work.runs.shape[0])](
@@ -384,10 +391,11 @@ def combine_chunks(
         NUM_HEADS=num_heads,
         HEAD_DIM=head_dim,
         HAS_SINKS=sinks is not None,
-        BLOCK_CHUNKS=16,
+        ALL_RUNS=few_runs,
+        BLOCK_CHUNKS=32 if few_runs else 16,
         BLOCK_D=block_d,
         USE_PDL=pdl,
-        num_warps=max(1, block_d // 256),
+        num_warps=4 if few_runs else max(1, block_d // 256),
         **launch_options(pdl),
     )
 

@@ -269,7 +269,7 @@ def decode_records(
         return (kv_len - 1) // window * window if aligned else max(0, kv_len - window)
 
     total_visible = sum(kv_len - first_seen(kv_len) for kv_len in decodes)
-    even_chunk = min(max(total_visible // wanted_records, 64), 2048) if wanted_records else 0
+    even_chunk = min(max(total_visible // wanted_records, min_chunk), 2048) if wanted_records else 0
     for run, (kv_len, row) in enumerate(zip(kv_lens, run_rows, strict=True)):
         first, last = query_starts[run], query_starts[run + 1]
         first_item = len(records)
@@ -280,7 +280,7 @@ def decode_records(
             chunk = min_chunk
             if wanted_records:
                 num_parts = max(1, (kv_len - visible_from + even_chunk // 2) // even_chunk)
-                chunk = -(-(kv_len - visible_from) // (num_parts * 64)) * 64
+                chunk = -(-(kv_len - visible_from) // (num_parts * min_chunk)) * min_chunk
             while chunk * max_chunks < kv_len - visible_from:
                 chunk *= 2
             starts = list(range(visible_from // chunk * chunk, kv_len, chunk))

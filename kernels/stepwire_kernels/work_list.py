@@ -40,7 +40,7 @@ class ChunkPolicy:
     """
 
     min_chunk: int = 256
-    """Tokens; a power of two."""
+    """Tokens; a power of two. Chunks that are shared out are multiples of it."""
     max_chunks: int = 16
     """Of a run; a power of two."""
     wanted_records: int = 0
@@ -53,6 +53,16 @@ class ChunkPolicy:
             if value < 1 or value & (value - 1):
                 raise ValueError(f"ChunkPolicy: {name} must be a power of two, got {value}")
 
+    def most_records(self, num_runs: int, max_visible: int) -> int:
+        """The most records of `num_runs` runs of one token (or padding), none of which sees more than `max_visible`."""
+        # One chunk more than the policy's: a sliding window need not start at a chunk's edge.
+        most = num_runs * (self.max_chunks + 1)
+        if self.wanted_records == 0:
+            return most
+        shared = max(self.wanted_records + 1, -(-num_runs * max_visible // LONGEST_CHUNK.value))
+        # Each run's share is rounded up, and may begin within a chunk.
+        return min(most, shared + 2 * num_runs)
+
 
 THROUGHPUT = ChunkPolicy()
 LATENCY = ChunkPolicy(min_chunk=64, max_chunks=64)
@@ -62,14 +72,14 @@ LATENCY = ChunkPolicy(min_chunk=64, max_chunks=64)
 WANTED_PROGRAMS = 384
 # Beyond this a program that has its chunk alone makes the others wait.
 LONGEST_CHUNK = tl.constexpr(2048)
-# What chunks that are shared out are multiples of: every tile's size divides it.
-CHUNK_MULTIPLE = tl.constexpr(64)
+# Of shared chunks, unless the policy says otherwise: the tiles of every kernel divide it.
+CHUNK_MULTIPLE = 64
 
 
 def chunk_policy_for(max_runs: int, num_kv_heads: int) -> ChunkPolicy:
     """The policy for a bucket: chunks as large as keep the device busy."""
     max_chunks = LATENCY.max_chunks if max_runs * num_kv_heads <= 64 else THROUGHPUT.max_chunks
-    return ChunkPolicy(CHUNK_MULTIPLE.value, max_chunks, max(1, WANTED_PROGRAMS // num_kv_heads))
+    return ChunkPolicy(CHUNK_MULTIPLE, max_chunks, max(1, WANTED_PROGRAMS // num_kv_heads))
 
 
 @dataclass(frozen=True)
@@ -119,11 +129,11 @@ def first_visible(position, WINDOW: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _even_chunk(total_visible, WANTED_RECORDS: tl.constexpr):
+def _even_chunk(total_visible, MIN_CHUNK: tl.constexpr, WANTED_RECORDS: tl.constexpr):
     """Tokens of a chunk if `total_visible` tokens made WANTED_RECORDS of them; 0 where runs are cut by themselves."""
     even_chunk = total_visible * 0
     if WANTED_RECORDS > 0:
-        even_chunk = tl.minimum(tl.maximum(total_visible // WANTED_RECORDS, CHUNK_MULTIPLE), LONGEST_CHUNK)
+        even_chunk = tl.minimum(tl.maximum(total_visible // WANTED_RECORDS, MIN_CHUNK), LONGEST_CHUNK)
     return even_chunk
 
 
@@ -134,7 +144,7 @@ def _chunk_tokens(visible, even_chunk, MIN_CHUNK: tl.constexpr, CHUNK_LIMIT: tl.
     if IS_SHARED:
         num_parts = tl.maximum((visible + even_chunk // 2) // even_chunk, 1)
         part = (visible + num_parts - 1) // num_parts
-        chunk = tl.maximum((part + CHUNK_MULTIPLE - 1) // CHUNK_MULTIPLE, 1) * CHUNK_MULTIPLE
+        chunk = tl.maximum((part + MIN_CHUNK - 1) // MIN_CHUNK, 1) * MIN_CHUNK
     for _ in tl.static_range(16):
         chunk = tl.where(chunk * CHUNK_LIMIT < visible, chunk * 2, chunk)
     return chunk
@@ -189,7 +199,7 @@ def _decode_list_kernel(
     ends = tl.load(query_starts_ptr + runs + 1, mask=in_step, other=0)
     lens = tl.load(kv_lens_ptr + runs, mask=in_step, other=0)
     visible = tl.where(ends - starts == 1, lens - first_visible(lens - 1, WINDOW, ALIGNED), 0)
-    even_chunk = _even_chunk(tl.sum(visible, axis=0), WANTED_RECORDS)
+    even_chunk = _even_chunk(tl.sum(visible, axis=0), MIN_CHUNK, WANTED_RECORDS)
     counts, _, _ = _decode_items(ends - starts, lens, even_chunk, WINDOW, ALIGNED, MIN_CHUNK, CHUNK_LIMIT, IS_SHARED)
     first_item = tl.sum(tl.where(runs < run, counts, 0), axis=0)
     if run == 0:

@@ -15,6 +15,7 @@ import torch
 from stepwire_kernels import gemm, sampler, step_input, work_list
 from stepwire_kernels.activation import gated_activation
 from stepwire_kernels.attention_decode import decode_attention
+from stepwire_kernels.attention_from_qkv import attention_from_qkv, from_qkv_chunk_policy
 from stepwire_kernels.attention_prefill import default_prefill_tuning, prefill_attention, prefill_tile_tokens
 from stepwire_kernels.gather import gather_last_hidden
 from stepwire_kernels.norm import add_rms_norm
@@ -96,6 +97,36 @@ def bench_decode(report: Report) -> None:
             decode_row(report, heads, batch, context, BF16)
     decode_row(report, LLAMA_8B, 32, 1024, torch.float8_e4m3fn)
     decode_row(report, LLAMA_8B, 32, 8192, torch.float8_e4m3fn)
+
+
+def bench_from_qkv(report: Report) -> None:
+    for heads in (LLAMA_8B, QWEN3_06B):
+        for batch, context in ((1, 1024), (2, 1024), (4, 1024), (1, 8192)):
+            from_qkv_row(report, heads, batch, context)
+
+
+def from_qkv_row(report: Report, heads: Heads, batch: int, context: int) -> None:
+    """Rotation, KV write and attention of few decodes, in one kernel and apart."""
+    case = paged(heads, [1] * batch, [context] * batch)
+    width = (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim
+    qkv = torch.randn(batch, width, device="cuda", dtype=BF16)
+    cos, sin = torch.randn(2, context, heads.head_dim // 2, device="cuda")
+    positions = case.kv_lens - 1
+    slots = case.block_tables[:, (context - 1) // 64] * 64 + (context - 1) % 64
+    places = (case.block_tables, positions, slots, cos, sin)
+    fine, fine_scratch = case.decode_work(heads, from_qkv_chunk_policy(heads.num_kv_heads, heads.head_dim))
+    work, scratch = case.decode_work(heads, work_list.chunk_policy_for(batch, heads.num_kv_heads))
+
+    def together(k: torch.Tensor, v: torch.Tensor) -> None:
+        attention_from_qkv(qkv, k, v, *places, fine, fine_scratch, case.scale, heads.num_heads, pdl=True)
+
+    def apart(k: torch.Tensor, v: torch.Tensor) -> None:
+        q = rope_and_write_kv(qkv, k, v, positions, slots, cos, sin, heads.num_heads, pdl=True)
+        decode_attention(q, k, v, case.block_tables, work, scratch, case.scale, case.out, pdl=True)
+
+    for name, run in (("attention_from_qkv", together), ("rope_kv, decode_attention", apart)):
+        launches: list[Callable[[], object]] = [lambda c=c, run=run: run(*c) for c in case.caches]
+        report.add(name, f"{heads.name} b{batch} ctx{context}", time_graph(launches), num_bytes=case.kv_bytes)
 
 
 def decode_row(report: Report, heads: Heads, batch: int, context: int, cache_dtype: torch.dtype) -> None:
@@ -213,6 +244,7 @@ SECTIONS: dict[str, Callable[[Report], None]] = {
     "pointwise": bench_pointwise,
     "rope": bench_rope,
     "decode": bench_decode,
+    "from_qkv": bench_from_qkv,
     "prefill": bench_prefill,
     "sampler": bench_sampler,
     "step_input": bench_step_input,
