@@ -338,12 +338,13 @@ class WorkerServer:
             if self._has_failed:
                 session.end(grpc.StatusCode.INTERNAL, message)
             else:
-                session.end_when_answered(grpc.StatusCode.UNAVAILABLE, message)
+                session.leave(message, self._shutdown_grace_s)
             try:
                 await asyncio.wait_for(session.finished.wait(), self._shutdown_grace_s)
             except TimeoutError:
                 logger.warning(
-                    "steps are unanswered after shutdown_grace_s: they are given up", grace_s=self._shutdown_grace_s
+                    "steps are unanswered after shutdown_grace_s, or the control plane holds on: they are given up",
+                    grace_s=self._shutdown_grace_s,
                 )
                 session.end(grpc.StatusCode.UNAVAILABLE, message)
         self._is_stopping.set()
@@ -362,7 +363,7 @@ class WorkerServer:
         if self._ending is not None:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the worker is shutting down")
             return
-        session = Session(hello.session_id, self._facts, self._work.put, self._recorder)
+        session = Session(hello, self._facts, self._work.put, self._recorder)
         former, self._session = self._session, session
         if former is not None:
             former.end(grpc.StatusCode.ABORTED, f"session {hello.session_id} has taken the place of this one")

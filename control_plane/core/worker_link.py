@@ -48,18 +48,20 @@ class WorkerAddress:
 class WorkerLink:
     """One session with one worker group.
 
-    `on_result` and `on_lost` are called on the event loop; `on_lost` once, and nothing after it. One writer task and
-    one reader task own the stream: two concurrent writes would kill it, and a read that is cancelled cancels the call.
+    The callbacks are called on the event loop; `on_lost` once, and nothing after it. One writer task and one reader task
+    own the stream: two concurrent writes would kill it, and a read that is cancelled cancels the call.
     """
 
     def __init__(
         self,
         address: WorkerAddress,
         on_result: Callable[[worker_pb2.StepResult], None],
+        on_leaving: Callable[[worker_pb2.SessionLeaving], None],
         on_lost: Callable[[str], None],
     ) -> None:
         self._address = address
         self._on_result = on_result
+        self._on_leaving = on_leaving
         self._on_lost = on_lost
         self._outgoing: deque[worker_pb2.RunStepsRequest] = deque()
         self._may_write = asyncio.Event()
@@ -82,7 +84,9 @@ class WorkerLink:
                 )
                 self._call = stub.RunSteps()
                 session_id = uuid.uuid4().hex
-                hello = worker_pb2.SessionHello(session_id=session_id, protocol_version=PROTOCOL_VERSION)
+                hello = worker_pb2.SessionHello(
+                    session_id=session_id, protocol_version=PROTOCOL_VERSION, understands_leaving=True
+                )
                 await self._call.write(worker_pb2.RunStepsRequest(hello=hello))
                 answer = await self._call.read()
         except TimeoutError as error:
@@ -136,10 +140,14 @@ class WorkerLink:
             while (response := await self._call.read()) is not END_OF_STREAM:
                 if self._closed:
                     return
-                if response.WhichOneof("message") != "result":
-                    self.lose("the worker sent something that is not a step result")
+                kind = response.WhichOneof("message")
+                if kind == "result":
+                    self._on_result(response.result)
+                elif kind == "leaving":
+                    self._on_leaving(response.leaving)
+                else:
+                    self.lose("the worker sent something that is neither a step's result nor that it leaves")
                     return
-                self._on_result(response.result)
                 # The next step goes out first: asking for the next result wakes gRPC's threads, and they take the core.
                 await asyncio.sleep(0)
             code, details = await self._call.code(), await self._call.details()
