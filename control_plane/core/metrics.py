@@ -48,7 +48,10 @@ class CoreMetrics(Collector):
             registry=registry,
         )
         self._departures = Counter(
-            "stepwire_worker_departures", "Sessions that ended because the worker was told to end.", ["group"], registry=registry
+            "stepwire_worker_departures",
+            "Sessions that ended because the worker was told to end.",
+            ["group"],
+            registry=registry,
         )
         self._step_seconds = LabelledHistogram(
             "stepwire_step_duration_seconds", "From sending a step to its result.", ["group"], _STEP_BUCKETS_S

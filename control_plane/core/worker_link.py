@@ -48,8 +48,8 @@ class WorkerAddress:
 class WorkerLink:
     """One session with one worker group.
 
-    The callbacks are called on the event loop; `on_lost` once, and nothing after it. One writer task and one reader task
-    own the stream: two concurrent writes would kill it, and a read that is cancelled cancels the call.
+    The callbacks are called on the event loop; `on_lost` once, and nothing after it. One writer task and one reader
+    task own the stream: two concurrent writes would kill it, and a read that is cancelled cancels the call.
     """
 
     def __init__(
