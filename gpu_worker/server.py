@@ -36,7 +36,7 @@ from stepwire.v1 import worker_pb2, worker_pb2_grpc
 
 from gpu_worker.listen import ListenAddress, ListenError
 from gpu_worker.recording import Recorder
-from gpu_worker.runner_api import FailsByItself, PendingStep, Runner, SessionEnded, StepError, UsesPauses, WorkerFacts
+from gpu_worker.runner_api import EndsByItself, PendingStep, Runner, SessionEnded, StepError, UsesPauses, WorkerFacts
 from gpu_worker.session import QueuedStep, Session, StreamContext
 from gpu_worker.step_codec import PROTOCOL_VERSION, encode_facts, encode_result
 
@@ -151,8 +151,8 @@ class WorkerServer:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _leave_to_the_loop)
         self._on_loop(self._set_serving())
-        if isinstance(runner, FailsByItself):
-            runner.watch(lambda message: self._fail("the group", RuntimeError(message)))
+        if isinstance(runner, EndsByItself):
+            runner.watch(lambda error: self._fail("the group", error), self.shut_down)
         on_ready(self._facts)
         while not isinstance(work := self._next_work(runner), _Stop):
             if isinstance(work, QueuedStep):

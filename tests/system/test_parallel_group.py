@@ -312,7 +312,9 @@ def test_two_machines_with_mutual_tls(llama: Path, tmp_path: Path) -> None:
                     assert [row.tokens for row in actual.rows.values()] == [
                         row.tokens for row in expected.rows.values()
                     ]
-                first.send_signal(signal.SIGTERM)
+                # The node that only relays is told to end: the group does so in peace.
+                second.send_signal(signal.SIGTERM)
+                assert "rank 1 (stage 1 of 2): its node is told to end" in first.wait_for_event("told to end")["event"]
                 assert first.wait_for_exit() == 0
                 assert second.wait_for_exit() == 0
 
