@@ -12,6 +12,7 @@ from stepwire.process.logs import set_up_logging
 from stepwire.process.parent import end_with_parent
 
 from gateway.config import PROGRAM, GatewaySettings, parse_settings
+from gateway.file_reserve import NUM_RESERVED
 from gateway.listening import ListenError, bind_socket, check_certificate
 from gateway.store import StoreError
 
@@ -22,10 +23,10 @@ def main() -> None:
     if settings.exit_with_parent:
         end_with_parent()
     set_up_logging(settings)
-    raise_file_limit()
+    raise_file_limit(settings.max_concurrent_requests + NUM_RESERVED if settings.answers_itself else 0)
     try:
         check_certificate(settings)
-        if settings.gateway_processes > 1 and not settings.is_one_of_several:
+        if not settings.answers_itself:
             from gateway.processes import run_several
 
             sys.exit(run_several(settings, sys.argv[1:]))

@@ -15,8 +15,8 @@ from fastapi import FastAPI
 from gateway import errors
 from gateway.client import ControlPlaneClient
 from gateway.config import GatewaySettings
+from gateway.file_reserve import ReservingProtocol
 from gateway.middleware import Lifecycle
-from gateway.response_body import BodyWritingProtocol
 
 _log = structlog.get_logger(__name__)
 
@@ -72,7 +72,7 @@ async def serve(app: FastAPI, settings: GatewaySettings, listener: socket.socket
     config = uvicorn.Config(
         app,
         loop="uvloop",
-        http=BodyWritingProtocol,
+        http=ReservingProtocol,
         ws="none",
         lifespan="on",
         log_config=None,
