@@ -12,6 +12,7 @@ import grpc
 import structlog
 from grpc import aio
 from stepwire.process.connections import KEEPALIVE_OPTIONS, MESSAGE_OPTIONS, NO_PROXY_OPTIONS
+from stepwire.process.tls import Renewed
 from stepwire.v1 import worker_pb2, worker_pb2_grpc
 
 from control_plane.core.step_codec import PROTOCOL_VERSION
@@ -42,7 +43,7 @@ class WorkerAddress:
     """`target` as gRPC writes it; `credentials` for TCP with TLS, none for a unix socket or a trusted network."""
 
     target: str
-    credentials: grpc.ChannelCredentials | None = None
+    credentials: Renewed[grpc.ChannelCredentials] | None = None
 
 
 class WorkerLink:
@@ -75,7 +76,7 @@ class WorkerLink:
         if address.credentials is None:
             self._channel = aio.insecure_channel(address.target, options=CHANNEL_OPTIONS)
         else:
-            self._channel = aio.secure_channel(address.target, address.credentials, options=CHANNEL_OPTIONS)
+            self._channel = aio.secure_channel(address.target, address.credentials.take(), options=CHANNEL_OPTIONS)
         stub = worker_pb2_grpc.WorkerServiceStub(self._channel)  # type: ignore[no-untyped-call]
         try:
             async with asyncio.timeout(timeout_s):

@@ -120,7 +120,9 @@ def _channel(settings: WorkerSettings, address: str) -> grpc.Channel:
     cert, key, roots = settings.group_tls_cert, settings.group_tls_key, settings.group_tls_ca
     if cert is None or key is None or roots is None:
         return grpc.insecure_channel(address, options=GROUP_OPTIONS)
-    return grpc.secure_channel(address, client_credentials("--group-tls", roots, cert, key), options=GROUP_OPTIONS)
+    return grpc.secure_channel(
+        address, client_credentials("--group-tls", roots, cert, key).take(), options=GROUP_OPTIONS
+    )
 
 
 def _own_address(address: str) -> str:
