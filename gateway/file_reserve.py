@@ -14,9 +14,8 @@ from stepwire.process.file_limit import file_limit, tell_out_of_files
 
 from gateway.response_body import BodyWritingProtocol
 
-# Descriptors that connections leave free, and those of them that short visits may have.
+# Descriptors that connections leave free, or a quarter of all if that is less. Half of them are for short visits.
 NUM_RESERVED = 64
-_NUM_FOR_VISITS = 32
 # How long a visit may say nothing.
 _SILENT_VISIT_S = 5.0
 
@@ -30,12 +29,15 @@ class ReservingProtocol(BodyWritingProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        num_left = _num_left(transport)
-        if num_left is None or num_left > NUM_RESERVED:
+        limit, connection = file_limit(), transport.get_extra_info("socket")
+        if limit is None or connection is None:
+            return
+        num_reserved, num_left = min(NUM_RESERVED, limit // 4), limit - 1 - connection.fileno()
+        if num_left > num_reserved:
             return
         tell_out_of_files()
         self._is_visit = True
-        if num_left <= NUM_RESERVED - _NUM_FOR_VISITS:
+        if num_left <= num_reserved // 2:
             transport.abort()
         else:
             self.loop.call_later(_SILENT_VISIT_S, self._end_if_silent)
@@ -54,9 +56,3 @@ class ReservingProtocol(BodyWritingProtocol):
 def is_visit(scope: Any) -> bool:
     """Whether an ASGI scope's connection is one of those that only probes may have."""
     return _IS_VISIT in scope.get("extensions", ())
-
-
-def _num_left(transport: asyncio.Transport) -> int | None:
-    """None: any number."""
-    limit, connection = file_limit(), transport.get_extra_info("socket")
-    return None if limit is None or connection is None else limit - 1 - int(connection.fileno())
