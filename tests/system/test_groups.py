@@ -127,7 +127,8 @@ async def test_streams_wait_for_the_successor_of_the_only_worker(said_alone: lis
 
 
 async def test_a_group_drains_until_the_last_steps_of_its_worker_are_answered(said_alone: list[list[int]]) -> None:
-    async with WorkerGroups(1, worker_flags=("--sim-step-ms=5000",)).running() as groups:
+    flags = ("--sim-step-ms=5000", "--shutdown-grace-s=100")
+    async with WorkerGroups(1, worker_flags=flags).running() as groups:
         running = asyncio.create_task(groups.generate(PROMPTS[0], seed=0, max_tokens=20))
         await groups.wait_for(lambda: groups.metric("stepwire_steps_in_flight") == 2)
         worker = groups.processes["worker 0"]

@@ -281,24 +281,23 @@ def test_a_signal_lets_queued_steps_finish(tmp_path: Path, number: signal.Signal
         assert runner_events(worker)[-1] == "close" and "execute 4" not in runner_events(worker)
 
 
-def test_a_control_plane_that_understands_is_told_and_closes_the_stream(
-    worker: WorkerProcess, client: WorkerClient
-) -> None:
-    session = client.start(understands_leaving=True)
-    session.step(ordered(1, mask_rows=(0,)))
-    worker.wait_for_event("execute 1")
-    worker.send_signal(signal.SIGTERM)
-    leaving = session.receive().leaving
-    assert leaving.reason == "the worker got SIGTERM and is shutting down" and leaving.serves_for_ns == 10**10
-    # It was on its way when the worker spoke: it is answered like any other.
-    session.step(ordered(2))
-    session.mask(1, TokenMask(rows=uint32([0]), bitmask=np.array([[1, 2]], dtype=np.uint32)))
-    assert [session.result().step_id, session.result().step_id] == [1, 2]
-    assert client.open("another").end() == (grpc.StatusCode.UNAVAILABLE, "the worker is shutting down")
-    assert worker.process.poll() is None, "it waits for the control plane"
-    session.call.cancel()
-    assert worker.wait_for_exit() == 0
-    assert runner_events(worker)[-2:] == ["result 2", "close"]
+def test_a_control_plane_that_understands_is_told_and_closes_the_stream(tmp_path: Path) -> None:
+    with start(tmp_path, "--shutdown-grace-s=100") as worker, WorkerClient(f"unix:{tmp_path}/w.sock") as client:
+        session = client.start(understands_leaving=True)
+        session.step(ordered(1, mask_rows=(0,)))
+        worker.wait_for_event("execute 1")
+        worker.send_signal(signal.SIGTERM)
+        leaving = session.receive().leaving
+        assert leaving.reason == "the worker got SIGTERM and is shutting down" and leaving.serves_for_ns == 10**11
+        # It was on its way when the worker spoke: it is answered like any other.
+        session.step(ordered(2))
+        session.mask(1, TokenMask(rows=uint32([0]), bitmask=np.array([[1, 2]], dtype=np.uint32)))
+        assert [session.result().step_id, session.result().step_id] == [1, 2]
+        assert client.open("another").end() == (grpc.StatusCode.UNAVAILABLE, "the worker is shutting down")
+        assert worker.process.poll() is None, "it waits for the control plane"
+        session.call.cancel()
+        assert worker.wait_for_exit() == 0
+        assert runner_events(worker)[-2:] == ["result 2", "close"]
 
 
 def test_a_session_that_has_not_begun_is_not_told(worker: WorkerProcess, client: WorkerClient) -> None:
