@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import structlog
 import uvloop
-from prometheus_client import CollectorRegistry, start_http_server
-from stepwire.process.file_limit import raise_file_limit
+from prometheus_client import CollectorRegistry
+from stepwire.process.file_limit import raise_file_limit, watch_file_limit
 from stepwire.process.logs import set_up_logging
 from stepwire.process.parent import end_with_parent
 from stepwire.process.tls import TlsFileError, client_credentials
@@ -28,13 +28,14 @@ from control_plane.core.worker_link import WorkerAddress
 from control_plane.frontend.model_files import ModelFilesError
 from control_plane.frontend.served_model import load_served_model
 from control_plane.frontend.server import FrontendServer, ListenError, create_server
+from control_plane.metrics_page import serve_metrics_page
 
 log = structlog.get_logger("control_plane")
 
 # How long open calls may take to send their last message once everything has ended.
 _LAST_MESSAGES_S = 2.0
-# How long a connection to the metrics page may say nothing.
-_SILENT_SCRAPER_S = 5.0
+# Below this many connections a server of many clients is in the way of some.
+_NUM_FILES_WANTED = 1024
 
 
 def main() -> int:
@@ -42,7 +43,7 @@ def main() -> int:
     if settings.exit_with_parent:
         end_with_parent()
     set_up_logging(settings)
-    raise_file_limit()
+    raise_file_limit(_NUM_FILES_WANTED)
     # The step loop shares the interpreter with tokenizer threads: let it take over quickly.
     sys.setswitchinterval(1e-4)
     try:
@@ -92,7 +93,11 @@ async def _serve(settings: ControlPlaneSettings) -> None:
     log.info(
         "listening", grpc=f"{settings.grpc_host}:{server.port}", socket=settings.listen, workers=list(settings.workers)
     )
-    tasks = [asyncio.create_task(engine.run()), asyncio.create_task(_follow_worker(engine, server, started_s))]
+    tasks = [
+        asyncio.create_task(engine.run()),
+        asyncio.create_task(_follow_worker(engine, server, started_s)),
+        asyncio.create_task(watch_file_limit()),
+    ]
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait([*tasks, stopped], return_when=asyncio.FIRST_COMPLETED)
     if stop.is_set():
@@ -160,9 +165,7 @@ def _worker_addresses(settings: ControlPlaneSettings) -> Callable[[str], WorkerA
 
 def _serve_metrics(settings: ControlPlaneSettings, registry: CollectorRegistry) -> None:
     try:
-        server, _ = start_http_server(settings.metrics_port, settings.metrics_host, registry)
-        # A connection has a thread, and one that asks for nothing would keep it.
-        server.RequestHandlerClass.timeout = _SILENT_SCRAPER_S  # type: ignore[attr-defined]  # a class, not any callable
+        serve_metrics_page(settings.metrics_host, settings.metrics_port, registry)
     except OSError as error:
         raise ListenError(
             f"port {settings.metrics_port} on {settings.metrics_host} cannot be used for metrics ({error.strerror}): "

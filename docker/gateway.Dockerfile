@@ -24,7 +24,9 @@ LABEL org.opencontainers.image.title="stepwire gateway" \
       org.opencontainers.image.description="OpenAI's REST API over stepwire's control plane" \
       org.opencontainers.image.licenses="Apache-2.0"
 RUN groupadd --gid 10001 stepwire \
-    && useradd --uid 10001 --gid stepwire --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin stepwire
+    && useradd --uid 10001 --gid stepwire --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin stepwire \
+    # For STEPWIRE_DATA_DIR: a named volume takes its owner from the directory that it is first mounted on.
+    && install --directory --owner 10001 --group 10001 /data
 COPY --from=build /opt/stepwire /opt/stepwire
 COPY --from=build /app /app
 ENV PATH=/opt/stepwire/bin:$PATH PYTHONPATH=/app PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \

@@ -10,9 +10,11 @@ import structlog
 from stepwire.process.file_limit import raise_file_limit
 from stepwire.process.logs import set_up_logging
 from stepwire.process.parent import end_with_parent
+from stepwire.process.tls import TlsFileError
 
 from gateway.config import PROGRAM, GatewaySettings, parse_settings
-from gateway.listening import ListenError, bind_socket, check_certificate
+from gateway.file_reserve import NUM_RESERVED
+from gateway.listening import ListenError, bind_socket, tls_context
 from gateway.store import StoreError
 
 
@@ -22,15 +24,15 @@ def main() -> None:
     if settings.exit_with_parent:
         end_with_parent()
     set_up_logging(settings)
-    raise_file_limit()
+    raise_file_limit(settings.max_concurrent_requests + NUM_RESERVED if settings.answers_itself else 0)
     try:
-        check_certificate(settings)
-        if settings.gateway_processes > 1 and not settings.is_one_of_several:
+        tls_context(settings)  # what is wrong with the files is told before anything is started
+        if not settings.answers_itself:
             from gateway.processes import run_several
 
             sys.exit(run_several(settings, sys.argv[1:]))
         _serve(settings, started_at)
-    except (ListenError, StoreError) as error:
+    except (ListenError, StoreError, TlsFileError) as error:
         sys.exit(f"{PROGRAM}: {error}")
 
 
@@ -38,15 +40,11 @@ def _serve(settings: GatewaySettings, started_at: float) -> None:
     """Answer requests in this process, until a signal."""
     # What a process that only starts others has no need of.
     import uvloop
-    from stepwire.process.tls import TlsFileError
 
     from gateway.app import create_app
     from gateway.server import serve
 
-    try:
-        app = create_app(settings)
-    except TlsFileError as error:
-        sys.exit(f"{PROGRAM}: {error}")
+    app = create_app(settings)
     listener = bind_socket(settings)
     where = settings.uds or "{}:{}".format(*listener.getsockname()[:2])
     scheme = "unix:" if settings.uds else ("https://" if settings.tls_cert else "http://")

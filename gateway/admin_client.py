@@ -18,7 +18,7 @@ import structlog
 from google.protobuf.duration_pb2 import Duration
 from stepwire.v1 import admin_pb2, admin_pb2_grpc
 
-from gateway.client import open_channel, read_credentials
+from gateway.client import open_channel, read_credentials, take
 from gateway.config import GatewaySettings
 
 _log = structlog.get_logger(__name__)
@@ -54,7 +54,6 @@ class AdminClient:
         self._metadata = (("authorization", f"Bearer {key.get_secret_value()}"),) if key else ()
         self._readers: list[_Reader] = []
         self._task: asyncio.Task[None] | None = None
-        self._channel: grpc.aio.Channel | None = None
 
     @property
     def is_configured(self) -> bool:
@@ -67,8 +66,6 @@ class AdminClient:
                 await self._task
         for reader in self._readers:
             reader.end()
-        if self._channel is not None:
-            await self._channel.close(None)
 
     async def samples(self) -> AsyncGenerator[bytes]:
         """JSON objects, one an interval, until the gateway stops or the reader is closed."""
@@ -88,14 +85,14 @@ class AdminClient:
                 self._task = None
 
     async def _watch(self, address: str) -> None:
-        if self._channel is None:
-            self._channel = open_channel(address, None if address.startswith("unix:") else self._credentials)
-        stub = admin_pb2_grpc.AdminServiceStub(self._channel)  # type: ignore[no-untyped-call]
         request = admin_pb2.WatchStepsRequest(interval=Duration(nanos=int(INTERVAL_S * 1e9)), max_steps=MAX_STEPS)
         while True:
+            credentials = None if address.startswith("unix:") else take(self._credentials)
             try:
-                async for response in stub.WatchSteps(request, metadata=self._metadata):
-                    self._hand_out(sample_json(response))
+                async with open_channel(address, credentials) as channel:
+                    stub = admin_pb2_grpc.AdminServiceStub(channel)  # type: ignore[no-untyped-call]
+                    async for response in stub.WatchSteps(request, metadata=self._metadata):
+                        self._hand_out(sample_json(response))
             except grpc.aio.AioRpcError as error:
                 _log.warning("the steps cannot be watched", code=error.code().name)
                 self._hand_out(b'{"connected":false}')

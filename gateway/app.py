@@ -20,6 +20,7 @@ from gateway import errors, openapi
 from gateway.admin_client import AdminClient
 from gateway.auth import ApiKeyMiddleware, ApiKeys
 from gateway.batches.files import FileStore
+from gateway.batches.orphans import remove_orphans
 from gateway.batches.runner import BatchRunner
 from gateway.client import ControlPlaneClient
 from gateway.config import GatewaySettings
@@ -56,6 +57,8 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         if several:
             # The kernel already deals out connections to this one: they wait, where others would have answered.
             await client.wait_for_session(_SESSION_LIMIT_S)
+        else:
+            await remove_orphans(store)
         await app.state.responses.start()
         await app.state.batches.start()
         if run_directory is not None and settings.gateway_process is not None:

@@ -64,7 +64,10 @@ class ChildProcess:
                 raise ChildFailed(f"{self.name} ended before it was ready ({how}): its own message above says why")
             num_deaths = 1 if time.monotonic() - started_s > _STABLE_S else num_deaths + 1
             pause_s = _RESTART_PAUSES_S[min(num_deaths, len(_RESTART_PAUSES_S)) - 1]
-            log.error("a process died, starting it again", process=self.name, how=how, pause_s=pause_s)
+            if code == 0:
+                log.info("a process has ended as somebody told it to, starting it again", process=self.name)
+            else:
+                log.error("a process died, starting it again", process=self.name, how=how, pause_s=pause_s)
             await asyncio.sleep(pause_s)
 
     async def stop(self, hurry: asyncio.Event) -> None:

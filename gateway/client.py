@@ -20,7 +20,7 @@ import structlog
 from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from stepwire.process.connections import KEEPALIVE_OPTIONS, MESSAGE_OPTIONS, NO_PROXY_OPTIONS
-from stepwire.process.tls import client_credentials
+from stepwire.process.tls import Renewed, client_credentials
 from stepwire.process.traces import HEADER, current_traceparent
 from stepwire.v1 import inference_pb2, inference_pb2_grpc
 
@@ -38,6 +38,8 @@ HEALTH_TIMEOUT_S = 2.0
 # A control plane that restarts is back within seconds; gRPC's own default waits up to two minutes.
 RECONNECT_MIN_S = 0.05
 RECONNECT_MAX_S = 1.0
+# How often TLS files are looked at while there is no connection.
+_LOOK_AT_FILES_S = 2.0
 # What may be on its way to us unread, a step's message or two. gRPC's own estimate grows to megabytes: seconds
 # of tokens. A gateway short of CPU would send each one late; a control plane that has to wait puts more of them
 # into one message. A message that is larger than the window is let through whole when it is read.
@@ -101,10 +103,14 @@ class ControlPlaneClient:
         self._had_session = asyncio.Event()
 
     async def start(self) -> None:
-        self._channel = open_channel(self._settings.control_plane, self._credentials)
+        self._open_channel(take(self._credentials))
+        self._task = asyncio.create_task(self._keep_session(), name="control-plane-session")
+
+    def _open_channel(self, credentials: grpc.ChannelCredentials | None) -> None:
+        self._credentials_in_use = credentials
+        self._channel = open_channel(self._settings.control_plane, credentials)
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._health = health_pb2_grpc.HealthStub(self._channel)
-        self._task = asyncio.create_task(self._keep_session(), name="control-plane-session")
 
     async def wait_for_session(self, limit_s: float) -> None:
         """Until the control plane can be asked, or for so long."""
@@ -247,7 +253,7 @@ class ControlPlaneClient:
         num_sessions, wait_s = 0, RECONNECT_MIN_S
         loop = asyncio.get_running_loop()
         while True:
-            await self._channel.channel_ready()
+            await self._connect()
             opened_at = loop.time()
             if num_sessions:
                 self._metrics.control_plane_reconnects.inc()
@@ -256,6 +262,19 @@ class ControlPlaneClient:
             lasted_s = loop.time() - opened_at
             wait_s = RECONNECT_MIN_S if lasted_s > RECONNECT_MAX_S else min(wait_s * 2, RECONNECT_MAX_S)
             await asyncio.sleep(wait_s)
+
+    async def _connect(self) -> None:
+        """Until there is a connection; by another channel where TLS files have changed, which a channel keeps."""
+        while True:
+            credentials = take(self._credentials)
+            if credentials is not self._credentials_in_use:
+                former = self._channel
+                self._open_channel(credentials)
+                await former.close(None)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_AT_FILES_S if credentials is not None else None):
+                    await self._channel.channel_ready()
+                return
 
     async def _serve_session(self) -> None:
         call: _SessionCall = self._stub.Session(metadata=self._metadata)
@@ -363,7 +382,11 @@ def open_channel(address: str, credentials: grpc.ChannelCredentials | None) -> g
     return grpc.aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
 
 
-def read_credentials(settings: GatewaySettings) -> grpc.ChannelCredentials | None:
+def take(credentials: Renewed[grpc.ChannelCredentials] | None) -> grpc.ChannelCredentials | None:
+    return None if credentials is None else credentials.take()
+
+
+def read_credentials(settings: GatewaySettings) -> Renewed[grpc.ChannelCredentials] | None:
     """TLS towards the control plane, where it is asked for. Raises `TlsFileError`."""
     if settings.control_plane_tls_ca is None:
         return None

@@ -135,6 +135,11 @@ class GatewaySettings(ProcessSettings):
         return self.gateway_process is not None
 
     @property
+    def answers_itself(self) -> bool:
+        """And does not start others that do."""
+        return self.gateway_processes == 1 or self.is_one_of_several
+
+    @property
     def api_keys(self) -> tuple[str, ...]:
         return tuple(key.get_secret_value() for key in self.api_key)
 

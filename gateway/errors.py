@@ -275,6 +275,18 @@ def draining() -> ApiError:
     )
 
 
+def too_many_connections() -> ApiError:
+    return ApiError(
+        503,
+        "The gateway has as many connections open as it may. Try again shortly.",
+        type=UNAVAILABLE,
+        code="too_many_connections",
+        retry_after_s=DEFAULT_RETRY_AFTER_S,
+        retryable=True,
+        headers={"connection": "close"},
+    )
+
+
 def cut_off() -> ApiError:
     """The drain ran out of time before the request ended."""
     return ApiError(

@@ -8,6 +8,8 @@ import ssl
 import stat
 from pathlib import Path
 
+from stepwire.process.tls import server_context
+
 from gateway.config import GatewaySettings
 
 
@@ -88,15 +90,19 @@ def _bind_unix(path: Path) -> socket.socket:
     return listener
 
 
-def check_certificate(settings: GatewaySettings) -> None:
-    """Raise `ListenError` where the TLS files cannot be used, before anything is started."""
-    if settings.tls_cert is None:
-        return
-    try:
-        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(settings.tls_cert, settings.tls_key)
-    except (OSError, ssl.SSLError) as error:
-        problem = error.strerror or str(error)
-        raise ListenError(f"--tls-cert {settings.tls_cert} with --tls-key {settings.tls_key}: {problem}") from error
+def tls_context(settings: GatewaySettings) -> ssl.SSLContext | None:
+    """Answers each client with the certificate that the files hold then. Raises `TlsFileError`."""
+    if settings.tls_cert is None or settings.tls_key is None:
+        return None
+    renewed = server_context("--tls", settings.tls_cert, settings.tls_key)
+
+    def choose(connection: ssl.SSLSocket | ssl.SSLObject, server_name: str | None, context: ssl.SSLContext) -> None:
+        connection.context = renewed.take()
+
+    context = renewed.take()
+    # Called for each handshake, whether the client names a server or not.
+    context.sni_callback = choose
+    return context
 
 
 def _is_stale_socket(path: Path) -> bool:

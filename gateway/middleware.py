@@ -12,7 +12,8 @@ import structlog
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from stepwire.process.traces import HEADER, traced
 
-from gateway.errors import RATE_LIMIT, ApiError, draining
+from gateway.errors import RATE_LIMIT, ApiError, draining, too_many_connections
+from gateway.file_reserve import is_visit
 from gateway.messages.errors import error_body, is_anthropics
 from gateway.metrics import GatewayMetrics
 
@@ -139,7 +140,7 @@ class RequestContextMiddleware:
         # Anthropic's clients look for it under their own name.
         id_headers = (REQUEST_ID_HEADER, b"request-id") if is_anthropics(scope) else (REQUEST_ID_HEADER,)
         started_at = time.perf_counter()
-        refusal = self._refusal(scope["path"])
+        refusal = self._refusal(scope)
         self._lifecycle.started()
         self._metrics.http_requests_in_flight.inc()
         try:
@@ -155,11 +156,13 @@ class RequestContextMiddleware:
             self._lifecycle.ended()
             self._record(scope, request_id, status, time.perf_counter() - started_at)
 
-    def _refusal(self, path: str) -> ApiError | None:
-        if path in _PROBES:
+    def _refusal(self, scope: Scope) -> ApiError | None:
+        if scope["path"] in _PROBES:
             return None
         if self._lifecycle.draining:
             return draining()
+        if is_visit(scope):
+            return too_many_connections()
         if self._lifecycle.num_in_flight >= self._max_concurrent_requests:
             return ApiError(
                 429,

@@ -19,6 +19,7 @@ from pathlib import Path
 import structlog
 from prometheus_client.multiprocess import mark_process_dead
 
+from gateway.batches.orphans import remove_orphans
 from gateway.child_process import ChildFailed, ChildProcess, first_failure, raise_failure, unless
 from gateway.config import PROGRAM, GatewaySettings
 from gateway.listening import reserve_port
@@ -95,6 +96,7 @@ class _Processes:
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, on_signal)
         settings = self._settings
+        await remove_orphans(self._store)
         kept = ResponseStore(self._store, max_responses=settings.responses_max, ttl_s=settings.responses_ttl_s)
         if num_failed := await kept.fail_interrupted():
             _log.warning("responses of an earlier process will not end", num_responses=num_failed)

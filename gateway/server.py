@@ -15,8 +15,9 @@ from fastapi import FastAPI
 from gateway import errors
 from gateway.client import ControlPlaneClient
 from gateway.config import GatewaySettings
+from gateway.file_reserve import ReservingProtocol
+from gateway.listening import tls_context
 from gateway.middleware import Lifecycle
-from gateway.response_body import BodyWritingProtocol
 
 _log = structlog.get_logger(__name__)
 
@@ -68,11 +69,11 @@ class DrainingServer(uvicorn.Server):
 
 
 async def serve(app: FastAPI, settings: GatewaySettings, listener: socket.socket) -> None:
-    """Serve until a signal."""
+    """Serve until a signal. Raises `TlsFileError`."""
     config = uvicorn.Config(
         app,
         loop="uvloop",
-        http=BodyWritingProtocol,
+        http=ReservingProtocol,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -81,8 +82,9 @@ async def serve(app: FastAPI, settings: GatewaySettings, listener: socket.socket
         server_header=False,
         # Nothing here asks for the client's address, so nobody need be trusted about it.
         proxy_headers=False,
-        ssl_certfile=settings.tls_cert,
-        ssl_keyfile=settings.tls_key,
         timeout_graceful_shutdown=CUT_OFF_GRACE_S,
     )
+    config.load()
+    # Uvicorn's own would keep the certificate that it was made with.
+    config.ssl = tls_context(settings)
     await DrainingServer(config, app, settings.drain_timeout_s).serve(sockets=[listener])

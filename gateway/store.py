@@ -8,11 +8,15 @@ that started them has the lock, and all of them the directory.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import fcntl
+import os
 import shutil
 import sqlite3
+import stat
 import tempfile
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,6 +43,9 @@ CREATE TABLE IF NOT EXISTS batch_cancels (id TEXT PRIMARY KEY, at_s REAL NOT NUL
 _BUSY_LIMIT_S = 10.0
 # With less than this on a disk it may be that which keeps the directory from being used.
 _FULL_BYTES = 1 << 20
+_TEMPORARY_PREFIX = "stepwire-gateway-"
+# A gateway that has just made its directory may not have locked it yet.
+_SETTLED_S = 60.0
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
@@ -66,7 +73,10 @@ class Store:
 
     def __init__(self, directory: Path | None, *, shares: bool = False) -> None:
         self._is_temporary = directory is None
-        self.directory = Path(tempfile.mkdtemp(prefix="stepwire-gateway-")) if directory is None else directory
+        if directory is None:
+            _remove_abandoned(Path(tempfile.gettempdir()))
+            directory = Path(tempfile.mkdtemp(prefix=_TEMPORARY_PREFIX))
+        self.directory = directory
         try:
             (self.directory / "files").mkdir(parents=True, exist_ok=True)
             self._lock = (self.directory / "lock").open("w")
@@ -101,6 +111,19 @@ class Store:
         self._lock.close()
         if self._is_temporary:
             shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Temporary directories of this user's gateways that were killed: nobody holds their locks."""
+    for path in parent.glob(f"{_TEMPORARY_PREFIX}*"):
+        with contextlib.suppress(OSError):  # no lock, or somebody's
+            status = path.lstat()
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+                continue
+            with (path / "lock").open("r+") as lock:
+                if time.time() - os.fstat(lock.fileno()).st_mtime > _SETTLED_S:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 def _space_left(directory: Path) -> str:

@@ -10,10 +10,11 @@ from types import FrameType
 import structlog
 from stepwire.process.logs import set_up_logging
 from stepwire.process.parent import end_with_parent
+from stepwire.process.tls import TlsFileError, server_credentials
 
 from gpu_worker.config import PROGRAM, WorkerSettings, parse_settings
 from gpu_worker.errors import LoadError
-from gpu_worker.listen import ListenError, read_server_credentials
+from gpu_worker.listen import ListenError
 from gpu_worker.recording import Recorder, RecordingError
 from gpu_worker.runner_api import Runner, WorkerFacts
 from gpu_worker.server import WorkerServer
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> int:
     try:
         server = _make_server(settings)
         address = server.start()
-    except (ListenError, RecordingError) as error:
+    except (ListenError, RecordingError, TlsFileError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 1
     try:
@@ -71,7 +72,7 @@ def main(argv: list[str]) -> int:
 def _make_server(settings: WorkerSettings) -> WorkerServer:
     credentials = None
     if settings.tls_cert is not None and settings.tls_key is not None:
-        credentials = read_server_credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+        credentials = server_credentials("--tls", settings.tls_cert, settings.tls_key, settings.tls_client_ca)
     recorder = None
     if settings.record is not None:
         recorder = Recorder(settings.record, model=str(settings.model or ""), flags=settings.replayable_flags())

@@ -9,8 +9,6 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-import grpc
-
 # sockaddr_un.sun_path has 108 bytes, the last one is 0.
 _MAX_UNIX_PATH_BYTES = 107
 
@@ -105,20 +103,3 @@ def _check_port_is_free(host: str, port: int) -> None:
                 else:
                     message = f"cannot listen on {host}:{port}: {error.strerror}"
                 raise ListenError(f"--listen: {message}") from error
-
-
-def read_server_credentials(cert: Path, key: Path, client_ca: Path | None) -> grpc.ServerCredentials:
-    """TLS from PEM files; with `client_ca`, mutual. Raises `ListenError`."""
-    chain, private_key = read_pem(cert, "--tls-cert"), read_pem(key, "--tls-key")
-    roots = read_pem(client_ca, "--tls-client-ca") if client_ca is not None else None
-    return grpc.ssl_server_credentials([(private_key, chain)], roots, require_client_auth=roots is not None)
-
-
-def read_pem(path: Path, flag: str) -> bytes:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ListenError(f"{flag}: cannot read {path}: {error.strerror}") from error
-    if b"-----BEGIN" not in data:
-        raise ListenError(f"{flag}: {path} is not a PEM file: it has no -----BEGIN line")
-    return data

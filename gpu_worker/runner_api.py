@@ -225,11 +225,12 @@ class UsesPauses(Protocol):
 
 
 @runtime_checkable
-class FailsByItself(Protocol):
+class EndsByItself(Protocol):
     """A runner of several processes, one of which may end while nobody asks for anything."""
 
-    def watch(self, on_failure: Callable[[str], None]) -> None:
-        """Have it told to `on_failure`, on any thread: the worker is broken then."""
+    def watch(self, on_failure: Callable[[Exception], None], on_leaving: Callable[[str], None]) -> None:
+        """Have it told to `on_failure`, on any thread: the worker is broken then. `on_leaving`: a part of it is told to
+        end, and the whole is to end in peace."""
         ...
 
 

@@ -36,7 +36,7 @@ from stepwire.v1 import worker_pb2, worker_pb2_grpc
 
 from gpu_worker.listen import ListenAddress, ListenError
 from gpu_worker.recording import Recorder
-from gpu_worker.runner_api import FailsByItself, PendingStep, Runner, SessionEnded, StepError, UsesPauses, WorkerFacts
+from gpu_worker.runner_api import EndsByItself, PendingStep, Runner, SessionEnded, StepError, UsesPauses, WorkerFacts
 from gpu_worker.session import QueuedStep, Session, StreamContext
 from gpu_worker.step_codec import PROTOCOL_VERSION, encode_facts, encode_result
 
@@ -151,8 +151,8 @@ class WorkerServer:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, _leave_to_the_loop)
         self._on_loop(self._set_serving())
-        if isinstance(runner, FailsByItself):
-            runner.watch(lambda message: self._fail("the group", RuntimeError(message)))
+        if isinstance(runner, EndsByItself):
+            runner.watch(lambda error: self._fail("the group", error), self.shut_down)
         on_ready(self._facts)
         while not isinstance(work := self._next_work(runner), _Stop):
             if isinstance(work, QueuedStep):
@@ -338,12 +338,13 @@ class WorkerServer:
             if self._has_failed:
                 session.end(grpc.StatusCode.INTERNAL, message)
             else:
-                session.end_when_answered(grpc.StatusCode.UNAVAILABLE, message)
+                session.leave(message, self._shutdown_grace_s)
             try:
                 await asyncio.wait_for(session.finished.wait(), self._shutdown_grace_s)
             except TimeoutError:
                 logger.warning(
-                    "steps are unanswered after shutdown_grace_s: they are given up", grace_s=self._shutdown_grace_s
+                    "steps are unanswered after shutdown_grace_s, or the control plane holds on: they are given up",
+                    grace_s=self._shutdown_grace_s,
                 )
                 session.end(grpc.StatusCode.UNAVAILABLE, message)
         self._is_stopping.set()
@@ -362,7 +363,7 @@ class WorkerServer:
         if self._ending is not None:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the worker is shutting down")
             return
-        session = Session(hello.session_id, self._facts, self._work.put, self._recorder)
+        session = Session(hello, self._facts, self._work.put, self._recorder)
         former, self._session = self._session, session
         if former is not None:
             former.end(grpc.StatusCode.ABORTED, f"session {hello.session_id} has taken the place of this one")

@@ -53,13 +53,15 @@ class Session:
 
     def __init__(
         self,
-        session_id: str,
+        hello: worker_pb2.SessionHello,
         facts: WorkerFacts,
         submit: Callable[[QueuedStep], None],
         recorder: Recorder | None = None,
     ) -> None:
         self._recorder = recorder
-        self.session_id = session_id
+        self.session_id = hello.session_id
+        self._understands_leaving = hello.understands_leaving
+        self._is_ready = False
         self.is_over = False
         self.finished = asyncio.Event()  # the stream is closed
         self._facts = facts
@@ -81,6 +83,17 @@ class Session:
         self._masks.clear()
         self._outbox.put_nowait(None)
         self._end.set_result((code, message))
+
+    def leave(self, message: str, serves_for_s: float) -> None:
+        """The worker is told to end: say so, and go on until the control plane has closed the stream.
+
+        One that does not understand, or waits for its session to begin, is refused more steps.
+        """
+        if not self._understands_leaving or not self._is_ready:
+            self.end_when_answered(grpc.StatusCode.UNAVAILABLE, message)
+        elif not self.is_over:
+            leaving = worker_pb2.SessionLeaving(serves_for_ns=int(serves_for_s * 1e9), reason=message)
+            self._outbox.put_nowait(worker_pb2.RunStepsResponse(leaving=leaving))
 
     def end_when_answered(self, code: grpc.StatusCode, message: str) -> None:
         """Take no more steps, and close the stream once those that were taken are answered."""
@@ -104,6 +117,7 @@ class Session:
                 instance_id = wait_until_ready.result()
                 ready = worker_pb2.SessionReady(session_id=self.session_id, instance_id=instance_id)
                 await context.write(worker_pb2.RunStepsResponse(ready=ready))
+                self._is_ready = True
                 await self._serve(context)
             code, message = self._end.result()
             if code is not grpc.StatusCode.OK:
@@ -197,7 +211,7 @@ class Session:
     async def _write(self, context: StreamContext) -> None:
         while (response := await self._outbox.get()) is not None:
             await context.write(response)
-            self._num_unanswered -= 1
+            self._num_unanswered -= response.WhichOneof("message") == "result"
             self._end_if_answered()
 
     def _end_if_answered(self) -> None:

@@ -215,17 +215,17 @@ class Engine:
         `timeout_s`. Raises `GroupError`."""
         group = self._group(number)
         self._check_others_remain(group)
-        group.is_draining = True
+        group.is_put_aside = True
         self._move_waiting(group)
         deadline = time.monotonic() + timeout_s
-        while group.num_requests and group.is_draining and time.monotonic() < deadline:
+        while group.num_requests and group.is_put_aside and time.monotonic() < deadline:
             await asyncio.sleep(_DRAIN_POLL_S)
         return not group.num_requests
 
     def resume_group(self, number: int) -> None:
         """A drained group takes requests again. Raises `GroupError`."""
         group = self._group(number)
-        group.is_draining = False
+        group.is_put_aside = False
         self._share_waiting()
 
     async def remove_group(self, number: int, timeout_s: float) -> None:
@@ -283,7 +283,7 @@ class Engine:
         groups = [group for group in self._groups if group.takes_requests]
         if not groups:
             # Nothing is lost while the workers are away: what they served before they will serve again.
-            groups = [group for group in self._groups if group.limits is not None and not group.is_draining]
+            groups = [group for group in self._groups if group.limits is not None and not group.is_put_aside]
         if not groups:
             raise _no_worker()
         fitting = [group for group in groups if group.limits is not None and _fits(request, group)]
@@ -382,7 +382,10 @@ class Engine:
         self._note_connections()
         self._share_waiting()
 
-    def on_lost(self, group: WorkerGroup, events: StepEvents) -> None:
+    def on_leaving(self, group: WorkerGroup) -> None:
+        self._move_waiting(group)
+
+    def on_gone(self, group: WorkerGroup, events: StepEvents) -> None:
         self._note_connections()
         self._move_waiting(group)
         self.publish(events)

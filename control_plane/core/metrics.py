@@ -47,6 +47,12 @@ class CoreMetrics(Collector):
             ["group"],
             registry=registry,
         )
+        self._departures = Counter(
+            "stepwire_worker_departures",
+            "Sessions that ended because the worker was told to end.",
+            ["group"],
+            registry=registry,
+        )
         self._step_seconds = LabelledHistogram(
             "stepwire_step_duration_seconds", "From sending a step to its result.", ["group"], _STEP_BUCKETS_S
         )
@@ -82,6 +88,7 @@ class CoreMetrics(Collector):
         return GroupMetrics(
             connections=self._connections.labels(group),
             losses=self._losses.labels(group),
+            departures=self._departures.labels(group),
             step_seconds=self._step_seconds.labels(group),
             step_tokens=self._step_tokens.labels(group),
             stages=tuple(self._worker_seconds.labels(group, stage) for stage in _STAGES),
@@ -91,7 +98,7 @@ class CoreMetrics(Collector):
     def forget_group(self, number: int) -> None:
         """The group has left for good: its series end."""
         group = str(number)
-        for counter in (self._connections, self._losses):
+        for counter in (self._connections, self._losses, self._departures):
             counter.remove(group)
         for histogram in (self._step_seconds, self._step_tokens):
             histogram.remove(group)
@@ -119,6 +126,7 @@ class GroupMetrics:
 
     connections: Counter
     losses: Counter
+    departures: Counter
     step_seconds: LoopHistogram
     step_tokens: LoopHistogram
     stages: tuple[LoopHistogram, ...]  # in the order of _STAGES

@@ -34,6 +34,8 @@ _RECONNECT_PAUSE_S = 0.1
 # A worker that does not fit will not fit in the next moment either.
 _REFUSED_PAUSE_S = 1.0
 _WATCHDOG_PERIOD_S = 0.25
+# How long a worker that has left may be away, and its successor load, before that is worth a warning.
+_RETURN_S = 60.0
 
 
 class GroupHost(Protocol):
@@ -47,8 +49,12 @@ class GroupHost(Protocol):
 
     def on_connected(self, group: WorkerGroup) -> None: ...
 
-    def on_lost(self, group: WorkerGroup, events: StepEvents) -> None:
-        """The worker is gone; `events` are the ends that its loss has brought."""
+    def on_leaving(self, group: WorkerGroup) -> None:
+        """The worker finishes the steps that it has and gets no more."""
+        ...
+
+    def on_gone(self, group: WorkerGroup, events: StepEvents) -> None:
+        """The worker is lost or has left; `events` are the ends that its loss has brought."""
         ...
 
     def publish(self, events: StepEvents) -> None: ...
@@ -84,7 +90,8 @@ class WorkerGroup:
         self.limits: AdmissionLimits | None = None
         # What the worker in use, or the last one, says of itself.
         self.worker: worker_pb2.DescribeResponse | None = None
-        self.is_draining = False
+        # An operator wants it to get nothing new.
+        self.is_put_aside = False
         # Why there is no worker; empty while there is one, or before the first attempt.
         self.trouble = ""
         # Set once it is known whether the worker fits: it is connected, or it was refused.
@@ -101,12 +108,22 @@ class WorkerGroup:
         self._deadline = StepDeadline(config.step_timeout_s)
         self._pump_scheduled = False
         self._is_connected = False
-        self._lost = asyncio.Event()
+        # Until when a worker that has said that it leaves answers steps, by time.monotonic.
+        self._leaves_at_s: float | None = None
+        # Until when nobody is told that the worker is away: it has left, and another one is expected in its place.
+        self._expected_until_s = 0.0
+        self._told_trouble = ""
+        self._session_is_over = asyncio.Event()
         self._log = log.bind(group=number)
 
     @property
     def is_connected(self) -> bool:
         return self._is_connected
+
+    @property
+    def is_draining(self) -> bool:
+        """It gets nothing new: an operator wants that, or its worker leaves."""
+        return self.is_put_aside or self._leaves_at_s is not None
 
     @property
     def takes_requests(self) -> bool:
@@ -124,7 +141,7 @@ class WorkerGroup:
         link: WorkerLink | None = None
         try:
             while True:
-                link = WorkerLink(self.address, self._on_result, self._on_lost)
+                link = WorkerLink(self.address, self._on_result, self._on_leaving, self._on_lost)
                 try:
                     worker = await link.connect(_CONNECT_TIMEOUT_S)
                     self._host.adopt(self, worker)
@@ -133,7 +150,7 @@ class WorkerGroup:
                     await self._complain(error)
                     continue
                 self._begin(link, worker)
-                await self._lost.wait()
+                await self._session_is_over.wait()
                 await link.close()
         finally:
             watchdog.cancel()
@@ -142,8 +159,9 @@ class WorkerGroup:
 
     async def _complain(self, error: WorkerUnavailable) -> None:
         refused = isinstance(error, WorkerRefused)
-        if str(error) != self.trouble:
-            self.trouble = str(error)
+        self.trouble = str(error)
+        if self.trouble != self._told_trouble and (refused or time.monotonic() > self._expected_until_s):
+            self._told_trouble = self.trouble
             what = "worker refused" if refused else "worker not available, trying again"
             self._log.warning(what, worker=self.address.target, reason=self.trouble)
         if refused:
@@ -152,8 +170,9 @@ class WorkerGroup:
 
     def _begin(self, link: WorkerLink, worker: worker_pb2.DescribeResponse) -> None:
         self._link, self.worker, self.trouble = link, worker, ""
+        self._told_trouble, self._expected_until_s = "", 0.0
         self._buckets = list(worker.buckets)
-        self._lost.clear()
+        self._session_is_over.clear()
         self._is_connected = True
         self.settled.set()
         self.metrics.connections.inc()
@@ -166,28 +185,57 @@ class WorkerGroup:
     def leave(self) -> None:
         """Give the worker up without blaming anybody: every sequence waits again, for another group to take."""
         self._publish()
-        self._is_connected = False
-        self.is_draining = True
-        self._link = None
-        self._in_flight.clear()
+        self._end_session()
         if self.scheduler is not None:
             self.scheduler.vacate()
+
+    def _end_session(self) -> None:
+        self._is_connected = False
+        self._link = None
+        self._leaves_at_s = None
+        self._session_is_over.set()
+        self._in_flight.clear()
+        self._deadline.forget()
+
+    def _on_leaving(self, leaving: worker_pb2.SessionLeaving) -> None:
+        """The worker has been told to end: the steps that it has are its last ones."""
+        if self._link is None or self._leaves_at_s is not None:
+            return
+        serves_for_s = leaving.serves_for_ns * 1e-9
+        self._leaves_at_s = time.monotonic() + serves_for_s
+        self._log.info(
+            "worker leaves", reason=leaving.reason, num_requests=self.num_requests, serves_for_s=round(serves_for_s, 2)
+        )
+        self._host.on_leaving(self)
+        self._leave_if_answered()
+
+    def _leave_if_answered(self) -> None:
+        if self._leaves_at_s is not None and not self._in_flight:
+            self._let_worker_go()
+
+    def _let_worker_go(self) -> None:
+        """It has said so before: whatever its last steps came to, nobody has cost it its life."""
+        self.metrics.departures.inc()
+        self.trouble = "the worker has left"
+        self._expected_until_s = time.monotonic() + _RETURN_S
+        self.leave()
+        self._host.on_gone(self, StepEvents())
 
     def _on_lost(self, reason: str) -> None:
         """Every sequence waits to be recomputed, but for those that have cost too many workers."""
         if self._link is None:
             return  # left before
-        self._is_connected = False
-        self._link = None
-        self._lost.set()
-        self._in_flight.clear()
-        self._deadline.forget()
+        if self._leaves_at_s is not None:
+            self._log.debug("the worker ended before its last steps were answered", reason=reason)
+            self._let_worker_go()
+            return
+        self._end_session()
         self.metrics.losses.inc()
         self.trouble = reason
         self._log.error("worker lost", reason=reason, num_requests=self.num_requests)
         events = self.scheduler.worker_lost() if self.scheduler is not None else StepEvents()
         self._publish()
-        self._host.on_lost(self, events)
+        self._host.on_gone(self, events)
 
     # ---- the step loop ----
 
@@ -200,7 +248,7 @@ class WorkerGroup:
     def _pump(self) -> None:
         """Fill the window of steps in flight."""
         self._pump_scheduled = False
-        if self.scheduler is None or self._link is None:
+        if self.scheduler is None or self._link is None or self._leaves_at_s is not None:
             return
         while len(self._in_flight) < max(self._config.steps_in_flight, self.scheduler.config.wanted_in_flight):
             now = time.monotonic()
@@ -254,6 +302,7 @@ class WorkerGroup:
         asyncio.get_running_loop().call_soon(self._publish)
         self.metrics.note_result(result.timings, now - step.sent_s)
         self._steps.note(step.plan, result.timings, now - step.sent_s, self.scheduler, self.number)
+        self._leave_if_answered()
 
     def _publish(self) -> None:
         """Hand on what has come, in order."""
@@ -271,6 +320,8 @@ class WorkerGroup:
             if is_idle and not checked:
                 self._check_books()
             checked = is_idle
+            if self._leaves_at_s is not None and time.monotonic() > self._leaves_at_s:
+                self._let_worker_go()
             if self._in_flight and self._link is not None:
                 step = self._in_flight[0]
                 limit_s = self._deadline.limit_s(step.plan.num_tokens)

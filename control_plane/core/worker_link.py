@@ -12,6 +12,7 @@ import grpc
 import structlog
 from grpc import aio
 from stepwire.process.connections import KEEPALIVE_OPTIONS, MESSAGE_OPTIONS, NO_PROXY_OPTIONS
+from stepwire.process.tls import Renewed
 from stepwire.v1 import worker_pb2, worker_pb2_grpc
 
 from control_plane.core.step_codec import PROTOCOL_VERSION
@@ -42,24 +43,26 @@ class WorkerAddress:
     """`target` as gRPC writes it; `credentials` for TCP with TLS, none for a unix socket or a trusted network."""
 
     target: str
-    credentials: grpc.ChannelCredentials | None = None
+    credentials: Renewed[grpc.ChannelCredentials] | None = None
 
 
 class WorkerLink:
     """One session with one worker group.
 
-    `on_result` and `on_lost` are called on the event loop; `on_lost` once, and nothing after it. One writer task and
-    one reader task own the stream: two concurrent writes would kill it, and a read that is cancelled cancels the call.
+    The callbacks are called on the event loop; `on_lost` once, and nothing after it. One writer task and one reader
+    task own the stream: two concurrent writes would kill it, and a read that is cancelled cancels the call.
     """
 
     def __init__(
         self,
         address: WorkerAddress,
         on_result: Callable[[worker_pb2.StepResult], None],
+        on_leaving: Callable[[worker_pb2.SessionLeaving], None],
         on_lost: Callable[[str], None],
     ) -> None:
         self._address = address
         self._on_result = on_result
+        self._on_leaving = on_leaving
         self._on_lost = on_lost
         self._outgoing: deque[worker_pb2.RunStepsRequest] = deque()
         self._may_write = asyncio.Event()
@@ -73,7 +76,7 @@ class WorkerLink:
         if address.credentials is None:
             self._channel = aio.insecure_channel(address.target, options=CHANNEL_OPTIONS)
         else:
-            self._channel = aio.secure_channel(address.target, address.credentials, options=CHANNEL_OPTIONS)
+            self._channel = aio.secure_channel(address.target, address.credentials.take(), options=CHANNEL_OPTIONS)
         stub = worker_pb2_grpc.WorkerServiceStub(self._channel)  # type: ignore[no-untyped-call]
         try:
             async with asyncio.timeout(timeout_s):
@@ -82,7 +85,9 @@ class WorkerLink:
                 )
                 self._call = stub.RunSteps()
                 session_id = uuid.uuid4().hex
-                hello = worker_pb2.SessionHello(session_id=session_id, protocol_version=PROTOCOL_VERSION)
+                hello = worker_pb2.SessionHello(
+                    session_id=session_id, protocol_version=PROTOCOL_VERSION, understands_leaving=True
+                )
                 await self._call.write(worker_pb2.RunStepsRequest(hello=hello))
                 answer = await self._call.read()
         except TimeoutError as error:
@@ -136,10 +141,14 @@ class WorkerLink:
             while (response := await self._call.read()) is not END_OF_STREAM:
                 if self._closed:
                     return
-                if response.WhichOneof("message") != "result":
-                    self.lose("the worker sent something that is not a step result")
+                kind = response.WhichOneof("message")
+                if kind == "result":
+                    self._on_result(response.result)
+                elif kind == "leaving":
+                    self._on_leaving(response.leaving)
+                else:
+                    self.lose("the worker sent something that is neither a step's result nor that it leaves")
                     return
-                self._on_result(response.result)
                 # The next step goes out first: asking for the next result wakes gRPC's threads, and they take the core.
                 await asyncio.sleep(0)
             code, details = await self._call.code(), await self._call.details()

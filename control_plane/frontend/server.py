@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
 from pydantic import SecretStr
 from stepwire.process.connections import KEEPALIVE_OPTIONS, MESSAGE_OPTIONS
+from stepwire.process.tls import server_credentials
 from stepwire.v1 import inference_pb2, inference_pb2_grpc
 
 from control_plane.config import ControlPlaneSettings
@@ -94,6 +95,7 @@ async def create_server(
 
     Raises:
         ListenError: an address is in use or cannot be used.
+        TlsFileError: certificate or key cannot be used.
     """
     metrics = FrontendMetrics(registry)
     intake = RequestIntake(engine, model, metrics, max_n=settings.max_n, max_preparing=settings.max_queued_requests)
@@ -158,19 +160,13 @@ def _listen_on_port(server: grpc.aio.Server, settings: ControlPlaneSettings) -> 
     host, port = settings.grpc_host, settings.grpc_port
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     check_port(host, port, "--grpc-host", "--grpc-port")
-    if settings.tls_cert is None or settings.tls_key is None:
-        try:
-            return server.add_insecure_port(address)
-        except RuntimeError as error:
-            raise ListenError(f"cannot listen on {address}: choose another with --grpc-host and --grpc-port") from error
-    credentials = _credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+    credentials = tls_credentials(settings)
     try:
+        if credentials is None:
+            return server.add_insecure_port(address)
         return server.add_secure_port(address, credentials)
     except RuntimeError as error:
-        raise ListenError(
-            f"--tls-cert {settings.tls_cert} and --tls-key {settings.tls_key} cannot be used: "
-            "give a PEM certificate chain and its private key"
-        ) from error
+        raise ListenError(f"cannot listen on {address}: choose another with --grpc-host and --grpc-port") from error
 
 
 def check_port(host: str, port: int, host_flag: str, port_flag: str) -> None:
@@ -222,21 +218,7 @@ def _check_socket_is_free(path: Path, listen: str, flag: str) -> None:
 
 
 def tls_credentials(settings: ControlPlaneSettings) -> grpc.ServerCredentials | None:
-    """None where the ports are not encrypted. Raises `ListenError`."""
+    """None where the ports are not encrypted. Raises `TlsFileError`."""
     if settings.tls_cert is None or settings.tls_key is None:
         return None
-    return _credentials(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
-
-
-def _credentials(cert: Path, key: Path, client_ca: Path | None) -> grpc.ServerCredentials:
-    def read(flag: str, path: Path) -> bytes:
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise ListenError(f"{flag} {path}: cannot be read: {error.strerror}") from error
-
-    return grpc.ssl_server_credentials(
-        [(read("--tls-key", key), read("--tls-cert", cert))],
-        root_certificates=None if client_ca is None else read("--tls-client-ca", client_ca),
-        require_client_auth=client_ca is not None,
-    )
+    return server_credentials("--tls", settings.tls_cert, settings.tls_key, settings.tls_client_ca)

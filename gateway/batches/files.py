@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import shutil
 import sqlite3
+import tempfile
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -54,6 +58,24 @@ class FileStore:
     def path(self, file_id: str) -> Path:
         return self._store.files / file_id
 
+    async def check_room(self, num_bytes: int) -> None:
+        """Raises what `create` would for a file of so many bytes, while they are still to come."""
+        await self.expire()
+        now = time.time()
+        used = await self._store.run(lambda connection: _used_bytes(connection, now)) + num_bytes
+        if used > self._max_total_bytes:
+            raise self._full(used)
+        # While it is read it lies in the temporary directory, and for a moment in both.
+        await asyncio.to_thread(_check_disks, [Path(tempfile.gettempdir()), self._store.files], num_bytes)
+
+    def _full(self, num_bytes: int) -> ApiError:
+        return ApiError(
+            413,
+            f"The files would be {num_bytes} bytes together, and at most {self._max_total_bytes} are kept "
+            "(--files-max-total-bytes): delete some.",
+            code="files_full",
+        )
+
     async def create(self, content: BinaryIO, filename: str, purpose: str) -> StoredFile:
         """Raises `ApiError` where there is no room."""
         await self.expire()
@@ -73,10 +95,7 @@ class FileStore:
             # One transaction: two that come at a time, to two processes, may not both take the last room.
             connection.execute("BEGIN IMMEDIATE")
             try:
-                others = connection.execute(
-                    "SELECT COALESCE(SUM(num_bytes), 0) FROM files WHERE expires_s IS NULL OR expires_s > ?",
-                    (file.created_s,),
-                ).fetchone()[0]
+                others = _used_bytes(connection, file.created_s)
                 if others + file.num_bytes <= self._max_total_bytes:
                     _insert(connection, file)
                 connection.execute("COMMIT")
@@ -85,16 +104,11 @@ class FileStore:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
                 raise
-            return int(others) + file.num_bytes
+            return others + file.num_bytes
 
         used = await self._store.run(write)
         if used > self._max_total_bytes:
-            raise ApiError(
-                413,
-                f"The files would be {used} bytes together, and at most {self._max_total_bytes} are kept "
-                "(--files-max-total-bytes): delete some.",
-                code="files_full",
-            )
+            raise self._full(used)
         return file
 
     async def register(self, file_id: str, filename: str, purpose: str, num_bytes: int) -> StoredFile:
@@ -146,6 +160,22 @@ def _insert(connection: sqlite3.Connection, file: StoredFile) -> None:
         "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?)",
         (file.id, file.created_s, file.expires_s, file.purpose, file.filename, file.num_bytes),
     )
+
+
+def _used_bytes(connection: sqlite3.Connection, now: float) -> int:
+    """Of files that have not expired."""
+    query = "SELECT COALESCE(SUM(num_bytes), 0) FROM files WHERE expires_s IS NULL OR expires_s > ?"
+    return int(connection.execute(query, (now,)).fetchone()[0])
+
+
+def _check_disks(directories: Sequence[Path], num_bytes: int) -> None:
+    """Raises `OSError` where so many bytes do not fit into all of them, which may lie on one disk."""
+    wanted: dict[int, int] = {}
+    for directory in directories:
+        device = directory.stat().st_dev
+        wanted[device] = wanted.get(device, 0) + num_bytes
+        if shutil.disk_usage(directory).free < wanted[device]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(directory))
 
 
 def _copy(content: BinaryIO, path: Path) -> int:

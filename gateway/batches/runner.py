@@ -32,7 +32,7 @@ from gateway.store import Store, is_storage_error
 _log = structlog.get_logger(__name__)
 
 MAX_LISTED_ERRORS = 20
-_UNFINISHED = ("validating", "in_progress", "finalizing", "cancelling")
+UNFINISHED = ("validating", "in_progress", "finalizing", "cancelling")
 # A batch as it was saved, and when another process than the runner was asked to cancel it.
 _Row = tuple[bytes, float | None]
 _SELECT = "SELECT object, batch_cancels.at_s FROM batches LEFT JOIN batch_cancels USING (id)"
@@ -116,7 +116,7 @@ class BatchRunner:
                 continue
             # It may have ended since the list was read.
             status = (await self.get(batch["id"]))["status"]
-            if status in _UNFINISHED and batch["id"] not in self._begun:
+            if status in UNFINISHED and batch["id"] not in self._begun:
                 self._begin(batch)
 
     async def _cancel_wanted(self) -> None:
@@ -206,17 +206,17 @@ class BatchRunner:
 
     async def _unfinished(self) -> list[dict[str, Any]]:
         """As they were saved."""
-        marks = ",".join("?" * len(_UNFINISHED))
+        marks = ",".join("?" * len(UNFINISHED))
 
         def read(connection: sqlite3.Connection) -> list[bytes]:
-            rows = connection.execute(f"SELECT object FROM batches WHERE status IN ({marks})", _UNFINISHED)
+            rows = connection.execute(f"SELECT object FROM batches WHERE status IN ({marks})", UNFINISHED)
             return [row[0] for row in rows]
 
         return [orjson.loads(found) for found in await self._store.run(read)]
 
     async def cancel(self, batch_id: str) -> dict[str, Any]:
         batch = await self.get(batch_id)
-        if batch["status"] not in _UNFINISHED:
+        if batch["status"] not in UNFINISHED:
             raise ApiError(409, f"The batch is {batch['status']}; only one that runs can be cancelled.")
         if not self._is_runner:
             await self._want_cancelled(batch_id)
@@ -229,7 +229,7 @@ class BatchRunner:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
             batch = await self.get(batch_id)
-        if batch["status"] in _UNFINISHED:
+        if batch["status"] in UNFINISHED:
             batch["cancelling_at"] = int(time.time())
             await self._end(batch, "cancelled")
         self._begun.discard(batch_id)
@@ -376,7 +376,7 @@ class BatchRunner:
             connection.execute("INSERT OR REPLACE INTO batches VALUES (?, ?, ?, ?)", row)
 
         await self._store.run(write)
-        if batch["status"] not in _UNFINISHED:
+        if batch["status"] not in UNFINISHED:
             self._begun.discard(batch["id"])
 
     # ---- one request ----
@@ -406,7 +406,7 @@ class BatchRunner:
 
 def _batch_of(row: _Row) -> dict[str, Any]:
     batch: dict[str, Any] = orjson.loads(row[0])
-    if row[1] is not None and batch["status"] in _UNFINISHED:
+    if row[1] is not None and batch["status"] in UNFINISHED:
         batch |= {"status": "cancelling", "cancelling_at": int(row[1])}
     return batch
 

@@ -23,6 +23,8 @@ from gateway.serving import read_body
 
 router = APIRouter(tags=["batches"])
 _STORED = error_responses(401, 404)
+# What a form may add around its file. A file that misses the limit by less is refused once it has come.
+_FORM_BYTES = 1 << 16
 Limit = Annotated[int, Query(ge=1, le=10_000)]
 
 
@@ -60,6 +62,9 @@ async def create_file(request: Request) -> Response:
     files: FileStore = request.app.state.files
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise ApiError(415, "Send the file as multipart/form-data.")
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit():
+        await files.check_room(int(announced) - _FORM_BYTES)
     try:
         form = await request.form(max_files=1, max_fields=16)
     except HTTPException as error:

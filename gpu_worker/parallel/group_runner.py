@@ -60,9 +60,9 @@ class GroupRunner:
     def describe(self) -> WorkerFacts:
         return self._facts
 
-    def watch(self, on_failure: Callable[[str], None]) -> None:
-        """Have a rank's end told to `on_failure`, on any thread."""
-        self._watch.watch(on_failure)
+    def watch(self, on_failure: Callable[[Exception], None], on_leaving: Callable[[str], None]) -> None:
+        """Have a rank's end told, on any thread."""
+        self._watch.watch(on_failure, on_leaving)
 
     def execute(self, batch: StepBatch, wait_for_mask: Callable[[], TokenMask]) -> PendingStep:
         self._send(group_pb2.RankCommand(step=encode_step(batch)))

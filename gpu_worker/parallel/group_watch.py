@@ -7,10 +7,13 @@ import sys
 import threading
 from collections.abc import Callable
 
+import structlog
 from stepwire.v1 import group_pb2
 
 from gpu_worker.config import PROGRAM
 from gpu_worker.parallel.layout import GroupError, GroupLayout
+
+log = structlog.get_logger(__name__)
 
 # How long whoever really failed has to be noticed after another rank has felt it.
 _CAUSE_GRACE_S = 1.5
@@ -28,46 +31,57 @@ class GroupWatch:
         self._changed = threading.Condition()
         self._started: set[int] = set()
         self._ready: dict[int, group_pb2.RankReady] = {}
-        self._cause: str | None = None
+        self._cause: GroupError | None = None
         self._is_over = False
-        self._on_failure: Callable[[str], None] = _end_process
+        self._on_failure: Callable[[Exception], None] = _end_process
+        self._on_leaving: Callable[[str], None] = self.fail
 
     def on_event(self, event: group_pb2.RankEvent) -> None:
         kind = event.WhichOneof("event")
-        if kind != "failure":
+        if kind == "failure":
+            self._note_failure(event.rank, event.failure)
+        elif kind == "leaving":
+            with self._changed:
+                on_leaving = self._on_leaving
+            on_leaving(f"{self._layout.describe_rank(event.rank)}: its node is told to end")
+        else:
             with self._changed:
                 if kind == "ready":
                     self._ready[event.rank] = event.ready
                 else:
                     self._started.add(event.rank)
                 self._changed.notify_all()
-            return
-        message = f"{self._layout.describe_rank(event.rank)}: {event.failure.message}"
-        if event.failure.is_consequence:
-            timer = threading.Timer(_CAUSE_GRACE_S, self.fail, [message])
+
+    def _note_failure(self, rank: int, failure: group_pb2.RankFailure) -> None:
+        message = f"{self._layout.describe_rank(rank)}: {failure.message}"
+        if failure.is_consequence:
+            timer = threading.Timer(_CAUSE_GRACE_S, self.fail, [message, failure.trace])
             timer.daemon = True
             timer.start()
         else:
-            self.fail(message)
+            self.fail(message, failure.trace)
 
-    def fail(self, message: str) -> None:
-        """The group is lost. Only the first reason counts."""
+    def fail(self, message: str, trace: str = "") -> None:
+        """The group is lost. Only the first reason counts; `trace`: where in its code the rank failed."""
         with self._changed:
             if self._cause is not None or self._is_over:
                 return
-            self._cause = message
+            cause = GroupError(message)
+            if trace:
+                cause.add_note(trace)
+            self._cause = cause
             self._changed.notify_all()
             on_failure = self._on_failure
             if on_failure is _end_process:
                 # With the lock held: the main thread, woken, would say the same once more.
-                on_failure(message)
+                on_failure(cause)
                 return
-        on_failure(message)
+        on_failure(cause)
 
-    def watch(self, on_failure: Callable[[str], None]) -> None:
+    def watch(self, on_failure: Callable[[Exception], None], on_leaving: Callable[[str], None]) -> None:
         """Whom to tell from here on."""
         with self._changed:
-            self._on_failure = on_failure
+            self._on_failure, self._on_leaving = on_failure, on_leaving
             cause = self._cause
         if cause is not None:
             on_failure(cause)
@@ -82,24 +96,26 @@ class GroupWatch:
         with self._changed:
             self._changed.wait_for(lambda: self._cause or len(self._started) == self._layout.world_size - 1)
             if self._cause is not None:
-                raise GroupError(self._cause)
+                raise self._cause
 
     def wait_ready(self) -> dict[int, group_pb2.RankReady]:
         """Block until every other rank is ready; rank -> what it says of itself. Raises `GroupError`."""
         with self._changed:
             self._changed.wait_for(lambda: self._cause or len(self._ready) == self._layout.world_size - 1)
             if self._cause is not None:
-                raise GroupError(self._cause)
+                raise self._cause
             return dict(self._ready)
 
     def explain(self, error: Exception) -> Exception:
         """The failure of another rank that `error` comes from; `error` itself if there is none."""
         with self._changed:
             self._changed.wait_for(lambda: self._cause is not None, _CAUSE_GRACE_S)
-            return error if self._cause is None else GroupError(self._cause)
+            return error if self._cause is None else self._cause
 
 
-def _end_process(message: str) -> None:
+def _end_process(error: Exception) -> None:
     """The siblings end with this process: their pipes close."""
-    print(f"{PROGRAM}: {message}", file=sys.stderr, flush=True)
+    if getattr(error, "__notes__", None):
+        log.error("a rank failed while the group formed", exc_info=error)
+    print(f"{PROGRAM}: {error}", file=sys.stderr, flush=True)
     os._exit(1)

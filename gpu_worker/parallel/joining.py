@@ -57,11 +57,18 @@ class _Relay:
         self._settings, self._host = settings, host
         self._requests: SimpleQueue[group_pb2.JoinRequest | None] = SimpleQueue()
         self._ranks = LocalRanks(lambda event: self._requests.put(group_pb2.JoinRequest(event=event)))
+        self._first_rank: int | None = None  # of this node, once it is known
+        self._is_leaving = False
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Let the group end in peace; at once by a second signal, or where there is no group yet."""
         log.info("this node leaves its group, which ends with it", signal=signal.Signals(number).name)
-        self._ranks.kill()
-        raise SystemExit(0)
+        if self._first_rank is None or self._is_leaving:
+            self._ranks.kill()
+            raise SystemExit(0)
+        self._is_leaving = True
+        event = group_pb2.RankEvent(rank=self._first_rank, leaving=group_pb2.Empty())
+        self._requests.put(group_pb2.JoinRequest(event=event))
 
     def run(self, channel: grpc.Channel) -> int:
         model = self._settings.model
@@ -102,6 +109,7 @@ class _Relay:
             place.settings = json.dumps(fields)
         log.info("this node has joined", node=assignment.node, ranks=[place.rank for place in assignment.places])
         self._ranks.start(assignment.places)
+        self._first_rank = assignment.places[0].rank
 
     def _outgoing(self) -> Iterator[group_pb2.JoinRequest]:
         while (request := self._requests.get()) is not None:
@@ -112,7 +120,9 @@ def _channel(settings: WorkerSettings, address: str) -> grpc.Channel:
     cert, key, roots = settings.group_tls_cert, settings.group_tls_key, settings.group_tls_ca
     if cert is None or key is None or roots is None:
         return grpc.insecure_channel(address, options=GROUP_OPTIONS)
-    return grpc.secure_channel(address, client_credentials("--group-tls", roots, cert, key), options=GROUP_OPTIONS)
+    return grpc.secure_channel(
+        address, client_credentials("--group-tls", roots, cert, key).take(), options=GROUP_OPTIONS
+    )
 
 
 def _own_address(address: str) -> str:

@@ -13,10 +13,11 @@ import grpc
 import stepwire
 import structlog
 from stepwire.process.connections import KEEPALIVE_OPTIONS, MESSAGE_OPTIONS, NO_PROXY_OPTIONS
+from stepwire.process.tls import TlsFileError, server_credentials
 from stepwire.v1 import group_pb2, group_pb2_grpc
 
 from gpu_worker.config import WorkerSettings
-from gpu_worker.listen import ListenAddress, ListenError, read_pem
+from gpu_worker.listen import ListenAddress, ListenError
 from gpu_worker.parallel.group_watch import GroupWatch
 from gpu_worker.parallel.layout import GroupError, GroupLayout
 from gpu_worker.parallel.model_digest import model_digest
@@ -70,7 +71,7 @@ class NodeServer(group_pb2_grpc.GroupServiceServicer):
                 self._server.add_insecure_port(address)
             else:
                 self._server.add_secure_port(address, credentials)
-        except (RuntimeError, ListenError) as error:
+        except (RuntimeError, TlsFileError) as error:
             raise GroupError(f"--group-listen {address} cannot be listened on: {error}") from error
         self._server.start()
 
@@ -163,9 +164,8 @@ class NodeServer(group_pb2_grpc.GroupServiceServicer):
 
 
 def _server_credentials(settings: WorkerSettings) -> grpc.ServerCredentials | None:
-    """Mutual TLS. Raises `ListenError`."""
+    """Mutual TLS. Raises `TlsFileError`."""
     cert, key, roots = settings.group_tls_cert, settings.group_tls_key, settings.group_tls_ca
     if cert is None or key is None or roots is None:
         return None
-    pair = (read_pem(key, "--group-tls-key"), read_pem(cert, "--group-tls-cert"))
-    return grpc.ssl_server_credentials([pair], read_pem(roots, "--group-tls-ca"), require_client_auth=True)
+    return server_credentials("--group-tls", cert, key, roots, ca_flag="--group-tls-ca")

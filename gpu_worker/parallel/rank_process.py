@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import threading
+import traceback
 from collections import deque
 from queue import SimpleQueue
 
@@ -77,8 +78,9 @@ class RankFollower:
 
 
 def main(argv: list[str]) -> int:
-    # The process that started this one decides when it ends.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The process that started this one decides when it ends, also where a signal is for all of a service's processes.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     # There is nothing to finish, and a rank that hangs or is stopped would not see its pipe close.
     end_with_parent(signal.SIGKILL)
     channel = Channel(socket.socket(fileno=int(argv[0])))
@@ -99,17 +101,14 @@ def main(argv: list[str]) -> int:
         runner, ready = load_rank_runner(settings, read_place(place))
     except (LoadError, ValueError, OSError) as error:
         log.debug("loading failed", exc_info=True)
-        return _report(channel, place.rank, str(error), is_consequence=False)
+        return _report(channel, group_pb2.RankEvent(rank=place.rank, failure=group_pb2.RankFailure(message=str(error))))
     except Exception as error:
-        log.exception("the rank could not be loaded")
-        return _report(channel, place.rank, f"{type(error).__name__}: {error}", is_consequence=True)
+        return _report(channel, _felt(place.rank, f"{type(error).__name__}: {error}"))
     channel.send(group_pb2.RankEvent(rank=place.rank, ready=ready).SerializeToString())
     try:
         RankFollower(runner, commands).run()
     except Exception as error:
-        # Most often another rank has gone and this one felt it in a collective.
-        log.warning("this rank ends", reason=f"{type(error).__name__}: {error}", exc_info=True)
-        return _report(channel, place.rank, f"a step failed: {error}", is_consequence=True)
+        return _report(channel, _felt(place.rank, f"a step failed: {type(error).__name__}: {error}"))
     return 0
 
 
@@ -126,11 +125,18 @@ def _read(channel: Channel, commands: SimpleQueue[group_pb2.RankCommand]) -> Non
             os._exit(1)
 
 
-def _report(channel: Channel, rank: int, message: str, *, is_consequence: bool) -> int:
-    failure = group_pb2.RankFailure(message=message, is_consequence=is_consequence)
+def _felt(rank: int, message: str) -> group_pb2.RankEvent:
+    """The exception being handled. Most often another rank has gone and this one felt it in a collective: rank 0 knows,
+    and whether anybody wants to see where in the code that was."""
+    log.warning("this rank ends", reason=message)
+    failure = group_pb2.RankFailure(message=message, is_consequence=True, trace=traceback.format_exc())
+    return group_pb2.RankEvent(rank=rank, failure=failure)
+
+
+def _report(channel: Channel, event: group_pb2.RankEvent) -> int:
     with contextlib.suppress(ChannelClosed):
-        channel.send(group_pb2.RankEvent(rank=rank, failure=failure).SerializeToString())
-    if is_consequence:
+        channel.send(event.SerializeToString())
+    if event.failure.is_consequence:
         # Whoever really failed is to be seen first: until then the pipe stays open.
         threading.Event().wait(10.0)
     return 1

@@ -251,6 +251,16 @@ def test_a_cpu_worker_keeps_its_compiled_kernels() -> None:
     assert kernel_cache in owned.split(), "a volume takes its owner from the image's directory"
 
 
+@each_profile
+def test_what_the_gateway_stores_outlives_its_container(profile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gateway = process_services(profile)["gateway"]
+    directory = settings_of(gateway, monkeypatch).data_dir
+    assert directory is not None and gateway["volumes"] == [f"gateway-data:{directory}"]
+    image = (DOCKER / "gateway.Dockerfile").read_text()
+    owned = next(line for line in image.splitlines() if "install --directory --owner 10001" in line)
+    assert str(directory) in owned.split(), "a volume takes its owner from the image's directory"
+
+
 def test_two_gpus_are_shared_by_one_group_or_dealt_to_two() -> None:
     def gpus(service: dict[str, Any]) -> list[str]:
         [device] = service["deploy"]["resources"]["reservations"]["devices"]

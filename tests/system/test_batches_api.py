@@ -165,6 +165,37 @@ async def test_a_batch_survives_the_death_of_the_gateway_and_of_the_control_plan
     assert (await results(client, batch.output_file_id)).keys() == {f"r{number}" for number in range(60)}
 
 
+async def test_what_a_killed_gateway_leaves_is_removed_by_the_next(client: AsyncOpenAI, batching: Stack) -> None:
+    """Half an upload goes; what is a file's, a running batch's or somebody else's stays."""
+    files = Path(batching.gateway_flags[1]) / "files"
+    kept = await client.files.create(file=("a.txt", b"abc"), purpose="user_data")
+    batch = await begin(client, [line(number, max_tokens=40, ignore_eos=True) for number in range(20)])
+    async with asyncio.timeout(120):
+        while (await client.batches.retrieve(batch.id)).request_counts.completed < 5:
+            await asyncio.sleep(POLL_S)
+    with batching.paused():
+        batching.kill("gateway")
+        before = {path.name for path in files.iterdir()}
+        # As kill -9 leaves them between a file's first byte and its place among the files.
+        orphans = [files / f"file-{number:032x}" for number in range(2)]
+        strangers = [files / name for name in ("notes.txt", "file-short", f"file-{'A' * 32}")]
+        for path in (*orphans, *strangers):
+            path.write_bytes(b"half")
+    batching.start("gateway")
+    batching.wait_ready()
+    assert not any(path.exists() for path in orphans)
+    assert all(path.exists() for path in strangers)
+    assert before <= {path.name for path in files.iterdir()}
+    assert (await client.files.content(kept.id)).content == b"abc"
+    ended_batch = await ended(client, batch.id)
+    assert (await results(client, ended_batch.output_file_id)).keys() == {f"r{number}" for number in range(20)}
+    (told,) = [text for text in batching.logs().splitlines() if "has left unfinished" in text]
+    assert "num_bytes=8 num_files=2" in told
+    for path in strangers:
+        path.unlink()
+    await client.files.delete(kept.id)
+
+
 async def test_files_are_kept_deleted_and_bounded(client: AsyncOpenAI, batching: Stack) -> None:
     file = await client.files.create(file=("a.txt", b"\x00\xffabc"), purpose="user_data")
     assert (await client.files.content(file.id)).content == b"\x00\xffabc"

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import grpc
@@ -66,6 +67,74 @@ def test_connections_are_limited_by_the_hard_limit_alone(apart: Stack, name: str
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     apart.wait_ready()
     assert resource.prlimit(apart.processes[name].pid, resource.RLIMIT_NOFILE) == (hard, hard)
+
+
+@contextmanager
+def few_files(stack: Stack, name: str, limit: int) -> Iterator[list[socket.socket]]:
+    """A process that may have so many descriptors, and clients that hold all that it gives away and ask for more."""
+    process = stack.processes[name]
+    before = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (limit, before[1]))
+    address = ("127.0.0.1", stack.port if name == "gateway" else stack.grpc_port)
+    with ExitStack() as clients:
+        yield [clients.enter_context(socket.create_connection(address, timeout=LIMIT_S)) for _ in range(limit + 50)]
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, before)
+
+
+def told_of_files(stack: Stack, name: str) -> list[str]:
+    log = (stack.directory / f"{name}.log").read_text()
+    return [line for line in log.splitlines() if "no file descriptor is left" in line]
+
+
+def test_a_gateway_with_too_many_connections_still_says_that_it_lives(apart: Stack) -> None:
+    with few_files(apart, "gateway", 160):
+        # Visits that say nothing are over soon, and those that ask have their answer.
+        for path, status in (("/health", 200), ("/ready", 200), ("/metrics", 200), ("/v1/models", 503)):
+            answers: list[httpx.Response] = []
+
+            def is_answered(path: str = path, answers: list[httpx.Response] = answers) -> bool:
+                with suppress(httpx.TransportError):
+                    answers.append(httpx.get(f"{apart.url}{path}", timeout=LIMIT_S))
+                return bool(answers)
+
+            wait_until(is_answered, LIMIT_S, apart.logs)
+            (answer,) = answers
+            assert (answer.status_code, answer.headers["connection"]) == (status, "close")
+        assert error_of(answer)["code"] == "too_many_connections"
+    (line,) = told_of_files(apart, "gateway")
+    assert "limit=160" in line and "ulimit -Hn" in line
+    wait_until(lambda: httpx.get(f"{apart.url}/v1/models").status_code == 200, LIMIT_S, apart.logs)
+
+
+def test_the_metrics_page_outlives_the_last_descriptor(apart: Stack) -> None:
+    with few_files(apart, "control_plane", 100):
+        wait_until(lambda: bool(told_of_files(apart, "control_plane")), LIMIT_S, apart.logs)
+        for _ in range(5):
+            assert "stepwire_open_requests" in apart.control_plane_page()
+        # What is connected goes on.
+        assert httpx.post(f"{apart.url}{CHAT}", json=BODY, timeout=120).status_code == 200
+    (line,) = told_of_files(apart, "control_plane")
+    assert "limit=100" in line and "ulimit -Hn" in line
+    with grpc.insecure_channel(apart.grpc_address) as channel:
+        grpc.channel_ready_future(channel).result(LIMIT_S)
+
+
+@pytest.mark.parametrize(("limit", "is_told"), [(1000, True), (5000, False)])
+def test_a_limit_below_what_is_promised_is_told_at_the_start(apart: Stack, limit: int, is_told: bool) -> None:
+    """4096 requests at a time is the default; the limit is the hard one."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("STEPWIRE_")}
+    environment["PYTHONPATH"] = os.pathsep.join(str(ROOT / source) for source in (".", "proto"))
+    command = f"ulimit -n {limit} && exec {sys.executable} -m gateway --port 0 --control-plane {apart.grpc_address}"
+    with subprocess.Popen(["sh", "-c", command], env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if "listening" in line:
+                break
+        process.terminate()
+        process.stderr.read()
+    assert any("few file descriptors" in line and f"limit={limit} " in line for line in lines) == is_told
 
 
 NO_CERTIFICATE = __file__

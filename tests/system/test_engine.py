@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
@@ -46,10 +48,13 @@ def request(number: int, max_tokens: int = 40) -> CoreRequest:
     return CoreRequest(f"r{number}", prompt, SamplingParams(seed=number), max_tokens=max_tokens)
 
 
-@pytest.fixture
-async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
-    flags = ["--runner=simulated", f"--listen=unix:{tmp_path}/w.sock", "--exit-with-parent"]
-    worker = subprocess.Popen([sys.executable, "-m", "gpu_worker", *flags], cwd=ROOT)
+def start_worker(directory: Path, *flags: str) -> subprocess.Popen[bytes]:
+    own = ["--runner=simulated", f"--listen=unix:{directory}/w.sock", "--exit-with-parent"]
+    return subprocess.Popen([sys.executable, "-m", "gpu_worker", *own, *flags], cwd=ROOT)
+
+
+@asynccontextmanager
+async def running_engine(tmp_path: Path) -> AsyncIterator[Engine]:
     engine = Engine([WorkerAddress(f"unix:{tmp_path}/w.sock")], EngineConfig(), CoreMetrics(CollectorRegistry()))
     running = asyncio.create_task(engine.run())
     try:
@@ -59,8 +64,15 @@ async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
-        worker.terminate()
-        worker.wait()
+
+
+@pytest.fixture
+async def engine(tmp_path: Path) -> AsyncIterator[Engine]:
+    worker = start_worker(tmp_path)
+    async with running_engine(tmp_path) as engine:
+        yield engine
+    worker.terminate()
+    worker.wait()
 
 
 async def test_an_output_that_cannot_be_delivered_ends_its_request_alone(engine: Engine) -> None:
@@ -78,3 +90,29 @@ async def test_nothing_is_left_to_drain_after_the_last_cancel(engine: Engine, tm
     engine.submit(request(0, max_tokens=4000), Sink())
     engine.cancel("r0")
     assert await engine.drain(120.0)
+
+
+@pytest.mark.parametrize(("number", "is_suspect"), [(signal.SIGTERM, False), (signal.SIGKILL, True)])
+async def test_nobody_is_suspected_where_workers_are_told_to_end(
+    tmp_path: Path, number: signal.Signals, is_suspect: bool
+) -> None:
+    """Two workers in a row, each in the middle of a request's steps; what is lost that often is suspected."""
+    slow, sink = "--sim-step-ms=300", Sink()
+    worker = start_worker(tmp_path, slow)
+    async with running_engine(tmp_path) as engine, asyncio.timeout(120):
+        (group,) = engine.groups
+        engine.submit(request(0, max_tokens=20), sink)
+        for _ in range(2):
+            while group.scheduler is None or group.scheduler.num_in_flight == 0:
+                await asyncio.sleep(0.02)
+            worker.send_signal(number)
+            await engine.wait_lost()
+            await asyncio.to_thread(worker.wait)
+            worker = start_worker(tmp_path, slow)
+            await engine.wait_connected()
+        assert group.scheduler is not None
+        assert (group.scheduler.num_suspects > 0) == is_suspect
+        assert group.metrics.losses._value.get() == 2 * is_suspect
+        assert await sink.end is None and len(sink.token_ids) == 20
+    worker.kill()
+    worker.wait()

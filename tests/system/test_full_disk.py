@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import subprocess
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from tests.system.conftest import LIMIT_S, Stack, wait_until
 from tests.system.http_streams import BODY, CHAT
 
 DISK_BYTES = 2 << 20
+FILES_BYTES = 3 << 20
 NUM_LINES = 20
 
 
@@ -38,6 +40,19 @@ def fill(file: Path) -> None:
             filling.write(bytes(4096))
 
 
+def announce(stack: Stack, num_bytes: int) -> tuple[int, str]:
+    """What an upload is told of which nothing has come but its length."""
+    connection = http.client.HTTPConnection("127.0.0.1", stack.port, timeout=LIMIT_S)
+    connection.putrequest("POST", "/v1/files")
+    connection.putheader("content-type", "multipart/form-data; boundary=x")
+    connection.putheader("content-length", str(num_bytes))
+    connection.endheaders()
+    with connection.getresponse() as answer:
+        told = answer.status, json.load(answer)["error"]["code"]
+    connection.close()
+    return told
+
+
 def batch_lines() -> bytes:
     body = {"model": "tiny", "prompt": "x", "max_tokens": 8}
     lines = ({"custom_id": str(n), "method": "POST", "url": "/v1/completions", "body": body} for n in range(NUM_LINES))
@@ -46,10 +61,11 @@ def batch_lines() -> bytes:
 
 def test_a_full_disk(tiny_model: Path, disk: Path) -> None:
     data = disk / "data"
+    flags = ["--data-dir", str(data), "--files-max-total-bytes", str(FILES_BYTES)]
     with (
-        Stack(tiny_model, worker_flags=["--sim-step-ms", "2"], gateway_flags=["--data-dir", str(data)]) as stack,
+        Stack(tiny_model, worker_flags=["--sim-step-ms", "2"], gateway_flags=flags) as stack,
         openai.OpenAI(base_url=f"{stack.url}/v1", api_key="none", max_retries=0, timeout=LIMIT_S) as client,
-        httpx.Client(base_url=stack.url, timeout=LIMIT_S) as http,
+        httpx.Client(base_url=stack.url, timeout=LIMIT_S) as rest,
     ):
         kept = client.responses.create(model="tiny", input="hi", max_output_tokens=4)
         uploaded = client.files.create(file=("lines.jsonl", batch_lines()), purpose="batch")
@@ -69,18 +85,20 @@ def test_a_full_disk(tiny_model: Path, disk: Path) -> None:
         contents = sorted(path.name for path in (data / "files").iterdir())
         too_large = {"file": ("large.jsonl", bytes(DISK_BYTES), "application/jsonl")}
         refused = [
-            http.post("/v1/files", files=too_large, data={"purpose": "batch"}),
-            *(http.post("/v1/responses", json={"input": "hi" * 2000, "background": later}) for later in (False, True)),
+            rest.post("/v1/files", files=too_large, data={"purpose": "batch"}),
+            *(rest.post("/v1/responses", json={"input": "hi" * 2000, "background": later}) for later in (False, True)),
         ]
         for answer in refused:
             assert (answer.status_code, answer.json()["error"]["code"]) == (507, "storage_unusable")
             assert answer.headers["x-should-retry"] == "false"
+        for num_bytes, told in ((FILES_BYTES - (1 << 18), (507, "storage_unusable")), (8 << 20, (413, "files_full"))):
+            assert announce(stack, num_bytes) == told
         assert sorted(path.name for path in (data / "files").iterdir()) == contents
-        streamed = http.post("/v1/responses", json={"input": "hi" * 2000, "stream": True, "max_output_tokens": 4})
+        streamed = rest.post("/v1/responses", json={"input": "hi" * 2000, "stream": True, "max_output_tokens": 4})
         assert "response.completed" in streamed.text or "response.incomplete" in streamed.text
-        assert http.post(CHAT, json=BODY).status_code == 200
+        assert rest.post(CHAT, json=BODY).status_code == 200
         assert client.responses.retrieve(kept.id).status == kept.status
-        assert http.get("/ready").status_code == 200
+        assert rest.get("/ready").status_code == 200
 
         (disk / "fill").unlink()
         wait_until(lambda: client.batches.retrieve(batch.id).status == "completed", LIMIT_S, stack.logs)

@@ -173,18 +173,28 @@ def test_a_port_in_use_is_one_line_and_code_1(stack: Stack) -> None:
     assert f"port {stack.port}" in result.stderr and "--port" in result.stderr
 
 
-def test_tls_on_both_sides(tiny_model: Path, tmp_path: Path) -> None:
-    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+def make_certificate(cert: Path, key: Path) -> None:
+    """One that is its own authority: who trusts it trusts no other."""
     make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1 -subj /CN=localhost"
     files = ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
     subprocess.run([*make.split(), *files], check=True, capture_output=True)
+
+
+def test_tls_on_both_sides_and_renewed(tiny_model: Path, tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    make_certificate(cert, key)
     trust = ssl.create_default_context(cafile=str(cert))
-    with Stack(tiny_model, control_plane_flags=["--tls-cert", str(cert), "--tls-key", str(key)]) as stack:
+    pair, worker_port = ["--tls-cert", str(cert), "--tls-key", str(key)], free_port()
+    worker = f"127.0.0.1:{worker_port}"
+    with Stack(
+        tiny_model,
+        worker_flags=["--listen", worker, *pair],
+        control_plane_flags=["--workers", worker, "--worker-tls-ca", str(cert), *pair],
+    ) as stack:
         stack.kill("gateway", signal.SIGTERM)
         port = free_port()
         flags = ["--port", str(port), "--control-plane", stack.grpc_address, "--control-plane-tls-ca", str(cert)]
-        flags += ["--tls-cert", str(cert), "--tls-key", str(key)]
-        stack.gateway_flags = flags
+        stack.gateway_flags = [*flags, *pair]
         stack.start("gateway")
 
         def is_ready() -> bool:
@@ -196,6 +206,32 @@ def test_tls_on_both_sides(tiny_model: Path, tmp_path: Path) -> None:
         wait_until(is_ready, LIMIT_S, stack.logs)
         answer = httpx.post(f"https://127.0.0.1:{port}{CHAT}", json=BODY, verify=trust, timeout=120)
         assert answer.status_code == 200
+
+        with httpx.Client(verify=trust, timeout=120, base_url=f"https://127.0.0.1:{port}") as connected:
+            assert connected.get("/health").status_code == 200
+            former = cert.read_bytes()
+            make_certificate(tmp_path / "new.pem", tmp_path / "new.key")
+            (tmp_path / "new.key").replace(key)
+            # Half of a renewal: the former pair is still shown.
+            assert shows(stack.grpc_port) == shows(port) == former
+            (tmp_path / "new.pem").replace(cert)
+            assert shows(stack.grpc_port) == shows(port) == shows(worker_port) == cert.read_bytes() != former
+            assert connected.get("/health").status_code == 200, "what is connected goes on"
+        trust = ssl.create_default_context(cafile=str(cert))
+        assert httpx.post(f"https://127.0.0.1:{port}{CHAT}", json=BODY, verify=trust, timeout=120).status_code == 200
+
+        # Who trusts the new one alone comes back to a server that shows it.
+        for server in ("worker", "control_plane"):
+            stack.kill(server, signal.SIGKILL)
+            wait_until(lambda: not is_ready(), LIMIT_S, stack.logs)
+            stack.start(server)
+            wait_until(is_ready, LIMIT_S, stack.logs)
+        assert httpx.post(f"https://127.0.0.1:{port}{CHAT}", json=BODY, verify=trust, timeout=120).status_code == 200
+
+
+def shows(port: int) -> bytes:
+    """The certificate that a server shows to a new connection, as its file has it."""
+    return ssl.get_server_certificate(("127.0.0.1", port), timeout=LIMIT_S).encode()
 
 
 def test_a_unix_socket(patient: Stack) -> None:

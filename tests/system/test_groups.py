@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import signal
 from collections.abc import Coroutine, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from stepwire.v1 import admin_pb2
 
+from tests.system.conftest import STOP_LIMIT_S
+from tests.system.standing_still import standing_still
 from tests.system.worker_groups import VOCAB_SIZE, Stream, WorkerGroups
 
 GENERATED = "stepwire_generation_tokens_total"
@@ -63,7 +66,7 @@ async def test_sixteen_streams_outlive_a_group_which_then_works_again(said_alone
     async with WorkerGroups(2, worker_flags=SLOW_STEPS).running() as groups:
         running = asyncio.gather(*streams(groups, wanted, 60))
         await groups.wait_for(lambda: min(groups.metric(GENERATED, group) for group in (0, 1)) > 100)
-        groups.kill_worker(1)
+        groups.end_worker(1, signal.SIGKILL)
         # Not one of them waits for the worker to come back: there is nobody who starts it.
         assert tokens_of(await running) == expected
         await groups.wait_for(lambda: groups.metric("stepwire_worker_losses_total", 1) == 1)
@@ -76,6 +79,72 @@ async def test_sixteen_streams_outlive_a_group_which_then_works_again(said_alone
         assert tokens_of(await asyncio.gather(*streams(groups, wanted, 60))) == expected
         assert groups.metric(GENERATED, 1) > before, "it takes work again"
         assert groups.metric("stepwire_kv_blocks_in_use") == 0
+
+
+def assert_left_quietly(groups: WorkerGroups, num_departures: int) -> None:
+    """Not one worker was lost, and the control plane has said one line about each that left."""
+    assert groups.metric("stepwire_worker_losses_total") == 0
+    assert groups.metric("stepwire_worker_departures_total") == num_departures
+    log = groups.log_of("control_plane")
+    assert log.count("worker leaves") == num_departures, log
+    ready = log.index("ready")
+    assert "warning" not in log[ready:] and "error" not in log[ready:], log
+
+
+async def test_sixteen_streams_go_on_where_a_worker_is_told_to_end(said_alone: list[list[int]]) -> None:
+    wanted, expected = PROMPTS, [tokens[:60] for tokens in said_alone]
+    async with WorkerGroups(2, worker_flags=SLOW_STEPS).running() as groups:
+        running = asyncio.gather(*streams(groups, wanted, 60))
+        await groups.wait_for(lambda: min(groups.metric(GENERATED, group) for group in (0, 1)) > 100)
+        assert groups.end_worker(1, signal.SIGTERM) == 0
+        await groups.wait_connected(1)
+        assert groups.metric("stepwire_requests_running", 1) == 0
+        assert tokens_of(await running) == expected
+        assert groups.metric("stepwire_group_draining") == 0, "what comes back takes work again"
+        before = groups.metric(GENERATED, 1)
+        groups.start_worker(1)
+        await groups.wait_connected(2)
+        assert tokens_of(await asyncio.gather(*streams(groups, wanted, 60))) == expected
+        assert groups.metric(GENERATED, 1) > before
+        assert_left_quietly(groups, 1)
+
+
+async def test_streams_wait_for_the_successor_of_the_only_worker(said_alone: list[list[int]]) -> None:
+    wanted, expected = PROMPTS[:8], [tokens[:60] for tokens in said_alone[:8]]
+    async with WorkerGroups(1, worker_flags=SLOW_STEPS).running() as groups:
+        running = asyncio.gather(*streams(groups, wanted[:7], 60))
+        for num_tokens in (50, 150, 250):
+            await groups.wait_for(lambda: groups.metric(GENERATED) > num_tokens)  # noqa: B023  waited for at once
+            assert groups.end_worker(0, signal.SIGTERM) == 0
+            if num_tokens == 50:
+                await groups.wait_connected(0)
+                late = asyncio.create_task(groups.generate(wanted[7], seed=7, max_tokens=60))
+                await groups.wait_open(8)
+            groups.start_worker(0)
+            await groups.wait_connected(1)
+        assert tokens_of([*await running, await late]) == expected
+        assert_left_quietly(groups, 3)
+
+
+async def test_a_group_drains_until_the_last_steps_of_its_worker_are_answered(said_alone: list[list[int]]) -> None:
+    flags = ("--sim-step-ms=5000", "--shutdown-grace-s=100")
+    async with WorkerGroups(1, worker_flags=flags).running() as groups:
+        running = asyncio.create_task(groups.generate(PROMPTS[0], seed=0, max_tokens=20))
+        await groups.wait_for(lambda: groups.metric("stepwire_steps_in_flight") == 2)
+        worker = groups.processes["worker 0"]
+        worker.send_signal(signal.SIGTERM)
+        await groups.wait_for(lambda: "worker leaves" in groups.log_of("control_plane"))
+        with standing_still([worker]):
+            assert groups.metric("stepwire_group_draining") == 1 == groups.metric("stepwire_worker_connected")
+            late = asyncio.create_task(groups.generate(PROMPTS[1], seed=1, max_tokens=20))
+            await groups.wait_open(2)  # accepted: there is going to be another worker
+        await groups.wait_connected(0)
+        assert worker.wait(STOP_LIMIT_S) == 0
+        assert groups.metric("stepwire_group_draining") == 0
+        assert groups.metric(GENERATED) == 2, "what was sent was computed, and no more"
+        groups.start_worker(0, "--sim-step-ms=0")
+        assert tokens_of([await running, await late]) == [tokens[:20] for tokens in said_alone[:2]]
+        assert_left_quietly(groups, 1)
 
 
 async def test_groups_join_drain_and_leave_while_streams_run(said_alone: list[list[int]]) -> None:

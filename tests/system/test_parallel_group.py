@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,12 +18,13 @@ import psutil
 import pytest
 import stepwire
 import torch
-from stepwire.v1 import group_pb2, group_pb2_grpc
+from stepwire.v1 import group_pb2, group_pb2_grpc, worker_pb2
 
 from gpu_worker.config import WorkerSettings
 from gpu_worker.parallel.frames import Channel
 from gpu_worker.parallel.local_ranks import RANK_MODULE
 from gpu_worker.parallel.model_digest import model_digest
+from gpu_worker.parallel.process_group import StoreServer
 from gpu_worker.runner import FinishedStep, TorchRunner
 from gpu_worker.runner_api import StepBatch, TokenMask, WorkerFacts
 from load_tests.cpu_worker.step_driver import StepDriver, greedy, sampling
@@ -147,8 +148,9 @@ def test_a_rank_of_another_version_or_model(
         assert all(word in said for word in words), said
 
 
-def test_a_store_that_cannot_be_reached(llama: Path) -> None:
-    """A rank by itself, with a place whose store nobody listens at."""
+@contextlib.contextmanager
+def rank_alone() -> Iterator[tuple[subprocess.Popen[bytes], Channel]]:
+    """A rank by itself, and the pipe by which it is commanded."""
     ours, theirs = socket.socketpair()
     with theirs:
         rank = subprocess.Popen(
@@ -156,9 +158,53 @@ def test_a_store_that_cannot_be_reached(llama: Path) -> None:
             pass_fds=(theirs.fileno(),),
             cwd=REPOSITORY,
             env={"PYTHONPATH": ".:proto:kernels"},
+            stderr=subprocess.PIPE,
         )
     try:
-        channel = Channel(ours)
+        yield rank, Channel(ours)
+    finally:
+        rank.kill()
+        rank.wait()
+        if rank.stderr is not None:
+            rank.stderr.close()
+
+
+def begin(channel: Channel, place: group_pb2.RankPlace) -> None:
+    for command in (group_pb2.RankCommand(place=place), group_pb2.RankCommand(form=group_pb2.Empty())):
+        channel.send(command.SerializeToString())
+    assert channel.receive(group_pb2.RankEvent).WhichOneof("event") == "started"
+
+
+def test_a_rank_that_fails_says_where_and_logs_one_line(llama: Path) -> None:
+    """Whether anybody wants to see the trace is for the first rank to know."""
+    store = StoreServer("127.0.0.1")
+    place = group_pb2.RankPlace(
+        tensor_parallel_size=1,
+        stage_layers=[3],
+        num_local_ranks=1,
+        store_address=store.address,
+        host="127.0.0.1",
+        timeout_s=LIMIT_S,
+        settings=f'{{"model": "{llama}", "device": "cpu", "cpu_kv_cache_gib": 0.01, "num_threads": 1}}',
+    )
+    with rank_alone() as (rank, channel):
+        begin(channel, place)
+        assert channel.receive(group_pb2.RankEvent).WhichOneof("event") == "ready"
+        broken = worker_pb2.StepBatch(step_id=1, run_rows=b"123")
+        channel.send(group_pb2.RankCommand(step=broken).SerializeToString())
+        failure = channel.receive(group_pb2.RankEvent).failure
+        assert failure.is_consequence and failure.message.startswith("a step failed: StepError: ")
+        assert failure.trace.startswith("Traceback") and "rank_process.py" in failure.trace
+        channel.close()
+        assert rank.wait(LIMIT_S) == 1
+        assert rank.stderr is not None
+        logged = rank.stderr.read().decode()
+        assert logged.count("this rank ends") == 1 and "Traceback" not in logged
+
+
+def test_a_store_that_cannot_be_reached(llama: Path) -> None:
+    """A place whose store nobody listens at."""
+    with rank_alone() as (rank, channel):
         place = group_pb2.RankPlace(
             rank=1,
             tensor_parallel_size=2,
@@ -169,18 +215,13 @@ def test_a_store_that_cannot_be_reached(llama: Path) -> None:
             timeout_s=1.0,
             settings=f'{{"model": "{llama}", "device": "cpu"}}',
         )
-        for command in (group_pb2.RankCommand(place=place), group_pb2.RankCommand(form=group_pb2.Empty())):
-            channel.send(command.SerializeToString())
-        assert channel.receive(group_pb2.RankEvent).WhichOneof("event") == "started"
+        begin(channel, place)
         failure = channel.receive(group_pb2.RankEvent).failure
         assert not failure.is_consequence
         assert f"rank 1 (tensor-parallel rank 1 of 2) cannot reach its group's store at {place.store_address}" in (
             failure.message
         )
         assert rank.wait(LIMIT_S) == 1
-    finally:
-        rank.kill()
-        rank.wait()
 
 
 def test_a_rank_that_is_killed_while_it_loads(llama: Path, tmp_path: Path) -> None:
@@ -312,7 +353,9 @@ def test_two_machines_with_mutual_tls(llama: Path, tmp_path: Path) -> None:
                     assert [row.tokens for row in actual.rows.values()] == [
                         row.tokens for row in expected.rows.values()
                     ]
-                first.send_signal(signal.SIGTERM)
+                # The node that only relays is told to end: the group does so in peace.
+                second.send_signal(signal.SIGTERM)
+                assert "rank 1 (stage 1 of 2): its node is told to end" in first.wait_for_event("told to end")["event"]
                 assert first.wait_for_exit() == 0
                 assert second.wait_for_exit() == 0
 

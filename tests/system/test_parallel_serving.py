@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -56,6 +59,11 @@ def ranks_of(launched: Launched) -> list[psutil.Process]:
     return [process for process in launched.children() if RANK_MODULE in " ".join(process.cmdline())]
 
 
+def entries(launched: Launched) -> list[dict[str, Any]]:
+    """Of its log, as JSON."""
+    return [json.loads(line) for line in launched.read().splitlines() if line.startswith("{")]
+
+
 @pytest.fixture(scope="module")
 def tiny_mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("models") / "mixture"
@@ -93,21 +101,34 @@ def test_one_rank_gives_the_tokens_of_its_runner(tiny_mixture: Path, tokens_of_o
 def test_two_by_two_ranks_give_the_tokens_of_one_and_survive_the_loss_of_one(
     tiny_mixture: Path, tokens_of_one_rank: list[dict[int, list]]
 ) -> None:
-    """Two stages of two ranks that hold different experts; kill -9 of the last rank in the middle of 16 streams."""
+    """Two stages of two ranks that hold different experts. In the middle of 16 streams all four are told to end, and in
+    the middle of 16 others the last rank gets a kill -9."""
     parallel = ("--tensor-parallel-size=2", "--pipeline-parallel-size=2", "--enable-expert-parallel")
-    with Launched(tiny_mixture, *FLAGS, *parallel, pool(40, 7680)) as launched:
-        assert len(ranks_of(launched)) == 3
-        first_group = ranks_of(launched)
+    with Launched(tiny_mixture, *FLAGS, *parallel, pool(40, 7680), "--log-format=json") as launched:
 
-        async def disturbed() -> list[dict[int, list]]:
+        async def disturbed(disturb: Callable[[], None]) -> list[dict[int, list]]:
+            before = launched.metric("stepwire_generation_tokens_total")
             streams = asyncio.create_task(sixteen_streams(launched, NUM_TOKENS))
-            while launched.metric("stepwire_generation_tokens_total") < 200:
+            while launched.metric("stepwire_generation_tokens_total") < before + 200:
                 assert not streams.done(), "over before the rank was lost"
                 await asyncio.sleep(0.05)
-            first_group[-1].kill()
+            disturb()
             return await streams
 
-        assert asyncio.run(disturbed()) == tokens_of_one_rank
+        left = [launched.child("gpu_worker"), *ranks_of(launched)]
+        assert len(left) == 4
+        num_before = len(entries(launched))
+        # As a service manager does: everybody at once, the first process last.
+        assert asyncio.run(disturbed(lambda: [process.terminate() for process in reversed(left)])) == tokens_of_one_rank
+        assert launched.metric("stepwire_worker_losses_total") == 0
+        assert launched.metric("stepwire_worker_departures_total") == 1
+        wait_until(lambda: not any(process.is_running() for process in left), what="the end of the group that left")
+        loud = [entry for entry in entries(launched)[num_before:] if entry["level"] != "info"]
+        assert not loud, loud
+
+        first_group = ranks_of(launched)
+        assert len(first_group) == 3
+        assert asyncio.run(disturbed(first_group[-1].kill)) == tokens_of_one_rank
         assert launched.metric("stepwire_preemptions_total") > 0
         assert launched.metric("stepwire_prefix_cache_hits_total") > 0
         wait_until(lambda: launched.metric("stepwire_worker_losses_total") == 1, what="the loss to be counted")
@@ -116,6 +137,8 @@ def test_two_by_two_ranks_give_the_tokens_of_one_and_survive_the_loss_of_one(
         assert len(ranks_of(launched)) == 3
         assert "rank 3 (stage 1 of 2, tensor-parallel rank 1 of 2)" in launched.read()
         assert "SIGKILL" in launched.read()
+        felt = [entry for entry in entries(launched) if entry["event"] == "this rank ends"]
+        assert not any("exception" in entry for entry in felt), "the first rank knows why, and says it"
         left = ranks_of(launched)
         assert launched.stop(signal.SIGTERM) == 0
     assert not any(process.is_running() for process in left)

@@ -62,10 +62,11 @@ class WorkerGroups:
     def is_listening(self, name: int | str) -> bool:
         return (self.directory / f"{name}.sock").exists()
 
-    def kill_worker(self, name: int | str) -> None:
+    def end_worker(self, name: int | str, number: signal.Signals) -> int:
+        """Its exit code; negative where the signal ended it."""
         process = self.processes.pop(f"worker {name}")
-        process.send_signal(signal.SIGKILL)
-        process.wait(STOP_LIMIT_S)
+        process.send_signal(number)
+        return process.wait(STOP_LIMIT_S)
 
     def paused(self) -> AbstractContextManager[None]:
         """All workers stand still in the block: what is asked meanwhile is accepted and waits."""
@@ -131,6 +132,9 @@ class WorkerGroups:
             return read_sample(page.text, name)
         except (LookupError, httpx.TransportError):
             return 0.0
+
+    def log_of(self, name: str) -> str:
+        return (self.directory / f"{name}.log").read_text()
 
     def logs(self) -> str:
         return "\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in self.directory.glob("*.log"))

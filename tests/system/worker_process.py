@@ -133,16 +133,24 @@ class WorkerClient:
         response = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=TIMEOUT_S)
         return str(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
 
-    def open(self, session_id: str = "a-session", *, protocol_version: int = PROTOCOL_VERSION) -> WorkerSession:
+    def open(
+        self,
+        session_id: str = "a-session",
+        *,
+        protocol_version: int = PROTOCOL_VERSION,
+        understands_leaving: bool = False,
+    ) -> WorkerSession:
         """A stream whose hello is sent; its answer is not yet read."""
         session = WorkerSession(self.stub)
-        hello = worker_pb2.SessionHello(session_id=session_id, protocol_version=protocol_version)
+        hello = worker_pb2.SessionHello(
+            session_id=session_id, protocol_version=protocol_version, understands_leaving=understands_leaving
+        )
         session.send(worker_pb2.RunStepsRequest(hello=hello))
         return session
 
-    def start(self, session_id: str = "a-session") -> WorkerSession:
+    def start(self, session_id: str = "a-session", *, understands_leaving: bool = False) -> WorkerSession:
         """A stream whose session is ready."""
-        session = self.open(session_id)
+        session = self.open(session_id, understands_leaving=understands_leaving)
         assert session.receive().ready.session_id == session_id
         return session
 

@@ -92,16 +92,18 @@ class Empty(_message.Message):
     def __init__(self) -> None: ...
 
 class RankEvent(_message.Message):
-    __slots__ = ("rank", "ready", "failure", "started")
+    __slots__ = ("rank", "ready", "failure", "started", "leaving")
     RANK_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
     STARTED_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
     rank: int
     ready: RankReady
     failure: RankFailure
     started: Empty
-    def __init__(self, rank: _Optional[int] = ..., ready: _Optional[_Union[RankReady, _Mapping]] = ..., failure: _Optional[_Union[RankFailure, _Mapping]] = ..., started: _Optional[_Union[Empty, _Mapping]] = ...) -> None: ...
+    leaving: Empty
+    def __init__(self, rank: _Optional[int] = ..., ready: _Optional[_Union[RankReady, _Mapping]] = ..., failure: _Optional[_Union[RankFailure, _Mapping]] = ..., started: _Optional[_Union[Empty, _Mapping]] = ..., leaving: _Optional[_Union[Empty, _Mapping]] = ...) -> None: ...
 
 class RankReady(_message.Message):
     __slots__ = ("device", "block_bytes")
@@ -112,9 +114,11 @@ class RankReady(_message.Message):
     def __init__(self, device: _Optional[str] = ..., block_bytes: _Optional[int] = ...) -> None: ...
 
 class RankFailure(_message.Message):
-    __slots__ = ("message", "is_consequence")
+    __slots__ = ("message", "is_consequence", "trace")
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     IS_CONSEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    TRACE_FIELD_NUMBER: _ClassVar[int]
     message: str
     is_consequence: bool
-    def __init__(self, message: _Optional[str] = ..., is_consequence: _Optional[bool] = ...) -> None: ...
+    trace: str
+    def __init__(self, message: _Optional[str] = ..., is_consequence: _Optional[bool] = ..., trace: _Optional[str] = ...) -> None: ...

@@ -117,20 +117,24 @@ class RunStepsRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[SessionHello, _Mapping]] = ..., step: _Optional[_Union[StepBatch, _Mapping]] = ..., mask: _Optional[_Union[TokenMask, _Mapping]] = ...) -> None: ...
 
 class RunStepsResponse(_message.Message):
-    __slots__ = ("ready", "result")
+    __slots__ = ("ready", "result", "leaving")
     READY_FIELD_NUMBER: _ClassVar[int]
     RESULT_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
     ready: SessionReady
     result: StepResult
-    def __init__(self, ready: _Optional[_Union[SessionReady, _Mapping]] = ..., result: _Optional[_Union[StepResult, _Mapping]] = ...) -> None: ...
+    leaving: SessionLeaving
+    def __init__(self, ready: _Optional[_Union[SessionReady, _Mapping]] = ..., result: _Optional[_Union[StepResult, _Mapping]] = ..., leaving: _Optional[_Union[SessionLeaving, _Mapping]] = ...) -> None: ...
 
 class SessionHello(_message.Message):
-    __slots__ = ("session_id", "protocol_version")
+    __slots__ = ("session_id", "protocol_version", "understands_leaving")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    UNDERSTANDS_LEAVING_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     protocol_version: int
-    def __init__(self, session_id: _Optional[str] = ..., protocol_version: _Optional[int] = ...) -> None: ...
+    understands_leaving: bool
+    def __init__(self, session_id: _Optional[str] = ..., protocol_version: _Optional[int] = ..., understands_leaving: _Optional[bool] = ...) -> None: ...
 
 class SessionReady(_message.Message):
     __slots__ = ("session_id", "instance_id")
@@ -139,6 +143,14 @@ class SessionReady(_message.Message):
     session_id: str
     instance_id: str
     def __init__(self, session_id: _Optional[str] = ..., instance_id: _Optional[str] = ...) -> None: ...
+
+class SessionLeaving(_message.Message):
+    __slots__ = ("serves_for_ns", "reason")
+    SERVES_FOR_NS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    serves_for_ns: int
+    reason: str
+    def __init__(self, serves_for_ns: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class StepBatch(_message.Message):
     __slots__ = ("step_id", "bucket", "drop_rows", "add", "run_rows", "run_start_positions", "run_num_tokens", "run_samples", "run_num_new_blocks", "new_block_ids", "mask_rows")

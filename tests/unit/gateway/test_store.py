@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 import sqlite3
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,6 +51,40 @@ def test_a_directory_is_one_gateways_with_all_its_processes(tmp_path: Path) -> N
         Store(tmp_path)
     with opened(tmp_path):
         pass
+
+
+OPEN_FOREVER = """
+import time
+from gateway.store import Store
+store = Store(None)
+print(store.directory, flush=True)
+time.sleep(600)
+"""
+
+
+def test_temporary_directories_of_killed_gateways_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    command, environment = [sys.executable, "-c", OPEN_FOREVER], {"TMPDIR": str(tmp_path)}
+    other = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
+    try:
+        assert other.stdout is not None
+        directory = Path(other.stdout.readline().decode().strip())
+        assert directory.parent == tmp_path
+        (directory / "files" / "file-1").write_text("left")
+        made_s = (directory / "lock").stat().st_mtime
+        strange = tmp_path / "stepwire-gateway-strange"
+        strange.mkdir()
+        for is_alive, age_s, is_left in ((True, 3600, True), (False, 0, True), (False, 3600, False)):
+            if not is_alive:
+                other.kill()
+                other.wait()
+            os.utime(directory / "lock", (made_s - age_s, made_s - age_s))
+            Store(None).close()
+            assert directory.exists() == is_left
+        assert strange.exists()
+    finally:
+        other.kill()
+        other.wait()
 
 
 async def test_a_process_fails_what_its_earlier_life_was_at_and_nothing_else(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gpu_worker.listen import ListenAddress, ListenError, read_server_credentials
+from gpu_worker.listen import ListenAddress, ListenError
 
 
 @pytest.mark.parametrize(
@@ -90,12 +90,3 @@ def test_a_used_port_is_named() -> None:
 def test_a_host_that_is_not_this_machine() -> None:
     with pytest.raises(ListenError, match=r"cannot listen on 192\.0\.2\.1:50061"):
         ListenAddress(host="192.0.2.1", port=50061).claim()
-
-
-def test_tls_files_are_read_by_name(tmp_path: Path) -> None:
-    (tmp_path / "cert").write_text("not a certificate")
-    with pytest.raises(ListenError, match=r"--tls-cert: .*cert is not a PEM file"):
-        read_server_credentials(tmp_path / "cert", tmp_path / "key", None)
-    (tmp_path / "cert").write_text("-----BEGIN CERTIFICATE-----")
-    with pytest.raises(ListenError, match=r"--tls-key: cannot read .*key: No such file"):
-        read_server_credentials(tmp_path / "cert", tmp_path / "key", None)

@@ -223,7 +223,9 @@ def test_the_hello_is_checked(shared: WorkerProcess, visitor: WorkerClient) -> N
     assert code == grpc.StatusCode.FAILED_PRECONDITION
     assert "speaks version 2 of the worker contract and this worker version 1" in message
     assert visitor.open("").end() == (grpc.StatusCode.INVALID_ARGUMENT, "hello.session_id is empty")
-    silent = visitor.open()
+    replaced = visitor.open("replaced")
+    # Streams have no order among one another: its hello could come after those of the others, and end them.
+    shared.wait_for_event("session begins")
     first = visitor.start("first")
     for request, text in (
         (worker_pb2.RunStepsRequest(hello=worker_pb2.SessionHello(session_id="x")), "a second hello"),
@@ -233,7 +235,7 @@ def test_the_hello_is_checked(shared: WorkerProcess, visitor: WorkerClient) -> N
         session.send(request)
         code, message = session.end()
         assert code == grpc.StatusCode.INVALID_ARGUMENT and text in message
-    assert first.end()[0] == silent.end()[0] == grpc.StatusCode.ABORTED
+    assert first.end()[0] == replaced.end()[0] == grpc.StatusCode.ABORTED
 
 
 def test_a_stream_must_begin_with_a_hello(shared: WorkerProcess, visitor: WorkerClient) -> None:
@@ -279,9 +281,40 @@ def test_a_signal_lets_queued_steps_finish(tmp_path: Path, number: signal.Signal
         assert runner_events(worker)[-1] == "close" and "execute 4" not in runner_events(worker)
 
 
-def test_a_signal_does_not_wait_for_ever(tmp_path: Path) -> None:
+def test_a_control_plane_that_understands_is_told_and_closes_the_stream(tmp_path: Path) -> None:
+    with start(tmp_path, "--shutdown-grace-s=100") as worker, WorkerClient(f"unix:{tmp_path}/w.sock") as client:
+        session = client.start(understands_leaving=True)
+        session.step(ordered(1, mask_rows=(0,)))
+        worker.wait_for_event("execute 1")
+        worker.send_signal(signal.SIGTERM)
+        leaving = session.receive().leaving
+        assert leaving.reason == "the worker got SIGTERM and is shutting down" and leaving.serves_for_ns == 10**11
+        # It was on its way when the worker spoke: it is answered like any other.
+        session.step(ordered(2))
+        session.mask(1, TokenMask(rows=uint32([0]), bitmask=np.array([[1, 2]], dtype=np.uint32)))
+        assert [session.result().step_id, session.result().step_id] == [1, 2]
+        assert client.open("another").end() == (grpc.StatusCode.UNAVAILABLE, "the worker is shutting down")
+        assert worker.process.poll() is None, "it waits for the control plane"
+        session.call.cancel()
+        assert worker.wait_for_exit() == 0
+        assert runner_events(worker)[-2:] == ["result 2", "close"]
+
+
+def test_a_session_that_has_not_begun_is_not_told(worker: WorkerProcess, client: WorkerClient) -> None:
+    first = client.start("first", understands_leaving=True)
+    first.step(ordered(1, script.LATE_RESULT))
+    worker.wait_for_event("execute 1")
+    second = client.open("second", understands_leaving=True)
+    assert first.end()[0] == grpc.StatusCode.ABORTED
+    worker.send_signal(signal.SIGTERM)
+    assert second.end() == (grpc.StatusCode.UNAVAILABLE, "the worker got SIGTERM and is shutting down")
+    assert worker.wait_for_exit() == 0
+
+
+@pytest.mark.parametrize("understands_leaving", [False, True])
+def test_a_signal_does_not_wait_for_ever(tmp_path: Path, understands_leaving: bool) -> None:
     with start(tmp_path, "--shutdown-grace-s=0.2") as worker, WorkerClient(f"unix:{tmp_path}/w.sock") as client:
-        session = client.start()
+        session = client.start(understands_leaving=understands_leaving)
         session.step(ordered(1, mask_rows=(0,)))  # its mask never comes
         worker.wait_for_event("execute 1")
         worker.send_signal(signal.SIGTERM)

@@ -21,6 +21,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 from prometheus_client import CollectorRegistry
 from pydantic import SecretStr
+from stepwire.process.tls import TlsFileError
 from stepwire.v1 import inference_pb2 as pb
 from stepwire.v1 import inference_pb2_grpc as pb_grpc
 
@@ -576,8 +577,8 @@ async def test_tls(model: ServedModel, tmp_path: Path) -> None:
         await server.stop(0)
 
     key.write_text("damaged")
-    with pytest.raises(ListenError, match="--tls-key"):
+    with pytest.raises(TlsFileError, match="--tls-key"):
         await create_server(settings, ScriptedEngine(), model, CollectorRegistry())
     key.unlink()
-    with pytest.raises(ListenError, match="cannot be read"):
+    with pytest.raises(TlsFileError, match="--tls-key: cannot read"):
         await create_server(settings, ScriptedEngine(), model, CollectorRegistry())
