@@ -20,7 +20,7 @@ import time
 import uuid
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import TypeVar
 
@@ -47,6 +47,9 @@ SERVICE_NAME = worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name
 SWITCH_INTERVAL_S = 1e-4
 # How long a thread that does not end may hold up the end of the process.
 _LAST_RESORT_S = 3.0
+# How long nothing must have come, and nothing been under way, for a pause. Between two steps of one stream there are
+# gaps as well; what a runner does in those, the next step waits for.
+_PAUSE_S = 0.05
 
 _LAST_CALLS_S = 0.5
 _LOADING = "the worker is still loading its model"
@@ -117,6 +120,9 @@ class WorkerServer:
         self._session: Session | None = None
         self._work: SimpleQueue[QueuedStep | _Reset | _Stop] = SimpleQueue()
         self._launched: SimpleQueue[_Launched | threading.Event | _Stop] = SimpleQueue()
+        # Counted by the main thread and by the completion thread.
+        self._num_launched = self._num_completed = 0
+        self._last_work_s = float("-inf")
         self._ending: asyncio.Task[None] | None = None  # set once, on the loop
         self._is_stopping = threading.Event()
         self._signal_receiver, self._signal_sender = socket.socketpair()
@@ -190,13 +196,28 @@ class WorkerServer:
             self._loop_thread.join(_LAST_RESORT_S)
 
     def _next_work(self, runner: Runner) -> QueuedStep | _Reset | _Stop:
-        if isinstance(runner, UsesPauses):
+        work = self._use_pause(runner) if isinstance(runner, UsesPauses) else None
+        if work is None:
+            work = self._work.get()
+        self._last_work_s = time.monotonic()
+        return work
+
+    def _use_pause(self, runner: UsesPauses) -> QueuedStep | _Reset | _Stop | None:
+        """Let the runner prepare until work comes; None: there is no more to prepare."""
+        while not self._has_failed:
+            is_under_way = self._num_launched != self._num_completed
+            has_lasted = not is_under_way and time.monotonic() - self._last_work_s >= _PAUSE_S
             try:
-                while self._work.empty() and not self._has_failed and runner.idle():
-                    pass
+                return self._work.get_nowait() if has_lasted else self._work.get(timeout=_PAUSE_S)
+            except Empty:
+                if not has_lasted:
+                    continue
+            try:
+                if not runner.idle():
+                    break
             except Exception as error:
                 self._fail("preparing for steps to come", error)
-        return self._work.get()
+        return None
 
     def _launch(self, runner: Runner, step: QueuedStep) -> None:
         session, step_id = step.session, step.batch.step_id
@@ -213,6 +234,7 @@ class WorkerServer:
         except Exception as error:
             self._fail(f"step {step_id} of session {session.session_id}", error)
         else:
+            self._num_launched += 1
             self._launched.put(_Launched(step, pending, queue_ns))
 
     def _reset(self, runner: Runner, reset: _Reset) -> None:
@@ -262,6 +284,7 @@ class WorkerServer:
                 launched.set()
             elif not self._has_failed:
                 self._complete(launched)
+                self._num_completed += 1
 
     def _complete(self, launched: _Launched) -> None:
         session = launched.step.session

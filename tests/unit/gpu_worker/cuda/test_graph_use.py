@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,21 +97,46 @@ def test_pauses_capture_every_shape_once_unless_a_step_is_in_flight(llama_dir: P
     assert not runner.idle()
 
 
+class _Pausing:
+    """Ends the server's wait in its third pause."""
+
+    def __init__(self, server: WorkerServer) -> None:
+        self.server, self.num_calls = server, 0
+
+    def has_pause_work(self) -> bool:
+        return True
+
+    def idle(self) -> bool:
+        self.num_calls += 1
+        if self.num_calls == 3:
+            self.server._work.put(_Stop())
+        return True
+
+
 def test_the_server_gives_pauses_to_a_runner_that_uses_them() -> None:
-    class Pausing:
-        def __init__(self, server: WorkerServer) -> None:
-            self.server, self.num_calls = server, 0
-
-        def has_pause_work(self) -> bool:
-            return True
-
-        def idle(self) -> bool:
-            self.num_calls += 1
-            if self.num_calls == 3:
-                self.server._work.put(_Stop())
-            return True
-
     server = WorkerServer("127.0.0.1:0")
-    runner: Any = Pausing(server)
+    runner: Any = _Pausing(server)
+    assert isinstance(server._next_work(runner), _Stop)
+    assert runner.num_calls == 3
+
+
+@pytest.mark.parametrize("what", ["work came a moment ago", "a step is under way"])
+def test_a_gap_between_steps_is_no_pause(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = WorkerServer("127.0.0.1:0")
+    runner: Any = _Pausing(server)
+    server._work.put(_Stop())
+    assert isinstance(server._next_work(runner), _Stop)
+    if what == "a step is under way":
+        monkeypatch.setattr("gpu_worker.server._PAUSE_S", 0.01)
+        server._num_launched += 1
+    else:
+        monkeypatch.setattr("gpu_worker.server._PAUSE_S", 3600.0)
+    timer = threading.Timer(0.2, server._work.put, [_Stop()])
+    timer.start()
+    assert isinstance(server._next_work(runner), _Stop)
+    assert runner.num_calls == 0
+    # The pause comes once the step is answered and nothing has come for long enough.
+    server._num_completed = server._num_launched
+    monkeypatch.setattr("gpu_worker.server._PAUSE_S", 0.01)
     assert isinstance(server._next_work(runner), _Stop)
     assert runner.num_calls == 3
