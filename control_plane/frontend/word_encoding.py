@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import string
 from array import array
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -93,7 +93,7 @@ class WordEncoder:
             for keys, found in plans
         ]
 
-    def _encode_new(self, new: Mapping[str, Sequence[str]], again: Set[str]) -> dict[str, bytes]:
+    def _encode_new(self, new: Mapping[str, Sequence[str]], again: set[str]) -> dict[str, bytes]:
         """Ids of each key; of its words, those that are met again are known afterwards."""
         if not new:
             return {}
