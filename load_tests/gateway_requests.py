@@ -127,7 +127,7 @@ class Bench:
         set_up_logging(settings)
         self._app = create_app(settings)
         self._session = _Session()
-        config = uvicorn.Config(self._app, http=BodyWritingProtocol, ws="none", log_config=None, access_log=False)
+        config = uvicorn.Config(self._app, http=BodyWritingProtocol, ws="none", log_config=None, proxy_headers=False)
         config.load()
         self._protocol = BodyWritingProtocol(config, ServerState(), {}, asyncio.get_running_loop())
         self._socket = _Socket()
