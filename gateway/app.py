@@ -24,6 +24,7 @@ from gateway.batches.orphans import remove_orphans
 from gateway.batches.runner import BatchRunner
 from gateway.client import ControlPlaneClient
 from gateway.config import GatewaySettings
+from gateway.direct_routes import DirectRoutes, ErrorHandler
 from gateway.errors import ApiError
 from gateway.messages.errors import error_body
 from gateway.metrics import GatewayMetrics
@@ -82,6 +83,8 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        # Nothing here records spans; to know that, the framework would read the environment for each request.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.metrics = metrics
     app.state.lifecycle = lifecycle
@@ -119,11 +122,8 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         app.include_router(resource.router)
     if settings.console:
         app.include_router(console.router)
-    app.add_exception_handler(RequestValidationError, _answer_wrong_parameter)
-    app.add_exception_handler(ApiError, _answer_api_error)
-    app.add_exception_handler(HTTPException, _answer_http_exception)
-    for kind in (sqlite3.OperationalError, OSError):
-        app.add_exception_handler(kind, _answer_unusable_storage)
+    for kind, handler in _error_handlers().items():
+        app.add_exception_handler(kind, handler)
     app.add_exception_handler(Exception, _answer_unexpected)
     return app
 
@@ -151,7 +151,20 @@ def _middleware(settings: GatewaySettings, lifecycle: Lifecycle, metrics: Gatewa
     stack.append(Middleware(ApiKeyMiddleware, keys=ApiKeys(settings.api_keys)))
     limits = {"/v1/files": settings.files_max_bytes}
     stack.append(Middleware(BodyLimitMiddleware, max_body_bytes=settings.max_body_bytes, larger=limits))
+    answered = [resource.router for resource in (chat, completions, messages, responses, pooling, tokens)]
+    stack.append(Middleware(DirectRoutes, routers=answered, handlers=_error_handlers()))
     return stack
+
+
+def _error_handlers() -> dict[type[Exception], ErrorHandler]:
+    """What is answered to a request that an endpoint, or routing, has ended with an error."""
+    return {
+        RequestValidationError: _answer_wrong_parameter,
+        ApiError: _answer_api_error,
+        HTTPException: _answer_http_exception,
+        sqlite3.OperationalError: _answer_unusable_storage,
+        OSError: _answer_unusable_storage,
+    }
 
 
 async def _answer_api_error(request: Request, error: Exception) -> Response:

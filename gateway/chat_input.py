@@ -34,11 +34,12 @@ _EFFORTS = {
 def read_chat_input(body: ChatCompletionBody) -> inference_pb2.ChatInput:
     """Raises `ApiError` with the field named."""
     chat = inference_pb2.ChatInput(
-        messages=[_message(index, message) for index, message in enumerate(body.messages)],
         tools=[_tool(index, tool) for index, tool in enumerate(body.tools or ())],
         continue_final_message=bool(body.continue_final_message),
         no_generation_prompt=body.add_generation_prompt is False and not body.continue_final_message,
     )
+    for index, message in enumerate(body.messages):
+        _add_message(chat, index, message)
     choice = read_tool_choice(body.tool_choice, [tool.function.name for tool in body.tools or ()])
     if choice is not None:
         chat.tool_choice.CopyFrom(choice)
@@ -118,16 +119,18 @@ def _template_arguments(arguments: dict[str, Any]) -> Struct:
     return message
 
 
-def _message(index: int, message: ChatMessage) -> inference_pb2.ChatMessage:
+def _add_message(chat: inference_pb2.ChatInput, index: int, message: ChatMessage) -> None:
+    """In place: given to a constructor, a message with its text would be written out and read again."""
     check_message_fields(index, message.model_extra)
-    return inference_pb2.ChatMessage(
+    added = chat.messages.add(
         role=message.role,
         name=message.name or "",
-        content=[inference_pb2.ContentPart(text=text) for text in content_texts(index, message)],
         tool_calls=[_tool_call(index, position, call) for position, call in enumerate(message.tool_calls or ())],
         tool_call_id=message.tool_call_id or "",
         reasoning=message.reasoning or message.reasoning_content or "",
     )
+    for text in content_texts(index, message):
+        added.content.add(text=text)
 
 
 def _tool_call(index: int, position: int, call: MessageToolCall) -> inference_pb2.ToolCall:

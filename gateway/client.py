@@ -141,12 +141,17 @@ class ControlPlaneClient:
         generation = Generation(
             Mailbox(len(requests), num_samples, stream=stream), range(tags[0], tags[-1] + 1), renames or {}, self
         )
-        timeout = None if timeout_s is None else _duration(timeout_s)
         traceparent = current_traceparent()
         for prompt, (tag, request) in enumerate(zip(tags, requests, strict=True)):
             self._running[tag] = (generation, prompt)
-            message = inference_pb2.SessionGenerate(request=request, timeout=timeout, traceparent=traceparent)
-            self._outgoing.put_nowait(inference_pb2.SessionRequest(tag=tag, generate=message))
+            message = inference_pb2.SessionRequest(tag=tag)
+            # Given to a constructor, a message would be written out and read again.
+            message.generate.request.CopyFrom(request)
+            if timeout_s is not None:
+                message.generate.timeout.CopyFrom(_duration(timeout_s))
+            if traceparent:
+                message.generate.traceparent = traceparent
+            self._outgoing.put_nowait(message)
         return generation
 
     def cancel(self, tags: range) -> None:
@@ -342,7 +347,9 @@ class ControlPlaneClient:
                     self._fail(generation, prompt, response.error)
                 elif generation.mailbox.put(prompt, response):
                     del running[tag]
-            # Streams are written before the writer's turn comes: it says that we have room for the next message.
+            # Answers are written before the writer's turn comes, whole ones and last events too, which their own tasks
+            # write: it says that we have room for the next message.
+            await asyncio.sleep(0)
             outgoing.put_nowait(_RECEIPT)
 
     def _hand_on_ids(self, packed: inference_pb2.PackedTokenIds) -> None:

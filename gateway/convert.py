@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from stepwire.v1 import inference_pb2
 
@@ -21,7 +21,6 @@ DEFAULT_COMPLETION_TOKENS = 16
 MAX_TOKEN_ID = 2**32 - 1
 
 Prompt = str | list[int]
-_Message = TypeVar("_Message")
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +140,7 @@ def _generation(
     structured_output, renames = read_structured_output(body)
     request = inference_pb2.GenerateRequest(
         model=body.model or "",
-        sampling=_with_set_fields(
-            inference_pb2.SamplingParams,
+        sampling=_set_fields(
             temperature=body.temperature,
             top_p=body.top_p,
             # -1 is vLLM's other spelling of "keep all".
@@ -156,8 +154,7 @@ def _generation(
             allowed_token_ids=body.allowed_token_ids,
             bad_words=body.bad_words,
         ),
-        stop=_with_set_fields(
-            inference_pb2.StopConditions,
+        stop=_set_fields(
             max_tokens=max_tokens,
             min_tokens=body.min_tokens,
             stop=read_stop(body.stop),
@@ -166,8 +163,7 @@ def _generation(
             include_stop_string=body.include_stop_str_in_output,
         ),
         n=body.n,
-        output=_with_set_fields(
-            inference_pb2.OutputOptions,
+        output=_set_fields(
             logprobs=num_top_logprobs,
             token_ids=body.return_token_ids,
             special_tokens=None if body.skip_special_tokens is None else not body.skip_special_tokens,
@@ -183,8 +179,9 @@ def _generation(
     return request, dict(renames)
 
 
-def _with_set_fields(message_type: type[_Message], **fields: Any) -> _Message:
-    return message_type(**{name: value for name, value in fields.items() if value is not None})
+def _set_fields(**fields: Any) -> dict[str, Any]:
+    """For a constructor that makes a message of them: given one, it would write it out and read it again."""
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def read_stop(stop: Any) -> list[str] | None:

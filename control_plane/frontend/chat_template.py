@@ -11,7 +11,7 @@ import jinja2
 
 from control_plane.frontend.errors import RequestRefused, Violation
 from control_plane.frontend.model_files import ModelFilesError
-from control_plane.frontend.template_sandbox import ChatTemplateEnvironment, TemplateRefusal, time_limit
+from control_plane.frontend.template_sandbox import ChatTemplateEnvironment, TemplateRefusal
 from control_plane.frontend.template_traits import find_traits
 
 Message = dict[str, Any]
@@ -36,7 +36,8 @@ class ChatTemplate:
                 f"the chat template has {len(source)} characters; at most {MAX_TEMPLATE_CHARS} are read."
             )
         try:
-            self._template = ChatTemplateEnvironment().from_string(source)
+            self._environment = ChatTemplateEnvironment()
+            self._template = self._environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise ModelFilesError(
                 f"the chat template is not valid jinja, line {error.lineno}: {error.message}. "
@@ -128,7 +129,7 @@ class ChatTemplate:
         parts: list[str] = []
         num_chars = 0
         try:
-            with time_limit(self._time_limit_s):
+            with self._environment.time_limit(self._time_limit_s):
                 for part in self._template.generate({**arguments, **own}):
                     parts.append(part)
                     num_chars += len(part)

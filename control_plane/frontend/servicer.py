@@ -62,6 +62,9 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
             await refuse(context, error)
         try:
             with client_may_leave():
+                # A turn for the plan, one for the writer of its step: the worker waits for that, and nobody for this.
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
                 await _stream(output, wake, context)
         finally:
             # The client went away, its deadline passed, or the stream broke; nothing happens after the last message.

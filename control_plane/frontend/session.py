@@ -66,6 +66,8 @@ class SessionStream:
             while True:
                 await self._wake.wait()
                 self._wake.clear()
+                # A step that a new request is part of is written first: the worker waits for it, and nobody for this.
+                await asyncio.sleep(0)
                 while (self._ready or self._refused or self._packed.has_any()) and self._may_write():
                     self._num_outstanding += 1
                     await self._context.write(self._collect())

@@ -57,6 +57,8 @@ class SpecialTextGuard:
         if self._begins is None:
             return text
         text = self._begins.sub(lambda match: self._stand_in[match[0]], text)
+        if self._stand_in.keys().isdisjoint(text[-self._max_prefix :]):
+            return text
         for length in range(1, min(self._max_prefix, len(text)) + 1):
             if text[-length:] in self._prefixes:
                 text = f"{text[:-length]}{self._stand_in[text[-length]]}{text[len(text) - length + 1 :]}"

@@ -7,13 +7,13 @@ away what reaches outside of that; what is added here stops a template that neve
 from __future__ import annotations
 
 import json
+import math
 import re
-import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
-from types import FrameType
 from typing import Any, NoReturn
 
 import jinja2
@@ -32,8 +32,6 @@ MAX_INTEGER_BITS = 4096
 
 _LONG_NUMBER = re.compile(r"\d{6}")
 _WIDTH_FROM_ARGUMENT = re.compile(r"%[^%a-zA-Z]*\*|\{[^{}]*[:!][^{}]*\{")
-
-_COMPILED_FILE_NAME = "<template>"
 
 
 class TemplateLimitError(jinja2.TemplateError):
@@ -65,6 +63,38 @@ class _BoundedCodeGenerator(CodeGenerator):
             self.write("), ")
         self.write("))")
 
+    def visit_For(self, node: nodes.For, frame: Frame) -> None:
+        """A loop that lets nothing pass `if` is one statement and no body."""
+        if node.test is not None:
+            look = nodes.Call(nodes.EnvironmentAttribute("may_go_on"), [], [], None, None)
+            node.test = nodes.And(look, node.test)
+        super().visit_For(node, frame)
+
+    def blockvisit(self, block: Iterable[nodes.Node], frame: Frame) -> None:
+        """A look at the clock before every statement, and in blocks without any: see `time_limit`."""
+        self.writeline("environment.may_go_on()")
+        for number, node in enumerate(_single_statements(block)):
+            if number:
+                self.writeline("environment.may_go_on()")
+            super().blockvisit((node,), frame)
+
+
+def _single_statements(block: Iterable[nodes.Node]) -> Iterator[nodes.Node]:
+    """Each expression that a template prints as a statement of its own: jinja makes one of all between two tags."""
+    for node in block:
+        if isinstance(node, nodes.Output):
+            for printed in node.nodes:
+                yield nodes.Output([printed], lineno=printed.lineno)
+        else:
+            yield node
+
+
+class _Deadline(threading.local):
+    """When the template that this thread is rendering has to have ended, by the monotonic clock, and after how long."""
+
+    at_s = math.inf
+    limit_s = math.inf
+
 
 class _GenerationBlock(Extension):
     """`{% generation %}...{% endgeneration %}` marks what an assistant says, for training; here it is just its body."""
@@ -91,6 +121,27 @@ class ChatTemplateEnvironment(ImmutableSandboxedEnvironment):
         for name in ("center", "indent", "wordwrap", "format", "replace", "join", "batch", "slice"):
             self.filters[name] = _bounded_filter(name, self.filters[name])
         self.filters["tojson"] = _tojson
+        self._deadline = _Deadline()
+
+    @contextmanager
+    def time_limit(self, seconds: float) -> Iterator[None]:
+        """Raise `TemplateLimitError` in a template of this thread that is still running after so long.
+
+        A thread cannot be stopped from outside, so a compiled template looks at the clock before each of its
+        statements; within one it can do no more than some operations on values of bounded size. (To trace its lines
+        instead costs as much as rendering it, and since Python 3.12 every other thread a part of its speed.)
+        """
+        self._deadline.at_s, self._deadline.limit_s = time.monotonic() + seconds, seconds
+        try:
+            yield
+        finally:
+            self._deadline.at_s = math.inf
+
+    def may_go_on(self) -> bool:
+        """True; raises `TemplateLimitError` behind the deadline."""
+        if time.monotonic() > self._deadline.at_s:
+            raise TemplateLimitError(f"the chat template was still running after {self._deadline.limit_s:g} s")
+        return True
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         _check_binop(operator, left, right)
@@ -115,31 +166,6 @@ class ChatTemplateEnvironment(ImmutableSandboxedEnvironment):
             return formatted(*args, **kwargs)
 
         return bounded
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise `TemplateLimitError` in a template of this thread that is still running after so long.
-
-    A thread cannot be stopped from outside, so the deadline is looked at whenever a line of the compiled template
-    begins; between two lines a template can do no more than one operation on values of bounded size.
-    """
-    deadline = time.monotonic() + seconds
-
-    def on_line(frame: FrameType, event: str, argument: object) -> Any:
-        if time.monotonic() > deadline:
-            raise TemplateLimitError(f"the chat template was still running after {seconds:g} s")
-        return on_line
-
-    def on_call(frame: FrameType, event: str, argument: object) -> Any:
-        return on_line if frame.f_code.co_filename == _COMPILED_FILE_NAME else None
-
-    previous = sys.gettrace()
-    sys.settrace(on_call)
-    try:
-        yield
-    finally:
-        sys.settrace(previous)
 
 
 def _raise_exception(message: object) -> NoReturn:

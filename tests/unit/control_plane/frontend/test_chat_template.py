@@ -118,6 +118,12 @@ NESTED_LOOPS = "{% for b in range(90000) %}{% for c in range(90000) %}BODY{% end
 BOMBS = {
     "endless loops": NESTED_LOOPS.replace("BODY", "{% set d = c %}"),
     "endless silent macro": "{% macro m() %}" + NESTED_LOOPS.replace("BODY", "") + "{% endmacro %}{{ m() }}",
+    "endless loops that let nothing pass": NESTED_LOOPS.replace("(90000) %}BODY", "(90000) if c < 0 %}"),
+    "endless calls": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(90) }}",
+    "many large statements": "{% set a = 'x' * 16000000 %}" * 1000,
+    "many large values in one output": "{% macro m() %}"
+    + "{{ ('x' * 16000000)[:1] }}" * 1000
+    + "{% endmacro %}{{ m() }}",
     "much output": NESTED_LOOPS.replace("BODY", "xxxxxxxxxxxxxxxx"),
     "repeated text": "{{ 'x' * 10000000000 }}",
     "repeated list": "{{ [1, 2] * 10000000000 }}",

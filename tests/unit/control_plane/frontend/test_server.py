@@ -26,7 +26,8 @@ from stepwire.v1 import inference_pb2 as pb
 from stepwire.v1 import inference_pb2_grpc as pb_grpc
 
 from control_plane.config import ControlPlaneSettings
-from control_plane.core.request import AdmissionError, FinishReason, RequestFault
+from control_plane.core.request import AdmissionError, CoreRequest, FinishReason, OutputSink, RequestFault
+from control_plane.frontend.output_stream import RequestOutput
 from control_plane.frontend.served_model import ServedModel
 from control_plane.frontend.server import FrontendServer, ListenError, create_server
 from tests.unit.control_plane.frontend import tokenizers_for_tests as kinds
@@ -218,6 +219,39 @@ async def open_session(running: Running, tags: Sequence[int], **fields: Any) -> 
         for tagged in (await session.read()).responses:
             request_ids[tagged.tag] = tagged.response.accepted.request_id
     return session, request_ids
+
+
+class WritingEngine(ScriptedEngine):
+    """Writes a step as the core does: planned in the next turn of the loop, written by a task that this wakes."""
+
+    def __init__(self, order: list[str]) -> None:
+        super().__init__()
+        self.order = order
+
+    def submit(self, request: CoreRequest, sink: OutputSink) -> None:
+        super().submit(request, sink)
+        loop = asyncio.get_running_loop()
+        loop.call_soon(loop.call_soon, self.order.append, "step")
+
+
+@pytest.mark.parametrize("way", ["Generate", "Session"])
+async def test_the_step_of_a_request_is_written_before_its_acceptance(
+    model: ServedModel, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    take = RequestOutput.take
+
+    def noted(self: RequestOutput, response: pb.GenerateResponse, now_s: float) -> None:
+        order.append("acceptance")
+        take(self, response, now_s)
+
+    monkeypatch.setattr(RequestOutput, "take", noted)
+    async with serving(model, engine=WritingEngine(order)) as running:
+        if way == "Generate":
+            await running.stub.Generate(token_request()).read()
+        else:
+            await open_session(running, [1])
+    assert order == ["step", "acceptance"]
 
 
 async def test_a_session_sends_a_step_in_one_message(model: ServedModel) -> None:
