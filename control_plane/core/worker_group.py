@@ -29,6 +29,9 @@ from control_plane.core.worker_link import WorkerAddress, WorkerLink, WorkerRefu
 
 log = structlog.get_logger(__name__)
 
+# Steps this short are over before the way of a result to here and of the next step back: two in flight would leave the
+# worker waiting for them, so that there is a third.
+SHORT_STEP_NS = 1_500_000
 _CONNECT_TIMEOUT_S = 5.0
 _RECONNECT_PAUSE_S = 0.1
 # A worker that does not fit will not fit in the next moment either.
@@ -106,6 +109,7 @@ class WorkerGroup:
         self._unpublished: deque[StepEvents] = deque()
         self._buckets: list[int] = []
         self._deadline = StepDeadline(config.step_timeout_s)
+        self._last_step_ns = SHORT_STEP_NS
         self._pump_scheduled = False
         self._is_connected = False
         # Until when a worker that has said that it leaves answers steps, by time.monotonic.
@@ -250,7 +254,7 @@ class WorkerGroup:
         self._pump_scheduled = False
         if self.scheduler is None or self._link is None or self._leaves_at_s is not None:
             return
-        while len(self._in_flight) < max(self._config.steps_in_flight, self.scheduler.config.wanted_in_flight):
+        while len(self._in_flight) < self._window(self.scheduler):
             now = time.monotonic()
             plan = self.scheduler.plan(now)
             if plan is None:
@@ -259,6 +263,11 @@ class WorkerGroup:
             self._in_flight.append(_StepInFlight(plan, now))
             self.metrics.note_plan(plan, now)
         self._begin_mask()
+
+    def _window(self, scheduler: Scheduler) -> int:
+        """How many steps are to be in flight."""
+        window = max(self._config.steps_in_flight, scheduler.config.wanted_in_flight)
+        return window + 1 if window == 2 and self._last_step_ns < SHORT_STEP_NS else window
 
     def _begin_mask(self) -> None:
         """Make the mask of the oldest step in flight: every token before it is known."""
@@ -296,6 +305,7 @@ class WorkerGroup:
         self._begin_mask()
         now = time.monotonic()
         self._deadline.note(step.plan.num_tokens, now - step.sent_s)
+        self._last_step_ns = result.timings.forward_ns + result.timings.sample_ns
         self._pump()
         # In a turn of its own, so that the link's writer has its own before: the worker waits for the step.
         self._unpublished.append(events)

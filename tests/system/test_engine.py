@@ -86,6 +86,25 @@ async def test_an_output_that_cannot_be_delivered_ends_its_request_alone(engine:
     assert [len(sink.token_ids) for sink in sinks] == [40, 3, 40]
 
 
+@pytest.mark.parametrize(("step_ms", "window"), [(0.5, 3), (20.0, 2)])
+async def test_short_steps_have_a_third_in_flight(tmp_path: Path, step_ms: float, window: int) -> None:
+    seen: set[int] = set()
+
+    class Counting(Sink):
+        def on_output(self, output: SequenceOutput) -> None:
+            scheduler = engine.groups[0].scheduler
+            seen.add(0 if scheduler is None else scheduler.num_in_flight)
+            super().on_output(output)
+
+    worker, sink = start_worker(tmp_path, f"--sim-step-ms={step_ms}"), Counting()
+    async with running_engine(tmp_path) as engine, asyncio.timeout(120):
+        engine.submit(request(0), sink)
+        assert await sink.end is None
+    assert max(seen) == window and len(sink.token_ids) == 40
+    worker.terminate()
+    worker.wait()
+
+
 async def test_nothing_is_left_to_drain_after_the_last_cancel(engine: Engine, tmp_path: Path) -> None:
     engine.submit(request(0, max_tokens=4000), Sink())
     engine.cancel("r0")
