@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,7 +24,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
 
-from gpu_worker.assembly import Sizes  # noqa: E402
+from gpu_worker.assembly import Sizes, without_idle_indexer  # noqa: E402
 from gpu_worker.cuda import loading as cuda_loading  # noqa: E402
 from gpu_worker.loading.gguf_blocks import GGML_TYPES  # noqa: E402
 from gpu_worker.loading.gguf_names import ARCHITECTURES as GGUF_ARCHITECTURES  # noqa: E402
@@ -139,6 +140,9 @@ def feature_table(spec: ModelSpec) -> dict[str, bool]:
         "soft cap on logits": spec.logit_softcap is not None,
         "attention sinks": spec.attention_sinks,
         "latent attention (MLA)": spec.latent is not None,
+        "attention to what an indexer chooses": spec.indexer is not None,
+        "layers that take over a choice": spec.indexer is not None
+        and not all(layer.has_indexer for layer in spec.layers),
         "experts": spec.moe is not None,
         "shared expert": spec.moe is not None and spec.moe.shared_intermediate_size > 0,
         "grouped routing": spec.moe is not None and spec.moe.num_groups > 1,
@@ -158,13 +162,18 @@ def runs_on(architecture: str, family: type[ModelFamily]) -> str:
     if family.is_encoder:
         return "CPU; GPU in plain torch"
     sizes = Sizes(block_size=64, max_model_len=8192, max_num_seqs=256, max_num_batched_tokens=8192)
+    spec = default_spec(architecture)
     with (
         mock.patch.object(torch.cuda, "get_device_capability", lambda device: (9, 0)),
         mock.patch.object(torch.cuda, "get_device_name", lambda device: "any"),
     ):
-        reason = cuda_loading._unsupported(
-            default_spec(architecture), ParallelContext(), sizes, torch.device("cuda", 0)
-        )
+        device = torch.device("cuda", 0)
+        reason = cuda_loading._unsupported(spec, ParallelContext(), sizes, device)
+        if spec.indexer is not None:
+            short = replace(sizes, max_model_len=spec.indexer.num_chosen)
+            dense = without_idle_indexer(spec, short)
+            if cuda_loading._unsupported(dense, ParallelContext(), short, device) is None:
+                return f"CPU; GPU kernels with --max-model-len {short.max_model_len}, else GPU in plain torch"
     return "CPU; GPU kernels" if reason is None else "CPU; GPU in plain torch"
 
 

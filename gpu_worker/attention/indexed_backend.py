@@ -32,7 +32,7 @@ class _Scored:
 
 
 class IndexedAttention(TorchAttention):
-    """`index_keys`: layer -> [num_blocks, block_size, key_dim], of the layers that choose. Implements `ChoosesTokens`."""
+    """Implements `ChoosesTokens`. `index_keys`: layer that chooses -> [num_blocks, block_size, key_dim]."""
 
     def __init__(
         self,
