@@ -175,7 +175,7 @@ def _run_on_meta(hf_config: Any, architecture: str) -> ModelLayers:
             output = _run_trunk(model, trunk)
             calls = tuple(probe.calls)
             attending = {call.module for call in calls}
-            states = StateProbe(model.config, model, [module for module, name in names.items() if name in attending])
+            states = StateProbe(model, [module for module, name in names.items() if name in attending])
             if states.asked:
                 _run_trunk(model, trunk)
             _check_layers(calls, list(states.kept), model, architecture)

@@ -9,8 +9,10 @@ without states at its sequence's first token, so that no row may take over what 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,9 +65,9 @@ class _Like:
 class RowStates:
     """The states of one worker's rows, each in a cache of transformers."""
 
-    def __init__(self, config: Any, mixers: Sequence[torch.nn.Module]) -> None:
+    def __init__(self, model: torch.nn.Module, mixers: Sequence[torch.nn.Module]) -> None:
         """`mixers`: modules of the model that keep a state; their forward passes are replaced."""
-        self._config = config
+        self._new_cache = _cache_maker(model)
         self._caches: dict[int, Any] = {}
         self._step: list[_Run] = []
         # By class: layers of one differ in their weights alone.
@@ -85,7 +87,7 @@ class RowStates:
         runs = zip(metadata.rows.tolist(), metadata.query_lengths.tolist(), metadata.context_lengths, strict=True)
         for row, num_tokens, context in runs:
             if context == num_tokens:
-                self._caches[row] = _new_cache(self._config)
+                self._caches[row] = self._new_cache()
             elif row not in self._caches:
                 raise RuntimeError(f"row {row} begins at token {context - num_tokens}, and has no state from before")
             self._step.append(_Run(num_tokens, self._caches[row], context == num_tokens))
@@ -94,20 +96,19 @@ class RowStates:
         self._caches.clear()
         self._step = []
 
-    def _row_by_row(self, forward: Callable[..., Any], kind: type) -> Callable[..., torch.Tensor]:
+    def _row_by_row(self, forward: Callable[..., Any], kind: type) -> Callable[..., Any]:
         signature = inspect.signature(forward)
         hidden_name, cache_name, fixed = next(iter(signature.parameters)), _cache_name(forward), _insisted_on(signature)
 
-        def run_part(part: torch.Tensor, cache: Any) -> torch.Tensor:
-            output: torch.Tensor = forward(**{**fixed, hidden_name: part, str(cache_name): cache})
-            return output
+        def run_part(part: torch.Tensor, cache: Any) -> Any:
+            return forward(**{**fixed, hidden_name: part, str(cache_name): cache})
 
         def goes_on(like: _Like) -> bool:
             if (kind, like) not in self._go_on:
-                self._go_on[kind, like] = _goes_on(run_part, like, lambda: _new_cache(self._config))
+                self._go_on[kind, like] = _goes_on(run_part, like, self._new_cache)
             return self._go_on[kind, like]
 
-        def run(*args: Any, **kwargs: Any) -> torch.Tensor:
+        def run(*args: Any, **kwargs: Any) -> Any:
             hidden = signature.bind(*args, **kwargs).arguments[hidden_name]  # [1, num_tokens, hidden]
             outputs = []
             for part, row in zip(hidden.split([row.num_tokens for row in self._step], dim=1), self._step, strict=True):
@@ -115,13 +116,25 @@ class RowStates:
                     outputs.append(run_part(part, row.cache))
                 else:
                     outputs += [run_part(token, row.cache) for token in part.split(1, dim=1)]
-            return torch.cat(outputs, dim=1)
+            states = torch.cat([_states_of(output) for output in outputs], dim=1)
+            # Nobody reads what else it gives: the probe has seen to that.
+            return (states, *[None] * (len(outputs[0]) - 1)) if isinstance(outputs[0], tuple) else states
 
         return run
 
 
-def _goes_on(run: Callable[[torch.Tensor, Any], torch.Tensor], like: _Like, new_cache: Callable[[], Any]) -> bool:
+def _states_of(output: Any) -> torch.Tensor:
+    """The hidden states among what a layer gives."""
+    states: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return states
+
+
+def _goes_on(run_part: Callable[[torch.Tensor, Any], Any], like: _Like, new_cache: Callable[[], Any]) -> bool:
     """Whether a layer that is given several tokens starts from the state that its cache holds. Some do from none."""
+
+    def run(part: torch.Tensor, cache: Any) -> torch.Tensor:
+        return _states_of(run_part(part, cache))
+
     hidden = torch.randn(1, 6, like.size, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
     whole = run(hidden, new_cache())[:, 3:]
     begun = new_cache()
@@ -132,12 +145,19 @@ def _goes_on(run: Callable[[torch.Tensor, Any], torch.Tensor], like: _Like, new_
     return bool(error <= rounding * whole.norm() and error <= _OF_WHAT_IS_FORGOTTEN * without)
 
 
+class _Unread:
+    """Stands for what a layer gives beside hidden states, and a row has none of: whoever reads it fails."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise TypeError("what a layer that keeps a state gives beside hidden states is read")
+
+
 class StateProbe:
     """Finds out in a forward pass which modules keep a state, by what they leave in a cache."""
 
-    def __init__(self, config: Any, model: torch.nn.Module, attending: Collection[torch.nn.Module]) -> None:
+    def __init__(self, model: torch.nn.Module, attending: Collection[torch.nn.Module]) -> None:
         """The modules asked are the innermost ones that take a cache, and do not attend nor hold one that does."""
-        self._cache = _new_cache(config)
+        self._cache = _cache_maker(model)()
         self.kept: dict[str, int] = {}
         """Module -> bytes of a row's state."""
         taking = {name: module for name, module in model.named_modules() if _cache_name(module.forward) is not None}
@@ -165,8 +185,8 @@ class StateProbe:
                 left_out = _told(signature.bind(*args, **kwargs), given)
                 if left_out:
                     raise TypeError(f"a layer that keeps a state is given {', '.join(sorted(left_out))}")
-                if not isinstance(output, torch.Tensor):
-                    raise TypeError("a layer that keeps a state gives more than hidden states")
+                if isinstance(output, tuple):
+                    return (output[0], *[_Unread()] * (len(output) - 1))
             return output
 
         return run
@@ -196,10 +216,14 @@ def _insisted_on(signature: inspect.Signature) -> dict[str, None]:
     return {one.name: None for one in others if one.default is inspect.Parameter.empty and one.kind not in kinds}
 
 
-def _new_cache(config: Any) -> Any:
+def _cache_maker(model: Any) -> Callable[[], Any]:
+    """Makes a row's cache: transformers' common one, or what the file of the model's class has of its own (MiniMax)."""
     from transformers import DynamicCache
 
-    return DynamicCache(config=config)
+    for kind in vars(sys.modules[type(model).__module__]).values():
+        if isinstance(kind, type) and issubclass(kind, DynamicCache) and kind is not DynamicCache:
+            return kind
+    return partial(DynamicCache, config=model.config)
 
 
 def _cache_name(forward: Callable[..., Any]) -> str | None:
@@ -212,8 +236,8 @@ def _num_bytes(cache: Any) -> int:
 
 
 def _tensors(cache: Any) -> Iterator[torch.Tensor]:
-    """All that a cache's layers hold, whatever they call it."""
-    for layer in cache.layers:
-        for value in vars(layer).values():
+    """All that a cache and its layers hold, whatever they call it."""
+    for holder in (cache, *cache.layers):
+        for value in vars(holder).values():
             held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
             yield from (tensor for tensor in held if isinstance(tensor, torch.Tensor))

@@ -234,7 +234,7 @@ class TransformersModel(ModelFamily, LoadsItself):
         for layer, call in enumerate(found.calls):
             modules[call.module].__dict__[SLOT] = _LayerSlot(self, layer, call)
         if found.states:
-            self.row_states = RowStates(model.config, [modules[name] for name in found.states])
+            self.row_states = RowStates(model, [modules[name] for name in found.states])
         # The head's own road (scaling, soft caps) is taken for the rows that are sampled only: it is handed the states
         # that the trunk gave before.
         trunk = model.get_decoder()
