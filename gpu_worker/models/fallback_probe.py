@@ -20,17 +20,21 @@ from gpu_worker.model_spec import ModelConfigError
 from gpu_worker.models.attention_adapters import adapt, is_adapted, placeholder_mask
 from gpu_worker.models.hf_config import FULL, SLIDING
 from gpu_worker.models.row_states import INDIFFERENT, PLACES, StateProbe
+from gpu_worker.models.state_adapters import adapt_states
 
 INTERFACE = "stepwire"
 SLOT = "stepwire_slot"
-_PROBE_TOKENS = 3
+# Not the number of heads of any model: what a layer gives for every token is told by it.
+_PROBE_TOKENS = 13
 # What attention functions are given beside q, k and v, as far as the paged backend has it or need not know it.
 _CARRIED = {"scaling", "sliding_window", "softcap", "s_aux", "is_causal", "alibi_slopes"}
 # Rope whose frequencies hang on the longest sequence of the step: a row would depend on its neighbours.
 _STEP_DEPENDENT_ROPES = ("dynamic", "longrope")
 _ATTENTION_KINDS = {FULL, SLIDING}
 # Kinds of layers that keep a state for a row, attend beside that, or do neither.
-_STATE_KINDS = {"linear_attention", "conv", "hybrid", "moe", "mlp"}
+_HYBRID, _HYBRID_SLIDING = "hybrid", "hybrid_sliding"
+_STATE_KINDS = {"linear_attention", "conv", _HYBRID, _HYBRID_SLIDING, "moe", "mlp"}
+_WINDOWED_KINDS = {SLIDING, _HYBRID_SLIDING}
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +169,8 @@ def _run_on_meta(hf_config: Any, architecture: str) -> ModelLayers:
     model = _build(hf_config, architecture)
     _check_class(model, architecture)
     adapt(model, paged_attention)
+    adapt_states(model)
+    _leave_experts_out(model)
     trunk = model.get_decoder()
     names = {module: name for name, module in model.named_modules()}
     probe = _Probe(architecture, names)
@@ -214,6 +220,16 @@ def _build(hf_config: Any, architecture: str) -> Any:
         raise refused(architecture, reason if error.args == (INTERFACE,) else f"transformers lacks {error}") from error
     except (ValueError, ImportError) as error:
         raise refused(architecture, f"transformers cannot build it ({first_line(error)})") from error
+
+
+def _leave_experts_out(model: Any) -> None:
+    """They neither attend nor keep a state, and some count on device meta how many tokens each of them gets."""
+    for module in model.modules():
+        if (
+            type(module).__name__.endswith("Experts")
+            and "hidden_states" in inspect.signature(module.forward).parameters
+        ):
+            module.forward = lambda hidden_states, *args, **kwargs: hidden_states
 
 
 def _run_trunk(model: Any, trunk: Any) -> Any:
@@ -293,13 +309,15 @@ def _check_windows(
 ) -> None:
     """Some models have their windows in the mask alone, of which the attention interface is told nothing here."""
     window = getattr(config, "sliding_window", None)
-    if kinds is None or SLIDING not in kinds:
+    if kinds is None or not _WINDOWED_KINDS & set(kinds):
         makes_window_masks = hasattr(sys.modules[type(trunk).__module__], "create_sliding_window_causal_mask")
         has_window = kinds is None and isinstance(window, int) and window < context_of(config)
         is_hidden = has_window and makes_window_masks and all(call.window is None for call in calls)
     else:
-        attending = [kind for kind in kinds if kind in _ATTENTION_KINDS]
-        is_hidden = any(kind == SLIDING and call.window is None for kind, call in zip(attending, calls, strict=True))
+        attending = [kind for kind in kinds if kind in _ATTENTION_KINDS | {_HYBRID, _HYBRID_SLIDING}]
+        is_hidden = any(
+            kind in _WINDOWED_KINDS and call.window is None for kind, call in zip(attending, calls, strict=True)
+        )
     if is_hidden:
         raise refused(architecture, f"its windows of {window} tokens are in its attention mask alone")
 

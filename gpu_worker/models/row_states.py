@@ -116,11 +116,28 @@ class RowStates:
                     outputs.append(run_part(part, row.cache))
                 else:
                     outputs += [run_part(token, row.cache) for token in part.split(1, dim=1)]
-            states = torch.cat([_states_of(output) for output in outputs], dim=1)
-            # Nobody reads what else it gives: the probe has seen to that.
-            return (states, *[None] * (len(outputs[0]) - 1)) if isinstance(outputs[0], tuple) else states
+            return _joined(outputs)
 
         return run
+
+
+def _joined(outputs: list[Any]) -> Any:
+    """What a layer gives for all rows, of what it gave for each.
+
+    Of several outputs those that have a row for every token: the probe has seen that nobody reads others.
+    """
+    if not isinstance(outputs[0], tuple):
+        return torch.cat(outputs, dim=1)
+    return tuple(
+        torch.cat(part, dim=1)
+        if all(_is_by_token(value, one[0]) for value, one in zip(part, outputs, strict=True))
+        else None
+        for part in zip(*outputs, strict=True)
+    )
+
+
+def _is_by_token(value: Any, states: torch.Tensor) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 2 and value.shape[:2] == states.shape[:2]
 
 
 def _states_of(output: Any) -> torch.Tensor:
@@ -146,10 +163,10 @@ def _goes_on(run_part: Callable[[torch.Tensor, Any], Any], like: _Like, new_cach
 
 
 class _Unread:
-    """Stands for what a layer gives beside hidden states, and a row has none of: whoever reads it fails."""
+    """Stands for what a layer gives beside numbers for every token: whoever reads it fails."""
 
     def __getattribute__(self, name: str) -> Any:
-        raise TypeError("what a layer that keeps a state gives beside hidden states is read")
+        raise TypeError("what a layer that keeps a state gives beside numbers for every token is read")
 
 
 class StateProbe:
@@ -186,7 +203,7 @@ class StateProbe:
                 if left_out:
                     raise TypeError(f"a layer that keeps a state is given {', '.join(sorted(left_out))}")
                 if isinstance(output, tuple):
-                    return (output[0], *[_Unread()] * (len(output) - 1))
+                    return tuple(value if _is_by_token(value, output[0]) else _Unread() for value in output)
             return output
 
         return run

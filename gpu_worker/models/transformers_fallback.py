@@ -41,6 +41,7 @@ from gpu_worker.models.fallback_probe import (
 from gpu_worker.models.family import LoadsItself, ModelFamily, NameRules
 from gpu_worker.models.hf_config import HfConfig
 from gpu_worker.models.row_states import RowStates
+from gpu_worker.models.state_adapters import adapt_states
 from gpu_worker.quant.api import RandomValues
 from gpu_worker.quant.none import Unquantized
 
@@ -230,6 +231,7 @@ class TransformersModel(ModelFamily, LoadsItself):
         )
         self._model = model.eval()
         adapt(model, paged_attention)
+        adapt_states(model)
         modules = dict(model.named_modules())
         for layer, call in enumerate(found.calls):
             modules[call.module].__dict__[SLOT] = _LayerSlot(self, layer, call)

@@ -71,6 +71,26 @@ HYBRIDS = {
     "falcon-h1": tiny("falcon_h1", **(MAMBA2 | {"mamba_d_head": 15}), mamba_d_ssm=60),
     # Linear attention, with a cache of its class's own and outputs beside hidden states.
     "minimax": tiny("minimax", layer_types=[STATE, FULL, STATE], num_local_experts=5, head_dim=16, block_size=8),
+    # Its recurrent blocks keep their states in themselves.
+    "recurrent-gemma": tiny(
+        "recurrent_gemma",
+        num_hidden_layers=4,
+        lru_width=60,
+        block_types=["recurrent", "recurrent", "attention"],
+        attention_window_size=11,
+        head_dim=10,
+    ),
+    # What keeps a state makes queries, keys and values.
+    "zaya": tiny(
+        "zaya",
+        layer_types=["hybrid", "hybrid_sliding", "hybrid"],
+        sliding_window=11,
+        head_dim=16,
+        num_experts=5,
+        num_experts_per_tok=1,
+        moe_intermediate_size=40,
+        router_hidden_size=12,
+    ),
     # Its layers forget what was before where they are given several tokens: they get one at a time.
     "jamba": tiny(
         "jamba",
@@ -226,7 +246,7 @@ class Telling(torch.nn.Module):
 
 class Shared(Gated):
     def forward(self, hidden: torch.Tensor, cache_params: Any = None) -> Any:
-        return super().forward(hidden, cache_params), hidden
+        return super().forward(hidden, cache_params), hidden.transpose(1, 2)
 
 
 @pytest.mark.parametrize("reads", [False, True])
@@ -234,7 +254,7 @@ def test_what_a_layer_gives_beside_hidden_states_is_read_by_nobody(reads: bool) 
     model = configured(Telling(reads=reads))
     StateProbe(model, [])
     if reads:
-        with pytest.raises(TypeError, match="beside hidden states is read"):
+        with pytest.raises(TypeError, match="beside numbers for every token is read"):
             model(torch.ones(1, 5, 4))
     else:
         assert torch.equal(model(torch.ones(1, 5, 4)), torch.ones(1, 5, 4))

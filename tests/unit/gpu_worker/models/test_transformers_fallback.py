@@ -20,13 +20,13 @@ from transformers.models.gpt_neox import GPTNeoXConfig
 from transformers.models.gptj import GPTJConfig
 from transformers.models.granitemoe import GraniteMoeConfig
 from transformers.models.hunyuan_v1_dense import HunYuanDenseV1Config
+from transformers.models.longcat_flash import LongcatFlashConfig
 from transformers.models.mpt import MptConfig
 from transformers.models.nemotron import NemotronConfig
 from transformers.models.olmo import OlmoConfig
 from transformers.models.opt import OPTConfig
 from transformers.models.phi import PhiConfig
 from transformers.models.phimoe import PhimoeConfig
-from transformers.models.recurrent_gemma import RecurrentGemmaConfig
 from transformers.models.roberta import RobertaConfig
 from transformers.models.stablelm import StableLmConfig
 from transformers.models.vaultgemma import VaultGemmaConfig
@@ -64,6 +64,24 @@ CARRIED = {
             "rope_parameters": {"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 1.0, "alpha": 50.0},
         },
     ),
+    # Two attentions a layer, and experts that give what they get.
+    "longcat-flash": Tiny(
+        LongcatFlashConfig,
+        {
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 6,
+            "q_lora_rank": 32,
+            "kv_lora_rank": 24,
+            "qk_nope_head_dim": 12,
+            "qk_rope_head_dim": 8,
+            "head_dim": 8,
+            "v_head_dim": 14,
+            "moe_topk": 3,
+            "n_routed_experts": 6,
+            "zero_expert_num": 3,
+            "expert_ffn_hidden_size": 40,
+        },
+    ),
     "granite-moe": Tiny(GraniteMoeConfig, {"num_local_experts": 5, "num_experts_per_tok": 2}),
     "olmo": Tiny(OlmoConfig, {"clip_qkv": 1.5}),
     "nemotron": Tiny(NemotronConfig, {"hidden_size": 72}),
@@ -99,11 +117,6 @@ CARRIED = {
 }
 REFUSED = {
     "xglm": (Tiny(XGLMConfig, {"attention_heads": 6}), "XGLMForCausalLM"),
-    # Its attention has a cache of its own.
-    "recurrent-gemma": (
-        Tiny(RecurrentGemmaConfig, {"lru_width": 60, "block_types": ["recurrent", "recurrent", "attention"]}),
-        "cannot be tried out",
-    ),
     "phimoe": (Tiny(PhimoeConfig, {"sliding_window": 11, "num_local_experts": 2}), "windows of 11 tokens"),
     "roberta": (Tiny(RobertaConfig, {"is_decoder": True}), "from its padding token on"),
 }
