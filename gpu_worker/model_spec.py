@@ -175,6 +175,8 @@ class ModelSpec:
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     """Logits become softcap * tanh(logits / softcap)."""
+    num_unused_embeddings: int = 0
+    """Stored rows of the embedding table behind those of the vocabulary."""
     tie_word_embeddings: bool = False
     softmax_scale: float | None = None
     """Multiplies attention scores; None: head_dim ** -0.5."""

@@ -140,7 +140,12 @@ class Decoder:
         check_stage(spec, self.held.start)
         elsewhere = build.elsewhere()
         self._holds_embedding = self._stage.is_first_stage or (self._stage.is_last_stage and spec.tie_word_embeddings)
-        self.embedding = Embedding(spec.vocab_size, spec.hidden_size, build if self._holds_embedding else elsewhere)
+        self.embedding = Embedding(
+            spec.vocab_size,
+            spec.hidden_size,
+            build if self._holds_embedding else elsewhere,
+            num_unused=spec.num_unused_embeddings,
+        )
         self._all_blocks = [
             DecoderBlock(spec, number, ropes, build if number in self.held else elsewhere)
             for number in range(spec.num_layers)

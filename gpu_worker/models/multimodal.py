@@ -24,6 +24,7 @@ from gpu_worker.models.granite import Granite
 from gpu_worker.models.hf_config import HfConfig
 from gpu_worker.models.llama import Llama
 from gpu_worker.models.llama4 import Llama4
+from gpu_worker.models.mllama import Mllama
 from gpu_worker.models.moe import QwenMoe
 from gpu_worker.models.qwen import Qwen
 from gpu_worker.models.registry import register
@@ -47,6 +48,7 @@ TEXT_PARTS: dict[str, tuple[type[ModelFamily], str]] = {
     "ministral3": (Llama, "Ministral3ForCausalLM"),
     "mistral": (Llama, "MistralForCausalLM"),
     "mistral4": (DeepSeek, MISTRAL),
+    "mllama_text_model": (Mllama, "MllamaForCausalLM"),
     "qwen2": (Qwen, "Qwen2ForCausalLM"),
     "qwen2_5_omni_text": (Qwen, "Qwen2ForCausalLM"),
     "qwen2_5_vl": (Qwen, "Qwen2ForCausalLM"),
@@ -98,11 +100,9 @@ def _completed(fields: dict[str, Any], defaults: dict[str, Any]) -> dict[str, An
 
 
 @cache
-def text_part(kind: str) -> type[ModelFamily]:
-    """The family of a text part, for checkpoints that hold it among other things."""
-    inner, causal = TEXT_PARTS[kind]
-    defaults = TEXT_DEFAULTS.get(kind, {})
-    family: Any = inner
+def text_part(family: Any, kind: str) -> type[ModelFamily]:
+    """The family of a text part, for checkpoints that hold it among other things; by itself `family` computes it."""
+    causal, defaults = TEXT_PARTS[kind][1], TEXT_DEFAULTS.get(kind, {})
 
     class TextPart(family):
         skipped_tensors = f"{_OTHERS}|{family.skipped_tensors or '(?!)'}"
@@ -148,6 +148,7 @@ def text_part(kind: str) -> type[ModelFamily]:
     "MiniCPMV4_6ForConditionalGeneration",
     "MiniCPMV4_7ForConditionalGeneration",
     "Mistral3ForConditionalGeneration",
+    "MllamaForConditionalGeneration",
     "Ovis2ForConditionalGeneration",
     "Qwen2AudioForConditionalGeneration",
     "Qwen2VLForConditionalGeneration",
@@ -176,7 +177,9 @@ class Multimodal(ModelFamily):
         text = text_config(config)
         kind = text.fields.get("model_type")
         if kind in TEXT_PARTS:
-            return text_part(kind)
+            defaults = TEXT_DEFAULTS.get(kind, {})
+            inner = TEXT_PARTS[kind][0].for_config(HfConfig(_completed(text.fields, defaults), text.file))
+            return text_part(inner, kind)
         if not is_known_part(kind):
             raise text.error(
                 "model_type",

@@ -26,7 +26,7 @@ from gpu_worker.models.transformers_fallback import TransformersModel
 from gpu_worker.quant.scheme import make_scheme
 from gpu_worker.quant.stored import StoredLinear
 from tests.unit.gpu_worker.models.test_families import PagedModel, check_logits
-from tests.unit.gpu_worker.models.tiny_checkpoints import BASE, LLAMA4, MINISTRAL3
+from tests.unit.gpu_worker.models.tiny_checkpoints import BASE, LLAMA3, LLAMA4, MINISTRAL3
 
 TEXT = {name: value for name, value in BASE.items() if not name.endswith("implementation")} | {"head_dim": 12}
 SECTIONS = {"rope_type": "default", "rope_theta": 5000.0, "mrope_section": [2, 2, 2]}
@@ -149,6 +149,11 @@ QWEN35 = TEXT | {
 QWEN2_AUDIO = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 24}
 
 
+NO_HEAD_DIM = {name: value for name, value in TEXT.items() if name != "head_dim"}
+# Layers for images, which are left out without one.
+CROSS = {"cross_attention_layers": [1, 3]}
+
+
 def others() -> dict[str, Callable[[], Any]]:
     """By `model_type`; saved under the names that the releases have, which transformers brings them back to."""
     pixtral = SMALL_VISION | {"image_size": 28, "patch_size": 14, "head_dim": 8, "model_type": "pixtral"}
@@ -189,6 +194,16 @@ def others() -> dict[str, Callable[[], Any]]:
             "audio_config": SMALL_VISION | {"num_mel_bins": 8, "max_source_positions": 20},
         },
         "aya_vision": {"text_config": text("cohere2", sliding_window=11, logit_scale=0.7), "vision_config": siglip},
+        "mllama": {
+            "text_config": {"model_type": "mllama_text_model"}
+            | NO_HEAD_DIM
+            | {"num_hidden_layers": 5}
+            | CROSS
+            | LLAMA3,
+            "vision_config": SMALL_VISION
+            | {"attention_heads": 2, "num_global_layers": 1, "vision_output_dim": 32}
+            | {"image_size": 28, "patch_size": 14, "intermediate_layers_indices": [0]},
+        },
         "vipllava": {"text_config": text("llama"), "vision_config": clip, "vision_feature_layers": [-1]},
         "llava_next": {"text_config": text("granite", logits_scaling=0.7), "vision_config": siglip},
         "lighton_ocr": {"text_config": text("qwen3"), "vision_config": pixtral},
@@ -204,7 +219,7 @@ def others() -> dict[str, Callable[[], Any]]:
     }
 
 
-QUICK = ("qwen3_vl_moe", "llama4", "glm4v", "mistral3", "internvl", "smolvlm")
+QUICK = ("qwen3_vl_moe", "llama4", "glm4v", "mllama", "mistral3", "internvl", "smolvlm")
 
 
 @pytest.mark.parametrize(
