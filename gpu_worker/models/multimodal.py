@@ -65,7 +65,8 @@ TEXT_PARTS: dict[str, tuple[type[ModelFamily], str]] = {
 # What a checkpoint holds beside its language model, under whatever prefix.
 _OTHERS = (
     r"(model\.|thinker\.)?(vision_tower|vision_model|vision_encoder|visual|audio_tower|multi_modal_projector|mm_projector|"
-    r"vision_projection|connector|image_newline|projector|aligner|merger|visual_embeddings_table)(\.|$)|(talker|token2wav|code2wav)\."
+    r"vision_projection|connector|image_newline|projector|aligner|merger|visual_embeddings_table|image_tower|video_tower|"
+    r"encoder|vqmodel|generation_\w+|high_res_vision_\w+)(\.|$)|(talker|token2wav|code2wav)\."
 )
 # Where its tensors are: published names, and those that transformers 5 has in memory.
 _PREFIXES = re.compile(rf"{LANGUAGE_MODEL}|^(thinker\.)?model\.")
@@ -128,14 +129,19 @@ def text_part(family: Any, kind: str) -> type[ModelFamily]:
     "AyaVisionForConditionalGeneration",
     "Cohere2VisionForConditionalGeneration",
     "DeepseekVLForConditionalGeneration",
+    "DeepseekVLHybridForConditionalGeneration",
     "Exaone4_5_ForConditionalGeneration",
     "Glm46VForConditionalGeneration",
     "Glm4vForConditionalGeneration",
     "Glm4vMoeForConditionalGeneration",
+    "GlmAsrForConditionalGeneration",
+    "GraniteSpeechForConditionalGeneration",
+    "GraniteSpeechPlusForConditionalGeneration",
     "HyperCLOVAXVisionV2ForConditionalGeneration",
     "Idefics2ForConditionalGeneration",
     "Idefics3ForConditionalGeneration",
     "InternVLForConditionalGeneration",
+    "JanusForConditionalGeneration",
     "KimiK25ForConditionalGeneration",
     "Kimi_K25ForConditionalGeneration",
     "Lfm2VlForConditionalGeneration",
@@ -145,6 +151,7 @@ def text_part(family: Any, kind: str) -> type[ModelFamily]:
     "LlavaNextForConditionalGeneration",
     "LlavaNextVideoForConditionalGeneration",
     "LlavaOnevisionForConditionalGeneration",
+    "MiniCPMOcrForConditionalGeneration",
     "MiniCPMV4_6ForConditionalGeneration",
     "MiniCPMV4_7ForConditionalGeneration",
     "Mistral3ForConditionalGeneration",
@@ -156,6 +163,7 @@ def text_part(family: Any, kind: str) -> type[ModelFamily]:
     "Qwen2_5OmniModel",
     "Qwen2_5OmniThinkerForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3ASRForConditionalGeneration",
     "Qwen3OmniMoeForConditionalGeneration",
     "Qwen3OmniMoeThinkerForConditionalGeneration",
     "Qwen3VLForConditionalGeneration",
@@ -164,6 +172,7 @@ def text_part(family: Any, kind: str) -> type[ModelFamily]:
     "Qwen3_5MoeForConditionalGeneration",
     "SmolVLMForConditionalGeneration",
     "VideoLlama3ForConditionalGeneration",
+    "VideoLlavaForConditionalGeneration",
     "VipLlavaForConditionalGeneration",
     "VoxtralForConditionalGeneration",
 )
@@ -178,7 +187,7 @@ class Multimodal(ModelFamily):
         kind = text.fields.get("model_type")
         if kind in TEXT_PARTS:
             defaults = TEXT_DEFAULTS.get(kind, {})
-            inner = TEXT_PARTS[kind][0].for_config(HfConfig(_completed(text.fields, defaults), text.file))
+            inner: Any = TEXT_PARTS[kind][0].for_config(HfConfig(_completed(text.fields, defaults), text.file))
             return text_part(inner, kind)
         if not is_known_part(kind):
             raise text.error(

@@ -256,18 +256,26 @@ def with_small_parts(kind: str, text: dict[str, Any]) -> Any:
 FURTHER = {
     "aria": {"model_type": "aria_text", "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
     "deepseek_vl": {"model_type": "llama"},
+    "deepseek_vl_hybrid": {"model_type": "llama"},
     "exaone4_5": {
         "model_type": "exaone4",
         "sliding_window": 11,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
+    "glmasr": {"model_type": "llama"},
+    "granite_speech": {"model_type": "granite"},
+    "granite_speech_plus": {"model_type": "granite"},
     "hyperclovax_vision_v2": {"model_type": "hyperclovax"},
     "idefics2": {"model_type": "mistral", "sliding_window": None},
+    "janus": {"model_type": "llama"},
     "llava_next_video": {"model_type": "llama"},
+    "minicpm_ocr": QWEN35 | {"model_type": "qwen3_5_text"},
     "minicpmv4_6": QWEN35 | {"model_type": "qwen3_5_text"},
     "minicpmv4_7": QWEN35 | {"model_type": "qwen3_5_text"},
     "ovis2": {"model_type": "qwen2"},
+    "qwen3_asr": {"model_type": "qwen3"},
     "video_llama_3": {"model_type": "qwen2"},
+    "video_llava": {"model_type": "llama"},
 }
 
 
