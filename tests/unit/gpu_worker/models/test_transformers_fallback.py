@@ -24,6 +24,7 @@ from transformers.models.longcat_flash import LongcatFlashConfig
 from transformers.models.mpt import MptConfig
 from transformers.models.nemotron import NemotronConfig
 from transformers.models.olmo import OlmoConfig
+from transformers.models.openai import OpenAIGPTConfig
 from transformers.models.opt import OPTConfig
 from transformers.models.phi import PhiConfig
 from transformers.models.phimoe import PhimoeConfig
@@ -94,6 +95,8 @@ CARRIED = {
     # Attention of their own, rotated pairs.
     "gptj": Tiny(GPTJConfig, {"n_head": 6, "rotary_dim": 8}),
     "codegen": Tiny(CodeGenConfig, {"num_attention_heads": 4, "hidden_size": 64, "rotary_dim": 8}),
+    "gpt": Tiny(OpenAIGPTConfig, {"n_head": 6, "n_positions": 256}),
+    "xglm": Tiny(XGLMConfig, {"attention_heads": 6, "ffn_dim": 90}),
     # Learnt positions, no scale, every second layer with a window.
     "gpt-neo": Tiny(
         GPTNeoConfig, {"num_hidden_layers": 4, "attention_types": [[["global", "local"], 2]], "window_size": 11}
@@ -116,7 +119,6 @@ CARRIED = {
     "mpt": Tiny(MptConfig, {"d_model": 60, "n_heads": 6, "n_layers": 2, "max_seq_len": 256}),
 }
 REFUSED = {
-    "xglm": (Tiny(XGLMConfig, {"attention_heads": 6}), "XGLMForCausalLM"),
     "phimoe": (Tiny(PhimoeConfig, {"sliding_window": 11, "num_local_experts": 2}), "windows of 11 tokens"),
     "roberta": (Tiny(RobertaConfig, {"is_decoder": True}), "from its padding token on"),
 }
