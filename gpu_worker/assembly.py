@@ -232,7 +232,7 @@ def worker_facts(
         can_prompt_logprobs=pooling is None,
         pooling=None if pooling is None else pooling_facts(pooling),
         weights_per_token=sum(spec.layer_weights()),
-        keeps_row_states=spec.row_state_bytes > 0,
+        keeps_row_states=spec.row_state_bytes > 0 or spec.row_cache_dim > 0,
     )
 
 

@@ -40,6 +40,8 @@ class KVCacheShape:
     index_layers: tuple[int, ...] = ()
     """Those of its layers that have an indexer, whose keys have `index_dim` numbers."""
     index_dim: int = 0
+    elsewhere_dim: int = 0
+    """Numbers of a token that a block stands for, and that lie in caches of the rows."""
 
     @classmethod
     def of(cls, spec: ModelSpec, parallel: ParallelContext, block_size: int, dtype: torch.dtype) -> KVCacheShape:
@@ -49,13 +51,14 @@ class KVCacheShape:
         index_layers = tuple(number for number, layer in enumerate(held) if spec.layers[layer].has_indexer)
         index_dim = 0 if spec.indexer is None else spec.indexer.key_dim
         sizes = (len(held), heads.kv.size, block_size, spec.head_dim)
-        return cls(*sizes, dtype, num_planes, index_layers, index_dim)
+        return cls(*sizes, dtype, num_planes, index_layers, index_dim, spec.row_cache_dim)
 
     @property
     def block_bytes(self) -> int:
-        """Keys and values of one block in all layers, and indexers' keys."""
+        """Keys and values of one block in all layers, indexers' keys, and what lies elsewhere."""
         attended = self.num_planes * self.num_layers * self.num_kv_heads * self.head_dim
-        return (attended + len(self.index_layers) * self.index_dim) * self.block_size * self.dtype.itemsize
+        of_token = attended + len(self.index_layers) * self.index_dim + self.elsewhere_dim
+        return of_token * self.block_size * self.dtype.itemsize
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)

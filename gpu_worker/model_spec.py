@@ -199,6 +199,8 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...] = field(default=())
     row_state_bytes: int = 0
     """What layers keep for a row beside keys and values."""
+    row_cache_dim: int = 0
+    """Numbers that rows hold of each of their tokens in caches of their own; blocks are counted for them."""
 
     @property
     def num_layers(self) -> int:

@@ -248,6 +248,8 @@ class TorchRunner:
         begun = time.perf_counter_ns()
         step, self._num_executed = self._num_executed, self._num_executed + 1
         self._take_what_is_needed(batch)
+        if self.model.row_states is not None:
+            self.model.row_states.drop(batch.drop_rows.tolist())
         inputs, faults = self.build_inputs(batch)
         built = time.perf_counter_ns()
         logits = None

@@ -19,6 +19,7 @@ import torch
 from gpu_worker.model_spec import ModelConfigError
 from gpu_worker.models.attention_adapters import adapt, is_adapted, placeholder_mask
 from gpu_worker.models.hf_config import FULL, SLIDING
+from gpu_worker.models.row_caches import RowCacheSize, measure
 from gpu_worker.models.row_states import INDIFFERENT, PLACES, StateProbe
 from gpu_worker.models.state_adapters import adapt_states
 
@@ -68,6 +69,8 @@ class ModelLayers:
     """One a layer that attends."""
     states: Mapping[str, int]
     """Modules that keep a state for every row, and its bytes."""
+    row_cache: RowCacheSize | None = None
+    """It attends in a way of its own: rows run in caches of this size."""
 
 
 @runtime_checkable
@@ -143,35 +146,67 @@ class _Probe:
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
 
 
-def refused(architecture: str, reason: str) -> ModelConfigError:
-    return ModelConfigError(
-        f"{architecture} has no native code here, and cannot run through transformers' with paged attention: {reason}"
-    )
+class NotPaged(ModelConfigError):
+    """Paged attention does not carry it; caches of its own may."""
+
+
+def refused(architecture: str, reason: str) -> NotPaged:
+    return NotPaged(_message(architecture, f"with paged attention: {reason}"))
+
+
+def unserved(architecture: str, reason: str) -> ModelConfigError:
+    """Neither would caches of its own do."""
+    return ModelConfigError(_message(architecture, f"own: {reason}"))
+
+
+def _message(architecture: str, reason: str) -> str:
+    return f"{architecture} has no native code here, and cannot run through transformers' {reason}"
 
 
 def probe_layers(hf_config: Any, architecture: str) -> ModelLayers:
     """Run the model on device meta. What was found of a config is remembered: for a large one that took seconds.
 
     Raises:
-        ModelConfigError: the attention interface does not carry this architecture; the message says why.
+        ModelConfigError: neither the attention interface nor caches of its own carry this architecture; the message
+            says why.
     """
     key = architecture, json.dumps(hf_config.to_dict(), sort_keys=True, default=str)
     if key not in _found:
-        _found[key] = _run_on_meta(hf_config, architecture)
+        _check_rope(hf_config, architecture)
+        try:
+            _found[key] = _run_on_meta(hf_config, architecture)
+        except NotPaged as refusal:
+            _found[key] = ModelLayers((), {}, _measure_rows(hf_config, architecture, refusal))
     return _found[key]
 
 
 _found: dict[tuple[str, str], ModelLayers] = {}
 
 
+def _measure_rows(hf_config: Any, architecture: str, refusal: ModelConfigError) -> RowCacheSize:
+    model = _build(hf_config, architecture, attends_itself=True)
+    _check_names(model, architecture)
+    _leave_experts_out(model)
+    trunk = trunk_of(model)
+    try:
+        with torch.inference_mode():
+            size = measure(trunk)
+    except Exception:  # code that looks at numbers, which there are none of here
+        config = model.config.get_text_config()
+        return RowCacheSize(2 * config.num_hidden_layers * config.hidden_size, 0)
+    if size is None:
+        raise refusal
+    return size
+
+
 def _run_on_meta(hf_config: Any, architecture: str) -> ModelLayers:
-    _check_rope(hf_config, architecture)
     model = _build(hf_config, architecture)
+    _check_names(model, architecture)
     _check_class(model, architecture)
     adapt(model, paged_attention)
     adapt_states(model)
     _leave_experts_out(model)
-    trunk = model.get_decoder()
+    trunk = trunk_of(model)
     names = {module: name for name, module in model.named_modules()}
     probe = _Probe(architecture, names)
     for module in names:
@@ -202,7 +237,7 @@ def _run_on_meta(hf_config: Any, architecture: str) -> ModelLayers:
     return ModelLayers(calls, states.kept)
 
 
-def _build(hf_config: Any, architecture: str) -> Any:
+def _build(hf_config: Any, architecture: str, *, attends_itself: bool = False) -> Any:
     from transformers import AttentionInterface, AutoModelForCausalLM
 
     AttentionInterface.register(INTERFACE, paged_attention)
@@ -210,7 +245,7 @@ def _build(hf_config: Any, architecture: str) -> Any:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
                 hf_config,
-                attn_implementation=attention_implementation(architecture),
+                attn_implementation=None if attends_itself else attention_implementation(architecture),
                 # The one whose sizes do not depend on what the router chooses, in any type.
                 experts_implementation="batched_mm",
                 trust_remote_code=False,
@@ -219,7 +254,7 @@ def _build(hf_config: Any, architecture: str) -> Any:
         reason = "its attention does not go through the attention interface"
         raise refused(architecture, reason if error.args == (INTERFACE,) else f"transformers lacks {error}") from error
     except (ValueError, ImportError) as error:
-        raise refused(architecture, f"transformers cannot build it ({first_line(error)})") from error
+        raise unserved(architecture, f"transformers cannot build it ({first_line(error)})") from error
 
 
 def _leave_experts_out(model: Any) -> None:
@@ -244,20 +279,23 @@ def _check_rope(hf_config: Any, architecture: str) -> None:
     # Hunyuan's "dynamic" has a fixed factor.
     kinds = {str(part.get("rope_type")) for part in nested if not part.get("alpha")} & set(_STEP_DEPENDENT_ROPES)
     if kinds:
-        raise refused(architecture, f"its rope ({', '.join(kinds)}) depends on what else is in a step")
+        raise unserved(architecture, f"its rope ({', '.join(kinds)}) depends on what else is in a step")
+
+
+def _check_names(model: Any, architecture: str) -> None:
+    if type(model).__name__ != architecture:
+        raise unserved(architecture, f"its model_type stands for {type(model).__name__}")
+    if any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules()):
+        raise unserved(architecture, "it counts positions from its padding token on, and not from 0")
 
 
 def _check_class(model: Any, architecture: str) -> None:
-    if type(model).__name__ != architecture:
-        raise refused(architecture, f"its model_type stands for {type(model).__name__}")
     # None of the layers may attend then, which is seen when they run.
     needs_no_attention = is_adapted(architecture) or _is_recurrent(model)
     if not needs_no_attention and not getattr(model, "_supports_flash_attn", False):
         raise refused(architecture, "its attention needs a mask, which the interface does not carry")
-    if not needs_no_attention and not takes_positions(model.get_decoder()):
+    if not needs_no_attention and not takes_positions(trunk_of(model)):
         raise refused(architecture, "it counts positions by itself, and takes no position_ids")
-    if any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules()):
-        raise refused(architecture, "it counts positions from its padding token on, and not from 0")
 
 
 def _is_recurrent(model: Any) -> bool:
@@ -282,7 +320,7 @@ def _check_layers(calls: Sequence[AttentionCall], mixers: Sequence[str], model: 
     if _is_recurrent(model):
         return
     _check_calls(calls, None if mixers else config.num_hidden_layers, architecture)
-    _check_windows(calls, config, kinds, model.get_decoder(), architecture)
+    _check_windows(calls, config, kinds, trunk_of(model), architecture)
 
 
 def _check_calls(calls: Sequence[AttentionCall], num_layers: int | None, architecture: str) -> None:
@@ -320,6 +358,13 @@ def _check_windows(
         )
     if is_hidden:
         raise refused(architecture, f"its windows of {window} tokens are in its attention mask alone")
+
+
+def trunk_of(model: Any) -> Any:
+    """What makes hidden states of token ids; in some models `decoder` is a part of the head."""
+    decoder = model.get_decoder()
+    is_trunk = "input_ids" in inspect.signature(decoder.forward).parameters
+    return decoder if is_trunk else getattr(model, model.base_model_prefix)
 
 
 def takes_positions(trunk: torch.nn.Module) -> bool:

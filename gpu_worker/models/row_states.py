@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from gpu_worker.attention.api import StepMetadata
+from gpu_worker.models.kept_rows import KeptRows
+from gpu_worker.models.row_caches import tensors_within
 
 # What such layers call the cache that they are given.
 _CACHE_NAMES = ("cache_params", "past_key_values")
@@ -41,15 +42,6 @@ _OF_WHAT_IS_FORGOTTEN = 0.25
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
-    """A row's part of a step."""
-
-    num_tokens: int
-    cache: Any
-    begins: bool
-
-
-@dataclass(frozen=True, slots=True)
 class _Like:
     """What a layer's hidden states are."""
 
@@ -62,39 +54,20 @@ class _Like:
         return cls(hidden.shape[-1], hidden.device, hidden.dtype)
 
 
-class RowStates:
+class RowStates(KeptRows):
     """The states of one worker's rows, each in a cache of transformers."""
 
     def __init__(self, model: torch.nn.Module, mixers: Sequence[torch.nn.Module]) -> None:
         """`mixers`: modules of the model that keep a state; their forward passes are replaced."""
-        self._new_cache = _cache_maker(model)
-        self._caches: dict[int, Any] = {}
-        self._step: list[_Run] = []
+        super().__init__()
+        self._make_cache = _cache_maker(model)
         # By class: layers of one differ in their weights alone.
         self._go_on: dict[tuple[type, _Like], bool] = {}
         for mixer in mixers:
             mixer.forward = self._row_by_row(mixer.forward, type(mixer))
 
-    def plan(self, metadata: StepMetadata) -> None:
-        """Before a step's forward pass.
-
-        Raises:
-            RuntimeError: a row begins in the middle of its sequence.
-        """
-        if metadata.rows is None:
-            raise RuntimeError("a model that keeps states for rows is not told which rows run")
-        self._step = []
-        runs = zip(metadata.rows.tolist(), metadata.query_lengths.tolist(), metadata.context_lengths, strict=True)
-        for row, num_tokens, context in runs:
-            if context == num_tokens:
-                self._caches[row] = self._new_cache()
-            elif row not in self._caches:
-                raise RuntimeError(f"row {row} begins at token {context - num_tokens}, and has no state from before")
-            self._step.append(_Run(num_tokens, self._caches[row], context == num_tokens))
-
-    def clear(self) -> None:
-        self._caches.clear()
-        self._step = []
+    def new_cache(self) -> Any:
+        return self._make_cache()
 
     def _row_by_row(self, forward: Callable[..., Any], kind: type) -> Callable[..., Any]:
         signature = inspect.signature(forward)
@@ -105,7 +78,7 @@ class RowStates:
 
         def goes_on(like: _Like) -> bool:
             if (kind, like) not in self._go_on:
-                self._go_on[kind, like] = _goes_on(run_part, like, self._new_cache)
+                self._go_on[kind, like] = _goes_on(run_part, like, self._make_cache)
             return self._go_on[kind, like]
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -249,12 +222,4 @@ def _cache_name(forward: Callable[..., Any]) -> str | None:
 
 
 def _num_bytes(cache: Any) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(cache))
-
-
-def _tensors(cache: Any) -> Iterator[torch.Tensor]:
-    """All that a cache and its layers hold, whatever they call it."""
-    for holder in (cache, *cache.layers):
-        for value in vars(holder).values():
-            held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
-            yield from (tensor for tensor in held if isinstance(tensor, torch.Tensor))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_within(cache))

@@ -35,11 +35,13 @@ from gpu_worker.models.fallback_probe import (
     first_line,
     paged_attention,
     probe_layers,
-    refused,
     takes_positions,
+    trunk_of,
+    unserved,
 )
 from gpu_worker.models.family import LoadsItself, ModelFamily, NameRules
 from gpu_worker.models.hf_config import HfConfig
+from gpu_worker.models.row_caches import RowCaches
 from gpu_worker.models.row_states import RowStates
 from gpu_worker.models.state_adapters import adapt_states
 from gpu_worker.quant.api import RandomValues
@@ -109,7 +111,7 @@ class _Served:
             return cls(config, architecture, is_part=False)
         causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text.model_type)
         if causal is None:
-            raise refused(
+            raise unserved(
                 architecture, f"transformers has no language model of its text part {text.model_type!r} alone"
             )
         if getattr(config, "tie_word_embeddings", None) is not None:
@@ -145,7 +147,7 @@ class TransformersModel(ModelFamily, LoadsItself):
             num_heads=calls[0].num_heads,
             num_kv_heads=max(call.num_kv_heads for call in calls),
             head_dim=max(call.head_dim for call in calls),
-            max_position_embeddings=context_of(text_config) if found.calls else _RECURRENT_CONTEXT,
+            max_position_embeddings=context_of(text_config) if _grows(found) else _RECURRENT_CONTEXT,
             norm_eps=1e-5,
             layers=tuple(LayerSpec(rope=None, sliding_window=call.window) for call in calls),
             dtype=text.dtype(),
@@ -154,7 +156,8 @@ class TransformersModel(ModelFamily, LoadsItself):
             attention_softcap=calls[0].softcap,
             attention_sinks=any(call.has_sinks for call in calls),
             eos_token_ids=config.eos_token_ids() or text.eos_token_ids(),
-            row_state_bytes=sum(found.states.values()),
+            row_state_bytes=sum(found.states.values()) if found.row_cache is None else found.row_cache.state_bytes,
+            row_cache_dim=0 if found.row_cache is None else found.row_cache.numbers_per_token,
         )
 
     def __init__(self, spec: ModelSpec, max_position: int, build: BuildContext) -> None:
@@ -190,7 +193,7 @@ class TransformersModel(ModelFamily, LoadsItself):
                 path,
                 config=served.config,
                 dtype=self.dtype,
-                attn_implementation=attention_implementation(served.architecture),
+                attn_implementation=_attention(found, served.architecture),
                 experts_implementation=EXPERTS,
                 trust_remote_code=False,
                 use_safetensors=True,
@@ -214,7 +217,7 @@ class TransformersModel(ModelFamily, LoadsItself):
         model = AutoModelForCausalLM.from_config(
             served.config,
             dtype=self.dtype,
-            attn_implementation=attention_implementation(served.architecture),
+            attn_implementation=_attention(found, served.architecture),
             experts_implementation=EXPERTS,
             trust_remote_code=False,
         )
@@ -224,12 +227,17 @@ class TransformersModel(ModelFamily, LoadsItself):
         self._adopt(model.to(self.device), found)
 
     def _adopt(self, model: Any, found: ModelLayers) -> None:
+        self._model = model.eval()
+        trunk = trunk_of(model)
+        self._takes_positions, self._mask = takes_positions(trunk), placeholder_mask(model, self.device)
+        if found.row_cache is not None:
+            self._keep_row_caches(trunk)
+            return
         log.warning(
             "no native code for this architecture: transformers' own runs, with paged attention",
             architecture=self.spec.architecture,
             layers=self.spec.num_layers,
         )
-        self._model = model.eval()
         adapt(model, paged_attention)
         adapt_states(model)
         modules = dict(model.named_modules())
@@ -239,9 +247,28 @@ class TransformersModel(ModelFamily, LoadsItself):
             self.row_states = RowStates(model, [modules[name] for name in found.states])
         # The head's own road (scaling, soft caps) is taken for the rows that are sampled only: it is handed the states
         # that the trunk gave before.
-        trunk = model.get_decoder()
-        self._takes_positions, self._mask = takes_positions(trunk), placeholder_mask(model, self.device)
         self._run_trunk, trunk.forward = trunk.forward, self._states_for_head
+
+    def _keep_row_caches(self, trunk: Any) -> None:
+        log.warning(
+            "no native code for this architecture, and it attends in its own way: transformers' own runs, row after "
+            "row, without paged attention and prefix cache",
+            architecture=self.spec.architecture,
+        )
+        caches = RowCaches(trunk.forward)
+        with torch.inference_mode():
+            try:
+                tried = caches.try_out(self.spec.vocab_size, self.device)
+            except Exception as error:  # whatever code of others does with what it is given
+                tried = f"its forward pass cannot be tried out ({first_line(error)})"
+            if isinstance(tried, str):
+                raise unserved(self.spec.architecture, tried)
+            trunk.forward = self._states_for_head
+            self._given, self._output_type = tried.last_hidden_state, type(tried)
+            self._model(inputs_embeds=self._given, use_cache=False)
+        if self._given is not None:
+            raise unserved(self.spec.architecture, "its head does not read what its decoder gives")
+        self.row_states, self._run_trunk = caches, caches.run
 
     def weighted(self) -> Iterator[tuple[str, Weighted]]:
         return iter(())
@@ -278,7 +305,8 @@ class TransformersModel(ModelFamily, LoadsItself):
         return self._model(inputs_embeds=self._given, use_cache=False).logits[0]
 
     def _states_for_head(self, *args: Any, **kwargs: Any) -> Any:
-        return self._output_type(last_hidden_state=self._given)
+        given, self._given = self._given, None
+        return self._output_type(last_hidden_state=given)
 
     def attend(
         self,
@@ -357,6 +385,16 @@ def _open_config(directory: Path) -> Any:
     with contextlib.suppress(Exception):
         config.get_text_config().pad_token_id = None
     return config
+
+
+def _grows(found: ModelLayers) -> bool:
+    """Whether its config has a length that it was made for: whatever is no state alone."""
+    return bool(found.calls) or found.row_cache is not None
+
+
+def _attention(found: ModelLayers, architecture: str) -> str | None:
+    """What transformers is to build its attention with; None: what it takes by itself."""
+    return attention_implementation(architecture) if found.row_cache is None else None
 
 
 def _widest(config: Any) -> int:

@@ -118,6 +118,16 @@ OTHER_HYBRIDS = {
     # Keys and values of their other layers are compressed.
     "kimi-linear": tiny("kimi_linear", **LATENT),
     "bailing-hybrid": tiny("bailing_hybrid", **LATENT, num_experts=6, n_group=1, topk_group=1),
+    # One attention that several layers share, and both in these.
+    "zamba2": tiny(
+        "zamba2",
+        num_hidden_layers=4,
+        layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
+        n_mamba_heads=4,
+        mamba_d_state=16,
+        chunk_size=16,
+        use_mamba_kernels=False,
+    ),
     "olmo-hybrid": tiny("olmo_hybrid", layer_types=[STATE, FULL, STATE]),
     # Layers that do neither.
     "nemotron-h": tiny(

@@ -21,6 +21,7 @@ from transformers.models.gptj import GPTJConfig
 from transformers.models.granitemoe import GraniteMoeConfig
 from transformers.models.hunyuan_v1_dense import HunYuanDenseV1Config
 from transformers.models.longcat_flash import LongcatFlashConfig
+from transformers.models.modernbert_decoder import ModernBertDecoderConfig
 from transformers.models.mpt import MptConfig
 from transformers.models.nemotron import NemotronConfig
 from transformers.models.olmo import OlmoConfig
@@ -95,6 +96,8 @@ CARRIED = {
     # Attention of their own, rotated pairs.
     "gptj": Tiny(GPTJConfig, {"n_head": 6, "rotary_dim": 8}),
     "codegen": Tiny(CodeGenConfig, {"num_attention_heads": 4, "hidden_size": 64, "rotary_dim": 8}),
+    # Its head has a part that is called decoder.
+    "modernbert-decoder": Tiny(ModernBertDecoderConfig, {"local_attention": 22, "global_attn_every_n_layers": 2}),
     "gpt": Tiny(OpenAIGPTConfig, {"n_head": 6, "n_positions": 256}),
     "xglm": Tiny(XGLMConfig, {"attention_heads": 6, "ffn_dim": 90}),
     # Learnt positions, no scale, every second layer with a window.
@@ -119,7 +122,6 @@ CARRIED = {
     "mpt": Tiny(MptConfig, {"d_model": 60, "n_heads": 6, "n_layers": 2, "max_seq_len": 256}),
 }
 REFUSED = {
-    "phimoe": (Tiny(PhimoeConfig, {"sliding_window": 11, "num_local_experts": 2}), "windows of 11 tokens"),
     "roberta": (Tiny(RobertaConfig, {"is_decoder": True}), "from its padding token on"),
 }
 
