@@ -37,6 +37,7 @@ from gpu_worker.models.transformers_fallback import TransformersModel  # noqa: E
 from gpu_worker.parallel.shares import ParallelContext  # noqa: E402
 from gpu_worker.quant.config import SUPPORTED  # noqa: E402
 from gpu_worker.quant.scheme import ON_LOAD  # noqa: E402
+from tests.unit.gpu_worker.models.test_row_caches import ITSELF  # noqa: E402
 from tests.unit.gpu_worker.models.test_row_states import HYBRIDS, OTHER_HYBRIDS, RECURRENT  # noqa: E402
 from tests.unit.gpu_worker.models.test_transformers_fallback import CARRIED, REFUSED  # noqa: E402
 from tests.unit.gpu_worker.models.tiny_checkpoints import TINY, Tiny  # noqa: E402
@@ -211,6 +212,7 @@ def native_table() -> list[str]:
 def fallback_lines() -> list[str]:
     carried = sorted({_architecture(tiny.config_class) for tiny in CARRIED.values()})
     refused = sorted({_architecture(tiny.config_class) for tiny, _ in REFUSED.values()} - set(carried))
+    itself = sorted({_architecture(tiny.config_class) for tiny in ITSELF.values()} - set(carried))
     hybrids = sorted({_architecture(tiny.config_class) for tiny in (HYBRIDS | OTHER_HYBRIDS | RECURRENT).values()})
     return [
         f"Tested: {_quoted(carried)}.",
@@ -218,8 +220,13 @@ def fallback_lines() -> list[str]:
         "Layers that keep a state for every sequence (recurrences, convolutions) run row after row, and no prompt's",
         f"beginning is taken over from another; tested: {_quoted(hybrids)}.",
         "",
-        f"Refused, with the reason: {_quoted(refused)}; so is whatever else neither attends nor keeps such a state,",
-        "makes attention masks of its own, or has rope that depends on the rest of the step.",
+        "What paged attention does not carry (masks of a model's own, indexers and compressed keys beyond those above,",
+        "two attentions over one cache) runs row after row, all layers of it, in transformers' own caches: they are",
+        "counted in blocks, and no prompt's beginning is taken over either. Whether such a model computes of a text in",
+        f"parts what it computes of the whole is tried when it is loaded; tested: {_quoted(itself)}.",
+        "",
+        f"Refused, with the reason: {_quoted(refused)}; so is whatever else keeps nothing of what it has seen, counts",
+        "positions from its padding token on, or has rope that depends on the rest of the step (dynamic, longrope).",
     ]
 
 

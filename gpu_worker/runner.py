@@ -160,6 +160,11 @@ class TorchRunner:
                 "kv_cache_dtype fp8 needs the CUDA kernels, and this model runs in plain torch: "
                 "set --kv-cache-dtype auto, bfloat16 or float16"
             )
+        if spec.row_cache_dim and settings.kv_cache_dtype != "auto":
+            raise ModelConfigError(
+                f"kv_cache_dtype {settings.kv_cache_dtype}: {spec.architecture} runs in transformers' own caches, "
+                "which have the model's type: set --kv-cache-dtype auto"
+            )
         kv_dtype = resolve_kv_dtype(settings.kv_cache_dtype, dtype)
         group = group or single_rank(spec.num_layers)
         parallel = group.context()

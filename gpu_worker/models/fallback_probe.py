@@ -2,7 +2,8 @@
 
 Configs name heads, sizes, windows and scales differently, so the model is asked itself: its attention modules call the
 attention interface (those that do not are made to, `attention_adapters.py`), and the calls are taken down. Layers that
-keep a state of another kind are found on the way (`row_states.py`). What cannot be served is refused with the reason.
+keep a state of another kind are found on the way (`row_states.py`). Of models that attend in ways of their own it is
+measured what a row keeps (`row_caches.py`). What cannot be served is refused with the reason.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 Its forward pass is transformers' own; only attention is replaced, by the paged backend, through transformers'
 attention interface (architectures that do not use it: `attention_adapters.py`). A step's tokens go in as one sequence
 with their own positions: everything outside attention treats tokens one by one, but for layers that keep a state for
-each row (`row_states.py`). A model that does otherwise is refused (`fallback_probe.py`).
+each row (`row_states.py`). A model that does otherwise (`fallback_probe.py` finds out) runs row after row in caches of
+its own (`row_caches.py`), or is refused.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from gpu_worker.attention.api import StepMetadata
 from gpu_worker.config import WorkerSettings
+from gpu_worker.model_spec import ModelConfigError
 from gpu_worker.models.loader import read_spec
 from gpu_worker.models.row_caches import RowCaches, tensors_within
 from gpu_worker.models.transformers_fallback import TransformersModel
@@ -132,6 +133,12 @@ def test_what_rows_hold_is_counted_in_blocks_and_freed_with_them(tmp_path: Path)
     driver.drop(0)
     driver.step()
     assert list(rows._caches) == [1]
+
+
+def test_another_type_of_cache_is_refused(tmp_path: Path) -> None:
+    save_model(ITSELF["diffllama"], tmp_path)
+    with pytest.raises(ModelConfigError, match=r"own caches.*--kv-cache-dtype auto"):
+        load(tmp_path, kv_cache_dtype="bfloat16")
 
 
 def test_no_beginning_is_taken_over(tmp_path: Path) -> None:

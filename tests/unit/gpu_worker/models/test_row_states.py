@@ -118,7 +118,7 @@ OTHER_HYBRIDS = {
     # Keys and values of their other layers are compressed.
     "kimi-linear": tiny("kimi_linear", **LATENT),
     "bailing-hybrid": tiny("bailing_hybrid", **LATENT, num_experts=6, n_group=1, topk_group=1),
-    # One attention that several layers share, and both in these.
+    # One attention that several layers share. Steps of one token round more in transformers than prompts do.
     "zamba2": tiny(
         "zamba2",
         num_hidden_layers=4,
@@ -126,6 +126,7 @@ OTHER_HYBRIDS = {
         n_mamba_heads=4,
         mamba_d_state=16,
         chunk_size=16,
+        initializer_range=0.1,
         use_mamba_kernels=False,
     ),
     "olmo-hybrid": tiny("olmo_hybrid", layer_types=[STATE, FULL, STATE]),

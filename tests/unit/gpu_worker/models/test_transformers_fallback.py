@@ -13,6 +13,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.biogpt import BioGptConfig
 from transformers.models.bloom import BloomConfig
 from transformers.models.codegen import CodeGenConfig
+from transformers.models.cpmant import CpmAntConfig
 from transformers.models.falcon import FalconConfig
 from transformers.models.gpt2 import GPT2Config
 from transformers.models.gpt_neo import GPTNeoConfig
@@ -33,6 +34,7 @@ from transformers.models.roberta import RobertaConfig
 from transformers.models.stablelm import StableLmConfig
 from transformers.models.vaultgemma import VaultGemmaConfig
 from transformers.models.xglm import XGLMConfig
+from transformers.models.xlm import XLMConfig
 
 from gpu_worker.config import WorkerSettings
 from gpu_worker.layers.linear import BuildContext
@@ -122,6 +124,18 @@ CARRIED = {
     "mpt": Tiny(MptConfig, {"d_model": 60, "n_heads": 6, "n_layers": 2, "max_seq_len": 256}),
 }
 REFUSED = {
+    "cpmant": (
+        Tiny(CpmAntConfig, {"dim_head": 10, "dim_ff": 90, "prompt_types": 4, "prompt_length": 4, "segment_types": 4}),
+        "cannot be tried out",
+    ),
+    "xlm": (Tiny(XLMConfig, {"emb_dim": 60, "n_heads": 6, "n_layers": 2}), "cannot be tried out"),
+    "dynamic-rope": (
+        Tiny(
+            StableLmConfig,
+            {"hidden_size": 72, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 4.0}},
+        ),
+        r"its rope \(dynamic\) depends",
+    ),
     "roberta": (Tiny(RobertaConfig, {"is_decoder": True}), "from its padding token on"),
 }
 
@@ -200,11 +214,11 @@ def test_it_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_the_interface_does_not_carry_is_refused_with_its_reason(name: str, tmp_path: Path) -> None:
+def test_what_is_carried_in_no_way_is_refused_with_its_reason(name: str, tmp_path: Path) -> None:
     tiny, reason = REFUSED[name]
     save_model(tiny, tmp_path)
     with pytest.raises(ModelConfigError, match=reason):
-        read_spec(tmp_path)
+        PagedModel(tmp_path)
 
 
 def test_remote_code_is_refused(tmp_path: Path) -> None:
