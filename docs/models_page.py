@@ -22,7 +22,10 @@ for source_root in (ROOT, ROOT / "proto", ROOT / "kernels"):
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
+from transformers.models.auto.modeling_auto import (  # noqa: E402
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from gpu_worker.assembly import Sizes, without_idle_indexer  # noqa: E402
 from gpu_worker.cuda import loading as cuda_loading  # noqa: E402
@@ -37,6 +40,7 @@ from gpu_worker.models.transformers_fallback import TransformersModel  # noqa: E
 from gpu_worker.parallel.shares import ParallelContext  # noqa: E402
 from gpu_worker.quant.config import SUPPORTED  # noqa: E402
 from gpu_worker.quant.scheme import ON_LOAD  # noqa: E402
+from tests.unit.gpu_worker.models.test_multimodal import WHOLE  # noqa: E402
 from tests.unit.gpu_worker.models.test_row_caches import ITSELF  # noqa: E402
 from tests.unit.gpu_worker.models.test_row_states import HYBRIDS, OTHER_HYBRIDS, RECURRENT  # noqa: E402
 from tests.unit.gpu_worker.models.test_transformers_fallback import CARRIED, REFUSED  # noqa: E402
@@ -213,6 +217,7 @@ def fallback_lines() -> list[str]:
     carried = sorted({_architecture(tiny.config_class) for tiny in CARRIED.values()})
     refused = sorted({_architecture(tiny.config_class) for tiny, _ in REFUSED.values()} - set(carried))
     itself = sorted({_architecture(tiny.config_class) for tiny in ITSELF.values()} - set(carried))
+    whole = sorted(str(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[kind]) for kind in WHOLE)
     hybrids = sorted({_architecture(tiny.config_class) for tiny in (HYBRIDS | OTHER_HYBRIDS | RECURRENT).values()})
     return [
         f"Tested: {_quoted(carried)}.",
@@ -224,6 +229,9 @@ def fallback_lines() -> list[str]:
         "two attentions over one cache) runs row after row, all layers of it, in transformers' own caches: they are",
         "counted in blocks, and no prompt's beginning is taken over either. Whether such a model computes of a text in",
         f"parts what it computes of the whole is tried when it is loaded; tested: {_quoted(itself)}.",
+        "",
+        "Of models that see or hear, and that the table has not, text is served by the whole of them, other parts",
+        f"loaded with it; tested: {_quoted(whole)}.",
         "",
         f"Refused, with the reason: {_quoted(refused)}; so is whatever else keeps nothing of what it has seen, counts",
         "positions from its padding token on, or has rope that depends on the rest of the step (dynamic, longrope).",

@@ -20,8 +20,10 @@ import torch
 from gpu_worker.model_spec import ModelConfigError
 from gpu_worker.models.attention_adapters import adapt, is_adapted, placeholder_mask
 from gpu_worker.models.hf_config import FULL, SLIDING
+from gpu_worker.models.refusals import NotPaged, first_line, refused, unserved
 from gpu_worker.models.row_caches import RowCacheSize, measure
 from gpu_worker.models.row_states import INDIFFERENT, PLACES, StateProbe
+from gpu_worker.models.served_config import auto_class
 from gpu_worker.models.state_adapters import adapt_states
 
 INTERFACE = "stepwire"
@@ -147,23 +149,6 @@ class _Probe:
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
 
 
-class NotPaged(ModelConfigError):
-    """Paged attention does not carry it; caches of its own may."""
-
-
-def refused(architecture: str, reason: str) -> NotPaged:
-    return NotPaged(_message(architecture, f"with paged attention: {reason}"))
-
-
-def unserved(architecture: str, reason: str) -> ModelConfigError:
-    """Neither would caches of its own do."""
-    return ModelConfigError(_message(architecture, f"own: {reason}"))
-
-
-def _message(architecture: str, reason: str) -> str:
-    return f"{architecture} has no native code here, and cannot run through transformers' {reason}"
-
-
 def probe_layers(hf_config: Any, architecture: str) -> ModelLayers:
     """Run the model on device meta. What was found of a config is remembered: for a large one that took seconds.
 
@@ -239,12 +224,12 @@ def _run_on_meta(hf_config: Any, architecture: str) -> ModelLayers:
 
 
 def _build(hf_config: Any, architecture: str, *, attends_itself: bool = False) -> Any:
-    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers import AttentionInterface
 
     AttentionInterface.register(INTERFACE, paged_attention)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
+            return auto_class(architecture).from_config(
                 hf_config,
                 attn_implementation=None if attends_itself else attention_implementation(architecture),
                 # The one whose sizes do not depend on what the router chooses, in any type.
@@ -314,8 +299,9 @@ def _check_layers(calls: Sequence[AttentionCall], mixers: Sequence[str], model: 
         raise refused(architecture, f"it has layers of the kinds {', '.join(sorted(others))}")
     if not mixers and getattr(model, "_is_stateful", False):
         raise refused(architecture, "it keeps a state for every sequence, which is no KV cache")
+    within = set(trunk_of(model).modules())
     for name, module in model.named_modules():
-        is_convolution = isinstance(module, torch.nn.modules.conv._ConvNd)
+        is_convolution = isinstance(module, torch.nn.modules.conv._ConvNd) and module in within
         if is_convolution and not any(name.startswith(f"{mixer}.") for mixer in mixers):
             raise refused(architecture, f"its {name} mixes neighbouring tokens")
     if _is_recurrent(model):
@@ -362,8 +348,10 @@ def _check_windows(
 
 
 def trunk_of(model: Any) -> Any:
-    """What makes hidden states of token ids; in some models `decoder` is a part of the head."""
+    """What makes hidden states of token ids; in some models `decoder` is a part of the head, or has one itself."""
     decoder = model.get_decoder()
+    while hasattr(decoder, "lm_head"):
+        decoder = decoder.get_decoder()
     is_trunk = "input_ids" in inspect.signature(decoder.forward).parameters
     return decoder if is_trunk else getattr(model, model.base_model_prefix)
 
@@ -384,7 +372,3 @@ def context_of(config: Any) -> int:
 def attention_implementation(architecture: str) -> str:
     """What transformers is to build its attention with."""
     return "eager" if is_adapted(architecture) else INTERFACE
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

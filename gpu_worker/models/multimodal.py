@@ -28,9 +28,10 @@ from gpu_worker.models.mllama import Mllama
 from gpu_worker.models.moe import QwenMoe
 from gpu_worker.models.qwen import Qwen
 from gpu_worker.models.registry import register
+from gpu_worker.models.served_config import LANGUAGE_HEAD, LANGUAGE_MODEL, is_known_part
 from gpu_worker.models.smollm3 import SmolLM3
 from gpu_worker.models.text_part_defaults import TEXT_DEFAULTS
-from gpu_worker.models.transformers_fallback import LANGUAGE_HEAD, LANGUAGE_MODEL, TransformersModel, is_known_part
+from gpu_worker.models.transformers_fallback import TransformersModel
 
 # By `model_type` of the text part: what computes it, and the architecture that it would be by itself.
 TEXT_PARTS: dict[str, tuple[type[ModelFamily], str]] = {

@@ -9,7 +9,6 @@ its own (`row_caches.py`), or is refused.
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,29 +32,23 @@ from gpu_worker.models.fallback_probe import (
     ModelLayers,
     attention_implementation,
     context_of,
-    first_line,
     paged_attention,
     probe_layers,
     takes_positions,
     trunk_of,
-    unserved,
 )
 from gpu_worker.models.family import LoadsItself, ModelFamily, NameRules
 from gpu_worker.models.hf_config import HfConfig
+from gpu_worker.models.refusals import first_line, unserved
 from gpu_worker.models.row_caches import RowCaches
 from gpu_worker.models.row_states import RowStates
+from gpu_worker.models.served_config import LANGUAGE_HEAD, LANGUAGE_MODEL, ServedConfig, auto_class
 from gpu_worker.models.state_adapters import adapt_states
 from gpu_worker.quant.api import RandomValues
 from gpu_worker.quant.none import Unquantized
 
 log = structlog.get_logger(__name__)
 
-HOLD_A_MODEL = (
-    "Gemma3nForConditionalGeneration",
-    "Gemma4ForConditionalGeneration",
-    "Gemma4UnifiedForConditionalGeneration",
-)
-"""Without images and sound they compute as the language model within them, which is what runs."""
 # One expert after another, those that were chosen: of any size, and without a copy of its weights for every token.
 EXPERTS = "eager"
 # Where all layers keep states and none attends, blocks are counted all the same, of next to nothing.
@@ -64,60 +57,7 @@ _RECURRENT_CONTEXT = 1 << 17
 _NO_ATTENTION = AttentionCall("", 1, 1, 1, 1, 1.0, window=None, softcap=None, has_sinks=False)
 # Positions in two digits, each of which any dtype holds exactly.
 _POSITION_DIGIT = 256
-LANGUAGE_MODEL = r"^(thinker\.)?(model\.language_model|model\.text_model|language_model\.model)\."
-LANGUAGE_HEAD = r"^(thinker\.|language_model\.|model\.)lm_head\."
-"""How the tensors of a language model are called in a checkpoint that holds other models too."""
 _OTHER_PARTS = re.compile(r"vision|visual|image|audio|projector|connector|merger|talker|token2wav|code2wav")
-
-
-def is_known(architecture: str) -> bool:
-    """Whether transformers itself has this causal language model; False without transformers."""
-    try:
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    except ImportError:
-        return False
-    return architecture in (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *HOLD_A_MODEL)
-
-
-def is_known_part(kind: Any) -> bool:
-    """Whether transformers has text parts of this `model_type` as causal language models."""
-    try:
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    except ImportError:
-        return False
-    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-
-@dataclass(frozen=True, slots=True)
-class _Served:
-    """What transformers builds."""
-
-    config: Any
-    architecture: str
-    is_part: bool
-    """A language model within a checkpoint that holds others as well."""
-
-    @classmethod
-    def of(cls, directory: Path, architecture: str) -> _Served:
-        """
-        Raises:
-            ModelConfigError: it holds no language model that transformers has by itself.
-        """
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-        config = _open_config(directory)
-        text = config.get_text_config()
-        is_whole = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type) == architecture
-        if text is config or (is_whole and architecture not in HOLD_A_MODEL):
-            return cls(config, architecture, is_part=False)
-        causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text.model_type)
-        if causal is None:
-            raise unserved(
-                architecture, f"transformers has no language model of its text part {text.model_type!r} alone"
-            )
-        if getattr(config, "tie_word_embeddings", None) is not None:
-            text.tie_word_embeddings = config.tie_word_embeddings
-        return cls(text, causal, is_part=True)
 
 
 class TransformersModel(ModelFamily, LoadsItself):
@@ -136,7 +76,7 @@ class TransformersModel(ModelFamily, LoadsItself):
                 f"is set, and {architecture} runs through transformers' own code, which takes plain weights only; "
                 "use the release of the model that is not quantized",
             )
-        served = _Served.of(Path(config.file).parent, architecture)
+        served = ServedConfig.of(Path(config.file).parent, architecture)
         found = probe_layers(served.config, served.architecture)
         calls = found.calls or (_NO_ATTENTION,)
         text_config = served.config.get_text_config()
@@ -184,13 +124,11 @@ class TransformersModel(ModelFamily, LoadsItself):
         SafetensorsReader(path).close()
 
     def load_checkpoint(self, path: Path) -> None:
-        from transformers import AutoModelForCausalLM
-
         SafetensorsReader(path).close()
-        served = _Served.of(path, self.spec.architecture)
+        served = ServedConfig.of(path, self.spec.architecture)
         found = probe_layers(served.config, served.architecture)
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = auto_class(served.architecture).from_pretrained(
                 path,
                 config=served.config,
                 dtype=self.dtype,
@@ -211,11 +149,9 @@ class TransformersModel(ModelFamily, LoadsItself):
 
     def fill_random_weights(self, source: RandomValues, directory: Path) -> None:
         """load_format dummy."""
-        from transformers import AutoModelForCausalLM
-
-        served = _Served.of(directory, self.spec.architecture)
+        served = ServedConfig.of(directory, self.spec.architecture)
         found = probe_layers(served.config, served.architecture)
-        model = AutoModelForCausalLM.from_config(
+        model = auto_class(served.architecture).from_config(
             served.config,
             dtype=self.dtype,
             attn_implementation=_attention(found, served.architecture),
@@ -370,22 +306,6 @@ def _by_token(heads: torch.Tensor, head_dim: int) -> torch.Tensor:
     padding = head_dim - heads.shape[-1]
     tokens = heads[0].transpose(0, 1)
     return torch.nn.functional.pad(tokens, (0, padding)) if padding else tokens.contiguous()
-
-
-def _open_config(directory: Path) -> Any:
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
-        raise ModelConfigError(
-            f"{directory / 'config.json'}: transformers cannot read it ({first_line(error)})"
-        ) from error
-    # Only to be warned of padding, which a step has none of; looking for it reads token ids back from the device.
-    # Some classes insist on a number.
-    with contextlib.suppress(Exception):
-        config.get_text_config().pad_token_id = None
-    return config
 
 
 def _grows(found: ModelLayers) -> bool:

@@ -288,6 +288,51 @@ def test_further_text_parts_under_their_published_names(kind: str, tmp_path: Pat
     check_logits(save_config(with_small_parts(kind, TEXT | FURTHER[kind]), tmp_path), tmp_path)
 
 
+# Text parts that transformers does not have by themselves, or under names of their own.
+WHOLE = {
+    "ernie4_5_vl_moe": TEXT
+    | MULTI_ROPE
+    | {"model_type": "ernie4_5_vl_moe_text", "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": [40, 24]},
+    "glm_ocr": {"model_type": "glm_ocr_text"} | GLM,
+    "hunyuan_vl": TEXT
+    | {
+        "model_type": "hunyuan_vl_text",
+        "rope_parameters": {
+            "rope_type": "xdrope",
+            "rope_theta": 5000.0,
+            "xdrope_section": [2, 2, 2, 0],
+            "alpha": 100.0,
+            "factor": 1.0,
+        },
+    },
+    # Row after row: sparse attention, with choices that are taken over.
+    "minimax_m3_vl": {"model_type": "minimax_m3_vl_text"} | TEXT | {"head_dim": 16},
+    "mistral_large4": {"model_type": "mistral_large4_text"} | LATENT,
+    # Some of its layers keep states.
+    "nemotron_h_omni": {"model_type": "nemotron_h"} | TEXT,
+    "paddleocr_vl": {"model_type": "paddleocr_vl_text"} | TEXT | MULTI_ROPE,
+    "qianfan_ocr": {"model_type": "qwen3"} | TEXT,
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind == "hunyuan_vl" else pytest.mark.slow) for kind in WHOLE]
+)
+def test_what_holds_a_text_part_of_its_own_runs_whole(kind: str, tmp_path: Path) -> None:
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {kind}")
+    reference = save_config(with_small_parts(kind, WHOLE[kind]), tmp_path)
+    assert read_spec(tmp_path)[1] is TransformersModel
+    check_logits(reference, tmp_path)
+
+
+def test_an_image_that_is_seen_from_both_sides_is_refused(tmp_path: Path) -> None:
+    """PaliGemma attends to a whole prompt at once."""
+    save_config(with_small_parts("paligemma", {"model_type": "gemma"} | TEXT), tmp_path)
+    with pytest.raises(ModelConfigError, match="given a text in parts it does not compute"):
+        PagedModel(tmp_path)
+
+
 def test_a_model_that_hears_and_speaks_holds_one_that_thinks(tmp_path: Path) -> None:
     """Qwen3-Omni as published: the language model within its thinker, beside what makes sound."""
     reference = save_config(others()["qwen3_omni_moe_thinker"](), tmp_path)
