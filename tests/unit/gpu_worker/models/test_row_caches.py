@@ -28,13 +28,39 @@ def tiny(model_type: str, **fields: Any) -> Tiny:
 
 
 LATENT = {name: value for name, value in MLA.items() if name != "first_k_dense_replace"}
+SPARSE, HEAVY = "compressed_sparse_attention", "heavily_compressed_attention"
 ITSELF = {
     # Keys of several tokens compressed into one, an indexer over these, hyper-connections.
-    "deepseek-v4": tiny("deepseek_v4", **LATENT, sliding_window=11),
+    "deepseek-v4": tiny(
+        "deepseek_v4",
+        q_lora_rank=32,
+        n_routed_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=40,
+        head_dim=16,
+        num_key_value_heads=1,
+        o_groups=2,
+        o_lora_rank=16,
+        num_hidden_layers=4,
+        layer_types=["sliding_attention", SPARSE, HEAVY, SPARSE],
+        compress_rates={SPARSE: 2, HEAVY: 8},
+        index_topk=4,
+        index_n_heads=24,
+        index_head_dim=18,
+        sliding_window=11,
+    ),
     # Indexers, whose choices later layers take over.
     "hy-v4": tiny("hy_v4", **LATENT, **INDEXER),
     "axk2": tiny("axk2", **LATENT, **INDEXER),
-    "minimax-m3": tiny("minimax_m3_vl_text", head_dim=16),
+    "minimax-m3": tiny(
+        "minimax_m3_vl_text",
+        layer_types=["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"],
+        head_dim=16,
+        index_n_heads=2,
+        index_head_dim=16,
+        index_block_size=4,
+        index_topk_blocks=3,
+    ),
     # Two attentions, one of which is taken from the other.
     "diffllama": tiny("diffllama"),
     "doge": tiny("doge", keep_window_size=16),
