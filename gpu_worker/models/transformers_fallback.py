@@ -193,16 +193,17 @@ class TransformersModel(ModelFamily, LoadsItself):
             architecture=self.spec.architecture,
         )
         caches = RowCaches(trunk.forward)
-        with torch.inference_mode():
-            try:
+        try:
+            with torch.inference_mode():
                 tried = caches.try_out(self.spec.vocab_size, self.device)
-            except Exception as error:  # whatever code of others does with what it is given
-                tried = f"its forward pass cannot be tried out ({first_line(error)})"
-            if isinstance(tried, str):
-                raise unserved(self.spec.architecture, tried)
-            trunk.forward = self._states_for_head
-            self._given, self._output_type = tried.last_hidden_state, type(tried)
-            self._model(inputs_embeds=self._given, use_cache=False)
+                if not isinstance(tried, str):
+                    trunk.forward = self._states_for_head
+                    self._given, self._output_type = tried.last_hidden_state, type(tried)
+                    self._model(inputs_embeds=self._given, use_cache=False)
+        except Exception as error:  # whatever code of others does with what it is given
+            tried = f"its forward pass cannot be tried out ({first_line(error)})"
+        if isinstance(tried, str):
+            raise unserved(self.spec.architecture, tried)
         if self._given is not None:
             raise unserved(self.spec.architecture, "its head does not read what its decoder gives")
         self.row_states, self._run_trunk = caches, caches.run
