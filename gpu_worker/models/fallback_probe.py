@@ -360,13 +360,13 @@ def takes_positions(trunk: torch.nn.Module) -> bool:
     return "position_ids" in inspect.signature(trunk.forward).parameters
 
 
-def context_of(config: Any) -> int:
-    """Positions that the model was made for."""
+def context_of(config: Any, unnamed: int = 2048) -> int:
+    """Positions that the model was made for; `unnamed`: where its config says nothing."""
     for name in ("max_position_embeddings", "max_seq_len", "seq_length"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
             return value
-    return 2048
+    return unnamed
 
 
 def attention_implementation(architecture: str) -> str:

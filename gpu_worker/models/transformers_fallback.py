@@ -52,7 +52,7 @@ log = structlog.get_logger(__name__)
 # One expert after another, those that were chosen: of any size, and without a copy of its weights for every token.
 EXPERTS = "eager"
 # Where all layers keep states and none attends, blocks are counted all the same, of next to nothing.
-# Such a model's states hold any number of tokens; its config names none.
+# States hold any number of tokens, and most configs of such models name none.
 _RECURRENT_CONTEXT = 1 << 17
 _NO_ATTENTION = AttentionCall("", 1, 1, 1, 1, 1.0, window=None, softcap=None, has_sinks=False)
 # Positions in two digits, each of which any dtype holds exactly.
@@ -88,7 +88,7 @@ class TransformersModel(ModelFamily, LoadsItself):
             num_heads=calls[0].num_heads,
             num_kv_heads=max(call.num_kv_heads for call in calls),
             head_dim=max(call.head_dim for call in calls),
-            max_position_embeddings=context_of(text_config) if _grows(found) else _RECURRENT_CONTEXT,
+            max_position_embeddings=_context(found, text_config),
             norm_eps=1e-5,
             layers=tuple(LayerSpec(rope=None, sliding_window=call.window) for call in calls),
             dtype=text.dtype(),
@@ -309,9 +309,13 @@ def _by_token(heads: torch.Tensor, head_dim: int) -> torch.Tensor:
     return torch.nn.functional.pad(tokens, (0, padding)) if padding else tokens.contiguous()
 
 
-def _grows(found: ModelLayers) -> bool:
-    """Whether its config has a length that it was made for: whatever is no state alone."""
-    return bool(found.calls) or found.row_cache is not None
+def _context(found: ModelLayers, config: Any) -> int:
+    """Tokens of the longest sequence."""
+    if found.calls:
+        return context_of(config)
+    if found.row_cache is None:
+        return _RECURRENT_CONTEXT
+    return context_of(config) if found.row_cache.numbers_per_token else context_of(config, _RECURRENT_CONTEXT)
 
 
 def _attention(found: ModelLayers, architecture: str) -> str | None:

@@ -66,6 +66,7 @@ ITSELF = {
     "doge": tiny("doge", keep_window_size=16),
     # No attention, and a state that is no cache of transformers.
     "rwkv": tiny("rwkv", attention_hidden_size=60),
+    "xlstm": tiny("xlstm", hidden_size=128, num_heads=4, autocast_kernel_dtype="float32"),
     # Windows that are in the mask alone.
     "phimoe-window": tiny("phimoe", sliding_window=11, num_local_experts=4),
     # Positions that a model counts itself.
