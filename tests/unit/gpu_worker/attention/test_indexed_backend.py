@@ -38,9 +38,9 @@ class Sequences:
         tables = np.random.default_rng(5).permutation(np.arange(1, NUM_BLOCKS))
         self.tables = tables[: 11 * len(runs)].reshape(len(runs), 11)
 
-    def step(self, backend: IndexedAttention, spans: list[tuple[int, int]]) -> list[torch.Tensor]:
-        """Run these positions of the rows, through a layer that chooses and one that takes its choice."""
-        order = sorted(range(len(spans)), key=lambda row: spans[row][1] - spans[row][0] != 1)
+    def step(self, backend: IndexedAttention, spans: dict[int, tuple[int, int]]) -> dict[int, torch.Tensor]:
+        """Run these positions of rows, through a layer that chooses and one that takes its choice."""
+        order = sorted(spans, key=lambda row: spans[row][1] - spans[row][0] != 1)
         lengths = np.array([spans[row][1] - spans[row][0] for row in order])
         metadata = StepMetadata(
             num_decodes=int((lengths == 1).sum()),
@@ -57,8 +57,7 @@ class Sequences:
         backend.choose(part(self.index_queries), part(self.index_keys), part(self.weights), 0)
         first, second = (backend.run(part(self.queries), part(self.keys)[:, None], None, layer) for layer in (0, 1))
         assert torch.equal(first, second)
-        parts = dict(zip(order, first.split(lengths.tolist()), strict=True))
-        return [parts[row] for row in range(len(spans))]
+        return dict(zip(order, first.split(lengths.tolist()), strict=True))
 
     def expected(self, row: int, position: int) -> torch.Tensor:
         def seen(of_rows: list[torch.Tensor]) -> torch.Tensor:
@@ -76,14 +75,10 @@ def run_all(runs: list[tuple[int, int]]) -> None:
     sequences = Sequences(runs)
     backend = torch_attention(SPEC, KVCache(SHAPE, NUM_BLOCKS, torch.device("cpu")), torch.float32)
     assert isinstance(backend, IndexedAttention)
-    cached = [row for row, (before, _) in enumerate(sequences.runs) if before]
-    for row in cached:
-        # Rows whose tokens are in the cache come in by themselves.
-        alone = Sequences.__new__(Sequences)
-        for name, value in vars(sequences).items():
-            setattr(alone, name, [value[row]] if isinstance(value, list) else value[row : row + 1])
-        alone.step(backend, [(0, sequences.runs[row][0])])
-    got = sequences.step(backend, [(before, before + now) for before, now in sequences.runs])
+    for row, (before, _) in enumerate(sequences.runs):
+        if before:
+            sequences.step(backend, {row: (0, before)})
+    got = sequences.step(backend, {row: (before, before + now) for row, (before, now) in enumerate(sequences.runs)})
     for row, (before, now) in enumerate(sequences.runs):
         expected = torch.stack([sequences.expected(row, position) for position in range(before, before + now)])
         assert (got[row] - expected).abs().max() < 1e-5
