@@ -177,8 +177,11 @@ def _measure_rows(hf_config: Any, architecture: str, refusal: ModelConfigError) 
     try:
         with torch.inference_mode():
             size = measure(trunk)
-    except Exception:  # code that looks at numbers, which there are none of here
+    except Exception as error:  # code that looks at numbers, which there are none of here
         config = model.config.get_text_config()
+        sizes = [getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size")]
+        if not all(isinstance(size, int) for size in sizes):
+            raise refusal from error
         return RowCacheSize(2 * config.num_hidden_layers * config.hidden_size, 0)
     if size is None:
         raise refusal
@@ -239,7 +242,7 @@ def _build(hf_config: Any, architecture: str, *, attends_itself: bool = False) -
     except KeyError as error:
         reason = "its attention does not go through the attention interface"
         raise refused(architecture, reason if error.args == (INTERFACE,) else f"transformers lacks {error}") from error
-    except (ValueError, ImportError) as error:
+    except Exception as error:  # whatever a class says to a config that it does not like
         raise unserved(architecture, f"transformers cannot build it ({first_line(error)})") from error
 
 

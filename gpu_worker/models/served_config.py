@@ -79,7 +79,9 @@ class ServedConfig:
             return cls(config, architecture, is_part=False)
         causal = _causal().get(text.model_type)
         if causal is None or not _names_are_known(architecture):
-            if getattr(config, "is_encoder_decoder", False) or not _is_multimodal(architecture):
+            if getattr(config, "is_encoder_decoder", False):
+                raise unserved(architecture, "it is an encoder with a decoder, of which neither is served alone")
+            if not _is_multimodal(architecture):
                 raise unserved(architecture, f"its text part {text.model_type!r} is no language model of transformers")
             return cls(config, architecture, is_part=False)
         if getattr(config, "tie_word_embeddings", None) is not None:

@@ -333,6 +333,13 @@ def test_an_image_that_is_seen_from_both_sides_is_refused(tmp_path: Path) -> Non
         PagedModel(tmp_path)
 
 
+def test_an_encoder_with_a_decoder_is_refused(tmp_path: Path) -> None:
+    config = CONFIG_MAPPING["florence2"]().to_dict() | {"architectures": ["Florence2ForConditionalGeneration"]}
+    (tmp_path / "config.json").write_text(json.dumps(config, default=str))
+    with pytest.raises(ModelConfigError, match="an encoder with a decoder"):
+        read_spec(tmp_path)
+
+
 def test_a_model_that_hears_and_speaks_holds_one_that_thinks(tmp_path: Path) -> None:
     """Qwen3-Omni as published: the language model within its thinker, beside what makes sound."""
     reference = save_config(others()["qwen3_omni_moe_thinker"](), tmp_path)
