@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,9 +22,12 @@ for source_root in (ROOT, ROOT / "proto", ROOT / "kernels"):
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
+from transformers.models.auto.modeling_auto import (  # noqa: E402
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
-from gpu_worker.assembly import Sizes  # noqa: E402
+from gpu_worker.assembly import Sizes, without_idle_indexer  # noqa: E402
 from gpu_worker.cuda import loading as cuda_loading  # noqa: E402
 from gpu_worker.loading.gguf_blocks import GGML_TYPES  # noqa: E402
 from gpu_worker.loading.gguf_names import ARCHITECTURES as GGUF_ARCHITECTURES  # noqa: E402
@@ -36,6 +40,8 @@ from gpu_worker.models.transformers_fallback import TransformersModel  # noqa: E
 from gpu_worker.parallel.shares import ParallelContext  # noqa: E402
 from gpu_worker.quant.config import SUPPORTED  # noqa: E402
 from gpu_worker.quant.scheme import ON_LOAD  # noqa: E402
+from tests.unit.gpu_worker.models.test_multimodal import WHOLE  # noqa: E402
+from tests.unit.gpu_worker.models.test_row_caches import ITSELF  # noqa: E402
 from tests.unit.gpu_worker.models.test_row_states import HYBRIDS, OTHER_HYBRIDS, RECURRENT  # noqa: E402
 from tests.unit.gpu_worker.models.test_transformers_fallback import CARRIED, REFUSED  # noqa: E402
 from tests.unit.gpu_worker.models.tiny_checkpoints import TINY, Tiny  # noqa: E402
@@ -139,6 +145,9 @@ def feature_table(spec: ModelSpec) -> dict[str, bool]:
         "soft cap on logits": spec.logit_softcap is not None,
         "attention sinks": spec.attention_sinks,
         "latent attention (MLA)": spec.latent is not None,
+        "attention to what an indexer chooses": spec.indexer is not None,
+        "layers that take over a choice": spec.indexer is not None
+        and not all(layer.has_indexer for layer in spec.layers),
         "experts": spec.moe is not None,
         "shared expert": spec.moe is not None and spec.moe.shared_intermediate_size > 0,
         "grouped routing": spec.moe is not None and spec.moe.num_groups > 1,
@@ -158,13 +167,18 @@ def runs_on(architecture: str, family: type[ModelFamily]) -> str:
     if family.is_encoder:
         return "CPU; GPU in plain torch"
     sizes = Sizes(block_size=64, max_model_len=8192, max_num_seqs=256, max_num_batched_tokens=8192)
+    spec = default_spec(architecture)
     with (
         mock.patch.object(torch.cuda, "get_device_capability", lambda device: (9, 0)),
         mock.patch.object(torch.cuda, "get_device_name", lambda device: "any"),
     ):
-        reason = cuda_loading._unsupported(
-            default_spec(architecture), ParallelContext(), sizes, torch.device("cuda", 0)
-        )
+        device = torch.device("cuda", 0)
+        reason = cuda_loading._unsupported(spec, ParallelContext(), sizes, device)
+        if spec.indexer is not None:
+            short = replace(sizes, max_model_len=spec.indexer.num_chosen)
+            dense = without_idle_indexer(spec, short)
+            if cuda_loading._unsupported(dense, ParallelContext(), short, device) is None:
+                return f"CPU; GPU kernels with --max-model-len {short.max_model_len}, else GPU in plain torch"
     return "CPU; GPU kernels" if reason is None else "CPU; GPU in plain torch"
 
 
@@ -202,6 +216,8 @@ def native_table() -> list[str]:
 def fallback_lines() -> list[str]:
     carried = sorted({_architecture(tiny.config_class) for tiny in CARRIED.values()})
     refused = sorted({_architecture(tiny.config_class) for tiny, _ in REFUSED.values()} - set(carried))
+    itself = sorted({_architecture(tiny.config_class) for tiny in ITSELF.values()} - set(carried))
+    whole = sorted(str(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[kind]) for kind in WHOLE)
     hybrids = sorted({_architecture(tiny.config_class) for tiny in (HYBRIDS | OTHER_HYBRIDS | RECURRENT).values()})
     return [
         f"Tested: {_quoted(carried)}.",
@@ -209,8 +225,16 @@ def fallback_lines() -> list[str]:
         "Layers that keep a state for every sequence (recurrences, convolutions) run row after row, and no prompt's",
         f"beginning is taken over from another; tested: {_quoted(hybrids)}.",
         "",
-        f"Refused, with the reason: {_quoted(refused)}; so is whatever else neither attends nor keeps such a state,",
-        "makes attention masks of its own, or has rope that depends on the rest of the step.",
+        "What paged attention does not carry (masks of a model's own, indexers and compressed keys beyond those above,",
+        "two attentions over one cache) runs row after row, all layers of it, in transformers' own caches: they are",
+        "counted in blocks, and no prompt's beginning is taken over either. Whether such a model computes of a text in",
+        f"parts what it computes of the whole is tried when it is loaded; tested: {_quoted(itself)}.",
+        "",
+        "Of models that see or hear, and that the table has not, text is served by the whole of them, other parts",
+        f"loaded with it; tested: {_quoted(whole)}.",
+        "",
+        f"Refused, with the reason: {_quoted(refused)}; so is whatever else keeps nothing of what it has seen, counts",
+        "positions from its padding token on, or has rope that depends on the rest of the step (dynamic, longrope).",
     ]
 
 
@@ -278,7 +302,9 @@ OTHERS = """\
 What transformers has code for, and the table has not, runs through
 [transformers_fallback.py](../gpu_worker/models/transformers_fallback.py): transformers' forward pass, the paged cache
 by its attention interface, the same scheduler and sampling; the worker's log says so. One device, weights that are not
-quantized, plain torch. A repository's own code is never run.
+quantized, plain torch. A repository's own code is never run. Every causal class that can be built small is tried: it
+computes like transformers, or it is refused
+([test_every_causal_class.py](../tests/unit/gpu_worker/models/test_every_causal_class.py)).
 """
 POOLING = """\
 ## Embeddings and scores

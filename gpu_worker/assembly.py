@@ -65,6 +65,13 @@ def resolve_sizes(settings: WorkerSettings, spec: ModelSpec, device: torch.devic
     )
 
 
+def without_idle_indexer(spec: ModelSpec, sizes: Sizes) -> ModelSpec:
+    """Where no sequence is longer than what an indexer chooses, it chooses everything: attention needs none."""
+    if spec.indexer is None or sizes.max_model_len > spec.indexer.num_chosen:
+        return spec
+    return replace(spec, indexer=None, layers=tuple(replace(layer, has_indexer=False) for layer in spec.layers))
+
+
 def resolve_kv_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """`kv_cache_dtype` as a dtype; `auto` is the model's, `fp8` is float8_e4m3fn."""
     if name == "auto":
@@ -191,6 +198,7 @@ def attention_spec(spec: ModelSpec, parallel: ParallelContext, max_model_len: in
         has_sinks=spec.attention_sinks,
         value_dim=None if spec.latent is None else spec.latent.kv_rank,
         chunks=chunks,
+        num_chosen=None if spec.indexer is None else spec.indexer.num_chosen,
     )
 
 
@@ -224,7 +232,7 @@ def worker_facts(
         can_prompt_logprobs=pooling is None,
         pooling=None if pooling is None else pooling_facts(pooling),
         weights_per_token=sum(spec.layer_weights()),
-        keeps_row_states=spec.row_state_bytes > 0,
+        keeps_row_states=spec.row_state_bytes > 0 or spec.row_cache_dim > 0,
     )
 
 

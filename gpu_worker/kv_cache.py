@@ -2,7 +2,8 @@
 
 Layout of a layer: [2, num_blocks, num_kv_heads, block_size, head_dim], keys then values, so that one (block, head) tile
 is contiguous. Latent attention has one plane, whose vectors are keys and, but for their rotated end, values. Block 0
-belongs to the worker: tables are padded with it and nothing of a sequence is ever stored there.
+belongs to the worker: tables are padded with it and nothing of a sequence is ever stored there. Layers that choose
+what they attend to keep a second, smaller key a token in the same blocks.
 """
 
 from __future__ import annotations
@@ -36,24 +37,28 @@ class KVCacheShape:
     dtype: torch.dtype
     num_planes: int = 2
     """Keys and values; 1: the same vectors serve as both."""
+    index_layers: tuple[int, ...] = ()
+    """Those of its layers that have an indexer, whose keys have `index_dim` numbers."""
+    index_dim: int = 0
+    elsewhere_dim: int = 0
+    """Numbers of a token that a block stands for, and that lie in caches of the rows."""
 
     @classmethod
     def of(cls, spec: ModelSpec, parallel: ParallelContext, block_size: int, dtype: torch.dtype) -> KVCacheShape:
         heads = parallel.heads(spec.num_heads, spec.num_kv_heads)
         num_planes = 2 if spec.latent is None else 1
-        return cls(len(parallel.layers(spec.num_layers)), heads.kv.size, block_size, spec.head_dim, dtype, num_planes)
+        held = parallel.layers(spec.num_layers)
+        index_layers = tuple(number for number, layer in enumerate(held) if spec.layers[layer].has_indexer)
+        index_dim = 0 if spec.indexer is None else spec.indexer.key_dim
+        sizes = (len(held), heads.kv.size, block_size, spec.head_dim)
+        return cls(*sizes, dtype, num_planes, index_layers, index_dim, spec.row_cache_dim)
 
     @property
     def block_bytes(self) -> int:
-        """Keys and values of one block in all layers."""
-        return (
-            self.num_planes
-            * self.num_layers
-            * self.num_kv_heads
-            * self.block_size
-            * self.head_dim
-            * self.dtype.itemsize
-        )
+        """Keys and values of one block in all layers, indexers' keys, and what lies elsewhere."""
+        attended = self.num_planes * self.num_layers * self.num_kv_heads * self.head_dim
+        of_token = attended + len(self.index_layers) * self.index_dim + self.elsewhere_dim
+        return of_token * self.block_size * self.dtype.itemsize
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -222,11 +227,14 @@ class KVCache:
         size = (shape.num_planes, num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
         # Zeros, not empty: a masked key or value still meets the arithmetic, and 0 * NaN would not be 0.
         self.layers = [_zeros(size, shape.dtype, device) for _ in range(shape.num_layers)]
+        index_size = (num_blocks, shape.block_size, shape.index_dim)
+        self.index_keys = {layer: _zeros(index_size, shape.dtype, device) for layer in shape.index_layers}
 
     def scrub(self, block_ids: list[int]) -> None:
         """Replace what is not finite in these blocks by 0: the next sequences to get them must not be poisoned."""
         if not block_ids:
             return
         blocks = torch.tensor(block_ids, device=self.layers[0].device)
-        for layer in self.layers:
-            layer[:, blocks] = torch.nan_to_num(layer[:, blocks], nan=0.0, posinf=0.0, neginf=0.0)
+        planes = [plane for layer in self.layers for plane in layer]
+        for plane in (*planes, *self.index_keys.values()):
+            plane[blocks] = torch.nan_to_num(plane[blocks], nan=0.0, posinf=0.0, neginf=0.0)

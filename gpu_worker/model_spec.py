@@ -50,6 +50,8 @@ class LayerSpec:
     """A query sees the tokens of its own chunk of so many alone, up to itself (Llama 4); None: there are no chunks."""
     is_moe: bool = False
     """The MLP is a mixture of experts, as `ModelSpec.moe` says."""
+    has_indexer: bool = False
+    """It chooses the tokens that it and the layers behind it without an indexer attend to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,17 @@ class LatentSpec:
     @property
     def query_dim(self) -> int:
         return self.nope_dim + self.rope_dim
+
+
+@dataclass(frozen=True, slots=True)
+class IndexerSpec:
+    """Sparse attention (DeepSeek-V3.2, 2025): a small scorer chooses the tokens that a query attends to."""
+
+    num_heads: int
+    key_dim: int
+    """Of its own keys, which are cached beside what attention caches."""
+    num_chosen: int
+    rope: RopeSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +175,8 @@ class ModelSpec:
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     """Logits become softcap * tanh(logits / softcap)."""
+    num_unused_embeddings: int = 0
+    """Stored rows of the embedding table behind those of the vocabulary."""
     tie_word_embeddings: bool = False
     softmax_scale: float | None = None
     """Multiplies attention scores; None: head_dim ** -0.5."""
@@ -179,9 +194,13 @@ class ModelSpec:
     """Texts that the model tells apart in one sequence."""
     moe: MoeSpec | None = None
     latent: LatentSpec | None = None
+    indexer: IndexerSpec | None = None
+    """Of latent attention; None: a query attends to everything before it."""
     eos_token_ids: tuple[int, ...] = field(default=())
     row_state_bytes: int = 0
     """What layers keep for a row beside keys and values."""
+    row_cache_dim: int = 0
+    """Numbers that rows hold of each of their tokens in caches of their own; blocks are counted for them."""
 
     @property
     def num_layers(self) -> int:

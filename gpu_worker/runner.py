@@ -25,9 +25,11 @@ from gpu_worker.assembly import (
     plan_memory,
     resolve_kv_dtype,
     resolve_sizes,
+    without_idle_indexer,
     worker_facts,
 )
 from gpu_worker.attention.encoder_backend import EncoderAttention
+from gpu_worker.attention.indexed_backend import choice_bytes, torch_attention
 from gpu_worker.attention.torch_backend import TorchAttention
 from gpu_worker.config import WorkerSettings
 from gpu_worker.cpu.attention import CpuAttention
@@ -150,11 +152,18 @@ class TorchRunner:
         pooling = read_pooling(settings.model, spec, family, settings.task, settings.pooling)
         if pooling is not None:
             spec = replace(spec, has_output_head=False)
+        sizes = resolve_sizes(settings, spec, device)
+        spec = without_idle_indexer(spec, sizes)
         dtype = resolve_dtype(settings.dtype, device, spec.dtype)
         if settings.kv_cache_dtype == "fp8":
             raise ModelConfigError(
                 "kv_cache_dtype fp8 needs the CUDA kernels, and this model runs in plain torch: "
                 "set --kv-cache-dtype auto, bfloat16 or float16"
+            )
+        if spec.row_cache_dim and settings.kv_cache_dtype != "auto":
+            raise ModelConfigError(
+                f"kv_cache_dtype {settings.kv_cache_dtype}: {spec.architecture} runs in transformers' own caches, "
+                "which have the model's type: set --kv-cache-dtype auto"
             )
         kv_dtype = resolve_kv_dtype(settings.kv_cache_dtype, dtype)
         group = group or single_rank(spec.num_layers)
@@ -181,7 +190,6 @@ class TorchRunner:
         if settings.deterministic:
             scheme = TiledScheme(CoveredScheme(scheme))
         build = BuildContext(parallel, scheme, dtype, device, ops)
-        sizes = resolve_sizes(settings, spec, device)
         shape = KVCacheShape.of(spec, parallel, sizes.block_size, kv_dtype)
         if family.is_encoder:
             sizes, shape = encoder_sizes(sizes, settings), replace(shape, num_layers=0)
@@ -200,7 +208,8 @@ class TorchRunner:
                 weight_bytes,
                 device,
                 dtype,
-                workspace_bytes=spec.row_state_bytes * sizes.max_num_seqs,
+                workspace_bytes=spec.row_state_bytes * sizes.max_num_seqs
+                + choice_bytes(spec.indexer, sizes.max_num_batched_tokens),
                 num_local_ranks=num_local_ranks,
             )
             sizes, plan = agree_on_sizes(sizes, plan, shape, group)
@@ -211,11 +220,12 @@ class TorchRunner:
         attention: TorchAttention | EncoderAttention
         if family.is_encoder:
             attention = EncoderAttention(heads)
+        elif settings.deterministic:
+            attention = TiledTorchAttention(heads, kv_cache.layers, dtype)
         elif team is not None and attends_compiled:
             attention = CpuAttention(heads, kv_cache.layers, dtype, team)
         else:
-            backend = TiledTorchAttention if settings.deterministic else TorchAttention
-            attention = backend(heads, kv_cache.layers, dtype)
+            attention = torch_attention(heads, kv_cache, dtype)
         facts = worker_facts(settings.model, spec, sizes, plan, shape, device, dtype, pooling)
         if group.layout.num_stages > 1:
             # The last stage has the logits, and the first one answers.
@@ -243,6 +253,8 @@ class TorchRunner:
         begun = time.perf_counter_ns()
         step, self._num_executed = self._num_executed, self._num_executed + 1
         self._take_what_is_needed(batch)
+        if self.model.row_states is not None:
+            self.model.row_states.drop(batch.drop_rows.tolist())
         inputs, faults = self.build_inputs(batch)
         built = time.perf_counter_ns()
         logits = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,8 @@ class AttentionSpec:
     """Latent attention: a key's leading dimensions that are its value; None: values are vectors of their own."""
     chunks: tuple[int | None, ...] = ()
     """One a layer, or none at all: a query sees the tokens of its own chunk of so many, up to itself."""
+    num_chosen: int | None = None
+    """Tokens that an indexer leaves a query to attend to; None: there is none."""
 
     @property
     def has_chunks(self) -> bool:
@@ -83,4 +85,17 @@ class AttentionBackend(Protocol[StepT_contra]):
 
     def plan_graph(self, bucket: int) -> None:
         """Prepare fixed buffers for capturing a graph of `bucket` tokens."""
+        ...
+
+
+@runtime_checkable
+class ChoosesTokens(Protocol):
+    """An attention backend whose layers attend to some tokens alone, which an indexer chooses."""
+
+    def choose(self, queries: torch.Tensor, keys: torch.Tensor, weights: torch.Tensor, layer: int) -> None:
+        """Write the indexer's keys of this step into the cache, and choose for this layer's `run` and for those after.
+
+        A token's score is the sum over heads of weight * relu(query . key). queries [num_tokens, heads, key_dim],
+        keys [num_tokens, key_dim], both after rope; weights float32 [num_tokens, heads].
+        """
         ...

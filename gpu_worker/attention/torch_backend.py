@@ -134,7 +134,7 @@ class TorchAttention:
             lengths = step.context_lengths[: step.num_decodes]
             first_blocks = reach.first_keys(lengths - 1) // self._block_size
             num_blocks = -(-lengths // self._block_size) - first_blocks
-            groups = _group_by_length(num_blocks, self._block_size)
+            groups = group_by_length(num_blocks, self._block_size)
             decodes = [
                 self._plan_decodes(step, None if len(groups) == 1 else rows, rows, first_blocks, num_blocks, reach)
                 for rows in groups
@@ -298,7 +298,7 @@ class TorchAttention:
         return torch.matmul(weights, v.float()).to(q.dtype)
 
 
-def _group_by_length(num_blocks: IntArray, block_size: int) -> list[IntArray]:
+def group_by_length(num_blocks: IntArray, block_size: int) -> list[IntArray]:
     """Splits rows so that padding each group to its longest member wastes little: index arrays, longest rows last."""
     longest = num_blocks.max()
     if (longest * len(num_blocks) - num_blocks.sum()) * block_size <= MAX_PADDING_TOKENS:

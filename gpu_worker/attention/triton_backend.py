@@ -59,6 +59,11 @@ def unsupported_attention(spec: AttentionSpec, block_size: int) -> str | None:
     """Why the kernels cannot serve these heads; None: they can."""
     if any(window and chunk for window, chunk in zip(spec.windows, spec.chunks, strict=False)):
         return "layers with both a sliding window and chunks"
+    if spec.num_chosen is not None:
+        return (
+            f"an indexer chooses tokens in contexts above {spec.num_chosen}: with --max-model-len {spec.num_chosen} "
+            "everything is attended to, and the kernels run"
+        )
     if spec.value_dim is not None:
         if spec.softcap is not None or spec.has_sinks or any(spec.windows) or spec.has_chunks:
             return "latent attention with windows, sinks or a soft cap"

@@ -20,6 +20,7 @@ from gpu_worker.assembly import (
     plan_memory,
     resolve_kv_dtype,
     resolve_sizes,
+    without_idle_indexer,
     worker_facts,
 )
 from gpu_worker.attention.triton_backend import AttentionLimits, unsupported_attention
@@ -112,6 +113,7 @@ def load_cuda_runner(settings: WorkerSettings, device: torch.device, group: Rank
     parallel = group.context()
     dtype = resolve_dtype(settings.dtype, device, spec.dtype)
     sizes = resolve_sizes(settings, spec, device)
+    spec = without_idle_indexer(spec, sizes)
     if settings.deterministic:
         refuse_uncovered(spec, family)
     reason = _unsupported(spec, parallel, sizes, device) or _packed_experts(

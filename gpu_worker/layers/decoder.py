@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from gpu_worker.attention.api import AttentionBackend
 from gpu_worker.layers.attention import Attention, ForwardContext
 from gpu_worker.layers.embedding import Embedding, OutputHead, VocabTable
+from gpu_worker.layers.indexer import Indexer, check_stage
 from gpu_worker.layers.latent_attention import LatentAttention
 from gpu_worker.layers.linear import BuildContext, RowParallelLinear
 from gpu_worker.layers.mlp import FeedForward, GatedMLP, PlainMLP
@@ -20,7 +21,7 @@ from gpu_worker.layers.rope import RotaryTables
 from gpu_worker.layers.sublayer_input import SublayerInput
 from gpu_worker.layers.weighted import Elsewhere, Weighted
 from gpu_worker.loading.kv_scales import KVScales
-from gpu_worker.model_spec import ModelSpec
+from gpu_worker.model_spec import ModelSpec, RopeSpec
 from gpu_worker.parallel.shares import ParallelContext, Share
 
 
@@ -49,8 +50,9 @@ class HiddenStates:
 class DecoderBlock:
     """x += attention(norm(x)); x += mlp(norm(x)), or x += attention(norm(x)) + mlp(norm(x)) for a parallel block."""
 
-    def __init__(self, spec: ModelSpec, layer: int, rope: int, build: BuildContext) -> None:
-        path = f"layers.{layer}"
+    def __init__(self, spec: ModelSpec, layer: int, ropes: Sequence[RopeSpec | None], build: BuildContext) -> None:
+        """`ropes`: the kinds of rope that the model has, in the order of a step's positions."""
+        path, rope = f"layers.{layer}", ropes.index(spec.layers[layer].rope)
         # Its place in this rank's KV cache, which has the layers of its stage only.
         cached = layer - build.parallel.layers(spec.num_layers).start
         self._ops, self._is_parallel, self._residual_scale = build.ops, spec.parallel_block, spec.residual_scale
@@ -63,7 +65,11 @@ class DecoderBlock:
             is_rotated = spec.layers[layer].rope is not None
             self.attention = Attention(spec, cached, rope, f"{path}.attention", build, is_rotated=is_rotated)
         else:
-            self.attention = LatentAttention(spec, spec.latent, cached, rope, f"{path}.attention", build)
+            indexer = None
+            if spec.indexer is not None and spec.layers[layer].has_indexer:
+                index_rope = ropes.index(spec.indexer.rope)
+                indexer = Indexer(spec, spec.indexer, cached, index_rope, f"{path}.attention.indexer", build)
+            self.attention = LatentAttention(spec, spec.latent, cached, rope, f"{path}.attention", build, indexer)
         self.mlp: FeedForward
         if spec.layers[layer].is_moe and spec.moe is not None:
             self.mlp = MixtureOfExperts(spec, spec.moe, f"{path}.mlp", build)
@@ -126,15 +132,23 @@ class Decoder:
         self.device = build.device
         self._ops = build.ops
         ropes = list(dict.fromkeys(layer.rope for layer in spec.layers))
+        if spec.indexer is not None and spec.indexer.rope not in ropes:
+            ropes.append(spec.indexer.rope)
         self.tables = [RotaryTables.build(rope, max_position, build.device) for rope in ropes]
         self._stage = build.parallel
         self.held = build.parallel.layers(spec.num_layers)
+        check_stage(spec, self.held.start)
         elsewhere = build.elsewhere()
         self._holds_embedding = self._stage.is_first_stage or (self._stage.is_last_stage and spec.tie_word_embeddings)
-        self.embedding = Embedding(spec.vocab_size, spec.hidden_size, build if self._holds_embedding else elsewhere)
+        self.embedding = Embedding(
+            spec.vocab_size,
+            spec.hidden_size,
+            build if self._holds_embedding else elsewhere,
+            num_unused=spec.num_unused_embeddings,
+        )
         self._all_blocks = [
-            DecoderBlock(spec, number, ropes.index(layer.rope), build if number in self.held else elsewhere)
-            for number, layer in enumerate(spec.layers)
+            DecoderBlock(spec, number, ropes, build if number in self.held else elsewhere)
+            for number in range(spec.num_layers)
         ]
         self.blocks = self._all_blocks[self.held.start : self.held.stop]
         end = build if self._stage.is_last_stage else elsewhere

@@ -14,8 +14,10 @@ from gpu_worker.quant.api import ExpectedTensors, RandomValues, StoredTensor
 class VocabTable(Weighted):
     """A [vocab_size, hidden] table, this rank's rows of it."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, build: BuildContext) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, build: BuildContext, *, num_unused: int = 0) -> None:
+        """`num_unused`: rows that the checkpoint has behind these, and are not read."""
         self._parallel = build.parallel
+        self._stored_shape = (vocab_size + num_unused, hidden_size)
         self.vocab_size = vocab_size
         self.share = build.parallel.padded_share(vocab_size)
         # Rows past the vocabulary (padding to equal shares) stay zero.
@@ -26,7 +28,7 @@ class VocabTable(Weighted):
         self.weight[: stop - start] = source.read((slice(start, stop),))
 
     def expected(self) -> ExpectedTensors:
-        return {("", "weight"): (self.vocab_size, self.weight.shape[1])}
+        return {("", "weight"): self._stored_shape}
 
     def fill_random(self, source: RandomValues) -> None:
         source.fill(self.weight, std=self.weight.shape[1] ** -0.5)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from gpu_worker.layers.attention import ForwardContext
+from gpu_worker.layers.indexer import Indexer
 from gpu_worker.layers.linear import BuildContext, RowParallelLinear, column_parallel
 from gpu_worker.layers.norm import RMSNorm
 from gpu_worker.layers.sublayer_input import SublayerInput
@@ -55,12 +56,21 @@ class HeadProjections(Weighted):
 
 
 class LatentAttention:
+    """`indexer`: what chooses the tokens that are attended to; None: all are, or those of a layer before."""
+
     def __init__(
-        self, spec: ModelSpec, latent: LatentSpec, layer: int, rope: int, path: str, build: BuildContext
+        self,
+        spec: ModelSpec,
+        latent: LatentSpec,
+        layer: int,
+        rope: int,
+        path: str,
+        build: BuildContext,
+        indexer: Indexer | None = None,
     ) -> None:
         heads = build.parallel.share(spec.num_heads, "num_attention_heads")
         self._latent, self._layer, self._rope, self._ops = latent, layer, rope, build.ops
-        self._num_heads = heads.size
+        self._num_heads, self.indexer = heads.size, indexer
 
         def whole(size: int) -> Share:
             return Share(0, size, size)
@@ -109,6 +119,9 @@ class LatentAttention:
         yield "latent_norm", self.latent_norm
         yield "projections", self.projections
         yield "output", self.output
+        if self.indexer is not None:
+            for name, part in self.indexer.weighted():
+                yield f"indexer.{name}", part
 
     def apply(self, entered: SublayerInput, context: ForwardContext) -> torch.Tensor:
         """entered [num_tokens, hidden] -> [num_tokens, hidden]."""
@@ -117,6 +130,8 @@ class LatentAttention:
         narrow = x
         if self.query_down is not None and self.query_norm is not None:
             narrow = self._ops.add_norm(None, self.query_down.apply(x), self.query_norm)
+        if self.indexer is not None:
+            self.indexer.choose(x, narrow, context)
         by_head = self.query.apply(narrow).view(num_tokens, self._num_heads, latent.query_dim)
         nope, rotated = by_head.split((latent.nope_dim, latent.rope_dim), dim=-1)
         # [heads, num_tokens, nope_dim] x [heads, nope_dim, kv_rank]

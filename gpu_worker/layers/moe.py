@@ -22,7 +22,7 @@ from gpu_worker.layers.packed_experts import PackedExperts, PackedFusedExperts, 
 from gpu_worker.layers.routing import Routing
 from gpu_worker.layers.scaled_experts import ScaledExperts, activations_of, can_stay_scaled
 from gpu_worker.layers.sublayer_input import SublayerInput
-from gpu_worker.layers.weighted import Weighted
+from gpu_worker.layers.weighted import PlainMatrix, Weighted
 from gpu_worker.model_spec import ModelSpec, MoeSpec
 from gpu_worker.quant.api import ExpectedTensors, QuantScheme, RandomValues, StoredTensor
 from gpu_worker.quant.none import UnquantizedLinear
@@ -98,23 +98,11 @@ class Router(Weighted):
         return self._ops.choose_experts(logits, self._moe, self.correction)
 
 
-class SharedGate(Weighted):
+class SharedGate(PlainMatrix):
     """How much of the shared expert a token gets: sigmoid(x . w)."""
 
     def __init__(self, hidden_size: int, build: BuildContext) -> None:
-        self.weight = torch.empty(1, hidden_size, dtype=build.dtype, device=build.device)
-
-    def load(self, part: str, tensor: str, source: StoredTensor) -> None:
-        self.weight.copy_(source.read())
-
-    def expected(self) -> ExpectedTensors:
-        return {("", "weight"): tuple(self.weight.shape)}
-
-    def fill_random(self, source: RandomValues) -> None:
-        source.fill(self.weight, std=self.weight.shape[1] ** -0.5)
-
-    def num_bytes(self) -> int:
-        return self.weight.numel() * self.weight.element_size()
+        super().__init__(1, hidden_size, build.dtype, build.device)
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """x [num_tokens, hidden] -> [num_tokens, 1]."""

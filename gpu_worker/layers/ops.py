@@ -245,7 +245,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def _rotation_of(positions: StepPositions) -> StepRotation:
+def rotation_of(positions: StepPositions) -> StepRotation:
     if positions.rotation is None:
         raise ValueError("these positions were prepared by other operations: their rotation is missing")
     return positions.rotation
@@ -323,7 +323,7 @@ class TorchOps:
         positions: StepPositions,
         attention: AttentionBackend[Any],
     ) -> torch.Tensor:
-        rotation = _rotation_of(positions)
+        rotation = rotation_of(positions)
         key = cached.unsqueeze(1)  # [num_tokens, 1, kv_rank + rope_dim]
         for x in (query, key):
             x[..., latent.kv_rank :] = rotation.apply(x[..., latent.kv_rank :])
@@ -334,7 +334,7 @@ class TorchOps:
     ) -> torch.Tensor:
         num_heads, num_rotated = heads.num_heads, heads.num_heads + heads.num_kv_heads
         by_head = qkv.view(qkv.shape[0], -1, heads.head_dim)  # [num_tokens, heads + 2 * kv_heads, head_dim]
-        rotated = self.rotate_heads(by_head, heads, _rotation_of(positions))
+        rotated = self.rotate_heads(by_head, heads, rotation_of(positions))
         q, k, v = rotated[:, :num_heads], rotated[:, num_heads:], by_head[:, num_rotated:]
         return attention.run(q, k, v, heads.layer, sinks=heads.sinks)
 

@@ -56,6 +56,25 @@ class Weighted(ABC):
         return None
 
 
+class PlainMatrix(Weighted):
+    """A weight [outputs, inputs] that is whole on every rank, in one dtype whatever quantizes linears."""
+
+    def __init__(self, num_outputs: int, num_inputs: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.weight = torch.empty(num_outputs, num_inputs, dtype=dtype, device=device)
+
+    def load(self, part: str, tensor: str, source: StoredTensor) -> None:
+        self.weight.copy_(source.read())
+
+    def expected(self) -> ExpectedTensors:
+        return {("", "weight"): tuple(self.weight.shape)}
+
+    def fill_random(self, source: RandomValues) -> None:
+        source.fill(self.weight, std=self.weight.shape[1] ** -0.5)
+
+    def num_bytes(self) -> int:
+        return self.weight.numel() * self.weight.element_size()
+
+
 class Elsewhere(Weighted):
     """A layer that another rank holds: known to the checkpoint's accounts, and nothing of it is read.
 

@@ -1,8 +1,8 @@
 """Attention modules of transformers that do not go through its attention interface: here they do.
 
-GPT-J, CodeGen and GPT-Neo have one method that attends; Falcon, Bloom and MPT do it within their forward pass, and add
-a bias that grows with the key's position (ALiBi, https://arxiv.org/abs/2108.12409). The projections and rotations are
-the modules' own.
+GPT, GPT-J, CodeGen and GPT-Neo have one method that attends; XGLM, Falcon, Bloom and MPT do it within their forward
+pass, the last three with a bias that grows with the key's position (ALiBi, https://arxiv.org/abs/2108.12409). The
+projections and rotations are the modules' own.
 """
 
 from __future__ import annotations
@@ -20,20 +20,25 @@ Attend = Callable[..., tuple[torch.Tensor, None]]
 def adapt(model: Any, attend: Attend) -> None:
     """Make the attention modules of `model` call `attend`, those that are known here."""
     for module in model.modules():
-        adapter = _ADAPTERS.get(type(module).__name__)
+        kind = type(module)
+        adapter = _ADAPTERS.get(kind.__name__) or _ADAPTERS.get(f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}")
         if adapter is not None:
             adapter(module, attend, model.config)
 
 
 def is_adapted(architecture: str) -> bool:
     """Whether models of this class are adapted; they are built with their eager attention."""
-    return architecture.removesuffix("ForCausalLM") in _MODELS
+    return _name(architecture) in _MODELS
+
+
+def _name(architecture: str) -> str:
+    return architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
 
 
 def placeholder_mask(model: Any, device: torch.device | str) -> torch.Tensor | None:
     """A mask that is taken as it is, so that none is made of a step's tokens; None where ALiBi is made of it."""
-    kind = type(model).__name__.removesuffix("ForCausalLM")
-    if kind in ("GPTJ", "CodeGen", "GPTNeo") or (kind == "Falcon" and not model.config.alibi):
+    kind = _name(type(model).__name__)
+    if kind in ("GPTJ", "CodeGen", "GPTNeo", "XGLM") or (kind == "Falcon" and not model.config.alibi):
         return torch.zeros(1, 1, 1, 1, device=device)
     return None
 
@@ -54,6 +59,27 @@ def _adapt_method(module: Any, attend: Attend, config: Any) -> None:
         return out.transpose(1, 2), None
 
     module._attn = attn
+
+
+def _adapt_gpt(module: Any, attend: Attend, config: Any) -> None:
+    """`_attn(query, key, value, ...)` of [1, heads, num_tokens, dim], but for the key: [1, heads, dim, num_tokens]."""
+    scale = (module.split_size // module.n_head) ** -0.5 if module.scale else 1.0
+
+    def attn(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> list[torch.Tensor]:
+        out, _ = attend(module, query, key.transpose(2, 3), value, None, scaling=scale)
+        return [out.transpose(1, 2)]
+
+    module._attn = attn
+
+
+def _adapt_xglm(module: Any, attend: Attend, config: Any) -> None:
+    def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        projections = (module.q_proj, module.k_proj, module.v_proj)
+        heads = [project(hidden_states).unflatten(2, (module.num_heads, -1)).transpose(1, 2) for project in projections]
+        out, _ = attend(module, *heads, None, scaling=module.scaling)
+        return module.out_proj(out.flatten(2)), None
+
+    module.forward = forward
 
 
 def _adapt_falcon(module: Any, attend: Attend, config: Any) -> None:
@@ -112,8 +138,10 @@ _ADAPTERS: dict[str, Callable[[Any, Attend, Any], None]] = {
     "GPTJAttention": _adapt_method,
     "CodeGenAttention": _adapt_method,
     "GPTNeoSelfAttention": _adapt_method,
+    "modeling_openai.Attention": _adapt_gpt,
+    "XGLMAttention": _adapt_xglm,
     "FalconAttention": _adapt_falcon,
     "BloomAttention": _adapt_bloom,
     "MptAttention": _adapt_mpt,
 }
-_MODELS = ("GPTJ", "CodeGen", "GPTNeo", "Falcon", "Bloom", "Mpt")
+_MODELS = ("OpenAIGPT", "GPTJ", "CodeGen", "GPTNeo", "XGLM", "Falcon", "Bloom", "Mpt")

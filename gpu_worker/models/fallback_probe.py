@@ -2,7 +2,8 @@
 
 Configs name heads, sizes, windows and scales differently, so the model is asked itself: its attention modules call the
 attention interface (those that do not are made to, `attention_adapters.py`), and the calls are taken down. Layers that
-keep a state of another kind are found on the way (`row_states.py`). What cannot be served is refused with the reason.
+keep a state of another kind are found on the way (`row_states.py`). Of models that attend in ways of their own it is
+measured what a row keeps (`row_caches.py`). What cannot be served is refused with the reason.
 """
 
 from __future__ import annotations
@@ -19,18 +20,25 @@ import torch
 from gpu_worker.model_spec import ModelConfigError
 from gpu_worker.models.attention_adapters import adapt, is_adapted, placeholder_mask
 from gpu_worker.models.hf_config import FULL, SLIDING
+from gpu_worker.models.refusals import NotPaged, first_line, refused, unserved
+from gpu_worker.models.row_caches import RowCacheSize, measure
 from gpu_worker.models.row_states import INDIFFERENT, PLACES, StateProbe
+from gpu_worker.models.served_config import auto_class
+from gpu_worker.models.state_adapters import adapt_states
 
 INTERFACE = "stepwire"
 SLOT = "stepwire_slot"
-_PROBE_TOKENS = 3
+# Not the number of heads of any model: what a layer gives for every token is told by it.
+_PROBE_TOKENS = 13
 # What attention functions are given beside q, k and v, as far as the paged backend has it or need not know it.
 _CARRIED = {"scaling", "sliding_window", "softcap", "s_aux", "is_causal", "alibi_slopes"}
 # Rope whose frequencies hang on the longest sequence of the step: a row would depend on its neighbours.
 _STEP_DEPENDENT_ROPES = ("dynamic", "longrope")
 _ATTENTION_KINDS = {FULL, SLIDING}
 # Kinds of layers that keep a state for a row, attend beside that, or do neither.
-_STATE_KINDS = {"linear_attention", "conv", "hybrid", "moe", "mlp"}
+_HYBRID, _HYBRID_SLIDING = "hybrid", "hybrid_sliding"
+_STATE_KINDS = {"linear_attention", "conv", _HYBRID, _HYBRID_SLIDING, "moe", "mlp"}
+_WINDOWED_KINDS = {SLIDING, _HYBRID_SLIDING}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +72,8 @@ class ModelLayers:
     """One a layer that attends."""
     states: Mapping[str, int]
     """Modules that keep a state for every row, and its bytes."""
+    row_cache: RowCacheSize | None = None
+    """It attends in a way of its own: rows run in caches of this size."""
 
 
 @runtime_checkable
@@ -139,33 +149,53 @@ class _Probe:
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
 
 
-def refused(architecture: str, reason: str) -> ModelConfigError:
-    return ModelConfigError(
-        f"{architecture} has no native code here, and cannot run through transformers' with paged attention: {reason}"
-    )
-
-
 def probe_layers(hf_config: Any, architecture: str) -> ModelLayers:
     """Run the model on device meta. What was found of a config is remembered: for a large one that took seconds.
 
     Raises:
-        ModelConfigError: the attention interface does not carry this architecture; the message says why.
+        ModelConfigError: neither the attention interface nor caches of its own carry this architecture; the message
+            says why.
     """
     key = architecture, json.dumps(hf_config.to_dict(), sort_keys=True, default=str)
     if key not in _found:
-        _found[key] = _run_on_meta(hf_config, architecture)
+        _check_rope(hf_config, architecture)
+        try:
+            _found[key] = _run_on_meta(hf_config, architecture)
+        except NotPaged as refusal:
+            _found[key] = ModelLayers((), {}, _measure_rows(hf_config, architecture, refusal))
     return _found[key]
 
 
 _found: dict[tuple[str, str], ModelLayers] = {}
 
 
+def _measure_rows(hf_config: Any, architecture: str, refusal: ModelConfigError) -> RowCacheSize:
+    model = _build(hf_config, architecture, attends_itself=True)
+    _check_names(model, architecture)
+    _leave_experts_out(model)
+    trunk = trunk_of(model)
+    try:
+        with torch.inference_mode():
+            size = measure(trunk)
+    except Exception as error:  # code that looks at numbers, which there are none of here
+        config = model.config.get_text_config()
+        sizes = [getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size")]
+        if not all(isinstance(size, int) for size in sizes):
+            raise refusal from error
+        return RowCacheSize(2 * config.num_hidden_layers * config.hidden_size, 0)
+    if size is None:
+        raise refusal
+    return size
+
+
 def _run_on_meta(hf_config: Any, architecture: str) -> ModelLayers:
-    _check_rope(hf_config, architecture)
     model = _build(hf_config, architecture)
+    _check_names(model, architecture)
     _check_class(model, architecture)
     adapt(model, paged_attention)
-    trunk = model.get_decoder()
+    adapt_states(model)
+    _leave_experts_out(model)
+    trunk = trunk_of(model)
     names = {module: name for name, module in model.named_modules()}
     probe = _Probe(architecture, names)
     for module in names:
@@ -175,7 +205,7 @@ def _run_on_meta(hf_config: Any, architecture: str) -> ModelLayers:
             output = _run_trunk(model, trunk)
             calls = tuple(probe.calls)
             attending = {call.module for call in calls}
-            states = StateProbe(model.config, model, [module for module, name in names.items() if name in attending])
+            states = StateProbe(model, [module for module, name in names.items() if name in attending])
             if states.asked:
                 _run_trunk(model, trunk)
             _check_layers(calls, list(states.kept), model, architecture)
@@ -196,15 +226,15 @@ def _run_on_meta(hf_config: Any, architecture: str) -> ModelLayers:
     return ModelLayers(calls, states.kept)
 
 
-def _build(hf_config: Any, architecture: str) -> Any:
-    from transformers import AttentionInterface, AutoModelForCausalLM
+def _build(hf_config: Any, architecture: str, *, attends_itself: bool = False) -> Any:
+    from transformers import AttentionInterface
 
     AttentionInterface.register(INTERFACE, paged_attention)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
+            return auto_class(architecture).from_config(
                 hf_config,
-                attn_implementation=attention_implementation(architecture),
+                attn_implementation=None if attends_itself else attention_implementation(architecture),
                 # The one whose sizes do not depend on what the router chooses, in any type.
                 experts_implementation="batched_mm",
                 trust_remote_code=False,
@@ -212,8 +242,18 @@ def _build(hf_config: Any, architecture: str) -> Any:
     except KeyError as error:
         reason = "its attention does not go through the attention interface"
         raise refused(architecture, reason if error.args == (INTERFACE,) else f"transformers lacks {error}") from error
-    except (ValueError, ImportError) as error:
-        raise refused(architecture, f"transformers cannot build it ({first_line(error)})") from error
+    except Exception as error:  # whatever a class says to a config that it does not like
+        raise unserved(architecture, f"transformers cannot build it ({first_line(error)})") from error
+
+
+def _leave_experts_out(model: Any) -> None:
+    """They neither attend nor keep a state, and some count on device meta how many tokens each of them gets."""
+    for module in model.modules():
+        if (
+            type(module).__name__.endswith("Experts")
+            and "hidden_states" in inspect.signature(module.forward).parameters
+        ):
+            module.forward = lambda hidden_states, *args, **kwargs: hidden_states
 
 
 def _run_trunk(model: Any, trunk: Any) -> Any:
@@ -228,20 +268,23 @@ def _check_rope(hf_config: Any, architecture: str) -> None:
     # Hunyuan's "dynamic" has a fixed factor.
     kinds = {str(part.get("rope_type")) for part in nested if not part.get("alpha")} & set(_STEP_DEPENDENT_ROPES)
     if kinds:
-        raise refused(architecture, f"its rope ({', '.join(kinds)}) depends on what else is in a step")
+        raise unserved(architecture, f"its rope ({', '.join(kinds)}) depends on what else is in a step")
+
+
+def _check_names(model: Any, architecture: str) -> None:
+    if type(model).__name__ != architecture:
+        raise unserved(architecture, f"its model_type stands for {type(model).__name__}")
+    if any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules()):
+        raise unserved(architecture, "it counts positions from its padding token on, and not from 0")
 
 
 def _check_class(model: Any, architecture: str) -> None:
-    if type(model).__name__ != architecture:
-        raise refused(architecture, f"its model_type stands for {type(model).__name__}")
     # None of the layers may attend then, which is seen when they run.
     needs_no_attention = is_adapted(architecture) or _is_recurrent(model)
     if not needs_no_attention and not getattr(model, "_supports_flash_attn", False):
         raise refused(architecture, "its attention needs a mask, which the interface does not carry")
-    if not needs_no_attention and not takes_positions(model.get_decoder()):
+    if not needs_no_attention and not takes_positions(trunk_of(model)):
         raise refused(architecture, "it counts positions by itself, and takes no position_ids")
-    if any(hasattr(module, "create_position_ids_from_input_ids") for module in model.modules()):
-        raise refused(architecture, "it counts positions from its padding token on, and not from 0")
 
 
 def _is_recurrent(model: Any) -> bool:
@@ -259,14 +302,15 @@ def _check_layers(calls: Sequence[AttentionCall], mixers: Sequence[str], model: 
         raise refused(architecture, f"it has layers of the kinds {', '.join(sorted(others))}")
     if not mixers and getattr(model, "_is_stateful", False):
         raise refused(architecture, "it keeps a state for every sequence, which is no KV cache")
+    within = set(trunk_of(model).modules())
     for name, module in model.named_modules():
-        is_convolution = isinstance(module, torch.nn.modules.conv._ConvNd)
+        is_convolution = isinstance(module, torch.nn.modules.conv._ConvNd) and module in within
         if is_convolution and not any(name.startswith(f"{mixer}.") for mixer in mixers):
             raise refused(architecture, f"its {name} mixes neighbouring tokens")
     if _is_recurrent(model):
         return
     _check_calls(calls, None if mixers else config.num_hidden_layers, architecture)
-    _check_windows(calls, config, kinds, model.get_decoder(), architecture)
+    _check_windows(calls, config, kinds, trunk_of(model), architecture)
 
 
 def _check_calls(calls: Sequence[AttentionCall], num_layers: int | None, architecture: str) -> None:
@@ -293,34 +337,41 @@ def _check_windows(
 ) -> None:
     """Some models have their windows in the mask alone, of which the attention interface is told nothing here."""
     window = getattr(config, "sliding_window", None)
-    if kinds is None or SLIDING not in kinds:
+    if kinds is None or not _WINDOWED_KINDS & set(kinds):
         makes_window_masks = hasattr(sys.modules[type(trunk).__module__], "create_sliding_window_causal_mask")
         has_window = kinds is None and isinstance(window, int) and window < context_of(config)
         is_hidden = has_window and makes_window_masks and all(call.window is None for call in calls)
     else:
-        attending = [kind for kind in kinds if kind in _ATTENTION_KINDS]
-        is_hidden = any(kind == SLIDING and call.window is None for kind, call in zip(attending, calls, strict=True))
+        attending = [kind for kind in kinds if kind in _ATTENTION_KINDS | {_HYBRID, _HYBRID_SLIDING}]
+        is_hidden = any(
+            kind in _WINDOWED_KINDS and call.window is None for kind, call in zip(attending, calls, strict=True)
+        )
     if is_hidden:
         raise refused(architecture, f"its windows of {window} tokens are in its attention mask alone")
+
+
+def trunk_of(model: Any) -> Any:
+    """What makes hidden states of token ids; in some models `decoder` is a part of the head, or has one itself."""
+    decoder = model.get_decoder()
+    while hasattr(decoder, "lm_head"):
+        decoder = decoder.get_decoder()
+    is_trunk = "input_ids" in inspect.signature(decoder.forward).parameters
+    return decoder if is_trunk else getattr(model, model.base_model_prefix)
 
 
 def takes_positions(trunk: torch.nn.Module) -> bool:
     return "position_ids" in inspect.signature(trunk.forward).parameters
 
 
-def context_of(config: Any) -> int:
-    """Positions that the model was made for."""
+def context_of(config: Any, unnamed: int = 2048) -> int:
+    """Positions that the model was made for; `unnamed`: where its config says nothing."""
     for name in ("max_position_embeddings", "max_seq_len", "seq_length"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
             return value
-    return 2048
+    return unnamed
 
 
 def attention_implementation(architecture: str) -> str:
     """What transformers is to build its attention with."""
     return "eager" if is_adapted(architecture) else INTERFACE
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -12,7 +12,7 @@ from gpu_worker.attention.api import AttentionBackend
 from gpu_worker.layers.decoder import Decoder, HiddenStates
 from gpu_worker.model_spec import ModelSpec
 from gpu_worker.models.hf_config import HfConfig
-from gpu_worker.models.row_states import RowStates
+from gpu_worker.models.kept_rows import KeptRows
 from gpu_worker.quant.api import RandomValues
 
 MAX_MTP_LAYERS = 4
@@ -35,8 +35,8 @@ class ModelFamily(Decoder):
     """Every token sees its whole sequence; nothing is cached."""
     host_plans_attention: ClassVar[bool] = False
     """Its attention is planned on the host for every step, which CUDA graphs leave no room for."""
-    row_states: RowStates | None = None
-    """What its layers keep for every row beside keys and values."""
+    row_states: KeptRows | None = None
+    """What it keeps for every row by itself."""
 
     @classmethod
     def for_config(cls, config: HfConfig) -> type[ModelFamily]:

@@ -24,12 +24,14 @@ from gpu_worker.models.granite import Granite
 from gpu_worker.models.hf_config import HfConfig
 from gpu_worker.models.llama import Llama
 from gpu_worker.models.llama4 import Llama4
+from gpu_worker.models.mllama import Mllama
 from gpu_worker.models.moe import QwenMoe
 from gpu_worker.models.qwen import Qwen
 from gpu_worker.models.registry import register
+from gpu_worker.models.served_config import LANGUAGE_HEAD, LANGUAGE_MODEL, is_known_part
 from gpu_worker.models.smollm3 import SmolLM3
 from gpu_worker.models.text_part_defaults import TEXT_DEFAULTS
-from gpu_worker.models.transformers_fallback import LANGUAGE_HEAD, LANGUAGE_MODEL, TransformersModel, is_known_part
+from gpu_worker.models.transformers_fallback import TransformersModel
 
 # By `model_type` of the text part: what computes it, and the architecture that it would be by itself.
 TEXT_PARTS: dict[str, tuple[type[ModelFamily], str]] = {
@@ -47,6 +49,7 @@ TEXT_PARTS: dict[str, tuple[type[ModelFamily], str]] = {
     "ministral3": (Llama, "Ministral3ForCausalLM"),
     "mistral": (Llama, "MistralForCausalLM"),
     "mistral4": (DeepSeek, MISTRAL),
+    "mllama_text_model": (Mllama, "MllamaForCausalLM"),
     "qwen2": (Qwen, "Qwen2ForCausalLM"),
     "qwen2_5_omni_text": (Qwen, "Qwen2ForCausalLM"),
     "qwen2_5_vl": (Qwen, "Qwen2ForCausalLM"),
@@ -63,7 +66,8 @@ TEXT_PARTS: dict[str, tuple[type[ModelFamily], str]] = {
 # What a checkpoint holds beside its language model, under whatever prefix.
 _OTHERS = (
     r"(model\.|thinker\.)?(vision_tower|vision_model|vision_encoder|visual|audio_tower|multi_modal_projector|mm_projector|"
-    r"vision_projection|connector|image_newline|projector|aligner|merger|visual_embeddings_table)(\.|$)|(talker|token2wav|code2wav)\."
+    r"vision_projection|connector|image_newline|projector|aligner|merger|visual_embeddings_table|image_tower|video_tower|"
+    r"encoder|vqmodel|generation_\w+|high_res_vision_\w+)(\.|$)|(talker|token2wav|code2wav)\."
 )
 # Where its tensors are: published names, and those that transformers 5 has in memory.
 _PREFIXES = re.compile(rf"{LANGUAGE_MODEL}|^(thinker\.)?model\.")
@@ -98,11 +102,9 @@ def _completed(fields: dict[str, Any], defaults: dict[str, Any]) -> dict[str, An
 
 
 @cache
-def text_part(kind: str) -> type[ModelFamily]:
-    """The family of a text part, for checkpoints that hold it among other things."""
-    inner, causal = TEXT_PARTS[kind]
-    defaults = TEXT_DEFAULTS.get(kind, {})
-    family: Any = inner
+def text_part(family: Any, kind: str) -> type[ModelFamily]:
+    """The family of a text part, for checkpoints that hold it among other things; by itself `family` computes it."""
+    causal, defaults = TEXT_PARTS[kind][1], TEXT_DEFAULTS.get(kind, {})
 
     class TextPart(family):
         skipped_tensors = f"{_OTHERS}|{family.skipped_tensors or '(?!)'}"
@@ -128,14 +130,19 @@ def text_part(kind: str) -> type[ModelFamily]:
     "AyaVisionForConditionalGeneration",
     "Cohere2VisionForConditionalGeneration",
     "DeepseekVLForConditionalGeneration",
+    "DeepseekVLHybridForConditionalGeneration",
     "Exaone4_5_ForConditionalGeneration",
     "Glm46VForConditionalGeneration",
     "Glm4vForConditionalGeneration",
     "Glm4vMoeForConditionalGeneration",
+    "GlmAsrForConditionalGeneration",
+    "GraniteSpeechForConditionalGeneration",
+    "GraniteSpeechPlusForConditionalGeneration",
     "HyperCLOVAXVisionV2ForConditionalGeneration",
     "Idefics2ForConditionalGeneration",
     "Idefics3ForConditionalGeneration",
     "InternVLForConditionalGeneration",
+    "JanusForConditionalGeneration",
     "KimiK25ForConditionalGeneration",
     "Kimi_K25ForConditionalGeneration",
     "Lfm2VlForConditionalGeneration",
@@ -145,9 +152,11 @@ def text_part(kind: str) -> type[ModelFamily]:
     "LlavaNextForConditionalGeneration",
     "LlavaNextVideoForConditionalGeneration",
     "LlavaOnevisionForConditionalGeneration",
+    "MiniCPMOcrForConditionalGeneration",
     "MiniCPMV4_6ForConditionalGeneration",
     "MiniCPMV4_7ForConditionalGeneration",
     "Mistral3ForConditionalGeneration",
+    "MllamaForConditionalGeneration",
     "Ovis2ForConditionalGeneration",
     "Qwen2AudioForConditionalGeneration",
     "Qwen2VLForConditionalGeneration",
@@ -155,6 +164,7 @@ def text_part(kind: str) -> type[ModelFamily]:
     "Qwen2_5OmniModel",
     "Qwen2_5OmniThinkerForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3ASRForConditionalGeneration",
     "Qwen3OmniMoeForConditionalGeneration",
     "Qwen3OmniMoeThinkerForConditionalGeneration",
     "Qwen3VLForConditionalGeneration",
@@ -163,6 +173,7 @@ def text_part(kind: str) -> type[ModelFamily]:
     "Qwen3_5MoeForConditionalGeneration",
     "SmolVLMForConditionalGeneration",
     "VideoLlama3ForConditionalGeneration",
+    "VideoLlavaForConditionalGeneration",
     "VipLlavaForConditionalGeneration",
     "VoxtralForConditionalGeneration",
 )
@@ -176,7 +187,9 @@ class Multimodal(ModelFamily):
         text = text_config(config)
         kind = text.fields.get("model_type")
         if kind in TEXT_PARTS:
-            return text_part(kind)
+            defaults = TEXT_DEFAULTS.get(kind, {})
+            inner: Any = TEXT_PARTS[kind][0].for_config(HfConfig(_completed(text.fields, defaults), text.file))
+            return text_part(inner, kind)
         if not is_known_part(kind):
             raise text.error(
                 "model_type",

@@ -11,7 +11,8 @@ import gpu_worker.models
 from gpu_worker.model_spec import ModelConfigError
 from gpu_worker.models.family import ModelFamily
 from gpu_worker.models.headless import classifier, without_head
-from gpu_worker.models.transformers_fallback import TransformersModel, is_known
+from gpu_worker.models.served_config import is_known
+from gpu_worker.models.transformers_fallback import TransformersModel
 
 _families: dict[str, type[ModelFamily]] = {}
 

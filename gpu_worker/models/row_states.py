@@ -9,13 +9,16 @@ without states at its sequence's first token, so that no row may take over what 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Sequence
+import sys
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from gpu_worker.attention.api import StepMetadata
+from gpu_worker.models.kept_rows import KeptRows
+from gpu_worker.models.row_caches import tensors_within
 
 # What such layers call the cache that they are given.
 _CACHE_NAMES = ("cache_params", "past_key_values")
@@ -39,15 +42,6 @@ _OF_WHAT_IS_FORGOTTEN = 0.25
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
-    """A row's part of a step."""
-
-    num_tokens: int
-    cache: Any
-    begins: bool
-
-
-@dataclass(frozen=True, slots=True)
 class _Like:
     """What a layer's hidden states are."""
 
@@ -60,54 +54,34 @@ class _Like:
         return cls(hidden.shape[-1], hidden.device, hidden.dtype)
 
 
-class RowStates:
+class RowStates(KeptRows):
     """The states of one worker's rows, each in a cache of transformers."""
 
-    def __init__(self, config: Any, mixers: Sequence[torch.nn.Module]) -> None:
+    def __init__(self, model: torch.nn.Module, mixers: Sequence[torch.nn.Module]) -> None:
         """`mixers`: modules of the model that keep a state; their forward passes are replaced."""
-        self._config = config
-        self._caches: dict[int, Any] = {}
-        self._step: list[_Run] = []
+        super().__init__()
+        self._make_cache = _cache_maker(model)
         # By class: layers of one differ in their weights alone.
         self._go_on: dict[tuple[type, _Like], bool] = {}
         for mixer in mixers:
             mixer.forward = self._row_by_row(mixer.forward, type(mixer))
 
-    def plan(self, metadata: StepMetadata) -> None:
-        """Before a step's forward pass.
+    def new_cache(self) -> Any:
+        return self._make_cache()
 
-        Raises:
-            RuntimeError: a row begins in the middle of its sequence.
-        """
-        if metadata.rows is None:
-            raise RuntimeError("a model that keeps states for rows is not told which rows run")
-        self._step = []
-        runs = zip(metadata.rows.tolist(), metadata.query_lengths.tolist(), metadata.context_lengths, strict=True)
-        for row, num_tokens, context in runs:
-            if context == num_tokens:
-                self._caches[row] = _new_cache(self._config)
-            elif row not in self._caches:
-                raise RuntimeError(f"row {row} begins at token {context - num_tokens}, and has no state from before")
-            self._step.append(_Run(num_tokens, self._caches[row], context == num_tokens))
-
-    def clear(self) -> None:
-        self._caches.clear()
-        self._step = []
-
-    def _row_by_row(self, forward: Callable[..., Any], kind: type) -> Callable[..., torch.Tensor]:
+    def _row_by_row(self, forward: Callable[..., Any], kind: type) -> Callable[..., Any]:
         signature = inspect.signature(forward)
         hidden_name, cache_name, fixed = next(iter(signature.parameters)), _cache_name(forward), _insisted_on(signature)
 
-        def run_part(part: torch.Tensor, cache: Any) -> torch.Tensor:
-            output: torch.Tensor = forward(**{**fixed, hidden_name: part, str(cache_name): cache})
-            return output
+        def run_part(part: torch.Tensor, cache: Any) -> Any:
+            return forward(**{**fixed, hidden_name: part, str(cache_name): cache})
 
         def goes_on(like: _Like) -> bool:
             if (kind, like) not in self._go_on:
-                self._go_on[kind, like] = _goes_on(run_part, like, lambda: _new_cache(self._config))
+                self._go_on[kind, like] = _goes_on(run_part, like, self._make_cache)
             return self._go_on[kind, like]
 
-        def run(*args: Any, **kwargs: Any) -> torch.Tensor:
+        def run(*args: Any, **kwargs: Any) -> Any:
             hidden = signature.bind(*args, **kwargs).arguments[hidden_name]  # [1, num_tokens, hidden]
             outputs = []
             for part, row in zip(hidden.split([row.num_tokens for row in self._step], dim=1), self._step, strict=True):
@@ -115,13 +89,42 @@ class RowStates:
                     outputs.append(run_part(part, row.cache))
                 else:
                     outputs += [run_part(token, row.cache) for token in part.split(1, dim=1)]
-            return torch.cat(outputs, dim=1)
+            return _joined(outputs)
 
         return run
 
 
-def _goes_on(run: Callable[[torch.Tensor, Any], torch.Tensor], like: _Like, new_cache: Callable[[], Any]) -> bool:
+def _joined(outputs: list[Any]) -> Any:
+    """What a layer gives for all rows, of what it gave for each.
+
+    Of several outputs those that have a row for every token: the probe has seen that nobody reads others.
+    """
+    if not isinstance(outputs[0], tuple):
+        return torch.cat(outputs, dim=1)
+    return tuple(
+        torch.cat(part, dim=1)
+        if all(_is_by_token(value, one[0]) for value, one in zip(part, outputs, strict=True))
+        else None
+        for part in zip(*outputs, strict=True)
+    )
+
+
+def _is_by_token(value: Any, states: torch.Tensor) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 2 and value.shape[:2] == states.shape[:2]
+
+
+def _states_of(output: Any) -> torch.Tensor:
+    """The hidden states among what a layer gives."""
+    states: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return states
+
+
+def _goes_on(run_part: Callable[[torch.Tensor, Any], Any], like: _Like, new_cache: Callable[[], Any]) -> bool:
     """Whether a layer that is given several tokens starts from the state that its cache holds. Some do from none."""
+
+    def run(part: torch.Tensor, cache: Any) -> torch.Tensor:
+        return _states_of(run_part(part, cache))
+
     hidden = torch.randn(1, 6, like.size, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
     whole = run(hidden, new_cache())[:, 3:]
     begun = new_cache()
@@ -132,12 +135,19 @@ def _goes_on(run: Callable[[torch.Tensor, Any], torch.Tensor], like: _Like, new_
     return bool(error <= rounding * whole.norm() and error <= _OF_WHAT_IS_FORGOTTEN * without)
 
 
+class _Unread:
+    """Stands for what a layer gives beside numbers for every token: whoever reads it fails."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise TypeError("what a layer that keeps a state gives beside numbers for every token is read")
+
+
 class StateProbe:
     """Finds out in a forward pass which modules keep a state, by what they leave in a cache."""
 
-    def __init__(self, config: Any, model: torch.nn.Module, attending: Collection[torch.nn.Module]) -> None:
+    def __init__(self, model: torch.nn.Module, attending: Collection[torch.nn.Module]) -> None:
         """The modules asked are the innermost ones that take a cache, and do not attend nor hold one that does."""
-        self._cache = _new_cache(config)
+        self._cache = _cache_maker(model)()
         self.kept: dict[str, int] = {}
         """Module -> bytes of a row's state."""
         taking = {name: module for name, module in model.named_modules() if _cache_name(module.forward) is not None}
@@ -165,8 +175,8 @@ class StateProbe:
                 left_out = _told(signature.bind(*args, **kwargs), given)
                 if left_out:
                     raise TypeError(f"a layer that keeps a state is given {', '.join(sorted(left_out))}")
-                if not isinstance(output, torch.Tensor):
-                    raise TypeError("a layer that keeps a state gives more than hidden states")
+                if isinstance(output, tuple):
+                    return tuple(value if _is_by_token(value, output[0]) else _Unread() for value in output)
             return output
 
         return run
@@ -196,10 +206,14 @@ def _insisted_on(signature: inspect.Signature) -> dict[str, None]:
     return {one.name: None for one in others if one.default is inspect.Parameter.empty and one.kind not in kinds}
 
 
-def _new_cache(config: Any) -> Any:
+def _cache_maker(model: Any) -> Callable[[], Any]:
+    """Makes a row's cache: transformers' common one, or what the file of the model's class has of its own (MiniMax)."""
     from transformers import DynamicCache
 
-    return DynamicCache(config=config)
+    for kind in vars(sys.modules[type(model).__module__]).values():
+        if isinstance(kind, type) and issubclass(kind, DynamicCache) and kind is not DynamicCache:
+            return kind
+    return partial(DynamicCache, config=model.config)
 
 
 def _cache_name(forward: Callable[..., Any]) -> str | None:
@@ -208,12 +222,4 @@ def _cache_name(forward: Callable[..., Any]) -> str | None:
 
 
 def _num_bytes(cache: Any) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(cache))
-
-
-def _tensors(cache: Any) -> Iterator[torch.Tensor]:
-    """All that a cache's layers hold, whatever they call it."""
-    for layer in cache.layers:
-        for value in vars(layer).values():
-            held = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
-            yield from (tensor for tensor in held if isinstance(tensor, torch.Tensor))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors_within(cache))

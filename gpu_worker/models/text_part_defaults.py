@@ -150,6 +150,14 @@ TEXT_DEFAULTS: Mapping[str, dict[str, Any]] = {
         "max_position_embeddings": 65_536,
         "attention_bias": True,
     },
+    "mllama_text_model": {
+        "vocab_size": 128_256,
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
     "smollm3": {
         "vocab_size": 128_256,
         "hidden_size": 2048,

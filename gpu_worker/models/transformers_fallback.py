@@ -3,12 +3,12 @@
 Its forward pass is transformers' own; only attention is replaced, by the paged backend, through transformers'
 attention interface (architectures that do not use it: `attention_adapters.py`). A step's tokens go in as one sequence
 with their own positions: everything outside attention treats tokens one by one, but for layers that keep a state for
-each row (`row_states.py`). A model that does otherwise is refused (`fallback_probe.py`).
+each row (`row_states.py`). A model that does otherwise (`fallback_probe.py` finds out) runs row after row in caches of
+its own (`row_caches.py`), or is refused.
 """
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,88 +32,32 @@ from gpu_worker.models.fallback_probe import (
     ModelLayers,
     attention_implementation,
     context_of,
-    first_line,
     paged_attention,
     probe_layers,
-    refused,
     takes_positions,
+    trunk_of,
 )
 from gpu_worker.models.family import LoadsItself, ModelFamily, NameRules
 from gpu_worker.models.hf_config import HfConfig
+from gpu_worker.models.refusals import first_line, unserved
+from gpu_worker.models.row_caches import RowCaches
 from gpu_worker.models.row_states import RowStates
+from gpu_worker.models.served_config import LANGUAGE_HEAD, LANGUAGE_MODEL, ServedConfig, auto_class
+from gpu_worker.models.state_adapters import adapt_states
 from gpu_worker.quant.api import RandomValues
 from gpu_worker.quant.none import Unquantized
 
 log = structlog.get_logger(__name__)
 
-HOLD_A_MODEL = (
-    "Gemma3nForConditionalGeneration",
-    "Gemma4ForConditionalGeneration",
-    "Gemma4UnifiedForConditionalGeneration",
-)
-"""Without images and sound they compute as the language model within them, which is what runs."""
 # One expert after another, those that were chosen: of any size, and without a copy of its weights for every token.
 EXPERTS = "eager"
 # Where all layers keep states and none attends, blocks are counted all the same, of next to nothing.
-# Such a model's states hold any number of tokens; its config names none.
+# States hold any number of tokens, and most configs of such models name none.
 _RECURRENT_CONTEXT = 1 << 17
 _NO_ATTENTION = AttentionCall("", 1, 1, 1, 1, 1.0, window=None, softcap=None, has_sinks=False)
 # Positions in two digits, each of which any dtype holds exactly.
 _POSITION_DIGIT = 256
-LANGUAGE_MODEL = r"^(thinker\.)?(model\.language_model|model\.text_model|language_model\.model)\."
-LANGUAGE_HEAD = r"^(thinker\.|language_model\.|model\.)lm_head\."
-"""How the tensors of a language model are called in a checkpoint that holds other models too."""
 _OTHER_PARTS = re.compile(r"vision|visual|image|audio|projector|connector|merger|talker|token2wav|code2wav")
-
-
-def is_known(architecture: str) -> bool:
-    """Whether transformers itself has this causal language model; False without transformers."""
-    try:
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    except ImportError:
-        return False
-    return architecture in (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *HOLD_A_MODEL)
-
-
-def is_known_part(kind: Any) -> bool:
-    """Whether transformers has text parts of this `model_type` as causal language models."""
-    try:
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    except ImportError:
-        return False
-    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-
-@dataclass(frozen=True, slots=True)
-class _Served:
-    """What transformers builds."""
-
-    config: Any
-    architecture: str
-    is_part: bool
-    """A language model within a checkpoint that holds others as well."""
-
-    @classmethod
-    def of(cls, directory: Path, architecture: str) -> _Served:
-        """
-        Raises:
-            ModelConfigError: it holds no language model that transformers has by itself.
-        """
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-        config = _open_config(directory)
-        text = config.get_text_config()
-        is_whole = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type) == architecture
-        if text is config or (is_whole and architecture not in HOLD_A_MODEL):
-            return cls(config, architecture, is_part=False)
-        causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text.model_type)
-        if causal is None:
-            raise refused(
-                architecture, f"transformers has no language model of its text part {text.model_type!r} alone"
-            )
-        if getattr(config, "tie_word_embeddings", None) is not None:
-            text.tie_word_embeddings = config.tie_word_embeddings
-        return cls(text, causal, is_part=True)
 
 
 class TransformersModel(ModelFamily, LoadsItself):
@@ -132,7 +76,7 @@ class TransformersModel(ModelFamily, LoadsItself):
                 f"is set, and {architecture} runs through transformers' own code, which takes plain weights only; "
                 "use the release of the model that is not quantized",
             )
-        served = _Served.of(Path(config.file).parent, architecture)
+        served = ServedConfig.of(Path(config.file).parent, architecture)
         found = probe_layers(served.config, served.architecture)
         calls = found.calls or (_NO_ATTENTION,)
         text_config = served.config.get_text_config()
@@ -144,7 +88,7 @@ class TransformersModel(ModelFamily, LoadsItself):
             num_heads=calls[0].num_heads,
             num_kv_heads=max(call.num_kv_heads for call in calls),
             head_dim=max(call.head_dim for call in calls),
-            max_position_embeddings=context_of(text_config) if found.calls else _RECURRENT_CONTEXT,
+            max_position_embeddings=_context(found, text_config),
             norm_eps=1e-5,
             layers=tuple(LayerSpec(rope=None, sliding_window=call.window) for call in calls),
             dtype=text.dtype(),
@@ -153,7 +97,8 @@ class TransformersModel(ModelFamily, LoadsItself):
             attention_softcap=calls[0].softcap,
             attention_sinks=any(call.has_sinks for call in calls),
             eos_token_ids=config.eos_token_ids() or text.eos_token_ids(),
-            row_state_bytes=sum(found.states.values()),
+            row_state_bytes=sum(found.states.values()) if found.row_cache is None else found.row_cache.state_bytes,
+            row_cache_dim=0 if found.row_cache is None else found.row_cache.numbers_per_token,
         )
 
     def __init__(self, spec: ModelSpec, max_position: int, build: BuildContext) -> None:
@@ -179,17 +124,15 @@ class TransformersModel(ModelFamily, LoadsItself):
         SafetensorsReader(path).close()
 
     def load_checkpoint(self, path: Path) -> None:
-        from transformers import AutoModelForCausalLM
-
         SafetensorsReader(path).close()
-        served = _Served.of(path, self.spec.architecture)
+        served = ServedConfig.of(path, self.spec.architecture)
         found = probe_layers(served.config, served.architecture)
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = auto_class(served.architecture).from_pretrained(
                 path,
                 config=served.config,
                 dtype=self.dtype,
-                attn_implementation=attention_implementation(served.architecture),
+                attn_implementation=_attention(found, served.architecture),
                 experts_implementation=EXPERTS,
                 trust_remote_code=False,
                 use_safetensors=True,
@@ -206,14 +149,12 @@ class TransformersModel(ModelFamily, LoadsItself):
 
     def fill_random_weights(self, source: RandomValues, directory: Path) -> None:
         """load_format dummy."""
-        from transformers import AutoModelForCausalLM
-
-        served = _Served.of(directory, self.spec.architecture)
+        served = ServedConfig.of(directory, self.spec.architecture)
         found = probe_layers(served.config, served.architecture)
-        model = AutoModelForCausalLM.from_config(
+        model = auto_class(served.architecture).from_config(
             served.config,
             dtype=self.dtype,
-            attn_implementation=attention_implementation(served.architecture),
+            attn_implementation=_attention(found, served.architecture),
             experts_implementation=EXPERTS,
             trust_remote_code=False,
         )
@@ -223,23 +164,49 @@ class TransformersModel(ModelFamily, LoadsItself):
         self._adopt(model.to(self.device), found)
 
     def _adopt(self, model: Any, found: ModelLayers) -> None:
+        self._model = model.eval()
+        trunk = trunk_of(model)
+        self._takes_positions, self._mask = takes_positions(trunk), placeholder_mask(model, self.device)
+        if found.row_cache is not None:
+            self._keep_row_caches(trunk)
+            return
         log.warning(
             "no native code for this architecture: transformers' own runs, with paged attention",
             architecture=self.spec.architecture,
             layers=self.spec.num_layers,
         )
-        self._model = model.eval()
         adapt(model, paged_attention)
+        adapt_states(model)
         modules = dict(model.named_modules())
         for layer, call in enumerate(found.calls):
             modules[call.module].__dict__[SLOT] = _LayerSlot(self, layer, call)
         if found.states:
-            self.row_states = RowStates(model.config, [modules[name] for name in found.states])
+            self.row_states = RowStates(model, [modules[name] for name in found.states])
         # The head's own road (scaling, soft caps) is taken for the rows that are sampled only: it is handed the states
         # that the trunk gave before.
-        trunk = model.get_decoder()
-        self._takes_positions, self._mask = takes_positions(trunk), placeholder_mask(model, self.device)
         self._run_trunk, trunk.forward = trunk.forward, self._states_for_head
+
+    def _keep_row_caches(self, trunk: Any) -> None:
+        log.warning(
+            "no native code for this architecture, and it attends in its own way: transformers' own runs, row after "
+            "row, without paged attention and prefix cache",
+            architecture=self.spec.architecture,
+        )
+        caches = RowCaches(trunk.forward)
+        try:
+            with torch.inference_mode():
+                tried = caches.try_out(self.spec.vocab_size, self.device)
+                if not isinstance(tried, str):
+                    trunk.forward = self._states_for_head
+                    self._given, self._output_type = tried.last_hidden_state, type(tried)
+                    self._model(inputs_embeds=self._given, use_cache=False)
+        except Exception as error:  # whatever code of others does with what it is given
+            tried = f"its forward pass cannot be tried out ({first_line(error)})"
+        if isinstance(tried, str):
+            raise unserved(self.spec.architecture, tried)
+        if self._given is not None:
+            raise unserved(self.spec.architecture, "its head does not read what its decoder gives")
+        self.row_states, self._run_trunk = caches, caches.run
 
     def weighted(self) -> Iterator[tuple[str, Weighted]]:
         return iter(())
@@ -276,7 +243,8 @@ class TransformersModel(ModelFamily, LoadsItself):
         return self._model(inputs_embeds=self._given, use_cache=False).logits[0]
 
     def _states_for_head(self, *args: Any, **kwargs: Any) -> Any:
-        return self._output_type(last_hidden_state=self._given)
+        given, self._given = self._given, None
+        return self._output_type(last_hidden_state=given)
 
     def attend(
         self,
@@ -341,20 +309,18 @@ def _by_token(heads: torch.Tensor, head_dim: int) -> torch.Tensor:
     return torch.nn.functional.pad(tokens, (0, padding)) if padding else tokens.contiguous()
 
 
-def _open_config(directory: Path) -> Any:
-    from transformers import AutoConfig
+def _context(found: ModelLayers, config: Any) -> int:
+    """Tokens of the longest sequence."""
+    if found.calls:
+        return context_of(config)
+    if found.row_cache is None:
+        return _RECURRENT_CONTEXT
+    return context_of(config) if found.row_cache.numbers_per_token else context_of(config, _RECURRENT_CONTEXT)
 
-    try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
-        raise ModelConfigError(
-            f"{directory / 'config.json'}: transformers cannot read it ({first_line(error)})"
-        ) from error
-    # Only to be warned of padding, which a step has none of; looking for it reads token ids back from the device.
-    # Some classes insist on a number.
-    with contextlib.suppress(Exception):
-        config.get_text_config().pad_token_id = None
-    return config
+
+def _attention(found: ModelLayers, architecture: str) -> str | None:
+    """What transformers is to build its attention with; None: what it takes by itself."""
+    return attention_implementation(architecture) if found.row_cache is None else None
 
 
 def _widest(config: Any) -> int:

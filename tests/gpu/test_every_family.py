@@ -15,6 +15,9 @@ import numpy as np
 import pytest
 import torch
 
+from gpu_worker.config import WorkerSettings
+from gpu_worker.cuda.loading import load_cuda_runner
+from gpu_worker.runner import TorchRunner
 from load_tests.cpu_worker.step_driver import StepDriver, greedy
 from tests.gpu.test_cuda_runner import load
 from tests.unit.gpu_worker.models.tiny_checkpoints import TINY, save_tiny
@@ -44,6 +47,8 @@ def sizes(name: str) -> dict[str, Any]:
             "qk_rope_head_dim": 32,
             "v_head_dim": 64,
             "moe_intermediate_size": 64,
+            # The kernels attend to everything, which is what an indexer leaves of no more than so many tokens.
+            **({"index_topk": 256} if "index_topk" in fields else {}),
         }
     heads = fields.get("num_attention_heads", 6)
     changes: dict[str, Any] = {"hidden_size": 64 * heads, "intermediate_size": 192}
@@ -121,6 +126,24 @@ def log_probabilities(model: Any, tokens: list[int]) -> torch.Tensor:
 def test_float32_log_probabilities_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     reference = saved(name, tmp_path)
     largest, _ = errors(reference, *run_rows(load(tmp_path, max_model_len=256)))
+    assert largest <= 2e-3
+
+
+@pytest.mark.parametrize("name", ["deepseek-v3.2", "glm5-shared-choices"])
+def test_what_an_indexer_chooses_is_attended_to_in_plain_torch(name: str, tmp_path: Path) -> None:
+    reference = save_tiny(name, tmp_path, pad_token_id=None).to("cuda")
+    settings = WorkerSettings(
+        model=tmp_path,
+        device="cuda",
+        dtype="float32",
+        max_num_seqs=12,
+        max_model_len=256,
+        max_num_batched_tokens=512,
+        gpu_memory_utilization=0.05,
+    )
+    runner = load_cuda_runner(settings, torch.device("cuda", 0))
+    assert isinstance(runner, TorchRunner)
+    largest, _ = errors(reference, *run_rows(runner))
     assert largest <= 2e-3
 
 

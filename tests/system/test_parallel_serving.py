@@ -73,8 +73,12 @@ def tiny_mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tokens_of_one_rank(tiny_mixture: Path) -> list[dict[int, list]]:
+    return tokens_alone(tiny_mixture)
+
+
+def tokens_alone(directory: Path) -> list[dict[int, list]]:
     """Every choice alone in the runner: nothing is shared, and nothing thrown out."""
-    settings = WorkerSettings(model=tiny_mixture, device="cpu", dtype="float32", num_threads=1, cpu_kv_cache_gib=0.01)
+    settings = WorkerSettings(model=directory, device="cpu", dtype="float32", num_threads=1, cpu_kv_cache_gib=0.01)
     runner = TorchRunner.load(settings)
 
     def alone(prompt: list[int], seed: int, index: int) -> list[int]:

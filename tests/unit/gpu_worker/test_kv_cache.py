@@ -144,3 +144,13 @@ def test_scrub_takes_out_what_is_not_finite_and_leaves_the_rest() -> None:
     before[1][0, 2, 0, 1, 0] = 0
     before[0][1, 3, 0, 0, 2] = 0
     assert all(torch.equal(now, then) for now, then in zip(cache.layers, before, strict=True))
+
+
+def test_keys_of_indexers_are_counted_and_scrubbed() -> None:
+    shape = KVCacheShape(3, 1, 4, 8, torch.float32, 1, index_layers=(0, 2), index_dim=6)
+    cache = KVCache(shape, num_blocks=5, device=torch.device("cpu"))
+    held = [*cache.layers, *cache.index_keys.values()]
+    assert sum(tensor.numel() * tensor.element_size() for tensor in held) == 5 * shape.block_bytes
+    cache.index_keys[2][3, 1] = float("nan")
+    cache.scrub([3])
+    assert list(cache.index_keys) == [0, 2] and not cache.index_keys[2].any()

@@ -44,9 +44,18 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="module")
+def sparse_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Queries attend to 8 tokens alone, by keys that are cached beside the others."""
+    directory = tmp_path_factory.mktemp("sparse")
+    # A token for padding is all zeros, and scores of zero tie.
+    save_tiny("glm5-shared-choices", directory, pad_token_id=None)
+    return directory
+
+
 # How rows are laid out does not hang on the model's size. The default model's tokens are compared in every run:
 # `test_the_default_model_says_what_transformers_would_say`.
-@pytest.fixture(scope="module", params=["tiny", pytest.param("smollm2", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["tiny", "sparse", pytest.param("smollm2", marks=pytest.mark.slow)])
 def model_dir(request: pytest.FixtureRequest) -> Path:
     directory: Path = request.getfixturevalue(f"{request.param}_dir")
     return directory
@@ -283,6 +292,26 @@ def test_reset_forgets_rows(tiny: StepDriver) -> None:
     tiny.step()
     tiny.runner.reset()
     assert [fault.code for fault in tiny.step().faults] == [RowFaultCode.UNKNOWN_ROW]
+
+
+def test_an_indexer_that_would_choose_everything_is_left_out(sparse_dir: Path) -> None:
+    """Where no sequence is longer than what it chooses."""
+    save_tiny("glm5-shared-choices", sparse_dir.parent / "more", index_topk=64)
+    dense = load(sparse_dir.parent / "more", max_model_len=64, cpu_kv_cache_gib=0.01)
+    chosen = load(sparse_dir.parent / "more", max_model_len=65, cpu_kv_cache_gib=0.01)
+    # Two of four layers keep a key of 18 numbers beside 32.
+    assert [runner.describe().block_bytes for runner in (dense, chosen)] == [
+        4 * 16 * 4 * 32,
+        4 * 16 * (4 * 32 + 2 * 18),
+    ]
+    tokens = []
+    for runner in (dense, chosen):
+        driver = StepDriver(runner)
+        driver.add(0, list(range(5, 38)), greedy())
+        for _ in range(20):
+            driver.step()
+        tokens.append(driver.rows[0].tokens)
+    assert tokens[0] == tokens[1]
 
 
 def test_describe_says_what_was_loaded(tiny_dir: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpu_worker.attention.api import AttentionSpec, StepMetadata
-from gpu_worker.attention.torch_backend import TorchAttention, _group_by_length
+from gpu_worker.attention.torch_backend import TorchAttention, group_by_length
 
 
 def dense_attention(
@@ -158,7 +158,7 @@ def test_decodes_of_very_different_lengths_are_split_and_still_right(window: int
         count = -(-length // 4)
         sequences.append(Sequence(length, 1, list(range(next_block, next_block + count))))
         next_block += count
-    assert len(_group_by_length(np.array([-(-length // 4) for length in lengths]), 4)) > 1
+    assert len(group_by_length(np.array([-(-length // 4) for length in lengths]), 4)) > 1
     for got, expected in run_case(sequences, spec, 4, next_block):
         torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-4)
 
@@ -167,7 +167,7 @@ def test_decodes_of_very_different_lengths_are_split_and_still_right(window: int
 @given(st.lists(st.integers(1, 4000), min_size=1, max_size=40), st.sampled_from([1, 16]))
 def test_groups_hold_every_row_once_and_pad_little(num_blocks: list[int], block_size: int) -> None:
     counts = np.array(num_blocks)
-    groups = _group_by_length(counts, block_size)
+    groups = group_by_length(counts, block_size)
     assert sorted(np.concatenate(groups).tolist()) == list(range(len(counts)))
     for group in groups:
         padding = counts[group].max() * len(group) - counts[group].sum()

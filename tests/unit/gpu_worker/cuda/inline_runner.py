@@ -12,7 +12,15 @@ import numpy.typing as npt
 import torch
 from stepwire_kernels.step_result import result_slot_words
 
-from gpu_worker.assembly import MAX_NUM_LOGPROBS, Sizes, attention_spec, load_model, resolve_kv_dtype, worker_facts
+from gpu_worker.assembly import (
+    MAX_NUM_LOGPROBS,
+    Sizes,
+    attention_spec,
+    load_model,
+    resolve_kv_dtype,
+    without_idle_indexer,
+    worker_facts,
+)
 from gpu_worker.attention.triton_backend import AttentionLimits
 from gpu_worker.attention.triton_latent import make_attention
 from gpu_worker.config import WorkerSettings
@@ -90,6 +98,7 @@ def load_inline(
     if pooled is not None:
         spec = replace(spec, has_output_head=False)
     sizes = Sizes(block_size=16, max_model_len=max_model_len, max_num_seqs=max_num_seqs, max_num_batched_tokens=128)
+    spec = without_idle_indexer(spec, sizes)
     ops = (make_ops or (InvariantTritonOps if deterministic else TritonOps))(device, pdl=False)
     kernels = None if deterministic else PackedLinears(device, pdl=False)
     scheme = make_scheme(

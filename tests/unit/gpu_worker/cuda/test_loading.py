@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_worker.assembly import attention_spec
+from gpu_worker.assembly import Sizes, attention_spec, without_idle_indexer
 from gpu_worker.attention.triton_backend import unsupported_attention
 from gpu_worker.config import WorkerSettings
 from gpu_worker.cuda.loading import _packed_experts, _token_counts_of_tiles
@@ -25,11 +25,14 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a chip")
 
 
-def reason(directory: Path, kind: str, quantization: str = "auto", **fields: Any) -> str | None:
+def reason(
+    directory: Path, kind: str, quantization: str = "auto", max_model_len: int = 96, **fields: Any
+) -> str | None:
     config = KINDS[kind]().to_dict() | fields
     config["architectures"] = [type(KINDS[kind]()).__name__.replace("Config", "ForCausalLM")]
     (directory / "config.json").write_text(json.dumps(config, default=str))
     spec, family = read_spec(directory)
+    spec = without_idle_indexer(spec, Sizes(64, max_model_len, 1, 1))
     settings = WorkerSettings(model=directory, load_format="dummy", quantization=quantization)  # type: ignore[arg-type]
     return unsupported_attention(attention_spec(spec, ParallelContext()), 64) or _packed_experts(
         settings, directory, spec, family, torch.device("cuda", 0)
@@ -39,6 +42,11 @@ def reason(directory: Path, kind: str, quantization: str = "auto", **fields: Any
 @pytest.mark.parametrize("kind", KINDS)
 def test_plain_mixtures_are_served(tmp_path: Path, kind: str) -> None:
     assert reason(tmp_path, kind) is None
+
+
+def test_tokens_are_chosen_in_plain_torch_alone(tmp_path: Path) -> None:
+    said = reason(tmp_path, "deepseek-v3.2", max_model_len=97)
+    assert said is not None and "contexts above 96" in said and "--max-model-len 96" in said
 
 
 def test_gpt_oss_is_served_as_it_is_released(tmp_path: Path) -> None:

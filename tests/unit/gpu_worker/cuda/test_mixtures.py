@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.deepseek_v2 import DeepseekV2Config
 from transformers.models.deepseek_v3 import DeepseekV3Config
+from transformers.models.deepseek_v32 import DeepseekV32Config
 from transformers.models.gpt_oss import GptOssConfig
 from transformers.models.mixtral import MixtralConfig
 from transformers.models.qwen2_moe import Qwen2MoeConfig
@@ -58,6 +59,8 @@ KINDS: dict[str, Any] = {
         **BASE | LATENT, topk_method="group_limited_greedy", q_lora_rank=None, n_shared_experts=2
     ),
     "deepseek-v3": lambda: DeepseekV3Config(**BASE | LATENT, q_lora_rank=32),
+    # No sequence is so long that something would be left out.
+    "deepseek-v3.2": lambda: DeepseekV32Config(**BASE | LATENT, q_lora_rank=32, index_topk=96, index_head_dim=24),
 }
 
 

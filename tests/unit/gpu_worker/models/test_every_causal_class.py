@@ -48,6 +48,58 @@ SIZES: dict[str, Any] = {
     "initializer_range": 0.15,
     "first_k_dense_replace": 1,
 }
+# What some classes want beside that, or in its place.
+_ONE_ATTENDS = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+OWN_SIZES: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": _ONE_ATTENDS,
+    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 32},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"], "mamba_n_heads": 4, "mamba_d_head": 32},
+    "jamba": {"attn_layer_period": 3, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    "kimi_linear": _ONE_ATTENDS,
+    "qwen3_next": _ONE_ATTENDS,
+    "cohere_compass_text": {
+        "layer_types": ["full_attention"] * 3,
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 5000.0}},
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 5000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 40, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "dots1": {"n_shared_experts": 1, "routed_scaling_factor": 1.3},
+    "fuyu": {
+        "text_config": {
+            "model_type": "persimmon",
+            "vocab_size": 301,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 256,
+            "initializer_range": 0.15,
+        }
+    },
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4, "window_size": 11},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
+    "longcat_flash": {"num_layers": 2, "qk_rope_head_dim": 16, "zero_expert_num": 3, "q_lora_rank": 32},
+    "mamba2": {"num_heads": 4, "head_dim": 32, "state_size": 16, "n_groups": 1, "chunk_size": 16},
+    "zamba": {
+        "num_hidden_layers": 9,
+        "attn_layer_period": 3,
+        "attn_layer_offset": 1,
+        "mamba_d_state": 8,
+        "n_mamba_heads": 2,
+        "use_mamba_kernels": False,
+    },
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+        "n_mamba_heads": 4,
+        "mamba_d_state": 16,
+        "use_mamba_kernels": False,
+        "initializer_range": 0.1,
+    },
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 12},
+}
 # Sizes that hang together otherwise: `test_families.py` has these.
 ELSEWHERE = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
 
@@ -72,7 +124,7 @@ def small_model(model_type: str) -> Any:
     if "kv_lora_rank" in fields:  # latent attention has keys for every head
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]
     try:
-        config = config_class(**sizes)
+        config = config_class(**(sizes | OWN_SIZES.get(model_type, {})))
         config.is_decoder = True
         with torch.device("meta"):
             count = sum(one.numel() for one in AutoModelForCausalLM.from_config(config).parameters())

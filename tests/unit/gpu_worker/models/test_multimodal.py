@@ -26,7 +26,7 @@ from gpu_worker.models.transformers_fallback import TransformersModel
 from gpu_worker.quant.scheme import make_scheme
 from gpu_worker.quant.stored import StoredLinear
 from tests.unit.gpu_worker.models.test_families import PagedModel, check_logits
-from tests.unit.gpu_worker.models.tiny_checkpoints import BASE, LLAMA4, MINISTRAL3
+from tests.unit.gpu_worker.models.tiny_checkpoints import BASE, LLAMA3, LLAMA4, MINISTRAL3
 
 TEXT = {name: value for name, value in BASE.items() if not name.endswith("implementation")} | {"head_dim": 12}
 SECTIONS = {"rope_type": "default", "rope_theta": 5000.0, "mrope_section": [2, 2, 2]}
@@ -149,6 +149,11 @@ QWEN35 = TEXT | {
 QWEN2_AUDIO = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 24}
 
 
+NO_HEAD_DIM = {name: value for name, value in TEXT.items() if name != "head_dim"}
+# Layers for images, which are left out without one.
+CROSS = {"cross_attention_layers": [1, 3]}
+
+
 def others() -> dict[str, Callable[[], Any]]:
     """By `model_type`; saved under the names that the releases have, which transformers brings them back to."""
     pixtral = SMALL_VISION | {"image_size": 28, "patch_size": 14, "head_dim": 8, "model_type": "pixtral"}
@@ -189,6 +194,16 @@ def others() -> dict[str, Callable[[], Any]]:
             "audio_config": SMALL_VISION | {"num_mel_bins": 8, "max_source_positions": 20},
         },
         "aya_vision": {"text_config": text("cohere2", sliding_window=11, logit_scale=0.7), "vision_config": siglip},
+        "mllama": {
+            "text_config": {"model_type": "mllama_text_model"}
+            | NO_HEAD_DIM
+            | {"num_hidden_layers": 5}
+            | CROSS
+            | LLAMA3,
+            "vision_config": SMALL_VISION
+            | {"attention_heads": 2, "num_global_layers": 1, "vision_output_dim": 32}
+            | {"image_size": 28, "patch_size": 14, "intermediate_layers_indices": [0]},
+        },
         "vipllava": {"text_config": text("llama"), "vision_config": clip, "vision_feature_layers": [-1]},
         "llava_next": {"text_config": text("granite", logits_scaling=0.7), "vision_config": siglip},
         "lighton_ocr": {"text_config": text("qwen3"), "vision_config": pixtral},
@@ -204,7 +219,7 @@ def others() -> dict[str, Callable[[], Any]]:
     }
 
 
-QUICK = ("qwen3_vl_moe", "llama4", "glm4v", "mistral3", "internvl", "smolvlm")
+QUICK = ("qwen3_vl_moe", "llama4", "glm4v", "mllama", "mistral3", "internvl", "smolvlm")
 
 
 @pytest.mark.parametrize(
@@ -241,18 +256,26 @@ def with_small_parts(kind: str, text: dict[str, Any]) -> Any:
 FURTHER = {
     "aria": {"model_type": "aria_text", "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
     "deepseek_vl": {"model_type": "llama"},
+    "deepseek_vl_hybrid": {"model_type": "llama"},
     "exaone4_5": {
         "model_type": "exaone4",
         "sliding_window": 11,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
+    "glmasr": {"model_type": "llama"},
+    "granite_speech": {"model_type": "granite"},
+    "granite_speech_plus": {"model_type": "granite"},
     "hyperclovax_vision_v2": {"model_type": "hyperclovax"},
     "idefics2": {"model_type": "mistral", "sliding_window": None},
+    "janus": {"model_type": "llama"},
     "llava_next_video": {"model_type": "llama"},
+    "minicpm_ocr": QWEN35 | {"model_type": "qwen3_5_text"},
     "minicpmv4_6": QWEN35 | {"model_type": "qwen3_5_text"},
     "minicpmv4_7": QWEN35 | {"model_type": "qwen3_5_text"},
     "ovis2": {"model_type": "qwen2"},
+    "qwen3_asr": {"model_type": "qwen3"},
     "video_llama_3": {"model_type": "qwen2"},
+    "video_llava": {"model_type": "llama"},
 }
 
 
@@ -263,6 +286,58 @@ def test_further_text_parts_under_their_published_names(kind: str, tmp_path: Pat
     if kind not in CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {kind}")
     check_logits(save_config(with_small_parts(kind, TEXT | FURTHER[kind]), tmp_path), tmp_path)
+
+
+# Text parts that transformers does not have by themselves, or under names of their own.
+WHOLE = {
+    "ernie4_5_vl_moe": TEXT
+    | MULTI_ROPE
+    | {"model_type": "ernie4_5_vl_moe_text", "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": [40, 24]},
+    "glm_ocr": {"model_type": "glm_ocr_text"} | GLM,
+    "hunyuan_vl": TEXT
+    | {
+        "model_type": "hunyuan_vl_text",
+        "rope_parameters": {
+            "rope_type": "xdrope",
+            "rope_theta": 5000.0,
+            "xdrope_section": [2, 2, 2, 0],
+            "alpha": 100.0,
+            "factor": 1.0,
+        },
+    },
+    # Row after row: sparse attention, with choices that are taken over.
+    "minimax_m3_vl": {"model_type": "minimax_m3_vl_text"} | TEXT | {"head_dim": 16},
+    "mistral_large4": {"model_type": "mistral_large4_text"} | LATENT,
+    # Some of its layers keep states.
+    "nemotron_h_omni": {"model_type": "nemotron_h"} | TEXT,
+    "paddleocr_vl": {"model_type": "paddleocr_vl_text"} | TEXT | MULTI_ROPE,
+    "qianfan_ocr": {"model_type": "qwen3"} | TEXT,
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind == "hunyuan_vl" else pytest.mark.slow) for kind in WHOLE]
+)
+def test_what_holds_a_text_part_of_its_own_runs_whole(kind: str, tmp_path: Path) -> None:
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {kind}")
+    reference = save_config(with_small_parts(kind, WHOLE[kind]), tmp_path)
+    assert read_spec(tmp_path)[1] is TransformersModel
+    check_logits(reference, tmp_path)
+
+
+def test_an_image_that_is_seen_from_both_sides_is_refused(tmp_path: Path) -> None:
+    """PaliGemma attends to a whole prompt at once."""
+    save_config(with_small_parts("paligemma", {"model_type": "gemma"} | TEXT), tmp_path)
+    with pytest.raises(ModelConfigError, match="given a text in parts it does not compute"):
+        PagedModel(tmp_path)
+
+
+def test_an_encoder_with_a_decoder_is_refused(tmp_path: Path) -> None:
+    config = CONFIG_MAPPING["florence2"]().to_dict() | {"architectures": ["Florence2ForConditionalGeneration"]}
+    (tmp_path / "config.json").write_text(json.dumps(config, default=str))
+    with pytest.raises(ModelConfigError, match="an encoder with a decoder"):
+        read_spec(tmp_path)
 
 
 def test_a_model_that_hears_and_speaks_holds_one_that_thinks(tmp_path: Path) -> None:

@@ -150,6 +150,55 @@ def test_windows(architecture: str, fields: dict[str, Any], windows: list[int | 
     assert [layer.sliding_window for layer in spec_of(architecture, **fields).layers] == windows
 
 
+# As DeepSeek-V3.2 and GLM-5 have them, layers left out.
+INDEXED: dict[str, Any] = {
+    "kv_lora_rank": 512,
+    "q_lora_rank": 1536,
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 2048,
+    "first_k_dense_replace": 3,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "num_hidden_layers": 6,
+    "index_topk": 2048,
+    "index_head_dim": 128,
+}
+
+
+@pytest.mark.parametrize(
+    ("fields", "chosen"),
+    [
+        ({}, "FFFFFF"),
+        ({"index_topk_freq": 4, "index_skip_topk_offset": 3}, "FFFSSS"),
+        ({"index_topk_pattern": "FSFSSF"}, "FSFSSF"),
+        ({"indexer_types": ["full", "shared", "full", "full", "shared", "full"]}, "FSFFSF"),
+        ({"layer_types": ["indexed_attention"] * 6}, "FFFFFF"),
+    ],
+    ids=str,
+)
+def test_layers_that_choose_what_is_attended_to(fields: dict[str, Any], chosen: str) -> None:
+    spec = spec_of("GlmMoeDsaForCausalLM", **INDEXED, **fields)
+    assert "".join("F" if layer.has_indexer else "S" for layer in spec.layers) == chosen
+    assert spec.indexer is not None and spec.indexer.num_heads == 32 and spec.indexer.rope.interleaved
+
+
+def test_the_choice_of_one_stage_is_not_known_to_the_next() -> None:
+    spec = spec_of("GlmMoeDsaForCausalLM", **INDEXED, index_topk_pattern="FSFSSF")
+    meta = torch.device("meta")
+
+    def build(stages: tuple[int, ...]) -> None:
+        for stage in range(len(stages)):
+            parallel = ParallelContext(stage=stage, stage_layers=stages)
+            find_family([spec.architecture])[1](spec, 64, BuildContext(parallel, Unquantized(), torch.bfloat16, meta))
+
+    build((2, 4))
+    with pytest.raises(ModelConfigError, match=r"layer 3 of GlmMoeDsa.* --pipeline-parallel-size"):
+        build((3, 3))
+    with pytest.raises(ModelConfigError, match="indexer_types must have full or shared for each of 6 layers"):
+        spec_of("GlmMoeDsaForCausalLM", **INDEXED, index_topk_pattern="SFFFFF")
+
+
 def loaded(directory: Path) -> ModelFamily:
     spec, family = read_spec(directory)
     build = BuildContext(ParallelContext(), Unquantized(), torch.float32, torch.device("cpu"))

@@ -15,7 +15,7 @@ from tests.unit.gpu_worker.quant.paged_model import QuantizedModel
 # One checkpoint of each class.
 FAMILIES = list({tiny.config_class: name for name, tiny in reversed(TINY.items())}.values())
 # What tools leave plain, whether or not they list it; experts that are one tensor a layer are no linears at all.
-LEFT_OUT = ("embed_tokens", "lm_head", "norm", ".gate.", "router", "shared_expert_gate")
+LEFT_OUT = ("embed_tokens", "lm_head", "norm", ".gate.", "router", "shared_expert_gate", "weights_proj")
 TOKENS = list(range(3, 35))
 QUANTIZATION = {
     "config_groups": {

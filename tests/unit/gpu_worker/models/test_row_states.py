@@ -69,6 +69,28 @@ HYBRIDS = {
     ),
     # Both in every layer.
     "falcon-h1": tiny("falcon_h1", **(MAMBA2 | {"mamba_d_head": 15}), mamba_d_ssm=60),
+    # Linear attention, with a cache of its class's own and outputs beside hidden states.
+    "minimax": tiny("minimax", layer_types=[STATE, FULL, STATE], num_local_experts=5, head_dim=16, block_size=8),
+    # Its recurrent blocks keep their states in themselves.
+    "recurrent-gemma": tiny(
+        "recurrent_gemma",
+        num_hidden_layers=4,
+        lru_width=60,
+        block_types=["recurrent", "recurrent", "attention"],
+        attention_window_size=11,
+        head_dim=10,
+    ),
+    # What keeps a state makes queries, keys and values.
+    "zaya": tiny(
+        "zaya",
+        layer_types=["hybrid", "hybrid_sliding", "hybrid"],
+        sliding_window=11,
+        head_dim=16,
+        num_experts=5,
+        num_experts_per_tok=1,
+        moe_intermediate_size=40,
+        router_hidden_size=12,
+    ),
     # Its layers forget what was before where they are given several tokens: they get one at a time.
     "jamba": tiny(
         "jamba",
@@ -96,6 +118,17 @@ OTHER_HYBRIDS = {
     # Keys and values of their other layers are compressed.
     "kimi-linear": tiny("kimi_linear", **LATENT),
     "bailing-hybrid": tiny("bailing_hybrid", **LATENT, num_experts=6, n_group=1, topk_group=1),
+    # One attention that several layers share. Steps of one token round more in transformers than prompts do.
+    "zamba2": tiny(
+        "zamba2",
+        num_hidden_layers=4,
+        layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
+        n_mamba_heads=4,
+        mamba_d_state=16,
+        chunk_size=16,
+        initializer_range=0.1,
+        use_mamba_kernels=False,
+    ),
     "olmo-hybrid": tiny("olmo_hybrid", layer_types=[STATE, FULL, STATE]),
     # Layers that do neither.
     "nemotron-h": tiny(
@@ -205,13 +238,45 @@ class Gated(torch.nn.Module):
         return hidden if gate is None else hidden * gate
 
 
+def configured(model: torch.nn.Module) -> torch.nn.Module:
+    model.config = CONFIG_MAPPING["lfm2"](num_hidden_layers=1, layer_types=["conv"])
+    return model
+
+
+class Telling(torch.nn.Module):
+    """Of two layers, the second of which may read what the first gives beside hidden states."""
+
+    def __init__(self, *, reads: bool) -> None:
+        super().__init__()
+        self.inner, self._reads = Shared(), reads
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        states, kept = self.inner(hidden)
+        return states + kept.sum() if self._reads else states
+
+
+class Shared(Gated):
+    def forward(self, hidden: torch.Tensor, cache_params: Any = None) -> Any:
+        return super().forward(hidden, cache_params), hidden.transpose(1, 2)
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_what_a_layer_gives_beside_hidden_states_is_read_by_nobody(reads: bool) -> None:
+    model = configured(Telling(reads=reads))
+    StateProbe(model, [])
+    if reads:
+        with pytest.raises(TypeError, match="beside numbers for every token is read"):
+            model(torch.ones(1, 5, 4))
+    else:
+        assert torch.equal(model(torch.ones(1, 5, 4)), torch.ones(1, 5, 4))
+
+
 @pytest.mark.parametrize(
     ("more", "words"), [({"gate": 2.0}, "given gate"), ({"segments": [0]}, "given segments"), ({"position_ids": 1}, "")]
 )
 def test_what_a_layer_is_given_is_not_dropped_in_silence(more: dict[str, Any], words: str) -> None:
-    model = torch.nn.Sequential(Gated())
-    config = CONFIG_MAPPING["lfm2"](num_hidden_layers=1, layer_types=["conv"])
-    states = StateProbe(config, model, [])
+    model = configured(torch.nn.Sequential(Gated()))
+    states = StateProbe(model, [])
     hidden = torch.ones(1, 5, 4)
     if words:
         with pytest.raises(TypeError, match=words):

@@ -9,7 +9,7 @@ import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from gpu_worker.models.hf_config import HfConfig
-from gpu_worker.models.multimodal import TEXT_PARTS, text_config, text_part
+from gpu_worker.models.multimodal import TEXT_PARTS, Multimodal, text_config
 
 # Of Qwen3-Omni the class's own defaults do not fit together, and its releases have every field.
 NO_DEFAULTS = ("qwen3_omni_moe_text",)
@@ -26,5 +26,5 @@ def test_a_config_without_fields_is_the_class_s_own(kind: str) -> None:
     fields = json.loads(json.dumps(text_class(kind)().to_dict(), default=str))
     whole = text_config(HfConfig({"text_config": fields | {"model_type": kind}}))
     bare = HfConfig({"text_config": {"model_type": kind, "eos_token_id": fields.get("eos_token_id")}})
-    family = text_part(kind)
+    family = Multimodal.for_config(bare)
     assert family.read_config(bare, "Some") == family.read_config(HfConfig({"text_config": whole.fields}), "Some")

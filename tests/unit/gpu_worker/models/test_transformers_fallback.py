@@ -13,6 +13,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.biogpt import BioGptConfig
 from transformers.models.bloom import BloomConfig
 from transformers.models.codegen import CodeGenConfig
+from transformers.models.cpmant import CpmAntConfig
 from transformers.models.falcon import FalconConfig
 from transformers.models.gpt2 import GPT2Config
 from transformers.models.gpt_neo import GPTNeoConfig
@@ -20,17 +21,20 @@ from transformers.models.gpt_neox import GPTNeoXConfig
 from transformers.models.gptj import GPTJConfig
 from transformers.models.granitemoe import GraniteMoeConfig
 from transformers.models.hunyuan_v1_dense import HunYuanDenseV1Config
+from transformers.models.longcat_flash import LongcatFlashConfig
+from transformers.models.modernbert_decoder import ModernBertDecoderConfig
 from transformers.models.mpt import MptConfig
 from transformers.models.nemotron import NemotronConfig
 from transformers.models.olmo import OlmoConfig
+from transformers.models.openai import OpenAIGPTConfig
 from transformers.models.opt import OPTConfig
 from transformers.models.phi import PhiConfig
 from transformers.models.phimoe import PhimoeConfig
-from transformers.models.recurrent_gemma import RecurrentGemmaConfig
 from transformers.models.roberta import RobertaConfig
 from transformers.models.stablelm import StableLmConfig
 from transformers.models.vaultgemma import VaultGemmaConfig
 from transformers.models.xglm import XGLMConfig
+from transformers.models.xlm import XLMConfig
 
 from gpu_worker.config import WorkerSettings
 from gpu_worker.layers.linear import BuildContext
@@ -64,6 +68,24 @@ CARRIED = {
             "rope_parameters": {"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 1.0, "alpha": 50.0},
         },
     ),
+    # Two attentions a layer, and experts that give what they get.
+    "longcat-flash": Tiny(
+        LongcatFlashConfig,
+        {
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 6,
+            "q_lora_rank": 32,
+            "kv_lora_rank": 24,
+            "qk_nope_head_dim": 12,
+            "qk_rope_head_dim": 8,
+            "head_dim": 8,
+            "v_head_dim": 14,
+            "moe_topk": 3,
+            "n_routed_experts": 6,
+            "zero_expert_num": 3,
+            "expert_ffn_hidden_size": 40,
+        },
+    ),
     "granite-moe": Tiny(GraniteMoeConfig, {"num_local_experts": 5, "num_experts_per_tok": 2}),
     "olmo": Tiny(OlmoConfig, {"clip_qkv": 1.5}),
     "nemotron": Tiny(NemotronConfig, {"hidden_size": 72}),
@@ -76,6 +98,10 @@ CARRIED = {
     # Attention of their own, rotated pairs.
     "gptj": Tiny(GPTJConfig, {"n_head": 6, "rotary_dim": 8}),
     "codegen": Tiny(CodeGenConfig, {"num_attention_heads": 4, "hidden_size": 64, "rotary_dim": 8}),
+    # Its head has a part that is called decoder.
+    "modernbert-decoder": Tiny(ModernBertDecoderConfig, {"local_attention": 22, "global_attn_every_n_layers": 2}),
+    "gpt": Tiny(OpenAIGPTConfig, {"n_head": 6, "n_positions": 256}),
+    "xglm": Tiny(XGLMConfig, {"attention_heads": 6, "ffn_dim": 90}),
     # Learnt positions, no scale, every second layer with a window.
     "gpt-neo": Tiny(
         GPTNeoConfig, {"num_hidden_layers": 4, "attention_types": [[["global", "local"], 2]], "window_size": 11}
@@ -98,13 +124,18 @@ CARRIED = {
     "mpt": Tiny(MptConfig, {"d_model": 60, "n_heads": 6, "n_layers": 2, "max_seq_len": 256}),
 }
 REFUSED = {
-    "xglm": (Tiny(XGLMConfig, {"attention_heads": 6}), "XGLMForCausalLM"),
-    # Its attention has a cache of its own.
-    "recurrent-gemma": (
-        Tiny(RecurrentGemmaConfig, {"lru_width": 60, "block_types": ["recurrent", "recurrent", "attention"]}),
+    "cpmant": (
+        Tiny(CpmAntConfig, {"dim_head": 10, "dim_ff": 90, "prompt_types": 4, "prompt_length": 4, "segment_types": 4}),
         "cannot be tried out",
     ),
-    "phimoe": (Tiny(PhimoeConfig, {"sliding_window": 11, "num_local_experts": 2}), "windows of 11 tokens"),
+    "xlm": (Tiny(XLMConfig, {"emb_dim": 60, "n_heads": 6, "n_layers": 2}), "cannot be tried out"),
+    "dynamic-rope": (
+        Tiny(
+            StableLmConfig,
+            {"hidden_size": 72, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 4.0}},
+        ),
+        r"its rope \(dynamic\) depends",
+    ),
     "roberta": (Tiny(RobertaConfig, {"is_decoder": True}), "from its padding token on"),
 }
 
@@ -183,11 +214,11 @@ def test_it_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_the_interface_does_not_carry_is_refused_with_its_reason(name: str, tmp_path: Path) -> None:
+def test_what_is_carried_in_no_way_is_refused_with_its_reason(name: str, tmp_path: Path) -> None:
     tiny, reason = REFUSED[name]
     save_model(tiny, tmp_path)
     with pytest.raises(ModelConfigError, match=reason):
-        read_spec(tmp_path)
+        PagedModel(tmp_path)
 
 
 def test_remote_code_is_refused(tmp_path: Path) -> None:

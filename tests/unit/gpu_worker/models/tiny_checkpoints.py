@@ -14,6 +14,7 @@ from transformers.models.cohere import CohereConfig
 from transformers.models.cohere2 import Cohere2Config
 from transformers.models.deepseek_v2 import DeepseekV2Config
 from transformers.models.deepseek_v3 import DeepseekV3Config
+from transformers.models.deepseek_v32 import DeepseekV32Config
 from transformers.models.ernie4_5 import Ernie4_5Config
 from transformers.models.ernie4_5_moe import Ernie4_5_MoeConfig
 from transformers.models.exaone4 import Exaone4Config
@@ -24,6 +25,7 @@ from transformers.models.glm import GlmConfig
 from transformers.models.glm4 import Glm4Config
 from transformers.models.glm4_moe import Glm4MoeConfig
 from transformers.models.glm4_moe_lite import Glm4MoeLiteConfig
+from transformers.models.glm_moe_dsa import GlmMoeDsaConfig
 from transformers.models.gpt_oss import GptOssConfig
 from transformers.models.granite import GraniteConfig
 from transformers.models.granitemoehybrid import GraniteMoeHybridConfig
@@ -135,6 +137,8 @@ MLA = {
     "first_k_dense_replace": 1,
     "routed_scaling_factor": 1.7,
 }
+# Few enough that most queries of 40 tokens have a choice. With fewer heads tokens that none sees tie, at a score of 0.
+INDEXER = {"index_topk": 8, "index_n_heads": 24, "index_head_dim": 18}
 MLA_YARN = rope(
     rope_type="yarn",
     factor=4.0,
@@ -289,6 +293,15 @@ TINY: dict[str, Tiny] = {
     "deepseek-v3": Tiny(DeepseekV3Config, MLA | {"n_group": 4, "topk_group": 2} | MLA_YARN),
     "deepseek-v3-v4-config": Tiny(
         DeepseekV3Config, MLA | {"n_group": 4, "topk_group": 2} | MLA_YARN, rewrite_as_v4=True
+    ),
+    "deepseek-v3.2": Tiny(DeepseekV32Config, MLA | {"n_group": 4, "topk_group": 2} | INDEXER | MLA_YARN),
+    "deepseek-v3.2-v4-config": Tiny(
+        DeepseekV32Config, MLA | {"n_group": 4, "topk_group": 2} | INDEXER | MLA_YARN, rewrite_as_v4=True
+    ),
+    "glm5": Tiny(GlmMoeDsaConfig, MLA | INDEXER),
+    "glm5-shared-choices": Tiny(
+        GlmMoeDsaConfig,
+        MLA | INDEXER | {"num_hidden_layers": 4, "indexer_types": ["full", "shared", "full", "shared"]},
     ),
     "glm4-moe-lite": Tiny(Glm4MoeLiteConfig, MLA),
     "mistral4": Tiny(

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from gpu_worker.assembly import attention_spec, load_model
 from gpu_worker.attention.api import StepMetadata
-from gpu_worker.attention.torch_backend import TorchAttention
+from gpu_worker.attention.indexed_backend import torch_attention
 from gpu_worker.config import WorkerSettings
 from gpu_worker.kv_cache import KVCache, KVCacheShape
 from gpu_worker.layers.linear import BuildContext
@@ -39,7 +39,7 @@ def prompt_logits(directory: Path, parallel: ParallelContext) -> torch.Tensor:
     build = BuildContext(parallel, scheme, torch.float32, torch.device("cpu"))
     model = load_model(WorkerSettings(model=directory), family, spec, build, 64)
     cache = KVCache(KVCacheShape.of(spec, parallel, 4, torch.float32), 8, build.device)
-    attention = TorchAttention(attention_spec(spec, parallel), cache.layers, torch.float32)
+    attention = torch_attention(attention_spec(spec, parallel), cache, torch.float32)
     table = np.array([[5, 2, 7, 1]])
     logits = []
     for start, stop in ((0, 10), (10, 11), (11, 12)):

@@ -72,6 +72,8 @@ def test_what_cannot_be_split_is_named_with_both_numbers() -> None:
         pytest.param("gpt-oss", 2, "width", marks=pytest.mark.slow),
         pytest.param("gpt-oss", 3, "expert", marks=pytest.mark.slow),
         pytest.param("deepseek-v3", 2, "expert", marks=pytest.mark.slow),
+        # Every rank chooses the same tokens.
+        pytest.param("deepseek-v3.2", 2, "width", marks=pytest.mark.slow),
         # More ranks than KV heads: a norm over the whole projection counts each copy.
         pytest.param("olmo2", 6, "width", marks=pytest.mark.slow),
         pytest.param("phi3", 2, "width", marks=pytest.mark.slow),
@@ -82,7 +84,11 @@ def test_a_group_of_processes_computes_what_one_rank_computes(
     name: str, size: int, experts: str, tmp_path: Path
 ) -> None:
     # What divides by the ranks: experts, and KV heads or the ranks by them.
-    changes = {("mixtral", 2): {"num_local_experts": 4}, ("gpt-oss", 3): {"num_key_value_heads": 3}}
+    changes = {
+        ("mixtral", 2): {"num_local_experts": 4},
+        ("gpt-oss", 3): {"num_key_value_heads": 3},
+        ("deepseek-v3.2", 2): {"pad_token_id": None},
+    }
     save_tiny(name, tmp_path, **changes.get((name, size), {}))
     expected = tensor_parallel_ranks.prompt_logits(tmp_path, ParallelContext())
     torch.testing.assert_close(logits_of_group(tmp_path, size, experts), expected, atol=1e-4, rtol=1e-4)

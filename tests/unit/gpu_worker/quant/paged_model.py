@@ -12,7 +12,7 @@ import torch
 
 from gpu_worker.assembly import attention_spec, load_model
 from gpu_worker.attention.api import StepMetadata
-from gpu_worker.attention.torch_backend import TorchAttention
+from gpu_worker.attention.indexed_backend import torch_attention
 from gpu_worker.config import WorkerSettings
 from gpu_worker.kv_cache import KVCache, KVCacheShape
 from gpu_worker.layers.linear import BuildContext
@@ -60,7 +60,7 @@ class QuantizedModel:
             WorkerSettings(model=directory), family, spec, build, BLOCK_SIZE * NUM_BLOCKS
         )
         cache = KVCache(KVCacheShape.of(spec, parallel, BLOCK_SIZE, dtype), NUM_BLOCKS + 1, build.device)
-        self.attention = TorchAttention(attention_spec(spec, parallel), cache.layers, dtype)
+        self.attention = torch_attention(attention_spec(spec, parallel), cache, dtype)
         self.table = np.random.default_rng(0).permutation(np.arange(1, NUM_BLOCKS + 1))[None, :]
 
     @torch.inference_mode()
