@@ -290,7 +290,9 @@ def _written(syntax: CallSyntax, calls: Sequence[tuple[str, str]]) -> str:
 
 
 def _arguments(chat: pb.ChatInput) -> dict[str, Any]:
-    arguments: dict[str, Any] = _whole_numbers(MessageToDict(chat.template_arguments))
+    arguments: dict[str, Any] = {}
+    if chat.HasField("template_arguments"):
+        arguments = _whole_numbers(MessageToDict(chat.template_arguments))
     if chat.reasoning_effort:
         effort = pb.ReasoningEffort.Name(chat.reasoning_effort).removeprefix(_EFFORT_PREFIX).lower()
         arguments.setdefault("reasoning_effort", effort)
