@@ -105,7 +105,8 @@ class StageLink:
             return None
         shape = (num_tokens, self._sizes.hidden_size)
         hidden = torch.empty(shape, dtype=self._sizes.dtype, device=self._device)
-        return receive_rows(hidden, self._from_former, pdl=self._pdl)
+        # Launched without, so that the layers find the step's plan complete (see `dependent_launch`).
+        return receive_rows(hidden, self._from_former, pdl=False)
 
     def send_hidden(self, hidden: torch.Tensor) -> None:
         """To the next stage, [num_tokens, hidden]."""
