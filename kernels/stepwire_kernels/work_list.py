@@ -59,7 +59,9 @@ class ChunkPolicy:
         most = num_runs * (self.max_chunks + 1)
         if self.wanted_records == 0:
             return most
-        shared = max(self.wanted_records + 1, -(-num_runs * max_visible // LONGEST_CHUNK.value))
+        # What is shared out is rounded down to whole tokens: the smaller the chunk, the more chunks that makes.
+        finest = self.wanted_records + -(-self.wanted_records // self.min_chunk)
+        shared = max(finest, -(-num_runs * max_visible // LONGEST_CHUNK.value))
         # Each run's share is rounded up, and may begin within a chunk.
         return min(most, shared + 2 * num_runs)
 

@@ -67,6 +67,16 @@ def test_decode_list_matches_twin(
         assert not own or (token, first_record) == (own[0][2], own[0][6])
 
 
+def test_chunks_a_little_shorter_than_the_shares_fit_the_most_records() -> None:
+    policy = ChunkPolicy(32, 64, 192)
+    # Windows of 49.5 chunks, which touch 51, and a run whose share is rounded up: as many records as shares allow.
+    lens = [1615, 1615, 1615, 1552]
+    records = reference.decode_records(
+        list(range(5)), lens, [1, 2, 3, 4], window=1584, min_chunk=32, max_chunks=64, wanted_records=192
+    )
+    assert len(records) <= policy.most_records(len(lens), max(lens))
+
+
 @settings(max_examples=25, deadline=None)
 @given(runs=RUNS, tile_tokens=st.sampled_from([1, 5, 18, 32]), min_queries=st.sampled_from([1, 2]))
 def test_prefill_list_matches_twin(runs: list[tuple[int, int | None]], tile_tokens: int, min_queries: int) -> None:
