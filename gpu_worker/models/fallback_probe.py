@@ -238,6 +238,8 @@ def _build(hf_config: Any, architecture: str, *, attends_itself: bool = False) -
                 # The one whose sizes do not depend on what the router chooses, in any type.
                 experts_implementation="batched_mm",
                 trust_remote_code=False,
+                # What rows keep is counted in numbers of this type, whatever the checkpoint's is.
+                **({"dtype": torch.float32} if attends_itself else {}),
             )
     except KeyError as error:
         reason = "its attention does not go through the attention interface"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,16 @@ def test_what_rows_hold_is_counted_in_blocks_and_freed_with_them(tmp_path: Path)
     driver.drop(0)
     driver.step()
     assert list(rows._caches) == [1]
+
+
+def test_what_rows_hold_is_counted_alike_whatever_type_the_checkpoint_has(tmp_path: Path) -> None:
+    save_model(ITSELF["diffllama"], tmp_path)
+    file = tmp_path / "config.json"
+    fields = json.loads(file.read_text())
+    assert fields["dtype"] == "float32"
+    file.write_text(json.dumps(fields | {"dtype": "bfloat16"}))
+    spec, _ = read_spec(tmp_path)
+    assert spec.dtype == torch.bfloat16 and spec.row_cache_dim == 2 * 2 * 10 * 3
 
 
 def test_another_type_of_cache_is_refused(tmp_path: Path) -> None:
