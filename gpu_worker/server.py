@@ -205,8 +205,10 @@ class WorkerServer:
     def _use_pause(self, runner: UsesPauses) -> QueuedStep | _Reset | _Stop | None:
         """Let the runner prepare until work comes; None: there is no more to prepare."""
         while not self._has_failed:
-            is_under_way = self._num_launched != self._num_completed
-            has_lasted = not is_under_way and time.monotonic() - self._last_work_s >= _PAUSE_S
+            if self._num_launched != self._num_completed:
+                # What a long step's result brings is still to come when the step has ended.
+                self._last_work_s = time.monotonic()
+            has_lasted = time.monotonic() - self._last_work_s >= _PAUSE_S
             try:
                 return self._work.get_nowait() if has_lasted else self._work.get(timeout=_PAUSE_S)
             except Empty:

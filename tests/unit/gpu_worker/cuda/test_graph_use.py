@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import pytest
@@ -140,3 +141,28 @@ def test_a_gap_between_steps_is_no_pause(what: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("gpu_worker.server._PAUSE_S", 0.01)
     assert isinstance(server._next_work(runner), _Stop)
     assert runner.num_calls == 3
+
+
+class _EndsWhileNobodyLooks:
+    """Work for a server of which a step ends in the first wait, and whose next step comes in the second."""
+
+    def __init__(self, server: WorkerServer) -> None:
+        self._server = server
+
+    def get(self, timeout: float) -> _Stop:
+        if self._server._num_completed == self._server._num_launched:
+            return _Stop()
+        self._server._num_completed += 1
+        raise Empty
+
+    def get_nowait(self) -> _Stop:
+        raise Empty
+
+
+def test_the_end_of_a_long_step_is_no_pause_yet() -> None:
+    server = WorkerServer("127.0.0.1:0")
+    runner: Any = _Pausing(server)
+    work: Any = _EndsWhileNobodyLooks(server)
+    server._num_launched, server._work = 1, work
+    assert isinstance(server._next_work(runner), _Stop)
+    assert runner.num_calls == 0
