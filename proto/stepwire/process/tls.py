@@ -145,8 +145,9 @@ def _read(flag: str, path: Path) -> bytes:
 def _read_roots(flag: str, ca: Path) -> bytes:
     roots = _read_bytes(flag, ca)
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=roots.decode("ascii"))
-    except (ssl.SSLError, ValueError) as error:
+        # The file and not what was read of it: between its certificates may be words in any language.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=ca)
+    except OSError as error:  # SSLError is one
         raise TlsFileError(f"{flag}: {ca} holds no certificates that can be read: give a PEM file") from error
     return roots
 

@@ -25,6 +25,10 @@ def test_files(tmp_path: Path) -> None:
     text.write_text("no certificate, in a language with \u00e9")
     assert isinstance(client_credentials("--x-tls", ca, None, None).take(), grpc.ChannelCredentials)
     assert isinstance(client_credentials("--x-tls", ca, cert, key).take(), grpc.ChannelCredentials)
+    described = tmp_path / "described"
+    described.write_text(f"# F\u0151tan\u00fas\u00edtv\u00e1ny\n{ca.read_text()}")
+    assert isinstance(client_credentials("--x-tls", described, None, None).take(), grpc.ChannelCredentials)
+    assert isinstance(server(cert, key, described), grpc.ServerCredentials)
     with pytest.raises(TlsFileError, match=r"--x-tls-ca: cannot read .*none: No such file"):
         client_credentials("--x-tls", tmp_path / "none", None, None)
     for not_roots in (text, key):
