@@ -163,9 +163,11 @@ def _check_pair(flags: str, cert: Path, key: Path) -> ssl.SSLContext:
     """A server's context with the two."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        context.load_cert_chain(cert, key)
+        # With no word for an encrypted key, OpenSSL would stop the process and ask for one on the terminal.
+        context.load_cert_chain(cert, key, password="")
     except (ssl.SSLError, OSError) as error:
         raise TlsFileError(
-            f"{flags}-cert {cert} and {flags}-key {key} do not go together: give a PEM chain and its private key"
+            f"{flags}-cert {cert} and {flags}-key {key} do not go together: give a PEM chain and its private key, "
+            "which is not encrypted"
         ) from error
     return context

@@ -45,6 +45,15 @@ def test_files(tmp_path: Path) -> None:
         server(cert, key, text)
 
 
+def test_nobody_is_asked_for_the_password_of_a_key(tmp_path: Path) -> None:
+    cert, key = make_certificate(tmp_path, "own")
+    locked = tmp_path / "locked"
+    command = f"openssl ec -in {key} -out {locked} -aes256 -passout pass:word"
+    subprocess.run(command.split(), check=True, capture_output=True)
+    with pytest.raises(TlsFileError, match="not encrypted"):
+        server(cert, locked)
+
+
 def server(cert: Path, key: Path, client_ca: Path | None = None) -> grpc.ServerCredentials:
     return server_credentials("--x-tls", cert, key, client_ca)
 
