@@ -16,6 +16,7 @@ from control_plane.frontend import grammar
 from control_plane.frontend.grammar import GrammarError, regex_literal
 
 MAX_DEPTH = 16
+MAX_FORMATS = 512
 _ANY_TEXT = "/(.|\\n)*/"
 
 
@@ -33,6 +34,8 @@ def text_format_grammar(
     Raises:
         GrammarError: it cannot be enforced.
     """
+    if layout.ByteSize() > grammar.MAX_GRAMMAR_CHARS:
+        raise GrammarError(f"has {layout.ByteSize()} bytes; at most {grammar.MAX_GRAMMAR_CHARS} are taken")
     writer = _Writer(literal, special_id, compact=compact)
     start = writer.expression(layout, "", 1)
     source = grammar.lark_grammar("\n".join([f"start: {start}", *writer.rules]))
@@ -65,14 +68,16 @@ class _Writer:
         self._literal = literal
         self._special_id = special_id
         self._compact = compact
+        self._num_formats = 0
         self.rules: list[str] = []
         # Of formats that have a grammar of their own, by the names that the rules call them.
         self.grammars: list[dict[str, Any]] = []
 
     def expression(self, layout: pb.TextFormat, end: str, depth: int) -> str:
         """The format, and the text that closes it; `end` is empty where nothing does."""
-        if depth > MAX_DEPTH:
-            raise GrammarError(f"nests formats more than {MAX_DEPTH} deep")
+        self._num_formats += 1
+        if depth > MAX_DEPTH or self._num_formats > MAX_FORMATS:
+            raise GrammarError(f"holds more than {MAX_FORMATS} formats, or {MAX_DEPTH} within each other")
         match layout.WhichOneof("format"):
             case "const_string":
                 if not layout.const_string:

@@ -15,7 +15,7 @@ from stepwire.v1 import inference_pb2 as pb
 from control_plane.frontend.grammar import GrammarError
 from control_plane.frontend.output_rules import OutputRules
 from control_plane.frontend.parsers.registry import OutputFormat
-from control_plane.frontend.text_formats import MAX_DEPTH, text_format_grammar
+from control_plane.frontend.text_formats import MAX_DEPTH, MAX_FORMATS, text_format_grammar
 from control_plane.frontend.tokenizer import TextTokenizer
 
 SCHEMA = json.dumps({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]})
@@ -171,6 +171,8 @@ def nested(depth: int) -> dict[str, Any]:
         {"any_text": {"excluded": [""]}},
         {"json_schema": "{"},
         nested(MAX_DEPTH + 1),
+        {"any_of": {"formats": [{"const_string": "a"}] * MAX_FORMATS}},
+        {"const_string": "a" * 300_000},
     ],
     ids=lambda each: json.dumps(each)[:60],
 )
