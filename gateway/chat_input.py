@@ -11,7 +11,7 @@ from stepwire.v1 import inference_pb2
 from gateway.errors import ApiError
 from gateway.json_types import type_name
 from gateway.schemas import ChatCompletionBody, ChatMessage, MessageToolCall, ToolDefinition
-from gateway.structured_output import schema_text
+from gateway.structural_tag import schema_text
 from gateway.unsupported import check_message_fields
 
 _MODES = {

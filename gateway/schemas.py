@@ -140,26 +140,17 @@ class ToolDefinition(RequestModel):
     function: FunctionDefinition
 
 
-class GenerationBody(RequestModel):
-    """What chat and text completions share."""
+class DecodingFields(RequestModel):
+    """How tokens are drawn and where a text ends: the same on every route that generates."""
 
-    model: str | None = Field(None, description="One of the ids of /v1/models; the served model if left out.")
     temperature: Finite | None = Field(None, description="0 is greedy; 0 to 2.")
     top_p: Finite | None = Field(None, description="In (0, 1].")
-    n: PositiveCount | None = Field(None, description="Continuations of each prompt; 1 if left out.")
-    stop: StopField = None
     seed: Int64 | None = None
     presence_penalty: Finite | None = Field(None, description="-2 to 2.")
     frequency_penalty: Finite | None = Field(None, description="-2 to 2.")
     logit_bias: dict[str, Finite] | None = Field(
         None, max_length=1024, description="Token id (as a string) to a value in -100 to 100."
     )
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    response_format: ResponseFormat | None = Field(
-        None, description="What the text must look like: any JSON object, or JSON by a schema."
-    )
-
     top_k: Annotated[int, Field(ge=-1, le=2**32 - 1)] | None = Field(None, description="0 or -1 keeps all.")
     min_p: Finite | None = Field(None, description="0 to 1.")
     repetition_penalty: Finite | None = Field(None, description="Above 0; 1 is none.")
@@ -170,24 +161,44 @@ class GenerationBody(RequestModel):
     skip_special_tokens: bool | None = None
     allowed_token_ids: list[UInt32] | None = Field(None, max_length=16384)
     bad_words: list[str] | None = Field(None, max_length=256, description="Words that cannot be generated.")
-    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(
-        None, description="Logprobs of the prompt's tokens, with this many alternatives; not with stream."
-    )
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(
         None, description="Keep only the prompt's last so many tokens; -1: what the context has room for."
     )
     structured_outputs: StructuredOutputs | None = Field(
         None, description="What the text must look like: json, regex, choice, grammar or structural_tag."
     )
-    guided_json: SchemaField = Field(None, description="Older name of structured_outputs.json.")
-    guided_regex: str | None = Field(None, description="Older name of structured_outputs.regex.")
-    guided_choice: list[str] | None = Field(None, description="Older name of structured_outputs.choice.")
-    guided_grammar: str | None = Field(None, description="Older name of structured_outputs.grammar.")
     priority: Int32 | None = Field(
         None,
         description="Lower runs first where the server orders by priority; from 1000000 on: after everything else.",
     )
     cache_salt: str | None = Field(None, description="Share cached prefixes only with requests of the same salt.")
+
+    @model_validator(mode="after")
+    def _check_truncation(self) -> Self:
+        if self.truncate_prompt_tokens == 0:
+            raise ValueError("truncate_prompt_tokens: must be at least 1, or -1 for what the context has room for")
+        return self
+
+
+class GenerationBody(DecodingFields):
+    """What chat and text completions share."""
+
+    model: str | None = Field(None, description="One of the ids of /v1/models; the served model if left out.")
+    n: PositiveCount | None = Field(None, description="Continuations of each prompt; 1 if left out.")
+    stop: StopField = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = Field(
+        None, description="What the text must look like: any JSON object, or JSON by a schema."
+    )
+
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = Field(
+        None, description="Logprobs of the prompt's tokens, with this many alternatives; not with stream."
+    )
+    guided_json: SchemaField = Field(None, description="Older name of structured_outputs.json.")
+    guided_regex: str | None = Field(None, description="Older name of structured_outputs.regex.")
+    guided_choice: list[str] | None = Field(None, description="Older name of structured_outputs.choice.")
+    guided_grammar: str | None = Field(None, description="Older name of structured_outputs.grammar.")
     return_token_ids: bool | None = None
 
     @model_validator(mode="after")
@@ -196,8 +207,6 @@ class GenerationBody(RequestModel):
             raise ValueError("stream_options: only allowed when stream is true")
         if self.prompt_logprobs is not None and self.stream:
             raise ValueError("prompt_logprobs: not allowed when stream is true")
-        if self.truncate_prompt_tokens == 0:
-            raise ValueError("truncate_prompt_tokens: must be at least 1, or -1 for what the context has room for")
         return self
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from stepwire.v1 import inference_pb2
 
 from gateway.errors import ApiError
 from gateway.schemas import GenerationBody, ResponseFormat, StructuredOutputs
+from gateway.structural_tag import read_structural_tag, schema_text
 
 
 def read_structured_output(
@@ -36,15 +36,6 @@ def read_structured_output(
     if isinstance(value, StructuredOutputs):
         return _of_structured_outputs(value)
     return _of_constraint(name, name.removeprefix("guided_"), value)
-
-
-def schema_text(param: str, schema: Any) -> str:
-    """A schema as JSON text; clients send it as an object or as text."""
-    if isinstance(schema, str):
-        return schema
-    if not isinstance(schema, dict | bool):
-        raise ApiError(400, f"{param}: must be a JSON Schema (an object, or its text).", param=param)
-    return json.dumps(schema, ensure_ascii=False)
 
 
 def _of_response_format(value: ResponseFormat) -> tuple[inference_pb2.StructuredOutput, Mapping[str, str]]:
@@ -107,52 +98,11 @@ def _of_constraint(param: str, kind: str, value: Any) -> tuple[inference_pb2.Str
             message.json_object.SetInParent()
             field = "json_object"
         case _:
-            message.structural_tags.CopyFrom(_structural_tags(param, value))
-            field = "structural_tags"
+            message = read_structural_tag(param, value)
+            field = str(message.WhichOneof("format"))
     whole = field.partition(".")[0]
     return message, {
         f"structured_output.{field}": param,
         f"structured_output.{whole}": param,
         "structured_output": param,
     }
-
-
-def _structural_tags(param: str, value: Any) -> inference_pb2.StructuralTags:
-    """Both spellings in use: `structures` with `triggers`, and a `format` of type `triggered_tags`."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise ApiError(400, f"{param}: is not valid JSON: {error}.", param=param) from error
-    if not isinstance(value, dict):
-        raise ApiError(400, f"{param}: must be an object.", param=param)
-    layout = value.get("format")
-    if isinstance(layout, dict):
-        if layout.get("type") != "triggered_tags":
-            raise ApiError(400, f"{param}.format.type: only 'triggered_tags' is supported.", param=f"{param}.format")
-        tags, triggers = layout.get("tags"), layout.get("triggers")
-        tags = [_flat_tag(tag) for tag in tags] if isinstance(tags, list) else None
-    else:
-        tags, triggers = value.get("structures"), value.get("triggers")
-    if not isinstance(tags, list) or not all(isinstance(tag, dict) for tag in tags):
-        raise ApiError(400, f"{param}.structures: needed: a list of objects with begin, schema and end.", param=param)
-    message = inference_pb2.StructuralTags()
-    for index, tag in enumerate(tags):
-        where = f"{param}.structures[{index}]"
-        begin, end = tag.get("begin"), tag.get("end", "")
-        if not isinstance(begin, str) or not isinstance(end, str):
-            raise ApiError(400, f"{where}: begin and end must be strings.", param=where)
-        schema = schema_text(f"{where}.schema", tag.get("schema", {}))
-        message.tags.add(begin=begin, end=end, json_schema=schema)
-    if triggers is not None:
-        if not isinstance(triggers, list) or not all(isinstance(trigger, str) for trigger in triggers):
-            raise ApiError(400, f"{param}.triggers: must be a list of strings.", param=f"{param}.triggers")
-        message.triggers.extend(triggers)
-    return message
-
-
-def _flat_tag(tag: Any) -> Any:
-    content = tag.get("content") if isinstance(tag, dict) else None
-    if not isinstance(content, dict) or content.get("type") != "json_schema":
-        return None
-    return {"begin": tag.get("begin"), "schema": content.get("json_schema", {}), "end": tag.get("end", "")}

@@ -232,9 +232,9 @@ def quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False) if text else ""
 
 
-def json_rule(schema: str) -> str:
+def json_rule(schema: str, *, compact: bool = False) -> str:
     """A schema as part of a Lark rule."""
-    options = {"x-guidance": _json_options(compact=False)}
+    options = {"x-guidance": _json_options(compact=compact)}
     parsed = json.loads(checked_schema(schema))
     return "%json " + json.dumps({**parsed, **options} if isinstance(parsed, dict) else options)
 

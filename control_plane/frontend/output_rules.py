@@ -15,6 +15,7 @@ from control_plane.frontend.gemma4_arguments import gemma4_arguments
 from control_plane.frontend.grammar import GrammarError, regex_literal
 from control_plane.frontend.parsers.registry import CallSyntax, OutputFormat
 from control_plane.frontend.python_arguments import python_arguments
+from control_plane.frontend.text_formats import from_structural_tags, syntax_of, text_format_grammar
 from control_plane.frontend.tokenizer import TextTokenizer
 
 _ANY_TEXT = "/(.|\\n)*/"
@@ -50,9 +51,12 @@ class OutputRules:
                     source = grammar.choice_grammar(output.choice.texts)
                 case "grammar":
                     field += ".text"
-                    source = grammar.context_free_grammar(output.grammar.text, _syntax(output.grammar))
+                    source = grammar.context_free_grammar(output.grammar.text, syntax_of(output.grammar))
                 case "structural_tags":
-                    source = self._structural_tags(output.structural_tags)
+                    layout = from_structural_tags(output.structural_tags)
+                    source = self._text_format(layout, compact=output.compact_json)
+                case "text_format":
+                    source = self._text_format(output.text_format, compact=output.compact_json)
                 case _:
                     raise RequestRefused.invalid(Violation("structured_output", "is empty: give a format"))
         except GrammarError as error:
@@ -295,26 +299,10 @@ class OutputRules:
             written.append(grammar.quoted(piece) if token_id is None else f"<[{token_id}]>")
         return " ".join(filter(None, written))
 
-    def _structural_tags(self, tags: pb.StructuralTags) -> str:
-        if not tags.tags:
-            raise GrammarError("must hold at least one tag")
-        rules, names = [], []
-        for index, tag in enumerate(tags.tags):
-            trigger = next((each for each in tags.triggers if each and tag.begin.startswith(each)), tag.begin)
-            if not tag.begin or (tags.triggers and trigger not in tags.triggers):
-                raise GrammarError(f"tag {index} begins with none of the triggers")
-            names.append(f"tag_{index}")
-            head = f"head_{index}[lazy]: TEXT {grammar.quoted(trigger)}"
-            body = [
-                f"head_{index}",
-                grammar.quoted(tag.begin[len(trigger) :]),
-                f"body_{index}",
-                grammar.quoted(tag.end),
-            ]
-            rules.append(f"tag_{index}: {' '.join(filter(None, body))}\n{head}")
-            rules.append(f"body_{index}: {grammar.json_rule(tag.json_schema or '{}')}")
-        lines = [f"start: ({' | '.join(names)})* TEXT", f"TEXT: {_ANY_TEXT}", *rules]
-        return grammar.lark_grammar("\n".join(lines))
+    def _text_format(self, layout: pb.TextFormat, *, compact: bool) -> str:
+        return text_format_grammar(
+            layout, literal=self._literal, special_id=self._tokenizer.special_id, compact=compact
+        )
 
 
 def _form_of(syntax: CallSyntax) -> ArgumentForm:
@@ -323,9 +311,3 @@ def _form_of(syntax: CallSyntax) -> ArgumentForm:
 
 def _may_be_several(chat: pb.ChatInput) -> bool:
     return not chat.HasField("parallel_tool_calls") or chat.parallel_tool_calls
-
-
-def _syntax(message: pb.Grammar) -> str:
-    if message.syntax == pb.GRAMMAR_SYNTAX_UNSPECIFIED:
-        return "gbnf" if "::=" in message.text else "lark"
-    return "gbnf" if message.syntax == pb.GRAMMAR_SYNTAX_GBNF else "lark"

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from gateway.errors import ApiError, from_validation_error
 from gateway.json_types import type_name
 from gateway.messages.schemas import CountTokensBody, InputMessage, MessagesBody, MessageToolChoice, OutputConfig
-from gateway.schemas import ChatCompletionBody
+from gateway.schemas import ChatCompletionBody, DecodingFields
 
 _MODES = {"auto": "auto", "any": "required", "none": "none"}
 
@@ -53,13 +53,7 @@ def chat_body(body: CountTokensBody) -> ChatCompletionBody:
             "max_completion_tokens": body.max_tokens,
             "stream": body.stream,
             "stop": body.stop_sequences,
-            "temperature": body.temperature,
-            "top_p": body.top_p,
-            "top_k": body.top_k,
-            "seed": body.seed,
-            "priority": body.priority,
-            "cache_salt": body.cache_salt,
-            "ignore_eos": body.ignore_eos,
+            **{name: getattr(body, name) for name in DecodingFields.model_fields},
         }
     fields["chat_template_kwargs"] = arguments or None
     try:
@@ -74,9 +68,12 @@ def param_names(body: MessagesBody) -> dict[str, str]:
         "stop.max_tokens": "max_tokens",
         "stop.stop": "stop_sequences",
         "chat.reasoning_effort": "output_config.effort",
-        "structured_output.json_schema": "output_config.format.schema",
-        "structured_output": "output_config.format",
     }
+    if body.structured_outputs is None:
+        names |= {
+            "structured_output.json_schema": "output_config.format.schema",
+            "structured_output": "output_config.format",
+        }
     for index in range(len(body.tools or ())):
         names[f"chat.tools[{index}].function"] = f"tools[{index}]"
     return names

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, WithJsonSchema
 
-from gateway.schemas import MAX_STOP_STRINGS, MAX_TOOLS, Finite, Int32, Int64, PositiveCount, RequestModel, UInt32
+from gateway.schemas import MAX_STOP_STRINGS, MAX_TOOLS, DecodingFields, PositiveCount, RequestModel
 
 # A string, or a list of blocks; checked in convert.py, which can name what is wrong better than a union of types.
 BlocksField = Annotated[
@@ -61,17 +61,10 @@ class CountTokensBody(RequestModel):
     output_config: OutputConfig | None = None
 
 
-class MessagesBody(CountTokensBody):
+class MessagesBody(CountTokensBody, DecodingFields):
     max_tokens: PositiveCount
     stream: bool | None = None
     stop_sequences: Annotated[list[str], Field(max_length=MAX_STOP_STRINGS)] | None = None
-    temperature: Finite | None = None
-    top_p: Finite | None = None
-    top_k: UInt32 | None = None
 
-    # Beyond Anthropic's: as in the chat route.
-    seed: Int64 | None = None
-    priority: Int32 | None = None
-    cache_salt: str | None = None
-    ignore_eos: bool | None = None
+    # Beyond Anthropic's, like most of DecodingFields: as in the chat route.
     chat_template_kwargs: dict[str, Any] | None = None

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from gateway.errors import ApiError, from_validation_error
 from gateway.json_types import type_name
 from gateway.responses.schemas import ResponsesBody
-from gateway.schemas import ChatCompletionBody
+from gateway.schemas import ChatCompletionBody, DecodingFields
 
 _TEXT_PARTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
 
@@ -181,35 +181,18 @@ def chat_body(
         "response_format": _response_format(body),
         "logprobs": True if body.wants_logprobs else None,
         "top_logprobs": body.top_logprobs if body.wants_logprobs else None,
-        "truncate_prompt_tokens": -1 if body.truncation == "auto" else None,
     }
-    for name in _SAME:
+    for name in (*_SAME, *DecodingFields.model_fields):
         fields[name] = getattr(body, name)
+    if body.truncation == "auto" and body.truncate_prompt_tokens is None:
+        fields["truncate_prompt_tokens"] = -1
     try:
         return ChatCompletionBody.model_validate({name: value for name, value in fields.items() if value is not None})
     except ValidationError as error:
         raise from_validation_error(error) from error
 
 
-_SAME = (
-    "model",
-    "temperature",
-    "top_p",
-    "stream",
-    "parallel_tool_calls",
-    "seed",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "stop",
-    "include_stop_str_in_output",
-    "skip_special_tokens",
-    "structured_outputs",
-    "priority",
-    "cache_salt",
-    "ignore_eos",
-    "chat_template_kwargs",
-)
+_SAME = ("model", "stream", "parallel_tool_calls", "stop", "chat_template_kwargs")
 
 
 def _tools(body: ResponsesBody) -> list[dict[str, Any]] | None:

@@ -9,14 +9,11 @@ from pydantic import Field, WithJsonSchema, model_validator
 from gateway.schemas import (
     MAX_LOGPROBS,
     MAX_TOOLS,
-    Finite,
-    Int32,
-    Int64,
+    DecodingFields,
     PositiveCount,
     RequestModel,
     SchemaField,
     StopField,
-    StructuredOutputs,
 )
 
 InputField = Annotated[
@@ -69,14 +66,12 @@ class TextConfig(RequestModel):
     format: TextFormat | None = None
 
 
-class ResponsesBody(RequestModel):
+class ResponsesBody(DecodingFields):
     model: str | None = Field(None, description="One of the ids of /v1/models; the served model if left out.")
     input: InputField = None
     instructions: str | None = Field(None, description="System message of this response alone.")
     previous_response_id: str | None = Field(None, description="A stored response whose conversation goes on.")
     max_output_tokens: PositiveCount | None = None
-    temperature: Finite | None = None
-    top_p: Finite | None = None
     stream: bool | None = None
     store: bool | None = Field(None, description="Keep the response, so that it can be fetched and continued; true.")
     background: bool | None = Field(None, description="Answer at once, and generate meanwhile; needs store.")
@@ -90,18 +85,8 @@ class ResponsesBody(RequestModel):
     metadata: dict[str, str] | None = None
     truncation: Literal["auto", "disabled"] | None = None
 
-    # Beyond OpenAI's: as in the chat route.
-    seed: Int64 | None = None
-    top_k: Annotated[int, Field(ge=-1, le=2**32 - 1)] | None = None
-    min_p: Finite | None = None
-    repetition_penalty: Finite | None = None
+    # Beyond OpenAI's, like most of DecodingFields: as in the chat route.
     stop: StopField = None
-    include_stop_str_in_output: bool | None = None
-    skip_special_tokens: bool | None = None
-    structured_outputs: StructuredOutputs | None = None
-    priority: Int32 | None = None
-    cache_salt: str | None = None
-    ignore_eos: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")

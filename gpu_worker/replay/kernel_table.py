@@ -24,7 +24,7 @@ _TABLE = tuple(
         (RANKS, r"_all_reduce_kernel|_send_rows_|_receive_rows_|_parts_kernel|_put_together_|nccl"),
         (
             ATTENTION,
-            r"_decode_kernel|_prefill_kernel|_combine_kernel|_rope_kv_|_latent_|^attention\.run$|flash",
+            r"_decode_kernel|_from_qkv_|_prefill_kernel|_combine_kernel|_rope_kv_|_latent_|^attention\.run$|flash",
         ),
         (
             LINEARS,

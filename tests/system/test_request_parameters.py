@@ -20,6 +20,12 @@ CHAT_BODY: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}],
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}]
 TAG = {"type": "structural_tag", "structures": [{"begin": "<f>", "schema": SCHEMA, "end": "</f>"}], "triggers": ["<f"]}
+LABEL = {"type": "const_string", "value": "Answer: "}
+CALLS = {
+    "type": "triggered_tags",
+    "triggers": ["<f"],
+    "tags": [{"begin": "<f>", "content": {"type": "json_schema", "json_schema": SCHEMA}, "end": "</f>"}],
+}
 MANY = list(range(1, 1100))
 
 # (name, a value that is taken, values that are not)
@@ -63,6 +69,16 @@ FORMATS: list[tuple[str, Any, list[Any]]] = [
     ("structured_outputs", {"choice": ["yes", "no"]}, [{"choice": []}, {"choice": [""]}, {"choice": [1]}]),
     ("structured_outputs", {"grammar": 'start: "a" | "b"'}, [{"grammar": "start: missing"}, {"grammar": "root ::= ("}]),
     ("structured_outputs", {"structural_tag": TAG}, [{"structural_tag": {"structures": []}}, {"structural_tag": "{"}]),
+    (
+        "structured_outputs",
+        {"structural_tag": {"format": {"type": "sequence", "elements": [LABEL, CALLS]}}},
+        [
+            {"structural_tag": {"format": {"type": "anything"}}},
+            {"structural_tag": {"format": {"type": "sequence", "elements": [CALLS, LABEL]}}},
+            {"structural_tag": {"format": {"type": "regex", "pattern": "["}}},
+        ],
+    ),
+    ("response_format", {"type": "structural_tag", "format": {**CALLS, "stop_after_first": True}}, []),
     ("guided_json", SCHEMA, [3]),
     ("guided_regex", "a+", ["["]),
     ("guided_choice", ["a"], [[]]),

@@ -118,6 +118,10 @@ def test_a_stream_is_valid_as_well(client: openai.OpenAI) -> None:
     assert streamed == ask(client, **fields).choices[0].message.content
 
 
+LABEL = {"type": "const_string", "value": "The year is "}
+YEAR = {"type": "tag", "begin": "<y>", "content": {"type": "regex", "pattern": "[0-9]{4}"}, "end": "</y>"}
+
+
 def test_a_json_object_is_one(client: openai.OpenAI) -> None:
     extra = {"structured_outputs": {"json": {"type": "object", "maxProperties": 0}}}
     assert json.loads(ask(client, extra_body=extra).choices[0].message.content) == {}
@@ -130,6 +134,10 @@ def test_a_json_object_is_one(client: openai.OpenAI) -> None:
         ({"choice": ["red", "green"]}, "red|green"),
         ({"grammar": 'start: "a" NUM\nNUM: /[0-9]{1,3}/'}, "a[0-9]{1,3}"),
         ({"grammar": 'root ::= "x" [0-9] "y"'}, "x[0-9]y"),
+        (
+            {"structural_tag": {"format": {"type": "sequence", "elements": [LABEL, YEAR]}}},
+            "The year is <y>[0-9]{4}</y>",
+        ),
     ],
 )
 @pytest.mark.parametrize("temperature", [0, 1])

@@ -177,13 +177,14 @@ class ToolCall(_message.Message):
     def __init__(self, id: _Optional[str] = ..., name: _Optional[str] = ..., arguments: _Optional[str] = ...) -> None: ...
 
 class StructuredOutput(_message.Message):
-    __slots__ = ("json_object", "json_schema", "regex", "choice", "grammar", "structural_tags", "compact_json")
+    __slots__ = ("json_object", "json_schema", "regex", "choice", "grammar", "structural_tags", "text_format", "compact_json")
     JSON_OBJECT_FIELD_NUMBER: _ClassVar[int]
     JSON_SCHEMA_FIELD_NUMBER: _ClassVar[int]
     REGEX_FIELD_NUMBER: _ClassVar[int]
     CHOICE_FIELD_NUMBER: _ClassVar[int]
     GRAMMAR_FIELD_NUMBER: _ClassVar[int]
     STRUCTURAL_TAGS_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FORMAT_FIELD_NUMBER: _ClassVar[int]
     COMPACT_JSON_FIELD_NUMBER: _ClassVar[int]
     json_object: JsonObject
     json_schema: str
@@ -191,8 +192,9 @@ class StructuredOutput(_message.Message):
     choice: TextChoice
     grammar: Grammar
     structural_tags: StructuralTags
+    text_format: TextFormat
     compact_json: bool
-    def __init__(self, json_object: _Optional[_Union[JsonObject, _Mapping]] = ..., json_schema: _Optional[str] = ..., regex: _Optional[str] = ..., choice: _Optional[_Union[TextChoice, _Mapping]] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ..., structural_tags: _Optional[_Union[StructuralTags, _Mapping]] = ..., compact_json: _Optional[bool] = ...) -> None: ...
+    def __init__(self, json_object: _Optional[_Union[JsonObject, _Mapping]] = ..., json_schema: _Optional[str] = ..., regex: _Optional[str] = ..., choice: _Optional[_Union[TextChoice, _Mapping]] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ..., structural_tags: _Optional[_Union[StructuralTags, _Mapping]] = ..., text_format: _Optional[_Union[TextFormat, _Mapping]] = ..., compact_json: _Optional[bool] = ...) -> None: ...
 
 class JsonObject(_message.Message):
     __slots__ = ()
@@ -229,6 +231,78 @@ class StructuralTag(_message.Message):
     json_schema: str
     end: str
     def __init__(self, begin: _Optional[str] = ..., json_schema: _Optional[str] = ..., end: _Optional[str] = ...) -> None: ...
+
+class TextFormat(_message.Message):
+    __slots__ = ("const_string", "json_schema", "regex", "grammar", "any_text", "sequence", "any_of", "tag", "triggered_tags", "separated_tags")
+    CONST_STRING_FIELD_NUMBER: _ClassVar[int]
+    JSON_SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    REGEX_FIELD_NUMBER: _ClassVar[int]
+    GRAMMAR_FIELD_NUMBER: _ClassVar[int]
+    ANY_TEXT_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    ANY_OF_FIELD_NUMBER: _ClassVar[int]
+    TAG_FIELD_NUMBER: _ClassVar[int]
+    TRIGGERED_TAGS_FIELD_NUMBER: _ClassVar[int]
+    SEPARATED_TAGS_FIELD_NUMBER: _ClassVar[int]
+    const_string: str
+    json_schema: str
+    regex: str
+    grammar: Grammar
+    any_text: AnyText
+    sequence: TextFormatList
+    any_of: TextFormatList
+    tag: FormatTag
+    triggered_tags: TriggeredTags
+    separated_tags: SeparatedTags
+    def __init__(self, const_string: _Optional[str] = ..., json_schema: _Optional[str] = ..., regex: _Optional[str] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ..., any_text: _Optional[_Union[AnyText, _Mapping]] = ..., sequence: _Optional[_Union[TextFormatList, _Mapping]] = ..., any_of: _Optional[_Union[TextFormatList, _Mapping]] = ..., tag: _Optional[_Union[FormatTag, _Mapping]] = ..., triggered_tags: _Optional[_Union[TriggeredTags, _Mapping]] = ..., separated_tags: _Optional[_Union[SeparatedTags, _Mapping]] = ...) -> None: ...
+
+class AnyText(_message.Message):
+    __slots__ = ("excluded",)
+    EXCLUDED_FIELD_NUMBER: _ClassVar[int]
+    excluded: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, excluded: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class TextFormatList(_message.Message):
+    __slots__ = ("formats",)
+    FORMATS_FIELD_NUMBER: _ClassVar[int]
+    formats: _containers.RepeatedCompositeFieldContainer[TextFormat]
+    def __init__(self, formats: _Optional[_Iterable[_Union[TextFormat, _Mapping]]] = ...) -> None: ...
+
+class FormatTag(_message.Message):
+    __slots__ = ("begin", "content", "end")
+    BEGIN_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    begin: str
+    content: TextFormat
+    end: str
+    def __init__(self, begin: _Optional[str] = ..., content: _Optional[_Union[TextFormat, _Mapping]] = ..., end: _Optional[str] = ...) -> None: ...
+
+class TriggeredTags(_message.Message):
+    __slots__ = ("tags", "triggers", "at_least_one", "stop_after_first", "excluded")
+    TAGS_FIELD_NUMBER: _ClassVar[int]
+    TRIGGERS_FIELD_NUMBER: _ClassVar[int]
+    AT_LEAST_ONE_FIELD_NUMBER: _ClassVar[int]
+    STOP_AFTER_FIRST_FIELD_NUMBER: _ClassVar[int]
+    EXCLUDED_FIELD_NUMBER: _ClassVar[int]
+    tags: _containers.RepeatedCompositeFieldContainer[FormatTag]
+    triggers: _containers.RepeatedScalarFieldContainer[str]
+    at_least_one: bool
+    stop_after_first: bool
+    excluded: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, tags: _Optional[_Iterable[_Union[FormatTag, _Mapping]]] = ..., triggers: _Optional[_Iterable[str]] = ..., at_least_one: _Optional[bool] = ..., stop_after_first: _Optional[bool] = ..., excluded: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class SeparatedTags(_message.Message):
+    __slots__ = ("tags", "separator", "at_least_one", "stop_after_first")
+    TAGS_FIELD_NUMBER: _ClassVar[int]
+    SEPARATOR_FIELD_NUMBER: _ClassVar[int]
+    AT_LEAST_ONE_FIELD_NUMBER: _ClassVar[int]
+    STOP_AFTER_FIRST_FIELD_NUMBER: _ClassVar[int]
+    tags: _containers.RepeatedCompositeFieldContainer[FormatTag]
+    separator: str
+    at_least_one: bool
+    stop_after_first: bool
+    def __init__(self, tags: _Optional[_Iterable[_Union[FormatTag, _Mapping]]] = ..., separator: _Optional[str] = ..., at_least_one: _Optional[bool] = ..., stop_after_first: _Optional[bool] = ...) -> None: ...
 
 class ContentPart(_message.Message):
     __slots__ = ("text",)

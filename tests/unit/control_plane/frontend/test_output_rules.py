@@ -285,6 +285,13 @@ KINDS: list[tuple[pb.StructuredOutput, str, str]] = [
         f"See <f>{ARGUMENTS}</f>.",
         "See <f>1</f>",
     ),
+    (
+        pb.StructuredOutput(
+            text_format=pb.TextFormat(tag=pb.FormatTag(begin="<f>", content=pb.TextFormat(regex="[a-z/]+"), end="</f>"))
+        ),
+        "<f>a/b</f>",
+        "a/b</f>",
+    ),
 ]
 
 

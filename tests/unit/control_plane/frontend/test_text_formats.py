@@ -1,0 +1,184 @@
+"""Formats made of formats: what they let through, and which of them have no end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from google.protobuf import json_format
+from llguidance import LLMatcher, LLTokenizer
+from stepwire.v1 import inference_pb2 as pb
+
+from control_plane.frontend.grammar import GrammarError
+from control_plane.frontend.output_rules import OutputRules
+from control_plane.frontend.parsers.registry import OutputFormat
+from control_plane.frontend.text_formats import MAX_DEPTH, MAX_FORMATS, text_format_grammar
+from control_plane.frontend.tokenizer import TextTokenizer
+
+SCHEMA = json.dumps({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]})
+JSON = {"json_schema": SCHEMA}
+TAG = {"begin": "<f=one>", "content": JSON, "end": "</f>"}
+OTHER = {"begin": "<f=two>", "content": {"regex": "[a-c/]+"}, "end": "</f>"}
+ONE, TWO = '<f=one>{"a": 1}</f>', "<f=two>a/b</f>"
+TRIGGERED = {"tags": [TAG, OTHER], "triggers": ["<f="]}
+FREE = {"any_text": {}}
+THINK = {"tag": {"begin": "<t>", "content": FREE, "end": "</t>"}}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2_dir: Path) -> TextTokenizer:
+    return TextTokenizer.from_file(smollm2_dir / "tokenizer.json")
+
+
+@pytest.fixture(scope="module")
+def table(tokenizer: TextTokenizer) -> LLTokenizer:
+    return LLTokenizer(tokenizer.to_json(), n_vocab=49152, eos_token=[2])
+
+
+def source_of(tokenizer: TextTokenizer, fields: dict[str, Any], **options: Any) -> str:
+    rules = OutputRules(tokenizer, OutputFormat("", ""))
+    layout = json_format.ParseDict(fields, pb.TextFormat())
+    return rules.structured(pb.StructuredOutput(text_format=layout, **options), None)
+
+
+def accepts(table: LLTokenizer, tokenizer: TextTokenizer, source: str, text: str) -> bool:
+    matcher = LLMatcher(table, source, log_level=0)
+    assert not matcher.is_error(), matcher.get_error()
+    ids = asyncio.run(tokenizer.encode_text(text, add_special_tokens=False)).tolist()
+    return bool(matcher.consume_tokens(ids)) and matcher.is_accepting()
+
+
+@pytest.mark.parametrize(
+    ("fields", "right", "wrong"),
+    [
+        ({"const_string": "Yes/no."}, ["Yes/no."], ["Yes", "Yes/no. "]),
+        (JSON, ['{"a": 1}'], ['{"a": "1"}', "1"]),
+        ({"regex": "[a-c/]+"}, ["a/b"], ["d", ""]),
+        ({"grammar": {"text": 'start: "x" NUM\nNUM: /[0-9]/'}}, ["x1"], ["x"]),
+        ({"grammar": {"text": 'root ::= "a" ("b" | root)'}}, ["aab"], ["aa"]),
+        (FREE, ["", "Whatever <f=one>", "a\nb"], []),
+        ({"any_text": {"excluded": ["no!", "never"]}}, ["", "no, not"], ["oh no!", "I never said"]),
+        ({"tag": TAG}, [ONE], [ONE + " ", "Hi " + ONE, "<f=one>1</f>"]),
+        (THINK, ["<t>Hm, <t>.</t>", "<t></t>"], ["<t>Hm</t> more", "<t>Hm", "Hm</t>"]),
+        (
+            {"tag": {"begin": "", "content": {"any_text": {"excluded": ["x"]}}, "end": "</t>"}},
+            ["Hm.</t>", "</t>"],
+            ["x</t>", "Hm"],
+        ),
+        ({"any_of": {"formats": [{"tag": TAG}, {"const_string": "no"}]}}, [ONE, "no"], ["yes", ""]),
+        (
+            {"sequence": {"formats": [THINK, {"const_string": "\n"}, {"tag": TAG}]}},
+            ["<t>Hm</t>\n" + ONE],
+            ["\n" + ONE, "<t>Hm</t>" + ONE, "<t>Hm</t>\n"],
+        ),
+        (
+            {"sequence": {"formats": [THINK, {"triggered_tags": TRIGGERED}]}},
+            ["<t>Hm <f=no></t>Look: " + ONE + ", " + TWO, "<t></t>", "<t></t>Just text."],
+            ["Just text.", "<t></t><f=three>", "<t></t><f=one>1</f>"],
+        ),
+        ({"triggered_tags": TRIGGERED}, ["", "Hi", ONE, f"Hi {ONE}{TWO} you"], ["<f=", "<f=two>d</f>"]),
+        ({"triggered_tags": {"tags": [TAG]}}, ["<f=two>", f"a {ONE} b"], ["<f=one>1</f>"]),
+        ({"triggered_tags": {**TRIGGERED, "excluded": ["<g"]}}, [f"Hi {ONE}"], [f"Hi <g {ONE}", f"{ONE} <g"]),
+        ({"triggered_tags": {**TRIGGERED, "at_least_one": True}}, [ONE, f"{TWO} and {ONE}."], ["", "Hi", f"Hi {ONE}"]),
+        (
+            {"triggered_tags": {**TRIGGERED, "stop_after_first": True}},
+            ["", "Hi", ONE, f"Hi {ONE}"],
+            [f"{ONE} ", f"{ONE}{TWO}"],
+        ),
+        (
+            {"triggered_tags": {**TRIGGERED, "stop_after_first": True, "at_least_one": True}},
+            [ONE, TWO],
+            ["", f"Hi {ONE}", f"{ONE}{TWO}"],
+        ),
+        (
+            {"tag": {"begin": "[", "content": {"triggered_tags": TRIGGERED}, "end": "]"}},
+            ["[]", f"[so {ONE} and {TWO}]"],
+            [f"[{ONE}", f"[{ONE}] ", "["],
+        ),
+        (
+            {"tag": {"begin": "[", "content": {"triggered_tags": {**TRIGGERED, "stop_after_first": True}}, "end": "]"}},
+            ["[]", "[so]", f"[so {ONE}]"],
+            [f"[{ONE}", f"[{ONE} ]", f"[{ONE}{TWO}]"],
+        ),
+        (
+            {"separated_tags": {"tags": [TAG, OTHER], "separator": ", "}},
+            ["", ONE, f"{ONE}, {TWO}, {TWO}"],
+            ["Hi", f"{ONE}{TWO}", f"{ONE}, "],
+        ),
+        (
+            {"separated_tags": {"tags": [TAG, OTHER], "separator": "", "at_least_one": True}},
+            [ONE, ONE + TWO],
+            ["", f"{ONE}, {TWO}"],
+        ),
+        (
+            {"separated_tags": {"tags": [TAG], "separator": ";", "at_least_one": True, "stop_after_first": True}},
+            [ONE],
+            ["", f"{ONE};{ONE}"],
+        ),
+    ],
+    ids=lambda each: json.dumps(each)[:60],
+)
+def test_what_is_let_through(
+    fields: dict[str, Any], right: list[str], wrong: list[str], tokenizer: TextTokenizer, table: LLTokenizer
+) -> None:
+    source = source_of(tokenizer, fields)
+    for text in right:
+        assert accepts(table, tokenizer, source, text), text
+    for text in wrong:
+        assert not accepts(table, tokenizer, source, text), text
+
+
+def test_json_within_is_compact_where_that_is_asked_for(tokenizer: TextTokenizer, table: LLTokenizer) -> None:
+    source = source_of(tokenizer, {"tag": TAG}, compact_json=True)
+    assert accepts(table, tokenizer, source, '<f=one>{"a":1}</f>')
+    assert not accepts(table, tokenizer, source, ONE)
+
+
+def test_free_text_ends_at_a_special_token(tokenizer: TextTokenizer, table: LLTokenizer) -> None:
+    end = "<|im_end|>"
+    source = text_format_grammar(
+        pb.TextFormat(tag=pb.FormatTag(begin="a", content=pb.TextFormat(any_text=pb.AnyText()), end=end)),
+        literal=lambda text: f"<[{tokenizer.special_id(text)}]>" if text == end else json.dumps(text),
+        special_id=tokenizer.special_id,
+    )
+    assert accepts(table, tokenizer, source, f"a b {end}")
+    assert not accepts(table, tokenizer, source, f"a b {end} c")
+
+
+def nested(depth: int) -> dict[str, Any]:
+    return {"any_of": {"formats": [nested(depth - 1)]}} if depth > 1 else {"const_string": "a"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"const_string": ""},
+        {"sequence": {}},
+        {"any_of": {"formats": []}},
+        {"separated_tags": {"tags": []}},
+        {"triggered_tags": {"tags": []}},
+        {"tag": {"begin": "a", "end": "b"}},
+        {"triggered_tags": {"tags": [TAG], "triggers": ["<g"]}},
+        {"triggered_tags": {"tags": [{**TAG, "begin": ""}]}},
+        {"triggered_tags": {"tags": [{"begin": "a", "content": FREE}]}},
+        {"separated_tags": {"tags": [{"begin": "a", "content": FREE}]}},
+        {"sequence": {"formats": [FREE, {"const_string": "a"}]}},
+        {"sequence": {"formats": [{"any_of": {"formats": [JSON, {"triggered_tags": TRIGGERED}]}}, JSON]}},
+        {"any_text": {"excluded": [""]}},
+        {"json_schema": "{"},
+        nested(MAX_DEPTH + 1),
+        {"any_of": {"formats": [{"const_string": "a"}] * MAX_FORMATS}},
+        {"const_string": "a" * 300_000},
+    ],
+    ids=lambda each: json.dumps(each)[:60],
+)
+def test_what_is_refused(fields: dict[str, Any], tokenizer: TextTokenizer) -> None:
+    with pytest.raises(GrammarError):
+        text_format_grammar(
+            json_format.ParseDict(fields, pb.TextFormat()), literal=json.dumps, special_id=tokenizer.special_id
+        )
+    assert source_of(tokenizer, nested(MAX_DEPTH))
