@@ -116,8 +116,9 @@ class Session:
             if not self.is_over:
                 instance_id = wait_until_ready.result()
                 ready = worker_pb2.SessionReady(session_id=self.session_id, instance_id=instance_id)
-                await context.write(worker_pb2.RunStepsResponse(ready=ready))
+                # From the write's beginning on: steps may be on their way before it has ended.
                 self._is_ready = True
+                await context.write(worker_pb2.RunStepsResponse(ready=ready))
                 await self._serve(context)
             code, message = self._end.result()
             if code is not grpc.StatusCode.OK:
