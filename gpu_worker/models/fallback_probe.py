@@ -176,7 +176,7 @@ def _measure_rows(hf_config: Any, architecture: str, refusal: ModelConfigError) 
     trunk = trunk_of(model)
     try:
         with torch.inference_mode():
-            size = measure(trunk)
+            size = measure(trunk, model.dtype)
     except Exception as error:  # code that looks at numbers, which there are none of here
         config = model.config.get_text_config()
         sizes = [getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size")]
@@ -238,8 +238,6 @@ def _build(hf_config: Any, architecture: str, *, attends_itself: bool = False) -
                 # The one whose sizes do not depend on what the router chooses, in any type.
                 experts_implementation="batched_mm",
                 trust_remote_code=False,
-                # What rows keep is counted in numbers of this type, whatever the checkpoint's is.
-                **({"dtype": torch.float32} if attends_itself else {}),
             )
     except KeyError as error:
         reason = "its attention does not go through the attention interface"

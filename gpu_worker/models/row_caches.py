@@ -93,8 +93,10 @@ def run_part(trunk: Callable[..., Any], input_ids: torch.Tensor, cache: dict[str
     return output
 
 
-def measure(trunk: Callable[..., Any]) -> RowCacheSize | None:
+def measure(trunk: Callable[..., Any], dtype: torch.dtype) -> RowCacheSize | None:
     """Of a model on device meta, by what it keeps of so many tokens and so many more; None: it keeps nothing.
+
+    `dtype`: the model's, as it is there. Bytes of a token are counted as so many numbers of it.
 
     What is kept until it is compressed, and the last tokens of a window, do not grow: between two lengths that have as
     much of it nothing but what grows differs.
@@ -107,9 +109,9 @@ def measure(trunk: Callable[..., Any]) -> RowCacheSize | None:
     (few, least), *_, (many, most) = sizes.items()
     if not most:
         return None
-    of_token = -(-(most - least) // ((many - few) * torch.float32.itemsize)) * torch.float32.itemsize
+    of_token = -(-(most - least) // ((many - few) * dtype.itemsize)) * dtype.itemsize
     state_bytes = max(size - num_tokens * of_token for num_tokens, size in sizes.items())
-    return RowCacheSize(of_token // torch.float32.itemsize, max(state_bytes, 0))
+    return RowCacheSize(of_token // dtype.itemsize, max(state_bytes, 0))
 
 
 def tensors_within(value: Any) -> Iterator[torch.Tensor]:
