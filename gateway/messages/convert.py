@@ -48,6 +48,9 @@ def chat_body(body: CountTokensBody) -> ChatCompletionBody:
     if body.output_config is not None:
         fields |= _output_config(body.output_config)
     if isinstance(body, MessagesBody):
+        if body.structured_outputs is not None and "response_format" in fields:
+            message = "structured_outputs: cannot be used together with output_config.format."
+            raise ApiError(400, message, param="structured_outputs")
         arguments |= body.chat_template_kwargs or {}
         fields |= {
             "max_completion_tokens": body.max_tokens,

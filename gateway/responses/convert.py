@@ -217,6 +217,8 @@ def _response_format(body: ResponsesBody) -> dict[str, Any] | None:
     text_format = body.text.format if body.text else None
     if text_format is None or text_format.type == "text":
         return None
+    if body.structured_outputs is not None:
+        raise ApiError(400, "structured_outputs: cannot be used together with text.format.", param="structured_outputs")
     if text_format.type == "json_object":
         return {"type": "json_object"}
     if text_format.json_schema is None:

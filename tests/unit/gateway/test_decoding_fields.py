@@ -9,6 +9,7 @@ from google.protobuf.json_format import MessageToDict
 from stepwire.v1 import inference_pb2
 
 from gateway.convert import plan_chat, plan_completion
+from gateway.errors import ApiError
 from gateway.messages import convert as messages
 from gateway.messages.schemas import MessagesBody
 from gateway.responses import convert as responses
@@ -70,3 +71,25 @@ def test_every_route_takes_them(route: Any) -> None:
         for part in path.split("."):
             found = found[part]
         assert found == expected, name
+
+
+FORMAT = {"type": "json_schema", "name": "x", "schema": {"type": "object"}}
+
+
+@pytest.mark.parametrize(
+    ("route", "fields", "name"),
+    [
+        (chat, {"response_format": {"type": "json_object"}}, "response_format"),
+        (completion, {"guided_regex": "a"}, "structured_outputs"),
+        (response, {"text": {"format": FORMAT}}, "text.format"),
+        (message, {"output_config": {"format": FORMAT}}, "output_config.format"),
+    ],
+    ids=["chat", "completion", "response", "message"],
+)
+def test_two_formats_are_refused_by_the_names_that_they_were_sent_under(
+    route: Any, fields: dict[str, Any], name: str
+) -> None:
+    with pytest.raises(ApiError) as caught:
+        route({"structured_outputs": {"regex": "a"}, **fields})
+    assert caught.value.message.endswith(f": cannot be used together with {name}.")
+    assert caught.value.param == caught.value.message.partition(":")[0]
