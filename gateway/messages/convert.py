@@ -49,8 +49,11 @@ def chat_body(body: CountTokensBody) -> ChatCompletionBody:
         fields |= _output_config(body.output_config)
     if isinstance(body, MessagesBody):
         if body.structured_outputs is not None and "response_format" in fields:
-            message = "structured_outputs: cannot be used together with output_config.format."
-            raise ApiError(400, message, param="structured_outputs")
+            raise ApiError(
+                400,
+                "structured_outputs: cannot be used together with output_config.format.",
+                param="structured_outputs",
+            )
         arguments |= body.chat_template_kwargs or {}
         fields |= {
             "max_completion_tokens": body.max_tokens,
