@@ -14,6 +14,7 @@ from gateway.errors import ApiError, from_validation_error
 from gateway.json_types import type_name
 from gateway.responses.schemas import ResponsesBody
 from gateway.schemas import ChatCompletionBody, DecodingFields
+from gateway.unsupported import check_response_fields
 
 _TEXT_PARTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
 
@@ -166,6 +167,7 @@ def chat_body(
     body: ResponsesBody, items: Sequence[dict[str, Any]], history: Sequence[dict[str, Any]] = ()
 ) -> ChatCompletionBody:
     """The whole conversation: its earlier turns, and this one's input."""
+    check_response_fields(body.model_extra)
     messages = chat_messages([*history, *items], len(history))
     if body.instructions:
         messages.insert(0, {"role": "system", "content": body.instructions})

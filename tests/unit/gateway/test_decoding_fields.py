@@ -93,3 +93,39 @@ def test_two_formats_are_refused_by_the_names_that_they_were_sent_under(
         route({"structured_outputs": {"regex": "a"}, **fields})
     assert caught.value.message.endswith(f": cannot be used together with {name}.")
     assert caught.value.param == caught.value.message.partition(":")[0]
+
+
+@pytest.mark.parametrize(
+    ("route", "fields"),
+    [
+        (response, {"n": 2}),
+        (response, {"max_tokens": 5}),
+        (response, {"response_format": {"type": "json_object"}}),
+        (response, {"guided_regex": "a"}),
+        (response, {"reasoning_effort": "low"}),
+        (response, {"use_beam_search": True}),
+        (message, {"n": 2}),
+        (message, {"stop": ["a"]}),
+        (message, {"response_format": {"type": "json_object"}}),
+        (message, {"logprobs": True}),
+        (message, {"max_completion_tokens": 5}),
+    ],
+    ids=str,
+)
+def test_what_only_a_chat_has_is_refused_and_not_left_out(route: Any, fields: dict[str, Any]) -> None:
+    with pytest.raises(ApiError) as caught:
+        route(fields)
+    assert (caught.value.status, [caught.value.param]) == (400, [*fields])
+
+
+@pytest.mark.parametrize("route", [response, message], ids=lambda route: route.__name__)
+def test_what_asks_for_nothing_is_taken(route: Any) -> None:
+    fields = {
+        "n": 1,
+        "logprobs": False,
+        "response_format": {"type": "text"},
+        "guided_json": None,
+        "user": "x",
+        "odd": 3,
+    }
+    route(fields)
