@@ -20,6 +20,7 @@ _TAG_MEMBERS = ("begin", "content", "end")
 _MEMBERS: Mapping[str, tuple[str, ...]] = {
     "const_string": ("value",),
     "json_schema": ("json_schema",),
+    "qwen_xml_parameter": ("json_schema",),
     "regex": ("pattern",),
     "grammar": ("grammar",),
     "any_text": ("excludes", "excluded_str"),
@@ -79,6 +80,8 @@ def _format(param: str, value: Any, depth: int) -> inference_pb2.TextFormat:
             message.const_string = _text(param, value, "value")
         case "json_schema":
             message.json_schema = schema_text(f"{param}.json_schema", value.get("json_schema"))
+        case "qwen_xml_parameter":
+            message.qwen_parameters = schema_text(f"{param}.json_schema", value.get("json_schema"))
         case "regex":
             message.regex = _text(param, value, "pattern")
         case "grammar":

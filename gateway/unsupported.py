@@ -45,6 +45,27 @@ _COMPLETION: Mapping[str, tuple[Any, ...]] = {
     **_BOTH,
     "prompt_embeds": (),
 }
+# What a chat has, and these routes have under another name or not at all.
+_NO_CHAT: Mapping[str, tuple[Any, ...]] = {
+    **_BOTH,
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "logprobs": (False,),
+    "max_completion_tokens": (),
+    "n": (1,),
+    "prompt_logprobs": (),
+    "response_format": ({"type": "text"},),
+}
+_RESPONSE: Mapping[str, tuple[Any, ...]] = {**_NO_CHAT, "max_tokens": (), "messages": (), "reasoning_effort": ()}
+_ANTHROPIC_MESSAGE: Mapping[str, tuple[Any, ...]] = {
+    **_NO_CHAT,
+    "max_output_tokens": (),
+    "reasoning_effort": (),
+    "stop": ([],),
+    "top_logprobs": (0,),
+}
 _POOLING: Mapping[str, tuple[Any, ...]] = {
     "activation": (True,),
     "add_special_tokens": (True,),
@@ -94,6 +115,16 @@ def check_chat_fields(extra: Mapping[str, Any] | None) -> None:
 def check_completion_fields(extra: Mapping[str, Any] | None) -> None:
     """Raise `ApiError` for an unsupported field of a completions body."""
     _check(extra, _COMPLETION, "")
+
+
+def check_response_fields(extra: Mapping[str, Any] | None) -> None:
+    """Raise `ApiError` for an unsupported field of a body of /v1/responses."""
+    _check(extra, _RESPONSE, "")
+
+
+def check_anthropic_fields(extra: Mapping[str, Any] | None) -> None:
+    """Raise `ApiError` for an unsupported field of a body of /v1/messages."""
+    _check(extra, _ANTHROPIC_MESSAGE, "")
 
 
 def check_pooling_fields(extra: Mapping[str, Any] | None) -> None:

@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import orjson
 import uvloop
 from rich.console import Console
 
 from load_tests.driver import PhaseResult, open_driver
+from load_tests.phase_bar import phase_bar
 from load_tests.records import Slo, phase_numbers
 from load_tests.results import append_result, measurement_facts
 from load_tests.scenarios import SCENARIOS, PhaseFailed, Scenario, positive_int, scenario_parameters
@@ -45,7 +47,10 @@ def main(argv: Sequence[str], program: str = PROGRAM) -> int:
             for spec in _targets(args, stack):
                 result = facts | uvloop.run(Measurement(args, spec, stack).run())
                 has_failures |= any(phase["numbers"]["num_failed"] for phase in result["phases"])
-                print_result(result, console)
+                if args.json:
+                    print(orjson.dumps(result).decode(), flush=True)
+                else:
+                    print_result(result, console)
                 if args.out is not None:
                     append_result(args.out, result)
     except (TargetError, StackError, PhaseFailed, ValueError) as error:
@@ -106,7 +111,8 @@ class Measurement:
         if timeout_s <= 0:
             raise PhaseFailed(f"--timeout-s {self._args.timeout_s:g} was over before phase {phase.name}")
         before_s = self._stack.cpu_s() if self._stack is not None else {}
-        result = await self._driver.run(phase, timeout_s)
+        async with phase_bar(phase, self._driver, Console(stderr=True)):
+            result = await self._driver.run(phase, timeout_s)
         if self._stack is not None:
             after_s = self._stack.cpu_s()
             result.server_cpu_s = {name: after_s[name] - before_s[name] for name in before_s if name in after_s}
@@ -200,6 +206,7 @@ def _shared_flags() -> argparse.ArgumentParser:
     run.add_argument("--timeout-s", type=float, default=600.0, help="limit for all phases (default: %(default)s)")
     run.add_argument("--slo", metavar="LIMITS", help="goodput's limits: ttft=200ms,tpot=20ms (also itl, e2e)")
     run.add_argument("--out", type=Path, metavar="FILE", help="append the result to this file, as a JSON line")
+    run.add_argument("--json", action="store_true", help="print the result as a JSON line, not as a table")
     run.add_argument("--label", default="", help="a word for this run, kept in the result")
     return parser
 

@@ -43,6 +43,11 @@ class PhaseResult:
 
 
 class Driver(Protocol):
+    @property
+    def num_ended(self) -> int | None:
+        """Requests of the running phase that have ended; None where only the end tells."""
+        ...
+
     async def __aenter__(self) -> Self: ...
 
     async def __aexit__(self, *exc_info: object) -> None: ...
@@ -57,6 +62,11 @@ class Driver(Protocol):
 class InProcessDriver:
     def __init__(self, spec: TargetSpec) -> None:
         self._target: Target = open_target(spec)
+        self._records: Sequence[RequestRecord] = ()
+
+    @property
+    def num_ended(self) -> int:
+        return sum(1 for record in self._records if record.ended_s or record.error is not None)
 
     async def __aenter__(self) -> Self:
         await self._target.__aenter__()
@@ -77,6 +87,7 @@ class InProcessDriver:
     async def run_encoded(self, phase: Phase, encoded: Sequence[Any], start_s: float, timeout_s: float) -> PhaseResult:
         """`start_s` is of the monotonic clock: request times count from it."""
         records = [RequestRecord(num_prompt_tokens=len(request.prompt_ids)) for request in phase.requests]
+        self._records = records
         slots = None if phase.max_concurrency is None else asyncio.Semaphore(phase.max_concurrency)
         was_frozen = gc.get_freeze_count() > 0
         gc.collect()
@@ -138,6 +149,10 @@ class DriverProcesses:
         self._spec = spec
         self._num_processes = num_processes
         self._children: list[asyncio.subprocess.Process] = []
+
+    @property
+    def num_ended(self) -> None:
+        return None
 
     async def __aenter__(self) -> Self:
         environment = dict(os.environ)

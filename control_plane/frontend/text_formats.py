@@ -13,7 +13,9 @@ from typing import Any
 from stepwire.v1 import inference_pb2 as pb
 
 from control_plane.frontend import grammar
+from control_plane.frontend.argument_forms import tagged_arguments
 from control_plane.frontend.grammar import GrammarError, regex_literal
+from control_plane.frontend.parsers.tagged_calls import QWEN3_CODER
 
 MAX_DEPTH = 16
 MAX_FORMATS = 512
@@ -89,6 +91,10 @@ class _Writer:
                 written = self._own(grammar.regex_grammar(layout.regex))
             case "grammar":
                 written = self._own(grammar.context_free_grammar(layout.grammar.text, syntax_of(layout.grammar)))
+            case "qwen_parameters":
+                name = f"parameters_{len(self.rules)}"
+                arguments = tagged_arguments(QWEN3_CODER, layout.qwen_parameters, name, self._literal)
+                written = self._rule(arguments)
             case "separated_tags":
                 written = self._separated(layout.separated_tags, depth)
             case "any_text":

@@ -11,12 +11,14 @@ from gateway.errors import ApiError, from_validation_error
 from gateway.json_types import type_name
 from gateway.messages.schemas import CountTokensBody, InputMessage, MessagesBody, MessageToolChoice, OutputConfig
 from gateway.schemas import ChatCompletionBody, DecodingFields
+from gateway.unsupported import check_anthropic_fields
 
 _MODES = {"auto": "auto", "any": "required", "none": "none"}
 
 
 def chat_body(body: CountTokensBody) -> ChatCompletionBody:
     """The same conversation as OpenAI writes it; of a `MessagesBody` the sampling parameters as well."""
+    check_anthropic_fields(body.model_extra)
     messages: list[dict[str, Any]] = []
     system = block_texts("system", body.system) if body.system is not None else []
     if system:
@@ -48,6 +50,12 @@ def chat_body(body: CountTokensBody) -> ChatCompletionBody:
     if body.output_config is not None:
         fields |= _output_config(body.output_config)
     if isinstance(body, MessagesBody):
+        if body.structured_outputs is not None and "response_format" in fields:
+            raise ApiError(
+                400,
+                "structured_outputs: cannot be used together with output_config.format.",
+                param="structured_outputs",
+            )
         arguments |= body.chat_template_kwargs or {}
         fields |= {
             "max_completion_tokens": body.max_tokens,

@@ -14,6 +14,7 @@ from gateway.errors import ApiError, from_validation_error
 from gateway.json_types import type_name
 from gateway.responses.schemas import ResponsesBody
 from gateway.schemas import ChatCompletionBody, DecodingFields
+from gateway.unsupported import check_response_fields
 
 _TEXT_PARTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
 
@@ -166,6 +167,7 @@ def chat_body(
     body: ResponsesBody, items: Sequence[dict[str, Any]], history: Sequence[dict[str, Any]] = ()
 ) -> ChatCompletionBody:
     """The whole conversation: its earlier turns, and this one's input."""
+    check_response_fields(body.model_extra)
     messages = chat_messages([*history, *items], len(history))
     if body.instructions:
         messages.insert(0, {"role": "system", "content": body.instructions})
@@ -217,6 +219,8 @@ def _response_format(body: ResponsesBody) -> dict[str, Any] | None:
     text_format = body.text.format if body.text else None
     if text_format is None or text_format.type == "text":
         return None
+    if body.structured_outputs is not None:
+        raise ApiError(400, "structured_outputs: cannot be used together with text.format.", param="structured_outputs")
     if text_format.type == "json_object":
         return {"type": "json_object"}
     if text_format.json_schema is None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from .conftest import Stack
+from .conftest import LIMIT_S, Stack, wait_until
 from .example_clients import BUILDERS, EXAMPLES, ROOT, ExampleClient
 from .launched import Launched
 
@@ -27,7 +27,7 @@ MINILM_DIMENSIONS = 384
 @pytest.fixture(scope="module")
 def locked(tiny_model: Path) -> Iterator[Stack]:
     """A stack that asks for a key; 3,000 tokens take it 15 s."""
-    flags = ["--api-key", KEY]
+    flags = ["--api-key", KEY, "--log-format=json", "--log-level=debug"]
     with Stack(tiny_model, worker_flags=["--sim-step-ms", "5"], control_plane_flags=flags, api_key=KEY) as running:
         yield running
 
@@ -63,6 +63,22 @@ def test_texts_are_streamed(locked: Stack, client: ExampleClient) -> None:
         num_prompt_tokens.append(int(counted[1]))
     # The same text in the model's template is longer.
     assert num_prompt_tokens[0] < num_prompt_tokens[1]
+
+
+def traces(stack: Stack) -> list[str]:
+    """Of all requests that were accepted with one."""
+    log = (stack.directory / "control_plane.log").read_text()
+    entries = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    return [entry["trace_id"] for entry in entries if entry.get("event") == "request accepted" and "trace_id" in entry]
+
+
+def test_a_trace_goes_along(locked: Stack, client: ExampleClient) -> None:
+    num_before = len(traces(locked))
+    for _ in range(2):
+        assert client.run(locked.grpc_address, "generate", "Hello", key=KEY).returncode == 0
+    wait_until(lambda: len(traces(locked)) == num_before + 2, LIMIT_S, locked.logs)
+    first, second = traces(locked)[num_before:]
+    assert first != second and all(re.fullmatch("[0-9a-f]{32}", each) for each in (first, second))
 
 
 def test_deadline_and_cancellation(locked: Stack, client: ExampleClient) -> None:

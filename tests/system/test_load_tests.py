@@ -65,10 +65,12 @@ def test_several_streams_and_processes_against_a_running_stack(stack: Stack, tmp
     out = tmp_path / "results.jsonl"
     done = run_driver(
         *("random", "--num-requests", "12", "--input-len", "32", "--output-len", "6", "--rate", "100"),
-        *("--grpc", stack.grpc_address, "--streams", "2", "--processes", "2", "--out", str(out)),
+        *("--grpc", stack.grpc_address, "--streams", "2", "--processes", "2", "--out", str(out), "--json"),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (result,) = read(out)
+    # Nothing else is on standard output, and no bar where nobody looks.
+    assert json.loads(done.stdout) == result and done.stderr == ""
     numbers = result["phases"][0]["numbers"]
     assert (numbers["num_requests"], numbers["num_failed"], numbers["num_output_tokens"]) == (12, 0, 72)
     assert result["phases"][0]["driver"]["num_processes"] == 2

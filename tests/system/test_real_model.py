@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
+from anthropic import Anthropic
 
 from .conftest import SMOLLM2_NAME as MODEL
 from .launched import Launched, wait_until
@@ -47,6 +49,22 @@ def test_streaming_gives_the_same_text(client: openai.OpenAI) -> None:
     whole = client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=0).choices[0].message.content
     events = client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=0, stream=True)
     assert "".join(event.choices[0].delta.content or "" for event in events if event.choices) == whole
+
+
+def test_every_route_of_conversations_gives_the_same_text(served: Launched, client: openai.OpenAI) -> None:
+    """Chat, responses and messages, whole and streamed, each through the client that its users have."""
+    whole = client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=0).choices[0].message.content
+    response = client.responses.create(model=MODEL, input=QUESTION, temperature=0)
+    assert response.output_text == whole and response.status == "completed"
+    events = list(client.responses.create(model=MODEL, input=QUESTION, temperature=0, stream=True))
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == whole
+    with Anthropic(base_url=served.base_url.removesuffix("/v1"), api_key="none", max_retries=0, timeout=120) as other:
+        asked: dict[str, Any] = {"model": MODEL, "max_tokens": 100, "messages": QUESTION}
+        asked["extra_body"] = {"temperature": 0}
+        message = other.messages.create(**asked)
+        assert message.content[0].text == whole and message.stop_reason == "end_turn"
+        with other.messages.stream(**asked) as stream:
+            assert "".join(stream.text_stream) == whole
 
 
 def test_a_seed_repeats_and_another_does_not(client: openai.OpenAI) -> None:

@@ -19,6 +19,28 @@ JSON = st.recursive(
 )
 SCHEMA = st.sampled_from([{}, {"type": "object"}, {"type": "integer"}, {"not": {}}, {"$ref": "#/x"}, {"enum": []}])
 GRAMMARS = st.sampled_from(["start: 'x'", 'start: "x"', 'root ::= "a"', "(", ""])
+FLAGS = {"at_least_one": st.booleans(), "stop_after_first": st.booleans()}
+WORD = st.sampled_from(["", "a", "<f>", "</f>"])
+
+
+def with_tags(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    tag = st.fixed_dictionaries({"type": st.just("tag"), "begin": WORD, "content": inner, "end": WORD})
+    tags = st.lists(tag, max_size=2)
+    triggered = {"type": st.just("triggered_tags"), "tags": tags, "triggers": st.lists(WORD, max_size=2), **FLAGS}
+    separated = {"type": st.just("tags_with_separator"), "tags": tags, "separator": WORD, **FLAGS}
+    several = st.fixed_dictionaries({"type": st.sampled_from(["sequence", "or"]), "elements": st.lists(inner)})
+    return tag | several | st.fixed_dictionaries(triggered) | st.fixed_dictionaries(separated)
+
+
+LAYOUT = st.recursive(
+    st.sampled_from([{"type": "any_text"}, {"type": "any_text", "excludes": ["a"]}, {"type": "x"}])
+    | SCHEMA.map(lambda schema: {"type": "json_schema", "json_schema": schema})
+    | WORD.map(lambda word: {"type": "const_string", "value": word})
+    | st.sampled_from(["[ab]*", "(", ""]).map(lambda pattern: {"type": "regex", "pattern": pattern})
+    | GRAMMARS.map(lambda text: {"type": "grammar", "grammar": text}),
+    with_tags,
+    max_leaves=5,
+)
 NUMBER = st.sampled_from([-3, -1, 0, 0.5, 1, 2, 21, 1e300]) | st.none()
 COUNT = st.sampled_from([-2, -1, 0, 1, 3, 20, 21, 5000, 2**40]) | st.none()
 TOOL = st.fixed_dictionaries(
@@ -58,6 +80,7 @@ SHARED: dict[str, st.SearchStrategy[Any]] = {
             "regex": st.sampled_from(["[ab]+", "(", "(?=a)"]),
             "grammar": GRAMMARS,
             "choice": st.lists(st.text(max_size=3), max_size=2),
+            "structural_tag": st.fixed_dictionaries({"format": LAYOUT}),
         },
     ),
 }

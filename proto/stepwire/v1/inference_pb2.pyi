@@ -233,7 +233,7 @@ class StructuralTag(_message.Message):
     def __init__(self, begin: _Optional[str] = ..., json_schema: _Optional[str] = ..., end: _Optional[str] = ...) -> None: ...
 
 class TextFormat(_message.Message):
-    __slots__ = ("const_string", "json_schema", "regex", "grammar", "any_text", "sequence", "any_of", "tag", "triggered_tags", "separated_tags")
+    __slots__ = ("const_string", "json_schema", "regex", "grammar", "any_text", "sequence", "any_of", "tag", "triggered_tags", "separated_tags", "qwen_parameters")
     CONST_STRING_FIELD_NUMBER: _ClassVar[int]
     JSON_SCHEMA_FIELD_NUMBER: _ClassVar[int]
     REGEX_FIELD_NUMBER: _ClassVar[int]
@@ -244,6 +244,7 @@ class TextFormat(_message.Message):
     TAG_FIELD_NUMBER: _ClassVar[int]
     TRIGGERED_TAGS_FIELD_NUMBER: _ClassVar[int]
     SEPARATED_TAGS_FIELD_NUMBER: _ClassVar[int]
+    QWEN_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
     const_string: str
     json_schema: str
     regex: str
@@ -254,7 +255,8 @@ class TextFormat(_message.Message):
     tag: FormatTag
     triggered_tags: TriggeredTags
     separated_tags: SeparatedTags
-    def __init__(self, const_string: _Optional[str] = ..., json_schema: _Optional[str] = ..., regex: _Optional[str] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ..., any_text: _Optional[_Union[AnyText, _Mapping]] = ..., sequence: _Optional[_Union[TextFormatList, _Mapping]] = ..., any_of: _Optional[_Union[TextFormatList, _Mapping]] = ..., tag: _Optional[_Union[FormatTag, _Mapping]] = ..., triggered_tags: _Optional[_Union[TriggeredTags, _Mapping]] = ..., separated_tags: _Optional[_Union[SeparatedTags, _Mapping]] = ...) -> None: ...
+    qwen_parameters: str
+    def __init__(self, const_string: _Optional[str] = ..., json_schema: _Optional[str] = ..., regex: _Optional[str] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ..., any_text: _Optional[_Union[AnyText, _Mapping]] = ..., sequence: _Optional[_Union[TextFormatList, _Mapping]] = ..., any_of: _Optional[_Union[TextFormatList, _Mapping]] = ..., tag: _Optional[_Union[FormatTag, _Mapping]] = ..., triggered_tags: _Optional[_Union[TriggeredTags, _Mapping]] = ..., separated_tags: _Optional[_Union[SeparatedTags, _Mapping]] = ..., qwen_parameters: _Optional[str] = ...) -> None: ...
 
 class AnyText(_message.Message):
     __slots__ = ("excluded",)

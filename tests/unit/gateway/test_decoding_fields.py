@@ -9,6 +9,7 @@ from google.protobuf.json_format import MessageToDict
 from stepwire.v1 import inference_pb2
 
 from gateway.convert import plan_chat, plan_completion
+from gateway.errors import ApiError
 from gateway.messages import convert as messages
 from gateway.messages.schemas import MessagesBody
 from gateway.responses import convert as responses
@@ -70,3 +71,61 @@ def test_every_route_takes_them(route: Any) -> None:
         for part in path.split("."):
             found = found[part]
         assert found == expected, name
+
+
+FORMAT = {"type": "json_schema", "name": "x", "schema": {"type": "object"}}
+
+
+@pytest.mark.parametrize(
+    ("route", "fields", "name"),
+    [
+        (chat, {"response_format": {"type": "json_object"}}, "response_format"),
+        (completion, {"guided_regex": "a"}, "structured_outputs"),
+        (response, {"text": {"format": FORMAT}}, "text.format"),
+        (message, {"output_config": {"format": FORMAT}}, "output_config.format"),
+    ],
+    ids=["chat", "completion", "response", "message"],
+)
+def test_two_formats_are_refused_by_the_names_that_they_were_sent_under(
+    route: Any, fields: dict[str, Any], name: str
+) -> None:
+    with pytest.raises(ApiError) as caught:
+        route({"structured_outputs": {"regex": "a"}, **fields})
+    assert caught.value.message.endswith(f": cannot be used together with {name}.")
+    assert caught.value.param == caught.value.message.partition(":")[0]
+
+
+@pytest.mark.parametrize(
+    ("route", "fields"),
+    [
+        (response, {"n": 2}),
+        (response, {"max_tokens": 5}),
+        (response, {"response_format": {"type": "json_object"}}),
+        (response, {"guided_regex": "a"}),
+        (response, {"reasoning_effort": "low"}),
+        (response, {"use_beam_search": True}),
+        (message, {"n": 2}),
+        (message, {"stop": ["a"]}),
+        (message, {"response_format": {"type": "json_object"}}),
+        (message, {"logprobs": True}),
+        (message, {"max_completion_tokens": 5}),
+    ],
+    ids=str,
+)
+def test_what_only_a_chat_has_is_refused_and_not_left_out(route: Any, fields: dict[str, Any]) -> None:
+    with pytest.raises(ApiError) as caught:
+        route(fields)
+    assert (caught.value.status, [caught.value.param]) == (400, [*fields])
+
+
+@pytest.mark.parametrize("route", [response, message], ids=lambda route: route.__name__)
+def test_what_asks_for_nothing_is_taken(route: Any) -> None:
+    fields = {
+        "n": 1,
+        "logprobs": False,
+        "response_format": {"type": "text"},
+        "guided_json": None,
+        "user": "x",
+        "odd": 3,
+    }
+    route(fields)

@@ -6,11 +6,14 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from io import StringIO
 
 import pytest
 from aiohttp import web
+from rich.console import Console
 
 from load_tests.driver import DriverProcesses, InProcessDriver, PhaseResult
+from load_tests.phase_bar import phase_bar
 from load_tests.records import phase_numbers
 from load_tests.target import TargetError, TargetSpec
 from load_tests.workload import Phase, RequestSpec
@@ -144,6 +147,26 @@ async def test_nobody_there() -> None:
     async with InProcessDriver(TargetSpec("rest", "http://127.0.0.1:9")) as driver:
         with pytest.raises(TargetError, match=r"no HTTP server answers at http://127\.0\.0\.1:9/v1/models"):
             await driver.facts()
+
+
+async def test_a_terminal_shows_how_many_have_ended() -> None:
+    server = TokenServer(pause_s=0.05)
+    shown = StringIO()
+    work = phase(1, 13, 500)
+    async with serving(server) as spec, InProcessDriver(spec) as driver:
+        async with phase_bar(work, driver, Console(file=shown, force_terminal=True, width=100), interval_s=0.01):
+            running = asyncio.create_task(driver.run(work, 120.0))
+            async with asyncio.timeout(60):
+                while "2/3" not in shown.getvalue():
+                    await asyncio.sleep(0.01)
+            assert not running.done()
+            server.pause_s = 0
+            await running
+        assert driver.num_ended == 3
+        nobody_looks = StringIO()
+        async with phase_bar(work, driver, Console(file=nobody_looks)):
+            pass
+    assert nobody_looks.getvalue() == ""
 
 
 async def test_processes_share_the_work_and_return_it_in_order() -> None:

@@ -79,6 +79,29 @@ def test_forced_calls_are_what_the_parser_reads(name: str, tokenizer: TextTokeni
     assert json.loads("".join(call.arguments for call in calls)) == json.loads(ARGUMENTS)
 
 
+@pytest.mark.parametrize("name", TOOL_FORMATS)
+def test_of_several_tools_only_those_that_are_allowed_are_called(
+    name: str, tokenizer: TextTokenizer, table: LLTokenizer
+) -> None:
+    rules = OutputRules(tokenizer, OutputFormat(name, ""))
+    tools = [TOOL, pb.Tool(function=pb.FunctionTool(name="news", parameters=SCHEMA))]
+    call = written_call(name, ARGUMENTS)
+    other = call.replace("weather", "news")
+    for mode in (pb.TOOL_CHOICE_MODE_REQUIRED, pb.TOOL_CHOICE_MODE_AUTO):
+        for names, is_allowed in (([], True), (["weather"], False)):
+            chat = pb.ChatInput(tools=tools, tool_choice=pb.ToolChoice(mode=mode, allowed_function_names=names))
+            source = (
+                rules.forced_calls(chat, "") if mode == pb.TOOL_CHOICE_MODE_REQUIRED else rules.optional_calls(chat, "")
+            )
+            if source is None:  # nothing tells a call from text here
+                continue
+            assert accepts(table, source, call)
+            assert accepts(table, source, other) == is_allowed
+    named = pb.ChatInput(tools=tools, tool_choice=pb.ToolChoice(function_name="news"))
+    assert accepts(table, rules.forced_calls(named, ""), other)
+    assert not accepts(table, rules.forced_calls(named, ""), call)
+
+
 @pytest.mark.parametrize("name", [name for name in TOOL_FORMATS if TOOL_FORMATS[name].syntax.trigger])
 def test_a_call_that_begins_in_free_text_is_held_to_its_tool(
     name: str, tokenizer: TextTokenizer, table: LLTokenizer

@@ -20,6 +20,9 @@ from control_plane.frontend.tokenizer import TextTokenizer
 
 SCHEMA = json.dumps({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]})
 JSON = {"json_schema": SCHEMA}
+ARGUMENTS = json.dumps(
+    {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}, "required": ["a"]}
+)
 TAG = {"begin": "<f=one>", "content": JSON, "end": "</f>"}
 OTHER = {"begin": "<f=two>", "content": {"regex": "[a-c/]+"}, "end": "</f>"}
 ONE, TWO = '<f=one>{"a": 1}</f>', "<f=two>a/b</f>"
@@ -56,6 +59,11 @@ def accepts(table: LLTokenizer, tokenizer: TextTokenizer, source: str, text: str
     [
         ({"const_string": "Yes/no."}, ["Yes/no."], ["Yes", "Yes/no. "]),
         (JSON, ['{"a": 1}'], ['{"a": "1"}', "1"]),
+        (
+            {"tag": {"begin": "<function=f>\n", "content": {"qwen_parameters": ARGUMENTS}, "end": "</function>"}},
+            ["<function=f>\n<parameter=a>\n1\n</parameter>\n<parameter=b>\nx <y>\n</parameter>\n</function>"],
+            ["<function=f>\n<parameter=b>\nx\n</parameter>\n</function>", '<function=f>\n{"a": 1}</function>'],
+        ),
         ({"regex": "[a-c/]+"}, ["a/b"], ["d", ""]),
         ({"grammar": {"text": 'start: "x" NUM\nNUM: /[0-9]/'}}, ["x1"], ["x"]),
         ({"grammar": {"text": 'root ::= "a" ("b" | root)'}}, ["aab"], ["aa"]),
@@ -170,6 +178,7 @@ def nested(depth: int) -> dict[str, Any]:
         {"sequence": {"formats": [{"any_of": {"formats": [JSON, {"triggered_tags": TRIGGERED}]}}, JSON]}},
         {"any_text": {"excluded": [""]}},
         {"json_schema": "{"},
+        {"qwen_parameters": "{"},
         nested(MAX_DEPTH + 1),
         {"any_of": {"formats": [{"const_string": "a"}] * MAX_FORMATS}},
         {"const_string": "a" * 300_000},
