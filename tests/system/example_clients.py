@@ -119,7 +119,8 @@ def build_node(directory: Path) -> ExampleClient:
     installed = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=BUILD_LIMIT_S)
     if installed.returncode != 0:
         pytest.skip(f"npm cannot install the example's packages: {installed.stderr[-300:]}")
-    return ExampleClient(["node", "client.mjs"], source, contracts())
+    _build(["npm", "run", "build"], source)
+    return ExampleClient(["node", "client.js"], source, contracts())
 
 
 BUILDERS: dict[str, Callable[[Path], ExampleClient]] = {

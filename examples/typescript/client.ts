@@ -1,6 +1,5 @@
-// stepwire's gRPC API from Node: node client.mjs HOST:PORT COMMAND [TEXT]; README.md has the commands.
+// stepwire's gRPC API from Node: node client.js HOST:PORT COMMAND [TEXT]; README.md has the commands.
 // STEPWIRE_API_KEY holds the key, if one is set; PROTO_PATHS the import roots, separated by colons.
-// JavaScript with types in comments, so that it runs without a build; it is valid TypeScript with `checkJs`.
 import { createRequire } from "node:module";
 import path from "node:path";
 import * as grpc from "@grpc/grpc-js";
@@ -15,38 +14,38 @@ const NAMES = { keepCase: true, longs: Number, enums: String, defaults: true, ar
 
 // health.proto and reflection.proto are shipped by these packages.
 const require = createRequire(import.meta.url);
-const packageOf = (/** @type {string} */ name) => path.dirname(require.resolve(`${name}/package.json`));
+const packageOf = (name: string) => path.dirname(require.resolve(`${name}/package.json`));
 const includeDirs = [
   ...(process.env.PROTO_PATHS ?? "../../proto").split(":"),
   path.join(packageOf("grpc-health-check"), "proto"),
   path.join(packageOf("@grpc/reflection"), "build/proto"),
 ];
 const files = ["stepwire/v1/inference.proto", "health/v1/health.proto", "grpc/reflection/v1alpha/reflection.proto"];
-/** @type {any} */
-const loaded = grpc.loadPackageDefinition(loader.loadSync(files, { ...NAMES, includeDirs }));
-/** @type {any} */
-const details = grpc.loadPackageDefinition(
+// What is loaded while the program runs has no types of its own.
+type Untyped = any;
+const loaded: Untyped = grpc.loadPackageDefinition(loader.loadSync(files, { ...NAMES, includeDirs }));
+const details: Untyped = grpc.loadPackageDefinition(
   loader.loadSync(["google/rpc/status.proto", "google/rpc/error_details.proto"], { ...NAMES, includeDirs }),
 );
 
 /** The key, and a trace of one's own as W3C's traceparent: both go along with every call. */
 function metadata() {
   const found = new grpc.Metadata();
-  const hex = (/** @type {number} */ bytes) => Buffer.from(crypto.getRandomValues(new Uint8Array(bytes))).toString("hex");
+  const hex = (bytes: number) => Buffer.from(crypto.getRandomValues(new Uint8Array(bytes))).toString("hex");
   found.set("traceparent", `00-${hex(16)}-${hex(8)}-01`);
   if (process.env.STEPWIRE_API_KEY) found.set("authorization", `Bearer ${process.env.STEPWIRE_API_KEY}`);
   return found;
 }
 
-const within = (/** @type {number} */ ms) => ({ deadline: Date.now() + ms });
+const within = (ms: number) => ({ deadline: Date.now() + ms });
 
 /** A stub of the service, connected to the address on the command line. */
-const connect = (/** @type {any} */ Service) => new Service(process.argv[2], grpc.credentials.createInsecure());
+const connect = (Service: Untyped) => new Service(process.argv[2], grpc.credentials.createInsecure());
 
 /** A call with one answer, as a promise. */
-function unary(/** @type {any} */ stub, /** @type {string} */ method, /** @type {any} */ request, /** @type {number} */ ms) {
-  return new Promise((resolve, reject) => {
-    stub[method](request, metadata(), within(ms), (/** @type {any} */ error, /** @type {any} */ answer) =>
+function unary(stub: Untyped, method: string, request: Untyped, ms: number) {
+  return new Promise<Untyped>((resolve, reject) => {
+    stub[method](request, metadata(), within(ms), (error: Untyped, answer: Untyped) =>
       error ? reject(error) : resolve(answer));
   });
 }
@@ -73,7 +72,7 @@ async function listServices() {
 }
 
 /** Prints the text as it comes. The call's deadline is the request's; `cancel()` aborts it within one step. */
-async function generate(/** @type {any} */ request, /** @type {number} */ ms, cancel = false) {
+async function generate(request: Untyped, ms: number, cancel = false) {
   const stream = connect(loaded.stepwire.v1.InferenceService).Generate(request, metadata(), within(ms));
   for await (const response of stream) {
     for (const delta of response.deltas) {
@@ -86,19 +85,19 @@ async function generate(/** @type {any} */ request, /** @type {number} */ ms, ca
   }
 }
 
-async function embed(/** @type {string} */ text) {
+async function embed(text: string) {
   const stub = connect(loaded.stepwire.v1.InferenceService);
   const answer = await unary(stub, "Embed", { inputs: [{ text }] }, DEADLINE_MS);
   const values = answer.embeddings[0].values;
-  console.log(values.length, ...values.slice(0, 3).map((/** @type {number} */ value) => value.toFixed(4)));
+  console.log(values.length, ...values.slice(0, 3).map((value: number) => value.toFixed(4)));
 }
 
 /** A refusal is a status with google.rpc details: which fields are wrong, when to try again. */
-function explain(/** @type {grpc.ServiceError} */ error) {
+function explain(error: grpc.ServiceError) {
   console.error(`refused: ${grpc.status[error.code]}: ${error.details}`);
-  const decode = (/** @type {string} */ type, /** @type {Buffer} */ bytes) => details.google.rpc[type].deserialize(bytes);
+  const decode = (type: string, bytes: Buffer) => details.google.rpc[type].deserialize(bytes);
   for (const bytes of error.metadata?.get("grpc-status-details-bin") ?? []) {
-    for (const detail of decode("Status", /** @type {Buffer} */ (bytes)).details) {
+    for (const detail of decode("Status", bytes as Buffer).details) {
       if (detail.type_url.endsWith("google.rpc.BadRequest")) {
         for (const { field, description } of decode("BadRequest", detail.value).field_violations) {
           console.error(`  ${field}: ${description}`);
@@ -110,9 +109,8 @@ function explain(/** @type {grpc.ServiceError} */ error) {
   }
 }
 
-const [, , address, command, text = ""] = process.argv;
-/** @type {Record<string, () => Promise<void>>} */
-const commands = {
+const [, , address, command = "", text = ""] = process.argv;
+const commands: Record<string, () => Promise<void>> = {
   health: checkHealth,
   watch: watchHealth,
   reflect: listServices,
@@ -122,14 +120,15 @@ const commands = {
   cancel: () => generate({ text, stop: MANY_TOKENS }, DEADLINE_MS, true),
   embed: () => embed(text),
 };
-if (!address || !(command in commands)) {
-  console.error("client.mjs HOST:PORT COMMAND [TEXT]: README.md has the commands");
+const run = commands[command];
+if (!address || !run) {
+  console.error("client.js HOST:PORT COMMAND [TEXT]: README.md has the commands");
   process.exit(2);
 }
 try {
-  await commands[command]();
+  await run();
 } catch (error) {
-  if (error instanceof Error && "code" in error) explain(/** @type {grpc.ServiceError} */ (error));
+  if (error instanceof Error && "code" in error) explain(error as grpc.ServiceError);
   else console.error(error instanceof Error ? error.message : error);
   process.exitCode = 1;
 }
