@@ -110,7 +110,7 @@ def test_two_formats_are_refused_by_the_names_that_they_were_sent_under(
         (message, {"logprobs": True}),
         (message, {"max_completion_tokens": 5}),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_what_only_a_chat_has_is_refused_and_not_left_out(route: Any, fields: dict[str, Any]) -> None:
     with pytest.raises(ApiError) as caught:
