@@ -138,6 +138,25 @@ def load_record(records_ptr, index, capacity):
 
 
 @triton.jit
+def attend_tile(
+    top, total, acc, q_warps, k, v, visible, score_scale, soft_cap, HAS_SOFT_CAP: tl.constexpr
+):  # fmt: skip
+    """Add one tile to running softmaxes top, total [WARPS, BLOCK_H] and acc [WARPS, BLOCK_D, BLOCK_H]."""
+    scores = tl.dot(k.to(q_warps.dtype), q_warps, input_precision="ieee")  # [WARPS, WARP_TOKENS, BLOCK_H]
+    if HAS_SOFT_CAP:
+        scores = soft_cap_scores(scores * score_scale, soft_cap) * 1.4426950408889634
+    else:
+        scores = scores * score_scale
+    scores = tl.where(visible[:, :, None], scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    weights = tl.exp2(scores - new_top[:, None, :])
+    old = tl.exp2(top - new_top)
+    total = total * old + tl.sum(weights, axis=1)
+    acc = tl.dot(v.to(q_warps.dtype), weights.to(q_warps.dtype), acc * old[:, None, :], input_precision="ieee")
+    return new_top, total, acc
+
+
+@triton.jit
 def _decode_kernel(
     q_ptr,
     k_cache_ptr,
@@ -229,24 +248,12 @@ def _decode_kernel(
             k_at = k_cache_ptr + kv_rows[:, :, None] * HEAD_DIM + cols[None, None, :]
             # Loaded transposed: a later transpose would keep this copy out of the asynchronous pipeline.
             v_at = v_cache_ptr + kv_rows[:, None, :] * HEAD_DIM + cols[None, :, None]
-            k = tl.load(k_at, mask=k_mask, other=0.0).to(q.dtype)  # [WARPS, WARP_TOKENS, BLOCK_D]
-            v = tl.load(v_at, mask=v_mask, other=0.0).to(q.dtype)  # [WARPS, BLOCK_D, WARP_TOKENS]
-            scores = tl.dot(k, q_warps, input_precision="ieee")  # [WARPS, WARP_TOKENS, BLOCK_H]
-            if HAS_SOFT_CAP:
-                scores = soft_cap_scores(scores * score_scale, soft_cap) * 1.4426950408889634
-            else:
-                scores = scores * score_scale
+            k = tl.load(k_at, mask=k_mask, other=0.0)  # [WARPS, WARP_TOKENS, BLOCK_D]
+            v = tl.load(v_at, mask=v_mask, other=0.0)  # [WARPS, BLOCK_D, WARP_TOKENS]
             visible = n_mask
             if WINDOW > 0:
                 visible = visible & (n >= window_start)
-            scores = tl.where(visible[:, :, None], scores, float("-inf"))
-            new_top = tl.maximum(top, tl.max(scores, axis=1))
-            weights = tl.exp2(scores - new_top[:, None, :])
-            old = tl.exp2(top - new_top)
-            total = total * old + tl.sum(weights, axis=1)
-            acc = acc * old[:, None, :]
-            acc = tl.dot(v, weights.to(q.dtype), acc, input_precision="ieee")
-            top = new_top
+            top, total, acc = attend_tile(top, total, acc, q_warps, k, v, visible, score_scale, soft_cap, HAS_SOFT_CAP)
             block = next_block
         chunk_top = tl.max(top, axis=0)
         share = tl.exp2(top - chunk_top[None, :])

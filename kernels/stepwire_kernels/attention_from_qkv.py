@@ -21,13 +21,14 @@ import triton.language as tl
 from stepwire_kernels.attention_decode import (
     LOG2_E,
     DecodeWorkspace,
+    attend_tile,
     check_attention_inputs,
     combine_chunks,
     load_record,
     soft_cap_scores,
 )
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
-from stepwire_kernels.rope_kv import FP8_MAX, to_cache
+from stepwire_kernels.rope_kv import FP8_MAX, check_rotation_inputs, to_cache
 from stepwire_kernels.work_list import ChunkPolicy, WorkList, first_visible
 
 # Measured up to here; beyond, rotation and attention apart are as fast.
@@ -105,25 +106,6 @@ def _load_tile(
     k = tl.load(k_at, mask=n_mask[:, :, None] & col_mask[None, None, :], other=0.0)
     v = tl.load(v_at, mask=n_mask[:, None, :] & col_mask[None, :, None], other=0.0)
     return k, v
-
-
-@triton.jit
-def _attend_tile(
-    top, total, acc, q_warps, k, v, visible, score_scale, soft_cap, HAS_SOFT_CAP: tl.constexpr
-):  # fmt: skip
-    """Add one tile to running softmaxes top, total [WARPS, BLOCK_H] and acc [WARPS, BLOCK_D, BLOCK_H]."""
-    scores = tl.dot(k.to(q_warps.dtype), q_warps, input_precision="ieee")  # [WARPS, WARP_TOKENS, BLOCK_H]
-    if HAS_SOFT_CAP:
-        scores = soft_cap_scores(scores * score_scale, soft_cap) * 1.4426950408889634
-    else:
-        scores = scores * score_scale
-    scores = tl.where(visible[:, :, None], scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, axis=1))
-    weights = tl.exp2(scores - new_top[:, None, :])
-    old = tl.exp2(top - new_top)
-    total = total * old + tl.sum(weights, axis=1)
-    acc = tl.dot(v.to(q_warps.dtype), weights.to(q_warps.dtype), acc * old[:, None, :], input_precision="ieee")
-    return new_top, total, acc
 
 
 @triton.jit
@@ -242,14 +224,14 @@ def _from_qkv_kernel(
         acc = tl.zeros([WARPS, BLOCK_D, BLOCK_H], dtype=tl.float32)
         n = kv_start + offsets_n
         visible = (n < cached_end) & (n >= window_start)
-        top, total, acc = _attend_tile(top, total, acc, q_warps, k, v, visible, score_scale, soft_cap, HAS_SOFT_CAP)
+        top, total, acc = attend_tile(top, total, acc, q_warps, k, v, visible, score_scale, soft_cap, HAS_SOFT_CAP)
         for start in tl.range(kv_start + TILE_N, cached_end, TILE_N, num_stages=NUM_STAGES):
             next_k, next_v = _load_tile(
                 table, kv_head, start, cached_end, k_cache_ptr, v_cache_ptr, offsets_n, cols, NUM_KV_HEADS, HEAD_DIM,
                 BLOCK_SIZE, IN_ONE_BLOCK,
             )  # fmt: skip
             visible = start + offsets_n < cached_end
-            top, total, acc = _attend_tile(
+            top, total, acc = attend_tile(
                 top, total, acc, q_warps, next_k, next_v, visible, score_scale, soft_cap, HAS_SOFT_CAP
             )
         chunk_top = tl.max(top, axis=0)
@@ -317,19 +299,12 @@ def attention_from_qkv(
     Raises:
         ValueError: shapes or dtypes that do not fit together, or that the kernel does not support.
     """
-    num_tokens, width = qkv.shape
+    num_tokens = qkv.shape[0]
     _, num_kv_heads, block_size, head_dim = k_cache.shape
     rotary_dim = 2 * cos.shape[1]
-    if width != (num_heads + 2 * num_kv_heads) * head_dim or qkv.stride(1) != 1:
-        raise ValueError(
-            f"attention_from_qkv: qkv has {width} columns of stride {qkv.stride(1)}; {num_heads} query heads and a "
-            f"cache of shape {tuple(k_cache.shape)} need {(num_heads + 2 * num_kv_heads) * head_dim} of stride 1"
-        )
-    if rotary_dim > head_dim or sin.shape != cos.shape or not (cos.dtype == sin.dtype == torch.float32):
-        raise ValueError(
-            "attention_from_qkv: cos and sin must be float32 [max_position, rotary_dim / 2], "
-            f"rotary_dim <= {head_dim}; got {tuple(cos.shape)} {cos.dtype} and {tuple(sin.shape)} {sin.dtype}"
-        )
+    check_rotation_inputs("attention_from_qkv", qkv, k_cache, v_cache, cos, sin, num_heads)
+    if qkv.stride(1) != 1:
+        raise ValueError("attention_from_qkv: qkv's columns must be contiguous")
     queries = qkv[:, : num_heads * head_dim].unflatten(1, (num_heads, head_dim))  # [num_tokens, num_heads, D]
     check_attention_inputs("attention_from_qkv", queries, k_cache, v_cache)
     out = torch.empty((num_tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)

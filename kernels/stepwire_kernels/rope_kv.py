@@ -149,6 +149,35 @@ def tokens_per_program(num_tokens: int) -> int:
     return 4 if num_tokens <= 1024 else 16
 
 
+def check_rotation_inputs(
+    name: str,
+    qkv: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    num_heads: int,
+) -> None:
+    """Raise ValueError for a projection, caches and tables that do not fit together."""
+    width = qkv.shape[1]
+    _, num_kv_heads, _, head_dim = k_cache.shape
+    if width != (num_heads + 2 * num_kv_heads) * head_dim or v_cache.shape != k_cache.shape:
+        raise ValueError(
+            f"{name}: qkv has {width} columns, but {num_heads} query heads and a cache of shape "
+            f"{tuple(k_cache.shape)} / {tuple(v_cache.shape)} need {(num_heads + 2 * num_kv_heads) * head_dim}"
+        )
+    if (
+        2 * cos.shape[1] > head_dim
+        or sin.shape != cos.shape
+        or cos.dtype != torch.float32
+        or sin.dtype != torch.float32
+    ):
+        raise ValueError(
+            f"{name}: cos and sin must be float32 [max_position, rotary_dim / 2], rotary_dim <= {head_dim}; "
+            f"got {tuple(cos.shape)} {cos.dtype} and {tuple(sin.shape)} {sin.dtype}"
+        )
+
+
 def rope_and_write_kv(
     qkv: torch.Tensor,
     k_cache: torch.Tensor,
@@ -177,19 +206,10 @@ def rope_and_write_kv(
     Raises:
         ValueError: shapes or dtypes that do not fit together; the message names them.
     """
-    num_tokens, width = qkv.shape
+    num_tokens = qkv.shape[0]
     _, num_kv_heads, block_size, head_dim = k_cache.shape
     rotary_dim = 2 * cos.shape[1]
-    if width != (num_heads + 2 * num_kv_heads) * head_dim or v_cache.shape != k_cache.shape:
-        raise ValueError(
-            f"rope_and_write_kv: qkv has {width} columns, but {num_heads} query heads and a cache of shape "
-            f"{tuple(k_cache.shape)} / {tuple(v_cache.shape)} need {(num_heads + 2 * num_kv_heads) * head_dim}"
-        )
-    if rotary_dim > head_dim or sin.shape != cos.shape or cos.dtype != torch.float32 or sin.dtype != torch.float32:
-        raise ValueError(
-            f"rope_and_write_kv: cos and sin must be float32 [max_position, rotary_dim / 2], rotary_dim <= {head_dim}; "
-            f"got {tuple(cos.shape)} {cos.dtype} and {tuple(sin.shape)} {sin.dtype}"
-        )
+    check_rotation_inputs("rope_and_write_kv", qkv, k_cache, v_cache, cos, sin, num_heads)
     if (q_norm is None) != (k_norm is None):
         raise ValueError("rope_and_write_kv: give both q_norm and k_norm, or neither")
     if qkv.stride(1) != 1 or not (k_cache.is_contiguous() and v_cache.is_contiguous() and cos.is_contiguous()):

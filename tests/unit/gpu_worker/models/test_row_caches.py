@@ -21,6 +21,7 @@ from gpu_worker.models.transformers_fallback import TransformersModel
 from gpu_worker.runner import TorchRunner
 from load_tests.cpu_worker.step_driver import StepDriver, greedy
 from tests.unit.gpu_worker.models.test_families import PagedModel, check_logits
+from tests.unit.gpu_worker.models.test_row_states import check_rows_come_and_go
 from tests.unit.gpu_worker.models.tiny_checkpoints import INDEXER, MLA, Tiny, save_model
 
 
@@ -117,27 +118,8 @@ def load(directory: Path, **changes: Any) -> TorchRunner:
 
 
 def test_rows_come_and_go(tmp_path: Path) -> None:
-    """A row is thrown out, another one takes its place, and it is computed anew in a third."""
     reference = save_model(ITSELF["hy-v4"], tmp_path, pad_token_id=None)
-    driver = StepDriver(load(tmp_path))
-    prompts = {0: list(range(5, 26)), 1: [7, 9, 11]}
-    for row, prompt in prompts.items():
-        driver.add(row, prompt, greedy())
-    for runs in ({0: 13, 1: 3}, {0: 8, 1: 1}, None, None):
-        driver.step(runs)
-    tokens = driver.drop(0)
-    prompts |= {0: [20, 30, 40, 50], 3: tokens[:21]}
-    driver.add(0, prompts[0], greedy())
-    driver.step()
-    driver.add(3, tokens, greedy(), num_prompt_tokens=21)
-    for _ in range(8):
-        driver.step()
-    for row, driven in driver.rows.items():
-        with torch.inference_mode():
-            logits = reference(torch.tensor([driven.tokens])).logits[0]
-        drawn = len(driven.tokens) - len(prompts[row])
-        assert drawn >= 9
-        assert logits[-drawn - 1 : -1].argmax(-1).tolist() == driven.tokens[-drawn:]
+    check_rows_come_and_go(reference, load(tmp_path))
 
 
 def test_what_rows_hold_is_counted_in_blocks_and_freed_with_them(tmp_path: Path) -> None:

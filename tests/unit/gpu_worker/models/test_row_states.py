@@ -185,12 +185,8 @@ def test_models_without_any_attention(name: str, tmp_path: Path) -> None:
         assert logits[length - 1 : -1].argmax(-1).tolist() == tokens[length:]
 
 
-def test_rows_keep_their_states_whoever_had_their_place_before(tmp_path: Path) -> None:
+def check_rows_come_and_go(reference: Any, runner: TorchRunner) -> None:
     """A row is thrown out, another one takes its place, and it is computed anew in a third."""
-    reference = save_model(HYBRIDS["qwen3-next"], tmp_path)
-    settings = WorkerSettings(model=tmp_path, device="cpu", dtype="float32", cpu_kv_cache_gib=0.01, num_threads=1)
-    runner = TorchRunner.load(settings)
-    assert runner.describe().keeps_row_states
     driver = StepDriver(runner)
     prompts = {0: list(range(5, 26)), 1: [7, 9, 11]}
     for row, prompt in prompts.items():
@@ -210,6 +206,14 @@ def test_rows_keep_their_states_whoever_had_their_place_before(tmp_path: Path) -
         drawn = len(driven.tokens) - len(prompts[row])
         assert drawn >= 9
         assert logits[-drawn - 1 : -1].argmax(-1).tolist() == driven.tokens[-drawn:]
+
+
+def test_rows_keep_their_states_whoever_had_their_place_before(tmp_path: Path) -> None:
+    reference = save_model(HYBRIDS["qwen3-next"], tmp_path)
+    settings = WorkerSettings(model=tmp_path, device="cpu", dtype="float32", cpu_kv_cache_gib=0.01, num_threads=1)
+    runner = TorchRunner.load(settings)
+    assert runner.describe().keeps_row_states
+    check_rows_come_and_go(reference, runner)
 
 
 def test_a_row_that_would_take_over_another_ones_beginning_is_refused_alone(tmp_path: Path) -> None:
