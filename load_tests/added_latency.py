@@ -37,41 +37,14 @@ from tokenizers import Tokenizer
 from load_tests.gateway_cost import MAX_MODEL_LEN, WARM_UP_S, Services
 from load_tests.process_cpu import idle_cpu_s, read_cpu
 from load_tests.results import RESULTS_DIRECTORY, append_result, measurement_facts
-from load_tests.stamping_worker import delays_ms, stamps_in, write_stamp_model
+from load_tests.stamping_worker import write_stamp_model
+from load_tests.timed_streams import TimedStream, chat_request, open_streams
 
 SCENARIO = "added_latency"
 PROMPT_TOKENS = 1024
 GOAL_TOKENS_PER_S = 20_000
 GOAL_STREAM_P99_MS = 20.0
 GOAL_FIRST_BYTE_P50_MS = 5.0
-
-
-class TimedStream(asyncio.Protocol):
-    """One stream: whatever comes is kept with its time, and read after the window."""
-
-    def __init__(self, request: bytes) -> None:
-        self._request = request
-        self.received: list[tuple[int, bytes]] = []
-        self.ended = asyncio.Event()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = transport
-        transport.write(self._request)  # type: ignore[attr-defined]
-
-    def data_received(self, data: bytes) -> None:
-        self.received.append((time.monotonic_ns(), data))
-        if data.endswith(b"[DONE]\n\n\r\n0\r\n\r\n") or data == b"0\r\n\r\n":
-            self.ended.set()
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self.ended.set()
-
-
-def chat_request(port: int, content: str, max_tokens: int) -> bytes:
-    messages = [{"role": "user", "content": content}]
-    body = json.dumps({"messages": messages, "max_tokens": max_tokens, "ignore_eos": True, "stream": True}).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
-    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 @contextlib.contextmanager
@@ -94,50 +67,38 @@ def running(
         shutil.rmtree(directory, ignore_errors=True)
 
 
-async def measure_streams(services: Services, seconds: float) -> dict[str, Any]:
-    loop = asyncio.get_running_loop()
+def measure_streams(services: Services, seconds: float, driver_processes: int) -> dict[str, Any]:
     request = chat_request(services.port, "Say something long.", MAX_MODEL_LEN - 256)
-    streams = [TimedStream(request) for _ in range(services.num_streams)]
-    for stream in streams:
-        await loop.create_connection(lambda stream=stream: stream, "127.0.0.1", services.port)  # type: ignore[misc]
-    # The head and at least one event.
-    while not all(len(stream.received) > 1 for stream in streams):
-        await asyncio.sleep(0.05)
-    await asyncio.sleep(WARM_UP_S)
-    pids = {name: process.pid for name, process in services.processes.items()} | {"driver": os.getpid()}
-    begin_ns, idle_s = time.monotonic_ns(), idle_cpu_s()
-    begin_cpu = {name: _cpu_s(pid) for name, pid in pids.items()}
-    await asyncio.sleep(seconds)
-    cpu_s = {name: _cpu_s(pid) - begin_cpu[name] for name, pid in pids.items()}
-    end_ns, idle_s = time.monotonic_ns(), idle_cpu_s() - idle_s
-    for stream in streams:
-        stream.transport.abort()  # type: ignore[attr-defined]
+    with open_streams(services.port, request, services.num_streams, driver_processes) as readers:
+        time.sleep(WARM_UP_S)
+        pids = {name: [process.pid] for name, process in services.processes.items()} | {"driver": readers.pids}
+        begin_ns, idle_s = time.monotonic_ns(), idle_cpu_s()
+        begin_cpu = {name: _cpu_s(each) for name, each in pids.items()}
+        time.sleep(seconds)
+        cpu_s = {name: _cpu_s(each) - begin_cpu[name] for name, each in pids.items()}
+        end_ns, idle_s = time.monotonic_ns(), idle_cpu_s() - idle_s
+        received = readers.received(begin_ns, end_ns)
 
     window_s = (end_ns - begin_ns) / 1e9
-    delays: list[float] = []
-    num_reads = 0
-    for stream in streams:
-        for at_ns, data in stream.received:
-            if begin_ns <= at_ns < end_ns:
-                num_reads += 1
-                delays += delays_ms(at_ns, stamps_in(data))
+    num_tokens = len(received.delays_ms)
     others = (os.cpu_count() or 1) - (idle_s + sum(cpu_s.values())) / window_s
     return {
-        "tokens_per_s": round(len(delays) / window_s),
-        "tokens_per_read": round(len(delays) / num_reads, 3),
-        "added_ms": spread(delays),
-        "cpu_us_per_token": {name: round(seconds / len(delays) * 1e6, 2) for name, seconds in cpu_s.items()},
+        "tokens_per_s": round(num_tokens / window_s),
+        "tokens_per_read": round(num_tokens / received.num_reads, 3),
+        "added_ms": spread(received.delays_ms),
+        "cpu_us_per_token": {name: round(seconds / num_tokens * 1e6, 2) for name, seconds in cpu_s.items()},
+        "cores": {name: round(seconds / window_s, 2) for name, seconds in cpu_s.items()},
         "others_cores": round(others, 3),
     }
 
 
-def _cpu_s(pid: int) -> float:
-    """Of a process and those that it has started; the driver's own children are the services."""
-    children = [] if pid == os.getpid() else psutil.Process(pid).children()
-    return sum(read_cpu(each).total_s for each in [pid, *(child.pid for child in children)])
+def _cpu_s(pids: list[int]) -> float:
+    """Of processes and those that they have started."""
+    children = [child.pid for pid in pids for child in psutil.Process(pid).children()]
+    return sum(read_cpu(each).total_s for each in [*pids, *children])
 
 
-def spread(values: list[float]) -> dict[str, float]:
+def spread(values: list[float] | np.ndarray) -> dict[str, float]:
     points = np.percentile(values, (50, 90, 99, 99.9))
     return {name: round(float(point), 2) for name, point in zip(("p50", "p90", "p99", "p999"), points, strict=True)}
 
@@ -255,6 +216,7 @@ def main() -> None:
     parser.add_argument("sections", nargs="*", default=["streams", "first_byte"], help="streams, first_byte or both")
     parser.add_argument("--streams", type=int, default=256, help="streams at one time (default 256)")
     parser.add_argument("--gateway-processes", type=int, default=1, help="processes of the gateway (default 1)")
+    parser.add_argument("--driver-processes", type=int, default=1, help="processes that read streams (default 1)")
     parser.add_argument("--step-ms", type=float, default=5.0, help="length of a step (default 5)")
     parser.add_argument("--seconds", type=float, default=10.0, help="length of the window (default 10)")
     parser.add_argument("--requests", type=int, default=200, help="first bytes to measure (default 200)")
@@ -277,8 +239,9 @@ def main() -> None:
                 ("--gateway-processes", str(arguments.gateway_processes)),
             )
             with stamped as services:
-                numbers = uvloop.run(measure_streams(services, arguments.seconds))
+                numbers = measure_streams(services, arguments.seconds, arguments.driver_processes)
             numbers |= {"num_streams": arguments.streams, "gateway_processes": arguments.gateway_processes}
+            numbers |= {"driver_processes": arguments.driver_processes}
             numbers |= {"goal_tokens_per_s": GOAL_TOKENS_PER_S, "goal_added_p99_ms": GOAL_STREAM_P99_MS}
         else:
             model: Path = arguments.model
