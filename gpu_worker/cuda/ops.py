@@ -10,6 +10,7 @@ from stepwire_kernels.expert_routing import choose_experts
 from stepwire_kernels.expert_scaled import ScaledExpertWeights, mix_scaled_experts
 from stepwire_kernels.experts import ExpertWeights, mix_experts, mix_packed_experts
 from stepwire_kernels.fused_linear import FusedTuning, NormInput, choose_fused, fused_linear
+from stepwire_kernels.gated_linear import GatedTuning, choose_gated, gated_linear
 from stepwire_kernels.gemm import linear
 from stepwire_kernels.norm import add_rms_norm, add_rms_norm_quantized
 from stepwire_kernels.split_k import allocate_linear_workspace
@@ -109,6 +110,16 @@ class TritonOps:
     def fused_tuning(self, x: torch.Tensor, weight: torch.Tensor, *, gated: bool) -> FusedTuning | None:
         """How norm and product (and gate) are one launch; None: they are separate ones."""
         return choose_fused(x, weight, gated=gated)
+
+    def gated_linear(self, x: torch.Tensor, weight: torch.Tensor, kind: str) -> torch.Tensor | None:
+        tuning = self.gated_tuning(x, weight) if self.fuses else None
+        if tuning is None:
+            return None
+        return gated_linear(x, weight, _KERNEL_ACTIVATIONS[kind], self._workspace, tuning, pdl=self.pdl)
+
+    def gated_tuning(self, x: torch.Tensor, weight: torch.Tensor) -> GatedTuning | None:
+        """How product and gate are one launch; None: they are separate ones."""
+        return choose_gated(x, weight)
 
     def quantized_norm(
         self, x: torch.Tensor | None, residual: torch.Tensor, norm: Norm, quant: RowQuant

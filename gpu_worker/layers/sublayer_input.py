@@ -56,6 +56,8 @@ class SublayerInput:
         """The linear's product [num_tokens, outputs], or act(gate) * up of it [num_tokens, outputs / 2]."""
         weight = linear.method.plain_weight()
         product = None if weight is None else self.times(weight, activation)
+        if product is None and weight is not None and activation is not None:
+            product = self._ops.gated_linear(self.rows(), weight, activation)
         if product is None:
             quantized = self._quantized(linear)
             product = linear.apply(self.rows()) if quantized is None else linear.apply_quantized(quantized)

@@ -28,8 +28,9 @@ import torch
 import triton
 import triton.language as tl
 
-from stepwire_kernels.activation import ACTIVATIONS, Activation, activate
+from stepwire_kernels.activation import Activation, activate
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
+from stepwire_kernels.gated_tile import num_outputs_of
 from stepwire_kernels.tuned_table import tuned_choices
 
 MAX_FUSED_TOKENS = 4
@@ -213,12 +214,12 @@ def fused_linear(
     Raises:
         ValueError: shapes or strides that do not fit.
     """
-    _check(x, weight, norm, activation)
+    _check(x, weight, norm)
     if scales is not None:
         _check_scales(x, weight, scales, norm is None and activation is None)
     tuning = tuning or FusedTuning()
     num_tokens, k = x.shape
-    num_outputs = weight.shape[0] if activation is None else weight.shape[0] // 2
+    num_outputs = num_outputs_of("fused_linear", weight, activation)
     if out is None:
         out = torch.empty((num_tokens, num_outputs), dtype=out_dtype or x.dtype, device=x.device)  # [num_tokens, N]
     residual = None if norm is None else norm.residual
@@ -298,16 +299,11 @@ def _check_scales(
         )
 
 
-def _check(x: torch.Tensor, weight: torch.Tensor, norm: NormInput | None, activation: str | None) -> None:
+def _check(x: torch.Tensor, weight: torch.Tensor, norm: NormInput | None) -> None:
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or not 1 <= x.shape[0] <= MAX_FUSED_TOKENS:
         raise ValueError(
             f"fused_linear: takes x [1..{MAX_FUSED_TOKENS}, K] and weight [N, K], got {tuple(x.shape)} and "
             f"{tuple(weight.shape)}"
-        )
-    if activation is not None and (activation not in ACTIVATIONS or weight.shape[0] % 2):
-        raise ValueError(
-            f"fused_linear: a gate needs gate's rows and as many of up, and one of {', '.join(ACTIVATIONS)}; got "
-            f"{weight.shape[0]} rows and {activation!r}"
         )
     if norm is not None and norm.weight.shape != (x.shape[1],):
         raise ValueError(f"fused_linear: x is {tuple(x.shape)}, the norm's weight {tuple(norm.weight.shape)}")

@@ -11,7 +11,11 @@ Decoding reads every weight once, so the job is to keep the memory busy:
   alone does not fill the device, and the last program of a tile adds the parts in order, so that results do not vary
   between runs.
 * `tile_linear` (up to some hundred): the same through descriptors.
-* anything else: torch (cuBLAS).
+
+The last two take along the gate behind them, as `fused_linear` does (`gated_linear`): y = act(x @ gate^T) * (x @ up^T)
+with weight = [gate; up], [2 * I, K], and y [num_tokens, I].
+
+Anything else is torch's (cuBLAS).
 
 `linear` looks the shape up in a table measured offline (`tuned/<device>.json`, made by
 `python -m load_tests.kernels.sweep gemm`) and uses torch for what is not in it.
@@ -26,8 +30,10 @@ import torch
 import triton
 import triton.language as tl
 
+from stepwire_kernels.activation import Activation
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
 from stepwire_kernels.fused_linear import FusedTuning, fused_linear
+from stepwire_kernels.gated_tile import gate_of_halves, halves_of, num_outputs_of
 from stepwire_kernels.split_k import LinearWorkspace, add_up_parts
 from stepwire_kernels.tile_linear import TileLinearTuning, serves, tile_linear
 from stepwire_kernels.tuned_table import tuned_choices
@@ -135,6 +141,8 @@ def _skinny_kernel(
     weight_stride,
     out_stride,
     HAS_BIAS: tl.constexpr,
+    GATED: tl.constexpr,
+    KIND: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -144,8 +152,11 @@ def _skinny_kernel(
 ):
     tile = tl.program_id(0)
     split = tl.program_id(1)
-    rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_mask = rows < N
+    if GATED:
+        rows, row_mask = halves_of(tile, N // 2, BLOCK_N)
+    else:
+        rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        row_mask = rows < N
     tokens = tl.arange(0, BLOCK_M)
     token_mask = tokens < num_tokens
     cols = tl.arange(0, BLOCK_K)
@@ -169,13 +180,19 @@ def _skinny_kernel(
             x_ptr + tokens[:, None] * x_stride + k[None, :], mask=token_mask[:, None] & k_mask[None, :], other=0.0
         )  # [BLOCK_M, BLOCK_K]
         acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
-    out_at = out_ptr + tokens[None, :] * out_stride + rows[:, None]
-    out_mask = row_mask[:, None] & token_mask[None, :]
     acc, finishes = add_up_parts(acc, partial_ptr, counters_ptr, tile, split, SPLIT_K)
     if finishes:
         if HAS_BIAS:
             acc += tl.load(bias_ptr + rows, mask=row_mask, other=0.0).to(tl.float32)[:, None]
-        tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
+        if GATED:
+            outputs = tile * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+            y = gate_of_halves(acc, KIND)
+            mask = (outputs < N // 2)[:, None] & token_mask[None, :]
+        else:
+            outputs = rows
+            y = acc
+            mask = row_mask[:, None] & token_mask[None, :]
+        tl.store(out_ptr + tokens[None, :] * out_stride + outputs[:, None], y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def _check(name: str, x: torch.Tensor, weight: torch.Tensor, limit: int) -> None:
@@ -235,16 +252,18 @@ def skinny_gemm(
     bias: torch.Tensor | None,
     workspace: LinearWorkspace,
     *,
+    activation: Activation | None = None,
     tuning: SkinnyTuning | None = None,
     out: torch.Tensor | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
-    """y for up to 64 tokens, [num_tokens, N].
+    """y for up to 64 tokens, [num_tokens, N], or [num_tokens, N / 2] with an activation.
 
     Raises:
         ValueError: shapes or strides that do not fit, or a split that needs more workspace than there is.
     """
     _check("skinny_gemm", x, weight, MAX_SKINNY_TOKENS)
+    num_outputs = num_outputs_of("skinny_gemm", weight, activation)
     tuning = tuning or SkinnyTuning()
     num_tokens, k = x.shape
     n = weight.shape[0]
@@ -257,7 +276,7 @@ def skinny_gemm(
             f"there are {workspace.partial.numel()} and {workspace.counters.numel()}; allocate a larger workspace"
         )
     if out is None:
-        out = torch.empty((num_tokens, n), dtype=x.dtype, device=x.device)  # [num_tokens, N]
+        out = torch.empty((num_tokens, num_outputs), dtype=x.dtype, device=x.device)
     _skinny_kernel[(tiles, tuning.split_k)](
         x,
         weight,
@@ -272,6 +291,8 @@ def skinny_gemm(
         weight.stride(0),
         out.stride(0),
         HAS_BIAS=bias is not None,
+        GATED=activation is not None,
+        KIND=activation,
         SPLIT_K=tuning.split_k,
         BLOCK_M=block_m,
         BLOCK_N=tuning.block_n,

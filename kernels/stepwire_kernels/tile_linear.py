@@ -1,8 +1,10 @@
 """Linear layers of some to some hundred tokens, through tensor descriptors (Hopper and later).
 
     y[t, n] = sum_k x[t, k] * w[n, k] (* x_scales[t] * w_scales[n]) + bias[n]
+    y[t, i] = act(sum_k x[t, k] * w[i, k]) * sum_k x[t, k] * w[I + i, k]      with an activation, w = [gate; up]
 
-x: [num_tokens, K]; weight: [N, K]; both of one type: 16 bits, or 8 bits with a scale a token and a scale an output.
+x: [num_tokens, K]; weight: [N, K] ([2 * I, K] with an activation); both of one type: 16 bits, or 8 bits with a scale a
+token and a scale an output. With an activation there are neither scales nor bias, and K is not split.
 
 The weight is the tall operand and is read once for every `block_m` tokens. Tiles of both operands come by descriptor
 (one instruction a tile, nothing computed by the threads), several iterations ahead. Where N does not fill the device K
@@ -24,8 +26,10 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from stepwire_kernels.activation import Activation, activate
 from stepwire_kernels.dependent_launch import launch_options, prefetch_lines, release_downstream, wait_upstream
 from stepwire_kernels.device_limits import stages_that_fit
+from stepwire_kernels.gated_tile import halves_of, num_outputs_of
 from stepwire_kernels.split_k import LinearWorkspace, add_up_parts
 
 MIN_BLOCK_M = 16
@@ -66,6 +70,8 @@ def _tile_linear_kernel(
     SCALED: tl.constexpr,
     EXACT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    GATED: tl.constexpr,
+    KIND: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -79,21 +85,31 @@ def _tile_linear_kernel(
     token = tl.program_id(0) * BLOCK_M
     column = tl.program_id(1)
     split = tl.program_id(2)
-    row = column * BLOCK_N
+    # Outputs of a program: of gate and of up it multiplies as many rows.
+    OUTPUTS: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    num_outputs = N // 2 if GATED else N
+    row = column * OUTPUTS
     steps_each = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K)
     first = split * steps_each * BLOCK_K
     last = tl.minimum(first + steps_each * BLOCK_K, K)
     release_downstream(USE_PDL)
     if USE_PDL and LINES_AHEAD > 0:
-        weight_rows = tl.minimum(row + tl.arange(0, BLOCK_N), N - 1).to(tl.int64) * weight_stride
+        if GATED:
+            ahead_rows, _ = halves_of(column, num_outputs, BLOCK_N)
+        else:
+            ahead_rows = row + tl.arange(0, BLOCK_N)
+        weight_rows = tl.minimum(ahead_rows, N - 1).to(tl.int64) * weight_stride
         weight_cols = tl.minimum(first + tl.arange(0, LINES_AHEAD) * LINE_COLS, last - 1)
         prefetch_lines(weight_ptr + weight_rows[:, None] + weight_cols[None, :])
     wait_upstream(USE_PDL)
     IS_INT: tl.constexpr = x_descriptor.dtype == tl.int8
-    acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.int32 if IS_INT else tl.float32)
+    acc = tl.zeros([OUTPUTS, BLOCK_M], dtype=tl.int32 if IS_INT else tl.float32)
+    up = acc
     for k in tl.range(first, last, BLOCK_K, num_stages=NUM_STAGES):
-        w = weight_descriptor.load([row, k])  # [BLOCK_N, BLOCK_K]
+        w = weight_descriptor.load([row, k])  # [OUTPUTS, BLOCK_K]
         x = x_descriptor.load([token, k])  # [BLOCK_M, BLOCK_K]
+        if GATED:
+            up = tl.dot(weight_descriptor.load([num_outputs + row, k]), tl.trans(x), up)
         if IS_INT:
             acc = tl.dot(w, tl.trans(x), acc, out_dtype=tl.int32)
         elif EXACT:
@@ -103,15 +119,17 @@ def _tile_linear_kernel(
     place = tl.program_id(0) * tl.num_programs(1) + column
     sums, finishes = add_up_parts(acc.to(tl.float32), partial_ptr, counters_ptr, place, split, SPLIT_K)
     if finishes:
-        rows = row + tl.arange(0, BLOCK_N)
+        rows = row + tl.arange(0, OUTPUTS)
         tokens = token + tl.arange(0, BLOCK_M)
-        row_mask = rows < N
+        row_mask = rows < num_outputs
         token_mask = tokens < num_tokens
         if SCALED:
             w_scale = tl.load(w_scales_ptr + rows, mask=row_mask, other=0.0)
             sums *= w_scale[:, None] * tl.load(x_scales_ptr + tokens, mask=token_mask, other=0.0)[None, :]
         if HAS_BIAS:
             sums += tl.load(bias_ptr + rows, mask=row_mask, other=0.0).to(tl.float32)[:, None]
+        if GATED:
+            sums = activate(sums, up.to(tl.float32), KIND)
         out_at = out_ptr + tokens.to(tl.int64)[None, :] * out_stride + rows[:, None]
         tl.store(out_at, sums.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & token_mask[None, :])
 
@@ -130,13 +148,14 @@ def tile_linear(
     bias: torch.Tensor | None,
     workspace: LinearWorkspace,
     *,
+    activation: Activation | None = None,
     scales: tuple[torch.Tensor, torch.Tensor] | None = None,
     out_dtype: torch.dtype | None = None,
     tuning: TileLinearTuning | None = None,
     out: torch.Tensor | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
-    """y [num_tokens, N] in `out_dtype` (that of x where it is None).
+    """y [num_tokens, N], or [num_tokens, N / 2] with an activation, in `out_dtype` (that of x where it is None).
 
     Args:
         scales: float32, of each token [num_tokens] or [num_tokens, 1], and of each output [N] or [N, 1]; contiguous.
@@ -156,21 +175,27 @@ def tile_linear(
             f"tile_linear: {num_tokens} tokens and {n} outputs need as many scales, got {tuple(scales[0].shape)} and "
             f"{tuple(scales[1].shape)}"
         )
+    num_outputs = num_outputs_of("tile_linear", weight, activation)
+    if activation is not None and (scales is not None or bias is not None or x.element_size() != 2):
+        raise ValueError("tile_linear: with an activation it takes 16 bits, and neither scales nor bias")
     tuning = tuning or TileLinearTuning()
     if out is None:
-        out = torch.empty((num_tokens, n), dtype=out_dtype or x.dtype, device=x.device)  # [num_tokens, N]
+        out = torch.empty((num_tokens, num_outputs), dtype=out_dtype or x.dtype, device=x.device)
     if num_tokens == 0:
         return out
     size = x.element_size()
     block_m = min(tuning.block_m, max(MIN_BLOCK_M, triton.next_power_of_2(num_tokens)))
-    columns, token_blocks = triton.cdiv(n, tuning.block_n), triton.cdiv(num_tokens, block_m)
+    block_outputs = tuning.block_n if activation is None else tuning.block_n // 2
+    columns, token_blocks = triton.cdiv(num_outputs, block_outputs), triton.cdiv(num_tokens, block_m)
     places = columns * token_blocks
     fitting = workspace.partial.numel() // (places * tuning.block_n * block_m)
     splits = min(tuning.split_k, triton.cdiv(k, tuning.block_k), fitting if places <= workspace.counters.numel() else 1)
+    if activation is not None:
+        splits = 1
     stage = (tuning.block_n + block_m) * tuning.block_k * size
     _tile_linear_kernel[(token_blocks, columns, max(1, splits))](
         TensorDescriptor(x, [num_tokens, k], [x.stride(0), 1], [block_m, tuning.block_k]),
-        TensorDescriptor(weight, [n, k], [weight.stride(0), 1], [tuning.block_n, tuning.block_k]),
+        TensorDescriptor(weight, [n, k], [weight.stride(0), 1], [block_outputs, tuning.block_k]),
         weight,
         out if scales is None else scales[0],
         out if scales is None else scales[1],
@@ -186,6 +211,8 @@ def tile_linear(
         SCALED=scales is not None,
         EXACT=size == 1 and num_tokens <= EXACT_TOKENS,
         HAS_BIAS=bias is not None,
+        GATED=activation is not None,
+        KIND=activation,
         SPLIT_K=max(1, splits),
         BLOCK_M=block_m,
         BLOCK_N=tuning.block_n,

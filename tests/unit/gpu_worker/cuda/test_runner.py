@@ -24,7 +24,7 @@ from tests.unit.gpu_worker.models.tiny_checkpoints import save_tiny
 VOCAB_SIZE = 300
 
 
-def save_model(directory: Path, kind: str, *, num_heads: int = 4, num_layers: int = 2) -> None:
+def save_model(directory: Path, kind: str, *, num_heads: int = 4, num_layers: int = 2, mlp_bias: bool = False) -> None:
     """Heads of a size that the kernels take, two for each head of keys and values."""
     fields: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
@@ -39,7 +39,7 @@ def save_model(directory: Path, kind: str, *, num_heads: int = 4, num_layers: in
         "tie_word_embeddings": kind == "qwen3",
     }
     torch.manual_seed(7)
-    config = Qwen3Config(**fields) if kind == "qwen3" else LlamaConfig(**fields)
+    config = Qwen3Config(**fields) if kind == "qwen3" else LlamaConfig(**fields, mlp_bias=mlp_bias)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
 
 
