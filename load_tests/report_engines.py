@@ -84,8 +84,8 @@ class EngineResults:
         ]
         parts = [
             "Random weights, bf16, contexts of 1,024 tokens, two steps in flight; newest lines. vLLM's figures\n"
-            "(0.26.0, torch 2.11, its defaults), the floors and the goals are those of an H200, measured in other\n"
-            "runs: no other card is held against them."
+            "(0.26.0, torch 2.11, its defaults) and the goals are those of an H200, measured in other runs: no other\n"
+            "card is held against them. Other cards' floors are the H200's at the rates that the card reached in the run."
         ]
         machines = sorted({machine for machine, _, _ in self._gpu_steps}, key=lambda name: ANCHORED_GPU not in name)
         for machine in machines:
@@ -95,7 +95,7 @@ class EngineResults:
                 if on != machine:
                     continue
                 known = result if is_anchored else {"idle_us": result["idle_us"]} if "idle_us" in result else {}
-                value, floor = result["value"], known.get("floor")
+                value, floor = result["value"], result.get("floor" if is_anchored else "card_floor")
                 share = "-"
                 if floor:
                     share = f"{(value / floor if work.endswith('tok/s') else floor / value):.0%}"

@@ -3,7 +3,8 @@
     python -m load_tests.gpu.step_bench [--shape llama-3.1-8b ...] [--mixed 64:512 ...] [--profile]
 
 Random weights, random keys and values; contexts of 1,024 tokens. What is measured is the worker alone: no control
-plane, no gRPC. The floor counts weights and KV read once at 4.3 TB/s, and matrix products at 790 TFLOP/s.
+plane, no gRPC. The floor counts weights and KV read once at 4.27 TB/s, and matrix products at 797 TFLOP/s, which an
+H200 reached; `card_floor` is the same at the rates of this card, measured before.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from gpu_worker.cuda.ops import TritonOps
 from gpu_worker.cuda.runner import CudaRunner
 from load_tests.cpu_worker.step_driver import sampling
 from load_tests.gpu.pipeline import Pipeline
+from load_tests.kernels.measure import Ceilings, measure_ceilings
 from load_tests.results import RESULTS_DIRECTORY, append_result, measurement_facts
 from load_tests.stack import SHAPES_DIRECTORY
 
@@ -64,6 +66,18 @@ ANCHORS: dict[tuple[str, str], Anchor] = {
     ("llama-3.1-8b fp8", "decode b256 ms"): Anchor(10.5, 15.98, 13.0),
     ("llama-3.1-8b fp8", "prefill 8x8192 tok/s"): Anchor(0.0, 56143, 60000),
 }
+
+
+# The H200's, of the same hour as the anchors.
+ANCHOR_CEILINGS = Ceilings(read_gb_s=4270, copy_gb_s=4290, bf16_tflop_s=797)
+
+
+def card_floor(floor: float, work: str, ceilings: Ceilings) -> float:
+    """The floor of a card with these ceilings: decodes wait for memory, prompts for products."""
+    if work.startswith("decode"):
+        return floor * ANCHOR_CEILINGS.read_gb_s / ceilings.read_gb_s
+    faster = ceilings.bf16_tflop_s / ANCHOR_CEILINGS.bf16_tflop_s
+    return floor * faster if work.endswith("tok/s") else floor / faster
 
 
 @dataclass(frozen=True)
@@ -266,6 +280,10 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     TritonOps.fuses = not args.separate
     facts = measurement_facts("load_tests.gpu.step_bench", argv)
+    ceilings = measure_ceilings()
+    facts |= {"read_gb_s": round(ceilings.read_gb_s), "bf16_tflop_s": round(ceilings.bf16_tflop_s)}
+    print(f"read {ceilings.read_gb_s:.0f} GB/s, bf16 {ceilings.bf16_tflop_s:.0f} TFLOP/s", flush=True)
+    torch.cuda.empty_cache()
     rows: list[Row] = []
     for shape in args.shape or ["llama-3.1-8b", "llama-3.2-1b", "qwen3-0.6b"]:
         rows += measure_shape(shape, args)
@@ -276,6 +294,7 @@ def main(argv: Sequence[str]) -> int:
         result = {"shape": row.shape, "work": row.name, "value": row.value, **row.details}
         if anchor is not None:
             result |= {"floor": anchor.floor, "vllm": anchor.vllm, "goal": anchor.goal}
+            result["card_floor"] = round(card_floor(anchor.floor, row.name, ceilings), 4)
         append_result(args.output, {**facts, **result})
     print_table(rows)
     return 0
