@@ -84,8 +84,9 @@ class EngineResults:
         ]
         parts = [
             "Random weights, bf16, contexts of 1,024 tokens, two steps in flight; newest lines. vLLM's figures\n"
-            "(0.26.0, torch 2.11, its defaults) and the goals are those of an H200, measured in other runs: no other\n"
-            "card is held against them. Other cards' floors are the H200's at the rates that the card reached in the run."
+            "(0.26.0, torch 2.11, its defaults) and the goals are those of an H200, measured in other runs: no\n"
+            "other card is held against them. Other cards' floors are the H200's at the rates that the card\n"
+            "reached in the run."
         ]
         machines = sorted({machine for machine, _, _ in self._gpu_steps}, key=lambda name: ANCHORED_GPU not in name)
         for machine in machines:
