@@ -25,9 +25,9 @@ class EngineResults:
         self._gpu_steps: dict[tuple[str, str, str], dict[str, Any]] = {}
         self._cpu_worker: dict[str, dict[str, Any]] = {}
         self._gateway: list[dict[str, Any]] = []
-        # By part, length of a step, streams and gateway processes, of added_latency: the newest, unless others used
-        # more of the machine meanwhile.
-        self._added: dict[tuple[str, float, int, int, str], dict[str, Any]] = {}
+        # By part, length of a step, streams, processes of gateway and driver, of added_latency: the newest, unless
+        # others used more of the machine meanwhile.
+        self._added: dict[tuple[str, float, int, int, int, str], dict[str, Any]] = {}
         self._session: dict[str, Any] | None = None
         self._grammar: dict[str, Any] | None = None
 
@@ -46,6 +46,7 @@ class EngineResults:
                 result["step_ms"],
                 result.get("num_streams", 1),
                 result.get("gateway_processes", 1),
+                result.get("driver_processes", 1),
                 result.get("words", "met"),
             )
             if key not in self._added or result["others_cores"] <= self._added[key]["others_cores"] + _OTHERS_MARGIN:
@@ -137,6 +138,7 @@ class EngineResults:
             [
                 str(result["num_streams"]),
                 str(result.get("gateway_processes", 1)),
+                str(result.get("driver_processes", 1)),
                 short_number(result["step_ms"]),
                 f"{short_number(result['tokens_per_s'])} (>= {short_number(result['goal_tokens_per_s'])})",
                 *(short_number(result["added_ms"][point]) for point in ("p50", "p90")),
@@ -150,6 +152,7 @@ class EngineResults:
         columns = [
             "streams",
             "gateway processes",
+            "driver processes",
             "step ms",
             "tokens/s (goal)",
             "added ms p50",
