@@ -11,7 +11,7 @@ from stepwire_kernels.expert_scaled import ScaledExpertWeights, mix_scaled_exper
 from stepwire_kernels.experts import ExpertWeights, mix_experts, mix_packed_experts
 from stepwire_kernels.fused_linear import FusedTuning, NormInput, choose_fused, fused_linear
 from stepwire_kernels.gated_linear import GatedTuning, choose_gated, gated_linear
-from stepwire_kernels.gemm import linear
+from stepwire_kernels.linear import linear
 from stepwire_kernels.norm import add_rms_norm, add_rms_norm_quantized
 from stepwire_kernels.split_k import allocate_linear_workspace
 

@@ -13,7 +13,8 @@ import torch
 import triton
 
 from stepwire_kernels.activation import Activation
-from stepwire_kernels.gemm import MAX_TABLE_TOKENS, SkinnyTuning, skinny_gemm
+from stepwire_kernels.gemm import SkinnyTuning, skinny_gemm
+from stepwire_kernels.linear import MAX_TABLE_TOKENS
 from stepwire_kernels.split_k import LinearWorkspace
 from stepwire_kernels.tile_linear import TileLinearTuning, serves, tile_linear
 from stepwire_kernels.tuned_table import tuned_choices

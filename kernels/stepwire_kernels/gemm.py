@@ -6,24 +6,15 @@ Decoding reads every weight once, so the job is to keep the memory busy:
 
 * `gemv` (1 to 4 tokens): a program owns a few rows of the weight and walks K; no matrix units. With PDL its first
   weight tile is on the way before the previous kernel has ended.
-* `fused_linear` (1 to 4 tokens): as `gemv`, with more or all of a program's weights on their way by then.
 * `skinny_gemm` (up to 64 tokens): matrix units with the weight as the tall operand; K is split over programs where N
   alone does not fill the device, and the last program of a tile adds the parts in order, so that results do not vary
-  between runs.
-* `tile_linear` (up to some hundred): the same through descriptors.
+  between runs. It takes along a gate: y = act(x @ gate^T) * (x @ up^T), weight = [gate; up]: [2 * I, K], y: [., I].
 
-The last two take along the gate behind them, as `fused_linear` does (`gated_linear`): y = act(x @ gate^T) * (x @ up^T)
-with weight = [gate; up], [2 * I, K], and y [num_tokens, I].
-
-Anything else is torch's (cuBLAS).
-
-`linear` looks the shape up in a table measured offline (`tuned/<device>.json`, made by
-`python -m load_tests.kernels.sweep gemm`) and uses torch for what is not in it.
+Others with more ahead of them or for more tokens: `fused_linear`, `tile_linear`. Which is used: `linear`.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -32,15 +23,11 @@ import triton.language as tl
 
 from stepwire_kernels.activation import Activation
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
-from stepwire_kernels.fused_linear import FusedTuning, fused_linear
 from stepwire_kernels.gated_tile import gate_of_halves, halves_of, num_outputs_of
 from stepwire_kernels.split_k import LinearWorkspace, add_up_parts
-from stepwire_kernels.tile_linear import TileLinearTuning, serves, tile_linear
-from stepwire_kernels.tuned_table import tuned_choices
 
 MAX_GEMV_TOKENS = 4
 MAX_SKINNY_TOKENS = 64
-MAX_TABLE_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -61,9 +48,6 @@ class SkinnyTuning:
     split_k: int = 1
     num_warps: int = 4
     num_stages: int = 4
-
-
-LinearTuning = GemvTuning | SkinnyTuning | FusedTuning | TileLinearTuning
 
 
 @triton.jit
@@ -204,6 +188,17 @@ def _check(name: str, x: torch.Tensor, weight: torch.Tensor, limit: int) -> None
         raise ValueError(f"{name}: the K dimension of x and weight must be contiguous")
 
 
+def _block_m(num_tokens: int) -> int:
+    return max(16, triton.next_power_of_2(num_tokens))
+
+
+def has_room(workspace: LinearWorkspace, tuning: SkinnyTuning, num_tokens: int, n: int) -> bool:
+    """Whether the parts of `skinny_gemm`'s sums fit into the workspace."""
+    tiles = triton.cdiv(n, tuning.block_n)
+    words = tiles * tuning.split_k * tuning.block_n * _block_m(num_tokens)
+    return tuning.split_k == 1 or (words <= workspace.partial.numel() and tiles <= workspace.counters.numel())
+
+
 def gemv(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -267,13 +262,12 @@ def skinny_gemm(
     tuning = tuning or SkinnyTuning()
     num_tokens, k = x.shape
     n = weight.shape[0]
-    block_m = max(16, triton.next_power_of_2(num_tokens))
+    block_m = _block_m(num_tokens)
     tiles = triton.cdiv(n, tuning.block_n)
-    words = tiles * tuning.split_k * tuning.block_n * block_m
-    if tuning.split_k > 1 and (words > workspace.partial.numel() or tiles > workspace.counters.numel()):
+    if not has_room(workspace, tuning, num_tokens, n):
         raise ValueError(
-            f"skinny_gemm: N={n} split {tuning.split_k} ways needs {words} workspace words and {tiles} counters, "
-            f"there are {workspace.partial.numel()} and {workspace.counters.numel()}; allocate a larger workspace"
+            f"skinny_gemm: N={n} split {tuning.split_k} ways for {num_tokens} tokens does not fit into "
+            f"{workspace.partial.numel()} words and {workspace.counters.numel()} counters; allocate a larger workspace"
         )
     if out is None:
         out = torch.empty((num_tokens, num_outputs), dtype=x.dtype, device=x.device)
@@ -303,44 +297,3 @@ def skinny_gemm(
         **launch_options(pdl),
     )
     return out
-
-
-@functools.cache
-def load_table(device_name: str) -> dict[tuple[int, int, int], LinearTuning]:
-    """The measured choices for a device name as torch reports it: (token bucket, N, K) to ours; absent means torch."""
-    kinds = {"gemv": GemvTuning, "skinny": SkinnyTuning, "ahead": FusedTuning, "tile": TileLinearTuning}
-    return {
-        (row["num_tokens"], row["n"], row["k"]): kinds[row["kernel"]](**row["tuning"])
-        for row in tuned_choices(device_name, "choices")
-    }
-
-
-def _bucket(num_tokens: int) -> int:
-    return triton.next_power_of_2(num_tokens)
-
-
-def linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    *,
-    workspace: LinearWorkspace | None = None,
-    pdl: bool = False,
-) -> torch.Tensor:
-    """x @ weight^T + bias by whatever measured fastest for this shape on this device; torch where nothing was measured.
-
-    Without a workspace only kernels that need none are considered.
-    """
-    num_tokens = x.shape[0]
-    if x.is_cuda and x.ndim == 2 and 1 <= num_tokens <= MAX_TABLE_TOKENS and x.dtype == torch.bfloat16:
-        table = load_table(torch.cuda.get_device_name(x.device))
-        tuning = table.get((_bucket(num_tokens), weight.shape[0], weight.shape[1]))
-        if isinstance(tuning, GemvTuning):
-            return gemv(x, weight, bias, tuning=tuning, pdl=pdl)
-        if isinstance(tuning, FusedTuning) and bias is None:
-            return fused_linear(x, weight, tuning=tuning, pdl=pdl)[0]
-        if isinstance(tuning, SkinnyTuning) and workspace is not None:
-            return skinny_gemm(x, weight, bias, workspace, tuning=tuning, pdl=pdl)
-        if isinstance(tuning, TileLinearTuning) and workspace is not None and serves(x, weight):
-            return tile_linear(x, weight, bias, workspace, tuning=tuning, pdl=pdl)
-    return torch.nn.functional.linear(x, weight, bias)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
-from stepwire_kernels.gemm import linear
+from stepwire_kernels.linear import linear
 from stepwire_kernels.packed_launch import format_constants, weight_pointers
 from stepwire_kernels.packed_tile import dense_tile
 from stepwire_kernels.packed_weight import MAGIC_BITS, PackedWeight

@@ -1,4 +1,4 @@
-"""What was measured best, by device: `tuned/<device>.json`, made by `python -m load_tests.kernels.sweep`."""
+"""What was measured best, by device: `tuned/<device>.json`, made by the sweeps in `load_tests/kernels`."""
 
 from __future__ import annotations
 

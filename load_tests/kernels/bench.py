@@ -12,12 +12,13 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from stepwire_kernels import gemm, sampler, step_input, work_list
+from stepwire_kernels import sampler, step_input, work_list
 from stepwire_kernels.activation import gated_activation
 from stepwire_kernels.attention_decode import decode_attention
 from stepwire_kernels.attention_from_qkv import attention_from_qkv, from_qkv_chunk_policy
 from stepwire_kernels.attention_prefill import default_prefill_tuning, prefill_attention, prefill_tile_tokens
 from stepwire_kernels.gather import gather_last_hidden
+from stepwire_kernels.linear import linear
 from stepwire_kernels.norm import add_rms_norm
 from stepwire_kernels.reference_steps import RowParameters
 from stepwire_kernels.rope_kv import rope_and_write_kv
@@ -25,17 +26,13 @@ from stepwire_kernels.split_k import allocate_linear_workspace
 
 from load_tests.kernels.cases import LLAMA_8B, QWEN3_06B, Heads, causal_flop, paged
 from load_tests.kernels.latent import bench_latent
-from load_tests.kernels.measure import Report, measure_ceilings, time_graph
+from load_tests.kernels.linears import LLAMA_8B_LAYER
+from load_tests.kernels.measure import Report, copies, measure_ceilings, time_graph
 from load_tests.kernels.mixtures import bench_experts, bench_scaled_experts
 from load_tests.kernels.packed_mixtures import bench_packed_experts
 from load_tests.kernels.quantized import bench_packed, bench_packed_many, bench_scaled
 
 BF16 = torch.bfloat16
-
-
-def copies(tensor_bytes: int) -> int:
-    """How many buffers of this size it takes to defeat the level-2 cache, within reason."""
-    return max(2, min(64, (240 << 20) // max(tensor_bytes, 1)))
 
 
 def bench_pointwise(report: Report) -> None:
@@ -219,22 +216,19 @@ def bench_step_input(report: Report) -> None:
         report.add("step_input", f"b{batch} apply+build+list+write", time_graph([launch] * 4))
 
 
-LLAMA_8B_LINEARS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
-
-
 def bench_linear(report: Report) -> None:
     """The linears of one Llama-8B layer, ours by table (else torch) against cuBLAS."""
     workspace = allocate_linear_workspace("cuda")
     for num_tokens in (1, 2, 4, 8, 16, 32, 64):
         totals = {"torch": 0.0, "table": 0.0}
         moved = 0
-        for n, k in LLAMA_8B_LINEARS.values():
+        for n, k in LLAMA_8B_LAYER.values():
             weights = [torch.randn(n, k, device="cuda", dtype=BF16) for _ in range(copies(n * k * 2) + 2)]
             x = torch.randn(num_tokens, k, device="cuda", dtype=BF16)
             moved += n * k * 2
             totals["torch"] += time_graph([lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in weights])
             totals["table"] += time_graph(
-                [lambda w=w, x=x: gemm.linear(x, w, workspace=workspace, pdl=True) for w in weights]
+                [lambda w=w, x=x: linear(x, w, workspace=workspace, pdl=True) for w in weights]
             )
         for name, ms in totals.items():
             report.add("linear", f"llama-8b layer M={num_tokens} {name}", ms, num_bytes=moved)

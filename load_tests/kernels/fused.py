@@ -16,24 +16,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from stepwire_kernels import gemm
 from stepwire_kernels.activation import gated_activation
 from stepwire_kernels.fused_linear import FusedTuning, NormInput, fused_linear
+from stepwire_kernels.linear import linear
 from stepwire_kernels.norm import add_rms_norm
 from stepwire_kernels.split_k import LinearWorkspace, allocate_linear_workspace
 
-from load_tests.kernels.bench import LLAMA_8B_LINEARS, copies
-from load_tests.kernels.measure import measure_ceilings, time_graph
-from load_tests.kernels.sweep import LLAMA_1B_LINEARS, QWEN3_06B_LINEARS, QWEN3_30B_LINEARS, compile_all
+from load_tests.kernels.linears import MODELS
+from load_tests.kernels.measure import copies, measure_ceilings, time_graph
+from load_tests.kernels.sweep import compile_all
 from load_tests.kernels.tuned_files import TUNED, Row, write_rows
 
 BF16 = torch.bfloat16
-MODELS = {
-    "qwen3-0.6b": QWEN3_06B_LINEARS,
-    "llama-3.2-1b": LLAMA_1B_LINEARS,
-    "llama-3.1-8b": LLAMA_8B_LINEARS,
-    "qwen3-30b-a3b": QWEN3_30B_LINEARS,
-}
 Launches = list[Callable[[], object]]
 
 
@@ -97,7 +91,7 @@ def separate_launches(
     def launch(weight: torch.Tensor) -> None:
         if work.has_norm:
             add_rms_norm(x, residual, gain, 1e-5, out=normed, pdl=True)
-        y = gemm.linear(normed if work.has_norm else x, weight, workspace=workspace, pdl=True)
+        y = linear(normed if work.has_norm else x, weight, workspace=workspace, pdl=True)
         if work.gated:
             gated_activation(y, "silu", pdl=True)
 
@@ -117,7 +111,12 @@ def compile_one(payload: tuple[Work, int, FusedTuning]) -> None:
 
 
 def measure(models: Sequence[str], token_counts: Sequence[int], top: int, out: Path) -> None:
-    works = {f"{model} {name}": Work.of(name, n, k) for model in models for name, (n, k) in MODELS[model].items()}
+    works = {
+        f"{model} {name}": Work.of(name, n, k)
+        for model in models
+        for name, (n, k) in MODELS[model].items()
+        if name != "lm_head"
+    }
     jobs = [
         (work, count, tuning) for work in works.values() for count in token_counts for tuning in work.candidates(count)
     ]

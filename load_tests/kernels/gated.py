@@ -15,17 +15,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from stepwire_kernels import gemm
 from stepwire_kernels.activation import gated_activation
 from stepwire_kernels.gated_linear import GatedTuning, gated_linear
 from stepwire_kernels.gemm import MAX_SKINNY_TOKENS, SkinnyTuning
+from stepwire_kernels.linear import linear
 from stepwire_kernels.norm import add_rms_norm
 from stepwire_kernels.split_k import LinearWorkspace, allocate_linear_workspace
 from stepwire_kernels.tile_linear import TileLinearTuning
 
-from load_tests.kernels.bench import copies
-from load_tests.kernels.fused import MODELS
-from load_tests.kernels.measure import measure_ceilings, time_graph
+from load_tests.kernels.linears import MODELS
+from load_tests.kernels.measure import copies, measure_ceilings, time_graph
 from load_tests.kernels.sweep import compile_all
 from load_tests.kernels.tuned_files import TUNED, Row, write_rows
 
@@ -83,7 +82,7 @@ class Case:
     def apart(self) -> Launches:
         """What a step launches otherwise."""
         return self._launches(
-            lambda w, space: gated_activation(gemm.linear(self._normed, w, workspace=space, pdl=True), "silu", pdl=True)
+            lambda w, space: gated_activation(linear(self._normed, w, workspace=space, pdl=True), "silu", pdl=True)
         )
 
 

@@ -53,6 +53,11 @@ def time_graph(launches: Sequence[Callable[[], Any]], *, target_ms: float = 30.0
     return sorted(replays(count) for _ in range(repeats))[repeats // 2] / len(launches)
 
 
+def copies(tensor_bytes: int) -> int:
+    """How many buffers of this size it takes to defeat the level-2 cache, within reason."""
+    return max(2, min(64, (240 << 20) // max(tensor_bytes, 1)))
+
+
 @dataclass(frozen=True)
 class Ceilings:
     """The card's rates, measured in this run."""

@@ -21,9 +21,9 @@ from stepwire_kernels.quantize_input import quantize_input
 from stepwire_kernels.scaled_choice import multiply_scaled
 from stepwire_kernels.split_k import LinearWorkspace, allocate_linear_workspace
 
+from load_tests.kernels.linears import LLAMA_8B_LAYER
 from load_tests.kernels.measure import Report, time_graph
 
-LLAMA_8B_LINEARS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
 NUM_TOKENS = (1, 4, 16, 32, 64, 128, 256)
 KINDS = ("int4-g128", "int8-g128", "Q4_0", "Q4_K", "Q6_K", "Q8_0", "MXFP4", "NVFP4")
 L2_EVADING_BYTES = 240 << 20
@@ -83,7 +83,7 @@ def bf16_ms(n: int, k: int, x: torch.Tensor) -> float:
 def bench_packed(report: Report) -> None:
     """Share of the read bandwidth by packed bytes; `of_bf16`: how many times faster than cuBLAS in bf16."""
     workspace = allocate_linear_workspace("cuda")
-    for name, (n, k) in LLAMA_8B_LINEARS.items():
+    for name, (n, k) in LLAMA_8B_LAYER.items():
         inputs = {count: torch.randn(count, k, device="cuda", dtype=BF16) for count in NUM_TOKENS}
         plain = {count: bf16_ms(n, k, x) for count, x in inputs.items()}
         for kind in KINDS:
@@ -109,9 +109,9 @@ DENSE_TUNINGS = tuple(
 def bench_packed_many(report: Report) -> None:
     """Many tokens: making weights dense (share of what is read and written), then both roads against cuBLAS in bf16."""
     workspace = allocate_linear_workspace("cuda")
-    scratch = torch.empty(max(n * k for n, k in LLAMA_8B_LINEARS.values()), device="cuda", dtype=BF16)
+    scratch = torch.empty(max(n * k for n, k in LLAMA_8B_LAYER.values()), device="cuda", dtype=BF16)
     for kind in ("int4-g128", "Q4_K", "Q6_K", "MXFP4"):
-        for name, (n, k) in list(LLAMA_8B_LINEARS.items())[: None if kind == "int4-g128" else 1]:
+        for name, (n, k) in list(LLAMA_8B_LAYER.items())[: None if kind == "int4-g128" else 1]:
             weights = [packed_weight(kind, n, k) for _ in range(_copies(n * k // 2))]
             out = scratch[: n * k].view(n, k)
             moved = weights[0].num_bytes() + 2 * n * k
@@ -121,7 +121,7 @@ def bench_packed_many(report: Report) -> None:
                 )
                 shape = f"{tuning.row_blocks},{tuning.tiles_each},{tuning.num_warps}"
                 report.add("dense_weight", f"{kind} {name} {shape}", ms, num_bytes=moved)
-    for name, (n, k) in LLAMA_8B_LINEARS.items():
+    for name, (n, k) in LLAMA_8B_LAYER.items():
         weights = [packed_weight("int4-g128", n, k) for _ in range(_copies(n * k // 2))]
         for count in MANY_TOKENS:
             x = torch.randn(count, k, device="cuda", dtype=BF16)
@@ -160,7 +160,7 @@ def _scaled_launch(
 def bench_scaled(report: Report) -> None:
     """FP8 by channel and by 128-blocks, INT8 by channel; inputs are quantized in the measured time."""
     workspace = allocate_linear_workspace("cuda")
-    for name, (n, k) in LLAMA_8B_LINEARS.items():
+    for name, (n, k) in LLAMA_8B_LAYER.items():
         inputs = {count: torch.randn(count, k, device="cuda", dtype=BF16) for count in NUM_TOKENS}
         plain = {count: bf16_ms(n, k, x) for count, x in inputs.items()}
         for kind, dtype in (("fp8", torch.float8_e4m3fn), ("fp8-block", torch.float8_e4m3fn), ("int8", torch.int8)):

@@ -1,8 +1,7 @@
 """Sweep of launch shapes: `python -m load_tests.kernels.sweep WHAT [--top N]`.
 
 Times every candidate on the shapes that matter and prints the best. Candidates compile in parallel worker processes
-first (their only effect is Triton's disk cache). `gemm` also writes kernels/stepwire_kernels/tuned/<device>.json: for
-each shape ours where it beats torch by 2 % or more, nothing where it does not.
+first (their only effect is Triton's disk cache). Linears: `linear_sweep`, `fused`, `gated`, `tiles`.
 """
 
 from __future__ import annotations
@@ -17,17 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stepwire_kernels import gemm
 from stepwire_kernels.attention_decode import DecodeTuning, decode_attention
 from stepwire_kernels.attention_prefill import PrefillTuning, prefill_attention, prefill_tile_tokens
 from stepwire_kernels.expert_packed import PackedExpertTuning
-from stepwire_kernels.gemm import GemvTuning, SkinnyTuning
 from stepwire_kernels.packed_linear import KERNEL_NAMES, Tuning
 from stepwire_kernels.packed_weight import weight_format
-from stepwire_kernels.split_k import LinearWorkspace, allocate_linear_workspace
+from stepwire_kernels.split_k import allocate_linear_workspace
 from stepwire_kernels.work_list import LATENCY, THROUGHPUT, ChunkPolicy
 
-from load_tests.kernels.bench import LLAMA_8B_LINEARS, copies
 from load_tests.kernels.cases import LLAMA_8B, QWEN3_06B, AttentionCase, Heads, causal_flop, paged
 from load_tests.kernels.latent import (
     DECODE_TUNINGS,
@@ -38,19 +34,15 @@ from load_tests.kernels.latent import (
     prefill_flop,
     prefill_launches,
 )
+from load_tests.kernels.linears import LLAMA_8B_LAYER
 from load_tests.kernels.measure import measure_ceilings, time_graph
 from load_tests.kernels.mixtures import MANY_TOKENS, QWEN3_30B, MixtureCase, candidates, short_name, two_layers
 from load_tests.kernels.packed_mixtures import NUM_TOKENS as MIXTURE_TOKENS
 from load_tests.kernels.packed_mixtures import PACKED_MIXTURES, PackedCase, packed_expert_candidates, packed_layers
 from load_tests.kernels.quantized import bf16_ms, packed_candidates, packed_launches, packed_weight
-from load_tests.kernels.tuned_files import TUNED, show_choices, write_rows
+from load_tests.kernels.tuned_files import TUNED, show_choices
 
 BF16 = torch.bfloat16
-QWEN3_06B_LINEARS = {"qkv": (4096, 1024), "o": (1024, 2048), "gate_up": (6144, 1024), "down": (1024, 3072)}
-LLAMA_1B_LINEARS = {"qkv": (3072, 2048), "o": (2048, 2048), "gate_up": (16384, 2048), "down": (2048, 8192)}
-QWEN3_30B_LINEARS = {"qkv": (5120, 2048), "o": (2048, 4096), "router": (128, 2048)}
-HEADS = {"llama-8b lm_head": (128256, 4096), "qwen3-0.6b lm_head": (151936, 1024),
-         "llama-1b lm_head": (128256, 2048), "qwen3-30b lm_head": (151936, 2048)}  # fmt: skip
 
 DECODE = [
     DecodeTuning(tokens, warps, stages, per_sm)
@@ -67,16 +59,6 @@ PREFILL = [
     )
     if rows & (rows - 1) == 0
 ]  # fmt: skip
-GEMV = [
-    GemvTuning(n, k, warps)
-    for n, k, warps in ((8, 512, 4), (4, 1024, 4), (4, 2048, 8), (8, 1024, 8), (2, 2048, 4), (4, 512, 4), (16, 512, 8))
-]
-SKINNY = [
-    SkinnyTuning(n, k, split, warps, stages)
-    for (n, k, warps, stages), split in itertools.product(
-        ((64, 128, 4, 4), (64, 128, 4, 5), (64, 256, 4, 3), (128, 128, 8, 4), (32, 256, 4, 3)), (1, 2, 4, 8)
-    )
-]
 
 
 def _decode_launcher(
@@ -121,7 +103,7 @@ def _compile(job: tuple[str | Callable[[Any], None], Any]) -> str | None:
             prefill_launches(LITE, paged(LITE, [300], [300], num_caches=1), payload)[0]()
         elif kind == "packed":
             name, num_tokens, tuning = payload
-            for k in {k for _, k in LLAMA_8B_LINEARS.values()}:
+            for k in {k for _, k in LLAMA_8B_LAYER.values()}:
                 _, launches = packed_launches(name, 4096, k, num_tokens, allocate_linear_workspace("cuda"))
                 launches(tuning)[0]()
         elif kind == "packed experts":
@@ -132,13 +114,6 @@ def _compile(job: tuple[str | Callable[[Any], None], Any]) -> str | None:
         elif kind == "experts":
             num_tokens, tuning = payload
             MixtureCase.make(QWEN3_30B, num_tokens, [QWEN3_30B.weights()]).launches(tuning)[0]()
-        else:
-            num_tokens, k, tuning = payload
-            x, weight = (
-                torch.zeros(num_tokens, k, device="cuda", dtype=BF16),
-                torch.zeros(512, k, device="cuda", dtype=BF16),
-            )
-            _linear_launch(x, weight, tuning, allocate_linear_workspace("cuda"))()
         torch.cuda.synchronize()
     except Exception as error:  # (a candidate that does not compile is a result, printed below)
         return f"{kind} {payload}: {type(error).__name__}: {str(error)[:120]}"
@@ -251,7 +226,7 @@ def sweep_packed(top: int, out: Path, only: str | None, tokens: list[int] | None
     workspace = allocate_linear_workspace("cuda")
     choices = []
     for kind, of in counts.items():
-        for (name, (n, k)), count in itertools.product(LLAMA_8B_LINEARS.items(), of):
+        for (name, (n, k)), count in itertools.product(LLAMA_8B_LAYER.items(), of):
             num_bytes, launches = packed_launches(kind, n, k, count, workspace)
             tunings = [tuning for job_kind, job_count, tuning in works if (job_kind, job_count) == (kind, count)]
             timed = [(time_graph(launches(tuning), target_ms=2, repeats=3), tuning) for tuning in tunings]
@@ -311,92 +286,23 @@ def sweep_packed_experts(top: int, out: Path) -> None:
     show_choices(out / "packed_experts", choices)
 
 
-def _linear_launch(
-    x: torch.Tensor, weight: torch.Tensor, tuning: GemvTuning | SkinnyTuning, workspace: LinearWorkspace
-) -> Callable[[], object]:
-    if isinstance(tuning, GemvTuning):
-        return lambda: gemm.gemv(x, weight, tuning=tuning, pdl=True)
-    return lambda: gemm.skinny_gemm(x, weight, None, workspace, tuning=tuning, pdl=True)
-
-
-def sweep_gemm(top: int, out: Path, token_counts: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)) -> None:
-    """GEMV and skinny candidates against torch; writes the table."""
-    shapes = {f"llama-8b {name}": shape for name, shape in LLAMA_8B_LINEARS.items()} | HEADS
-    shapes |= {f"qwen3-0.6b {name}": shape for name, shape in QWEN3_06B_LINEARS.items()}
-    shapes |= {f"qwen3-30b {name}": shape for name, shape in QWEN3_30B_LINEARS.items()}
-    shapes |= {f"llama-1b {name}": shape for name, shape in LLAMA_1B_LINEARS.items()}
-    jobs = [
-        (num_tokens, k, tuning)
-        for num_tokens in token_counts
-        for k in (4096,)
-        for tuning in (GEMV if num_tokens == 1 else GEMV + SKINNY if num_tokens == 2 else SKINNY)
-    ]
-    works = compile_all("gemm", jobs)
-    ceilings = measure_ceilings()
-    workspace = allocate_linear_workspace("cuda")
-    choices = []
-    for name, (n, k) in shapes.items():
-        weights = [torch.randn(n, k, device="cuda", dtype=BF16) for _ in range(min(24, copies(n * k * 2)))]
-        for num_tokens in token_counts:
-            x = torch.randn(num_tokens, k, device="cuda", dtype=BF16)
-            torch_ms = time_graph(
-                [lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in weights], target_ms=4, repeats=3
-            )
-            timed = []
-            for tuning in (item[2] for item in works if item[0] == num_tokens):
-                if isinstance(tuning, SkinnyTuning) and not _fits(n, k, num_tokens, tuning, workspace):
-                    continue
-                launches = [_linear_launch(x, weight, tuning, workspace) for weight in weights]
-                timed.append((time_graph(launches, target_ms=4, repeats=3), tuning))
-            timed.sort(key=lambda item: item[0])
-            floor_ms = n * k * 2 / ceilings.read_gb_s / 1e6
-            shown = " | ".join(f"{100 * floor_ms / ms:.0f}% {_short(tuning)}" for ms, tuning in timed[:top])
-            print(
-                f"{name:20s} M={num_tokens:2d} torch {torch_ms * 1e3:7.2f} us "
-                f"{100 * floor_ms / torch_ms:3.0f}% | {shown}",
-                flush=True,
-            )
-            best_ms, best = timed[0]
-            if best_ms < 0.98 * torch_ms:
-                kind = "gemv" if isinstance(best, GemvTuning) else "skinny"
-                choices.append(
-                    {"num_tokens": num_tokens, "n": n, "k": k, "kernel": kind, "tuning": asdict(best),
-                     "us": round(best_ms * 1e3, 2), "torch_us": round(torch_ms * 1e3, 2)}
-                )  # fmt: skip
-        del weights
-        torch.cuda.empty_cache()
-    print(f"{len(choices)} choices written to {write_rows(out, keep=False, choices=choices)}")
-
-
-def _short(tuning: GemvTuning | SkinnyTuning | Tuning | PackedExpertTuning) -> str:
+def _short(tuning: Tuning | PackedExpertTuning) -> str:
     return ",".join(str(value) for value in asdict(tuning).values())
-
-
-def _fits(n: int, k: int, num_tokens: int, tuning: SkinnyTuning, workspace: LinearWorkspace) -> bool:
-    """Whether a split makes sense: enough steps in each part, and room for the partial sums."""
-    block_m = max(16, 1 << (num_tokens - 1).bit_length())
-    tiles = -(-n // tuning.block_n)
-    steps = -(-k // tuning.block_k)
-    words = tiles * tuning.split_k * tuning.block_n * block_m
-    return tuning.split_k == 1 or (
-        steps >= 2 * tuning.split_k and tiles * tuning.split_k <= 1200 and words <= workspace.partial.numel()
-    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["decode", "prefill", "gemm", "experts", "latent", "packed", "packed_experts"])
+    parser.add_argument("what", choices=["decode", "prefill", "experts", "latent", "packed", "packed_experts"])
     parser.add_argument("--out", type=Path, default=TUNED, help="where tables are written")
     parser.add_argument("--top", type=int, default=4, help="how many of the best candidates to print")
     parser.add_argument("--only", help="`packed`: this kind of weights")
     parser.add_argument("--tokens", type=int, nargs="*", help="with --only: these numbers of tokens")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    writers = {"gemm": sweep_gemm, "packed_experts": sweep_packed_experts}
     if arguments.what == "packed":
         sweep_packed(arguments.top, arguments.out, arguments.only, arguments.tokens)
-    elif arguments.what in writers:
-        writers[arguments.what](arguments.top, arguments.out)
+    elif arguments.what == "packed_experts":
+        sweep_packed_experts(arguments.top, arguments.out)
     else:
         sweeps = {
             "decode": sweep_decode,

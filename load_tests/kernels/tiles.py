@@ -17,16 +17,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from stepwire_kernels import gemm
 from stepwire_kernels.fused_linear import MAX_FUSED_TOKENS, FusedTuning, fused_linear
+from stepwire_kernels.linear import linear
 from stepwire_kernels.quantize_input import quantize_input
 from stepwire_kernels.scaled_linear import scaled_linear
 from stepwire_kernels.split_k import LinearWorkspace, allocate_linear_workspace
 from stepwire_kernels.tile_linear import TileLinearTuning, tile_linear
 
-from load_tests.kernels.bench import copies
-from load_tests.kernels.fused import MODELS
-from load_tests.kernels.measure import measure_ceilings, time_graph
+from load_tests.kernels.linears import MODELS
+from load_tests.kernels.measure import copies, measure_ceilings, time_graph
 from load_tests.kernels.sweep import compile_all
 from load_tests.kernels.tuned_files import TUNED, Row, write_rows
 
@@ -96,7 +95,7 @@ class Case:
     def others(self) -> dict[str, Launches]:
         """What there is beside these kernels."""
         if self._dtype == BF16:
-            return {"table": self.launches(lambda w, space: gemm.linear(self._plain, w, workspace=space, pdl=True))}
+            return {"table": self.launches(lambda w, space: linear(self._plain, w, workspace=space, pdl=True))}
         x, x_scales, w_scales = self._values, self._scales, self._w_scales
         found = {
             "scaled": self.launches(
@@ -120,7 +119,12 @@ def compile_one(job: Job) -> None:
 
 
 def measure(models: Sequence[str], dtypes: Sequence[str], token_counts: Sequence[int], top: int, out: Path) -> None:
-    shapes = {f"{model} {name}": shape for model in models for name, shape in MODELS[model].items() if name != "router"}
+    shapes = {
+        f"{model} {name}": shape
+        for model in models
+        for name, shape in MODELS[model].items()
+        if name not in ("router", "lm_head")
+    }
     jobs = [
         (dtype, count, n, k, tuning)
         for dtype, count, (n, k) in itertools.product(dtypes, token_counts, shapes.values())

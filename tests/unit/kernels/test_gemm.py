@@ -1,16 +1,10 @@
 from __future__ import annotations
 
-import json
-from importlib import resources
-
 import pytest
 import torch
-from stepwire_kernels import gemm, reference
-from stepwire_kernels.fused_linear import MAX_FUSED_TOKENS, FusedTuning, load_fused_table
-from stepwire_kernels.gemm import GemvTuning, SkinnyTuning, gemv, linear, skinny_gemm
-from stepwire_kernels.scaled_choice import load_scaled_table
+from stepwire_kernels import reference
+from stepwire_kernels.gemm import GemvTuning, SkinnyTuning, gemv, skinny_gemm
 from stepwire_kernels.split_k import allocate_linear_workspace
-from stepwire_kernels.tile_linear import TileLinearTuning
 
 from tests.unit.kernels.checks import USUAL_DTYPES, assert_close, poison
 
@@ -56,34 +50,6 @@ def test_strided_inputs(device: str) -> None:
     wide_x, wide_weight = x.repeat(1, 2), weight.repeat(1, 3)
     out = gemv(wide_x[:, :256], wide_weight[:, :256], tuning=GemvTuning(block_k=128))
     assert_close(out, reference.linear(x.double(), weight.double()))
-
-
-def test_linear_without_a_table_is_torch(device: str) -> None:
-    x, weight, bias = operands(3, 40, 256, torch.float32, device)
-    assert torch.equal(linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
-
-
-def test_shipped_tables_are_well_formed() -> None:
-    for entry in (resources.files("stepwire_kernels") / "tuned").iterdir():
-        if not entry.is_file():  # other kernels' tables
-            continue
-        data = json.loads(entry.read_text())
-        table = gemm.load_table(f"NVIDIA {data['device']}")
-        assert len(table) == len(data["choices"])
-        for (num_tokens, n, k), tuning in table.items():
-            assert num_tokens <= gemm.MAX_TABLE_TOKENS and n > 0 and k > 0
-            if not isinstance(tuning, TileLinearTuning):
-                assert num_tokens <= gemm.MAX_SKINNY_TOKENS
-            if isinstance(tuning, GemvTuning | FusedTuning):
-                assert num_tokens <= gemm.MAX_GEMV_TOKENS
-        fused = load_fused_table(f"NVIDIA {data['device']}")
-        assert "fused" not in data or len(fused) == len(data["fused"])
-        assert all(num_tokens <= MAX_FUSED_TOKENS for num_tokens, *_ in fused)
-        assert len(load_scaled_table(f"NVIDIA {data['device']}")) >= len(data.get("scaled", []))
-
-
-def test_unknown_device_has_no_table() -> None:
-    assert gemm.load_table("Imaginary GPU") == {}
 
 
 def test_misfits_are_refused(device: str) -> None:
