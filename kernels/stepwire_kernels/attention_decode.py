@@ -31,6 +31,8 @@ from stepwire_kernels.work_list import WorkList, first_visible
 
 LOG2_E = 1.4426950408889634
 SUPPORTED_HEAD_DIMS = (64, 80, 96, 128, 256)
+# Runs times KV heads whose chunks may be counted in.
+NUM_COUNTERS = 1024
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,11 @@ class DecodeTuning:
 
 @dataclass(frozen=True)
 class DecodeWorkspace:
-    """Scratch of the decode kernel, shared by all layers."""
+    """Scratch of the decode kernels, shared by all layers."""
 
     partial_out: torch.Tensor  # float32 [capacity, num_heads, D]
     partial_sums: torch.Tensor  # float32 [capacity, num_heads, 2]: running maximum (base 2) and sum
+    counters: torch.Tensor  # int32 [NUM_COUNTERS]: zeros between launches
 
 
 def allocate_decode_workspace(work: WorkList, num_heads: int, head_dim: int) -> DecodeWorkspace:
@@ -57,6 +60,7 @@ def allocate_decode_workspace(work: WorkList, num_heads: int, head_dim: int) -> 
     return DecodeWorkspace(
         partial_out=torch.empty((work.capacity, num_heads, head_dim), dtype=torch.float32, device=device),
         partial_sums=torch.empty((work.capacity, num_heads, 2), dtype=torch.float32, device=device),
+        counters=torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device),
     )
 
 

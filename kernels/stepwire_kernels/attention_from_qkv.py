@@ -1,13 +1,13 @@
-"""Decode attention straight from the packed projection: rotation, KV write and attention in one kernel, for few rows.
+"""Decode attention straight from the packed projection: rotation, KV write and attention in one kernel.
 
 Computes what `rope_kv.rope_and_write_kv` and then `attention_decode.decode_attention` compute, for a step in which
 every run is one token; see there for the formulas. A program has one chunk and one KV head. It rotates the queries of
 its group itself; that of a run's last chunk also rotates the token's key, writes key and value into the cache, and adds
-them to its sums from registers. Every chunk leaves a partial result, which the combining kernel adds up.
+them to its sums from registers (`from_qkv_token.py`).
 
-Why: a step of few rows is a chain of short kernels, and most of each is waiting for level 2. Here everything that no
-earlier layer has written is read before the wait: work list, block ids, cos and sin, and the first tile of keys and
-values, whose tokens are all of earlier steps. Where a chunk is one tile, that is all of the KV cache that is read.
+Two kernels, since two things take the time. A step of few rows waits for level 2, so that as much as can be is read
+before the projection is done (`from_qkv_few.py`); many rows read their KV at the memory's rate, and what counts is how
+many kernels there are around that, so that the kernel adds up the chunks itself (`from_qkv_many.py`).
 """
 
 from __future__ import annotations
@@ -19,21 +19,33 @@ import triton
 
 from stepwire_kernels.attention_decode import (
     LOG2_E,
+    NUM_COUNTERS,
     DecodeWorkspace,
     check_attention_inputs,
     combine_chunks,
 )
 from stepwire_kernels.dependent_launch import launch_options
+from stepwire_kernels.device_limits import num_multiprocessors
 from stepwire_kernels.from_qkv_few import _few_from_qkv_kernel
+from stepwire_kernels.from_qkv_many import _many_from_qkv_kernel
 from stepwire_kernels.rope_kv import FP8_MAX, check_rotation_inputs
 from stepwire_kernels.work_list import ChunkPolicy, WorkList
 
-# Measured up to here; beyond, rotation and attention apart are as fast.
-MOST_RUNS = 4
-MOST_HEADS = 32
+# Runs times KV heads; measured up to here.
+MOST_HEADS = NUM_COUNTERS
 MOST_HEAD_DIM = 128
-MOST_GROUP = 6
-WANTED_PROGRAMS = 768
+MOST_GROUP = 8
+
+# Up to these, reading ahead is worth more than a kernel less. A larger group does not leave registers for what is read.
+FEW_RUNS = 4
+FEW_HEADS = 32
+FEW_GROUP = 6
+FEW_WANTED_PROGRAMS = 768
+
+# From here on a run's chunks are long, and two warps share one rotation.
+MANY_HEADS = 256
+# Four for every multiprocessor of an H100.
+MANY_WANTED_PROGRAMS = 528
 
 
 @dataclass(frozen=True)
@@ -43,23 +55,51 @@ class FromQkvTuning:
     warp_tokens: int = 32
     num_warps: int = 1
     num_stages: int = 2
+    programs_per_sm: int = 16
+    """At most, of many rows: a program has one item after the other where there may be more items than that."""
+
+    @property
+    def tile(self) -> int:
+        return self.warp_tokens * self.num_warps
 
 
-def default_from_qkv_tuning(head_dim: int) -> FromQkvTuning:
-    """The launch shape measured best on an H100 for this head dimension."""
-    return FromQkvTuning(warp_tokens=64 if head_dim <= 64 else 32)
+def is_few(num_runs: int, num_heads: int, num_kv_heads: int) -> bool:
+    """Whether the kernel for few rows takes them."""
+    has_few_heads = num_runs <= FEW_RUNS and num_runs * num_kv_heads <= FEW_HEADS
+    return has_few_heads and num_heads <= FEW_GROUP * num_kv_heads
+
+
+def default_from_qkv_tuning(num_runs: int, num_heads: int, num_kv_heads: int, head_dim: int) -> FromQkvTuning:
+    """The launch shape measured best on an H100 for so many runs of these heads."""
+    if is_few(num_runs, num_heads, num_kv_heads):
+        return FromQkvTuning(warp_tokens=64 if head_dim <= 64 else 32)
+    warp_tokens = 32 if head_dim <= 64 else 16
+    if num_runs * num_kv_heads < MANY_HEADS or head_dim <= 64:
+        return FromQkvTuning(warp_tokens, num_warps=1, num_stages=3)
+    return FromQkvTuning(warp_tokens, num_warps=2, num_stages=2)
 
 
 def takes_from_qkv(num_runs: int, num_heads: int, num_kv_heads: int, head_dim: int) -> bool:
-    """Whether this kernel is faster than rotation and attention apart for decodes of so many runs."""
-    is_short = num_runs <= MOST_RUNS and num_runs * num_kv_heads <= MOST_HEADS
-    return is_short and num_heads <= MOST_GROUP * num_kv_heads and head_dim <= MOST_HEAD_DIM
+    """Whether this is faster than rotation and attention apart for decodes of so many runs."""
+    has_room = num_runs * num_kv_heads <= MOST_HEADS and head_dim <= MOST_HEAD_DIM
+    return has_room and num_heads <= MOST_GROUP * num_kv_heads
 
 
-def from_qkv_chunk_policy(num_kv_heads: int, head_dim: int) -> ChunkPolicy:
-    """Chunks as small as a tile where the device has room for so many programs: all of them is read before the wait."""
-    tile = default_from_qkv_tuning(head_dim).warp_tokens
-    return ChunkPolicy(min_chunk=tile, max_chunks=64, wanted_records=max(1, WANTED_PROGRAMS // num_kv_heads))
+def from_qkv_chunk_policy(num_runs: int, num_heads: int, num_kv_heads: int, head_dim: int) -> ChunkPolicy:
+    """Few rows: chunks as small as a tile where the device has room, since all of a tile is read before the wait.
+
+    Many: as many chunks as keep every multiprocessor busy.
+    """
+    if is_few(num_runs, num_heads, num_kv_heads):
+        tile = default_from_qkv_tuning(num_runs, num_heads, num_kv_heads, head_dim).tile
+        return ChunkPolicy(tile, max_chunks=64, wanted_records=max(1, FEW_WANTED_PROGRAMS // num_kv_heads))
+    num_programs = num_runs * num_kv_heads
+    return ChunkPolicy(
+        min_chunk=32 if num_programs < MANY_HEADS else 64,
+        # Bounds the memory for partial results, as that of `chunk_policy_for` does.
+        max_chunks=64 if num_programs <= 64 else 16,
+        wanted_records=max(1, MANY_WANTED_PROGRAMS // num_kv_heads),
+    )
 
 
 @dataclass(frozen=True)
@@ -106,21 +146,21 @@ def attention_from_qkv(
     Raises:
         ValueError: shapes or dtypes that do not fit together, or that the kernel does not support.
     """
-    num_tokens = qkv.shape[0]
-    _, num_kv_heads, block_size, head_dim = k_cache.shape
-    rotary_dim = 2 * cos.shape[1]
-    check_rotation_inputs("attention_from_qkv", qkv, k_cache, v_cache, cos, sin, num_heads)
-    if qkv.stride(1) != 1:
-        raise ValueError("attention_from_qkv: qkv's columns must be contiguous")
-    queries = qkv[:, : num_heads * head_dim].unflatten(1, (num_heads, head_dim))  # [num_tokens, num_heads, D]
-    check_attention_inputs("attention_from_qkv", queries, k_cache, v_cache)
-    out = torch.empty((num_tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    num_runs, (_, num_kv_heads, block_size, head_dim) = work.runs.shape[0], k_cache.shape
+    _check_inputs(qkv, k_cache, v_cache, cos, sin, num_heads)
+    few = is_few(num_runs, num_heads, num_kv_heads)
+    if not few and num_runs * num_kv_heads > workspace.counters.numel():
+        raise ValueError(
+            f"attention_from_qkv: {num_runs} runs of {num_kv_heads} KV heads are more than the "
+            f"{workspace.counters.numel()} that can be counted; see takes_from_qkv"
+        )
+    out = torch.empty((qkv.shape[0], num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    tuning = tuning or default_from_qkv_tuning(num_runs, num_heads, num_kv_heads, head_dim)
     group = num_heads // num_kv_heads
-    tuning = tuning or default_from_qkv_tuning(head_dim)
-    tile = tuning.warp_tokens * tuning.num_warps
-    max_visible = block_tables.shape[1] * block_size
-    num_records = min(work.capacity, work.policy.most_records(work.runs.shape[0], max_visible))
-    _few_from_qkv_kernel[(num_records * num_kv_heads,)](
+    block_h, block_d = max(8, triton.next_power_of_2(group + 2)), triton.next_power_of_2(head_dim)
+    num_items = work.policy.most_records(num_runs, block_tables.shape[1] * block_size)
+    num_items = min(work.capacity, num_items) * num_kv_heads
+    arguments = (
         qkv,
         k_cache,
         v_cache,
@@ -144,27 +184,61 @@ def attention_from_qkv(
         qkv.stride(0),
         block_tables.stride(0),
         work.capacity,
-        NUM_KV_HEADS=num_kv_heads,
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        ROTARY_DIM=rotary_dim,
-        BLOCK_SIZE=block_size,
-        IN_ONE_BLOCK=block_size % tile == 0 and work.policy.min_chunk % tile == 0,
-        WINDOW=window,
-        ALIGNED=aligned,
-        INTERLEAVED=interleaved,
-        HAS_NORM=norms is not None,
-        HAS_SOFT_CAP=soft_cap > 0,
-        IS_FP8=k_cache.dtype == torch.float8_e4m3fn,
-        FP8_LIMIT=FP8_MAX,
-        BLOCK_H=max(8, triton.next_power_of_2(group + 2)),
-        BLOCK_D=triton.next_power_of_2(head_dim),
-        WARPS=tuning.num_warps,
-        WARP_TOKENS=tuning.warp_tokens,
-        NUM_STAGES=tuning.num_stages,
-        USE_PDL=pdl,
-        num_warps=tuning.num_warps,
-        **launch_options(pdl),
     )
-    combine_chunks(work, workspace, out, sinks=sinks, v_scale=v_scale, few_runs=True, pdl=pdl)
+    constants = {
+        "NUM_KV_HEADS": num_kv_heads,
+        "GROUP": group,
+        "HEAD_DIM": head_dim,
+        "ROTARY_DIM": 2 * cos.shape[1],
+        "BLOCK_SIZE": block_size,
+        "IN_ONE_BLOCK": block_size % tuning.tile == 0 and work.policy.min_chunk % tuning.tile == 0,
+        "WINDOW": window,
+        "ALIGNED": aligned,
+        "INTERLEAVED": interleaved,
+        "HAS_NORM": norms is not None,
+        "HAS_SOFT_CAP": soft_cap > 0,
+        "IS_FP8": k_cache.dtype == torch.float8_e4m3fn,
+        "FP8_LIMIT": FP8_MAX,
+        "BLOCK_H": block_h,
+        "BLOCK_D": block_d,
+        "WARPS": tuning.num_warps,
+        "WARP_TOKENS": tuning.warp_tokens,
+        "NUM_STAGES": tuning.num_stages,
+        "USE_PDL": pdl,
+        "num_warps": tuning.num_warps,
+        **launch_options(pdl),
+    }
+    if few:
+        _few_from_qkv_kernel[(num_items,)](*arguments, **constants)
+        combine_chunks(work, workspace, out, sinks=sinks, v_scale=v_scale, few_runs=True, pdl=pdl)
+        return out
+    num_programs = min(num_items, num_multiprocessors(qkv.device) * tuning.programs_per_sm)
+    _many_from_qkv_kernel[(num_programs,)](
+        out,
+        workspace.partial_sums if sinks is None else sinks,
+        workspace.counters,
+        v_scale,
+        out.stride(0),
+        *arguments,
+        HAS_SINKS=sinks is not None,
+        # As many at once as there are registers for, when those of the tiles are free.
+        PARTS=max(1, min(4, 4096 * tuning.num_warps // (block_h * block_d))),
+        **constants,
+    )
     return out
+
+
+def _check_inputs(
+    qkv: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    num_heads: int,
+) -> None:
+    check_rotation_inputs("attention_from_qkv", qkv, k_cache, v_cache, cos, sin, num_heads)
+    if qkv.stride(1) != 1:
+        raise ValueError("attention_from_qkv: qkv's columns must be contiguous")
+    head_dim = k_cache.shape[3]
+    queries = qkv[:, : num_heads * head_dim].unflatten(1, (num_heads, head_dim))  # [num_tokens, num_heads, D]
+    check_attention_inputs("attention_from_qkv", queries, k_cache, v_cache)

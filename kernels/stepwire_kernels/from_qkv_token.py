@@ -128,13 +128,20 @@ def store_own(
 
 
 @triton.jit
+def own_score(q, stored_k, score_scale, soft_cap, HAS_SOFT_CAP: tl.constexpr):
+    """What the token's queries [BLOCK_D, BLOCK_H] make of its key [BLOCK_D], base 2: [BLOCK_H]."""
+    score = tl.sum(q.to(tl.float32) * stored_k.to(tl.float32)[:, None], axis=0) * score_scale
+    if HAS_SOFT_CAP:
+        score = soft_cap_scores(score, soft_cap) * 1.4426950408889634
+    return score
+
+
+@triton.jit
 def add_own(
     top, total, acc, q, stored_k, stored_v, joins, score_scale, soft_cap, HAS_SOFT_CAP: tl.constexpr
 ):  # fmt: skip
     """Add the token itself to running softmaxes top, total [BLOCK_H] and acc [BLOCK_D, BLOCK_H], where it `joins`."""
-    score = tl.sum(q.to(tl.float32) * stored_k.to(tl.float32)[:, None], axis=0) * score_scale  # [BLOCK_H]
-    if HAS_SOFT_CAP:
-        score = soft_cap_scores(score, soft_cap) * 1.4426950408889634
+    score = own_score(q, stored_k, score_scale, soft_cap, HAS_SOFT_CAP)
     score = tl.where(joins, score, float("-inf"))
     new_top = tl.maximum(top, score)
     old = tl.exp2(top - new_top)
