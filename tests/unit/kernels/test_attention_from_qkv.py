@@ -57,18 +57,25 @@ class Step:
         self.qkv = torch.randn(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim, device=device).to(dtype)
         self.positions = torch.zeros(num_tokens, dtype=torch.int32, device=device)
         self.slots = torch.full((num_tokens,), -1, dtype=torch.int32, device=device)
-        for run, length in enumerate(lens):
-            last = length - 1
-            block = int(case.block_tables[int(case.run_rows[run]), last // block_size])
-            self.positions[run], self.slots[run] = last, block * block_size + last % block_size
-            for cache in (case.k_cache, case.v_cache):
-                cache.view(torch.uint8)[block, :, last % block_size] = 0xFF  # NaN in every dtype
+        self.place(lens)
         self.cos, self.sin = tables(max(lens), rotary_dim or head_dim, device)
         self.norms: HeadNorms | None = None
         if norm_offset is not None:
             self.norms = HeadNorms(
                 *(torch.randn(head_dim, device=device).to(dtype) for _ in range(2)), 1e-6, norm_offset
             )
+
+    def place(self, lens: list[int]) -> None:
+        """The tokens stand at the ends of `lens`, which are no longer than those that the cache was made for."""
+        case = self.case
+        block_size = case.k_cache.shape[2]
+        for run, length in enumerate(lens):
+            last = length - 1
+            block = int(case.block_tables[int(case.run_rows[run]), last // block_size])
+            case.kv_lens[run], self.positions[run] = length, last
+            self.slots[run] = block * block_size + last % block_size
+            for cache in (case.k_cache, case.v_cache):
+                cache.view(torch.uint8)[block, :, last % block_size] = 0xFF  # NaN in every dtype
 
     def plan(self, policy: ChunkPolicy, reach: dict[str, object]) -> tuple[WorkList, DecodeWorkspace]:
         case = self.case
