@@ -133,7 +133,11 @@ class PlannedAttention:
         self._tile_tokens = tile_tokens
         self._num_kv_heads = spec.num_kv_heads
         # Small steps split finer, so that the most records need not be those of the most runs.
-        most = max(self._num_decode_records(num_runs) for num_runs in range(1, limits.max_runs + 1))
+        most = max(
+            self._num_decode_records(num_runs, only_decodes)
+            for num_runs in range(1, limits.max_runs + 1)
+            for only_decodes in (False, True)
+        )
         self._decode_lists = {
             window: WorkList(
                 records=torch.zeros((most, RECORD_WORDS), dtype=torch.int32, device=device),
@@ -157,7 +161,7 @@ class PlannedAttention:
         """Memory of the lists and of the scratch, KV cache aside."""
         lists = [*self._decode_lists.values(), self._prefill_list]
         tensors = [tensor for work in lists for tensor in (work.records, work.num_records, work.runs)]
-        tensors += (self._workspace.partial_out, self._workspace.partial_sums)
+        tensors += (self._workspace.partial_out, self._workspace.partial_sums, self._workspace.counters)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def supports(self, spec: AttentionSpec) -> str | None:
@@ -169,8 +173,9 @@ class PlannedAttention:
         self._step = step
         self._decode_work, self._prefill_work = {}, None
         if step.has_decodes and not self._deterministic:
-            policy = self._chunk_policy(inputs.max_runs)
-            num_records = self._num_decode_records(inputs.max_runs)
+            only_decodes = not step.has_prefills
+            policy = self._chunk_policy(inputs.max_runs, only_decodes)
+            num_records = self._num_decode_records(inputs.max_runs, only_decodes)
             for window, whole in self._decode_lists.items():
                 work = WorkList(whole.records[:num_records], whole.num_records, whole.runs[: inputs.max_runs], policy)
                 build_decode_list(
@@ -198,12 +203,12 @@ class PlannedAttention:
             )
             self._prefill_work = work
 
-    def _chunk_policy(self, num_runs: int) -> ChunkPolicy:
+    def _chunk_policy(self, num_runs: int, only_decodes: bool) -> ChunkPolicy:
         return chunk_policy_for(num_runs, self._num_kv_heads)
 
-    def _num_decode_records(self, num_runs: int) -> int:
+    def _num_decode_records(self, num_runs: int, only_decodes: bool) -> int:
         """Room for any content of a step of `num_runs` runs."""
-        policy = self._chunk_policy(num_runs)
+        policy = self._chunk_policy(num_runs, only_decodes)
         # One chunk more than the policy's: a sliding window need not start at a chunk's edge.
         return num_runs * (policy.max_chunks + 1) + self._limits.max_padding_tokens
 
@@ -245,18 +250,20 @@ class TritonAttention(PlannedAttention):
 
     def attend(self, qkv: torch.Tensor, heads: AttentionHeads, positions: StepPositions) -> torch.Tensor:
         """`LayerOps.attend`, by one kernel or two."""
-        if self._prefill_work is None and self._is_short(self._planned().inputs.max_runs):
+        if self._takes_from_qkv(self._planned().inputs.max_runs, self._prefill_work is None):
             return self._from_qkv(qkv, heads, positions)
         q = self.rotate_and_write(qkv, heads, positions)
         return self.run(q, None, None, heads.layer, sinks=heads.sinks)
 
-    def _chunk_policy(self, num_runs: int) -> ChunkPolicy:
-        if self._is_short(num_runs):
-            return from_qkv_chunk_policy(self._num_kv_heads, self.spec.head_dim)
-        return super()._chunk_policy(num_runs)
+    def _chunk_policy(self, num_runs: int, only_decodes: bool) -> ChunkPolicy:
+        if self._takes_from_qkv(num_runs, only_decodes):
+            return from_qkv_chunk_policy(num_runs, self.spec.num_heads, self._num_kv_heads, self.spec.head_dim)
+        return super()._chunk_policy(num_runs, only_decodes)
 
-    def _is_short(self, num_runs: int) -> bool:
-        return takes_from_qkv(num_runs, self.spec.num_heads, self._num_kv_heads, self.spec.head_dim)
+    def _takes_from_qkv(self, num_runs: int, only_decodes: bool) -> bool:
+        """Whether one kernel computes such a step. With prefills, rotation is theirs as well, and apart."""
+        spec = self.spec
+        return only_decodes and takes_from_qkv(num_runs, spec.num_heads, self._num_kv_heads, spec.head_dim)
 
     def _from_qkv(self, qkv: torch.Tensor, heads: AttentionHeads, positions: StepPositions) -> torch.Tensor:
         step, layer = self._planned(), heads.layer

@@ -24,12 +24,15 @@ import torch
 import triton
 import triton.language as tl
 
+from stepwire_kernels.decode_chunk import attend_chunk, load_record
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
 from stepwire_kernels.device_limits import num_multiprocessors
 from stepwire_kernels.work_list import WorkList, first_visible
 
 LOG2_E = 1.4426950408889634
 SUPPORTED_HEAD_DIMS = (64, 80, 96, 128, 256)
+# Runs times KV heads whose chunks may be counted in.
+NUM_COUNTERS = 1024
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,11 @@ class DecodeTuning:
 
 @dataclass(frozen=True)
 class DecodeWorkspace:
-    """Scratch of the decode kernel, shared by all layers."""
+    """Scratch of the decode kernels, shared by all layers."""
 
     partial_out: torch.Tensor  # float32 [capacity, num_heads, D]
     partial_sums: torch.Tensor  # float32 [capacity, num_heads, 2]: running maximum (base 2) and sum
+    counters: torch.Tensor  # int32 [NUM_COUNTERS]: zeros between launches
 
 
 def allocate_decode_workspace(work: WorkList, num_heads: int, head_dim: int) -> DecodeWorkspace:
@@ -56,13 +60,8 @@ def allocate_decode_workspace(work: WorkList, num_heads: int, head_dim: int) -> 
     return DecodeWorkspace(
         partial_out=torch.empty((work.capacity, num_heads, head_dim), dtype=torch.float32, device=device),
         partial_sums=torch.empty((work.capacity, num_heads, 2), dtype=torch.float32, device=device),
+        counters=torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device),
     )
-
-
-@triton.jit
-def soft_cap_scores(scores, soft_cap):
-    """soft_cap * tanh(scores / soft_cap), without overflow."""
-    return soft_cap * (2.0 * tl.sigmoid(2.0 * scores / soft_cap) - 1.0)
 
 
 @triton.jit
@@ -124,39 +123,6 @@ def _combine_kernel(
 
 
 @triton.jit
-def load_record(records_ptr, index, capacity):
-    """The fields of one work item; zeros past the list's end."""
-    record = records_ptr + index * 8
-    inside = index < capacity
-    row = tl.load(record + 1, mask=inside, other=0)
-    token = tl.load(record + 2, mask=inside, other=0).to(tl.int64)
-    kv_len = tl.load(record + 3, mask=inside, other=0)
-    kv_start = tl.load(record + 4, mask=inside, other=0)
-    kv_end = tl.load(record + 5, mask=inside, other=0)
-    num_chunks = tl.load(record + 7, mask=inside, other=0)
-    return row, token, kv_len, kv_start, kv_end, num_chunks
-
-
-@triton.jit
-def attend_tile(
-    top, total, acc, q_warps, k, v, visible, score_scale, soft_cap, HAS_SOFT_CAP: tl.constexpr
-):  # fmt: skip
-    """Add one tile to running softmaxes top, total [WARPS, BLOCK_H] and acc [WARPS, BLOCK_D, BLOCK_H]."""
-    scores = tl.dot(k.to(q_warps.dtype), q_warps, input_precision="ieee")  # [WARPS, WARP_TOKENS, BLOCK_H]
-    if HAS_SOFT_CAP:
-        scores = soft_cap_scores(scores * score_scale, soft_cap) * 1.4426950408889634
-    else:
-        scores = scores * score_scale
-    scores = tl.where(visible[:, :, None], scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, axis=1))
-    weights = tl.exp2(scores - new_top[:, None, :])
-    old = tl.exp2(top - new_top)
-    total = total * old + tl.sum(weights, axis=1)
-    acc = tl.dot(v.to(q_warps.dtype), weights.to(q_warps.dtype), acc * old[:, None, :], input_precision="ieee")
-    return new_top, total, acc
-
-
-@triton.jit
 def _decode_kernel(
     q_ptr,
     k_cache_ptr,
@@ -194,7 +160,6 @@ def _decode_kernel(
     TILE_N: tl.constexpr = WARPS * WARP_TOKENS
     heads = tl.arange(0, BLOCK_H)
     cols = tl.arange(0, BLOCK_D)
-    offsets_n = tl.arange(0, WARPS)[:, None] * WARP_TOKENS + tl.arange(0, WARP_TOKENS)[None, :]
     col_mask = cols < HEAD_DIM
     release_downstream(USE_PDL)
     first = tl.program_id(0)
@@ -214,51 +179,21 @@ def _decode_kernel(
         q_at = q_ptr + token * q_stride + (head_start + heads)[None, :] * HEAD_DIM + cols[:, None]
         q_mask = (heads < GROUP)[None, :] & col_mask[:, None]
         q = tl.load(q_at, mask=q_mask, other=0.0)  # [BLOCK_D, BLOCK_H]
-        q_warps = tl.broadcast_to(q[None, :, :], (WARPS, BLOCK_D, BLOCK_H))
         table = block_tables_ptr + row.to(tl.int64) * table_stride
         window_start = 0
         if WINDOW > 0:
             window_start = first_visible(kv_len - 1, WINDOW, ALIGNED)
             kv_start = tl.maximum(kv_start, (window_start // TILE_N) * TILE_N)
 
-        # The leading dimension is the warp: each keeps a running softmax of its own tokens, and nothing crosses warps
-        # before the end of the chunk. Tokens, not heads, are the matrix units' tall side: a group of heads pads to 8.
         top = tl.full([WARPS, BLOCK_H], -1e30, dtype=tl.float32)
         total = tl.zeros([WARPS, BLOCK_H], dtype=tl.float32)
         acc = tl.zeros([WARPS, BLOCK_D, BLOCK_H], dtype=tl.float32)
-        # One tile ahead, so that the copy of a tile never waits for its block id (nor costs the pipeline a stage).
         block = tl.load(table + kv_start // BLOCK_SIZE, mask=kv_start < kv_end, other=0)
-        for start in tl.range(kv_start, kv_end, TILE_N, num_stages=NUM_STAGES):
-            n = start + offsets_n  # [WARPS, WARP_TOKENS]
-            n_mask = n < kv_end
-            if BLOCK_SIZE % TILE_N == 0:
-                next_start = start + TILE_N
-                next_block = tl.load(table + next_start // BLOCK_SIZE, mask=next_start < kv_end, other=0)
-                first_row = (block.to(tl.int64) * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + start % BLOCK_SIZE
-                kv_rows = first_row + offsets_n
-            else:
-                next_block = block
-                blocks = tl.load(table + n // BLOCK_SIZE, mask=n_mask, other=0).to(tl.int64)
-                kv_rows = (blocks * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + n % BLOCK_SIZE
-            k_mask = n_mask[:, :, None]
-            v_mask = n_mask[:, None, :]
-            if HEAD_DIM < BLOCK_D:
-                k_mask = k_mask & col_mask[None, None, :]
-                v_mask = v_mask & col_mask[None, :, None]
-            k_at = k_cache_ptr + kv_rows[:, :, None] * HEAD_DIM + cols[None, None, :]
-            # Loaded transposed: a later transpose would keep this copy out of the asynchronous pipeline.
-            v_at = v_cache_ptr + kv_rows[:, None, :] * HEAD_DIM + cols[None, :, None]
-            k = tl.load(k_at, mask=k_mask, other=0.0)  # [WARPS, WARP_TOKENS, BLOCK_D]
-            v = tl.load(v_at, mask=v_mask, other=0.0)  # [WARPS, BLOCK_D, WARP_TOKENS]
-            visible = n_mask
-            if WINDOW > 0:
-                visible = visible & (n >= window_start)
-            top, total, acc = attend_tile(top, total, acc, q_warps, k, v, visible, score_scale, soft_cap, HAS_SOFT_CAP)
-            block = next_block
-        chunk_top = tl.max(top, axis=0)
-        share = tl.exp2(top - chunk_top[None, :])
-        chunk_total = tl.sum(total * share, axis=0)
-        chunk_acc = tl.sum(acc * share[:, None, :], axis=0)  # [BLOCK_D, BLOCK_H]
+        chunk_top, chunk_total, chunk_acc = attend_chunk(
+            top, total, acc, q, table, block, kv_head, kv_start, kv_end, window_start, k_cache_ptr, v_cache_ptr,
+            score_scale, soft_cap, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_SIZE % TILE_N == 0, WINDOW > 0,
+            HAS_SOFT_CAP, WARPS, WARP_TOKENS, NUM_STAGES,
+        )  # fmt: skip
 
         if num_chunks == 1:
             if HAS_SINKS:

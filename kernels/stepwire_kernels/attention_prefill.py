@@ -24,7 +24,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from stepwire_kernels.attention_decode import LOG2_E, check_attention_inputs, soft_cap_scores
+from stepwire_kernels.attention_decode import LOG2_E, check_attention_inputs
+from stepwire_kernels.decode_chunk import soft_cap_scores
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
 from stepwire_kernels.device_limits import is_roomy
 from stepwire_kernels.work_list import WorkList, first_visible

@@ -98,20 +98,24 @@ def bench_decode(report: Report) -> None:
 
 def bench_from_qkv(report: Report) -> None:
     for heads in (LLAMA_8B, QWEN3_06B):
-        for batch, context in ((1, 1024), (2, 1024), (4, 1024), (1, 8192)):
-            from_qkv_row(report, heads, batch, context)
+        for batch, context in (
+            (1, 1024), (2, 1024), (4, 1024), (8, 1024), (32, 1024), (64, 1024), (128, 1024), (1, 8192), (32, 8192),
+        ):  # fmt: skip
+            from_qkv_row(report, heads, batch, context, BF16)
+    from_qkv_row(report, LLAMA_8B, 32, 1024, torch.float8_e4m3fn)
 
 
-def from_qkv_row(report: Report, heads: Heads, batch: int, context: int) -> None:
-    """Rotation, KV write and attention of few decodes, in one kernel and apart."""
-    case = paged(heads, [1] * batch, [context] * batch)
+def from_qkv_row(report: Report, heads: Heads, batch: int, context: int, cache_dtype: torch.dtype) -> None:
+    """Rotation, KV write and attention of decodes, together and apart."""
+    case = paged(heads, [1] * batch, [context] * batch, cache_dtype=cache_dtype)
     width = (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim
     qkv = torch.randn(batch, width, device="cuda", dtype=BF16)
     cos, sin = torch.randn(2, context, heads.head_dim // 2, device="cuda")
     positions = case.kv_lens - 1
     slots = case.block_tables[:, (context - 1) // 64] * 64 + (context - 1) % 64
     places = (case.block_tables, positions, slots, cos, sin)
-    fine, fine_scratch = case.decode_work(heads, from_qkv_chunk_policy(heads.num_kv_heads, heads.head_dim))
+    policy = from_qkv_chunk_policy(batch, heads.num_heads, heads.num_kv_heads, heads.head_dim)
+    fine, fine_scratch = case.decode_work(heads, policy)
     work, scratch = case.decode_work(heads, work_list.chunk_policy_for(batch, heads.num_kv_heads))
 
     def together(k: torch.Tensor, v: torch.Tensor) -> None:
@@ -123,7 +127,8 @@ def from_qkv_row(report: Report, heads: Heads, batch: int, context: int) -> None
 
     for name, run in (("attention_from_qkv", together), ("rope_kv, decode_attention", apart)):
         launches: list[Callable[[], object]] = [lambda c=c, run=run: run(*c) for c in case.caches]
-        report.add(name, f"{heads.name} b{batch} ctx{context}", time_graph(launches), num_bytes=case.kv_bytes)
+        row = f"{heads.name} b{batch} ctx{context}" + (" fp8" if cache_dtype != BF16 else "")
+        report.add(name, row, time_graph(launches), num_bytes=case.kv_bytes)
 
 
 def decode_row(report: Report, heads: Heads, batch: int, context: int, cache_dtype: torch.dtype) -> None:

@@ -1,18 +1,31 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from stepwire_kernels import reference, work_list
-from stepwire_kernels.attention_decode import allocate_decode_workspace
-from stepwire_kernels.attention_from_qkv import FromQkvTuning, HeadNorms, attention_from_qkv
-from stepwire_kernels.work_list import ChunkPolicy
+from stepwire_kernels.attention_decode import DecodeWorkspace, allocate_decode_workspace
+from stepwire_kernels.attention_from_qkv import (
+    MOST_HEADS,
+    FromQkvTuning,
+    HeadNorms,
+    attention_from_qkv,
+    default_from_qkv_tuning,
+    from_qkv_chunk_policy,
+    is_few,
+    takes_from_qkv,
+)
+from stepwire_kernels.work_list import ChunkPolicy, WorkList
 
 from tests.unit.kernels.checks import USUAL_DTYPES, assert_close
 from tests.unit.kernels.paged_case import PagedCase, make_case
 from tests.unit.kernels.test_rope_kv import tables
 
 FINE = ChunkPolicy(64, 8)
-LENS = [1, 64, 65, 140, 17]
+FEW_LENS = [1, 65, 140, 64]
+MANY_LENS = [*FEW_LENS, 17, 128]
+LENS = pytest.mark.parametrize("lens", [FEW_LENS, MANY_LENS], ids=["few", "many"])
 
 
 class Step:
@@ -44,12 +57,7 @@ class Step:
         self.qkv = torch.randn(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim, device=device).to(dtype)
         self.positions = torch.zeros(num_tokens, dtype=torch.int32, device=device)
         self.slots = torch.full((num_tokens,), -1, dtype=torch.int32, device=device)
-        for run, length in enumerate(lens):
-            last = length - 1
-            block = int(case.block_tables[int(case.run_rows[run]), last // block_size])
-            self.positions[run], self.slots[run] = last, block * block_size + last % block_size
-            for cache in (case.k_cache, case.v_cache):
-                cache.view(torch.uint8)[block, :, last % block_size] = 0xFF  # NaN in every dtype
+        self.place(lens)
         self.cos, self.sin = tables(max(lens), rotary_dim or head_dim, device)
         self.norms: HeadNorms | None = None
         if norm_offset is not None:
@@ -57,27 +65,55 @@ class Step:
                 *(torch.randn(head_dim, device=device).to(dtype) for _ in range(2)), 1e-6, norm_offset
             )
 
-    def run(
-        self, *, policy: ChunkPolicy = FINE, tuning: FromQkvTuning | None = None, **options: object
+    def place(self, lens: list[int]) -> None:
+        """The tokens stand at the ends of `lens`, which are no longer than those that the cache was made for."""
+        case = self.case
+        block_size = case.k_cache.shape[2]
+        for run, length in enumerate(lens):
+            last = length - 1
+            block = int(case.block_tables[int(case.run_rows[run]), last // block_size])
+            case.kv_lens[run], self.positions[run] = length, last
+            self.slots[run] = block * block_size + last % block_size
+            for cache in (case.k_cache, case.v_cache):
+                cache.view(torch.uint8)[block, :, last % block_size] = 0xFF  # NaN in every dtype
+
+    def plan(self, policy: ChunkPolicy, reach: dict[str, object]) -> tuple[WorkList, DecodeWorkspace]:
+        case = self.case
+        work = work_list.allocate_decode_list(
+            case.kv_lens.numel(), case.q.shape[0], str(self.qkv.device), policy=policy
+        )
+        work_list.build_decode_list(case.query_starts, case.kv_lens, case.run_rows, work, **reach)
+        return work, allocate_decode_workspace(work, self.num_heads, case.q.shape[2])
+
+    def launch(
+        self, work: WorkList, workspace: DecodeWorkspace, *, tuning: FromQkvTuning | None = None, **options: object
     ) -> torch.Tensor:
         case = self.case
-        device = str(self.qkv.device)
-        work = work_list.allocate_decode_list(case.kv_lens.numel(), case.q.shape[0], device, policy=policy)
-        reach = {name: options[name] for name in ("window", "aligned") if name in options}
-        work_list.build_decode_list(case.query_starts, case.kv_lens, case.run_rows, work, **reach)
-        workspace = allocate_decode_workspace(work, self.num_heads, case.q.shape[2])
-        workspace.partial_out.fill_(float("nan"))
-        workspace.partial_sums.fill_(float("nan"))
-        before = self.qkv.clone()
-        out = attention_from_qkv(
+        return attention_from_qkv(
             self.qkv, case.k_cache, case.v_cache, case.block_tables, self.positions, self.slots, self.cos, self.sin,
             work, workspace, case.softmax_scale, self.num_heads, norms=self.norms, interleaved=self.interleaved,
             tuning=tuning, **options,
         )  # fmt: skip
-        assert torch.equal(self.qkv, before)
+
+    def run(self, *, policy: ChunkPolicy = FINE, **options: object) -> torch.Tensor:
+        reach = {name: options[name] for name in ("window", "aligned") if name in options}
+        work, workspace = self.plan(policy, reach)
+        workspace.partial_out.fill_(float("nan"))
+        workspace.partial_sums.fill_(float("nan"))
+        before = self.qkv.clone()
+        out = self.launch(work, workspace, **options)
+        assert torch.equal(self.qkv.view(torch.uint8), before.view(torch.uint8))
+        assert not workspace.counters.any()
         return out
 
-    def check(self, *, factor: float = 1.0, tuning: FromQkvTuning | None = None, **options: object) -> None:
+    def check(
+        self,
+        *,
+        factor: float = 1.0,
+        policy: ChunkPolicy = FINE,
+        tuning: FromQkvTuning | None = None,
+        **options: object,
+    ) -> None:
         """Attention and both caches against the float64 twins of the kernels that this one stands for."""
         case = self.case
         is_fp8 = case.k_cache.dtype == torch.float8_e4m3fn
@@ -98,7 +134,7 @@ class Step:
         twin = PagedCase(
             q, *caches, case.block_tables, case.query_starts, case.kv_lens, case.run_rows, case.softmax_scale
         ).twin(**options)
-        out = self.run(tuning=tuning, **options)
+        out = self.run(policy=policy, tuning=tuning, **options)
         runs = int((case.kv_lens > 0).sum())
         assert_close(out[:runs], twin[:runs], factor=factor)
         assert torch.equal(out[runs:], torch.zeros_like(out[runs:]))
@@ -107,6 +143,7 @@ class Step:
             assert_close(written, expected.double().nan_to_num(nan=77.0), dtype=cache.dtype)
 
 
+@LENS
 @pytest.mark.parametrize("dtype", USUAL_DTYPES)
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "head_dim", "block_size", "rotary_dim", "interleaved", "norm_offset"),
@@ -122,6 +159,7 @@ class Step:
 def test_matches_twins(
     device: str,
     dtype: torch.dtype,
+    lens: list[int],
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
@@ -131,52 +169,138 @@ def test_matches_twins(
     norm_offset: float | None,
 ) -> None:
     Step(
-        LENS, num_heads, num_kv_heads, head_dim, block_size, dtype, device,
+        lens, num_heads, num_kv_heads, head_dim, block_size, dtype, device,
         rotary_dim=rotary_dim, interleaved=interleaved, norm_offset=norm_offset,
     ).check()  # fmt: skip
 
 
+@pytest.mark.parametrize("cache_dtype", [None, torch.float8_e4m3fn], ids=["", "fp8"])
+@pytest.mark.parametrize(
+    ("num_runs", "num_heads", "num_kv_heads", "head_dim"),
+    [(5, 8, 1, 128), (12, 4, 4, 64), (33, 8, 8, 128), (40, 7, 1, 64)],
+)
+def test_many_runs_as_a_step_plans_them(
+    device: str, num_runs: int, num_heads: int, num_kv_heads: int, head_dim: int, cache_dtype: torch.dtype | None
+) -> None:
+    lens = [1 + 37 * run % 230 for run in range(num_runs)]
+    step = Step(
+        lens, num_heads, num_kv_heads, head_dim, 64, torch.bfloat16, device,
+        cache_dtype=cache_dtype, padding_tokens=1,
+    )  # fmt: skip
+    scales = {"k_scale": 0.75, "v_scale": 1.5} if cache_dtype else {}
+    policy = from_qkv_chunk_policy(num_runs + 1, num_heads, num_kv_heads, head_dim)
+    step.check(policy=policy, window=150, sinks=torch.randn(num_heads, device=device), **scales)
+
+
+@LENS
 @pytest.mark.parametrize(("window", "aligned"), [(1, False), (63, False), (130, False), (64, True), (20, True)])
-def test_windows(device: str, window: int, aligned: bool) -> None:
-    Step(LENS, 4, 2, 64, 16, torch.float32, device).check(window=window, aligned=aligned)
+def test_windows(device: str, lens: list[int], window: int, aligned: bool) -> None:
+    Step(lens, 4, 2, 64, 16, torch.float32, device).check(window=window, aligned=aligned)
 
 
-def test_soft_cap(device: str) -> None:
-    step = Step([200, 31], 4, 2, 64, 32, torch.float32, device)
+@LENS
+def test_soft_cap(device: str, lens: list[int]) -> None:
+    step = Step(lens, 4, 2, 64, 32, torch.float32, device)
     step.qkv *= 4
     step.check(soft_cap=5.0, factor=3)
 
 
-def test_sinks_join_one_and_many_chunks(device: str) -> None:
+@LENS
+def test_sinks_join_one_and_many_chunks(device: str, lens: list[int]) -> None:
     sinks = torch.tensor([2.0, -1.0, 8.0, 0.0], device=device)
-    Step([200, 31], 4, 2, 64, 32, torch.float32, device).check(sinks=sinks)
+    Step(lens, 4, 2, 64, 32, torch.float32, device).check(sinks=sinks)
 
 
-def test_padding_gets_zeros_and_write_nothing(device: str) -> None:
-    step = Step([100, 4], 2, 1, 64, 16, torch.float32, device, padding_tokens=1)
+@pytest.mark.parametrize(("lens", "padding_tokens"), [([100, 4], 1), ([100, 4, 31, 70, 9], 3)], ids=["few", "many"])
+def test_padding_gets_zeros_and_writes_nothing(device: str, lens: list[int], padding_tokens: int) -> None:
+    step = Step(lens, 2, 1, 64, 16, torch.float32, device, padding_tokens=padding_tokens)
+    # What layers before made of padding may be anything.
+    step.qkv[len(lens) :] = float("nan")
     step.check(sinks=torch.zeros(2, device=device))
 
 
-def test_float8_cache(device: str) -> None:
-    step = Step([150, 21], 4, 2, 128, 64, torch.bfloat16, device, cache_dtype=torch.float8_e4m3fn)
+@LENS
+def test_float8_cache(device: str, lens: list[int]) -> None:
+    step = Step(lens, 4, 2, 128, 64, torch.bfloat16, device, cache_dtype=torch.float8_e4m3fn)
     step.check(k_scale=0.75, v_scale=1.5)
 
 
+@pytest.mark.parametrize("lens", [[299, 40, 150], [299, 40, 150, 1, 64]], ids=["few", "many"])
 @pytest.mark.parametrize("warps", [1, 4])
-def test_chunks_of_several_tiles(device: str, warps: int) -> None:
+def test_chunks_of_several_tiles(device: str, lens: list[int], warps: int) -> None:
     tuning = FromQkvTuning(num_warps=warps)
-    step = Step([299, 40, 150], 4, 2, 64, 32, torch.float32, device, norm_offset=0.0)
+    step = Step(lens, 4, 2, 64, 32, torch.float32, device, norm_offset=0.0)
     step.check(tuning=tuning)
     few = step.run(policy=ChunkPolicy(128, 4), tuning=tuning)
     assert_close(few, step.run(policy=FINE))
 
 
-def test_chunks_that_begin_within_a_tile(device: str) -> None:
-    step = Step([288], 2, 1, 64, 64, torch.float32, device)
+@pytest.mark.parametrize("num_runs", [1, 5])
+def test_chunks_that_begin_within_a_tile(device: str, num_runs: int) -> None:
+    step = Step([288] * num_runs, 2, 1, 64, 64, torch.float32, device)
     even = step.run(policy=ChunkPolicy(64, 8), tuning=FromQkvTuning(warp_tokens=64))
     # Three chunks of 96 tokens: the second's first tile of 64 goes over the edge of a block.
-    odd = step.run(policy=ChunkPolicy(32, 8, 3), tuning=FromQkvTuning(warp_tokens=64))
+    odd = step.run(policy=ChunkPolicy(32, 8, 3 * num_runs), tuning=FromQkvTuning(warp_tokens=64))
     assert_close(odd, even)
+
+
+def test_which_chunk_finishes_makes_no_difference(device: str) -> None:
+    step = Step([299, 40, 150, 65, 512, 3], 4, 2, 64, 32, torch.bfloat16, device)
+    # A program an item, in the order of the list; then few programs with every so-manieth item each, so that under the
+    # interpreter a run's last chunk is no longer the last to be computed.
+    wide = step.run(policy=ChunkPolicy(32, 16), tuning=FromQkvTuning(programs_per_sm=1 << 16))
+    for programs in (1, 3):
+        narrow = step.run(policy=ChunkPolicy(32, 16), tuning=FromQkvTuning(programs_per_sm=programs))
+        assert torch.equal(narrow, wide)
+
+
+def test_layers_and_steps_share_the_counters(device: str) -> None:
+    steps = [
+        Step(lens, 4, 2, 64, 32, torch.float32, device) for lens in ([299, 40, 150, 65, 512], [70, 140, 9, 1, 33, 250])
+    ]
+    policy = ChunkPolicy(32, 16)
+    alone = [step.run(policy=policy) for step in steps]
+    _, workspace = steps[0].plan(policy, {})
+    works = [step.plan(policy, {})[0] for step in steps]
+    for _ in range(2):
+        for step, work, expected in zip(steps, works, alone, strict=True):
+            for _ in range(2):
+                assert torch.equal(step.launch(work, workspace), expected)
+    assert not workspace.counters.any()
+
+
+@pytest.mark.parametrize(
+    ("shape", "takes", "few"),
+    [
+        ((1, 32, 8, 128), True, True),
+        ((4, 32, 8, 128), True, True),
+        ((4, 8, 8, 80), True, True),
+        ((4, 40, 10, 128), True, False),
+        ((4, 28, 4, 128), True, False),
+        ((5, 32, 8, 128), True, False),
+        ((128, 64, 8, 64), True, False),
+        ((129, 64, 8, 64), False, False),
+        ((1024, 8, 1, 128), True, False),
+        ((1025, 8, 1, 128), False, False),
+        ((16, 16, 1, 128), False, False),
+        ((16, 32, 8, 256), False, False),
+    ],
+)
+def test_what_it_is_for(shape: tuple[int, int, int, int], takes: bool, few: bool) -> None:
+    assert takes_from_qkv(*shape) is takes
+    assert is_few(*shape[:3]) is few
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("group", [1, 4, 8])
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 8, 32])
+def test_chunks_hold_whole_tiles_and_need_bounded_room(num_kv_heads: int, group: int, head_dim: int) -> None:
+    for num_runs in range(1, MOST_HEADS // num_kv_heads + 1):
+        shape = (num_runs, num_kv_heads * group, num_kv_heads, head_dim)
+        policy, tuning = from_qkv_chunk_policy(*shape), default_from_qkv_tuning(*shape)
+        assert policy.min_chunk % tuning.tile == 0
+        apart = work_list.chunk_policy_for(num_runs, num_kv_heads)
+        assert policy.max_chunks <= apart.max_chunks
 
 
 def test_what_does_not_fit_is_refused(device: str) -> None:
@@ -187,3 +311,8 @@ def test_what_does_not_fit_is_refused(device: str) -> None:
     step = Step([5], 2, 1, 48, 16, torch.float32, device)
     with pytest.raises(ValueError, match="head dimension 48 is not one of"):
         step.run()
+    step = Step([3] * 10, 2, 2, 64, 16, torch.float32, device)
+    work, workspace = step.plan(FINE, {})
+    cramped = dataclasses.replace(workspace, counters=workspace.counters[:19])
+    with pytest.raises(ValueError, match="10 runs of 2 KV heads are more than the 19"):
+        step.launch(work, cramped)
