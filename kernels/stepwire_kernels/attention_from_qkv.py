@@ -42,7 +42,7 @@ FEW_HEADS = 32
 FEW_GROUP = 6
 FEW_WANTED_PROGRAMS = 768
 
-# From here on a run's chunks are long, and two warps share one rotation.
+# Runs times KV heads from which on two warps a program are faster than one.
 MANY_HEADS = 256
 # Four for every multiprocessor of an H100.
 MANY_WANTED_PROGRAMS = 528
@@ -70,7 +70,10 @@ def is_few(num_runs: int, num_heads: int, num_kv_heads: int) -> bool:
 
 
 def default_from_qkv_tuning(num_runs: int, num_heads: int, num_kv_heads: int, head_dim: int) -> FromQkvTuning:
-    """The launch shape measured best on an H100 for so many runs of these heads."""
+    """The launch shape measured best on an H100 for so many runs of these heads.
+
+    Tokens a warp of many rows: as many as leave twelve programs of a warp their registers, at groups of up to six.
+    """
     if is_few(num_runs, num_heads, num_kv_heads):
         return FromQkvTuning(warp_tokens=64 if head_dim <= 64 else 32)
     warp_tokens = 32 if head_dim <= 64 else 16
