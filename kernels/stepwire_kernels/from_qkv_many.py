@@ -160,7 +160,7 @@ def _many_from_qkv_kernel(
         score = own_score(q, stored_k, score_scale, soft_cap, HAS_SOFT_CAP)
         top = tl.where(joins[:, None], score[None, :], -1e30)
         total = tl.where(joins[:, None], 1.0, tl.zeros([WARPS, BLOCK_H], dtype=tl.float32))
-        value = tl.where(joins[:, None], stored_v.to(tl.float32)[None, :], 0.0)  # [WARPS, BLOCK_D]
+        value = tl.where(joins[:, None], stored_v[None, :], 0.0)  # [WARPS, BLOCK_D]
         acc = tl.broadcast_to(value[:, :, None], (WARPS, BLOCK_D, BLOCK_H))
         top, total, acc = attend_chunk(
             top, total, acc, q, table, block, kv_head, kv_start, cached_end, window_start, k_cache_ptr, v_cache_ptr,

@@ -115,22 +115,26 @@ def store_own(
     IS_FP8: tl.constexpr,
     FP8_LIMIT: tl.constexpr,
 ):
-    """Write the token's key and value to its slot, where it `writes`; both [BLOCK_D], as later steps will find them."""
-    own_k = tl.sum(tl.where((heads == GROUP)[None, :], turned, 0.0), axis=1)
-    own_v = tl.sum(tl.where((heads == GROUP + 1)[None, :], turned, 0.0), axis=1)
-    stored_k = to_cache(own_k, inverse_k_scale, k_cache_ptr, IS_FP8, FP8_LIMIT)
-    stored_v = to_cache(own_v, inverse_v_scale, v_cache_ptr, IS_FP8, FP8_LIMIT)
+    """Write the token's key and value to its slot, where it `writes`; both float32 [BLOCK_D], rounded as later steps
+    will find them.
+    """
+    # Rounded as a tile: Triton 3.6 moves vectors of 8 bits from one layout to another within a single warp, and what
+    # arrives is wrong (seen on an H100); so no such vector is needed in two layouts.
+    inverse = tl.where(heads == GROUP, inverse_k_scale, inverse_v_scale)[None, :]
+    rounded = to_cache(turned, inverse, k_cache_ptr, IS_FP8, FP8_LIMIT).to(tl.float32)
+    own_k = tl.sum(tl.where((heads == GROUP)[None, :], rounded, 0.0), axis=1)
+    own_v = tl.sum(tl.where((heads == GROUP + 1)[None, :], rounded, 0.0), axis=1)
     cache_row = ((slot // BLOCK_SIZE) * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + slot % BLOCK_SIZE
     mask = (cols < HEAD_DIM) & writes & (slot >= 0)
-    tl.store(k_cache_ptr + cache_row * HEAD_DIM + cols, stored_k, mask=mask)
-    tl.store(v_cache_ptr + cache_row * HEAD_DIM + cols, stored_v, mask=mask)
-    return stored_k, stored_v
+    tl.store(k_cache_ptr + cache_row * HEAD_DIM + cols, own_k.to(k_cache_ptr.dtype.element_ty), mask=mask)
+    tl.store(v_cache_ptr + cache_row * HEAD_DIM + cols, own_v.to(v_cache_ptr.dtype.element_ty), mask=mask)
+    return own_k, own_v
 
 
 @triton.jit
 def own_score(q, stored_k, score_scale, soft_cap, HAS_SOFT_CAP: tl.constexpr):
     """What the token's queries [BLOCK_D, BLOCK_H] make of its key [BLOCK_D], base 2: [BLOCK_H]."""
-    score = tl.sum(q.to(tl.float32) * stored_k.to(tl.float32)[:, None], axis=0) * score_scale
+    score = tl.sum(q.to(tl.float32) * stored_k[:, None], axis=0) * score_scale
     if HAS_SOFT_CAP:
         score = soft_cap_scores(score, soft_cap) * 1.4426950408889634
     return score
@@ -147,5 +151,5 @@ def add_own(
     old = tl.exp2(top - new_top)
     share = tl.exp2(score - new_top)
     # What a padding token's value holds, its share of zero does not make zero.
-    value = tl.where(joins, stored_v.to(tl.float32), 0.0)
+    value = tl.where(joins, stored_v, 0.0)
     return new_top, total * old + share, acc * old[None, :] + value[:, None] * share[None, :]
