@@ -10,10 +10,11 @@ from stepwire_kernels.expert_routing import choose_experts
 from stepwire_kernels.expert_scaled import ScaledExpertWeights, mix_scaled_experts
 from stepwire_kernels.experts import ExpertWeights, mix_experts, mix_packed_experts
 from stepwire_kernels.fused_linear import FusedTuning, NormInput, choose_fused, fused_linear
-from stepwire_kernels.gated_linear import GatedTuning, choose_gated, gated_linear
+from stepwire_kernels.gated_choice import choose_gated
 from stepwire_kernels.linear import linear
 from stepwire_kernels.norm import add_rms_norm, add_rms_norm_quantized
 from stepwire_kernels.split_k import allocate_linear_workspace
+from stepwire_kernels.tile_linear import TileLinearTuning, tile_linear
 
 from gpu_worker.attention.api import AttentionBackend
 from gpu_worker.attention.triton_backend import TritonAttention
@@ -115,9 +116,10 @@ class TritonOps:
         tuning = self.gated_tuning(x, weight) if self.fuses else None
         if tuning is None:
             return None
-        return gated_linear(x, weight, _KERNEL_ACTIVATIONS[kind], self._workspace, tuning, pdl=self.pdl)
+        activation = _KERNEL_ACTIVATIONS[kind]
+        return tile_linear(x, weight, None, self._workspace, activation=activation, tuning=tuning, pdl=self.pdl)
 
-    def gated_tuning(self, x: torch.Tensor, weight: torch.Tensor) -> GatedTuning | None:
+    def gated_tuning(self, x: torch.Tensor, weight: torch.Tensor) -> TileLinearTuning | None:
         """How product and gate are one launch; None: they are separate ones."""
         return choose_gated(x, weight)
 

@@ -28,6 +28,18 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "swiglu_oai"]
 ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_tanh", "swiglu_oai")
 
 
+def num_outputs_of(name: str, weight: torch.Tensor, activation: Activation | None) -> int:
+    """Outputs of a product with this weight [N, K]: half of N with an activation. Raises `ValueError`."""
+    if activation is None:
+        return weight.shape[0]
+    if activation not in ACTIVATIONS or weight.shape[0] % 2:
+        raise ValueError(
+            f"{name}: a gate needs gate's rows and as many of up, and one of {', '.join(ACTIVATIONS)}; got "
+            f"{weight.shape[0]} rows and {activation!r}"
+        )
+    return weight.shape[0] // 2
+
+
 @triton.jit
 def activate(gate, up, KIND: tl.constexpr):
     """act(gate) * up of float32 tensors."""

@@ -44,6 +44,8 @@ FEW_WANTED_PROGRAMS = 768
 
 # Runs times KV heads from which on two warps a program are faster than one.
 MANY_HEADS = 256
+# A group that leaves registers for tiles of 32 tokens.
+SMALL_GROUP = 2
 # Four for every multiprocessor of an H100.
 MANY_WANTED_PROGRAMS = 528
 
@@ -76,6 +78,8 @@ def default_from_qkv_tuning(num_runs: int, num_heads: int, num_kv_heads: int, he
     """
     if is_few(num_runs, num_heads, num_kv_heads):
         return FromQkvTuning(warp_tokens=64 if head_dim <= 64 else 32)
+    if num_heads <= SMALL_GROUP * num_kv_heads and head_dim > 64:
+        return FromQkvTuning(warp_tokens=32, num_warps=1, num_stages=2)
     warp_tokens = 32 if head_dim <= 64 else 16
     if num_runs * num_kv_heads < MANY_HEADS or head_dim <= 64:
         return FromQkvTuning(warp_tokens, num_warps=1, num_stages=3)

@@ -28,9 +28,8 @@ import torch
 import triton
 import triton.language as tl
 
-from stepwire_kernels.activation import Activation, activate
+from stepwire_kernels.activation import Activation, activate, num_outputs_of
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
-from stepwire_kernels.gated_tile import num_outputs_of
 from stepwire_kernels.tuned_table import tuned_choices
 
 MAX_FUSED_TOKENS = 4

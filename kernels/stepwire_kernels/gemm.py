@@ -8,7 +8,7 @@ Decoding reads every weight once, so the job is to keep the memory busy:
   weight tile is on the way before the previous kernel has ended.
 * `skinny_gemm` (up to 64 tokens): matrix units with the weight as the tall operand; K is split over programs where N
   alone does not fill the device, and the last program of a tile adds the parts in order, so that results do not vary
-  between runs. It takes along a gate: y = act(x @ gate^T) * (x @ up^T), weight = [gate; up]: [2 * I, K], y: [., I].
+  between runs.
 
 Others with more ahead of them or for more tokens: `fused_linear`, `tile_linear`. Which is used: `linear`.
 """
@@ -21,9 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from stepwire_kernels.activation import Activation
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
-from stepwire_kernels.gated_tile import gate_of_halves, halves_of, num_outputs_of
 from stepwire_kernels.split_k import LinearWorkspace, add_up_parts
 
 MAX_GEMV_TOKENS = 4
@@ -125,8 +123,6 @@ def _skinny_kernel(
     weight_stride,
     out_stride,
     HAS_BIAS: tl.constexpr,
-    GATED: tl.constexpr,
-    KIND: tl.constexpr,
     SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -136,11 +132,8 @@ def _skinny_kernel(
 ):
     tile = tl.program_id(0)
     split = tl.program_id(1)
-    if GATED:
-        rows, row_mask = halves_of(tile, N // 2, BLOCK_N)
-    else:
-        rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        row_mask = rows < N
+    rows = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask = rows < N
     tokens = tl.arange(0, BLOCK_M)
     token_mask = tokens < num_tokens
     cols = tl.arange(0, BLOCK_K)
@@ -168,15 +161,8 @@ def _skinny_kernel(
     if finishes:
         if HAS_BIAS:
             acc += tl.load(bias_ptr + rows, mask=row_mask, other=0.0).to(tl.float32)[:, None]
-        if GATED:
-            outputs = tile * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-            y = gate_of_halves(acc, KIND)
-            mask = (outputs < N // 2)[:, None] & token_mask[None, :]
-        else:
-            outputs = rows
-            y = acc
-            mask = row_mask[:, None] & token_mask[None, :]
-        tl.store(out_ptr + tokens[None, :] * out_stride + outputs[:, None], y.to(out_ptr.dtype.element_ty), mask=mask)
+        out_at = out_ptr + tokens[None, :] * out_stride + rows[:, None]
+        tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & token_mask[None, :])
 
 
 def _check(name: str, x: torch.Tensor, weight: torch.Tensor, limit: int) -> None:
@@ -247,18 +233,16 @@ def skinny_gemm(
     bias: torch.Tensor | None,
     workspace: LinearWorkspace,
     *,
-    activation: Activation | None = None,
     tuning: SkinnyTuning | None = None,
     out: torch.Tensor | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
-    """y for up to 64 tokens, [num_tokens, N], or [num_tokens, N / 2] with an activation.
+    """y for up to 64 tokens, [num_tokens, N].
 
     Raises:
         ValueError: shapes or strides that do not fit, or a split that needs more workspace than there is.
     """
     _check("skinny_gemm", x, weight, MAX_SKINNY_TOKENS)
-    num_outputs = num_outputs_of("skinny_gemm", weight, activation)
     tuning = tuning or SkinnyTuning()
     num_tokens, k = x.shape
     n = weight.shape[0]
@@ -270,7 +254,7 @@ def skinny_gemm(
             f"{workspace.partial.numel()} words and {workspace.counters.numel()} counters; allocate a larger workspace"
         )
     if out is None:
-        out = torch.empty((num_tokens, num_outputs), dtype=x.dtype, device=x.device)
+        out = torch.empty((num_tokens, n), dtype=x.dtype, device=x.device)  # [num_tokens, N]
     _skinny_kernel[(tiles, tuning.split_k)](
         x,
         weight,
@@ -285,8 +269,6 @@ def skinny_gemm(
         weight.stride(0),
         out.stride(0),
         HAS_BIAS=bias is not None,
-        GATED=activation is not None,
-        KIND=activation,
         SPLIT_K=tuning.split_k,
         BLOCK_M=block_m,
         BLOCK_N=tuning.block_n,

@@ -26,10 +26,9 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from stepwire_kernels.activation import Activation, activate
+from stepwire_kernels.activation import Activation, activate, num_outputs_of
 from stepwire_kernels.dependent_launch import launch_options, prefetch_lines, release_downstream, wait_upstream
 from stepwire_kernels.device_limits import stages_that_fit
-from stepwire_kernels.gated_tile import halves_of, num_outputs_of
 from stepwire_kernels.split_k import LinearWorkspace, add_up_parts
 
 MIN_BLOCK_M = 16
@@ -94,11 +93,10 @@ def _tile_linear_kernel(
     last = tl.minimum(first + steps_each * BLOCK_K, K)
     release_downstream(USE_PDL)
     if USE_PDL and LINES_AHEAD > 0:
-        if GATED:
-            ahead_rows, _ = halves_of(column, num_outputs, BLOCK_N)
-        else:
-            ahead_rows = row + tl.arange(0, BLOCK_N)
-        weight_rows = tl.minimum(ahead_rows, N - 1).to(tl.int64) * weight_stride
+        places = tl.arange(0, BLOCK_N)
+        # The second half of a gated tile's rows are up's.
+        places = places % OUTPUTS + (places // OUTPUTS) * num_outputs
+        weight_rows = tl.minimum(row + places, N - 1).to(tl.int64) * weight_stride
         weight_cols = tl.minimum(first + tl.arange(0, LINES_AHEAD) * LINE_COLS, last - 1)
         prefetch_lines(weight_ptr + weight_rows[:, None] + weight_cols[None, :])
     wait_upstream(USE_PDL)
@@ -176,8 +174,8 @@ def tile_linear(
             f"{tuple(scales[1].shape)}"
         )
     num_outputs = num_outputs_of("tile_linear", weight, activation)
-    if activation is not None and (scales is not None or bias is not None or x.element_size() != 2):
-        raise ValueError("tile_linear: with an activation it takes 16 bits, and neither scales nor bias")
+    if activation is not None and (scales is not None or bias is not None or x.element_size() == 1):
+        raise ValueError("tile_linear: with an activation it takes neither 8 bits nor scales nor bias")
     tuning = tuning or TileLinearTuning()
     if out is None:
         out = torch.empty((num_tokens, num_outputs), dtype=out_dtype or x.dtype, device=x.device)

@@ -3,7 +3,8 @@
     python -m load_tests.kernels.gated MODEL [MODEL ...] [--tokens 8 16 32 64 128] [--out DIRECTORY]
 
 Times every launch shape behind the norm that it waits for in a step and writes what wins by at least one hundredth into
-tuned/<device>.json, list `gated`.
+tuned/<device>.json, list `gated`. A whole step may still lose by it (`load_tests.gpu.step_bench` before and after):
+where a tile's stages filled the shared memory, attention came to its memory later (Qwen3-0.6B, 64 rows).
 """
 
 from __future__ import annotations
@@ -16,12 +17,10 @@ from pathlib import Path
 
 import torch
 from stepwire_kernels.activation import gated_activation
-from stepwire_kernels.gated_linear import GatedTuning, gated_linear
-from stepwire_kernels.gemm import MAX_SKINNY_TOKENS, SkinnyTuning
 from stepwire_kernels.linear import linear
 from stepwire_kernels.norm import add_rms_norm
 from stepwire_kernels.split_k import LinearWorkspace, allocate_linear_workspace
-from stepwire_kernels.tile_linear import TileLinearTuning
+from stepwire_kernels.tile_linear import TileLinearTuning, tile_linear
 
 from load_tests.kernels.linears import MODELS
 from load_tests.kernels.measure import copies, measure_ceilings, time_graph
@@ -31,29 +30,20 @@ from load_tests.kernels.tuned_files import TUNED, Row, write_rows
 BF16 = torch.bfloat16
 AHEAD = (512, 1024, 2048)
 Launches = list[Callable[[], object]]
-Job = tuple[int, GatedTuning]
+Job = tuple[int, TileLinearTuning]
 
-SKINNY = [
-    SkinnyTuning(block_n, block_k, 1, warps, stages)
-    for block_n, block_k, warps, stages in (
-        (32, 128, 4, 5), (32, 256, 4, 4), (64, 128, 4, 3), (64, 128, 4, 4), (64, 128, 4, 5), (64, 256, 4, 3),
-        (128, 64, 4, 5), (128, 128, 4, 3), (128, 128, 8, 3), (128, 128, 8, 4), (128, 64, 8, 6),
-    )
-]  # fmt: skip
 # A warpgroup multiplies 64 rows of each half at least.
 TILES = [(128, 64, 4, 6), (128, 128, 4, 3), (128, 128, 4, 4), (128, 64, 8, 6), (128, 128, 8, 4), (256, 64, 8, 4),
          (256, 128, 8, 2), (256, 128, 8, 3)]  # fmt: skip
 
 
-def candidates(num_tokens: int) -> list[GatedTuning]:
-    found: list[GatedTuning] = list(SKINNY) if num_tokens <= MAX_SKINNY_TOKENS else []
+def candidates(num_tokens: int) -> list[TileLinearTuning]:
     block_m = max(16, 1 << (num_tokens - 1).bit_length())
-    found += [
+    return [
         TileLinearTuning(block_m, block_n, block_k, 1, warps, stages, 0)
         for block_n, block_k, warps, stages in TILES
         if block_m * block_n <= 128 * 256
     ]
-    return found
 
 
 class Case:
@@ -74,9 +64,11 @@ class Case:
 
         return [lambda w=w: launch(w) for w in self._weights]
 
-    def together(self, tuning: GatedTuning) -> Launches:
+    def together(self, tuning: TileLinearTuning) -> Launches:
         return self._launches(
-            lambda w, space: gated_linear(self._normed, w, "silu", space, tuning, out=self._out, pdl=True)
+            lambda w, space: tile_linear(
+                self._normed, w, None, space, activation="silu", tuning=tuning, out=self._out, pdl=True
+            )
         )
 
     def apart(self) -> Launches:
@@ -103,13 +95,13 @@ def measure(models: Sequence[str], token_counts: Sequence[int], top: int, out: P
         for count in token_counts:
             case = Case(count, weights)
 
-            def timed(tuning: GatedTuning, case: Case = case) -> tuple[float, GatedTuning]:
+            def timed(tuning: TileLinearTuning, case: Case = case) -> tuple[float, TileLinearTuning]:
                 return time_graph(case.together(tuning), target_ms=3, repeats=3), tuning
 
             apart = time_graph(case.apart(), target_ms=4, repeats=3)
             found = sorted((timed(tuning) for number, tuning in compiled if number == count), key=_ms)
-            tiles = [tuning for _, tuning in found if isinstance(tuning, TileLinearTuning)][:2]
-            found += [timed(replace(tuning, ahead=ahead)) for tuning, ahead in itertools.product(tiles, AHEAD)]
+            best = [tuning for _, tuning in found[:2]]
+            found += [timed(replace(tuning, ahead=ahead)) for tuning, ahead in itertools.product(best, AHEAD)]
             found.sort(key=_ms)
             share = 100 * n * k * 2 / 1e6 / ceilings.read_gb_s
             shown = " | ".join(f"{ms * 1e3:.2f} us {share / ms:.0f}% {_shown(tuning)}" for ms, tuning in found[:top])
@@ -121,20 +113,16 @@ def measure(models: Sequence[str], token_counts: Sequence[int], top: int, out: P
     print(f"{len(rows)} rows written to {write_rows(out, gated=rows)}")
 
 
-def _ms(timed: tuple[float, GatedTuning]) -> float:
+def _ms(timed: tuple[float, TileLinearTuning]) -> float:
     return timed[0]
 
 
-def _shown(tuning: GatedTuning) -> str:
-    return f"{_kernel(tuning)} {'/'.join(str(value) for value in asdict(tuning).values())}"
+def _shown(tuning: TileLinearTuning) -> str:
+    return "/".join(str(value) for value in asdict(tuning).values())
 
 
-def _kernel(tuning: GatedTuning) -> str:
-    return "skinny" if isinstance(tuning, SkinnyTuning) else "tile"
-
-
-def _row(num_tokens: int, n: int, k: int, apart_ms: float, ms: float, tuning: GatedTuning) -> Row:
-    row: Row = {"num_tokens": num_tokens, "n": n, "k": k, "kernel": _kernel(tuning), "tuning": asdict(tuning)}
+def _row(num_tokens: int, n: int, k: int, apart_ms: float, ms: float, tuning: TileLinearTuning) -> Row:
+    row: Row = {"num_tokens": num_tokens, "n": n, "k": k, "tuning": asdict(tuning)}
     return row | {"us": round(ms * 1e3, 2), "apart_us": round(apart_ms * 1e3, 2)}
 
 

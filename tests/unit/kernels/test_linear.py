@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from stepwire_kernels.fused_linear import MAX_FUSED_TOKENS, FusedTuning, load_fused_table
-from stepwire_kernels.gated_linear import load_gated_table
+from stepwire_kernels.gated_choice import load_gated_table
 from stepwire_kernels.gemm import MAX_GEMV_TOKENS, MAX_SKINNY_TOKENS, GemvTuning, SkinnyTuning, has_room, skinny_gemm
 from stepwire_kernels.linear import MAX_TABLE_TOKENS, choose_linear, linear, load_table, nearest_shape
 from stepwire_kernels.scaled_choice import load_scaled_table

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from stepwire_kernels.fused_linear import MAX_FUSED_TOKENS, FusedTuning
-from stepwire_kernels.gated_linear import GatedTuning
-from stepwire_kernels.gemm import MAX_SKINNY_TOKENS, SkinnyTuning
+from stepwire_kernels.tile_linear import TileLinearTuning
 
 from gpu_worker.cuda.ops import TritonOps
 from load_tests.cpu_worker.step_driver import StepDriver, greedy
@@ -30,11 +29,9 @@ class FusingOps(TritonOps):
         self.num_fused += 1
         return FusedTuning(block_n=16, block_k=256, num_warps=1, ahead=1)
 
-    def gated_tuning(self, x: torch.Tensor, weight: torch.Tensor) -> GatedTuning | None:
-        if x.shape[0] > MAX_SKINNY_TOKENS:
-            return None
+    def gated_tuning(self, x: torch.Tensor, weight: torch.Tensor) -> TileLinearTuning | None:
         self.num_gated += 1
-        return SkinnyTuning(block_n=64, block_k=64, num_stages=1)
+        return TileLinearTuning(block_m=32, block_n=64, block_k=64, num_warps=4, num_stages=2)
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3-moe", pytest.param("llama", marks=pytest.mark.slow)])
