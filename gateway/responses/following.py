@@ -82,7 +82,7 @@ class Followers:
         """Events after number `after`, to the last one, and None whenever none has come for `pause_s`.
 
         Raises:
-            ApiError: the response was deleted, and no event says so.
+            ApiError: they have gone, and no event says so.
         """
         follower = _Follower()
         self._by_id.setdefault(response_id, set()).add(follower)
@@ -92,7 +92,9 @@ class Followers:
                 self._poll_where_needed()
                 page = await self._events.read(response_id, next_number - 1)
                 if page is None:
-                    raise ApiError(404, "The response was deleted.", code="response_not_found")
+                    raise ApiError(
+                        404, "The response was deleted, or its events were dropped.", code="response_not_found"
+                    )
                 if page.data:
                     yield page
                 if page.is_last:
