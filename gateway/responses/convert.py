@@ -167,7 +167,7 @@ def chat_body(
     body: ResponsesBody, items: Sequence[dict[str, Any]], history: Sequence[dict[str, Any]] = ()
 ) -> ChatCompletionBody:
     """The whole conversation: its earlier turns, and this one's input."""
-    check_response_fields(body.model_extra)
+    check_response_fields(body.model_extra, body.text.model_extra if body.text else None)
     messages = chat_messages([*history, *items], len(history))
     if body.instructions:
         messages.insert(0, {"role": "system", "content": body.instructions})
