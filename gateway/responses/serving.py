@@ -15,10 +15,11 @@ from starlette.responses import Response
 
 from gateway.convert import GenerationPlan, plan_chat, read_timeout
 from gateway.errors import ApiError
+from gateway.field_names import RESPONSE
 from gateway.mailbox import SequenceUpdate, UsageTotals
 from gateway.middleware import CLIENT_CLOSED_REQUEST
 from gateway.responses.background import BackgroundResponses
-from gateway.responses.convert import chat_body, input_items, param_names
+from gateway.responses.convert import chat_body, input_items
 from gateway.responses.following import FollowingResponse
 from gateway.responses.output import ResponseOutput, response_object
 from gateway.responses.schemas import ResponsesBody
@@ -72,7 +73,7 @@ class ResponsesServing:
             raise ApiError(400, f"{param}: this server keeps no responses (--responses-store).", param=param)
         items = input_items(body)
         chat = chat_body(body, items, await self._history(body))
-        plan = plan_chat(chat, request.state.request_id, param_names(body))
+        plan = plan_chat(chat, request.state.request_id, RESPONSE)
         response_id = f"resp_{uuid.uuid4().hex}"
         if body.background and self._background is not None:
             return await self._create_in_background(request, body, plan, response_id, items, self._background)
@@ -145,7 +146,7 @@ class ResponsesServing:
             num_samples=1,
             stream=plan.stream,
             timeout_s=read_timeout(request.headers.get("x-request-timeout")),
-            renames=plan.renames,
+            names=plan.names,
         )
         try:
             # A request that is wrong is refused now.
