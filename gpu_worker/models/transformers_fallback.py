@@ -103,7 +103,7 @@ class TransformersModel(ModelFamily, LoadsItself):
 
     @staticmethod
     def in_dtype(spec: ModelSpec, directory: Path, dtype: torch.dtype) -> ModelSpec:
-        if dtype == spec.dtype:
+        if dtype == spec.dtype or not (spec.row_state_bytes or spec.row_cache_dim):
             return spec
         served = ServedConfig.of(directory, spec.architecture)
         found = probe_layers(served.config, served.architecture, dtype)
@@ -134,7 +134,7 @@ class TransformersModel(ModelFamily, LoadsItself):
     def load_checkpoint(self, path: Path) -> None:
         SafetensorsReader(path).close()
         served = ServedConfig.of(path, self.spec.architecture)
-        found = probe_layers(served.config, served.architecture, self.dtype)
+        found = probe_layers(served.config, served.architecture, self.spec.dtype)
         try:
             model, report = auto_class(served.architecture).from_pretrained(
                 path,
@@ -158,7 +158,7 @@ class TransformersModel(ModelFamily, LoadsItself):
     def fill_random_weights(self, source: RandomValues, directory: Path) -> None:
         """load_format dummy."""
         served = ServedConfig.of(directory, self.spec.architecture)
-        found = probe_layers(served.config, served.architecture, self.dtype)
+        found = probe_layers(served.config, served.architecture, self.spec.dtype)
         model = auto_class(served.architecture).from_config(
             served.config,
             dtype=self.dtype,
