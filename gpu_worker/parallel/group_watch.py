@@ -23,10 +23,11 @@ class GroupWatch:
     """Collects the ranks' events; thread-safe.
 
     A failure while the group forms ends this process at once, with one line: the main thread may be waiting for ranks
-    that will never come. `watch` puts somebody else in charge.
+    that will never come. So does a node that is told to end, by `on_early_leaving`, which is given the reason. `watch`
+    puts somebody else in charge.
     """
 
-    def __init__(self, layout: GroupLayout) -> None:
+    def __init__(self, layout: GroupLayout, on_early_leaving: Callable[[str], None] | None = None) -> None:
         self._layout = layout
         self._changed = threading.Condition()
         self._started: set[int] = set()
@@ -34,7 +35,7 @@ class GroupWatch:
         self._cause: GroupError | None = None
         self._is_over = False
         self._on_failure: Callable[[Exception], None] = _end_process
-        self._on_leaving: Callable[[str], None] = self.fail
+        self._on_leaving: Callable[[str], None] = on_early_leaving or self.fail
 
     def on_event(self, event: group_pb2.RankEvent) -> None:
         kind = event.WhichOneof("event")

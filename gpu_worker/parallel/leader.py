@@ -16,6 +16,7 @@ from gpu_worker.layers.linear import BuildContext
 from gpu_worker.model_spec import ModelConfigError, ModelSpec
 from gpu_worker.models.family import ModelFamily
 from gpu_worker.models.loader import read_spec
+from gpu_worker.parallel.early_end import EarlyEnd
 from gpu_worker.parallel.group_runner import Followers, GroupRunner
 from gpu_worker.parallel.group_watch import GroupWatch
 from gpu_worker.parallel.layout import GroupError, GroupLayout, plan_layout
@@ -39,7 +40,8 @@ def load_group_runner(settings: WorkerSettings) -> Runner:
 
     Raises:
         LoadError: the settings do not fit the model, or rank 0's own part cannot be loaded. A failure of another rank
-            while the group forms ends this process, with one line that names the rank.
+            while the group forms ends this process, with one line that names the rank; so does a node that is told to
+            end, with exit code 0.
     """
     if settings.model is None:
         raise ModelConfigError("no model is set: give the model's directory with --model")
@@ -47,8 +49,12 @@ def load_group_runner(settings: WorkerSettings) -> Runner:
     layout = layout_for(settings, spec)
     check_split(settings, settings.model, layout)
     check_devices(settings, layout)
-    watch = GroupWatch(layout)
     followers: list[Followers] = []
+    with EarlyEnd(followers) as early_end:
+        return _form(settings, layout, followers, GroupWatch(layout, early_end.end))
+
+
+def _form(settings: WorkerSettings, layout: GroupLayout, followers: list[Followers], watch: GroupWatch) -> Runner:
     host = _ONE_NODE if settings.num_nodes == 1 else group_host(settings)
     server = StoreServer(host)
     nodes = None
