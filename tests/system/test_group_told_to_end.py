@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,6 +50,15 @@ def processes_of(*workers: WorkerProcess) -> list[psutil.Process]:
     return [*own, *(child for process in own for child in process.children(recursive=True))]
 
 
+def rests(process: WorkerProcess) -> bool:
+    """It has computed next to nothing for a moment."""
+    seen = psutil.Process(process.process.pid)
+    before = seen.cpu_times()
+    time.sleep(1.0)
+    after = seen.cpu_times()
+    return after.user + after.system - before.user - before.system < 0.05
+
+
 def wait_until_gone(processes: list[psutil.Process]) -> None:
     def are_gone() -> bool:
         return not any(
@@ -87,6 +97,7 @@ def test_a_first_node_that_waits_in_a_collective(llama: Path, tmp_path: Path) ->
         ranks = [each for each in processes_of(second) if each.pid != second.process.pid]
         assert len(ranks) == 1
         with standing_still(ranks):
+            wait_until(lambda: rests(first), what="the first node has nothing to do but wait", every_s=0.5)
             first.send_signal(signal.SIGTERM)
             assert first.wait_for_exit() == 0, first.lines
         assert second.wait_for_exit() == 0, second.lines
