@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,8 +36,10 @@ log = structlog.get_logger(__name__)
 _ONE_NODE = "127.0.0.1"
 
 
-def load_group_runner(settings: WorkerSettings) -> Runner:
+def load_group_runner(settings: WorkerSettings, before_end: Callable[[str], None] | None = None) -> Runner:
     """The runner of a group of several ranks, all of them ready.
+
+    `before_end` is told why, on any thread, before a failure of another rank ends this process.
 
     Raises:
         LoadError: the settings do not fit the model, or rank 0's own part cannot be loaded. A failure of another rank
@@ -51,7 +54,7 @@ def load_group_runner(settings: WorkerSettings) -> Runner:
     check_devices(settings, layout)
     followers: list[Followers] = []
     with EarlyEnd(followers) as early_end:
-        return _form(settings, layout, followers, GroupWatch(layout, early_end.end))
+        return _form(settings, layout, followers, GroupWatch(layout, early_end.end, before_end))
 
 
 def _form(settings: WorkerSettings, layout: GroupLayout, followers: list[Followers], watch: GroupWatch) -> Runner:

@@ -9,13 +9,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
 
 from tests.system.launched import wait_until
 from tests.system.ports import free_port
 from tests.system.standing_still import standing_still
-from tests.system.worker_process import WorkerProcess
+from tests.system.worker_process import WorkerClient, WorkerProcess
 from tests.unit.gpu_worker.models.tiny_checkpoints import save_tiny
 
 FLAGS = ("--device=cpu", "--dtype=float32", "--num-threads=1", "--cpu-kv-cache-gib=0.01", "--log-format=json")
@@ -102,6 +103,31 @@ def test_a_first_node_that_waits_in_a_collective(llama: Path, tmp_path: Path) ->
             assert first.wait_for_exit() == 0, first.lines
         assert second.wait_for_exit() == 0, second.lines
         wait_until_gone(processes)
+
+
+def test_who_waits_for_the_worker_is_told_why_there_will_be_none(llama: Path, tmp_path: Path) -> None:
+    with forming(llama, tmp_path, num_nodes=3) as (first, second):
+        processes = processes_of(first, second)
+        [rank] = [each for each in processes_of(second) if each.pid != second.process.pid]
+        with WorkerClient(f"unix:{tmp_path}/w.sock") as client:
+            assert refusal_of(client)[0] is grpc.StatusCode.UNAVAILABLE
+            rank.kill()
+            told: list[tuple[grpc.StatusCode, str]] = []
+
+            def is_told() -> bool:
+                told.append(refusal_of(client))
+                return told[-1][0] is grpc.StatusCode.FAILED_PRECONDITION
+
+            wait_until(is_told, what="the reason")
+        assert "could not load its model: rank 1" in told[-1][1]
+        assert first.wait_for_exit() == 1 and second.wait_for_exit() == 1
+        wait_until_gone(processes)
+
+
+def refusal_of(client: WorkerClient) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.RpcError) as refused:
+        client.describe()
+    return refused.value.code(), refused.value.details()
 
 
 def test_a_node_whose_first_node_hangs(llama: Path, tmp_path: Path) -> None:
