@@ -31,6 +31,7 @@ from gateway.metrics import GatewayMetrics
 from gateway.middleware import BodyLimitMiddleware, Lifecycle, RequestContextMiddleware
 from gateway.responses.serving import ResponsesServing
 from gateway.responses.store import ResponseStore
+from gateway.responses.stored_events import StoredEvents
 from gateway.routes import batches, chat, completions, console, messages, models, ops, pooling, responses, tokens
 from gateway.run_directory import RunDirectory
 from gateway.serving import Serving
@@ -104,7 +105,10 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         process=settings.gateway_process,
     )
     app.state.responses = ResponsesServing(
-        app.state.serving, kept if settings.responses_store else None, is_one_of_several=several
+        app.state.serving,
+        kept if settings.responses_store else None,
+        StoredEvents(store, max_bytes=settings.responses_events_max_bytes),
+        is_one_of_several=several,
     )
     app.state.files = FileStore(store, max_total_bytes=settings.files_max_total_bytes, ttl_s=settings.files_ttl_s)
     app.state.batches = BatchRunner(

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,9 +24,10 @@ from stepwire.process.tls import Renewed, client_credentials
 from stepwire.process.traces import HEADER, current_traceparent
 from stepwire.v1 import inference_pb2, inference_pb2_grpc
 
-from gateway import errors
+from gateway import errors, field_names
 from gateway.config import GatewaySettings
 from gateway.errors import ApiError
+from gateway.field_names import Names
 from gateway.mailbox import Mailbox
 from gateway.metrics import GatewayMetrics
 
@@ -68,7 +69,7 @@ class Generation:
 
     mailbox: Mailbox
     tags: range
-    renames: Mapping[str, str]
+    names: Names
     client: ControlPlaneClient
     # Tells of a client that left; ends with the answer.
     watcher: asyncio.Task[None] | None = None
@@ -131,15 +132,15 @@ class ControlPlaneClient:
         *,
         num_samples: int,
         stream: bool,
+        names: Names,
         timeout_s: float | None = None,
-        renames: Mapping[str, str] | None = None,
     ) -> Generation:
         """Send the requests of one HTTP request. Raises `ApiError` at once while there is no control plane."""
         if self._outgoing is None:
             raise self._down
         tags = [next(self._next_tag) for _ in requests]
         generation = Generation(
-            Mailbox(len(requests), num_samples, stream=stream), range(tags[0], tags[-1] + 1), renames or {}, self
+            Mailbox(len(requests), num_samples, stream=stream), range(tags[0], tags[-1] + 1), names, self
         )
         traceparent = current_traceparent()
         for prompt, (tag, request) in enumerate(zip(tags, requests, strict=True)):
@@ -169,47 +170,47 @@ class ControlPlaneClient:
 
     async def models(self) -> Sequence[inference_pb2.Model]:
         response: inference_pb2.ListModelsResponse = await self._unary(
-            self._stub.ListModels, inference_pb2.ListModelsRequest()
+            self._stub.ListModels, inference_pb2.ListModelsRequest(), {}
         )
         return response.models
 
     async def model(self, model_id: str) -> inference_pb2.Model:
         response: inference_pb2.GetModelResponse = await self._unary(
-            self._stub.GetModel, inference_pb2.GetModelRequest(id=model_id)
+            self._stub.GetModel, inference_pb2.GetModelRequest(id=model_id), {}
         )
         return response.model
 
-    async def tokenize(self, request: inference_pb2.TokenizeRequest) -> tuple[list[int], list[bytes]]:
+    async def tokenize(self, request: inference_pb2.TokenizeRequest, names: Names) -> tuple[list[int], list[bytes]]:
         """Ids, and the tokens' bytes if the request asks for them."""
-        response: inference_pb2.TokenizeResponse = await self._unary(self._stub.Tokenize, request)
+        response: inference_pb2.TokenizeResponse = await self._unary(self._stub.Tokenize, request, names)
         return list(response.token_ids), list(response.tokens)
 
     async def detokenize(self, model: str, token_ids: Sequence[int]) -> str:
         request = inference_pb2.DetokenizeRequest(model=model, token_ids=token_ids)
         response: inference_pb2.DetokenizeResponse = await self._unary(
-            self._stub.Detokenize, request, {"token_ids": "tokens"}
+            self._stub.Detokenize, request, field_names.DETOKENIZE
         )
         return response.text
 
     async def embed(
-        self, request: inference_pb2.EmbedRequest, renames: Mapping[str, str], timeout_s: float | None
+        self, request: inference_pb2.EmbedRequest, names: Names, timeout_s: float | None
     ) -> inference_pb2.EmbedResponse:
-        """Raises `ApiError`, with the fields called by `renames`."""
-        response: inference_pb2.EmbedResponse = await self._long(self._stub.Embed, request, renames, timeout_s)
+        """Raises `ApiError`, with the fields called by `names`."""
+        response: inference_pb2.EmbedResponse = await self._long(self._stub.Embed, request, names, timeout_s)
         return response
 
     async def score(
-        self, request: inference_pb2.ScoreRequest, renames: Mapping[str, str], timeout_s: float | None
+        self, request: inference_pb2.ScoreRequest, names: Names, timeout_s: float | None
     ) -> inference_pb2.ScoreResponse:
-        """Raises `ApiError`, with the fields called by `renames`."""
-        response: inference_pb2.ScoreResponse = await self._long(self._stub.Score, request, renames, timeout_s)
+        """Raises `ApiError`, with the fields called by `names`."""
+        response: inference_pb2.ScoreResponse = await self._long(self._stub.Score, request, names, timeout_s)
         return response
 
     async def _long(
         self,
         method: Callable[..., Awaitable[_Response]],
         request: Any,
-        renames: Mapping[str, str],
+        names: Names,
         timeout_s: float | None,
     ) -> _Response:
         """A call that computes: it lasts as long as that takes, and ends with whoever awaits it."""
@@ -218,7 +219,7 @@ class ControlPlaneClient:
         try:
             return await method(request, timeout=timeout_s, metadata=self._traced_metadata())
         except grpc.aio.AioRpcError as error:
-            raise errors.from_rpc_error(error, renames) from error
+            raise errors.from_rpc_error(error, names) from error
 
     async def serving(self) -> bool:
         """Whether the control plane takes requests now, by grpc.health.v1 and by our own session."""
@@ -242,12 +243,12 @@ class ControlPlaneClient:
         self,
         method: Callable[..., Awaitable[_Response]],
         request: Any,
-        renames: Mapping[str, str] | None = None,
+        names: Names,
     ) -> _Response:
         try:
             return await method(request, timeout=UNARY_TIMEOUT_S, metadata=self._traced_metadata())
         except grpc.aio.AioRpcError as error:
-            raise errors.from_rpc_error(error, renames) from error
+            raise errors.from_rpc_error(error, names) from error
 
     def _traced_metadata(self) -> tuple[tuple[str, str], ...]:
         traceparent = current_traceparent()
@@ -362,11 +363,10 @@ class ControlPlaneClient:
 
     def _fail(self, generation: Generation, prompt: int, error: inference_pb2.RequestError) -> None:
         """One prompt's error is the whole HTTP request's error: the other prompts are cancelled."""
-        renames = dict(generation.renames)
+        names = dict(generation.names)
         if len(generation.tags) > 1:
-            renames.update(text=f"prompt[{prompt}]", token_ids=f"prompt[{prompt}]")
-            renames["token_ids.ids"] = f"prompt[{prompt}]"
-        generation.mailbox.fail(errors.from_request_error(error, renames))
+            names.update(dict.fromkeys(("text", "token_ids", "token_ids.ids"), f"prompt[{prompt}]"))
+        generation.mailbox.fail(errors.from_request_error(error, names))
         generation.cancel()
 
 

@@ -73,6 +73,11 @@ class GatewaySettings(ProcessSettings):
     responses_store: bool = Field(True, description="keep responses of /v1/responses unless a request says otherwise")
     responses_max: PositiveInt = Field(10_000, description="responses kept; the oldest go first")
     responses_ttl_s: float = Field(30 * 86400.0, gt=0, description="seconds that a response is kept")
+    responses_events_max_bytes: PositiveInt = Field(
+        2**30,
+        description="events of streamed background responses, all together, in bytes; those of the oldest that have "
+        "ended go first",
+    )
 
     files_max_bytes: PositiveInt = Field(200 * 2**20, description="largest file of /v1/files, in bytes")
     files_max_total_bytes: PositiveInt = Field(4 * 2**30, description="all files together, in bytes")

@@ -9,8 +9,10 @@ from typing import Any, cast
 
 from stepwire.v1 import inference_pb2
 
+from gateway import field_names
 from gateway.chat_input import content_texts, read_chat_input
-from gateway.errors import ApiError
+from gateway.errors import ApiError, made_a_chat
+from gateway.field_names import Names
 from gateway.json_types import type_name
 from gateway.schemas import MAX_STOP_STRINGS, ChatCompletionBody, CompletionBody, GenerationBody
 from gateway.structured_output import read_structured_output
@@ -48,27 +50,32 @@ class GenerationPlan:
     num_prompt_logprobs: int | None = None
     # A named tool was called on order: OpenAI then says that the model stopped, not that it called a tool.
     is_named_tool: bool = False
-    # Field paths of GenerateRequest whose OpenAI name depends on this request.
-    renames: Mapping[str, str] = field(default_factory=dict)
+    # What its body calls the fields of a GenerateRequest.
+    names: Names = field(default_factory=dict)
 
 
-def plan_chat(body: ChatCompletionBody, request_id: str, own_names: Mapping[str, str] | None = None) -> GenerationPlan:
-    """Raises `ApiError` with the field named; `own_names` are those of the body that was made a chat of."""
+def plan_chat(body: ChatCompletionBody, request_id: str, names: Names = field_names.CHAT) -> GenerationPlan:
+    """Raises `ApiError` with the field named; `names`: of the body that was made a chat of, where one was."""
+    with made_a_chat(names):
+        return _plan_chat(body, request_id, names)
+
+
+def _plan_chat(body: ChatCompletionBody, request_id: str, names: Names) -> GenerationPlan:
     check_chat_fields(body.model_extra)
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     num_top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    request, renames = _generation(body, request_id, max_tokens, num_top_logprobs)
+    request, format_names = _generation(body, request_id, max_tokens, num_top_logprobs)
     request.chat.CopyFrom(read_chat_input(body))
     request.output.omit_reasoning = body.include_reasoning is False
-    renames["output.logprobs"] = "top_logprobs"
-    if body.max_completion_tokens is not None:
-        renames["stop.max_tokens"] = "max_completion_tokens"
-    renames |= own_names or {}
+    # A format that the body has under a name of its own stands in the chat's response_format.
+    own_names = names if body.response_format is not None else {}
+    chats_names = {"stop.max_tokens": "max_tokens"} if body.max_completion_tokens is None and body.max_tokens else {}
+    names = {**names, **format_names, **own_names, **chats_names}
     echo_text = ""
     if body.echo and body.continue_final_message:
         echo_text = "\n".join(content_texts(len(body.messages) - 1, body.messages[-1]))
     is_named_tool = request.chat.tool_choice.WhichOneof("choice") == "function_name"
-    return _plan(body, [request], num_top_logprobs, renames, echo_text=echo_text, is_named_tool=is_named_tool)
+    return _plan(body, [request], num_top_logprobs, names, echo_text=echo_text, is_named_tool=is_named_tool)
 
 
 def plan_completion(body: CompletionBody, request_id: str, max_prompts: int) -> GenerationPlan:
@@ -81,7 +88,8 @@ def plan_completion(body: CompletionBody, request_id: str, max_prompts: int) -> 
         )
     max_tokens = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     requests = []
-    shared, renames = _generation(body, request_id, max_tokens, body.logprobs)
+    shared, format_names = _generation(body, request_id, max_tokens, body.logprobs)
+    names = {**field_names.COMPLETION, **format_names}
     if body.suffix:
         shared.suffix = body.suffix
     shared.no_special_tokens = body.add_special_tokens is False
@@ -90,7 +98,7 @@ def plan_completion(body: CompletionBody, request_id: str, max_prompts: int) -> 
         if body.logprobs is not None:
             shared.output.prompt_logprobs = max(body.logprobs, body.prompt_logprobs or 0)
             if body.prompt_logprobs is None:
-                renames["output.prompt_logprobs"] = "logprobs"
+                names["output.prompt_logprobs"] = "logprobs"
     for index, prompt in enumerate(prompts):
         request = inference_pb2.GenerateRequest()
         request.CopyFrom(shared)
@@ -101,14 +109,14 @@ def plan_completion(body: CompletionBody, request_id: str, max_prompts: int) -> 
         else:
             request.token_ids.ids.extend(prompt)
         requests.append(request)
-    return _plan(body, requests, body.logprobs, renames, echo=bool(body.echo))
+    return _plan(body, requests, body.logprobs, names, echo=bool(body.echo))
 
 
 def _plan(
     body: GenerationBody,
     requests: list[inference_pb2.GenerateRequest],
     num_top_logprobs: int | None,
-    renames: Mapping[str, str],
+    names: Names,
     *,
     echo: bool = False,
     echo_text: str = "",
@@ -129,15 +137,15 @@ def _plan(
         echo_text=echo_text,
         num_prompt_logprobs=body.prompt_logprobs,
         is_named_tool=is_named_tool,
-        renames=renames,
+        names=names,
     )
 
 
 def _generation(
     body: GenerationBody, request_id: str, max_tokens: int | None, num_top_logprobs: int | None
-) -> tuple[inference_pb2.GenerateRequest, dict[str, str]]:
-    """Everything but the input, and the names that fields have in this body."""
-    structured_output, renames = read_structured_output(body)
+) -> tuple[inference_pb2.GenerateRequest, Names]:
+    """Everything but the input, and what the fields of its format are called in this body."""
+    structured_output, format_names = read_structured_output(body)
     request = inference_pb2.GenerateRequest(
         model=body.model or "",
         sampling=_set_fields(
@@ -176,7 +184,7 @@ def _generation(
         structured_output=structured_output,
         truncate_prompt_tokens=body.truncate_prompt_tokens,
     )
-    return request, dict(renames)
+    return request, format_names
 
 
 def _set_fields(**fields: Any) -> dict[str, Any]:

@@ -11,11 +11,12 @@ import orjson
 from stepwire.v1 import inference_pb2
 
 from gateway.convert import read_prompts
+from gateway.field_names import EMBEDDING, EMBEDDINGS, Names
 from gateway.pooling_schemas import EmbeddingsBody
 from gateway.unsupported import check_pooling_fields
 
 
-def embed_request(body: EmbeddingsBody, request_id: str) -> tuple[inference_pb2.EmbedRequest, dict[str, str]]:
+def embed_request(body: EmbeddingsBody, request_id: str) -> tuple[inference_pb2.EmbedRequest, Names]:
     """The call, and what its fields are called in the body. Raises `ApiError` naming a wrong element."""
     check_pooling_fields(body.model_extra)
     inputs = read_prompts(body.input, "input")
@@ -30,11 +31,7 @@ def embed_request(body: EmbeddingsBody, request_id: str) -> tuple[inference_pb2.
     if body.truncate_prompt_tokens is not None:
         call.truncate_prompt_tokens = body.truncate_prompt_tokens
     is_list = isinstance(body.input, list) and isinstance(body.input[0], str | list)
-    renames = {"inputs": "input"}
-    for index in range(len(inputs)):
-        name = f"input[{index}]" if is_list else "input"
-        renames |= {f"inputs[{index}].text": name, f"inputs[{index}].token_ids.ids": name}
-    return call, renames
+    return call, EMBEDDINGS if is_list else EMBEDDING
 
 
 def embeddings_answer(answer: inference_pb2.EmbedResponse, body: EmbeddingsBody) -> bytes:

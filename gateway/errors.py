@@ -7,9 +7,10 @@ traces out of them, or from here; a text that a gRPC channel made up is logged a
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -17,6 +18,8 @@ import orjson
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from pydantic import ValidationError
 from stepwire.v1 import inference_pb2
+
+from gateway.field_names import Names, field_name, in_text, of_made_chat
 
 INVALID_REQUEST = "invalid_request_error"
 AUTHENTICATION = "authentication_error"
@@ -87,53 +90,13 @@ _STATUS_TABLE: dict[int, tuple[int, str, str | None]] = {
 }
 _REFUSED_GATEWAY = (code_pb2.UNAUTHENTICATED, code_pb2.PERMISSION_DENIED)
 
-# Field paths of GenerateRequest -> parameters of OpenAI's bodies, where the names differ. Longest prefix first.
-_PARAM_NAMES: tuple[tuple[str, str], ...] = (
-    ("stop.include_stop_string", "include_stop_str_in_output"),
-    ("output.omit_reasoning", "include_reasoning"),
-    ("output.prompt_token_ids", "return_token_ids"),
-    ("output.prompt_text", "echo"),
-    ("chat.template_arguments", "chat_template_kwargs"),
-    ("chat.parallel_tool_calls", "parallel_tool_calls"),
-    ("chat.reasoning_effort", "reasoning_effort"),
-    ("chat.no_generation_prompt", "add_generation_prompt"),
-    ("chat.tool_choice", "tool_choice"),
-    ("chat.tools", "tools"),
-    ("output.special_tokens", "skip_special_tokens"),
-    ("output.token_ids", "return_token_ids"),
-    ("chat.messages", "messages"),
-    ("chat.continue_final_message", "continue_final_message"),
-    ("token_ids.ids", "prompt"),
-    ("token_ids", "prompt"),
-    ("text", "prompt"),
-    ("chat", "messages"),
-)
-_SECTIONS = ("sampling.", "stop.", "output.")
 
-
-def param_name(field_path: str, renames: Mapping[str, str]) -> str:
-    """OpenAI's name of a field of GenerateRequest.
-
-    `renames` holds what depends on the request: whether `max_completion_tokens` or `max_tokens` was sent, which of the
-    two logprobs parameters the route has, which prompt of a batch it was.
-    """
-    # The longest path first: `token_ids.ids[3]` is not field `ids` of `token_ids`.
-    own = sorted(renames.items(), key=lambda rename: -len(rename[0]))
-    for source, target in (*own, *_PARAM_NAMES):
-        if field_path == source or (field_path.startswith(source) and field_path[len(source)] in ".["):
-            return target + field_path[len(source) :]
-    for section in _SECTIONS:
-        if field_path.startswith(section):
-            return field_path[len(section) :]
-    return field_path
-
-
-def from_request_error(error: inference_pb2.RequestError, renames: Mapping[str, str] | None = None) -> ApiError:
-    """What the control plane says of a request, before or after it was accepted."""
+def from_request_error(error: inference_pb2.RequestError, names: Names) -> ApiError:
+    """What the control plane says of a request, before or after it was accepted; `names`: of its fields in the body."""
     if error.code in _REFUSED_GATEWAY:
         return refused_gateway()
     status, error_type, default_code = _STATUS_TABLE.get(error.code, (500, SERVER_ERROR, "internal_error"))
-    param = param_name(error.violations[0].field, renames or {}) if error.violations else None
+    param = field_name(error.violations[0].field, names) if error.violations else None
     retry_after_s: float | None = None
     if error.HasField("retry_after"):
         retry_after_s = error.retry_after.seconds + error.retry_after.nanos / 1e9
@@ -144,10 +107,10 @@ def from_request_error(error: inference_pb2.RequestError, renames: Mapping[str, 
     message = error.message
     if error.violations and (status == 400 or not message):
         # The same violations, under the names that the client knows.
-        message = "; ".join(f"{param_name(each.field, renames or {})}: {each.description}" for each in error.violations)
+        message = "; ".join(f"{field_name(each.field, names)}: {each.description}" for each in error.violations)
     return ApiError(
         status,
-        message or "The request failed.",
+        in_text(message, names) or "The request failed.",
         type=error_type,
         param=param,
         code=error.reason or default_code,
@@ -156,7 +119,7 @@ def from_request_error(error: inference_pb2.RequestError, renames: Mapping[str, 
     )
 
 
-def from_rpc_error(error: grpc.aio.AioRpcError, renames: Mapping[str, str] | None = None) -> ApiError:
+def from_rpc_error(error: grpc.aio.AioRpcError, names: Names) -> ApiError:
     """A gRPC status of a unary call.
 
     Only a status with google.rpc details, or one that can come from a handler alone, has a text for clients: what a
@@ -178,7 +141,7 @@ def from_rpc_error(error: grpc.aio.AioRpcError, renames: Mapping[str, str] | Non
         grpc.StatusCode.UNAVAILABLE,
         grpc.StatusCode.RESOURCE_EXHAUSTED,
     )
-    return from_request_error(converted, renames)
+    return from_request_error(converted, names)
 
 
 def _rich_status(error: grpc.aio.AioRpcError) -> status_pb2.Status | None:
@@ -217,6 +180,26 @@ def from_validation_error(error: ValidationError) -> ApiError:
     hidden = len(problems) - len(shown)
     text = "; ".join(listed) + (f"; and {hidden} more" if hidden > 0 else "")
     return ApiError(400, f"{text}.", param=format_location(first["loc"]))
+
+
+@contextlib.contextmanager
+def made_a_chat(names: Names) -> Iterator[None]:
+    """What is wrong with a chat's body is said of the body that it was made of."""
+    try:
+        yield
+    except ValidationError as error:
+        raise _renamed(from_validation_error(error), names) from error
+    except ApiError as error:
+        raise _renamed(error, names) from error
+
+
+def _renamed(error: ApiError, names: Names) -> ApiError:
+    if error.param is not None:
+        own = of_made_chat(error.param, names)
+        if error.message.startswith(f"{error.param}:"):
+            error.message = own + error.message[len(error.param) :]
+        error.param = own
+    return error
 
 
 def format_location(location: Sequence[str | int]) -> str:

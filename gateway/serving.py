@@ -118,7 +118,7 @@ class Serving:
             num_samples=plan.num_samples,
             stream=plan.stream,
             timeout_s=read_timeout(request.headers.get("x-request-timeout")),
-            renames=plan.renames,
+            names=plan.names,
         )
         watcher = asyncio.create_task(self._watch_disconnect(request.receive, generation))
         generation.watcher = watcher

@@ -17,7 +17,7 @@ import sqlite3
 import stat
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -30,6 +30,16 @@ CREATE TABLE IF NOT EXISTS responses (
     answer BLOB NOT NULL, input BLOB NOT NULL, process INTEGER
 );
 CREATE INDEX IF NOT EXISTS responses_by_age ON responses (created_s);
+CREATE TABLE IF NOT EXISTS response_streams (
+    id TEXT PRIMARY KEY, created_s REAL NOT NULL, num_events INTEGER NOT NULL, num_bytes INTEGER NOT NULL
+);
+CREATE TABLE IF NOT EXISTS response_events (
+    id TEXT NOT NULL, first INTEGER NOT NULL, num_events INTEGER NOT NULL, data BLOB NOT NULL, PRIMARY KEY (id, first)
+);
+CREATE TRIGGER IF NOT EXISTS events_go_with_their_response AFTER DELETE ON responses BEGIN
+    DELETE FROM response_streams WHERE id = OLD.id;
+    DELETE FROM response_events WHERE id = OLD.id;
+END;
 CREATE TABLE IF NOT EXISTS files (
     id TEXT PRIMARY KEY, created_s REAL NOT NULL, expires_s REAL, purpose TEXT NOT NULL,
     filename TEXT NOT NULL, num_bytes INTEGER NOT NULL
@@ -111,6 +121,20 @@ class Store:
         self._lock.close()
         if self._is_temporary:
             shutil.rmtree(self.directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """All of it or nothing; nobody else writes meanwhile."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        # A full disk may have ended it already.
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
 
 
 def _remove_abandoned(parent: Path) -> None:

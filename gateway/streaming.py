@@ -24,7 +24,7 @@ from gateway.response_body import ResponseBody, response_body
 
 _log = structlog.get_logger(__name__)
 
-_STREAM_HEADERS = [
+STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     # Proxies of the nginx kind hold a stream back otherwise.
@@ -103,7 +103,7 @@ class SseResponse(Response):
         metrics.open_streams.inc()
         keepalive = None
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+            await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
             self._body: ResponseBody = response_body(scope)
             self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._mailbox.on_news = self._be_due

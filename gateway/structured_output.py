@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from stepwire.v1 import inference_pb2
 
 from gateway.errors import ApiError
+from gateway.field_names import Names
 from gateway.schemas import GenerationBody, ResponseFormat, StructuredOutputs
 from gateway.structural_tag import read_structural_tag, schema_text
 
 
 def read_structured_output(
     body: GenerationBody,
-) -> tuple[inference_pb2.StructuredOutput | None, Mapping[str, str]]:
+) -> tuple[inference_pb2.StructuredOutput | None, Names]:
     """The format asked for, if any, and what its fields are called in this body. Raises `ApiError`."""
     asked: dict[str, Any] = {}
     if body.response_format is not None and body.response_format.type != "text":
@@ -38,7 +38,7 @@ def read_structured_output(
     return _of_constraint(name, name.removeprefix("guided_"), value)
 
 
-def _of_response_format(value: ResponseFormat) -> tuple[inference_pb2.StructuredOutput, Mapping[str, str]]:
+def _of_response_format(value: ResponseFormat) -> tuple[inference_pb2.StructuredOutput, Names]:
     if value.type == "structural_tag":
         return _of_constraint("response_format", "structural_tag", {"type": value.type, **(value.model_extra or {})})
     if value.type == "json_object":
@@ -56,7 +56,7 @@ def _of_response_format(value: ResponseFormat) -> tuple[inference_pb2.Structured
     return message, {"structured_output.json_schema": f"{param}.schema", "structured_output": "response_format"}
 
 
-def _of_structured_outputs(value: StructuredOutputs) -> tuple[inference_pb2.StructuredOutput, Mapping[str, str]]:
+def _of_structured_outputs(value: StructuredOutputs) -> tuple[inference_pb2.StructuredOutput, Names]:
     constraints = {
         "json": value.json_,
         "regex": value.regex,
@@ -74,12 +74,12 @@ def _of_structured_outputs(value: StructuredOutputs) -> tuple[inference_pb2.Stru
             param="structured_outputs",
         )
     ((kind, constraint),) = given.items()
-    message, renames = _of_constraint(f"structured_outputs.{kind}", kind, constraint)
+    message, names = _of_constraint(f"structured_outputs.{kind}", kind, constraint)
     message.compact_json = bool(value.disable_any_whitespace)
-    return message, renames
+    return message, names
 
 
-def _of_constraint(param: str, kind: str, value: Any) -> tuple[inference_pb2.StructuredOutput, Mapping[str, str]]:
+def _of_constraint(param: str, kind: str, value: Any) -> tuple[inference_pb2.StructuredOutput, Names]:
     message = inference_pb2.StructuredOutput()
     match kind:
         case "json":

@@ -26,8 +26,11 @@ _BOTH: Mapping[str, tuple[Any, ...]] = {
     "truncation_side": ("left",),
     "use_beam_search": (False,),
 }
+# A chat has it at its top, a response in `text`.
+_VERBOSITY: Mapping[str, tuple[Any, ...]] = {"verbosity": ("medium",)}
 _CHAT: Mapping[str, tuple[Any, ...]] = {
     **_BOTH,
+    **_VERBOSITY,
     # A template writes them itself.
     "add_special_tokens": (False,),
     "audio": (),
@@ -38,7 +41,6 @@ _CHAT: Mapping[str, tuple[Any, ...]] = {
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
     "moderation": (),
-    "verbosity": ("medium",),
     "web_search_options": (),
 }
 _COMPLETION: Mapping[str, tuple[Any, ...]] = {
@@ -117,9 +119,10 @@ def check_completion_fields(extra: Mapping[str, Any] | None) -> None:
     _check(extra, _COMPLETION, "")
 
 
-def check_response_fields(extra: Mapping[str, Any] | None) -> None:
-    """Raise `ApiError` for an unsupported field of a body of /v1/responses."""
+def check_response_fields(extra: Mapping[str, Any] | None, text_extra: Mapping[str, Any] | None) -> None:
+    """Raise `ApiError` for an unsupported field of a body of /v1/responses, or of its `text`."""
     _check(extra, _RESPONSE, "")
+    _check(text_extra, _VERBOSITY, "text.")
 
 
 def check_anthropic_fields(extra: Mapping[str, Any] | None) -> None:

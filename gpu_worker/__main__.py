@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
 
 import structlog
@@ -41,12 +42,12 @@ def main(argv: list[str]) -> int:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 1
     try:
-        runner = load_runner(settings)
+        runner = load_runner(settings, server.stop_unusable)
     except (LoadError, ValueError, OSError) as error:
         # What a person can put right: the message says how. Anything else is a defect, and shows where.
         logger.debug("loading failed", exc_info=True)
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        server.stop()
+        print(f"{PROGRAM}: {error}", file=sys.stderr, flush=True)
+        server.stop_unusable(str(error))
         return 1
     except BaseException:
         # A signal among them: the interpreter must not end while gRPC's thread runs.
@@ -85,8 +86,11 @@ def _make_server(settings: WorkerSettings) -> WorkerServer:
     )
 
 
-def load_runner(settings: WorkerSettings) -> Runner:
-    """The runner that the settings name. torch is imported only where it computes."""
+def load_runner(settings: WorkerSettings, before_end: Callable[[str], None] | None = None) -> Runner:
+    """The runner that the settings name. torch is imported only where it computes.
+
+    `before_end` is told why, where loading ends the process by itself.
+    """
     if settings.runner == "simulated":
         from gpu_worker.simulated import SimulatedRunner, SimulationSpec
 
@@ -94,7 +98,7 @@ def load_runner(settings: WorkerSettings) -> Runner:
     if settings.num_ranks > 1:
         from gpu_worker.parallel.leader import load_group_runner
 
-        return load_group_runner(settings)
+        return load_group_runner(settings, before_end)
     from gpu_worker.device import resolve_device
 
     device = resolve_device(settings.device)

@@ -155,6 +155,7 @@ class TorchRunner:
         sizes = resolve_sizes(settings, spec, device)
         spec = without_idle_indexer(spec, sizes)
         dtype = resolve_dtype(settings.dtype, device, spec.dtype)
+        spec = family.in_dtype(spec, settings.model, dtype)
         if settings.kv_cache_dtype == "fp8":
             raise ModelConfigError(
                 "kv_cache_dtype fp8 needs the CUDA kernels, and this model runs in plain torch: "

@@ -52,6 +52,9 @@ _LAST_RESORT_S = 3.0
 _PAUSE_S = 0.05
 
 _LAST_CALLS_S = 0.5
+# How long a worker that cannot be used waits for a control plane to ask once more.
+_LAST_WORDS_S = 2.0
+_MAX_REASON_CHARS = 1000
 _LOADING = "the worker is still loading its model"
 
 T = TypeVar("T")
@@ -132,6 +135,9 @@ class WorkerServer:
         self._has_failed = False
         self._stuck_timer: asyncio.TimerHandle | None = None
         self._last_resort: threading.Timer | None = None
+        # Why there will be no model, and whether anybody has asked for it, or was told.
+        self._unusable = ""
+        self._was_asked, self._has_told = False, threading.Event()
 
     # Life, on the main thread.
 
@@ -187,6 +193,13 @@ class WorkerServer:
         """For who has more to do in this process once `serve` has returned: its end is no longer enforced."""
         if self._last_resort is not None:
             self._last_resort.cancel()
+
+    def stop_unusable(self, reason: str) -> None:
+        """Instead of `serve`: there will be no model. A control plane that waits for it is told. Any thread."""
+        self._unusable = reason[:_MAX_REASON_CHARS]
+        if self._was_asked:
+            self._has_told.wait(_LAST_WORDS_S)
+        self.stop()
 
     def stop(self) -> None:
         """Stop listening and end the gRPC thread. `serve` does it; needed where `serve` is never reached."""
@@ -380,6 +393,14 @@ class WorkerServer:
         """None while the model is loading."""
         return encode_facts(self._facts, self._instance_id, stepwire.__version__) if self._facts is not None else None
 
+    def why_not(self) -> tuple[grpc.StatusCode, str]:
+        """What `describe` cannot be answered with."""
+        self._was_asked = True
+        if not self._unusable:
+            return grpc.StatusCode.UNAVAILABLE, _LOADING
+        self._has_told.set()
+        return grpc.StatusCode.FAILED_PRECONDITION, f"the worker could not load its model: {self._unusable}"
+
     async def run_session(self, hello: worker_pb2.SessionHello, context: StreamContext) -> None:
         """Serve one stream after its hello; the session before ends, and the runner forgets it."""
         if self._facts is None:
@@ -431,7 +452,7 @@ class _Servicer(worker_pb2_grpc.WorkerServiceServicer):
     ) -> worker_pb2.DescribeResponse:
         response = self._server.describe()
         if response is None:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, _LOADING)
+            await context.abort(*self._server.why_not())
         return response
 
     async def RunSteps(self, requests: object, context: StreamContext) -> None:

@@ -25,7 +25,7 @@ from control_plane.core.step_deadline import StepDeadline
 from control_plane.core.step_feed import StepFeed
 from control_plane.core.step_plan import ProtocolError, StepEvents, StepPlan
 from control_plane.core.token_masks import FilledMasks, MaskFiller
-from control_plane.core.worker_link import WorkerAddress, WorkerLink, WorkerRefused, WorkerUnavailable
+from control_plane.core.worker_link import WorkerAddress, WorkerLink, WorkerRefused, WorkerUnavailable, WorkerUnusable
 
 log = structlog.get_logger(__name__)
 
@@ -97,7 +97,7 @@ class WorkerGroup:
         self.is_put_aside = False
         # Why there is no worker; empty while there is one, or before the first attempt.
         self.trouble = ""
-        # Set once it is known whether the worker fits: it is connected, or it was refused.
+        # Set once it is known whether the worker fits: it is connected, it was refused, or it says that it is no use.
         self.settled = asyncio.Event()
         self.metrics = metrics
         self._config = config
@@ -162,11 +162,13 @@ class WorkerGroup:
                 await link.close()
 
     async def _complain(self, error: WorkerUnavailable) -> None:
-        refused = isinstance(error, WorkerRefused)
+        refused = isinstance(error, WorkerUnusable)
         self.trouble = str(error)
         if self.trouble != self._told_trouble and (refused or time.monotonic() > self._expected_until_s):
             self._told_trouble = self.trouble
-            what = "worker refused" if refused else "worker not available, trying again"
+            what = "worker not available, trying again"
+            if refused:
+                what = "worker refused" if isinstance(error, WorkerRefused) else "worker cannot be used"
             self._log.warning(what, worker=self.address.target, reason=self.trouble)
         if refused:
             self.settled.set()

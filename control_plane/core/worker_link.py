@@ -34,7 +34,11 @@ class WorkerUnavailable(Exception):
     """The worker cannot be reached, or refuses to work with this control plane."""
 
 
-class WorkerRefused(WorkerUnavailable):
+class WorkerUnusable(WorkerUnavailable):
+    """Waiting does not help: the worker says so itself."""
+
+
+class WorkerRefused(WorkerUnusable):
     """This control plane refuses to work with the worker; the message names what does not fit."""
 
 
@@ -95,11 +99,14 @@ class WorkerLink:
             raise WorkerUnavailable(f"no answer from {address.target} within {timeout_s:g} s") from error
         except aio.AioRpcError as error:
             await self.close()
-            raise WorkerUnavailable(f"{address.target}: {error.code().name}: {error.details()}") from error
-        if answer is END_OF_STREAM or answer.ready.session_id != session_id:
-            details = await self._call.details() if answer is END_OF_STREAM else f"answered {answer!r} to hello"
+            raise _failed(address, error.code(), error.details()) from error
+        if answer is END_OF_STREAM:
+            code, details = await self._call.code(), await self._call.details()
             await self.close()
-            raise WorkerUnavailable(f"{address.target}: {details}")
+            raise _failed(address, code, details)
+        if answer.ready.session_id != session_id:
+            await self.close()
+            raise WorkerUnavailable(f"{address.target}: answered {answer!r} to hello")
         if answer.ready.instance_id != facts.instance_id:
             await self.close()
             raise WorkerUnavailable(f"{address.target}: the worker was replaced while connecting")
@@ -160,3 +167,8 @@ class WorkerLink:
             log.exception("a result could not be taken")
             reason = f"a result could not be taken: {error}"
         self.lose(reason)
+
+
+def _failed(address: WorkerAddress, code: grpc.StatusCode, details: str | None) -> WorkerUnavailable:
+    message = f"{address.target}: {code.name}: {details}"
+    return (WorkerUnusable if code is grpc.StatusCode.FAILED_PRECONDITION else WorkerUnavailable)(message)

@@ -336,7 +336,11 @@ class RequestBuilder:
         template = self._model.chat_template
         if template is None:
             raise RequestRefused.invalid(
-                Violation("chat", "this model has no chat template; use text, or start the server with --chat-template")
+                Violation(
+                    "chat",
+                    "this model has no chat template: send a prompt (over gRPC `text`, over REST /v1/completions), or "
+                    "start the server with --chat-template",
+                )
             )
         conversation = read_conversation(chat, template, self._model.output_format.syntax)
         self.check_num_chars("chat.messages", conversation.num_chars, facts)

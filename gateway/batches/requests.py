@@ -14,8 +14,9 @@ from gateway.client import Generation
 from gateway.convert import GenerationPlan, plan_chat, plan_completion
 from gateway.embeddings import embed_request, embeddings_answer
 from gateway.errors import ApiError
+from gateway.field_names import RESPONSE
 from gateway.pooling_schemas import EmbeddingsBody
-from gateway.responses.convert import chat_body, input_items, param_names
+from gateway.responses.convert import chat_body, input_items
 from gateway.responses.output import ResponseOutput, response_object
 from gateway.responses.schemas import ResponsesBody
 from gateway.schemas import ChatCompletionBody, CompletionBody
@@ -39,9 +40,9 @@ class BatchRequests:
                 return await self._completion(self._read(CompletionBody, line), request_id)
             case "/v1/embeddings":
                 body = self._read(EmbeddingsBody, line)
-                call, renames = embed_request(body, request_id)
+                call, names = embed_request(body, request_id)
                 call.priority = BATCH_PRIORITY
-                return embeddings_answer(await self._serving.client.embed(call, renames, None), body)
+                return embeddings_answer(await self._serving.client.embed(call, names, None), body)
             case _:
                 return await self._response(self._read(ResponsesBody, line), request_id)
 
@@ -71,7 +72,7 @@ class BatchRequests:
         for name in ("background", "previous_response_id"):
             if getattr(body, name):
                 raise ApiError(400, f"{name}: not possible in a batch.", param=name)
-        plan = plan_chat(chat_body(body, input_items(body)), request_id, param_names(body))
+        plan = plan_chat(chat_body(body, input_items(body)), request_id, RESPONSE)
         generation = self._start(plan)
         try:
             mailbox = generation.mailbox
@@ -88,7 +89,7 @@ class BatchRequests:
         for request in plan.requests:
             request.priority = BATCH_PRIORITY
         return self._serving.client.generate(
-            plan.requests, num_samples=plan.num_samples, stream=False, renames=plan.renames
+            plan.requests, num_samples=plan.num_samples, stream=False, names=plan.names
         )
 
     def _read(self, schema: type[_Body], line: BatchLine) -> _Body:

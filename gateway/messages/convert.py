@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import orjson
-from pydantic import ValidationError
 
-from gateway.errors import ApiError, from_validation_error
+from gateway.errors import ApiError, made_a_chat
+from gateway.field_names import MESSAGE
 from gateway.json_types import type_name
 from gateway.messages.schemas import CountTokensBody, InputMessage, MessagesBody, MessageToolChoice, OutputConfig
 from gateway.schemas import ChatCompletionBody, DecodingFields
@@ -64,27 +64,8 @@ def chat_body(body: CountTokensBody) -> ChatCompletionBody:
             **{name: getattr(body, name) for name in DecodingFields.model_fields},
         }
     fields["chat_template_kwargs"] = arguments or None
-    try:
+    with made_a_chat(MESSAGE):
         return ChatCompletionBody.model_validate(fields)
-    except ValidationError as error:
-        raise from_validation_error(error) from error
-
-
-def param_names(body: MessagesBody) -> dict[str, str]:
-    """What fields of a GenerateRequest are called in this body, where a chat has another name."""
-    names = {
-        "stop.max_tokens": "max_tokens",
-        "stop.stop": "stop_sequences",
-        "chat.reasoning_effort": "output_config.effort",
-    }
-    if body.structured_outputs is None:
-        names |= {
-            "structured_output.json_schema": "output_config.format.schema",
-            "structured_output": "output_config.format",
-        }
-    for index in range(len(body.tools or ())):
-        names[f"chat.tools[{index}].function"] = f"tools[{index}]"
-    return names
 
 
 def _output_config(config: OutputConfig) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import orjson
-from pydantic import ValidationError
 
-from gateway.errors import ApiError, from_validation_error
+from gateway.errors import ApiError, made_a_chat
+from gateway.field_names import RESPONSE
 from gateway.json_types import type_name
 from gateway.responses.schemas import ResponsesBody
 from gateway.schemas import ChatCompletionBody, DecodingFields
@@ -148,26 +148,11 @@ def _arguments(param: str, item: dict[str, Any]) -> str:
     raise ApiError(400, f"{param}.arguments: must be a JSON object as a string.", param=f"{param}.arguments")
 
 
-def param_names(body: ResponsesBody) -> dict[str, str]:
-    """What fields of a GenerateRequest are called in this body, where a chat has another name."""
-    names = {
-        "stop.max_tokens": "max_output_tokens",
-        "chat.messages": "input",
-        "chat": "input",
-        "chat.reasoning_effort": "reasoning.effort",
-    }
-    if body.structured_outputs is None:
-        names |= {"structured_output.json_schema": "text.format.schema", "structured_output": "text.format"}
-    for index in range(len(body.tools or ())):
-        names[f"chat.tools[{index}].function"] = f"tools[{index}]"
-    return names
-
-
 def chat_body(
     body: ResponsesBody, items: Sequence[dict[str, Any]], history: Sequence[dict[str, Any]] = ()
 ) -> ChatCompletionBody:
     """The whole conversation: its earlier turns, and this one's input."""
-    check_response_fields(body.model_extra)
+    check_response_fields(body.model_extra, body.text.model_extra if body.text else None)
     messages = chat_messages([*history, *items], len(history))
     if body.instructions:
         messages.insert(0, {"role": "system", "content": body.instructions})
@@ -188,10 +173,8 @@ def chat_body(
         fields[name] = getattr(body, name)
     if body.truncation == "auto" and body.truncate_prompt_tokens is None:
         fields["truncate_prompt_tokens"] = -1
-    try:
+    with made_a_chat(RESPONSE):
         return ChatCompletionBody.model_validate({name: value for name, value in fields.items() if value is not None})
-    except ValidationError as error:
-        raise from_validation_error(error) from error
 
 
 _SAME = ("model", "stream", "parallel_tool_calls", "stop", "chat_template_kwargs")

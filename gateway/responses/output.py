@@ -2,7 +2,8 @@
 
 Order of events (OpenAI's): response.created, response.in_progress; per item output_item.added, then for text and
 reasoning content_part.added, deltas, done, content_part.done, for a call its arguments' deltas and done, then
-output_item.done; last response.completed or .incomplete, or .failed. `sequence_number` rises by one from 0.
+output_item.done; last response.completed or .incomplete, or .failed. `sequence_number` rises by one from 0. Where the
+response is generated in the background, response.queued stands between the first two.
 """
 
 from __future__ import annotations
@@ -75,6 +76,19 @@ class ResponseOutput:
         self._has_started = False
 
     # ---- as the events of a stream ----
+
+    def queue(self) -> bytes:
+        """Of a response that is generated later: first of all, and then `begin`."""
+        self._has_started = True
+        self._emit("response.created", response=self.answer)
+        self._emit("response.queued", response=self.answer)
+        return self._taken()
+
+    def begin(self) -> bytes:
+        self._has_started = True
+        self.answer["status"] = "in_progress"
+        self._emit("response.in_progress", response=self.answer)
+        return self._taken()
 
     def render(self, updates: Iterable[SequenceUpdate]) -> bytes:
         self._start()
@@ -218,9 +232,14 @@ class ResponseOutput:
         return len(self.answer["output"]) - 1
 
     def _emit(self, kind: str, **fields: Any) -> None:
-        data = orjson.dumps({"type": kind, "sequence_number": self.num_events, **fields})
+        self._events.append(event_bytes(kind, self.num_events, **fields))
         self.num_events += 1
-        self._events.append(b"event: " + kind.encode() + b"\ndata: " + data + b"\n\n")
+
+
+def event_bytes(kind: str, sequence_number: int, **fields: Any) -> bytes:
+    """A typed event as it is sent; the only empty line in it is its last."""
+    data = orjson.dumps({"type": kind, "sequence_number": sequence_number, **fields})
+    return b"event: " + kind.encode() + b"\ndata: " + data + b"\n\n"
 
 
 def _new_id(prefix: str) -> str:

@@ -74,7 +74,7 @@ class ResponsesBody(DecodingFields):
     max_output_tokens: PositiveCount | None = None
     stream: bool | None = None
     store: bool | None = Field(None, description="Keep the response, so that it can be fetched and continued; true.")
-    background: bool | None = Field(None, description="Answer at once, and generate meanwhile; needs store.")
+    background: bool | None = Field(None, description="Generate whether the client waits or not; needs store.")
     tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: ResponseToolChoiceField = None
     parallel_tool_calls: bool | None = None
@@ -100,8 +100,6 @@ class ResponsesBody(DecodingFields):
             raise ValueError("input: needed: a string, or a list of items")
         if self.background and self.store is False:
             raise ValueError("background: needs store to be true")
-        if self.background and self.stream:
-            raise ValueError("background: cannot be true together with stream here; poll the response instead")
         return self
 
     @property

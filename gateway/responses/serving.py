@@ -1,10 +1,9 @@
-"""/v1/responses: create, whole, streamed or in the background; what was stored, fetched, cancelled, deleted."""
+"""/v1/responses: create, whole, streamed, in the background; what was stored, fetched, followed, cancelled, deleted."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import sqlite3
 import uuid
 from collections.abc import Coroutine, Iterable
 from typing import Any
@@ -14,66 +13,54 @@ import structlog
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gateway.client import Generation
 from gateway.convert import GenerationPlan, plan_chat, read_timeout
-from gateway.errors import ApiError, internal
+from gateway.errors import ApiError
+from gateway.field_names import RESPONSE
 from gateway.mailbox import SequenceUpdate, UsageTotals
 from gateway.middleware import CLIENT_CLOSED_REQUEST
-from gateway.responses.convert import chat_body, input_items, param_names
+from gateway.responses.background import BackgroundResponses
+from gateway.responses.convert import chat_body, input_items
+from gateway.responses.following import FollowingResponse
 from gateway.responses.output import ResponseOutput, response_object
 from gateway.responses.schemas import ResponsesBody
 from gateway.responses.store import ResponseStore, StoredResponse
+from gateway.responses.stored_events import RUNNING, StoredEvents
 from gateway.serving import Serving, read_body
 from gateway.store import is_storage_error
 
 _log = structlog.get_logger(__name__)
 
-_RUNNING = ("queued", "in_progress")
-# How soon a process notices that another one has cancelled or deleted a response of its own.
-_FOLLOW_S = 0.25
-
 
 class ResponsesServing:
     """`store` is None where responses are not kept: then everything that needs one is refused.
 
-    `is_one_of_several`: other processes read and write the same store.
+    `events` lie in the same store. `is_one_of_several`: other processes read and write it.
     """
 
-    def __init__(self, serving: Serving, store: ResponseStore | None, *, is_one_of_several: bool = False) -> None:
+    def __init__(
+        self,
+        serving: Serving,
+        store: ResponseStore | None,
+        events: StoredEvents,
+        *,
+        is_one_of_several: bool = False,
+    ) -> None:
         self._serving = serving
         self._store = store
-        self._is_one_of_several = is_one_of_several
-        # Response id -> its generation, of those that run in the background.
-        self._background: dict[str, Generation] = {}
+        self._background = (
+            None if store is None else BackgroundResponses(store, events, is_one_of_several=is_one_of_several)
+        )
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
         if self._store is not None and (num_failed := await self._store.fail_interrupted()):
             _log.warning("responses of an earlier process will not end", num_responses=num_failed)
-        if self._store is not None and self._is_one_of_several:
-            self._spawn(self._follow(self._store))
-
-    async def _follow(self, store: ResponseStore) -> None:
-        """Stop what other processes were told to stop."""
-        while True:
-            await asyncio.sleep(_FOLLOW_S)
-            if not self._background:
-                continue
-            mine = tuple(self._background)
-            try:
-                still_running = await store.still_running(mine)
-            except sqlite3.Error:
-                _log.exception("the stored responses cannot be read")
-                continue
-            for response_id in mine:
-                generation = self._background.get(response_id)
-                if generation is not None and response_id not in still_running:
-                    del self._background[response_id]
-                    generation.disconnect()
+        if self._background is not None:
+            self._background.start()
 
     async def close(self) -> None:
-        for generation in self._background.values():
-            generation.cancel()
+        if self._background is not None:
+            await self._background.close()
         for task in tuple(self._tasks):
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -86,10 +73,10 @@ class ResponsesServing:
             raise ApiError(400, f"{param}: this server keeps no responses (--responses-store).", param=param)
         items = input_items(body)
         chat = chat_body(body, items, await self._history(body))
-        plan = plan_chat(chat, request.state.request_id, param_names(body))
+        plan = plan_chat(chat, request.state.request_id, RESPONSE)
         response_id = f"resp_{uuid.uuid4().hex}"
-        if body.background:
-            return await self._create_in_background(request, body, plan, response_id, items)
+        if body.background and self._background is not None:
+            return await self._create_in_background(request, body, plan, response_id, items, self._background)
         async with self._serving.generating(request, plan) as (generation, accepted):
             mailbox = generation.mailbox
             if mailbox.disconnected:
@@ -113,7 +100,7 @@ class ResponsesServing:
         chain = await self._store.chain(body.previous_response_id)
         if chain is None:
             raise _not_found(body.previous_response_id, "previous_response_id")
-        if chain[-1].answer["status"] in _RUNNING:
+        if chain[-1].answer["status"] in RUNNING:
             raise ApiError(
                 400,
                 f"previous_response_id: {body.previous_response_id[:80]} has not ended yet.",
@@ -152,78 +139,65 @@ class ResponsesServing:
         plan: GenerationPlan,
         response_id: str,
         items: list[dict[str, Any]],
+        background: BackgroundResponses,
     ) -> Response:
         generation = self._serving.client.generate(
             plan.requests,
             num_samples=1,
-            stream=False,
+            stream=plan.stream,
             timeout_s=read_timeout(request.headers.get("x-request-timeout")),
-            renames=plan.renames,
+            names=plan.names,
         )
         try:
             # A request that is wrong is refused now.
             accepted = await generation.mailbox.accepted()
             answer = response_object(body, response_id, plan.model or accepted[0].model, "queued")
-            await self.keep(body, answer, items)
+            output = ResponseOutput(dict(answer, output=[]), plan.num_top_logprobs)
+            stored = StoredResponse(answer, items, body.previous_response_id)
+            await background.begin(generation, output, stored, keeps_events=plan.stream)
         except BaseException:
             generation.cancel()
             raise
-        self._background[response_id] = generation
-        self._spawn(
-            self._finish_in_background(generation, ResponseOutput(dict(answer, output=[]), plan.num_top_logprobs))
-        )
-        return _json(answer)
+        return self._follow(background, response_id, -1) if plan.stream else _json(answer)
 
-    async def _finish_in_background(self, generation: Generation, output: ResponseOutput) -> None:
-        answer = output.answer
-        store = self._store
-        if store is None:
-            return
-        answer["status"] = "in_progress"
-        try:
-            await store.update(answer)
-            updates = await generation.mailbox.take_all()
-            if generation.mailbox.disconnected:
-                return  # cancelled, and stored as that
-            output.feed(updates[0])
-            output.finish(generation.mailbox.usage)
-        except ApiError as error:
-            output.finish_failed(error)
-        except Exception:
-            _log.exception("a background response failed", response_id=answer["id"])
-            output.finish_failed(internal())
-        finally:
-            self._background.pop(answer["id"], None)
-            generation.cancel()
-        await store.update(answer)
+    def _follow(self, background: BackgroundResponses, response_id: str, after: int) -> Response:
+        serving = self._serving
+        return FollowingResponse(background.followers, response_id, after, serving.metrics, serving.sse_keepalive_s)
 
     # ---- what was stored ----
 
     async def get(self, response_id: str) -> Response:
         return _json((await self._stored(response_id)).answer)
 
+    async def stream(self, response_id: str, after: int) -> Response:
+        """The events of a background response after number `after`, the last one included, whenever it comes."""
+        answer = (await self._stored(response_id)).answer
+        if self._background is None or not answer["background"]:
+            raise _not_streamable("it was not created with background")
+        if not await self._background.has_events(response_id):
+            raise _not_streamable("it was created without stream, or is so old that its events were dropped")
+        return self._follow(self._background, response_id, after)
+
     async def delete(self, response_id: str) -> Response:
         await self._stored(response_id)
-        generation = self._background.pop(response_id, None)
-        if generation is not None:
-            generation.disconnect()
         if self._store is not None:
             await self._store.delete(response_id)
+        if self._background is not None:
+            self._background.stop(response_id)
         return _json({"id": response_id, "object": "response", "deleted": True})
 
     async def cancel(self, response_id: str) -> Response:
         answer = (await self._stored(response_id)).answer
         if not answer["background"]:
             raise ApiError(400, "Only a response that was created with background can be cancelled.")
-        if answer["status"] in _RUNNING and self._store is not None:
+        if answer["status"] in RUNNING and self._store is not None:
             cancelled = {**answer, "status": "cancelled"}
             if not await self._store.update(cancelled):
                 # It has ended meanwhile.
                 return _json((await self._stored(response_id)).answer)
             answer = cancelled
-            generation = self._background.pop(response_id, None)
-            if generation is not None:
-                generation.disconnect()
+            if self._background is not None:
+                self._background.stop(response_id)
         return _json(answer)
 
     async def input_items(self, response_id: str, *, limit: int, order: str, after: str | None) -> Response:
@@ -247,7 +221,11 @@ class ResponsesServing:
         )
 
     async def _stored(self, response_id: str) -> StoredResponse:
-        stored = None if self._store is None else await self._store.get(response_id)
+        store, background = self._store, self._background
+        stored = None if store is None else await store.get(response_id)
+        if store is not None and background is not None and stored is not None and background.has_lost(stored):
+            await store.fail(response_id, "The server failed to store this response.")
+            stored = await store.get(response_id)
         if stored is None:
             raise _not_found(response_id, None)
         return stored
@@ -292,6 +270,10 @@ class _StoringEvents:
 
 def _not_found(response_id: str, param: str | None) -> ApiError:
     return ApiError(404, f"Response with id '{response_id[:80]}' not found.", param=param, code="response_not_found")
+
+
+def _not_streamable(why: str) -> ApiError:
+    return ApiError(400, f"stream: this response cannot be streamed: {why}. Fetch it without stream.", param="stream")
 
 
 def _json(value: Any) -> Response:

@@ -10,7 +10,8 @@ from typing import Any
 
 import orjson
 
-from gateway.store import Store
+from gateway.responses.stored_events import EventPiece, append_events, append_failure
+from gateway.store import Store, transaction
 
 # A conversation is read back by its chain of responses; no longer chain is followed.
 MAX_CHAIN = 1000
@@ -18,11 +19,13 @@ MAX_CHAIN = 1000
 
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
-    """`answer` is the response object, `input` the items that were given for it alone."""
+    """`answer` is the response object, `input` the items that were given for it alone; `process` is which of several
+    processes has stored it."""
 
     answer: dict[str, Any]
     input: list[dict[str, Any]]
     previous_id: str | None
+    process: int | None = None
 
 
 class ResponseStore:
@@ -30,12 +33,12 @@ class ResponseStore:
 
     def __init__(self, store: Store, *, max_responses: int, ttl_s: float, process: int | None = None) -> None:
         self._store = store
-        self._process = process
+        self.process = process
         self._max_responses = max_responses
         self._ttl_s = ttl_s
 
-    async def put(self, stored: StoredResponse) -> None:
-        """Write or overwrite; the oldest go where there are too many."""
+    async def put(self, stored: StoredResponse, events: EventPiece | None = None) -> None:
+        """Write or overwrite, with its first events; the oldest go where there are too many."""
         answer = stored.answer
         row = (
             answer["id"],
@@ -44,17 +47,20 @@ class ResponseStore:
             answer["status"],
             orjson.dumps(answer),
             orjson.dumps(stored.input),
-            self._process,
+            self.process,
         )
 
         def write(connection: sqlite3.Connection) -> None:
-            connection.execute("INSERT OR REPLACE INTO responses VALUES (?, ?, ?, ?, ?, ?, ?)", row)
-            connection.execute("DELETE FROM responses WHERE created_s < ?", (time.time() - self._ttl_s,))
-            connection.execute(
-                "DELETE FROM responses WHERE id IN "
-                "(SELECT id FROM responses ORDER BY created_s DESC, rowid DESC LIMIT -1 OFFSET ?)",
-                (self._max_responses,),
-            )
+            with transaction(connection):
+                connection.execute("INSERT OR REPLACE INTO responses VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+                if events is not None:
+                    append_events(connection, events)
+                connection.execute("DELETE FROM responses WHERE created_s < ?", (time.time() - self._ttl_s,))
+                connection.execute(
+                    "DELETE FROM responses WHERE id IN "
+                    "(SELECT id FROM responses ORDER BY created_s DESC, rowid DESC LIMIT -1 OFFSET ?)",
+                    (self._max_responses,),
+                )
 
         await self._store.run(write)
 
@@ -114,31 +120,43 @@ class ResponseStore:
 
         return await self._store.run(write)
 
+    async def fail(self, response_id: str, message: str) -> None:
+        """End one that nobody will end otherwise, if it is there and has not ended."""
+
+        def write(connection: sqlite3.Connection) -> None:
+            with transaction(connection):
+                _fail(connection, "id = ?", (response_id,), message)
+
+        await self._store.run(write)
+
     async def fail_interrupted(self) -> int:
         """Those that an earlier life of this process was at; how many."""
 
         def write(connection: sqlite3.Connection) -> int:
-            rows = connection.execute(
-                "SELECT id, answer FROM responses WHERE status IN ('queued', 'in_progress') "
-                "AND (? IS NULL OR process = ?)",
-                (self._process, self._process),
-            ).fetchall()
-            for response_id, answer in rows:
-                failed = orjson.loads(answer) | {
-                    "status": "failed",
-                    "error": {"code": "server_error", "message": "The server was restarted meanwhile."},
-                }
-                connection.execute(
-                    "UPDATE responses SET status = 'failed', answer = ? WHERE id = ?",
-                    (orjson.dumps(failed), response_id),
-                )
-            return len(rows)
+            with transaction(connection):
+                mine = (self.process, self.process)
+                return _fail(connection, "(? IS NULL OR process = ?)", mine, "The server was restarted meanwhile.")
 
         return await self._store.run(write)
 
 
+def _fail(connection: sqlite3.Connection, which: str, values: tuple[Any, ...], message: str) -> int:
+    """Those of them that have not ended; how many."""
+    rows = connection.execute(
+        f"SELECT id, answer FROM responses WHERE status IN ('queued', 'in_progress') AND {which}", values
+    ).fetchall()
+    for response_id, answer in rows:
+        failed = orjson.loads(answer) | {"status": "failed", "error": {"code": "server_error", "message": message}}
+        append_failure(connection, response_id, failed)
+        connection.execute(
+            "UPDATE responses SET status = 'failed', answer = ? WHERE id = ?", (orjson.dumps(failed), response_id)
+        )
+    return len(rows)
+
+
 def _read(connection: sqlite3.Connection, response_id: str, oldest_s: float) -> StoredResponse | None:
     row = connection.execute(
-        "SELECT answer, input, previous_id FROM responses WHERE id = ? AND created_s >= ?", (response_id, oldest_s)
+        "SELECT answer, input, previous_id, process FROM responses WHERE id = ? AND created_s >= ?",
+        (response_id, oldest_s),
     ).fetchone()
-    return None if row is None else StoredResponse(orjson.loads(row[0]), orjson.loads(row[1]), row[2])
+    return None if row is None else StoredResponse(orjson.loads(row[0]), orjson.loads(row[1]), *row[2:])

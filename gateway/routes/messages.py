@@ -8,8 +8,10 @@ from stepwire.v1 import inference_pb2
 from gateway.chat_input import read_chat_input
 from gateway.client import ControlPlaneClient
 from gateway.convert import plan_chat
+from gateway.errors import made_a_chat
+from gateway.field_names import MESSAGE
 from gateway.messages.answers import MessageEvents, whole_message
-from gateway.messages.convert import chat_body, param_names
+from gateway.messages.convert import chat_body
 from gateway.messages.errors import MessageErrorAnswer
 from gateway.messages.schemas import CountTokensBody, MessagesBody
 from gateway.middleware import CLIENT_CLOSED_REQUEST
@@ -26,7 +28,7 @@ _ERRORS = error_responses(400, 401, 404, 413, 415, 429, 503, 504, model=MessageE
 async def create_message(request: Request) -> Response:
     serving: Serving = request.app.state.serving
     body = await read_body(request, MessagesBody)
-    plan = plan_chat(chat_body(body), request.state.request_id, param_names(body))
+    plan = plan_chat(chat_body(body), request.state.request_id, MESSAGE)
     async with serving.generating(request, plan) as (generation, accepted):
         mailbox = generation.mailbox
         if mailbox.disconnected:
@@ -49,6 +51,7 @@ async def create_message(request: Request) -> Response:
 async def count_tokens(request: Request) -> Response:
     client: ControlPlaneClient = request.app.state.client
     body = await read_body(request, CountTokensBody)
-    message = inference_pb2.TokenizeRequest(model=body.model or "", chat=read_chat_input(chat_body(body)))
-    token_ids, _ = await client.tokenize(message)
+    with made_a_chat(MESSAGE):
+        chat = read_chat_input(chat_body(body))
+    token_ids, _ = await client.tokenize(inference_pb2.TokenizeRequest(model=body.model or "", chat=chat), MESSAGE)
     return Response(b'{"input_tokens":%d}' % len(token_ids), media_type="application/json")

@@ -10,10 +10,12 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, Request, Response
 from stepwire.v1 import inference_pb2
 
+from gateway import field_names
 from gateway.client import ControlPlaneClient
 from gateway.convert import read_timeout
 from gateway.embeddings import embed_request, embeddings_answer
 from gateway.errors import ApiError
+from gateway.field_names import Names
 from gateway.json_types import type_name
 from gateway.middleware import CLIENT_CLOSED_REQUEST
 from gateway.openapi import body_schema, error_responses
@@ -47,8 +49,8 @@ _ERRORS = error_responses(400, 401, 404, 413, 415, 429, 500, 503, 504)
 async def embeddings(request: Request) -> Response:
     client: ControlPlaneClient = request.app.state.client
     body = await read_body(request, EmbeddingsBody)
-    call, renames = embed_request(body, request.state.request_id)
-    answer = await _computed(request, client.embed(call, renames, _timeout(request)))
+    call, names = embed_request(body, request.state.request_id)
+    answer = await _computed(request, client.embed(call, names, _timeout(request)))
     return Response(embeddings_answer(answer, body), media_type="application/json")
 
 
@@ -66,8 +68,7 @@ async def rerank(request: Request) -> Response:
     body = await read_body(request, RerankBody)
     query, documents = _text("query", body.query), read_documents(body.documents)
     call = score_request(body, [(query, text) for text in documents], request.state.request_id)
-    renames = {"pairs": "documents"}
-    answer = await _computed(request, client.score(call, renames, _timeout(request)))
+    answer = await _computed(request, client.score(call, field_names.RERANK, _timeout(request)))
     best = sorted(range(len(documents)), key=lambda index: -answer.scores[index])[: body.top_n]
     shows = body.return_documents is not False
     results = [
@@ -95,8 +96,8 @@ async def score(request: Request) -> Response:
     client: ControlPlaneClient = request.app.state.client
     body = await read_body(request, ScoreBody)
     call = score_request(body, pair_up(body.text_1, body.text_2), request.state.request_id)
-    renames = {"pairs": "text_2"}
-    answer = await _computed(request, client.score(call, renames, _timeout(request)))
+    names = score_names(body)
+    answer = await _computed(request, client.score(call, names, _timeout(request)))
     return _json(
         ScoreAnswer(
             id=f"score-{request.state.request_id}",
@@ -118,6 +119,15 @@ def score_request(
     if body.truncate_prompt_tokens is not None:
         call.truncate_prompt_tokens = body.truncate_prompt_tokens
     return call
+
+
+def score_names(body: ScoreBody) -> Names:
+    names = dict(field_names.SCORE)
+    if isinstance(body.text_1, list) and len(body.text_1) > 1:
+        names["pairs[].first"] = "text_1[]"
+    if isinstance(body.text_2, str):
+        names |= {"pairs[]": "text_2", "pairs[].second": "text_2"}
+    return names
 
 
 def read_documents(documents: Any) -> list[str]:

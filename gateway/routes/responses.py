@@ -12,6 +12,8 @@ from gateway.responses.schemas import ResponsesBody
 from gateway.responses.serving import ResponsesServing
 
 router = APIRouter(tags=["responses"])
+# What SQLite takes, less what is counted on from there.
+MAX_SEQUENCE_NUMBER = 2**53
 _STORED = error_responses(401, 404)
 
 
@@ -25,10 +27,21 @@ async def create_response(request: Request) -> Response:
     return await _serving(request).create(request)
 
 
-@router.get("/v1/responses/{response_id}", summary="A stored response", responses=error_responses(400, 401, 404))
-async def get_response(request: Request, response_id: str, stream: bool = False) -> Response:
+@router.get(
+    "/v1/responses/{response_id}",
+    summary="A stored response, or the events of one that was streamed from the background",
+    responses=error_responses(400, 401, 404),
+)
+async def get_response(
+    request: Request,
+    response_id: str,
+    stream: bool = False,
+    starting_after: Annotated[int | None, Query(ge=0, le=MAX_SEQUENCE_NUMBER)] = None,
+) -> Response:
     if stream:
-        raise ApiError(400, "stream: events are not kept; fetch the response without stream.", param="stream")
+        return await _serving(request).stream(response_id, -1 if starting_after is None else starting_after)
+    if starting_after is not None:
+        raise ApiError(400, "starting_after: is for streams; send stream=true with it.", param="starting_after")
     return await _serving(request).get(response_id)
 
 

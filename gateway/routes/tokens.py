@@ -11,6 +11,7 @@ from gateway.answers import DetokenizeAnswer, TokenizeAnswer
 from gateway.chat_input import read_chat_input
 from gateway.client import ControlPlaneClient
 from gateway.errors import ApiError
+from gateway.field_names import TOKENIZE
 from gateway.logprobs import token_text
 from gateway.openapi import body_schema, error_responses
 from gateway.schemas import ChatCompletionBody, DetokenizeBody, TokenizeBody
@@ -29,7 +30,7 @@ async def tokenize(request: Request) -> Response:
     client: ControlPlaneClient = request.app.state.client
     body = await read_body(request, TokenizeBody)
     (token_ids, pieces), max_model_len = await asyncio.gather(
-        client.tokenize(tokenize_request(body)), _max_model_len(client, body.model)
+        client.tokenize(tokenize_request(body), TOKENIZE), _max_model_len(client, body.model)
     )
     answer = TokenizeAnswer(
         count=len(token_ids),

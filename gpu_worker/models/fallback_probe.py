@@ -75,6 +75,16 @@ class ModelLayers:
     row_cache: RowCacheSize | None = None
     """It attends in a way of its own: rows run in caches of this size."""
 
+    @property
+    def row_state_bytes(self) -> int:
+        """Of one row, whatever its length."""
+        return sum(self.states.values()) if self.row_cache is None else self.row_cache.state_bytes
+
+    @property
+    def row_cache_dim(self) -> int:
+        """Numbers that a row holds of each of its tokens in its own caches."""
+        return 0 if self.row_cache is None else self.row_cache.numbers_per_token
+
 
 @runtime_checkable
 class Attends(Protocol):
@@ -149,34 +159,34 @@ class _Probe:
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
 
 
-def probe_layers(hf_config: Any, architecture: str) -> ModelLayers:
-    """Run the model on device meta. What was found of a config is remembered: for a large one that took seconds.
+def probe_layers(hf_config: Any, architecture: str, dtype: torch.dtype) -> ModelLayers:
+    """Run the model on device meta, in `dtype`. What was found is remembered: of a large config that took seconds.
 
     Raises:
         ModelConfigError: neither the attention interface nor caches of its own carry this architecture; the message
             says why.
     """
-    key = architecture, json.dumps(hf_config.to_dict(), sort_keys=True, default=str)
+    key = architecture, dtype, json.dumps(hf_config.to_dict(), sort_keys=True, default=str)
     if key not in _found:
         _check_rope(hf_config, architecture)
         try:
-            _found[key] = _run_on_meta(hf_config, architecture)
+            _found[key] = _run_on_meta(hf_config, architecture, dtype)
         except NotPaged as refusal:
-            _found[key] = ModelLayers((), {}, _measure_rows(hf_config, architecture, refusal))
+            _found[key] = ModelLayers((), {}, _measure_rows(hf_config, architecture, dtype, refusal))
     return _found[key]
 
 
-_found: dict[tuple[str, str], ModelLayers] = {}
+_found: dict[tuple[str, torch.dtype, str], ModelLayers] = {}
 
 
-def _measure_rows(hf_config: Any, architecture: str, refusal: ModelConfigError) -> RowCacheSize:
-    model = _build(hf_config, architecture, attends_itself=True)
+def _measure_rows(hf_config: Any, architecture: str, dtype: torch.dtype, refusal: ModelConfigError) -> RowCacheSize:
+    model = _build(hf_config, architecture, dtype, attends_itself=True)
     _check_names(model, architecture)
     _leave_experts_out(model)
     trunk = trunk_of(model)
     try:
         with torch.inference_mode():
-            size = measure(trunk, model.dtype)
+            size = measure(trunk, dtype)
     except Exception as error:  # code that looks at numbers, which there are none of here
         config = model.config.get_text_config()
         sizes = [getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size")]
@@ -188,8 +198,8 @@ def _measure_rows(hf_config: Any, architecture: str, refusal: ModelConfigError) 
     return size
 
 
-def _run_on_meta(hf_config: Any, architecture: str) -> ModelLayers:
-    model = _build(hf_config, architecture)
+def _run_on_meta(hf_config: Any, architecture: str, dtype: torch.dtype) -> ModelLayers:
+    model = _build(hf_config, architecture, dtype)
     _check_names(model, architecture)
     _check_class(model, architecture)
     adapt(model, paged_attention)
@@ -226,7 +236,7 @@ def _run_on_meta(hf_config: Any, architecture: str) -> ModelLayers:
     return ModelLayers(calls, states.kept)
 
 
-def _build(hf_config: Any, architecture: str, *, attends_itself: bool = False) -> Any:
+def _build(hf_config: Any, architecture: str, dtype: torch.dtype, *, attends_itself: bool = False) -> Any:
     from transformers import AttentionInterface
 
     AttentionInterface.register(INTERFACE, paged_attention)
@@ -234,6 +244,7 @@ def _build(hf_config: Any, architecture: str, *, attends_itself: bool = False) -
         with torch.device("meta"):
             return auto_class(architecture).from_config(
                 hf_config,
+                dtype=dtype,
                 attn_implementation=None if attends_itself else attention_implementation(architecture),
                 # The one whose sizes do not depend on what the router chooses, in any type.
                 experts_implementation="batched_mm",

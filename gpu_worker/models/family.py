@@ -66,6 +66,11 @@ class ModelFamily(Decoder):
             ModelConfigError: a field is missing, of the wrong type, or asks for what the family does not do.
         """
 
+    @staticmethod
+    def in_dtype(spec: ModelSpec, directory: Path, dtype: torch.dtype) -> ModelSpec:
+        """The spec of the model in `directory` where it runs in `dtype`, and not in its checkpoint's type."""
+        return spec
+
 
 def beyond_the_decoder(spec: ModelSpec) -> str:
     """A pattern of the layers behind the last one, by which some releases predict a second token ahead (MTP)."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -77,7 +77,7 @@ class TransformersModel(ModelFamily, LoadsItself):
                 "use the release of the model that is not quantized",
             )
         served = ServedConfig.of(Path(config.file).parent, architecture)
-        found = probe_layers(served.config, served.architecture)
+        found = probe_layers(served.config, served.architecture, text.dtype())
         calls = found.calls or (_NO_ATTENTION,)
         text_config = served.config.get_text_config()
         return ModelSpec(
@@ -97,9 +97,17 @@ class TransformersModel(ModelFamily, LoadsItself):
             attention_softcap=calls[0].softcap,
             attention_sinks=any(call.has_sinks for call in calls),
             eos_token_ids=config.eos_token_ids() or text.eos_token_ids(),
-            row_state_bytes=sum(found.states.values()) if found.row_cache is None else found.row_cache.state_bytes,
-            row_cache_dim=0 if found.row_cache is None else found.row_cache.numbers_per_token,
+            row_state_bytes=found.row_state_bytes,
+            row_cache_dim=found.row_cache_dim,
         )
+
+    @staticmethod
+    def in_dtype(spec: ModelSpec, directory: Path, dtype: torch.dtype) -> ModelSpec:
+        if dtype == spec.dtype or not (spec.row_state_bytes or spec.row_cache_dim):
+            return spec
+        served = ServedConfig.of(directory, spec.architecture)
+        found = probe_layers(served.config, served.architecture, dtype)
+        return replace(spec, row_state_bytes=found.row_state_bytes, row_cache_dim=found.row_cache_dim)
 
     def __init__(self, spec: ModelSpec, max_position: int, build: BuildContext) -> None:
         if build.parallel.size > 1:
@@ -126,7 +134,7 @@ class TransformersModel(ModelFamily, LoadsItself):
     def load_checkpoint(self, path: Path) -> None:
         SafetensorsReader(path).close()
         served = ServedConfig.of(path, self.spec.architecture)
-        found = probe_layers(served.config, served.architecture)
+        found = probe_layers(served.config, served.architecture, self.spec.dtype)
         try:
             model, report = auto_class(served.architecture).from_pretrained(
                 path,
@@ -150,7 +158,7 @@ class TransformersModel(ModelFamily, LoadsItself):
     def fill_random_weights(self, source: RandomValues, directory: Path) -> None:
         """load_format dummy."""
         served = ServedConfig.of(directory, self.spec.architecture)
-        found = probe_layers(served.config, served.architecture)
+        found = probe_layers(served.config, served.architecture, self.spec.dtype)
         model = auto_class(served.architecture).from_config(
             served.config,
             dtype=self.dtype,

@@ -23,18 +23,25 @@ class GroupWatch:
     """Collects the ranks' events; thread-safe.
 
     A failure while the group forms ends this process at once, with one line: the main thread may be waiting for ranks
-    that will never come. `watch` puts somebody else in charge.
+    that will never come; `before_end` is told why. A node that is told to end goes to `on_early_leaving`. `watch` puts
+    somebody else in charge.
     """
 
-    def __init__(self, layout: GroupLayout) -> None:
+    def __init__(
+        self,
+        layout: GroupLayout,
+        on_early_leaving: Callable[[str], None] | None = None,
+        before_end: Callable[[str], None] | None = None,
+    ) -> None:
         self._layout = layout
         self._changed = threading.Condition()
         self._started: set[int] = set()
         self._ready: dict[int, group_pb2.RankReady] = {}
         self._cause: GroupError | None = None
         self._is_over = False
-        self._on_failure: Callable[[Exception], None] = _end_process
-        self._on_leaving: Callable[[str], None] = self.fail
+        self._before_end = before_end
+        self._on_failure: Callable[[Exception], None] = self._end_process
+        self._on_leaving: Callable[[str], None] = on_early_leaving or self.fail
 
     def on_event(self, event: group_pb2.RankEvent) -> None:
         kind = event.WhichOneof("event")
@@ -72,7 +79,7 @@ class GroupWatch:
             self._cause = cause
             self._changed.notify_all()
             on_failure = self._on_failure
-            if on_failure is _end_process:
+            if on_failure == self._end_process:
                 # With the lock held: the main thread, woken, would say the same once more.
                 on_failure(cause)
                 return
@@ -112,10 +119,11 @@ class GroupWatch:
             self._changed.wait_for(lambda: self._cause is not None, _CAUSE_GRACE_S)
             return error if self._cause is None else self._cause
 
-
-def _end_process(error: Exception) -> None:
-    """The siblings end with this process: their pipes close."""
-    if getattr(error, "__notes__", None):
-        log.error("a rank failed while the group formed", exc_info=error)
-    print(f"{PROGRAM}: {error}", file=sys.stderr, flush=True)
-    os._exit(1)
+    def _end_process(self, error: Exception) -> None:
+        """The siblings end with this process: their pipes close."""
+        if getattr(error, "__notes__", None):
+            log.error("a rank failed while the group formed", exc_info=error)
+        print(f"{PROGRAM}: {error}", file=sys.stderr, flush=True)
+        if self._before_end is not None:
+            self._before_end(str(error))
+        os._exit(1)

@@ -7,9 +7,11 @@ the group.
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from queue import SimpleQueue
 from types import FrameType
@@ -28,11 +30,16 @@ from gpu_worker.parallel.nodes import GROUP_OPTIONS, GROUP_PROTOCOL_VERSION
 log = structlog.get_logger(__name__)
 
 _END_LIMIT_S = 5.0
+# What the first node may take to end the group.
+_LEAVE_LIMIT_S = 15.0
 
 
 def hold_ranks(settings: WorkerSettings) -> int:
     """Hold this node's ranks until the group ends; the process's exit code: 0 where it was told to end."""
     address = settings.join or ""
+    relay = _Relay(settings)
+    signal.signal(signal.SIGTERM, relay.on_signal)
+    signal.signal(signal.SIGINT, relay.on_signal)
     try:
         channel = _channel(settings, address)
         grpc.channel_ready_future(channel).result(settings.group_timeout_s)
@@ -45,39 +52,51 @@ def hold_ranks(settings: WorkerSettings) -> int:
         )
     except TlsFileError as error:
         return _refuse(str(error))
-    relay = _Relay(settings, host)
-    signal.signal(signal.SIGTERM, relay.on_signal)
-    signal.signal(signal.SIGINT, relay.on_signal)
     with channel:
-        return relay.run(channel)
+        return relay.run(channel, host)
 
 
 class _Relay:
-    def __init__(self, settings: WorkerSettings, host: str) -> None:
-        self._settings, self._host = settings, host
+    def __init__(self, settings: WorkerSettings) -> None:
+        self._settings = settings
         self._requests: SimpleQueue[group_pb2.JoinRequest | None] = SimpleQueue()
         self._ranks = LocalRanks(lambda event: self._requests.put(group_pb2.JoinRequest(event=event)))
+        self._has_joined = False
         self._first_rank: int | None = None  # of this node, once it is known
         self._is_leaving = False
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Let the group end in peace; at once by a second signal, or where there is no group yet."""
         log.info("this node leaves its group, which ends with it", signal=signal.Signals(number).name)
-        if self._first_rank is None or self._is_leaving:
-            self._ranks.kill()
-            raise SystemExit(0)
+        if not self._has_joined or self._is_leaving:
+            self._end_at_once()
         self._is_leaving = True
-        event = group_pb2.RankEvent(rank=self._first_rank, leaving=group_pb2.Empty())
+        # A first node that hangs is not waited for.
+        timer = threading.Timer(_LEAVE_LIMIT_S, self._end_at_once)
+        timer.daemon = True
+        timer.start()
+        if self._first_rank is not None:
+            self._leave(self._first_rank)
+
+    def _leave(self, rank: int) -> None:
+        event = group_pb2.RankEvent(rank=rank, leaving=group_pb2.Empty())
         self._requests.put(group_pb2.JoinRequest(event=event))
 
-    def run(self, channel: grpc.Channel) -> int:
+    def _end_at_once(self) -> None:
+        """Whatever the main thread does: an exception there may come where gRPC's own code takes it for its own."""
+        self._ranks.kill()
+        sys.stderr.flush()
+        os._exit(0)
+
+    def run(self, channel: grpc.Channel, host: str) -> int:
         model = self._settings.model
         hello = group_pb2.NodeHello(
             protocol_version=GROUP_PROTOCOL_VERSION,
             version=stepwire.__version__,
             model_digest="" if model is None else model_digest(model),
-            host=self._host,
+            host=host,
         )
+        self._has_joined = True
         self._requests.put(group_pb2.JoinRequest(hello=hello))
         is_closing = False
         try:
@@ -96,6 +115,8 @@ class _Relay:
             self._ranks.close(_END_LIMIT_S)
             return 0
         self._ranks.kill()
+        if self._is_leaving:
+            return 0
         return _refuse(
             f"the group of {self._settings.join} has ended: its first node's message says why; start this node again "
             "together with it"
@@ -107,9 +128,15 @@ class _Relay:
             fields = json.loads(place.settings)
             fields["model"] = str(self._settings.model)
             place.settings = json.dumps(fields)
+        first_rank = assignment.places[0].rank
+        if self._is_leaving:
+            self._leave(first_rank)
+            return
         log.info("this node has joined", node=assignment.node, ranks=[place.rank for place in assignment.places])
         self._ranks.start(assignment.places)
-        self._first_rank = assignment.places[0].rank
+        self._first_rank = first_rank
+        if self._is_leaving:
+            self._leave(first_rank)  # told so while the ranks were started
 
     def _outgoing(self) -> Iterator[group_pb2.JoinRequest]:
         while (request := self._requests.get()) is not None:

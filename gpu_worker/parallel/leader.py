@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from gpu_worker.layers.linear import BuildContext
 from gpu_worker.model_spec import ModelConfigError, ModelSpec
 from gpu_worker.models.family import ModelFamily
 from gpu_worker.models.loader import read_spec
+from gpu_worker.parallel.early_end import EarlyEnd
 from gpu_worker.parallel.group_runner import Followers, GroupRunner
 from gpu_worker.parallel.group_watch import GroupWatch
 from gpu_worker.parallel.layout import GroupError, GroupLayout, plan_layout
@@ -34,12 +36,15 @@ log = structlog.get_logger(__name__)
 _ONE_NODE = "127.0.0.1"
 
 
-def load_group_runner(settings: WorkerSettings) -> Runner:
+def load_group_runner(settings: WorkerSettings, before_end: Callable[[str], None] | None = None) -> Runner:
     """The runner of a group of several ranks, all of them ready.
+
+    `before_end` is told why, on any thread, before a failure of another rank ends this process.
 
     Raises:
         LoadError: the settings do not fit the model, or rank 0's own part cannot be loaded. A failure of another rank
-            while the group forms ends this process, with one line that names the rank.
+            while the group forms ends this process, with one line that names the rank; so does a node that is told to
+            end, with exit code 0.
     """
     if settings.model is None:
         raise ModelConfigError("no model is set: give the model's directory with --model")
@@ -47,8 +52,12 @@ def load_group_runner(settings: WorkerSettings) -> Runner:
     layout = layout_for(settings, spec)
     check_split(settings, settings.model, layout)
     check_devices(settings, layout)
-    watch = GroupWatch(layout)
     followers: list[Followers] = []
+    with EarlyEnd(followers) as early_end:
+        return _form(settings, layout, followers, GroupWatch(layout, early_end.end, before_end))
+
+
+def _form(settings: WorkerSettings, layout: GroupLayout, followers: list[Followers], watch: GroupWatch) -> Runner:
     host = _ONE_NODE if settings.num_nodes == 1 else group_host(settings)
     server = StoreServer(host)
     nodes = None

@@ -74,6 +74,10 @@ def test_a_full_disk(tiny_model: Path, disk: Path) -> None:
             return (stack.directory / "gateway.log").read_text()
 
         with stack.paused():
+            long = {"model": "tiny", "input": "hi", "max_output_tokens": 2000, "extra_body": {"ignore_eos": True}}
+            background = client.responses.create(**long, background=True)  # type: ignore[call-overload]
+            streamed_later = client.responses.create(**long, background=True, stream=True)  # type: ignore[call-overload]
+            first = next(streamed_later)
             batch = client.batches.create(
                 input_file_id=uploaded.id, endpoint="/v1/completions", completion_window="24h"
             )
@@ -100,7 +104,15 @@ def test_a_full_disk(tiny_model: Path, disk: Path) -> None:
         assert client.responses.retrieve(kept.id).status == kept.status
         assert rest.get("/ready").status_code == 200
 
+        wait_until(lambda: "background responses wait until they can be stored" in log(), LIMIT_S, stack.logs)
+        stack.wait_idle()
+        assert client.responses.retrieve(background.id).status in ("queued", "in_progress")
+
         (disk / "fill").unlink()
+        # Those that ended meanwhile are stored late, with all their events.
+        wait_until(lambda: client.responses.retrieve(background.id).status == "incomplete", LIMIT_S, stack.logs)
+        numbers = [first.sequence_number, *(event.sequence_number for event in streamed_later)]
+        assert numbers == list(range(len(numbers)))
         wait_until(lambda: client.batches.retrieve(batch.id).status == "completed", LIMIT_S, stack.logs)
         ended = client.batches.retrieve(batch.id)
         assert ended.request_counts is not None and ended.request_counts.completed == NUM_LINES

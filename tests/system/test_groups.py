@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import signal
 from collections.abc import Coroutine, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -226,6 +228,13 @@ async def test_prompts_that_begin_alike_meet_in_one_cache(pair: WorkerGroups) ->
             assert (queries, hits) == (4 * 641, 3 * 640), "half of the requests each, and every history found"
 
 
+def model_that_cannot_load(directory: Path) -> Path:
+    model = directory / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"architectures": ["NoSuchArchitecture"]}))
+    return model
+
+
 async def test_a_worker_that_does_not_fit_is_refused_by_name(pair: WorkerGroups) -> None:
     async with pair.clients() as groups:
         groups.start_worker("other", "--sim-vocab-size=2000", "--sim-block-size=32")
@@ -241,6 +250,15 @@ async def test_a_worker_that_does_not_fit_is_refused_by_name(pair: WorkerGroups)
         ):
             with pytest.raises(grpc.aio.AioRpcError, match=reason):
                 await groups.admin.AddGroup(admin_pb2.AddGroupRequest(worker=worker, timeout=Duration(seconds=1)))
+        # This one would have had ten minutes to load.
+        groups.start_broken_worker("broken", model_that_cannot_load(groups.directory))
+        await groups.wait_for(lambda: groups.is_listening("broken"))
+        with pytest.raises(grpc.aio.AioRpcError, match="could not load its model") as broken:
+            await groups.admin.AddGroup(
+                admin_pb2.AddGroupRequest(worker=groups.address("broken"), timeout=Duration(seconds=600))
+            )
+        assert broken.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        assert "NoSuchArchitecture" in (broken.value.details() or "")
         with pytest.raises(grpc.aio.AioRpcError) as malformed:
             await groups.admin.AddGroup(admin_pb2.AddGroupRequest(worker="nowhere"))
         assert malformed.value.code() is grpc.StatusCode.INVALID_ARGUMENT

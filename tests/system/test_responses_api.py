@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -167,8 +169,6 @@ async def test_what_a_chat_takes_beyond_openais_is_taken_here(client: AsyncOpenA
     assert chosen.output_text in ("left", "right")
     # Frameworks send both whether there are tools or not.
     assert (await create(client, tools=[], tool_choice="auto", parallel_tool_calls=True)).output_text == text
-    with pytest.raises(openai.BadRequestError, match="events are not kept"):
-        await client.responses.retrieve(stopped.id, stream=True)
 
 
 async def test_responses_survive_a_restart_and_are_bounded(tiny_model: Path, tmp_path: Path) -> None:
@@ -185,3 +185,23 @@ async def test_responses_survive_a_restart_and_are_bounded(tiny_model: Path, tmp
             assert (await client.responses.retrieve(made[2].id)).output_text == made[2].output_text
             interrupted = await client.responses.retrieve(running.id)
             assert interrupted.status == "failed" and "restarted" in interrupted.error.message
+
+
+async def test_what_its_process_has_lost_fails_when_it_is_asked_for(tiny_model: Path, tmp_path: Path) -> None:
+    """A response whose end could not be stored would be in progress for ever."""
+    data = tmp_path / "data"
+    with Stack(tiny_model, gateway_flags=["--data-dir", str(data)]) as stack:
+        async with AsyncOpenAI(base_url=f"{stack.url}/v1", api_key="any", max_retries=0, timeout=120) as client:
+            stream = await create(client, background=True, stream=True)
+            events = [event.to_dict() async for event in stream]
+            response_id, last = events[-1]["response"]["id"], events[-1]["sequence_number"]
+            with contextlib.closing(sqlite3.connect(data / "stepwire.sqlite")) as store, store:
+                store.execute(
+                    "UPDATE responses SET status = 'in_progress', answer = replace(answer, 'incomplete', ?)",
+                    ("in_progress",),
+                )
+            following = await client.responses.retrieve(response_id, stream=True, starting_after=last)
+            told = [event.to_dict() async for event in following]
+            failed = await client.responses.retrieve(response_id)
+    assert failed.status == "failed" and "failed to store" in failed.error.message
+    assert [(event["type"], event["sequence_number"]) for event in told] == [("response.failed", last + 1)]

@@ -88,3 +88,24 @@ async def test_a_line_of_a_batch_is_read_as_strictly(client: AsyncOpenAI) -> Non
     failed = json.loads((await client.files.content(batch.error_file_id or "")).text)
     assert failed["custom_id"] == "bad"
     assert failed["response"]["body"]["error"]["code"] == "unknown_parameter"
+
+
+@pytest.mark.parametrize("verbosity, is_served", [("medium", True), (None, True), ("low", False), ("high", False)])
+async def test_a_chat_and_a_response_have_one_rule_for_verbosity(
+    client: AsyncOpenAI, verbosity: Any, is_served: bool
+) -> None:
+    """It would change the answer, and no model here knows it."""
+    calls = {
+        "verbosity": client.chat.completions.create(model="tiny", messages=ASKED, max_tokens=2, verbosity=verbosity),
+        "text.verbosity": client.responses.create(
+            model="tiny", input="Hello", max_output_tokens=2, text={"verbosity": verbosity}
+        ),
+    }
+    for param, call in calls.items():
+        if is_served:
+            assert (await call).usage is not None
+            continue
+        with pytest.raises(openai.BadRequestError) as raised:
+            await call
+        assert (raised.value.param, raised.value.code) == (param, "unsupported_parameter")
+        assert param in raised.value.message

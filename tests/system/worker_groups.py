@@ -47,6 +47,12 @@ class WorkerGroups:
         own = ["--runner=simulated", f"--listen={self.address(name)}", f"--sim-vocab-size={VOCAB_SIZE}"]
         self._start(f"worker {name}", ["gpu_worker", *own, *self.worker_flags, *flags])
 
+    def start_broken_worker(self, name: str, model: Path) -> None:
+        """A real one, of a model that it finds out to be none after it has begun to listen."""
+        self._start(
+            f"worker {name}", ["gpu_worker", f"--listen={self.address(name)}", f"--model={model}", "--device=cpu"]
+        )
+
     def _start(self, name: str, arguments: Sequence[str]) -> None:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("STEPWIRE_")}
         environment["PYTHONPATH"] = os.pathsep.join(str(ROOT / source) for source in (".", "proto", "kernels"))

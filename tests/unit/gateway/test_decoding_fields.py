@@ -8,6 +8,7 @@ import pytest
 from google.protobuf.json_format import MessageToDict
 from stepwire.v1 import inference_pb2
 
+from gateway import field_names
 from gateway.convert import plan_chat, plan_completion
 from gateway.errors import ApiError
 from gateway.messages import convert as messages
@@ -53,12 +54,12 @@ def completion(fields: dict[str, Any]) -> inference_pb2.GenerateRequest:
 def response(fields: dict[str, Any]) -> inference_pb2.GenerateRequest:
     body = ResponsesBody.model_validate({"input": "hi", **fields})
     chatted = responses.chat_body(body, responses.input_items(body))
-    return plan_chat(chatted, "id", responses.param_names(body)).requests[0]
+    return plan_chat(chatted, "id", field_names.RESPONSE).requests[0]
 
 
 def message(fields: dict[str, Any]) -> inference_pb2.GenerateRequest:
     body = MessagesBody.model_validate({"max_tokens": 4, "messages": [{"role": "user", "content": "hi"}], **fields})
-    return plan_chat(messages.chat_body(body), "id", messages.param_names(body)).requests[0]
+    return plan_chat(messages.chat_body(body), "id", field_names.MESSAGE).requests[0]
 
 
 @pytest.mark.parametrize("route", [chat, completion, response, message], ids=lambda route: route.__name__)

@@ -12,7 +12,8 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 from stepwire.v1 import inference_pb2
 
 from gateway import errors
-from gateway.errors import ApiError, from_request_error, from_rpc_error, param_name
+from gateway.errors import ApiError, from_request_error, from_rpc_error
+from gateway.field_names import COMPLETION
 
 
 def request_error(
@@ -87,7 +88,7 @@ def request_error(
 def test_status_table(
     error: inference_pb2.RequestError, status: int, error_type: str, code: str | None, headers: dict[str, str]
 ) -> None:
-    converted = from_request_error(error)
+    converted = from_request_error(error, COMPLETION)
     assert (converted.status, converted.type, converted.code, converted.headers()) == (
         status,
         error_type,
@@ -101,68 +102,23 @@ def test_status_table(
 
 @pytest.mark.parametrize("code", [code_pb2.UNAUTHENTICATED, code_pb2.PERMISSION_DENIED])
 def test_a_refused_gateway_is_not_the_clients_fault(code: int) -> None:
-    converted = from_request_error(request_error(code))
+    converted = from_request_error(request_error(code), COMPLETION)
     assert converted.status == 500
     assert converted.headers() == {"x-should-retry": "false"}
-
-
-@pytest.mark.parametrize(
-    ("path", "param"),
-    [
-        ("model", "model"),
-        ("n", "n"),
-        ("sampling.top_p", "top_p"),
-        ("sampling.logit_bias[50]", "logit_bias[50]"),
-        ("sampling.allowed_token_ids[2]", "allowed_token_ids[2]"),
-        ("stop.stop", "stop"),
-        ("stop.stop[1]", "stop[1]"),
-        ("stop.stop_token_ids[0]", "stop_token_ids[0]"),
-        ("stop.max_tokens", "max_tokens"),
-        ("stop.include_stop_string", "include_stop_str_in_output"),
-        ("output.special_tokens", "skip_special_tokens"),
-        ("output.token_ids", "return_token_ids"),
-        ("output.logprobs", "logprobs"),
-        ("chat", "messages"),
-        ("chat.messages", "messages"),
-        ("chat.messages[3].content[1]", "messages[3].content[1]"),
-        ("chat.continue_final_message", "continue_final_message"),
-        ("text", "prompt"),
-        ("token_ids.ids[4]", "prompt[4]"),
-        ("token_ids", "prompt"),
-        ("priority", "priority"),
-        ("cache_salt", "cache_salt"),
-    ],
-)
-def test_field_paths_become_openai_parameters(path: str, param: str) -> None:
-    assert param_name(path, {}) == param
-
-
-def test_renames_come_first() -> None:
-    renames = {
-        "stop.max_tokens": "max_completion_tokens",
-        "token_ids.ids": "prompt[2]",
-        "output.logprobs": "top_logprobs",
-    }
-    assert param_name("stop.max_tokens", renames) == "max_completion_tokens"
-    assert param_name("token_ids.ids[4]", renames) == "prompt[2][4]"
-    assert param_name("output.logprobs", renames) == "top_logprobs"
-    assert param_name("text", {"text": "prompt[1]"}) == "prompt[1]"
-    both = {"token_ids": "prompt[1]", "token_ids.ids": "prompt[1]"}
-    assert param_name("token_ids.ids[4]", both) == "prompt[1][4]"
 
 
 def test_the_message_uses_the_clients_names() -> None:
     error = request_error(code_pb2.INVALID_ARGUMENT, field="sampling.top_p")
     error.violations.add(field="stop.include_stop_string", description="is odd")
-    converted = from_request_error(error)
+    converted = from_request_error(error, COMPLETION)
     assert converted.message == "top_p: is wrong; include_stop_str_in_output: is odd"
     assert converted.param == "top_p"
 
 
 def test_an_unknown_model_keeps_its_message() -> None:
-    converted = from_request_error(request_error(code_pb2.NOT_FOUND, "model_not_found", field="model"))
+    converted = from_request_error(request_error(code_pb2.NOT_FOUND, "model_not_found", field="model"), COMPLETION)
     assert (converted.message, converted.param) == ("what happened", "model")
-    assert from_request_error(request_error(code_pb2.NOT_FOUND, "model_not_found")).param == "model"
+    assert from_request_error(request_error(code_pb2.NOT_FOUND, "model_not_found"), COMPLETION).param == "model"
 
 
 def rpc_error(code: grpc.StatusCode, details: str, rich: status_pb2.Status | None = None) -> grpc.aio.AioRpcError:
@@ -184,7 +140,7 @@ def test_rich_statuses_carry_reason_violations_and_retry_time() -> None:
         packed = any_pb2.Any()
         packed.Pack(detail)
         rich.details.append(packed)
-    converted = from_rpc_error(rpc_error(grpc.StatusCode.RESOURCE_EXHAUSTED, "x", rich))
+    converted = from_rpc_error(rpc_error(grpc.StatusCode.RESOURCE_EXHAUSTED, "x", rich), COMPLETION)
     assert (converted.status, converted.code, converted.param) == (429, "queue_full", "seed")
     assert converted.headers()["retry-after"] == "7"
     assert converted.message == "the queue is full"
@@ -192,13 +148,13 @@ def test_rich_statuses_carry_reason_violations_and_retry_time() -> None:
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN])
 def test_what_a_channel_says_of_itself_is_not_shown(code: grpc.StatusCode) -> None:
-    converted = from_rpc_error(rpc_error(code, "failed to connect to unix:/run/secret.sock 0x7f12"))
+    converted = from_rpc_error(rpc_error(code, "failed to connect to unix:/run/secret.sock 0x7f12"), COMPLETION)
     assert converted.status in (500, 503)
     assert "secret" not in converted.message and "0x7f" not in converted.message
 
 
 def test_not_found_without_details_has_the_handlers_text() -> None:
-    converted = from_rpc_error(rpc_error(grpc.StatusCode.NOT_FOUND, "The model 'x' does not exist"))
+    converted = from_rpc_error(rpc_error(grpc.StatusCode.NOT_FOUND, "The model 'x' does not exist"), COMPLETION)
     assert (converted.status, converted.message) == (404, "The model 'x' does not exist")
 
 

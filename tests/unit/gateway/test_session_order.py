@@ -38,7 +38,7 @@ async def test_a_streams_last_events_go_before_the_receipt_of_the_message_that_e
     metrics = GatewayMetrics()
     client = ControlPlaneClient(GatewaySettings.model_validate({"control_plane": "unix:/nobody.sock"}), metrics)
     client._outgoing = outgoing = asyncio.Queue()
-    generation = client.generate([inference_pb2.GenerateRequest()], num_samples=1, stream=True)
+    generation = client.generate([inference_pb2.GenerateRequest()], num_samples=1, stream=True, names={})
     (tag,) = generation.tags
     accepted, ended = inference_pb2.SessionResponse(), inference_pb2.SessionResponse()
     accepted.responses.add(tag=tag).response.accepted.model = "m"

@@ -306,6 +306,14 @@ async def test_continue_final_message(model: ServedModel) -> None:
     assert text == "<|im_start|>user\n2+2<|im_end|>\n<|im_start|>assistant\nIt is "
 
 
+async def test_without_a_chat_template_either_roads_way_out_is_named(model: ServedModel) -> None:
+    message = pb.ChatMessage(role="user", content=[pb.ContentPart(text="hi")])
+    error = await refusal(replace(model, chat_template=None), set_field(chat=pb.ChatInput(messages=[message])))
+    [violation] = error.violations
+    assert violation.field == "chat"
+    assert all(name in violation.description for name in ("`text`", "/v1/completions", "--chat-template"))
+
+
 async def test_without_a_tokenizer_only_ids(bare: ServedModel) -> None:
     built = await build(bare)
     assert built.output.sends_token_ids and not built.output.sends_text

@@ -15,9 +15,10 @@ from stepwire.v1 import inference_pb2
 
 from gateway.convert import plan_chat
 from gateway.errors import ApiError
+from gateway.field_names import MESSAGE
 from gateway.mailbox import SequenceUpdate, ToolCallPiece, UsageTotals
 from gateway.messages.answers import MessageEvents, whole_message
-from gateway.messages.convert import chat_body, param_names
+from gateway.messages.convert import chat_body
 from gateway.messages.schemas import MessagesBody
 from gateway.sse import StreamShape
 
@@ -81,7 +82,7 @@ def test_a_format_and_an_effort_become_a_chats() -> None:
     body = MessagesBody.model_validate(
         {"max_tokens": 5, "messages": [{"role": "user", "content": "hi"}], "output_config": config}
     )
-    (request,) = plan_chat(chat_body(body), "id", param_names(body)).requests
+    (request,) = plan_chat(chat_body(body), "id", MESSAGE).requests
     assert json.loads(request.structured_output.json_schema) == schema
     assert request.chat.reasoning_effort == inference_pb2.REASONING_EFFORT_HIGH
 

@@ -13,6 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from gpu_worker.config import WorkerSettings
 from gpu_worker.models.fallback_probe import probe_layers
 from gpu_worker.models.loader import read_spec
+from gpu_worker.models.row_caches import tensors_within
 from gpu_worker.models.row_states import StateProbe
 from gpu_worker.models.transformers_fallback import TransformersModel
 from gpu_worker.runner import TorchRunner
@@ -294,6 +295,24 @@ def test_only_layers_that_keep_a_state_run_row_by_row(tmp_path: Path) -> None:
     """Blocks of Nemotron H take the cache, whatever is in them."""
     save_model(OTHER_HYBRIDS["nemotron-h"], tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
-    found = probe_layers(config, "NemotronHForCausalLM")
+    found = probe_layers(config, "NemotronHForCausalLM", torch.float32)
     assert list(found.states) == ["model.layers.0.mixer"]
     assert [call.module for call in found.calls] == ["model.layers.2.mixer"]
+
+
+@pytest.mark.parametrize("run", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["lfm2", "qwen3-next", "granite4-h", "mamba2"])
+def test_states_are_counted_in_the_type_that_the_model_runs_in(name: str, run: str, tmp_path: Path) -> None:
+    """And not in its checkpoint's, which is the other one."""
+    stored = torch.bfloat16 if run == "float32" else torch.float32
+    save_model((HYBRIDS | RECURRENT)[name], tmp_path, dtype=stored)
+    settings = WorkerSettings(model=tmp_path, device="cpu", dtype=run, num_threads=1, cpu_kv_cache_gib=0.01)
+    runner = TorchRunner.load(settings)
+    assert read_spec(tmp_path)[0].dtype == stored
+    driver = StepDriver(runner)
+    driver.add(0, list(range(5, 30)), greedy())
+    driver.step()
+    driver.step()
+    assert runner.model.row_states is not None
+    [held] = [list(tensors_within(cache)) for cache in runner.model.row_states._caches.values()]
+    assert sum(tensor.numel() * tensor.element_size() for tensor in held) == runner.model.spec.row_state_bytes > 0

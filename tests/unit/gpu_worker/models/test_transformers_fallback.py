@@ -180,13 +180,17 @@ def test_it_is_built_on_device_meta_once_a_start(tmp_path: Path, monkeypatch: py
     built: list[str] = []
     build = fallback_probe._build
 
-    def watched(config: Any, architecture: str) -> Any:
+    def watched(config: Any, architecture: str, dtype: torch.dtype) -> Any:
         built.append(architecture)
-        return build(config, architecture)
+        return build(config, architecture, dtype)
 
     monkeypatch.setattr(fallback_probe, "_build", watched)
     PagedModel(tmp_path)
     assert built == ["GPTNeoXForCausalLM"]
+    # Nor in the type that it runs in: its rows keep nothing but keys and values.
+    settings = WorkerSettings(model=tmp_path, device="cpu", dtype="bfloat16", num_threads=1, cpu_kv_cache_gib=0.01)
+    TorchRunner.load(settings)
+    assert len(built) == 1
     # Another config in the same place is another model.
     _edit(tmp_path, num_hidden_layers=1)
     assert read_spec(tmp_path)[0].num_layers == 1
