@@ -48,7 +48,7 @@ def sizes(name: str) -> dict[str, Any]:
             "v_head_dim": 64,
             "moe_intermediate_size": 64,
             # The kernels attend to everything, which is what an indexer leaves of no more than so many tokens.
-            **({"index_topk": 256} if "index_topk" in fields else {}),
+            **({"index_topk": 256, "index_head_dim": 64} if "index_topk" in fields else {}),
         }
     heads = fields.get("num_attention_heads", 6)
     changes: dict[str, Any] = {"hidden_size": 64 * heads, "intermediate_size": 192}
