@@ -12,10 +12,12 @@ from google.protobuf import json_format
 from llguidance import LLMatcher, LLTokenizer
 from stepwire.v1 import inference_pb2 as pb
 
+from control_plane.frontend.format_edges import MAX_DEPTH, MAX_FORMATS
+from control_plane.frontend.format_tokens import TokenVocabulary
 from control_plane.frontend.grammar import GrammarError
 from control_plane.frontend.output_rules import OutputRules
 from control_plane.frontend.parsers.registry import OutputFormat
-from control_plane.frontend.text_formats import MAX_DEPTH, MAX_FORMATS, text_format_grammar
+from control_plane.frontend.text_formats import text_format_grammar
 from control_plane.frontend.tokenizer import TextTokenizer
 
 SCHEMA = json.dumps({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]})
@@ -29,6 +31,7 @@ ONE, TWO = '<f=one>{"a": 1}</f>', "<f=two>a/b</f>"
 TRIGGERED = {"tags": [TAG, OTHER], "triggers": ["<f="]}
 FREE = {"any_text": {}}
 THINK = {"tag": {"begin": "<t>", "content": FREE, "end": "</t>"}}
+NO_TOKENS = TokenVocabulary(lambda _: None, [])
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +154,7 @@ def test_free_text_ends_at_a_special_token(tokenizer: TextTokenizer, table: LLTo
         pb.TextFormat(tag=pb.FormatTag(begin="a", content=pb.TextFormat(any_text=pb.AnyText()), end=end)),
         literal=lambda text: f"<[{tokenizer.special_id(text)}]>" if text == end else json.dumps(text),
         special_id=tokenizer.special_id,
+        vocabulary=NO_TOKENS,
     )
     assert accepts(table, tokenizer, source, f"a b {end}")
     assert not accepts(table, tokenizer, source, f"a b {end} c")
@@ -188,6 +192,9 @@ def nested(depth: int) -> dict[str, Any]:
 def test_what_is_refused(fields: dict[str, Any], tokenizer: TextTokenizer) -> None:
     with pytest.raises(GrammarError):
         text_format_grammar(
-            json_format.ParseDict(fields, pb.TextFormat()), literal=json.dumps, special_id=tokenizer.special_id
+            json_format.ParseDict(fields, pb.TextFormat()),
+            literal=json.dumps,
+            special_id=tokenizer.special_id,
+            vocabulary=NO_TOKENS,
         )
     assert source_of(tokenizer, nested(MAX_DEPTH))
