@@ -315,7 +315,8 @@ class OutputRules:
         ranges = self._tokenizer.id_ranges
         if vocab_size is not None:
             ranges = tuple((first, min(last, vocab_size - 1)) for first, last in ranges if first < vocab_size)
-        vocabulary = TokenVocabulary(self._tokenizer.id_of_text, ranges, self._eos_token_ids)
+        tokenizer = self._tokenizer
+        vocabulary = TokenVocabulary(tokenizer.id_of_text, tokenizer.text_of_id, ranges, self._eos_token_ids)
         return text_format_grammar(
             layout,
             literal=self._literal,

@@ -2,14 +2,15 @@
 
 Their form is that of xgrammar's structural tags (https://xgrammar.mlc.ai/docs/structural_tag/structural_tag.html). What
 stands in a tag is written together with the tag's end: free text is one lazy terminal up to it. Free tokens leave out
-the token that ends the nearest tag around them (https://xgrammar.mlc.ai/docs/structural_tag/advanced_usage.html).
+the tokens that end any of the tags around them, where xgrammar has them leave out that of the nearest
+(https://xgrammar.mlc.ai/docs/structural_tag/advanced_usage.html): what comes again and again could not be left else.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from stepwire.v1 import inference_pb2 as pb
@@ -17,7 +18,6 @@ from stepwire.v1 import inference_pb2 as pb
 from control_plane.frontend import grammar
 from control_plane.frontend.argument_forms import tagged_arguments
 from control_plane.frontend.format_edges import (
-    Edge,
     check_before_more,
     check_closed_by_text,
     check_ends,
@@ -25,7 +25,7 @@ from control_plane.frontend.format_edges import (
     check_size,
     edges,
 )
-from control_plane.frontend.format_tokens import TokenSets, TokenVocabulary
+from control_plane.frontend.format_tokens import TokenSets, TokenVocabulary, with_ids
 from control_plane.frontend.grammar import GrammarError, regex_literal
 from control_plane.frontend.parsers.tagged_calls import QWEN3_CODER
 
@@ -52,7 +52,8 @@ def text_format_grammar(
     if layout.ByteSize() > grammar.MAX_GRAMMAR_CHARS:
         raise GrammarError(f"has {layout.ByteSize()} bytes; at most {grammar.MAX_GRAMMAR_CHARS} are taken")
     check_size(layout)
-    writer = _Writer(literal, special_id, TokenSets(vocabulary), compact=compact)
+    layout, texts = with_ids(layout, vocabulary)
+    writer = _Writer(literal, special_id, TokenSets(vocabulary), texts, compact=compact)
     start = writer.expression(layout, _Place())
     source = grammar.lark_grammar("\n".join([f"start: {start}", *writer.rules, *writer.tokens.rules()]))
     if not writer.grammars:
@@ -84,16 +85,9 @@ class _Place:
     # What closes it: a text, or a token's rule; neither where nothing does.
     end: str = ""
     end_token: str = ""
-    # Ids that no free token has here.
-    closing_ids: frozenset[int] = frozenset()
 
-    @property
-    def is_open(self) -> bool:
-        return not self.end and not self.end_token
 
-    def before_more(self) -> _Place:
-        """The place of what something else follows within the same tag."""
-        return replace(self, end="", end_token="")
+_OPEN = _Place()
 
 
 class _Writer:
@@ -102,6 +96,7 @@ class _Writer:
         literal: Callable[[str], str],
         special_id: Callable[[str], int | None],
         tokens: TokenSets,
+        texts: Mapping[int, str],
         *,
         compact: bool,
     ) -> None:
@@ -109,6 +104,7 @@ class _Writer:
         self._special_id = special_id
         self._compact = compact
         self.tokens = tokens
+        self._texts = texts
         self.rules: list[str] = []
         # Of formats that have a grammar of their own, by the names that the rules call them.
         self.grammars: list[dict[str, Any]] = []
@@ -131,9 +127,9 @@ class _Writer:
             case "token_triggered_tags":
                 return self._token_triggered(layout.token_triggered_tags, place)
             case _:
-                return _joined(self._alone(layout, place), self._closing(place))
+                return _joined(self._alone(layout), self._closing(place))
 
-    def _alone(self, layout: pb.TextFormat, place: _Place) -> str:
+    def _alone(self, layout: pb.TextFormat) -> str:
         """A format that is written in the same way whatever closes it."""
         match layout.WhichOneof("format"):
             case "const_string":
@@ -150,14 +146,14 @@ class _Writer:
                 name = f"parameters_{len(self.rules)}"
                 return self._rule(tagged_arguments(QWEN3_CODER, layout.qwen_parameters, name, self._literal))
             case "separated_tags":
-                return self._separated(layout.separated_tags, place.before_more())
+                return self._separated(layout.separated_tags)
             case "token":
-                return self.tokens.only(self.tokens.named_id(layout.token))
+                return self.tokens.only(layout.token)
             case "any_token":
-                return self._any_token(layout.any_token.excluded, place)
+                return self.tokens.all_but(layout.any_token.excluded)
             case "any_tokens":
                 limit = layout.any_tokens.max_tokens if layout.any_tokens.HasField("max_tokens") else None
-                return _times(self._any_token(layout.any_tokens.excluded, place), 0, limit)
+                return _times(self.tokens.all_but(layout.any_tokens.excluded), 0, limit)
             case _:
                 raise GrammarError("holds a format that is empty")
 
@@ -166,9 +162,8 @@ class _Writer:
 
     def _sequence(self, formats: Sequence[pb.TextFormat], place: _Place) -> str:
         *before, last = _some(formats)
-        check_ends(map(edges, formats))
-        inner = place.before_more()
-        return _joined(*(self.expression(each, inner) for each in before), self.expression(last, place))
+        check_ends(map(edges, formats), self._texts)
+        return _joined(*(self.expression(each, _OPEN) for each in before), self.expression(last, place))
 
     def _repeat(self, layout: pb.RepeatedFormat, place: _Place) -> str:
         limit = layout.max if layout.HasField("max") else None
@@ -178,11 +173,8 @@ class _Writer:
             # Free text in it ends with what closes the place.
             once = self.expression(layout.format, place)
             return once if layout.min else _one_of([once, self._closing(place) or '""'])
-        content = edges(layout.format)
-        check_repeated(content)
-        if layout.min != limit and not place.is_open and Edge.FREE_TEXT in content.begins:
-            raise GrammarError("repeats a format that begins with free text: nothing tells whether it comes once more")
-        times = _times(self._rule(self.expression(layout.format, place.before_more())), layout.min, limit)
+        check_repeated(edges(layout.format))
+        times = _times(self._rule(self.expression(layout.format, _OPEN)), layout.min, limit)
         return _joined(times, self._closing(place))
 
     def _begin(self, tag: pb.FormatTag) -> str:
@@ -190,31 +182,30 @@ class _Writer:
             return self._literal(tag.begin)
         if tag.begin:
             raise GrammarError("holds a tag with both begin and begin_token")
-        return self.tokens.only(self.tokens.named_id(tag.begin_token))
+        return self.tokens.only(tag.begin_token)
 
     def _tag(self, tag: pb.FormatTag, begin: str, place: _Place) -> str:
         """begin: what is left to write of the tag's own. place: that of the tag."""
         if tag.end and tag.HasField("end_token"):
             raise GrammarError("holds a tag with both end and end_token")
         if tag.HasField("end_token"):
-            end_id = self.tokens.named_id(tag.end_token)
-            inner = _Place(end_token=self.tokens.only(end_id), closing_ids=frozenset([end_id]))
+            inner = _Place(end_token=self.tokens.only(tag.end_token))
         elif tag.end:
-            check_closed_by_text(edges(tag.content))
+            check_closed_by_text(edges(tag.content), tag.end, self._texts)
             inner = _Place(end=tag.end)
         else:
             return _joined(begin, self.expression(tag.content, place))
         return _joined(begin, self.expression(tag.content, inner), self._closing(place))
 
-    def _separated(self, layout: pb.SeparatedTags, place: _Place) -> str:
-        tags = self._rule(_one_of(self._tag(tag, self._begin(tag), place) for tag in _some(layout.tags)))
+    def _separated(self, layout: pb.SeparatedTags) -> str:
+        tags = self._rule(_one_of(self._tag(tag, self._begin(tag), _OPEN) for tag in _some(layout.tags)))
         _check_tags(layout.tags)
         more = "" if layout.stop_after_first else f"({_joined(self._literal(layout.separator), tags)})*"
         return _joined(tags, more) if layout.at_least_one else f"({_joined(tags, more)})?"
 
     def _triggered(self, layout: pb.TriggeredTags, place: _Place) -> str:
         bodies: dict[str, list[str]] = {}
-        own_place = place if layout.stop_after_first else place.before_more()
+        own_place = place if layout.stop_after_first else _OPEN
         for index, tag in enumerate(_some(layout.tags)):
             if tag.HasField("begin_token"):
                 raise GrammarError(f"tag {index} begins with a token: triggers are texts, and its begin has to be one")
@@ -235,31 +226,24 @@ class _Writer:
         return _joined(first if layout.at_least_one else "", f"({later})*", self._text(layout.excluded, place))
 
     def _token_triggered(self, layout: pb.TokenTriggeredTags, place: _Place) -> str:
-        triggers = {self.tokens.named_id(each) for each in layout.trigger_tokens}
-        bodies: dict[int, list[str]] = {}
-        own_place = place if layout.stop_after_first else place.before_more()
+        triggers = {token.id for token in layout.trigger_tokens}
+        bodies: list[str] = []
+        own_place = place if layout.stop_after_first else _OPEN
         for index, tag in enumerate(_some(layout.tags)):
             if not tag.HasField("begin_token"):
                 raise GrammarError(f"tag {index} begins with no token: trigger_tokens are tokens")
-            trigger = self.tokens.named_id(tag.begin_token)
-            if tag.begin or (triggers and trigger not in triggers):
+            if triggers and tag.begin_token.id not in triggers:
                 raise GrammarError(f"tag {index} begins with none of the trigger_tokens")
-            bodies.setdefault(trigger, []).append(self._tag(tag, "", own_place))
+            bodies.append(self._tag(tag, self._begin(tag), own_place))
         if not layout.stop_after_first:
             _check_tags(layout.tags)
-        tags = self._rule(
-            _one_of(_joined(self.tokens.only(trigger), _one_of(rests)) for trigger, rests in bodies.items())
-        )
-        excluded = self.tokens.excluded_ids(layout.excluded)
-        free = self.tokens.all_but(triggers | bodies.keys() | excluded | place.closing_ids)
+        tags = self._rule(_one_of(bodies))
+        free = self.tokens.all_but(layout.excluded)
         if not layout.stop_after_first:
             return _joined(tags if layout.at_least_one else "", f"({free} | {tags})*", self._closing(place))
         if layout.at_least_one:
             return tags
         return _joined(f"{free}*", _one_of([tags, self._closing(place) or '""']))
-
-    def _any_token(self, excluded: Iterable[pb.NamedToken], place: _Place) -> str:
-        return self.tokens.all_but(self.tokens.excluded_ids(excluded) | place.closing_ids)
 
     def _text(self, excluded: Sequence[str], place: _Place) -> str:
         """Free text up to and with what closes it; up to wherever the model ends it, if nothing does."""

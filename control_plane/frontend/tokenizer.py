@@ -187,6 +187,12 @@ class TextTokenizer:
         ids = {token_id for spelling in spellings if (token_id := self.token_id(spelling)) is not None}
         return min((each for each in ids if data and self.detokenization.token_bytes(each) == data), default=None)
 
+    def text_of_id(self, token_id: int) -> str | None:
+        """A token's own text, if it is no special token; what is part of a character is replaced."""
+        if token_id in self._special_ids:
+            return None
+        return self.detokenization.token_bytes(token_id).decode("utf-8", "replace")
+
     @functools.cached_property
     def id_ranges(self) -> tuple[tuple[int, int], ...]:
         """The ids of its tokens, in order: first and last of each run without a gap."""

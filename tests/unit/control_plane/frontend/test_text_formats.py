@@ -31,7 +31,7 @@ ONE, TWO = '<f=one>{"a": 1}</f>', "<f=two>a/b</f>"
 TRIGGERED = {"tags": [TAG, OTHER], "triggers": ["<f="]}
 FREE = {"any_text": {}}
 THINK = {"tag": {"begin": "<t>", "content": FREE, "end": "</t>"}}
-NO_TOKENS = TokenVocabulary(lambda _: None, [])
+NO_TOKENS = TokenVocabulary(lambda _: None, lambda _: None, [])
 
 
 @pytest.fixture(scope="module")
