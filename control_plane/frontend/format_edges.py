@@ -64,6 +64,8 @@ def edges(layout: pb.TextFormat) -> Edges:
         case "any_token":
             return Edges(_free_tokens(layout.any_token.excluded))
         case "any_tokens":
+            if layout.any_tokens.HasField("max_tokens") and layout.any_tokens.max_tokens == 0:
+                return Edges(_NONE, may_be_empty=True)
             free = _free_tokens(layout.any_tokens.excluded)
             return Edges(free, free, may_be_empty=True)
         case "sequence":

@@ -29,7 +29,8 @@ from control_plane.frontend.format_tokens import TokenSets, TokenVocabulary, wit
 from control_plane.frontend.grammar import GrammarError, regex_literal
 from control_plane.frontend.parsers.tagged_calls import QWEN3_CODER
 
-MAX_REPEATS = 65_536
+MAX_REPEATS = 4096
+MAX_FREE_TOKENS = 65_536
 _ANY_TEXT = "/(.|\\n)*/"
 
 
@@ -152,8 +153,7 @@ class _Writer:
             case "any_token":
                 return self.tokens.all_but(layout.any_token.excluded)
             case "any_tokens":
-                limit = layout.any_tokens.max_tokens if layout.any_tokens.HasField("max_tokens") else None
-                return _times(self.tokens.all_but(layout.any_tokens.excluded), 0, limit)
+                return self._any_tokens(layout.any_tokens)
             case _:
                 raise GrammarError("holds a format that is empty")
 
@@ -169,6 +169,8 @@ class _Writer:
         limit = layout.max if layout.HasField("max") else None
         if limit is not None and limit < layout.min:
             raise GrammarError(f"repeats a format at least {layout.min} and at most {limit} times")
+        if max(layout.min, limit or 0) > MAX_REPEATS:
+            raise GrammarError(f"repeats a format {max(layout.min, limit or 0)} times; at most {MAX_REPEATS} are taken")
         if limit == 1:
             # Free text in it ends with what closes the place.
             once = self.expression(layout.format, place)
@@ -176,6 +178,12 @@ class _Writer:
         check_repeated(edges(layout.format))
         times = _times(self._rule(self.expression(layout.format, _OPEN)), layout.min, limit)
         return _joined(times, self._closing(place))
+
+    def _any_tokens(self, layout: pb.AnyTokens) -> str:
+        limit = layout.max_tokens if layout.HasField("max_tokens") else None
+        if (limit or 0) > MAX_FREE_TOKENS:
+            raise GrammarError(f"has max_tokens {limit}; at most {MAX_FREE_TOKENS} are taken")
+        return _times(self.tokens.all_but(layout.excluded), 0, limit)
 
     def _begin(self, tag: pb.FormatTag) -> str:
         if not tag.HasField("begin_token"):
@@ -279,8 +287,6 @@ def _check_tags(tags: Iterable[pb.FormatTag]) -> None:
 
 def _times(expression: str, least: int, most: int | None) -> str:
     """most: None for as often as it likes."""
-    if max(least, most or 0) > MAX_REPEATS:
-        raise GrammarError(f"repeats something {max(least, most or 0)} times; at most {MAX_REPEATS} are taken")
     if most is None:
         return f"{expression}*" if least == 0 else f"{expression}{{{least},}}"
     return f"{expression}{{{least},{most}}}" if most else ""
