@@ -14,7 +14,7 @@ from stepwire.v1 import inference_pb2 as pb
 from control_plane.frontend.format_edges import formats_within, tags_within
 from control_plane.frontend.grammar import GrammarError
 
-MAX_NAMED_TOKENS = 256
+MAX_NAMED_TOKENS = 128
 
 # First and last id.
 IdRange = tuple[int, int]

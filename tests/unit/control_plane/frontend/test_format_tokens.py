@@ -280,7 +280,7 @@ def nested_names(count: int) -> dict[str, Any]:
         ({"token": {"text": "\u0120the"}}, "which is no token"),
         ({"token": {"text": ""}}, "which is no token"),
         ({"token": {}}, "neither its id nor its text"),
-        (nested_names(MAX_NAMED_TOKENS + 1), "names more than 256 tokens"),
+        (nested_names(MAX_NAMED_TOKENS + 1), "names more than 128 tokens"),
         (repeat(A, MAX_REPEATS + 1), "4097 times; at most 4096"),
         (repeat(A, 0, MAX_REPEATS + 1), "4097 times; at most 4096"),
         (any_tokens(max_tokens=MAX_FREE_TOKENS + 1), "max_tokens 65537; at most 65536"),

@@ -61,6 +61,7 @@ def accepts(table: LLTokenizer, tokenizer: TextTokenizer, source: str, text: str
     ("fields", "right", "wrong"),
     [
         ({"const_string": "Yes/no."}, ["Yes/no."], ["Yes", "Yes/no. "]),
+        ({"const_string": "a<[5]>b"}, ["a<[5]>b"], ["a<file_sep>b", "ab"]),
         (JSON, ['{"a": 1}'], ['{"a": "1"}', "1"]),
         (
             {"tag": {"begin": "<function=f>\n", "content": {"qwen_parameters": ARGUMENTS}, "end": "</function>"}},
@@ -78,6 +79,17 @@ def accepts(table: LLTokenizer, tokenizer: TextTokenizer, source: str, text: str
             {"tag": {"begin": "", "content": {"any_text": {"excluded": ["x"]}}, "end": "</t>"}},
             ["Hm.</t>", "</t>"],
             ["x</t>", "Hm"],
+        ),
+        # An inner tag's end alone ends its text; one without an end ends with the outer one.
+        (
+            {"tag": {"begin": "[", "content": {"tag": {"begin": "(", "content": FREE, "end": ")"}}, "end": "]"}},
+            ["[(a])]", "[()]"],
+            ["[(a])", "[(a]", "[(a) ]"],
+        ),
+        (
+            {"tag": {"begin": "[", "content": {"tag": {"begin": "(", "content": FREE}}, "end": "]"}},
+            ["[(a b]", "[(]"],
+            ["[(a] b]", "[(a"],
         ),
         ({"any_of": {"formats": [{"tag": TAG}, {"const_string": "no"}]}}, [ONE, "no"], ["yes", ""]),
         (
