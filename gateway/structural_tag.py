@@ -236,8 +236,6 @@ def _tags(param: str, value: Mapping[str, Any], depth: int) -> list[inference_pb
 def _tag(param: str, value: Mapping[str, Any], depth: int) -> inference_pb2.FormatTag:
     tag = inference_pb2.FormatTag(content=_format(f"{param}.content", value.get("content"), depth + 1))
     begin, end = value.get("begin"), value.get("end", "")
-    if isinstance(end, list) and len(end) == 1:
-        end = end[0]
     if isinstance(begin, dict):
         tag.begin_token.CopyFrom(_token_format(f"{param}.begin", begin))
     elif isinstance(begin, str):
@@ -248,8 +246,13 @@ def _tag(param: str, value: Mapping[str, Any], depth: int) -> inference_pb2.Form
         tag.end_token.CopyFrom(_token_format(f"{param}.end", end))
     elif isinstance(end, str):
         tag.end = end
+    elif isinstance(end, list) and end and all(isinstance(each, str) for each in end):
+        if len(end) > 1 and not all(end):
+            raise _wrong(f"{param}.end", "none of several may be empty")
+        tag.end = end[0]
+        tag.other_ends.extend(end[1:])
     else:
-        raise _wrong(f"{param}.end", "must be one string or a format of type token")
+        raise _wrong(f"{param}.end", "must be a string, a list of strings or a format of type token")
     return tag
 
 

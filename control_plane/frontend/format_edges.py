@@ -112,9 +112,9 @@ def check_before_more(content: Edges) -> None:
         raise GrammarError(_no_end("free tokens have"))
 
 
-def check_closed_by_text(content: Edges, end: str, texts: Mapping[int, str]) -> None:
-    """Raise `GrammarError` where a text that closes it would never be reached."""
-    _check_tokens(content.goes_on, frozenset({Literal(end)}), texts)
+def check_closed_by_text(content: Edges, ends: Iterable[str], texts: Mapping[int, str]) -> None:
+    """Raise `GrammarError` where a text that closes it would never be reached; `texts` as in `check_ends`."""
+    _check_tokens(content.goes_on, frozenset(map(Literal, ends)), texts)
     if Edge.FREE_TEXT_AGAIN in content.goes_on:
         raise GrammarError("repeats a format that begins with free text: nothing tells whether it comes once more")
     if any(isinstance(each, FreeTokens) for each in content.goes_on):
@@ -189,8 +189,8 @@ def _of_any(choices: Iterable[Edges]) -> Edges:
 
 def _of_tag(tag: pb.FormatTag) -> Edges:
     content = edges(tag.content)
-    end = _mark(tag.end, tag.end_token if tag.HasField("end_token") else None)
-    begin = _mark(tag.begin, tag.begin_token if tag.HasField("begin_token") else None)
+    end = _mark([tag.end, *tag.other_ends], tag.end_token if tag.HasField("end_token") else None)
+    begin = _mark([tag.begin], tag.begin_token if tag.HasField("begin_token") else None)
     goes_on = _NONE if end else content.goes_on
     if begin:
         return Edges(begin, goes_on)
@@ -199,10 +199,8 @@ def _of_tag(tag: pb.FormatTag) -> Edges:
     return Edges(content.begins | end, goes_on, may_be_empty=not end)
 
 
-def _mark(text: str, token: pb.NamedToken | None) -> frozenset[Begin]:
-    if token is not None:
-        return frozenset({token.id})
-    return frozenset({Literal(text)}) if text else _NONE
+def _mark(texts: Iterable[str], token: pb.NamedToken | None) -> frozenset[Begin]:
+    return frozenset(Literal(text) for text in texts if text) if token is None else frozenset({token.id})
 
 
 def _of_triggered(layout: pb.TriggeredTags | pb.TokenTriggeredTags, free: frozenset[Begin]) -> Edges:

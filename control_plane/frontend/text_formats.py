@@ -83,8 +83,8 @@ def syntax_of(message: pb.Grammar) -> str:
 class _Place:
     """Where a format stands."""
 
-    # What closes it: a text, or a token's rule; neither where nothing does.
-    end: str = ""
+    # What closes it: one of some texts, or a token's rule; neither where nothing does.
+    ends: tuple[str, ...] = ()
     end_token: str = ""
 
 
@@ -158,7 +158,9 @@ class _Writer:
                 raise GrammarError("holds a format that is empty")
 
     def _closing(self, place: _Place) -> str:
-        return place.end_token or self._literal(place.end)
+        if len(place.ends) > 1:
+            return _one_of(map(self._literal, place.ends))
+        return place.end_token or "".join(map(self._literal, place.ends))
 
     def _sequence(self, formats: Sequence[pb.TextFormat], place: _Place) -> str:
         *before, last = _some(formats)
@@ -194,13 +196,16 @@ class _Writer:
 
     def _tag(self, tag: pb.FormatTag, begin: str, place: _Place) -> str:
         """begin: what is left to write of the tag's own. place: that of the tag."""
-        if tag.end and tag.HasField("end_token"):
+        ends = (tag.end, *tag.other_ends)
+        if any(ends) and tag.HasField("end_token"):
             raise GrammarError("holds a tag with both end and end_token")
+        if tag.other_ends and not all(ends):
+            raise GrammarError("holds a tag with several ends, one of which is empty")
         if tag.HasField("end_token"):
             inner = _Place(end_token=self.tokens.only(tag.end_token))
         elif tag.end:
-            check_closed_by_text(edges(tag.content), tag.end, self._texts)
-            inner = _Place(end=tag.end)
+            check_closed_by_text(edges(tag.content), ends, self._texts)
+            inner = _Place(ends)
         else:
             return _joined(begin, self.expression(tag.content, place))
         return _joined(begin, self.expression(tag.content, inner), self._closing(place))
@@ -226,7 +231,7 @@ class _Writer:
             _check_tags(layout.tags)
         starts = {trigger: self._rule(_one_of(rests)) for trigger, rests in bodies.items()}
         later = _one_of(
-            _joined(self._text(layout.excluded, _Place(end=trigger)), rest) for trigger, rest in starts.items()
+            _joined(self._text(layout.excluded, _Place((trigger,))), rest) for trigger, rest in starts.items()
         )
         first = _one_of(_joined(self._literal(trigger), rest) for trigger, rest in starts.items())
         if layout.stop_after_first:
@@ -260,12 +265,13 @@ class _Writer:
         without = "|".join(map(regex_literal, excluded))
         text = f"TEXT_{len(self.rules)}"
         self.rules.append(f"{text}: {_ANY_TEXT}" + (f" & ~/(.|\\n)*({without})(.|\\n)*/" if without else ""))
-        if not place.end:
+        if not place.ends:
             return _joined(text, place.end_token)
-        token_id = self._special_id(place.end)
-        if token_id is not None:
-            return f"{text} <[{token_id}]>"
-        return self._rule(f"{text} {grammar.quoted(place.end)}", "[lazy]")
+        special_ids = {end: token_id for end in place.ends if (token_id := self._special_id(end)) is not None}
+        ended = [f"{text} <[{token_id}]>" for token_id in special_ids.values()]
+        if spelled := [grammar.quoted(end) for end in place.ends if end not in special_ids]:
+            ended.append(self._rule(f"{text} {spelled[0] if len(spelled) == 1 else _one_of(spelled)}", "[lazy]"))
+        return ended[0] if len(ended) == 1 else _one_of(ended)
 
     def _rule(self, expression: str, attributes: str = "") -> str:
         name = f"rule_{len(self.rules)}"

@@ -313,18 +313,20 @@ class TextFormatList(_message.Message):
     def __init__(self, formats: _Optional[_Iterable[_Union[TextFormat, _Mapping]]] = ...) -> None: ...
 
 class FormatTag(_message.Message):
-    __slots__ = ("begin", "content", "end", "begin_token", "end_token")
+    __slots__ = ("begin", "content", "end", "begin_token", "end_token", "other_ends")
     BEGIN_FIELD_NUMBER: _ClassVar[int]
     CONTENT_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
     BEGIN_TOKEN_FIELD_NUMBER: _ClassVar[int]
     END_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    OTHER_ENDS_FIELD_NUMBER: _ClassVar[int]
     begin: str
     content: TextFormat
     end: str
     begin_token: NamedToken
     end_token: NamedToken
-    def __init__(self, begin: _Optional[str] = ..., content: _Optional[_Union[TextFormat, _Mapping]] = ..., end: _Optional[str] = ..., begin_token: _Optional[_Union[NamedToken, _Mapping]] = ..., end_token: _Optional[_Union[NamedToken, _Mapping]] = ...) -> None: ...
+    other_ends: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, begin: _Optional[str] = ..., content: _Optional[_Union[TextFormat, _Mapping]] = ..., end: _Optional[str] = ..., begin_token: _Optional[_Union[NamedToken, _Mapping]] = ..., end_token: _Optional[_Union[NamedToken, _Mapping]] = ..., other_ends: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class TriggeredTags(_message.Message):
     __slots__ = ("tags", "triggers", "at_least_one", "stop_after_first", "excluded")

@@ -90,6 +90,10 @@ def nested(depth: int) -> dict[str, Any]:
             {"tag": {"begin": "a", "content": {"any_text": {}}, "end": "b"}},
         ),
         (
+            {"type": "tag", "begin": "a", "content": ANY, "end": ["b", "c", "d"]},
+            {"tag": {"begin": "a", "content": {"any_text": {}}, "end": "b", "other_ends": ["c", "d"]}},
+        ),
+        (
             {
                 "type": "token_triggered_tags",
                 "trigger_tokens": ["<|x|>", 6],
@@ -207,7 +211,10 @@ def test_every_type_of_format(layout: dict[str, Any], expected: dict[str, Any]) 
         ({"format": {"type": "sequence"}}, "tag.format.elements"),
         ({"format": {"type": "sequence", "elements": [ANY, {"type": "x"}]}}, "tag.format.elements[1].type"),
         ({"format": {"type": "tag", "begin": "a", "end": "b"}}, "tag.format.content.type"),
-        ({"format": {**TAG, "type": "tag", "end": ["a", "b"]}}, "tag.format.end"),
+        ({"format": {**TAG, "type": "tag", "end": ["a", 3]}}, "tag.format.end"),
+        ({"format": {**TAG, "type": "tag", "end": ["a", ""]}}, "tag.format.end"),
+        ({"format": {**TAG, "type": "tag", "end": []}}, "tag.format.end"),
+        ({"format": {**TAG, "type": "tag", "end": None}}, "tag.format.end"),
         ({"format": {"type": "triggered_tags", "tags": [ANY]}}, "tag.format.tags[0]"),
         ({"format": {"type": "triggered_tags", "tags": [TAG], "at_least_one": 1}}, "tag.format.at_least_one"),
         ({"format": {"type": "triggered_tags", "tags": [{**TAG, "x": 1}]}}, "tag.format.tags[0].x"),

@@ -199,7 +199,7 @@ class Reader:
             return set().union(
                 *(self._token(place, lambda token_id: token_id == self._id(tag.end_token)) for place in inner)
             )
-        return set().union(*(self._literal(tag.end, place) for place in inner))
+        return set().union(*(self._literal(end, place) for place in inner for end in (tag.end, *tag.other_ends)))
 
     def _any_tag(self, tags: Iterable[pb.FormatTag], start: int) -> set[int]:
         return set().union(*(self._tag(tag, start) for tag in tags))

@@ -80,6 +80,16 @@ def accepts(table: LLTokenizer, tokenizer: TextTokenizer, source: str, text: str
             ["Hm.</t>", "</t>"],
             ["x</t>", "Hm"],
         ),
+        (
+            {"tag": {"begin": "<a>", "content": FREE, "end": "</a>", "other_ends": ["!", "\n"]}},
+            ["<a>b</a>", "<a>b!", "<a>\n"],
+            ["<a>b", "<a>b! ", "<a>b!</a>"],
+        ),
+        (
+            {"tag": {"begin": "<a>", "content": JSON, "end": "</a>", "other_ends": ["!"]}},
+            ['<a>{"a": 1}</a>', '<a>{"a": 1}!'],
+            ['<a>{"a": 1}', '<a>{"a": 1}!</a>'],
+        ),
         # An inner tag's end alone ends its text; one without an end ends with the outer one.
         (
             {"tag": {"begin": "[", "content": {"tag": {"begin": "(", "content": FREE, "end": ")"}}, "end": "]"}},
@@ -172,6 +182,15 @@ def test_free_text_ends_at_a_special_token(tokenizer: TextTokenizer, table: LLTo
     assert not accepts(table, tokenizer, source, f"a b {end} c")
 
 
+def test_free_text_ends_at_a_special_token_or_at_a_text(tokenizer: TextTokenizer, table: LLTokenizer) -> None:
+    tag = {"tag": {"begin": "a", "content": FREE, "end": "<file_sep>", "other_ends": ["!", "<gh_stars>", "?"]}}
+    source = source_of(tokenizer, tag)
+    for text in ("a b<file_sep>", "a b!", "a<gh_stars>", "a b?"):
+        assert accepts(table, tokenizer, source, text), text
+    for text in ("a b", "a b!!", "a<gh_stars>?", "a<repo_name>!"):
+        assert not accepts(table, tokenizer, source, text), text
+
+
 def nested(depth: int) -> dict[str, Any]:
     return {"any_of": {"formats": [nested(depth - 1)]}} if depth > 1 else {"const_string": "a"}
 
@@ -193,6 +212,8 @@ def nested(depth: int) -> dict[str, Any]:
         {"sequence": {"formats": [FREE, {"const_string": "a"}]}},
         {"sequence": {"formats": [{"any_of": {"formats": [JSON, {"triggered_tags": TRIGGERED}]}}, JSON]}},
         {"any_text": {"excluded": [""]}},
+        {"tag": {"begin": "a", "content": JSON, "other_ends": ["b"]}},
+        {"tag": {"begin": "a", "content": JSON, "end": "b", "other_ends": [""]}},
         {"json_schema": "{"},
         {"qwen_parameters": "{"},
         nested(MAX_DEPTH + 1),
