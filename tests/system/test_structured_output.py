@@ -196,7 +196,7 @@ CALL = {"type": "tag", "begin": token("<repo_name>"), "content": YEAR, "end": to
                     {"type": "optional", "content": LABEL},
                 ],
             },
-            "(?s:.{1,32})<gh_stars>(The year is )?",
+            "(?s:.{1,200})<gh_stars>(The year is )?",
         ),
     ],
     ids=["repeat", "tag", "any_tokens", "token_triggered_tags", "exclude_token"],
@@ -215,6 +215,14 @@ def test_formats_of_tokens(client: openai.OpenAI, layout: dict[str, Any], patter
         },
     )
     assert re.fullmatch(pattern, answer.choices[0].text), answer.choices[0].text
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_a_chat_is_held_to_a_format_of_tokens(client: openai.OpenAI) -> None:
+    layout = {"type": "sequence", "elements": [{**TWICE, "min": 1, "content": CALL}, token("<gh_stars>")]}
+    answer = ask(client, response_format={"type": "structural_tag", "format": layout}, temperature=1, seed=1)
+    # Special tokens are not shown.
+    assert re.fullmatch("(<y>[0-9]{4}</y>){1,2}", answer.choices[0].message.content)
     assert answer.choices[0].finish_reason == "stop"
 
 

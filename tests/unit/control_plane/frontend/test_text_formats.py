@@ -191,6 +191,22 @@ def test_free_text_ends_at_a_special_token_or_at_a_text(tokenizer: TextTokenizer
         assert not accepts(table, tokenizer, source, text), text
 
 
+def test_formats_without_tokens_are_written_without_any(tokenizer: TextTokenizer) -> None:
+    """As they were before tokens could be named."""
+    triggered = {"tags": [{"begin": "<f>", "content": {"const_string": "a"}, "end": "</f>"}], "excluded": ["x"]}
+    tag = {"begin": "<[5]>", "content": {"sequence": {"formats": [THINK, {"triggered_tags": triggered}]}}, "end": "]"}
+    assert source_of(tokenizer, {"tag": tag}).splitlines() == [
+        'start: "<[5]>" "<t>" rule_1 ((rule_4 rule_2))* rule_6',
+        "TEXT_0: /(.|\\n)*/",
+        'rule_1[lazy]: TEXT_0 "</t>"',
+        'rule_2: ("a" "</f>")',
+        "TEXT_3: /(.|\\n)*/ & ~/(.|\\n)*(x)(.|\\n)*/",
+        'rule_4[lazy]: TEXT_3 "<f>"',
+        "TEXT_5: /(.|\\n)*/ & ~/(.|\\n)*(x)(.|\\n)*/",
+        'rule_6[lazy]: TEXT_5 "]"',
+    ]
+
+
 def nested(depth: int) -> dict[str, Any]:
     return {"any_of": {"formats": [nested(depth - 1)]}} if depth > 1 else {"const_string": "a"}
 
