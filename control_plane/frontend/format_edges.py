@@ -121,6 +121,11 @@ def check_closed_by_text(content: Edges, ends: Iterable[str], texts: Mapping[int
         raise GrammarError("free tokens are ended by tokens, not by text: give the tag around them a token as its end")
 
 
+def check_closed_by_token(content: Edges, end: pb.NamedToken) -> None:
+    """Raise `GrammarError` where a token that closes it could as well begin it once more."""
+    _check_tokens(content.goes_on, frozenset({end.id}), {})
+
+
 def check_size(layout: pb.TextFormat) -> None:
     """Raise `GrammarError` for more formats than are taken, or deeper ones."""
     num_formats = 0
@@ -150,6 +155,11 @@ def _check_next(goes_on: frozenset[Begin], begins: frozenset[Begin], texts: Mapp
 
 def _check_tokens(goes_on: frozenset[Begin], begins: frozenset[Begin], texts: Mapping[int, str]) -> None:
     """A token that is named is taken for that, wherever its text might follow as well."""
+    for each in goes_on & begins:
+        if isinstance(each, int):
+            raise GrammarError(
+                f"the token {each} begins what may come once more, and what follows: nothing tells one from the other"
+            )
     for token_id in texts.keys() & goes_on:
         for each in begins:
             if each is Edge.TEXT or (isinstance(each, Literal) and each.text.startswith(texts[token_id])):
@@ -206,7 +216,7 @@ def _mark(texts: Iterable[str], token: pb.NamedToken | None) -> frozenset[Begin]
 def _of_triggered(layout: pb.TriggeredTags | pb.TokenTriggeredTags, free: frozenset[Begin]) -> Edges:
     tags = _of_any(map(_of_tag, layout.tags))
     begins = tags.begins if layout.at_least_one else tags.begins | free
-    goes_on = _NONE if layout.at_least_one and layout.stop_after_first else free
+    goes_on = _NONE if layout.at_least_one and layout.stop_after_first else free | _named_of(tags)
     return Edges(begins, goes_on | tags.goes_on, may_be_empty=not layout.at_least_one)
 
 

@@ -20,6 +20,7 @@ from control_plane.frontend.argument_forms import tagged_arguments
 from control_plane.frontend.format_edges import (
     check_before_more,
     check_closed_by_text,
+    check_closed_by_token,
     check_ends,
     check_repeated,
     check_size,
@@ -202,6 +203,7 @@ class _Writer:
         if tag.other_ends and not all(ends):
             raise GrammarError("holds a tag with several ends, one of which is empty")
         if tag.HasField("end_token"):
+            check_closed_by_token(edges(tag.content), tag.end_token)
             inner = _Place(end_token=self.tokens.only(tag.end_token))
         elif tag.end:
             check_closed_by_text(edges(tag.content), ends, self._texts)

@@ -308,6 +308,12 @@ def nested_names(count: int) -> dict[str, Any]:
             sequence(repeat({"tag": {"begin_token": {"text": "!"}, "content": A, "end": "?"}}), {"const_string": "!a"}),
             "nothing tells it from the text",
         ),
+        (
+            {"tag": between(FILE, {"token_triggered_tags": {"tags": [between(REPO, A, NAME)]}}, REPO)},
+            "nothing tells one from the other",
+        ),
+        ({"tag": between(FILE, repeat(token(REPO)), REPO)}, "nothing tells one from the other"),
+        (sequence(repeat(token(REPO), 1), token(REPO)), "nothing tells one from the other"),
         ({"token_triggered_tags": {}}, "at least one format or tag"),
         ({"token_triggered_tags": {"tags": [{"begin": "a", "content": A}]}}, "tag 0 begins with no token"),
         (
