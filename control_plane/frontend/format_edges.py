@@ -101,7 +101,8 @@ def check_ends(formats: Iterable[Edges], texts: Mapping[int, str]) -> None:
 
 def check_repeated(content: Edges) -> None:
     """Raise `GrammarError` where one time is not told from the next."""
-    _check_next(content.goes_on, content.begins, {})
+    # A token that begins both does no harm: what follows them is the same.
+    _check_next(frozenset(each for each in content.goes_on if not isinstance(each, int)), content.begins, {})
 
 
 def check_before_more(content: Edges) -> None:

@@ -107,6 +107,7 @@ CASES: list[tuple[dict[str, Any], list[Pieces], list[Pieces]]] = [
     (sequence(A, repeat(B, 0, 0)), [["a"]], [["ab"]]),
     (sequence(repeat({"regex": "x*"}, 2, 3), B), [["b"], ["xxb"]], [["xx"]]),
     (sequence(repeat(repeat(A, 0, 1), 3), B), [["b"], ["aaaaab"]], [["a"]]),
+    (sequence(repeat(repeat(token(FILE), 1), 2), B), [[FILE, FILE, "b"], [FILE] * 5 + ["b"]], [[FILE, "b"]]),
     (sequence(repeat(repeat(A)), B), [["b"], ["aaab"]], [["a"]]),
     (repeat({"tag": {"begin": "<t>", "content": FREE, "end": "</t>"}}, 2, 2), [["<t>a</t><t></t>"]], [["<t>a</t>"]]),
     (repeat(FREE, 1, 1), [[], ["Hi"]], []),
