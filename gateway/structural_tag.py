@@ -20,7 +20,7 @@ _MAX_DEPTH = 24
 _TAG_MEMBERS = ("begin", "content", "end")
 _MEMBERS: Mapping[str, tuple[str, ...]] = {
     "const_string": ("value",),
-    "json_schema": ("json_schema", "style"),
+    "json_schema": ("json_schema", "style", "any_order"),
     "qwen_xml_parameter": ("json_schema",),
     "regex": ("pattern",),
     "grammar": ("grammar",),
@@ -119,6 +119,8 @@ def _read_text(message: inference_pb2.TextFormat, param: str, value: Mapping[str
             style = value.get("style") or "json"
             if style not in _STYLES:
                 raise _wrong(f"{param}.style", f"not supported; must be one of {', '.join(_STYLES)}")
+            if kind == "json_schema" and _flag(param, value, "any_order"):
+                raise _wrong(f"{param}.any_order", "not supported; properties come in the schema's order")
             schema = schema_text(f"{param}.json_schema", value.get("json_schema"))
             if kind == "qwen_xml_parameter" or style == "qwen_xml":
                 message.qwen_parameters = schema

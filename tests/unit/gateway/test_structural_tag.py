@@ -55,7 +55,10 @@ def nested(depth: int) -> dict[str, Any]:
             {"type": "tags_with_separator", "tags": [TAG], "stop_after_first": True},
             {"separated_tags": {"tags": [READ_TAG], "stop_after_first": True}},
         ),
-        ({"type": "json_schema", "json_schema": SCHEMA, "style": "json"}, {"json_schema": json.dumps(SCHEMA)}),
+        (
+            {"type": "json_schema", "json_schema": SCHEMA, "style": "json", "any_order": False},
+            {"json_schema": json.dumps(SCHEMA)},
+        ),
         ({"type": "json_schema", "json_schema": SCHEMA, "style": "qwen_xml"}, {"qwen_parameters": json.dumps(SCHEMA)}),
         ({"type": "optional", "content": ANY}, {"repeat": {"format": {"any_text": {}}, "max": 1}}),
         ({"type": "star", "content": ANY}, {"repeat": {"format": {"any_text": {}}}}),
