@@ -11,6 +11,7 @@ from stepwire.v1 import inference_pb2 as pb
 from control_plane.frontend import grammar, harmony_calls
 from control_plane.frontend.argument_forms import ArgumentForm, json_arguments, tagged_arguments
 from control_plane.frontend.errors import RequestRefused, Violation
+from control_plane.frontend.format_tokens import TokenVocabulary
 from control_plane.frontend.gemma4_arguments import gemma4_arguments
 from control_plane.frontend.grammar import GrammarError, regex_literal
 from control_plane.frontend.parsers.registry import CallSyntax, OutputFormat
@@ -24,14 +25,25 @@ _FORMS: Mapping[str, ArgumentForm] = {"json": json_arguments, "gemma": gemma4_ar
 
 
 class OutputRules:
-    def __init__(self, tokenizer: TextTokenizer, output_format: OutputFormat) -> None:
+    def __init__(
+        self, tokenizer: TextTokenizer, output_format: OutputFormat, eos_token_ids: frozenset[int] = frozenset()
+    ) -> None:
         self._tokenizer = tokenizer
         self._format = output_format
+        self._eos_token_ids = eos_token_ids
 
-    def structured(self, output: pb.StructuredOutput, prompt_end: str | None, chat: pb.ChatInput | None = None) -> str:
+    def structured(
+        self,
+        output: pb.StructuredOutput,
+        prompt_end: str | None,
+        chat: pb.ChatInput | None = None,
+        *,
+        vocab_size: int | None = None,
+    ) -> str:
         """A grammar's source.
 
         prompt_end: how a chat's prompt ends; None for text completions. chat: one whose tools may be called instead.
+        vocab_size: how many ids the model's logits have, if the tokenizer may have more.
 
         Raises:
             RequestRefused: INVALID_ARGUMENT, with the field.
@@ -54,9 +66,9 @@ class OutputRules:
                     source = grammar.context_free_grammar(output.grammar.text, syntax_of(output.grammar))
                 case "structural_tags":
                     layout = from_structural_tags(output.structural_tags)
-                    source = self._text_format(layout, compact=output.compact_json)
+                    source = self._text_format(layout, vocab_size, compact=output.compact_json)
                 case "text_format":
-                    source = self._text_format(output.text_format, compact=output.compact_json)
+                    source = self._text_format(output.text_format, vocab_size, compact=output.compact_json)
                 case _:
                     raise RequestRefused.invalid(Violation("structured_output", "is empty: give a format"))
         except GrammarError as error:
@@ -299,9 +311,18 @@ class OutputRules:
             written.append(grammar.quoted(piece) if token_id is None else f"<[{token_id}]>")
         return " ".join(filter(None, written))
 
-    def _text_format(self, layout: pb.TextFormat, *, compact: bool) -> str:
+    def _text_format(self, layout: pb.TextFormat, vocab_size: int | None, *, compact: bool) -> str:
+        ranges = self._tokenizer.id_ranges
+        if vocab_size is not None:
+            ranges = tuple((first, min(last, vocab_size - 1)) for first, last in ranges if first < vocab_size)
+        tokenizer = self._tokenizer
+        vocabulary = TokenVocabulary(tokenizer.id_of_text, tokenizer.text_of_id, ranges, self._eos_token_ids)
         return text_format_grammar(
-            layout, literal=self._literal, special_id=self._tokenizer.special_id, compact=compact
+            layout,
+            literal=self._literal,
+            special_id=self._tokenizer.special_id,
+            vocabulary=vocabulary,
+            compact=compact,
         )
 
 

@@ -90,7 +90,9 @@ class RequestBuilder:
         self._model = model
         self._max_n = max_n
         self._grammars: GrammarCompiler | None = None
-        self._rules = None if model.tokenizer is None else OutputRules(model.tokenizer, model.output_format)
+        self._rules = (
+            None if model.tokenizer is None else OutputRules(model.tokenizer, model.output_format, model.eos_token_ids)
+        )
 
     def check_model(self, name: str, facts: ModelFacts) -> None:
         """Raise NOT_FOUND for a name under which nothing is served."""
@@ -196,7 +198,7 @@ class RequestBuilder:
 
     async def _grammar(self, request: pb.GenerateRequest, prompt_end: str, facts: ModelFacts) -> Grammar | None:
         """What the request's text is held to, compiled; None: anything goes."""
-        sources, field, is_needed = self._grammar_sources(request, prompt_end)
+        sources, field, is_needed = self._grammar_sources(request, prompt_end, facts.vocab_size)
         grammar: Grammar | None = None
         for source in sources if facts.can_mask_tokens or is_needed else ():
             try:
@@ -211,7 +213,9 @@ class RequestBuilder:
             grammar = BadWords(words, grammar)
         return grammar
 
-    def _grammar_sources(self, request: pb.GenerateRequest, prompt_end: str) -> tuple[list[str], str, bool]:
+    def _grammar_sources(
+        self, request: pb.GenerateRequest, prompt_end: str, vocab_size: int
+    ) -> tuple[list[str], str, bool]:
         """(sources, the first of which that compiles counts; the field that asks for them; whether one is needed)."""
         chat = request.chat
         is_chat = request.WhichOneof("input") == "chat"
@@ -228,7 +232,7 @@ class RequestBuilder:
             if is_chat and kind in _JSON_KINDS and _may_call(chat) and rules.tells_calls(prompt_end):
                 with contextlib.suppress(RequestRefused):
                     sources.append(rules.structured(output, prompt_end, chat))
-            sources.append(rules.structured(output, prompt_end if is_chat else None))
+            sources.append(rules.structured(output, prompt_end if is_chat else None, vocab_size=vocab_size))
             return sources, field, True
         field = "chat.tools"
         if not is_chat or not _may_call(chat):

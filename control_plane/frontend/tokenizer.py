@@ -8,6 +8,7 @@ piece by piece (`piecewise_encoding.py`).
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
 
 from control_plane.core.request import TokenIdArray
 from control_plane.frontend.chat_template import ChatTemplate, Message
@@ -26,6 +28,7 @@ from control_plane.frontend.special_text import SpecialTextGuard
 Result = TypeVar("Result")
 
 _END_CHARS = 256
+_BYTE_LEVEL = ByteLevel(add_prefix_space=False, use_regex=False)
 
 
 class TextTokenizer:
@@ -175,6 +178,27 @@ class TextTokenizer:
         """The id of a special token by its text; None where the text is none."""
         token_id = self.token_id(text)
         return token_id if token_id in self._special_ids else None
+
+    def id_of_text(self, text: str) -> int | None:
+        """The lowest id of a token that stands for exactly this text; None where none does."""
+        data = text.encode()
+        byte_level = "".join(piece for piece, _ in _BYTE_LEVEL.pre_tokenize_str(text))
+        spellings = (text, byte_level, text.replace(" ", "\N{LOWER ONE EIGHTH BLOCK}"), f"<0x{data[:1].hex().upper()}>")
+        ids = {token_id for spelling in spellings if (token_id := self.token_id(spelling)) is not None}
+        return min((each for each in ids if data and self.detokenization.token_bytes(each) == data), default=None)
+
+    def text_of_id(self, token_id: int) -> str | None:
+        """A token's own text, if it is no special token; what is part of a character is replaced."""
+        if token_id in self._special_ids:
+            return None
+        return self.detokenization.token_bytes(token_id).decode("utf-8", "replace")
+
+    @functools.cached_property
+    def id_ranges(self) -> tuple[tuple[int, int], ...]:
+        """The ids of its tokens, in order: first and last of each run without a gap."""
+        ids = np.sort(np.fromiter(self._tokenizer.get_vocab(with_added_tokens=True).values(), np.int64))  # [num_tokens]
+        runs = np.split(ids, np.flatnonzero(np.diff(ids) > 1) + 1)
+        return tuple((int(run[0]), int(run[-1])) for run in runs if len(run))
 
     def show(self, texts: Sequence[str]) -> Detokenization:
         """A detokenization in which these special tokens are text."""

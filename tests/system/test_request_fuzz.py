@@ -21,15 +21,29 @@ SCHEMA = st.sampled_from([{}, {"type": "object"}, {"type": "integer"}, {"not": {
 GRAMMARS = st.sampled_from(["start: 'x'", 'start: "x"', 'root ::= "a"', "(", ""])
 FLAGS = {"at_least_one": st.booleans(), "stop_after_first": st.booleans()}
 WORD = st.sampled_from(["", "a", "<f>", "</f>"])
+# Of the model: special ones, one of text, one that ends a sequence, and one that there is not.
+TOKEN = st.sampled_from([3, "<file_sep>", " the", 2, 10**7])
+TOKENS = st.lists(TOKEN, max_size=2)
 
 
 def with_tags(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    tag = st.fixed_dictionaries({"type": st.just("tag"), "begin": WORD, "content": inner, "end": WORD})
+    mark = WORD | TOKEN.map(lambda token: {"type": "token", "token": token})
+    tag = st.fixed_dictionaries({"type": st.just("tag"), "begin": mark, "content": inner, "end": mark})
     tags = st.lists(tag, max_size=2)
     triggered = {"type": st.just("triggered_tags"), "tags": tags, "triggers": st.lists(WORD, max_size=2), **FLAGS}
     separated = {"type": st.just("tags_with_separator"), "tags": tags, "separator": WORD, **FLAGS}
+    by_token = {"type": st.just("token_triggered_tags"), "tags": tags, "trigger_tokens": TOKENS, **FLAGS}
+    times = {"min": st.sampled_from([0, 1, 2, 5000]), "max": st.sampled_from([-1, 1, 3, 2**40])}
+    repeated = st.fixed_dictionaries({"type": st.just("repeat"), "content": inner, **times})
     several = st.fixed_dictionaries({"type": st.sampled_from(["sequence", "or"]), "elements": st.lists(inner)})
-    return tag | several | st.fixed_dictionaries(triggered) | st.fixed_dictionaries(separated)
+    return (
+        tag
+        | several
+        | repeated
+        | st.fixed_dictionaries(triggered)
+        | st.fixed_dictionaries(by_token)
+        | st.fixed_dictionaries(separated)
+    )
 
 
 LAYOUT = st.recursive(
@@ -37,7 +51,13 @@ LAYOUT = st.recursive(
     | SCHEMA.map(lambda schema: {"type": "json_schema", "json_schema": schema})
     | WORD.map(lambda word: {"type": "const_string", "value": word})
     | st.sampled_from(["[ab]*", "(", ""]).map(lambda pattern: {"type": "regex", "pattern": pattern})
-    | GRAMMARS.map(lambda text: {"type": "grammar", "grammar": text}),
+    | GRAMMARS.map(lambda text: {"type": "grammar", "grammar": text})
+    | TOKEN.map(lambda token: {"type": "token", "token": token})
+    | st.builds(
+        lambda kind, tokens: {"type": kind, "exclude_tokens": tokens},
+        st.sampled_from(["exclude_token", "any_tokens"]),
+        TOKENS,
+    ),
     with_tags,
     max_leaves=5,
 )

@@ -153,6 +153,96 @@ def test_other_formats(client: openai.OpenAI, constraint: dict[str, Any], patter
     assert answer.choices[0].finish_reason == "stop"
 
 
+def token(name: str | int) -> dict[str, Any]:
+    return {"type": "token", "token": name}
+
+
+# Special tokens of the model, by id and by name; none of them ends a sequence.
+FILE, REPO, STARS = 5, 3, 7
+TWICE = {"type": "repeat", "min": 2, "max": 2, "content": {"type": "const_string", "value": "a "}}
+CALL = {"type": "tag", "begin": token("<repo_name>"), "content": YEAR, "end": token(FILE)}
+
+
+@pytest.mark.parametrize(
+    ("layout", "pattern"),
+    [
+        ({"type": "sequence", "elements": [TWICE, YEAR]}, "a a <y>[0-9]{4}</y>"),
+        (CALL, "<repo_name><y>[0-9]{4}</y><file_sep>"),
+        (
+            {
+                "type": "tag",
+                "begin": token(REPO),
+                "content": {"type": "any_tokens", "exclude_tokens": ["<gh_stars>"], "max_tokens": 4},
+                "end": token("<file_sep>"),
+            },
+            r"<repo_name>(?:(?!<file_sep>|<gh_stars>|<\|im_end\|>)(?s:.))*<file_sep>",
+        ),
+        (
+            {
+                "type": "token_triggered_tags",
+                "trigger_tokens": ["<repo_name>"],
+                "tags": [CALL],
+                "at_least_one": True,
+                "stop_after_first": True,
+            },
+            "<repo_name><y>[0-9]{4}</y><file_sep>",
+        ),
+        (
+            {
+                "type": "sequence",
+                "elements": [
+                    {"type": "exclude_token", "exclude_tokens": [REPO]},
+                    token(STARS),
+                    {"type": "optional", "content": LABEL},
+                ],
+            },
+            "(?s:.{1,200})<gh_stars>(The year is )?",
+        ),
+    ],
+    ids=["repeat", "tag", "any_tokens", "token_triggered_tags", "exclude_token"],
+)
+def test_formats_of_tokens(client: openai.OpenAI, layout: dict[str, Any], pattern: str) -> None:
+    answer = client.completions.create(
+        model=MODEL,
+        prompt="Once",
+        max_tokens=32,
+        temperature=1,
+        seed=5,
+        extra_body={
+            "structured_outputs": {"structural_tag": {"format": layout}},
+            "skip_special_tokens": False,
+            "ignore_eos": True,
+        },
+    )
+    assert re.fullmatch(pattern, answer.choices[0].text), answer.choices[0].text
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_a_chat_is_held_to_a_format_of_tokens(client: openai.OpenAI) -> None:
+    layout = {"type": "sequence", "elements": [{**TWICE, "min": 1, "content": CALL}, token("<gh_stars>")]}
+    answer = ask(client, response_format={"type": "structural_tag", "format": layout}, temperature=1, seed=1)
+    # Special tokens are not shown.
+    assert re.fullmatch("(<y>[0-9]{4}</y>){1,2}", answer.choices[0].message.content)
+    assert answer.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("layout", "what"),
+    [
+        (token("<|im_end|>"), "ends the sequence"),
+        (token(10**6), "is no token of this model"),
+        ({"type": "repeat", "min": 0, "max": 5000, "content": LABEL}, "at most 4096"),
+        ({"type": "any_text", "max_tokens": 3}, "max_tokens: not supported"),
+    ],
+)
+def test_formats_of_tokens_that_cannot_be_held(client: openai.OpenAI, layout: dict[str, Any], what: str) -> None:
+    extra = {"structured_outputs": {"structural_tag": {"format": layout}}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model=MODEL, prompt="Once", max_tokens=8, extra_body=extra)
+    assert what in caught.value.message and caught.value.param is not None
+    assert caught.value.param.startswith("structured_outputs.structural_tag")
+
+
 @pytest.mark.slow
 def test_held_and_free_requests_run_beside_each_other(served: Launched) -> None:
     async def run() -> None:

@@ -233,7 +233,7 @@ class StructuralTag(_message.Message):
     def __init__(self, begin: _Optional[str] = ..., json_schema: _Optional[str] = ..., end: _Optional[str] = ...) -> None: ...
 
 class TextFormat(_message.Message):
-    __slots__ = ("const_string", "json_schema", "regex", "grammar", "any_text", "sequence", "any_of", "tag", "triggered_tags", "separated_tags", "qwen_parameters")
+    __slots__ = ("const_string", "json_schema", "regex", "grammar", "any_text", "sequence", "any_of", "tag", "triggered_tags", "separated_tags", "qwen_parameters", "repeat", "token", "any_token", "any_tokens", "token_triggered_tags")
     CONST_STRING_FIELD_NUMBER: _ClassVar[int]
     JSON_SCHEMA_FIELD_NUMBER: _ClassVar[int]
     REGEX_FIELD_NUMBER: _ClassVar[int]
@@ -245,6 +245,11 @@ class TextFormat(_message.Message):
     TRIGGERED_TAGS_FIELD_NUMBER: _ClassVar[int]
     SEPARATED_TAGS_FIELD_NUMBER: _ClassVar[int]
     QWEN_PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    REPEAT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    ANY_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    ANY_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_TRIGGERED_TAGS_FIELD_NUMBER: _ClassVar[int]
     const_string: str
     json_schema: str
     regex: str
@@ -256,13 +261,50 @@ class TextFormat(_message.Message):
     triggered_tags: TriggeredTags
     separated_tags: SeparatedTags
     qwen_parameters: str
-    def __init__(self, const_string: _Optional[str] = ..., json_schema: _Optional[str] = ..., regex: _Optional[str] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ..., any_text: _Optional[_Union[AnyText, _Mapping]] = ..., sequence: _Optional[_Union[TextFormatList, _Mapping]] = ..., any_of: _Optional[_Union[TextFormatList, _Mapping]] = ..., tag: _Optional[_Union[FormatTag, _Mapping]] = ..., triggered_tags: _Optional[_Union[TriggeredTags, _Mapping]] = ..., separated_tags: _Optional[_Union[SeparatedTags, _Mapping]] = ..., qwen_parameters: _Optional[str] = ...) -> None: ...
+    repeat: RepeatedFormat
+    token: NamedToken
+    any_token: AnyToken
+    any_tokens: AnyTokens
+    token_triggered_tags: TokenTriggeredTags
+    def __init__(self, const_string: _Optional[str] = ..., json_schema: _Optional[str] = ..., regex: _Optional[str] = ..., grammar: _Optional[_Union[Grammar, _Mapping]] = ..., any_text: _Optional[_Union[AnyText, _Mapping]] = ..., sequence: _Optional[_Union[TextFormatList, _Mapping]] = ..., any_of: _Optional[_Union[TextFormatList, _Mapping]] = ..., tag: _Optional[_Union[FormatTag, _Mapping]] = ..., triggered_tags: _Optional[_Union[TriggeredTags, _Mapping]] = ..., separated_tags: _Optional[_Union[SeparatedTags, _Mapping]] = ..., qwen_parameters: _Optional[str] = ..., repeat: _Optional[_Union[RepeatedFormat, _Mapping]] = ..., token: _Optional[_Union[NamedToken, _Mapping]] = ..., any_token: _Optional[_Union[AnyToken, _Mapping]] = ..., any_tokens: _Optional[_Union[AnyTokens, _Mapping]] = ..., token_triggered_tags: _Optional[_Union[TokenTriggeredTags, _Mapping]] = ...) -> None: ...
 
 class AnyText(_message.Message):
     __slots__ = ("excluded",)
     EXCLUDED_FIELD_NUMBER: _ClassVar[int]
     excluded: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, excluded: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class RepeatedFormat(_message.Message):
+    __slots__ = ("format", "min", "max")
+    FORMAT_FIELD_NUMBER: _ClassVar[int]
+    MIN_FIELD_NUMBER: _ClassVar[int]
+    MAX_FIELD_NUMBER: _ClassVar[int]
+    format: TextFormat
+    min: int
+    max: int
+    def __init__(self, format: _Optional[_Union[TextFormat, _Mapping]] = ..., min: _Optional[int] = ..., max: _Optional[int] = ...) -> None: ...
+
+class NamedToken(_message.Message):
+    __slots__ = ("id", "text")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    text: str
+    def __init__(self, id: _Optional[int] = ..., text: _Optional[str] = ...) -> None: ...
+
+class AnyToken(_message.Message):
+    __slots__ = ("excluded",)
+    EXCLUDED_FIELD_NUMBER: _ClassVar[int]
+    excluded: _containers.RepeatedCompositeFieldContainer[NamedToken]
+    def __init__(self, excluded: _Optional[_Iterable[_Union[NamedToken, _Mapping]]] = ...) -> None: ...
+
+class AnyTokens(_message.Message):
+    __slots__ = ("excluded", "max_tokens")
+    EXCLUDED_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    excluded: _containers.RepeatedCompositeFieldContainer[NamedToken]
+    max_tokens: int
+    def __init__(self, excluded: _Optional[_Iterable[_Union[NamedToken, _Mapping]]] = ..., max_tokens: _Optional[int] = ...) -> None: ...
 
 class TextFormatList(_message.Message):
     __slots__ = ("formats",)
@@ -271,14 +313,20 @@ class TextFormatList(_message.Message):
     def __init__(self, formats: _Optional[_Iterable[_Union[TextFormat, _Mapping]]] = ...) -> None: ...
 
 class FormatTag(_message.Message):
-    __slots__ = ("begin", "content", "end")
+    __slots__ = ("begin", "content", "end", "begin_token", "end_token", "other_ends")
     BEGIN_FIELD_NUMBER: _ClassVar[int]
     CONTENT_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
+    BEGIN_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    END_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    OTHER_ENDS_FIELD_NUMBER: _ClassVar[int]
     begin: str
     content: TextFormat
     end: str
-    def __init__(self, begin: _Optional[str] = ..., content: _Optional[_Union[TextFormat, _Mapping]] = ..., end: _Optional[str] = ...) -> None: ...
+    begin_token: NamedToken
+    end_token: NamedToken
+    other_ends: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, begin: _Optional[str] = ..., content: _Optional[_Union[TextFormat, _Mapping]] = ..., end: _Optional[str] = ..., begin_token: _Optional[_Union[NamedToken, _Mapping]] = ..., end_token: _Optional[_Union[NamedToken, _Mapping]] = ..., other_ends: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class TriggeredTags(_message.Message):
     __slots__ = ("tags", "triggers", "at_least_one", "stop_after_first", "excluded")
@@ -293,6 +341,20 @@ class TriggeredTags(_message.Message):
     stop_after_first: bool
     excluded: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, tags: _Optional[_Iterable[_Union[FormatTag, _Mapping]]] = ..., triggers: _Optional[_Iterable[str]] = ..., at_least_one: _Optional[bool] = ..., stop_after_first: _Optional[bool] = ..., excluded: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class TokenTriggeredTags(_message.Message):
+    __slots__ = ("tags", "trigger_tokens", "at_least_one", "stop_after_first", "excluded")
+    TAGS_FIELD_NUMBER: _ClassVar[int]
+    TRIGGER_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    AT_LEAST_ONE_FIELD_NUMBER: _ClassVar[int]
+    STOP_AFTER_FIRST_FIELD_NUMBER: _ClassVar[int]
+    EXCLUDED_FIELD_NUMBER: _ClassVar[int]
+    tags: _containers.RepeatedCompositeFieldContainer[FormatTag]
+    trigger_tokens: _containers.RepeatedCompositeFieldContainer[NamedToken]
+    at_least_one: bool
+    stop_after_first: bool
+    excluded: _containers.RepeatedCompositeFieldContainer[NamedToken]
+    def __init__(self, tags: _Optional[_Iterable[_Union[FormatTag, _Mapping]]] = ..., trigger_tokens: _Optional[_Iterable[_Union[NamedToken, _Mapping]]] = ..., at_least_one: _Optional[bool] = ..., stop_after_first: _Optional[bool] = ..., excluded: _Optional[_Iterable[_Union[NamedToken, _Mapping]]] = ...) -> None: ...
 
 class SeparatedTags(_message.Message):
     __slots__ = ("tags", "separator", "at_least_one", "stop_after_first")

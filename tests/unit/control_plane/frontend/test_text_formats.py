@@ -12,10 +12,12 @@ from google.protobuf import json_format
 from llguidance import LLMatcher, LLTokenizer
 from stepwire.v1 import inference_pb2 as pb
 
+from control_plane.frontend.format_edges import MAX_DEPTH, MAX_FORMATS
+from control_plane.frontend.format_tokens import TokenVocabulary
 from control_plane.frontend.grammar import GrammarError
 from control_plane.frontend.output_rules import OutputRules
 from control_plane.frontend.parsers.registry import OutputFormat
-from control_plane.frontend.text_formats import MAX_DEPTH, MAX_FORMATS, text_format_grammar
+from control_plane.frontend.text_formats import text_format_grammar
 from control_plane.frontend.tokenizer import TextTokenizer
 
 SCHEMA = json.dumps({"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]})
@@ -29,6 +31,7 @@ ONE, TWO = '<f=one>{"a": 1}</f>', "<f=two>a/b</f>"
 TRIGGERED = {"tags": [TAG, OTHER], "triggers": ["<f="]}
 FREE = {"any_text": {}}
 THINK = {"tag": {"begin": "<t>", "content": FREE, "end": "</t>"}}
+NO_TOKENS = TokenVocabulary(lambda _: None, lambda _: None, [])
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +61,7 @@ def accepts(table: LLTokenizer, tokenizer: TextTokenizer, source: str, text: str
     ("fields", "right", "wrong"),
     [
         ({"const_string": "Yes/no."}, ["Yes/no."], ["Yes", "Yes/no. "]),
+        ({"const_string": "a<[5]>b"}, ["a<[5]>b"], ["a<file_sep>b", "ab"]),
         (JSON, ['{"a": 1}'], ['{"a": "1"}', "1"]),
         (
             {"tag": {"begin": "<function=f>\n", "content": {"qwen_parameters": ARGUMENTS}, "end": "</function>"}},
@@ -75,6 +79,27 @@ def accepts(table: LLTokenizer, tokenizer: TextTokenizer, source: str, text: str
             {"tag": {"begin": "", "content": {"any_text": {"excluded": ["x"]}}, "end": "</t>"}},
             ["Hm.</t>", "</t>"],
             ["x</t>", "Hm"],
+        ),
+        (
+            {"tag": {"begin": "<a>", "content": FREE, "end": "</a>", "other_ends": ["!", "\n"]}},
+            ["<a>b</a>", "<a>b!", "<a>\n"],
+            ["<a>b", "<a>b! ", "<a>b!</a>"],
+        ),
+        (
+            {"tag": {"begin": "<a>", "content": JSON, "end": "</a>", "other_ends": ["!"]}},
+            ['<a>{"a": 1}</a>', '<a>{"a": 1}!'],
+            ['<a>{"a": 1}', '<a>{"a": 1}!</a>'],
+        ),
+        # An inner tag's end alone ends its text; one without an end ends with the outer one.
+        (
+            {"tag": {"begin": "[", "content": {"tag": {"begin": "(", "content": FREE, "end": ")"}}, "end": "]"}},
+            ["[(a])]", "[()]"],
+            ["[(a])", "[(a]", "[(a) ]"],
+        ),
+        (
+            {"tag": {"begin": "[", "content": {"tag": {"begin": "(", "content": FREE}}, "end": "]"}},
+            ["[(a b]", "[(]"],
+            ["[(a] b]", "[(a"],
         ),
         ({"any_of": {"formats": [{"tag": TAG}, {"const_string": "no"}]}}, [ONE, "no"], ["yes", ""]),
         (
@@ -151,9 +176,35 @@ def test_free_text_ends_at_a_special_token(tokenizer: TextTokenizer, table: LLTo
         pb.TextFormat(tag=pb.FormatTag(begin="a", content=pb.TextFormat(any_text=pb.AnyText()), end=end)),
         literal=lambda text: f"<[{tokenizer.special_id(text)}]>" if text == end else json.dumps(text),
         special_id=tokenizer.special_id,
+        vocabulary=NO_TOKENS,
     )
     assert accepts(table, tokenizer, source, f"a b {end}")
     assert not accepts(table, tokenizer, source, f"a b {end} c")
+
+
+def test_free_text_ends_at_a_special_token_or_at_a_text(tokenizer: TextTokenizer, table: LLTokenizer) -> None:
+    tag = {"tag": {"begin": "a", "content": FREE, "end": "<file_sep>", "other_ends": ["!", "<gh_stars>", "?"]}}
+    source = source_of(tokenizer, tag)
+    for text in ("a b<file_sep>", "a b!", "a<gh_stars>", "a b?"):
+        assert accepts(table, tokenizer, source, text), text
+    for text in ("a b", "a b!!", "a<gh_stars>?", "a<repo_name>!"):
+        assert not accepts(table, tokenizer, source, text), text
+
+
+def test_formats_without_tokens_are_written_without_any(tokenizer: TextTokenizer) -> None:
+    """As they were before tokens could be named."""
+    triggered = {"tags": [{"begin": "<f>", "content": {"const_string": "a"}, "end": "</f>"}], "excluded": ["x"]}
+    tag = {"begin": "<[5]>", "content": {"sequence": {"formats": [THINK, {"triggered_tags": triggered}]}}, "end": "]"}
+    assert source_of(tokenizer, {"tag": tag}).splitlines() == [
+        'start: "<[5]>" "<t>" rule_1 ((rule_4 rule_2))* rule_6',
+        "TEXT_0: /(.|\\n)*/",
+        'rule_1[lazy]: TEXT_0 "</t>"',
+        'rule_2: ("a" "</f>")',
+        "TEXT_3: /(.|\\n)*/ & ~/(.|\\n)*(x)(.|\\n)*/",
+        'rule_4[lazy]: TEXT_3 "<f>"',
+        "TEXT_5: /(.|\\n)*/ & ~/(.|\\n)*(x)(.|\\n)*/",
+        'rule_6[lazy]: TEXT_5 "]"',
+    ]
 
 
 def nested(depth: int) -> dict[str, Any]:
@@ -177,6 +228,8 @@ def nested(depth: int) -> dict[str, Any]:
         {"sequence": {"formats": [FREE, {"const_string": "a"}]}},
         {"sequence": {"formats": [{"any_of": {"formats": [JSON, {"triggered_tags": TRIGGERED}]}}, JSON]}},
         {"any_text": {"excluded": [""]}},
+        {"tag": {"begin": "a", "content": JSON, "other_ends": ["b"]}},
+        {"tag": {"begin": "a", "content": JSON, "end": "b", "other_ends": [""]}},
         {"json_schema": "{"},
         {"qwen_parameters": "{"},
         nested(MAX_DEPTH + 1),
@@ -188,6 +241,9 @@ def nested(depth: int) -> dict[str, Any]:
 def test_what_is_refused(fields: dict[str, Any], tokenizer: TextTokenizer) -> None:
     with pytest.raises(GrammarError):
         text_format_grammar(
-            json_format.ParseDict(fields, pb.TextFormat()), literal=json.dumps, special_id=tokenizer.special_id
+            json_format.ParseDict(fields, pb.TextFormat()),
+            literal=json.dumps,
+            special_id=tokenizer.special_id,
+            vocabulary=NO_TOKENS,
         )
     assert source_of(tokenizer, nested(MAX_DEPTH))

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer, models, processors
 
 from control_plane.frontend.chat_template import ChatTemplate
 from control_plane.frontend.tokenizer import TextTokenizer
@@ -88,3 +88,39 @@ async def test_the_interpreter_is_free_while_a_long_text_is_encoded(tokenizer: T
         stop.set()
         thread.join()
     assert ticks > 10
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [kinds.byte_level(), *(kinds.sentence_piece(kind) for kind in ("llama", "gemma", "metaspace"))],
+    ids=["byte_level", "llama", "gemma", "metaspace"],
+)
+def test_tokens_are_found_by_exactly_the_text_that_they_stand_for(inner: Tokenizer) -> None:
+    tokenizer = TextTokenizer(inner)
+    ((first, last),) = tokenizer.id_ranges
+    assert (first, last) == (0, inner.get_vocab_size() - 1)
+    lowest: dict[bytes, int] = {}
+    for token_id in range(last + 1):
+        lowest.setdefault(tokenizer.detokenization.token_bytes(token_id), token_id)
+    found = 0
+    for data, token_id in lowest.items():
+        try:
+            text = data.decode()
+        except UnicodeDecodeError:
+            continue
+        assert tokenizer.id_of_text(text) == token_id, text
+        found += 1
+    assert found > 100
+    for text in ("", "no such token", "\u0120the", "Ã©"):
+        assert tokenizer.id_of_text(text) is None
+
+
+def test_a_special_token_has_no_text_of_its_own(tokenizer: TextTokenizer) -> None:
+    texts = {token: tokenizer.id_of_text(token) for token in ("<|im_end|>", "<think>", "a", "é")}
+    shown = {token: None if token_id is None else tokenizer.text_of_id(token_id) for token, token_id in texts.items()}
+    assert shown == {"<|im_end|>": None, "<think>": "<think>", "a": "a", "é": "é"}
+
+
+def test_ids_may_leave_gaps() -> None:
+    vocab = {"a": 0, "b": 1, "c": 4, "d": 6, "e": 7}
+    assert TextTokenizer(Tokenizer(models.WordLevel(vocab, unk_token="a"))).id_ranges == ((0, 1), (4, 4), (6, 7))
