@@ -138,6 +138,23 @@ async def test_who_leaves_comes_back_to_any_process_and_misses_nothing(several: 
     assert len(seen_processes) == NUM_PROCESSES
 
 
+async def test_the_clients_own_helpers_take_a_stream_up_again(several: Stack) -> None:
+    """They put the response together from its events, from the first one on."""
+    async with anybody(several) as client:
+        chosen = {"structured_outputs": {"choice": ["left or right, as it is", "right or left, as it is"]}}
+        async with client.responses.stream(model="tiny", input="Hello", background=True, extra_body=chosen) as stream:
+            first = await anext(aiter(stream))
+    assert first.type == "response.created"
+    async with (
+        anybody(several) as client,
+        client.responses.stream(response_id=first.response.id, starting_after=0) as resumed,
+    ):
+        numbers = [event.sequence_number async for event in resumed]
+        final = await resumed.get_final_response()
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert final.status == "completed" and final.output_text in chosen["structured_outputs"]["choice"]
+
+
 async def test_who_follows_is_told_as_it_goes_on(several: Stack) -> None:
     """Not only once it has ended."""
     async with anybody(several) as client:
