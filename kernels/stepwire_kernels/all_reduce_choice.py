@@ -6,12 +6,11 @@ Tables are made by `python -m load_tests.kernels.all_reduce sweep` on the machin
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 
 from stepwire_kernels.all_reduce import AllReduceTuning
+from stepwire_kernels.tuned_table import tuned_rows
 
 
 @dataclass(frozen=True)
@@ -46,17 +45,12 @@ def all_reduce_choices(device_name: str, size: int, *, has_norm: bool) -> tuple[
     `has_norm`: with the residual add and RMSNorm, which cost a kernel more beside NCCL.
     """
     kind = "norm" if has_norm else "sum"
-    for entry in (resources.files("stepwire_kernels") / "tuned" / "all_reduce").iterdir():
-        if not entry.name.endswith(".json"):
-            continue
-        data = json.loads(entry.read_text())
-        if data["device"] not in device_name:
-            continue
-        rows = [row for row in data["choices"] if row["ranks"] == size and row["kind"] == kind]
-        if rows:
-            found = (
-                AllReduceChoice(row["max_bytes"], None if row["way"] == "nccl" else AllReduceTuning(**row["tuning"]))
-                for row in rows
-            )
-            return tuple(sorted(found, key=lambda choice: choice.max_bytes))
+    measured = tuned_rows(device_name, "choices", ("ranks", "kind"), "all_reduce")
+    rows = [row for row in measured if row["ranks"] == size and row["kind"] == kind]
+    if rows:
+        found = (
+            AllReduceChoice(row["max_bytes"], None if row["way"] == "nccl" else AllReduceTuning(**row["tuning"]))
+            for row in rows
+        )
+        return tuple(sorted(found, key=lambda choice: choice.max_bytes))
     return default_choices(size)

@@ -30,7 +30,7 @@ import triton.language as tl
 
 from stepwire_kernels.activation import Activation, activate, num_outputs_of
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
-from stepwire_kernels.tuned_table import tuned_choices
+from stepwire_kernels.tuned_table import tuned_rows
 
 MAX_FUSED_TOKENS = 4
 # Neighbours in a row that one thread loads at once, 16 bytes; their products are added up before anything crosses
@@ -276,7 +276,7 @@ def load_fused_table(device_name: str) -> dict[tuple[int, int, int, bool], Fused
     """Where one launch measured faster than norm, product (and gate): (token bucket, N, K, gated) to its shape."""
     return {
         (row["num_tokens"], row["n"], row["k"], row["gated"]): FusedTuning(**row["tuning"])
-        for row in tuned_choices(device_name, "fused")
+        for row in tuned_rows(device_name, "fused", ("num_tokens", "n", "k", "gated"))
     }
 
 

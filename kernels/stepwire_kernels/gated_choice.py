@@ -13,7 +13,7 @@ import triton
 
 from stepwire_kernels.linear import MAX_TABLE_TOKENS
 from stepwire_kernels.tile_linear import TileLinearTuning, serves
-from stepwire_kernels.tuned_table import tuned_choices
+from stepwire_kernels.tuned_table import tuned_rows
 
 
 @functools.cache
@@ -21,7 +21,7 @@ def load_gated_table(device_name: str) -> dict[tuple[int, int, int], TileLinearT
     """Where product and gate in one launch measured faster than two: (token bucket, 2 * I, K) to the launch shape."""
     return {
         (row["num_tokens"], row["n"], row["k"]): TileLinearTuning(**row["tuning"])
-        for row in tuned_choices(device_name, "gated")
+        for row in tuned_rows(device_name, "gated", ("num_tokens", "n", "k"))
     }
 
 

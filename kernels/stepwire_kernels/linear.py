@@ -23,7 +23,7 @@ from stepwire_kernels.fused_linear import FusedTuning, fused_linear
 from stepwire_kernels.gemm import GemvTuning, SkinnyTuning, gemv, has_room, skinny_gemm
 from stepwire_kernels.split_k import LinearWorkspace
 from stepwire_kernels.tile_linear import TileLinearTuning, serves, tile_linear
-from stepwire_kernels.tuned_table import tuned_choices
+from stepwire_kernels.tuned_table import tuned_rows
 
 LinearTuning = GemvTuning | SkinnyTuning | FusedTuning | TileLinearTuning
 
@@ -40,7 +40,7 @@ def load_table(device_name: str) -> dict[tuple[int, int, int], LinearTuning]:
     kinds = {"gemv": GemvTuning, "skinny": SkinnyTuning, "ahead": FusedTuning, "tile": TileLinearTuning}
     return {
         (row["num_tokens"], row["n"], row["k"]): kinds[row["kernel"]](**row["tuning"])
-        for row in tuned_choices(device_name, "choices")
+        for row in tuned_rows(device_name, "choices", ("num_tokens", "n", "k"))
     }
 
 

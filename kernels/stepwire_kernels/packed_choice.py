@@ -7,9 +7,6 @@
 from __future__ import annotations
 
 import functools
-import json
-from importlib import resources
-from typing import Any
 
 import torch
 import triton
@@ -27,28 +24,19 @@ from stepwire_kernels.packed_linear import (
 from stepwire_kernels.packed_weight import PackedWeight, weight_format
 from stepwire_kernels.packed_wgmma import WgmmaTuning, serves
 from stepwire_kernels.split_k import LinearWorkspace
+from stepwire_kernels.tuned_table import tuned_rows
 
 # Programs that a large device holds at a time, one a multiprocessor.
 NUM_MULTIPROCESSORS = 132
 # From here on a weight is made dense first: by the kernel for Hopper's matrix units, and by that for any.
 WGMMA_DENSE_FROM_TOKENS = 1024
 DENSE_FROM_TOKENS = 256
+_MIXTURE_SHAPE = ("format", "experts", "chosen", "hidden", "inner")
 
 
 def dense_from(x: torch.Tensor, weight: PackedWeight) -> int:
     """The number of tokens from which on `packed_dense.dense_linear` is the faster road."""
     return WGMMA_DENSE_FROM_TOKENS if serves(x, weight) else DENSE_FROM_TOKENS
-
-
-@functools.cache
-def _choices(directory: str, device_name: str) -> tuple[dict[str, Any], ...]:
-    choices: list[dict[str, Any]] = []
-    for entry in (resources.files("stepwire_kernels") / "tuned" / directory).iterdir():
-        if entry.name.endswith(".json"):
-            data = json.loads(entry.read_text())
-            if data["device"] in device_name:
-                choices += data["choices"]
-    return tuple(choices)
 
 
 def _device_name(tensor: torch.Tensor) -> str | None:
@@ -60,7 +48,8 @@ def _linear_table(device_name: str) -> dict[tuple[str, int, int], list[tuple[int
     """(format, N, K) to launch shapes by numbers of tokens, ascending."""
     kinds = {name: kind for kind, name in KERNEL_NAMES.items()}
     table: dict[tuple[str, int, int], list[tuple[int, Tuning]]] = {}
-    for row in sorted(_choices("packed", device_name), key=lambda one: int(one["num_tokens"])):
+    rows = tuned_rows(device_name, "choices", ("format", "n", "k"), "packed")
+    for row in sorted(rows, key=lambda one: int(one["num_tokens"])):
         tuning: Tuning = kinds[row["kernel"]](**row["tuning"])
         table.setdefault((row["format"], row["n"], row["k"]), []).append((row["num_tokens"], tuning))
     return table
@@ -124,8 +113,8 @@ def measured_experts(
     shape = (weight_format(down), num_experts, num_chosen, down.num_outputs, held.inner_size)
     rows = [
         row
-        for row in _choices("packed_experts", device_name)
-        if tuple(row[name] for name in ("format", "experts", "chosen", "hidden", "inner")) == shape
+        for row in tuned_rows(device_name, "choices", _MIXTURE_SHAPE, "packed_experts")
+        if tuple(row[name] for name in _MIXTURE_SHAPE) == shape
         and num_tokens <= 2 * row["num_tokens"] <= 4 * num_tokens
     ]
     if not rows:

@@ -21,7 +21,7 @@ from stepwire_kernels.fused_linear import MAX_FUSED_TOKENS, FusedTuning, fused_l
 from stepwire_kernels.scaled_linear import scaled_linear
 from stepwire_kernels.split_k import LinearWorkspace
 from stepwire_kernels.tile_linear import TileLinearTuning, serves, tile_linear
-from stepwire_kernels.tuned_table import tuned_choices
+from stepwire_kernels.tuned_table import tuned_rows
 
 # Tokens up to which tiles are faster than cuBLAS: for most outputs, and where so many fill the device by themselves.
 MAX_TILE_TOKENS, MAX_WIDE_TILE_TOKENS = 256, 128
@@ -41,7 +41,7 @@ def load_scaled_table(device_name: str) -> dict[tuple[int, int, int], Choice]:
         (row["num_tokens"], row["n"], row["k"]): (
             LIBRARY if row["kernel"] == LIBRARY else kinds[row["kernel"]](**row["tuning"])
         )
-        for row in tuned_choices(device_name, "scaled")
+        for row in tuned_rows(device_name, "scaled", ("num_tokens", "n", "k"))
     }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from importlib import resources
-from typing import Any
 
 import pytest
 import torch
@@ -48,22 +47,6 @@ def test_shipped_tables_are_well_formed() -> None:
         assert len(gated) >= len(data.get("gated", []))
         assert all(num_tokens <= MAX_TABLE_TOKENS for num_tokens, *_ in gated)
         assert len(load_scaled_table(f"NVIDIA {data['device']}")) >= len(data.get("scaled", []))
-
-
-def test_a_card_borrows_what_its_twin_measured() -> None:
-    own = {tuple(row[key] for key in ("num_tokens", "n", "k")): row for row in shipped_rows("h200.json")}
-    lent = {tuple(row[key] for key in ("num_tokens", "n", "k")): row for row in shipped_rows("h100.json")}
-    table = load_table("NVIDIA H200")
-    assert table.keys() == own.keys() | lent.keys() and own.keys() < table.keys()
-    for shape, tuning in table.items():
-        assert vars(tuning) == {**vars(type(tuning)()), **(own.get(shape) or lent[shape])["tuning"]}
-
-
-def shipped_rows(name: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = json.loads((resources.files("stepwire_kernels") / "tuned" / name).read_text())[
-        "choices"
-    ]
-    return rows
 
 
 def test_unknown_device_has_no_table() -> None:
