@@ -74,10 +74,10 @@ class StampingRunner(SimulatedRunner):
         return SimulatedStep(result, end_ns)
 
 
-def _load_runner(settings: WorkerSettings) -> StampingRunner:
+def _load_runner(settings: WorkerSettings, before_end: Callable[[str], None] | None = None) -> StampingRunner:
     return StampingRunner(SimulationSpec.from_settings(settings))
 
 
 if __name__ == "__main__":
-    worker.load_runner = _load_runner  # type: ignore[assignment]
+    worker.load_runner = _load_runner
     sys.exit(worker.main(sys.argv[1:]))
