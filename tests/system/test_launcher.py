@@ -256,7 +256,9 @@ def test_a_wrong_flag_is_one_line_that_suggests_the_right_one(bare_model: Path) 
 # What is said of other sources: tests/unit/gpu_worker/prepare.
 @pytest.mark.parametrize("source", ["/nowhere/model", pytest.param("pypi:no-such-package-xyz", marks=pytest.mark.slow)])
 def test_a_model_that_is_not_there(source: str) -> None:
-    run = run_serve(source)
+    # The usual ports may be somebody's.
+    ports = [f"{name}={free_port()}" for name in ("--port", "--grpc-port", "--metrics-port")]
+    run = run_serve(source, *ports)
     assert run.returncode == 1
     assert "Traceback" not in run.stderr and source.removeprefix("pypi:") in run.stderr
 
