@@ -44,6 +44,8 @@ def set_up_logging(settings: ProcessSettings) -> None:
             *processors,
             structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
         ],
+        # What is not logged costs a call and nothing else: workers tell of every step at the level of debug.
+        wrapper_class=structlog.make_filtering_bound_logger(settings.log_level),
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=True,
     )
