@@ -97,6 +97,7 @@ class GroupWatch:
         """What ranks say and do from here on is no failure."""
         with self._changed:
             self._is_over = True
+            self._changed.notify_all()
 
     def wait_started(self) -> None:
         """Block until every other rank's process runs: how long that takes says nothing. Raises `GroupError`."""
@@ -116,7 +117,7 @@ class GroupWatch:
     def explain(self, error: Exception) -> Exception:
         """The failure of another rank that `error` comes from; `error` itself if there is none."""
         with self._changed:
-            self._changed.wait_for(lambda: self._cause is not None, _CAUSE_GRACE_S)
+            self._changed.wait_for(lambda: self._cause is not None or self._is_over, _CAUSE_GRACE_S)
             return error if self._cause is None else self._cause
 
     def _end_process(self, error: Exception) -> None:
