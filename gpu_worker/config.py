@@ -261,9 +261,20 @@ class WorkerSettings(ProcessSettings):
             raise ValueError("--num-nodes above 1 needs --group-listen HOST:PORT, where the other nodes join")
         if self.group_listen is not None and self.num_nodes == 1:
             raise ValueError("--group-listen is for groups of several nodes: set --num-nodes as well")
-        if self.join is not None and (self.num_ranks > 1 or self.num_nodes > 1):
+        if self.join is not None and (self.num_ranks > 1 or self.num_nodes > 1 or self.pipeline_parallel_layers):
             raise ValueError(
                 "--join takes sizes from the group's first node: set --tensor-parallel-size and its like there"
+            )
+        if self.num_nodes > self.num_ranks:
+            raise ValueError(
+                f"--num-nodes {self.num_nodes} is more than the group's ranks ({self.num_ranks}): set "
+                "--tensor-parallel-size and --pipeline-parallel-size"
+            )
+        num_listed = len(self.pipeline_parallel_layers)
+        if num_listed not in (0, self.pipeline_parallel_size):
+            raise ValueError(
+                f"--pipeline-parallel-layers lists {num_listed} stages and --pipeline-parallel-size is "
+                f"{self.pipeline_parallel_size}: give a number of layers for each stage"
             )
         if len({self.group_tls_cert is None, self.group_tls_key is None, self.group_tls_ca is None}) > 1:
             raise ValueError("--group-tls-cert, --group-tls-key and --group-tls-ca belong together: give all, or none")

@@ -233,6 +233,11 @@ class EndsByItself(Protocol):
         end, and the whole is to end in peace."""
         ...
 
+    def abandon(self) -> None:
+        """The worker is broken and ends: end all other parts now, so that no thread of this process waits for them. Any
+        thread, any number of times."""
+        ...
+
 
 class Runner(Protocol):
     """What computes. All methods but `PendingStep.result` are called on the worker's main thread."""

@@ -135,6 +135,7 @@ class WorkerServer:
         self._has_failed = False
         self._stuck_timer: asyncio.TimerHandle | None = None
         self._last_resort: threading.Timer | None = None
+        self._abandon: Callable[[], None] = lambda: None
         # Why there will be no model, and whether anybody has asked for it, or was told.
         self._unusable = ""
         self._was_asked, self._has_told = False, threading.Event()
@@ -164,6 +165,7 @@ class WorkerServer:
             signal.signal(number, _leave_to_the_loop)
         self._on_loop(self._set_serving())
         if isinstance(runner, EndsByItself):
+            self._abandon = runner.abandon
             runner.watch(lambda error: self._fail("the group", error), self.shut_down)
         on_ready(self._facts)
         # Asked once: what a protocol has is looked up member by member, 30 us a step.
@@ -285,6 +287,8 @@ class WorkerServer:
         )
         self._end_after(_LAST_RESORT_S, "the worker did not end by itself after a failure")
         self._loop.call_soon_threadsafe(self._begin_end, f"the worker failed in {where} and ends: {error}")
+        # A launched step may wait for a rank that lives and itself waits for the one that is gone.
+        self._abandon()
 
     def _end_after(self, seconds: float, message: str) -> None:
         if self._last_resort is not None:

@@ -107,7 +107,7 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
             for place in places:
                 place.settings = json.dumps({"arrivals": folder})
             ranks.start(places[1:])
-            watch.wait_started()
+            watch.wait_started(settings.group_timeout_s)
             sent = _send_steps(followers, args)
         finally:
             watch.stop()

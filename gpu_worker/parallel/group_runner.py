@@ -33,6 +33,8 @@ class Followers(Protocol):
 
     def close(self, grace_s: float) -> None: ...
 
+    def kill(self) -> None: ...
+
 
 @dataclass(frozen=True, slots=True)
 class _ExplainedStep:
@@ -63,6 +65,11 @@ class GroupRunner:
     def watch(self, on_failure: Callable[[Exception], None], on_leaving: Callable[[str], None]) -> None:
         """Have a rank's end told, on any thread."""
         self._watch.watch(on_failure, on_leaving)
+
+    def abandon(self) -> None:
+        self._watch.stop()
+        for followers in self._followers:
+            followers.kill()
 
     def execute(self, batch: StepBatch, wait_for_mask: Callable[[], TokenMask]) -> PendingStep:
         self._send(group_pb2.RankCommand(step=encode_step(batch)))

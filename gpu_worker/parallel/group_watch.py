@@ -17,6 +17,8 @@ log = structlog.get_logger(__name__)
 
 # How long whoever really failed has to be noticed after another rank has felt it.
 _CAUSE_GRACE_S = 1.5
+# Of the group's timeout: what processes may take to start.
+_START_PATIENCE = 8
 
 
 class GroupWatch:
@@ -34,6 +36,7 @@ class GroupWatch:
         before_end: Callable[[str], None] | None = None,
     ) -> None:
         self._layout = layout
+        self._others = range(1, layout.world_size)
         self._changed = threading.Condition()
         self._started: set[int] = set()
         self._ready: dict[int, group_pb2.RankReady] = {}
@@ -97,18 +100,31 @@ class GroupWatch:
         """What ranks say and do from here on is no failure."""
         with self._changed:
             self._is_over = True
+            self._changed.notify_all()
 
-    def wait_started(self) -> None:
-        """Block until every other rank's process runs: how long that takes says nothing. Raises `GroupError`."""
+    def wait_started(self, timeout_s: float) -> None:
+        """Block until every other rank's process runs. On a busy machine that may take long: after `timeout_s` the log
+        says who is missing, and after several times as long the group is given up. Raises `GroupError`."""
         with self._changed:
-            self._changed.wait_for(lambda: self._cause or len(self._started) == self._layout.world_size - 1)
+            for num_waits in range(1, _START_PATIENCE + 1):
+                if self._changed.wait_for(lambda: self._cause or len(self._started) == len(self._others), timeout_s):
+                    break
+                missing = " and ".join(
+                    self._layout.describe_rank(rank) for rank in self._others if rank not in self._started
+                )
+                log.warning("a rank's process does not start", missing=missing, seconds=num_waits * timeout_s)
+            else:
+                raise GroupError(
+                    f"{missing}: no process runs after {_START_PATIENCE * timeout_s:g} s: see what it waits for on its "
+                    "node (the disk that python is read from?), or give it longer with --group-timeout-s"
+                )
             if self._cause is not None:
                 raise self._cause
 
     def wait_ready(self) -> dict[int, group_pb2.RankReady]:
         """Block until every other rank is ready; rank -> what it says of itself. Raises `GroupError`."""
         with self._changed:
-            self._changed.wait_for(lambda: self._cause or len(self._ready) == self._layout.world_size - 1)
+            self._changed.wait_for(lambda: self._cause or len(self._ready) == len(self._others))
             if self._cause is not None:
                 raise self._cause
             return dict(self._ready)
@@ -116,7 +132,7 @@ class GroupWatch:
     def explain(self, error: Exception) -> Exception:
         """The failure of another rank that `error` comes from; `error` itself if there is none."""
         with self._changed:
-            self._changed.wait_for(lambda: self._cause is not None, _CAUSE_GRACE_S)
+            self._changed.wait_for(lambda: self._cause is not None or self._is_over, _CAUSE_GRACE_S)
             return error if self._cause is None else self._cause
 
     def _end_process(self, error: Exception) -> None:

@@ -23,6 +23,7 @@ from stepwire.process.tls import TlsFileError, client_credentials
 from stepwire.v1 import group_pb2, group_pb2_grpc
 
 from gpu_worker.config import PROGRAM, WorkerSettings
+from gpu_worker.listen import ListenAddress, ListenError
 from gpu_worker.parallel.local_ranks import LocalRanks
 from gpu_worker.parallel.model_digest import model_digest
 from gpu_worker.parallel.nodes import GROUP_OPTIONS, GROUP_PROTOCOL_VERSION
@@ -37,6 +38,11 @@ _LEAVE_LIMIT_S = 15.0
 def hold_ranks(settings: WorkerSettings) -> int:
     """Hold this node's ranks until the group ends; the process's exit code: 0 where it was told to end."""
     address = settings.join or ""
+    try:
+        if ListenAddress.parse(address, "--join").path is not None:
+            return _refuse(f"--join {address}: a group's first node listens on HOST:PORT")
+    except ListenError as error:
+        return _refuse(str(error))
     relay = _Relay(settings)
     signal.signal(signal.SIGTERM, relay.on_signal)
     signal.signal(signal.SIGINT, relay.on_signal)

@@ -71,7 +71,7 @@ def _form(settings: WorkerSettings, layout: GroupLayout, followers: list[Followe
         if nodes is not None:
             nodes.await_all()
         local_ranks.start(places[1:])
-        watch.wait_started()
+        watch.wait_started(settings.group_timeout_s)
         form = group_pb2.RankCommand(form=group_pb2.Empty()).SerializeToString()
         for each in followers:
             each.send(form)

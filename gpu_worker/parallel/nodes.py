@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,6 +28,8 @@ from gpu_worker.parallel.places import write_places
 log = structlog.get_logger(__name__)
 
 GROUP_PROTOCOL_VERSION = 1
+# How long between two looks for this node's own name.
+_NAME_PAUSE_S = 0.5
 # Of both sides.
 GROUP_OPTIONS = [*MESSAGE_OPTIONS, *KEEPALIVE_OPTIONS, *NO_PROXY_OPTIONS, ("grpc.so_reuseport", 0)]
 
@@ -33,15 +37,36 @@ GROUP_OPTIONS = [*MESSAGE_OPTIONS, *KEEPALIVE_OPTIONS, *NO_PROXY_OPTIONS, ("grpc
 def group_host(settings: WorkerSettings) -> str:
     """The address of this node that the others use. Raises `GroupError`."""
     try:
-        address = ListenAddress.parse(settings.group_listen or "")
+        address = ListenAddress.parse(settings.group_listen or "", "--group-listen")
     except ListenError as error:
-        raise GroupError(f"--group-listen must be HOST:PORT: {error}") from error
+        raise GroupError(str(error)) from error
     host = address.host.strip("[]")
     if address.path is not None or host in ("", "0.0.0.0", "::"):
         raise GroupError(
             f"--group-listen {settings.group_listen} names no address that others could reach: give this node's own"
         )
+    _await_name(host, settings.group_timeout_s)
+    try:
+        address.claim()
+    except ListenError as error:
+        raise GroupError(str(error)) from error
     return host
+
+
+def _await_name(host: str, limit_s: float) -> None:
+    """A cluster's DNS may learn of a new machine only after its first process runs, and says no for a while."""
+    deadline = time.monotonic() + limit_s
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except socket.gaierror as error:
+            if time.monotonic() >= deadline:
+                raise GroupError(
+                    f"--group-listen: the host {host!r} is unknown after {limit_s:g} s ({error.strerror}): give an "
+                    "address of this node, or a name that resolves to it"
+                ) from error
+            time.sleep(min(_NAME_PAUSE_S, limit_s))
 
 
 @dataclass(slots=True)
@@ -102,6 +127,14 @@ class NodeServer(group_pb2_grpc.GroupServiceServicer):
         for node in self._nodes:
             node.outgoing.put(None)
         self._server.stop(max(grace_s, 0.5)).wait()
+
+    def kill(self) -> None:
+        """At once, without waiting: a node whose stream ends before a `close` came kills its ranks."""
+        self._is_closing = True
+        for node in self._nodes:
+            # Its stream's thread would hold up the end of this process.
+            node.outgoing.put(None)
+        self._server.stop(None)
 
     def Join(self, request_iterator: Iterator[group_pb2.JoinRequest], context: Any) -> Iterator[group_pb2.JoinResponse]:
         """One node's stream, on a thread of the server's."""

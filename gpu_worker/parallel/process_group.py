@@ -25,6 +25,8 @@ from gpu_worker.parallel.shares import ParallelContext
 
 # A collective that takes longer has lost a rank that nobody saw end. Loading is among what ranks wait for.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+# How often gloo tries to connect two ranks, for its timeout each. All of them are there by then.
+_CONNECT_TRIES = 5
 # Point-to-point messages carry the number of their step and what they are.
 _HIDDEN, _TOKENS = 0, 1
 _NUM_TAGS = 1 << 20
@@ -182,6 +184,7 @@ class RankGroup:
         if layout.world_size == 1:
             return
         self.store = _connect_store(place, server)
+        self._await_others()
         try:
             self._everyone = self._gloo("all", place.rank, layout.world_size)
             if layout.tensor_parallel_size > 1:
@@ -192,6 +195,20 @@ class RankGroup:
                 f"nodes of a group must reach each other on every port ({_first_line(error)})"
             ) from error
         self._everyone._set_default_timeout(COLLECTIVE_TIMEOUT)
+
+    def _await_others(self) -> None:
+        """Until every rank has found the store: gloo would not say in words who has not."""
+        keys = [f"rank {rank} is here" for rank in range(self.layout.world_size)]
+        self.store.set(keys[self.place.rank], "")
+        try:
+            self.store.wait(keys, timedelta(seconds=self.place.timeout_s))
+        except RuntimeError as error:
+            missing = [self.layout.describe_rank(rank) for rank, key in enumerate(keys) if not self.store.check([key])]
+            raise GroupError(
+                f"{' and '.join(missing)} did not come to the group's store at {self.place.store_address} within "
+                f"{self.place.timeout_s:g} s: see what that process waits for, let its node reach that address of rank "
+                "0's node on every port, or give it longer with --group-timeout-s"
+            ) from error
 
     def _join_stage(self, device: torch.device) -> Any:
         layout, rank = self.layout, self.place.rank
@@ -213,7 +230,7 @@ class RankGroup:
         kind: Any = ProcessGroupGloo
         options = kind._Options()
         options._devices = [kind.create_device(hostname=self.place.host)]
-        options._timeout = timedelta(seconds=self.place.timeout_s)
+        options._timeout = timedelta(seconds=self.place.timeout_s / _CONNECT_TRIES)
         return kind(PrefixStore(name, self.store), rank, size, options)
 
     @property

@@ -115,6 +115,12 @@ def test_a_first_node_that_is_not_there(llama: Path) -> None:
     assert f"first node cannot be reached at {address}" in message and "--group-listen" in message
 
 
+def test_a_first_node_that_is_no_address(llama: Path) -> None:
+    with worker(llama, "--join=10.0.0.1") as process:
+        message = message_of(process)
+    assert "--join '10.0.0.1' is neither HOST:PORT" in message
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -89,6 +89,9 @@ MISTAKES = [
     (["--tls-cert", "c.pem"], "--tls-cert and --tls-key belong together"),
     (["--tls-client-ca", "c.pem"], "--tls-client-ca needs --tls-cert and --tls-key"),
     (["--tls-cert=c", "--tls-key=k", "--listen=unix:/s"], "--tls-cert is for HOST:PORT, and --listen is unix:/s"),
+    (["--num-nodes=2", "--group-listen=h:1"], "--num-nodes 2 is more than the group's ranks (1): set --tensor-"),
+    (["--pipeline-parallel-layers=9,2"], "--pipeline-parallel-layers lists 2 stages and --pipeline-parallel-size is 1"),
+    (["--join=h:1", "--pipeline-parallel-layers=1,2"], "--join takes sizes from the group's first node"),
     (["--config", "/does/not/exist.yaml"], "--config: cannot read /does/not/exist.yaml: No such file or directory"),
 ]
 

@@ -9,7 +9,7 @@ import pytest
 from stepwire.v1 import group_pb2
 
 from gpu_worker.parallel.group_watch import GroupWatch
-from gpu_worker.parallel.layout import GroupLayout
+from gpu_worker.parallel.layout import GroupError, GroupLayout
 
 LIMIT_S = 60.0
 
@@ -53,3 +53,11 @@ def test_a_rank_that_another_one_has_ended_does_not(watch: GroupWatch, told: Sim
 def test_a_node_that_is_told_to_end_is_no_failure(watch: GroupWatch, told: SimpleQueue[Exception | str]) -> None:
     watch.on_event(group_pb2.RankEvent(rank=2, leaving=group_pb2.Empty()))
     assert told.get(timeout=LIMIT_S) == "rank 2 (tensor-parallel rank 2 of 3): its node is told to end"
+
+
+def test_processes_that_do_not_start_are_named(watch: GroupWatch) -> None:
+    watch.on_event(group_pb2.RankEvent(rank=1, started=group_pb2.Empty()))
+    with pytest.raises(GroupError, match=r"^rank 2 \(tensor-parallel rank 2 of 3\): no process runs after 0\.08 s"):
+        watch.wait_started(0.01)
+    watch.on_event(group_pb2.RankEvent(rank=2, started=group_pb2.Empty()))
+    watch.wait_started(0.01)
