@@ -27,7 +27,7 @@ from gateway.batches.files import FileStore, new_file_id
 from gateway.batches.requests import BatchRequests
 from gateway.errors import ApiError
 from gateway.serving import Serving
-from gateway.store import Store, is_storage_error
+from gateway.store import Store, StoreGoneError, is_storage_error
 
 _log = structlog.get_logger(__name__)
 
@@ -258,6 +258,9 @@ class BatchRunner:
             except Exception as error:
                 if not is_storage_error(error):
                     raise
+                if isinstance(error, StoreGoneError):
+                    _log.error("a batch is lost", batch=batch["id"], error=str(error))
+                    return
                 _log.error("a batch waits until its results can be stored", batch=batch["id"], error=str(error))
             await asyncio.sleep(_STORAGE_PAUSE_S)
 

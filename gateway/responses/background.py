@@ -22,7 +22,7 @@ from gateway.responses.following import Followers
 from gateway.responses.output import ResponseOutput
 from gateway.responses.store import ResponseStore, StoredResponse
 from gateway.responses.stored_events import RUNNING, EventPage, EventPiece, StoredEvents
-from gateway.store import is_storage_error
+from gateway.store import StoreGoneError, is_storage_error
 
 _log = structlog.get_logger(__name__)
 
@@ -80,7 +80,8 @@ class EventTurns:
             try:
                 return await self._events.write(pieces)
             except Exception as error:
-                if not is_storage_error(error):
+                # No waiting brings a directory back.
+                if not is_storage_error(error) or isinstance(error, StoreGoneError):
                     return error
                 if not was_told:
                     _log.error("background responses wait until they can be stored", error=str(error))
@@ -149,6 +150,8 @@ class BackgroundResponses:
     async def _run(self, background: _Background, generation: Generation, response_id: str) -> None:
         try:
             await background.generate()
+        except StoreGoneError as error:
+            _log.error("a background response is lost", response_id=response_id, error=str(error))
         except Exception:
             _log.exception("a background response failed", response_id=response_id)
             await self._store.fail(response_id, internal().message)
