@@ -58,6 +58,15 @@ class ResponsesServing:
         if self._background is not None:
             self._background.start()
 
+    @property
+    def num_in_background(self) -> int:
+        return 0 if self._background is None else self._background.num_running
+
+    async def wait_idle(self) -> None:
+        """Until no response is generated in the background."""
+        if self._background is not None:
+            await self._background.wait_idle()
+
     async def close(self) -> None:
         if self._background is not None:
             await self._background.close()
