@@ -101,14 +101,19 @@ class BatchRunner:
 
     async def _follow(self) -> None:
         """Take up what other processes were asked for."""
+        was_told = False
         while True:
             await asyncio.sleep(_FOLLOW_S)
             try:
                 if self._become_runner():
                     await self._begin_new()
                     await self._cancel_wanted()
-            except (sqlite3.Error, OSError):
-                _log.exception("the stored batches cannot be read")
+            except (sqlite3.Error, OSError) as error:
+                if not was_told:
+                    _log.error("the stored batches cannot be read", error=str(error))
+                was_told = True
+            else:
+                was_told = False
 
     async def _begin_new(self) -> None:
         for batch in await self._unfinished():

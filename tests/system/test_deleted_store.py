@@ -62,3 +62,21 @@ def test_the_whole_directory_is_deleted(tiny_model: Path, tmp_path: Path) -> Non
         assert "Traceback" not in log
         wait_until(lambda: stack.gateway_metric("stepwire_gateway_open_streams") == 0, LIMIT_S, stack.logs)
         stack.wait_idle()
+
+
+def test_several_processes_say_it_once_each(tiny_model: Path, tmp_path: Path) -> None:
+    """Those that only wait for work in the store do not fill the log with it."""
+    data = tmp_path / "data"
+    flags = ["--data-dir", str(data), "--gateway-processes", "2"]
+    with Stack(tiny_model, gateway_flags=flags) as stack:
+
+        def log() -> str:
+            return (stack.directory / "gateway.log").read_text()
+
+        wait_until(lambda: "all processes listen" in log(), LIMIT_S, stack.logs)
+        shutil.rmtree(data)
+        for _ in range(20):
+            # Each over a connection of its own: either process.
+            assert httpx.get(f"{stack.url}/v1/batches", timeout=LIMIT_S).status_code == 507
+        wait_until(lambda: log().count("the stored batches cannot be read") == 2, LIMIT_S, stack.logs)
+        assert "Traceback" not in log()
