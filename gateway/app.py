@@ -213,4 +213,4 @@ async def _answer_unusable_storage(request: Request, error: Exception) -> Respon
 async def _answer_unexpected(request: Request, error: Exception) -> Response:
     # The trace is for the log only: Starlette raises the error again, and the server writes it there.
     _log.error("request failed", request_id=request.state.request_id, error=type(error).__name__)
-    return await _answer_api_error(request, errors.internal())
+    return await _answer_api_error(request, errors.unexpected())

@@ -293,5 +293,13 @@ def storage_unusable() -> ApiError:
     )
 
 
+def unexpected() -> ApiError:
+    """An endpoint has raised what nobody handles. The HTTP server closes the connection afterwards, and the client is
+    told: a next request on it would be lost."""
+    error = internal()
+    error.extra_headers = {"connection": "close"}
+    return error
+
+
 def internal() -> ApiError:
     return ApiError(500, "The server failed to answer this request.", type=SERVER_ERROR, code="internal_error")

@@ -16,7 +16,7 @@ from gateway.messages.schemas import CountTokensBody, MessagesBody
 from gateway.pooling_schemas import EmbeddingsBody, RerankBody, ScoreBody
 from gateway.responses.schemas import ResponsesBody
 from gateway.schemas import ChatCompletionBody, CompletionBody, DetokenizeBody, TokenizeBody
-from gateway.unsupported import CHAT_FIELDS, COMPLETION_FIELDS, POOLING_FIELDS
+from gateway.unsupported import CHAT_FIELDS, COMPLETION_FIELDS, POOLING_FIELDS, RESPONSE_FIELDS
 
 UNKNOWN_PARAMETER = "unknown_parameter"
 
@@ -25,15 +25,10 @@ _VLLM = frozenset(
     {
         "ec_transfer_params",
         "guided_decoding_backend",
-        "guided_whitespace_pattern",
         "kv_transfer_params",
         "media_io_kwargs",
-        "repetition_detection",
-        "return_prompt_text",
         "session_id",
         "stream_interval",
-        "structural_tag",
-        "thinking_token_budget",
         "vllm_xargs",
     }
 )
@@ -47,7 +42,6 @@ _ANTHROPIC = frozenset(
         "inference_geo",
         "mcp_servers",
         "metadata",
-        "output_format",
         "service_tier",
         "speed",
         "user_profile_id",
@@ -56,9 +50,10 @@ _ANTHROPIC = frozenset(
 )
 # Body -> names besides its own fields. Bodies that are not here take none.
 _BESIDES: Mapping[type[BaseModel], frozenset[str]] = {
-    ChatCompletionBody: CHAT_FIELDS | _VLLM | {"best_of"},
+    ChatCompletionBody: CHAT_FIELDS | _VLLM,
     CompletionBody: COMPLETION_FIELDS | _VLLM,
-    ResponsesBody: _VLLM
+    ResponsesBody: RESPONSE_FIELDS
+    | _VLLM
     | {
         "access_programs",
         "background_options",

@@ -47,6 +47,7 @@ _KNOWN_ROUTES = frozenset(
         "/v1/models",
         "/v1/rerank",
         "/v1/responses",
+        "/v1/responses/input_tokens",
         "/v1/score",
     }
 )

@@ -18,6 +18,7 @@ from gateway.config import GatewaySettings
 from gateway.file_reserve import ReservingProtocol
 from gateway.listening import tls_context
 from gateway.middleware import Lifecycle
+from gateway.responses.serving import ResponsesServing
 
 _log = structlog.get_logger(__name__)
 
@@ -36,6 +37,7 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._lifecycle: Lifecycle = app.state.lifecycle
         self._client: ControlPlaneClient = app.state.client
+        self._responses: ResponsesServing = app.state.responses
         self._drain_timeout_s = drain_timeout_s
         self._drain: asyncio.Task[None] | None = None
 
@@ -58,14 +60,20 @@ class DrainingServer(uvicorn.Server):
             self._drain.cancel()
 
     async def _drain_then_stop(self) -> None:
-        num_running = self._lifecycle.num_in_flight
-        _log.info("draining", num_requests=num_running, timeout_s=self._drain_timeout_s)
+        _log.info("draining", num_requests=self._num_running(), timeout_s=self._drain_timeout_s)
         try:
-            await asyncio.wait_for(self._lifecycle.wait_idle(), self._drain_timeout_s)
+            async with asyncio.timeout(self._drain_timeout_s):
+                await self._lifecycle.wait_idle()
+                # Nobody need be connected for these.
+                await self._responses.wait_idle()
         except (TimeoutError, asyncio.CancelledError):
-            _log.warning("requests cut off", num_requests=self._lifecycle.num_in_flight)
+            _log.warning("requests cut off", num_requests=self._num_running())
             self._client.fail_all(errors.cut_off())
         self.should_exit = True
+
+    def _num_running(self) -> int:
+        """Requests that are answered, and responses that are generated in the background; followed ones are both."""
+        return self._lifecycle.num_in_flight + self._responses.num_in_background
 
 
 async def serve(app: FastAPI, settings: GatewaySettings, listener: socket.socket) -> None:

@@ -63,6 +63,11 @@ class StoreError(Exception):
     """The data directory cannot be used; the message says what to do."""
 
 
+class StoreGoneError(sqlite3.OperationalError):
+    """Somebody has deleted or moved the data directory of a gateway that runs: what is stored now would be lost with
+    the process, so nothing is."""
+
+
 def is_storage_error(error: BaseException) -> bool:
     """Whether it tells of a disk that is full or cannot be used, and not of a defect of ours."""
     if isinstance(error, BaseExceptionGroup):
@@ -87,16 +92,19 @@ class Store:
             _remove_abandoned(Path(tempfile.gettempdir()))
             directory = Path(tempfile.mkdtemp(prefix=_TEMPORARY_PREFIX))
         self.directory = directory
+        self._hold = _keep_from_cleaners(directory) if self._is_temporary else None
         try:
             (self.directory / "files").mkdir(parents=True, exist_ok=True)
             self._lock = (self.directory / "lock").open("w")
             if not shares:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._file = self.directory / "stepwire.sqlite"
             self._connection = sqlite3.connect(
-                self.directory / "stepwire.sqlite", timeout=_BUSY_LIMIT_S, check_same_thread=False, isolation_level=None
+                self._file, timeout=_BUSY_LIMIT_S, check_same_thread=False, isolation_level=None
             )
             self._connection.executescript("PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;" + _SCHEMA)
             _add_missing_columns(self._connection)
+            self._opened = self._file.stat()
         except BlockingIOError as error:
             raise StoreError(
                 f"--data-dir {self.directory} is in use by another gateway: give each a directory of its own"
@@ -110,15 +118,32 @@ class Store:
     @property
     def files(self) -> Path:
         """Where the contents of files lie, each under its id."""
-        return self.directory / "files"
+        directory = self.directory / "files"
+        # Whoever clears it away has deleted the files, and not the place for others.
+        directory.mkdir(exist_ok=True)
+        return directory
 
     async def run(self, work: Callable[[sqlite3.Connection], _Result]) -> _Result:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work, self._connection)
+        """Raises `StoreGoneError`, and what `work` does."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, work)
+
+    def _run(self, work: Callable[[sqlite3.Connection], _Result]) -> _Result:
+        try:
+            is_there = os.path.samestat(self._file.stat(), self._opened)
+        except FileNotFoundError:
+            is_there = False
+        if not is_there:
+            raise StoreGoneError(
+                f"the data directory {self.directory} was deleted or moved while the gateway runs: start it again"
+            )
+        return work(self._connection)
 
     def close(self) -> None:
         self._thread.shutdown(wait=True)
         self._connection.close()
         self._lock.close()
+        if self._hold is not None:
+            os.close(self._hold)
         if self._is_temporary:
             shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -135,6 +160,16 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
+
+
+def _keep_from_cleaners(directory: Path) -> int:
+    """A descriptor to keep open. Whoever clears old files out of the temporary directory leaves a directory alone that
+    somebody has locked (https://www.freedesktop.org/software/systemd/man/latest/tmpfiles.d.html, "Age"): those of a
+    gateway that nobody has asked for anything in ten days are as old as what was left behind."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    with contextlib.suppress(OSError):  # file systems without locks
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return descriptor
 
 
 def _remove_abandoned(parent: Path) -> None:

@@ -19,10 +19,16 @@ _log = structlog.get_logger(__name__)
 
 # Field -> values that ask for nothing; null always does.
 _BOTH: Mapping[str, tuple[Any, ...]] = {
+    "guided_whitespace_pattern": (),
     "length_penalty": (1, 1.0),
     "logprob_token_ids": ([],),
     "logits_processors": ([],),
+    "repetition_detection": (),
+    "return_prompt_text": (False,),
     "return_tokens_as_token_ids": (False,),
+    # Of a body; `structured_outputs` has one.
+    "structural_tag": (),
+    "thinking_token_budget": (),
     "truncation_side": ("left",),
     "use_beam_search": (False,),
 }
@@ -34,6 +40,7 @@ _CHAT: Mapping[str, tuple[Any, ...]] = {
     # A template writes them itself.
     "add_special_tokens": (False,),
     "audio": (),
+    "best_of": (1,),
     "chat_template": (),
     "documents": ([],),
     "function_call": ("none",),
@@ -50,6 +57,7 @@ _COMPLETION: Mapping[str, tuple[Any, ...]] = {
 # What a chat has, and these routes have under another name or not at all.
 _NO_CHAT: Mapping[str, tuple[Any, ...]] = {
     **_BOTH,
+    "best_of": (1,),
     "guided_choice": (),
     "guided_grammar": (),
     "guided_json": (),
@@ -60,10 +68,22 @@ _NO_CHAT: Mapping[str, tuple[Any, ...]] = {
     "prompt_logprobs": (),
     "response_format": ({"type": "text"},),
 }
-_RESPONSE: Mapping[str, tuple[Any, ...]] = {**_NO_CHAT, "max_tokens": (), "messages": (), "reasoning_effort": ()}
+_RESPONSE: Mapping[str, tuple[Any, ...]] = {
+    **_NO_CHAT,
+    "context_management": ([],),
+    "enable_response_messages": (False,),
+    "max_tokens": (),
+    "messages": (),
+    "mm_processor_kwargs": ({},),
+    "moderation": (),
+    "previous_input_messages": ([],),
+    "reasoning_effort": (),
+}
 _ANTHROPIC_MESSAGE: Mapping[str, tuple[Any, ...]] = {
     **_NO_CHAT,
+    "container": (),
     "max_output_tokens": (),
+    "mcp_servers": ([],),
     "reasoning_effort": (),
     "stop": ([],),
     "top_logprobs": (0,),
@@ -86,6 +106,8 @@ _MESSAGE: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": (),
 }
+# A request that only warms the cache wants no text.
+_CACHE_OPTIONS: Mapping[str, tuple[Any, ...]] = {"prewarm": (False,)}
 # Without effect on the text of an answer: not worth a line in the log.
 _HARMLESS = frozenset(
     {
@@ -107,11 +129,14 @@ _HARMLESS = frozenset(
 CHAT_FIELDS = _HARMLESS | frozenset(_CHAT)
 COMPLETION_FIELDS = _HARMLESS | frozenset(_COMPLETION)
 POOLING_FIELDS = frozenset(_POOLING)
+# What a response is refused with that nobody takes for one of its fields is not among them.
+RESPONSE_FIELDS = frozenset(_BOTH)
 
 
 def check_chat_fields(extra: Mapping[str, Any] | None) -> None:
     """Raise `ApiError` for an unsupported field of a chat body."""
     _check(extra, _CHAT, "")
+    _check_cache_options(extra)
 
 
 def check_completion_fields(extra: Mapping[str, Any] | None) -> None:
@@ -122,6 +147,7 @@ def check_completion_fields(extra: Mapping[str, Any] | None) -> None:
 def check_response_fields(extra: Mapping[str, Any] | None, text_extra: Mapping[str, Any] | None) -> None:
     """Raise `ApiError` for an unsupported field of a body of /v1/responses, or of its `text`."""
     _check(extra, _RESPONSE, "")
+    _check_cache_options(extra)
     _check(text_extra, _VERBOSITY, "text.")
 
 
@@ -138,6 +164,14 @@ def check_pooling_fields(extra: Mapping[str, Any] | None) -> None:
 def check_message_fields(index: int, extra: Mapping[str, Any] | None) -> None:
     """Raise `ApiError` for an unsupported field of a chat message."""
     _check(extra, _MESSAGE, f"messages[{index}].")
+
+
+def _check_cache_options(extra: Mapping[str, Any] | None) -> None:
+    options = (extra or {}).get("prompt_cache_options")
+    if isinstance(options, Mapping):
+        _check(
+            {name: options[name] for name in _CACHE_OPTIONS if name in options}, _CACHE_OPTIONS, "prompt_cache_options."
+        )
 
 
 def _check(extra: Mapping[str, Any] | None, table: Mapping[str, tuple[Any, ...]], prefix: str) -> None:

@@ -32,6 +32,8 @@ MAX_LEFT_THREADS = 2
 # Blanks between the parts of a JSON text: a model that is held to a schema may otherwise say nothing else for ever.
 JSON_BLANKS = r"[\x20\x0A\x0D\x09]{1,16}"
 
+# What llguidance says of a name that no special token has.
+_NAMES_SPECIAL = "unknown special token"
 _LIMITS = llguidance.LLParserLimits(
     max_grammar_size=200_000, max_lexer_states=50_000, step_lexer_fuel=100_000, verbose_errors=False
 )
@@ -42,13 +44,22 @@ class GrammarError(Exception):
 
 
 class GrammarCompiler:
-    """For one tokenizer and the ids that one model's logits have."""
+    """For one tokenizer and the ids that one model's logits have.
 
-    def __init__(self, tokenizer_json: str, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+    What a format leaves no choice about is tokenized by llguidance, which takes the text of a special token for the
+    token and then refuses it, or ends there. So grammars are compiled with `plain_json`, the tokenizer to which that
+    text is text like any other; those that name special tokens (`<|name|>` in Lark) with `tokenizer_json`.
+    """
+
+    def __init__(
+        self, tokenizer_json: str, vocab_size: int, eos_token_ids: Sequence[int], *, plain_json: str | None = None
+    ) -> None:
         self.vocab_size = vocab_size
         self._tokenizer_json = tokenizer_json
+        self._plain_json = plain_json or tokenizer_json
         self._eos_token_ids = [token_id for token_id in sorted(eos_token_ids) if token_id < vocab_size]
-        self._tokenizer: llguidance.LLTokenizer | None = None
+        # By their JSON: made when first needed.
+        self._tokenizers: dict[str, llguidance.LLTokenizer] = {}
         # Work on the tokenizer's table cannot be interrupted: one at a time keeps a core free for the steps.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         # Threads that still work on what was given up.
@@ -95,13 +106,18 @@ class GrammarCompiler:
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _compile(self, source: str) -> Grammar:
-        if self._tokenizer is None:
-            self._tokenizer = llguidance.LLTokenizer(
-                self._tokenizer_json, n_vocab=self.vocab_size, eos_token=self._eos_token_ids or None
+    def _tokenizer(self, tokenizer_json: str) -> llguidance.LLTokenizer:
+        if tokenizer_json not in self._tokenizers:
+            self._tokenizers[tokenizer_json] = llguidance.LLTokenizer(
+                tokenizer_json, n_vocab=self.vocab_size, eos_token=self._eos_token_ids or None
             )
+        return self._tokenizers[tokenizer_json]
+
+    def _compile(self, source: str) -> Grammar:
         try:
-            matcher = llguidance.LLMatcher(self._tokenizer, source, limits=_LIMITS, log_level=0)
+            matcher = self._matcher(source, self._plain_json)
+            if matcher.is_error() and _NAMES_SPECIAL in matcher.get_error():
+                matcher = self._matcher(source, self._tokenizer_json)
             probe = matcher
             if not matcher.is_error():
                 # What explodes does so with the first mask; copies share a lexer, which may tell only the next one.
@@ -113,6 +129,9 @@ class GrammarCompiler:
         if probe.is_error():
             raise GrammarError(_first_line(probe.get_error()))
         return _CompiledGrammar(matcher, self.vocab_size)
+
+    def _matcher(self, source: str, tokenizer_json: str) -> llguidance.LLMatcher:
+        return llguidance.LLMatcher(self._tokenizer(tokenizer_json), source, limits=_LIMITS, log_level=0)
 
 
 class _CompiledGrammar:

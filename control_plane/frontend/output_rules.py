@@ -300,8 +300,18 @@ class OutputRules:
         return f"({self._literal(reasoning.begin)} thoughts GAP)?", rules
 
     def _literal(self, text: str) -> str:
-        """A text in which special tokens stand for themselves."""
-        marks = [mark for mark in self._format.marks if self._tokenizer.special_id(mark) is not None]
+        """A text in which the format's marks stand for themselves where they are special tokens."""
+        return self._with_tokens(
+            text, [mark for mark in self._format.marks if self._tokenizer.special_id(mark) is not None]
+        )
+
+    def _format_literal(self, text: str) -> str:
+        """A client's text in which special tokens stand for themselves, but for those that would end the sequence."""
+        names = self._tokenizer.special_texts
+        return self._with_tokens(text, [name for name, each in names.items() if each not in self._eos_token_ids])
+
+    def _with_tokens(self, text: str, marks: list[str]) -> str:
+        marks = [mark for mark in marks if mark in text]
         if not text or not marks:
             return grammar.quoted(text)
         pieces = re.split("(" + "|".join(re.escape(mark) for mark in sorted(marks, key=len, reverse=True)) + ")", text)
@@ -319,7 +329,7 @@ class OutputRules:
         vocabulary = TokenVocabulary(tokenizer.id_of_text, tokenizer.text_of_id, ranges, self._eos_token_ids)
         return text_format_grammar(
             layout,
-            literal=self._literal,
+            literal=self._format_literal,
             special_id=self._tokenizer.special_id,
             vocabulary=vocabulary,
             compact=compact,

@@ -262,8 +262,12 @@ class RequestBuilder:
     def _compiler(self, field: str, facts: ModelFacts) -> GrammarCompiler:
         self._check_masks(field, facts)
         if self._grammars is None or self._grammars.vocab_size != facts.vocab_size:
+            tokenizer = self._tokenizer(field)
             self._grammars = GrammarCompiler(
-                self._tokenizer(field).to_json(), facts.vocab_size, list(self._model.eos_token_ids)
+                tokenizer.to_json(),
+                facts.vocab_size,
+                list(self._model.eos_token_ids),
+                plain_json=tokenizer.to_plain_json(),
             )
         return self._grammars
 

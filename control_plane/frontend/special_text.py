@@ -52,6 +52,11 @@ class SpecialTextGuard:
         # Where names are matched in normalized text, other spellings of them count too: then every text needs care.
         self.always = tokenizer.normalizer is not None and any(token.normalized for token in special.values())
 
+    def renamed_json(self) -> str | None:
+        """The tokenizer as tokenizer.json has it, to which no text that anybody can write is a special token; None
+        where a token would have another id."""
+        return None if self._id_of_twin_id else str(self._twin.to_str())
+
     def mask(self, text: str) -> str:
         """A person's text in which no special token begins, not even one that other text beside it would complete."""
         if self._begins is None:

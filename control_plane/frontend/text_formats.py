@@ -269,11 +269,20 @@ class _Writer:
         self.rules.append(f"{text}: {_ANY_TEXT}" + (f" & ~/(.|\\n)*({without})(.|\\n)*/" if without else ""))
         if not place.ends:
             return _joined(text, place.end_token)
-        special_ids = {end: token_id for end in place.ends if (token_id := self._special_id(end)) is not None}
-        ended = [f"{text} <[{token_id}]>" for token_id in special_ids.values()]
-        if spelled := [grammar.quoted(end) for end in place.ends if end not in special_ids]:
+        by_token = {end: written for end in place.ends if (written := self._from_special(end))}
+        ended = [f"{text} {written}" for written in by_token.values()]
+        if spelled := [grammar.quoted(end) for end in place.ends if end not in by_token]:
             ended.append(self._rule(f"{text} {spelled[0] if len(spelled) == 1 else _one_of(spelled)}", "[lazy]"))
         return ended[0] if len(ended) == 1 else _one_of(ended)
+
+    def _from_special(self, text: str) -> str:
+        """A text that begins with a special token, which free text cannot hold: its end is where that token is drawn.
+        Nothing for any other text."""
+        token_id = self._special_id(text)
+        if token_id is not None:
+            return f"<[{token_id}]>"
+        written = self._literal(text)
+        return written if written.startswith("<[") else ""
 
     def _rule(self, expression: str, attributes: str = "") -> str:
         name = f"rule_{len(self.rules)}"

@@ -174,6 +174,16 @@ class TextTokenizer:
         """The tokenizer as tokenizer.json has it."""
         return str(self._tokenizer.to_str())
 
+    def to_plain_json(self) -> str:
+        """Likewise, but the text of a special token is text like any other, where that is possible."""
+        return self._guard.renamed_json() or self.to_json()
+
+    @functools.cached_property
+    def special_texts(self) -> dict[str, int]:
+        """The special tokens' ids by their texts."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token.content: token_id for token_id, token in added.items() if token.special and token.content}
+
     def special_id(self, text: str) -> int | None:
         """The id of a special token by its text; None where the text is none."""
         token_id = self.token_id(text)

@@ -27,7 +27,7 @@ from gateway.batches.files import FileStore, new_file_id
 from gateway.batches.requests import BatchRequests
 from gateway.errors import ApiError
 from gateway.serving import Serving
-from gateway.store import Store, is_storage_error
+from gateway.store import Store, StoreGoneError, is_storage_error
 
 _log = structlog.get_logger(__name__)
 
@@ -101,14 +101,19 @@ class BatchRunner:
 
     async def _follow(self) -> None:
         """Take up what other processes were asked for."""
+        was_told = False
         while True:
             await asyncio.sleep(_FOLLOW_S)
             try:
                 if self._become_runner():
                     await self._begin_new()
                     await self._cancel_wanted()
-            except (sqlite3.Error, OSError):
-                _log.exception("the stored batches cannot be read")
+            except (sqlite3.Error, OSError) as error:
+                if not was_told:
+                    _log.error("the stored batches cannot be read", error=str(error))
+                was_told = True
+            else:
+                was_told = False
 
     async def _begin_new(self) -> None:
         for batch in await self._unfinished():
@@ -258,6 +263,9 @@ class BatchRunner:
             except Exception as error:
                 if not is_storage_error(error):
                     raise
+                if isinstance(error, StoreGoneError):
+                    _log.error("a batch is lost", batch=batch["id"], error=str(error))
+                    return
                 _log.error("a batch waits until its results can be stored", batch=batch["id"], error=str(error))
             await asyncio.sleep(_STORAGE_PAUSE_S)
 

@@ -9,7 +9,14 @@ import orjson
 from gateway.errors import ApiError, made_a_chat
 from gateway.field_names import MESSAGE
 from gateway.json_types import type_name
-from gateway.messages.schemas import CountTokensBody, InputMessage, MessagesBody, MessageToolChoice, OutputConfig
+from gateway.messages.schemas import (
+    CountTokensBody,
+    InputMessage,
+    MessagesBody,
+    MessageToolChoice,
+    OutputConfig,
+    OutputFormat,
+)
 from gateway.schemas import ChatCompletionBody, DecodingFields
 from gateway.unsupported import check_anthropic_fields
 
@@ -44,11 +51,10 @@ def chat_body(body: CountTokensBody) -> ChatCompletionBody:
         ]
     if body.tool_choice is not None:
         fields |= _tool_choice(body.tool_choice)
-    shows_thinking = body.thinking is not None and body.thinking.type != "disabled"
-    arguments = {} if body.thinking is None else {"enable_thinking": shows_thinking}
-    fields["include_reasoning"] = shows_thinking
-    if body.output_config is not None:
-        fields |= _output_config(body.output_config)
+    thinks = body.thinking is not None and body.thinking.type != "disabled"
+    arguments = {} if body.thinking is None else {"enable_thinking": thinks}
+    fields["include_reasoning"] = thinks and body.thinking is not None and body.thinking.display != "omitted"
+    fields |= _output_fields(body.output_config, body.output_format)
     if isinstance(body, MessagesBody):
         if body.structured_outputs is not None and "response_format" in fields:
             raise ApiError(
@@ -68,10 +74,13 @@ def chat_body(body: CountTokensBody) -> ChatCompletionBody:
         return ChatCompletionBody.model_validate(fields)
 
 
-def _output_config(config: OutputConfig) -> dict[str, Any]:
-    fields: dict[str, Any] = {"reasoning_effort": config.effort}
-    if config.format is not None:
-        schema = {"schema": config.format.json_schema}
+def _output_fields(config: OutputConfig | None, older: OutputFormat | None) -> dict[str, Any]:
+    fields: dict[str, Any] = {"reasoning_effort": config.effort if config else None}
+    output_format = config.format if config else None
+    if output_format is not None and older is not None:
+        raise ApiError(400, "output_format: cannot be used together with output_config.format.", param="output_format")
+    if (asked := output_format or older) is not None:
+        schema = {"schema": asked.json_schema}
         fields["response_format"] = {"type": "json_schema", "json_schema": schema}
     return fields
 

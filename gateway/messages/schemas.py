@@ -37,6 +37,9 @@ class MessageToolChoice(RequestModel):
 
 class Thinking(RequestModel):
     type: Literal["enabled", "adaptive", "disabled"]
+    display: Literal["summarized", "omitted"] | None = Field(
+        None, description="omitted leaves the thinking out of the answer."
+    )
     budget_tokens: int | None = Field(None, description="Taken, and without effect: max_tokens bounds an answer.")
 
 
@@ -59,6 +62,7 @@ class CountTokensBody(RequestModel):
     tool_choice: MessageToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = Field(None, description="Older name of output_config.format.")
 
 
 class MessagesBody(CountTokensBody, DecodingFields):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sqlite3
-from collections.abc import Coroutine
 from typing import Any
 
 import structlog
@@ -22,7 +21,7 @@ from gateway.responses.following import Followers
 from gateway.responses.output import ResponseOutput
 from gateway.responses.store import ResponseStore, StoredResponse
 from gateway.responses.stored_events import RUNNING, EventPage, EventPiece, StoredEvents
-from gateway.store import is_storage_error
+from gateway.store import StoreGoneError, is_storage_error
 
 _log = structlog.get_logger(__name__)
 
@@ -31,6 +30,8 @@ _TURN_S = 0.02
 _RETRY_S = 0.5
 # How soon a process notices that another one has cancelled or deleted a response of its own.
 _FOLLOW_S = 0.25
+# What those that were just cut off may take to be stored as failed.
+_CUT_OFF_S = 1.0
 
 
 class EventTurns:
@@ -80,7 +81,8 @@ class EventTurns:
             try:
                 return await self._events.write(pieces)
             except Exception as error:
-                if not is_storage_error(error):
+                # No waiting brings a directory back.
+                if not is_storage_error(error) or isinstance(error, StoreGoneError):
                     return error
                 if not was_told:
                     _log.error("background responses wait until they can be stored", error=str(error))
@@ -99,27 +101,34 @@ class BackgroundResponses:
         self._is_one_of_several = is_one_of_several
         # Response id -> its generation; None while it is being stored for the first time.
         self._running: dict[str, Generation | None] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._generating: set[asyncio.Task[None]] = set()
+        self._watching: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         if self._is_one_of_several:
-            self._spawn(self._stop_what_others_have_ended())
+            self._watching = asyncio.create_task(self._stop_what_others_have_ended())
+
+    @property
+    def num_running(self) -> int:
+        return len(self._generating)
+
+    async def wait_idle(self) -> None:
+        """Until none is generated: what was begun here nobody else goes on with."""
+        while self._generating:
+            await asyncio.wait(self._generating)
 
     async def close(self) -> None:
+        if self._generating:
+            await asyncio.wait(self._generating, timeout=_CUT_OFF_S)
         for generation in self._running.values():
             if generation is not None:
                 generation.cancel()
-        for task in tuple(self._tasks):
+        for task in (*self._generating, *((self._watching,) if self._watching else ())):
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
         await self._turns.close()
         await self.followers.close()
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     def has_lost(self, stored: StoredResponse) -> bool:
         """Whether a response that was read is this process's and will not end, because its end could not be stored."""
@@ -144,11 +153,15 @@ class BackgroundResponses:
             raise
         self._running[response_id] = generation
         self.followers.begin(response_id)
-        self._spawn(self._run(background, generation, response_id))
+        task = asyncio.create_task(self._run(background, generation, response_id))
+        self._generating.add(task)
+        task.add_done_callback(self._generating.discard)
 
     async def _run(self, background: _Background, generation: Generation, response_id: str) -> None:
         try:
             await background.generate()
+        except StoreGoneError as error:
+            _log.error("a background response is lost", response_id=response_id, error=str(error))
         except Exception:
             _log.exception("a background response failed", response_id=response_id)
             await self._store.fail(response_id, internal().message)

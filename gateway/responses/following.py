@@ -20,7 +20,7 @@ from gateway.errors import ApiError
 from gateway.metrics import GatewayMetrics
 from gateway.responses.output import event_bytes
 from gateway.responses.stored_events import EventPage, StoredEvents
-from gateway.store import is_storage_error
+from gateway.store import StoreGoneError, is_storage_error
 from gateway.streaming import STREAM_HEADERS
 
 _log = structlog.get_logger(__name__)
@@ -126,13 +126,21 @@ class Followers:
     async def _poll(self) -> None:
         """Ask for what other processes have written, while somebody follows them."""
         known: dict[str, tuple[int, bool] | None] = {}
+        was_logged = False
         try:
             while others := self._by_id.keys() - self._own:
                 try:
                     states = await self._events.states(others)
+                except StoreGoneError:
+                    # Each learns it by reading, and tells its client.
+                    for each in others:
+                        self.tell(each, None)
                 except sqlite3.Error:
-                    _log.exception("the stored events cannot be read")
+                    if not was_logged:
+                        _log.exception("the stored events cannot be read")
+                    was_logged = True
                 else:
+                    was_logged = False
                     for each in others:
                         if known.get(each, (0, False)) != states.get(each):
                             self.tell(each, None)

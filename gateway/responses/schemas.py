@@ -38,6 +38,17 @@ ResponseToolChoiceField = Annotated[
     ),
 ]
 LOGPROBS = "message.output_text.logprobs"
+# What `include` may ask for. All but the logprobs are parts of items that no answer here has, or are sent anyway.
+INCLUDABLE = (
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+    LOGPROBS,
+    "reasoning.encrypted_content",
+    "web_search_call.action.sources",
+    "web_search_call.results",
+)
 
 
 class ResponseTool(RequestModel):
@@ -96,6 +107,9 @@ class ResponsesBody(DecodingFields):
             raise ValueError("prompt: stored prompts are not supported; send input and instructions")
         if extra.get("conversation") is not None:
             raise ValueError("conversation: not supported; use previous_response_id")
+        for index, name in enumerate(self.include or ()):
+            if name not in INCLUDABLE:
+                raise ValueError(f"include[{index}]: must be one of {', '.join(INCLUDABLE)}")
         if self.input is None and self.previous_response_id is None:
             raise ValueError("input: needed: a string, or a list of items")
         if self.background and self.store is False:

@@ -12,9 +12,11 @@ import orjson
 import structlog
 from starlette.requests import Request
 from starlette.responses import Response
+from stepwire.v1 import inference_pb2
 
+from gateway.chat_input import read_chat_input
 from gateway.convert import GenerationPlan, plan_chat, read_timeout
-from gateway.errors import ApiError
+from gateway.errors import ApiError, made_a_chat
 from gateway.field_names import RESPONSE
 from gateway.mailbox import SequenceUpdate, UsageTotals
 from gateway.middleware import CLIENT_CLOSED_REQUEST
@@ -58,6 +60,15 @@ class ResponsesServing:
         if self._background is not None:
             self._background.start()
 
+    @property
+    def num_in_background(self) -> int:
+        return 0 if self._background is None else self._background.num_running
+
+    async def wait_idle(self) -> None:
+        """Until no response is generated in the background."""
+        if self._background is not None:
+            await self._background.wait_idle()
+
     async def close(self) -> None:
         if self._background is not None:
             await self._background.close()
@@ -66,11 +77,24 @@ class ResponsesServing:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
 
-    async def create(self, request: Request) -> Response:
+    async def count_input_tokens(self, request: Request) -> Response:
+        """What `create` would count for the same body, and nothing is generated."""
+        body = await self._read(request)
+        chat = chat_body(body, input_items(body), await self._history(body))
+        with made_a_chat(RESPONSE):
+            asked = inference_pb2.TokenizeRequest(model=body.model or "", chat=read_chat_input(chat))
+        token_ids, _ = await self._serving.client.tokenize(asked, RESPONSE)
+        return _json({"object": "response.input_tokens", "input_tokens": len(token_ids)})
+
+    async def _read(self, request: Request) -> ResponsesBody:
         body = await read_body(request, ResponsesBody)
         if self._store is None and (body.background or body.previous_response_id):
             param = "background" if body.background else "previous_response_id"
             raise ApiError(400, f"{param}: this server keeps no responses (--responses-store).", param=param)
+        return body
+
+    async def create(self, request: Request) -> Response:
+        body = await self._read(request)
         items = input_items(body)
         chat = chat_body(body, items, await self._history(body))
         plan = plan_chat(chat, request.state.request_id, RESPONSE)

@@ -107,7 +107,10 @@ async def get_file(request: Request, file_id: str) -> Response:
 async def get_content(request: Request, file_id: str) -> Response:
     files: FileStore = request.app.state.files
     file = await files.get(file_id)
-    return FileResponse(files.path(file.id), media_type="application/octet-stream")
+    path = files.path(file.id)
+    if not path.is_file():
+        raise ApiError(404, f"The content of file '{file_id[:80]}' is gone.", code="file_not_found")
+    return FileResponse(path, media_type="application/octet-stream")
 
 
 @router.delete("/v1/files/{file_id}", summary="Delete it", responses=_STORED)

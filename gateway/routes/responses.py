@@ -27,6 +27,16 @@ async def create_response(request: Request) -> Response:
     return await _serving(request).create(request)
 
 
+@router.post(
+    "/v1/responses/input_tokens",
+    summary="How many tokens the conversation of a response has",
+    responses=error_responses(400, 401, 404, 413, 415, 503, 504),
+    openapi_extra=body_schema(ResponsesBody),
+)
+async def count_input_tokens(request: Request) -> Response:
+    return await _serving(request).count_input_tokens(request)
+
+
 @router.get(
     "/v1/responses/{response_id}",
     summary="A stored response, or the events of one that was streamed from the background",

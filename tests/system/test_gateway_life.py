@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -142,6 +143,40 @@ def test_a_drain_that_runs_out_of_time_tells_its_streams(patient: Stack) -> None
     assert done == "[DONE]"
     assert json.loads(events[-1])["error"]["code"] == "draining"
     assert stack.processes["gateway"].wait(STOP_LIMIT_S) == 0
+    stack.wait_idle()
+
+
+def begin_in_background(stack: Stack, num_tokens: int) -> str:
+    asked = {"input": "hi", "max_output_tokens": num_tokens, "ignore_eos": True, "background": True}
+    answer = httpx.post(f"{stack.url}/v1/responses", json=asked, timeout=120)
+    assert answer.status_code == 200
+    return str(answer.json()["id"])
+
+
+def stored(stack: Stack, response_id: str) -> dict[str, Any]:
+    found: dict[str, Any] = httpx.get(f"{stack.url}/v1/responses/{response_id}", timeout=120).json()
+    return found
+
+
+def test_sigterm_lets_background_responses_end(patient: Stack, tmp_path: Path) -> None:
+    """Nobody is connected for them, and nobody else goes on with them."""
+    flags = ("--data-dir", str(tmp_path))
+    stack = with_gateway(patient, *flags, "--drain-timeout-s", "300")
+    with stack.paused():
+        ends = begin_in_background(stack, 20)
+        stack.processes["gateway"].send_signal(signal.SIGTERM)
+        wait_until(lambda: httpx.get(f"{stack.url}/ready", timeout=LIMIT_S).status_code == 503, LIMIT_S, stack.logs)
+    assert stack.processes.pop("gateway").wait(STOP_LIMIT_S) == 0
+
+    stack = with_gateway(stack, *flags, "--drain-timeout-s", "0.2")
+    found = stored(stack, ends)
+    assert (found["status"], found["usage"]["output_tokens"]) == ("incomplete", 20)
+    # One that does not end in time is told why, and not only by the next gateway.
+    is_cut_off = begin_in_background(stack, 3000)
+    stack.kill("gateway", signal.SIGTERM)
+    stack = with_gateway(stack, *flags)
+    found = stored(stack, is_cut_off)
+    assert (found["status"], found["error"]["code"]) == ("failed", "draining")
     stack.wait_idle()
 
 

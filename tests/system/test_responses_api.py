@@ -205,3 +205,25 @@ async def test_what_its_process_has_lost_fails_when_it_is_asked_for(tiny_model: 
             failed = await client.responses.retrieve(response_id)
     assert failed.status == "failed" and "failed to store" in failed.error.message
     assert [(event["type"], event["sequence_number"]) for event in told] == [("response.failed", last + 1)]
+
+
+async def test_input_tokens_are_those_that_a_response_counts(client: AsyncOpenAI) -> None:
+    tool: Any = {"type": "function", "name": "look", "parameters": {"type": "object"}, "strict": False}
+    first = await create(client)
+    asked: list[dict[str, Any]] = [
+        {"input": "Hello"},
+        {"input": [{"role": "user", "content": "Hello"}], "instructions": "Be brief.", "tools": [tool]},
+        {"input": "And now?", "previous_response_id": first.id},
+    ]
+    counts = []
+    for fields in asked:
+        counted = await client.responses.input_tokens.count(model="tiny", **fields)
+        assert counted.object == "response.input_tokens"
+        assert counted.input_tokens == (await create(client, **fields)).usage.input_tokens
+        counts.append(counted.input_tokens)
+    assert counts[0] < counts[2]
+    with pytest.raises(openai.NotFoundError):
+        await client.responses.input_tokens.count(model="tiny", input="x", previous_response_id="resp_none")
+    with pytest.raises(openai.BadRequestError) as raised:
+        await client.responses.input_tokens.count(model="tiny", input=[])
+    assert raised.value.param == "input"

@@ -109,3 +109,54 @@ async def test_a_chat_and_a_response_have_one_rule_for_verbosity(
             await call
         assert (raised.value.param, raised.value.code) == (param, "unsupported_parameter")
         assert param in raised.value.message
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        ({"moderation": {"model": "m"}}, "moderation", "unsupported_parameter"),
+        ({"context_management": [{"type": "compaction"}]}, "context_management", "unsupported_parameter"),
+        ({"prompt_cache_options": {"prewarm": True}}, "prompt_cache_options.prewarm", "unsupported_parameter"),
+        ({"previous_input_messages": ASKED}, "previous_input_messages", "unsupported_parameter"),
+        ({"enable_response_messages": True}, "enable_response_messages", "unsupported_parameter"),
+        ({"thinking_token_budget": 5}, "thinking_token_budget", "unsupported_parameter"),
+        ({"include": ["message.output_text.logprob"]}, "include[0]", None),
+    ],
+    ids=lambda each: str(each) if isinstance(each, str) else None,
+)
+async def test_what_a_response_would_answer_otherwise_for_is_named(
+    client: AsyncOpenAI, fields: dict[str, Any], param: str, code: str | None
+) -> None:
+    with pytest.raises(openai.BadRequestError) as raised:
+        await client.responses.create(model="tiny", input="Hello", max_output_tokens=2, extra_body=fields)
+    assert (raised.value.param, raised.value.code) == (param, code)
+
+
+async def test_what_changes_no_text_of_a_response_passes(client: AsyncOpenAI) -> None:
+    made = await client.responses.create(
+        model="tiny",
+        input="Hello",
+        max_output_tokens=2,
+        include=["reasoning.encrypted_content", "file_search_call.results"],
+        max_tool_calls=3,
+        prompt_cache_options={"mode": "implicit", "prewarm": False},
+        stream_options={"include_obfuscation": False},
+        context_management=None,
+    )
+    assert made.usage is not None and made.usage.output_tokens == 2
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mcp_servers": [{"type": "url", "url": "http://localhost/", "name": "n"}]},
+        {"container": "c"},
+    ],
+    ids=str,
+)
+async def test_tools_and_containers_of_somebody_elses_servers(stack: Stack, fields: dict[str, Any]) -> None:
+    """Without them the answer would be another one."""
+    async with anthropic.AsyncAnthropic(base_url=stack.url, api_key="none", max_retries=0) as client:
+        with pytest.raises(anthropic.BadRequestError) as raised:
+            await client.messages.create(model="tiny", messages=ASKED, max_tokens=2, extra_body=fields)
+        assert next(iter(fields)) in raised.value.message

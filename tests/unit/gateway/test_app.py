@@ -181,6 +181,8 @@ async def test_an_unexpected_failure_is_a_500_without_traces(tmp_path: Path) -> 
         response = await client.get("/broken")
         assert response.status_code == 500
         assert error_of(response)["code"] == "internal_error"
+        # The HTTP server closes it, which a client that would send its next request on it has to know.
+        assert response.headers["connection"] == "close"
         assert "secret" not in response.text
         assert (await client.get("/health")).status_code == 200
 

@@ -403,6 +403,11 @@ def test_a_logit_bias_value_that_is_no_number() -> None:
         {"return_tokens_as_token_ids": True},
         {"logprob_token_ids": [5]},
         {"truncation_side": "right"},
+        {"best_of": 2},
+        {"guided_whitespace_pattern": " "},
+        {"repetition_detection": {"max_pattern_size": 3}},
+        {"structural_tag": "{}"},
+        {"thinking_token_budget": 5},
     ],
 )
 def test_unsupported_fields_are_refused_by_name(fields: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer
 from control_plane.frontend import grammar
 from control_plane.frontend.bad_words import BadWords
 from control_plane.frontend.grammar import GrammarCompiler, GrammarError
+from control_plane.frontend.tokenizer import TextTokenizer
 
 VOCAB_SIZE = 49152
 EOS = 2
@@ -252,6 +254,36 @@ def test_bad_words_take_away_the_last_token_of_what_stands() -> None:
     assert allowed(matcher) == everything - {5, 9}
     matcher.accept([1])
     assert allowed(matcher) == everything - {5}
+
+
+async def only_way(compiler: GrammarCompiler, tokenizer: Tokenizer, source: str) -> str:
+    """What comes of always drawing the first token that is allowed."""
+    matcher = (await compiler.compile(source)).start()
+    ids: list[int] = []
+    while not matcher.is_over and (token_id := min(allowed(matcher))) != EOS:
+        ids.append(token_id)
+        matcher.accept([token_id])
+        assert not matcher.error
+    return tokenizer.decode(ids, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize("name", ["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+async def test_the_text_of_a_special_token_is_text(smollm2_dir: Path, tokenizer: Tokenizer, name: str) -> None:
+    """A format that has no other way writes it out, in tokens that are no special ones."""
+    texts = TextTokenizer.from_file(smollm2_dir / "tokenizer.json")
+    compiler = GrammarCompiler(texts.to_json(), VOCAB_SIZE, [EOS], plain_json=texts.to_plain_json())
+    constant = json.dumps({"const": f"a{name}b"})
+    for source, wanted in (
+        (grammar.choice_grammar([name]), name),
+        (grammar.regex_grammar(f"x{re.escape(name)}y"), f"x{name}y"),
+        (grammar.json_schema_grammar(constant, compact=True), f'"a{name}b"'),
+        (grammar.context_free_grammar(f'start: "{name}!"', "lark"), f"{name}!"),
+    ):
+        assert await only_way(compiler, tokenizer, source) == wanted
+    # By its name in Lark it is the token.
+    named = (await compiler.compile(grammar.lark_grammar('start: <|im_start|> "a"'))).start()
+    assert allowed(named) == {tokenizer.token_to_id("<|im_start|>")}
+    compiler.close()
 
 
 @pytest.mark.parametrize(

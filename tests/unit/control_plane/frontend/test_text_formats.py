@@ -191,6 +191,30 @@ def test_free_text_ends_at_a_special_token_or_at_a_text(tokenizer: TextTokenizer
         assert not accepts(table, tokenizer, source, text), text
 
 
+@pytest.mark.parametrize(
+    ("fields", "right", "wrong"),
+    [
+        ({"const_string": "<|im_start|>f"}, ["<|im_start|>f"], ["f"]),
+        (
+            {"tag": {"begin": "<|im_start|>f ", "content": JSON, "end": "<file_sep>"}},
+            ['<|im_start|>f {"a": 1}<file_sep>'],
+            ['f {"a": 1}<file_sep>', '<|im_start|>f {"a": 1}'],
+        ),
+        (
+            {"triggered_tags": {"tags": [{**TAG, "begin": "<|im_start|>f "}], "triggers": ["<|im_start|>f"]}},
+            ["Hm.", 'Hm. <|im_start|>f {"a": 1}</f> Hm.', '<|im_start|>f {"a": 1}</f>'],
+            ["Hm. <|im_start|>", '<|im_start|>g {"a": 1}</f>', "<|im_start|>f 1</f>"],
+        ),
+    ],
+)
+def test_a_special_token_that_is_spelled_out_is_the_token(
+    fields: dict[str, Any], right: list[str], wrong: list[str], tokenizer: TextTokenizer, table: LLTokenizer
+) -> None:
+    source = source_of(tokenizer, fields)
+    assert [text for text in right if not accepts(table, tokenizer, source, text)] == []
+    assert [text for text in wrong if accepts(table, tokenizer, source, text)] == []
+
+
 def test_formats_without_tokens_are_written_without_any(tokenizer: TextTokenizer) -> None:
     """As they were before tokens could be named."""
     triggered = {"tags": [{"begin": "<f>", "content": {"const_string": "a"}, "end": "</f>"}], "excluded": ["x"]}

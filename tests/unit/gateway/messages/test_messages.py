@@ -28,6 +28,9 @@ USAGE = UsageTotals(num_prompt_tokens=9, num_completion_tokens=5, num_cached_tok
 ARGUMENTS = '{"city": "Paris", "days": 3}'
 
 
+ASKED = [{"role": "user", "content": "hi"}]
+
+
 def converted(**fields: Any) -> dict[str, Any]:
     body = {"max_tokens": 5, "messages": [{"role": "user", "content": "hi"}], **fields}
     return chat_body(MessagesBody.model_validate(body)).model_dump(exclude_none=True)
@@ -68,6 +71,22 @@ def test_tools_results_and_thinking_become_a_chat() -> None:
     assert chat["tool_choice"] == "required" and chat["parallel_tool_calls"] is False
     assert chat["stop"] == ["END"] and chat["max_completion_tokens"] == 5
     assert chat["include_reasoning"] is True and chat["chat_template_kwargs"] == {"enable_thinking": True}
+
+
+def test_thinking_may_be_left_out_of_the_answer() -> None:
+    thinking = {"type": "adaptive", "display": "omitted"}
+    chat = chat_body(MessagesBody.model_validate({"messages": ASKED, "max_tokens": 9, "thinking": thinking}))
+    assert chat.include_reasoning is False and chat.chat_template_kwargs == {"enable_thinking": True}
+
+
+def test_the_older_name_of_a_format() -> None:
+    body = {"messages": ASKED, "max_tokens": 9, "output_format": {"type": "json_schema", "schema": {"type": "object"}}}
+    chat = chat_body(MessagesBody.model_validate(body))
+    assert chat.response_format is not None and chat.response_format.json_schema is not None
+    assert chat.response_format.json_schema.json_schema == {"type": "object"}
+    with pytest.raises(ApiError) as raised:
+        chat_body(MessagesBody.model_validate({**body, "output_config": {"format": body["output_format"]}}))
+    assert raised.value.param == "output_format"
 
 
 def test_a_begun_answer_is_continued() -> None:
