@@ -239,6 +239,16 @@ class EndsByItself(Protocol):
         ...
 
 
+@runtime_checkable
+class WaitsForOthers(Protocol):
+    """A runner whose launched steps may wait on the device for other ranks."""
+
+    def give_up(self) -> None:
+        """Have them end, one of the others being gone. What they leave is worthless, and so is every later step. Any
+        thread, any number of times."""
+        ...
+
+
 class Runner(Protocol):
     """What computes. All methods but `PendingStep.result` are called on the worker's main thread."""
 

@@ -311,7 +311,8 @@ class WorkerServer:
         session = launched.step.session
         try:
             result = launched.pending.result()
-            if session.is_over:
+            # A step that was given up has a result, and a worthless one.
+            if session.is_over or self._has_failed:
                 return
             response = worker_pb2.RunStepsResponse(result=encode_result(result, launched.queue_ns))
         except Exception as error:

@@ -45,7 +45,8 @@ class CudaRunner:
     Args:
         graphs: None launches every kernel by itself.
         compiler: context in which launches only compile their kernels.
-        give_up: called at the end, before the device is waited for; ends what waits for other ranks there.
+        give_up: called at the end, before the device is waited for, and when another rank is lost; ends what waits for
+            other ranks there.
         pooler: rows are worth a vector each, and no token is ever drawn; such steps are launched kernel by kernel.
         is_group: there are other ranks. They must lay every step out alike, so a row that got no token is not forgotten
             when its result is read, which is another moment on each: the control plane drops it.
@@ -103,10 +104,13 @@ class CudaRunner:
         if self._pooler is not None:
             self._pooler.clear()
 
-    def close(self) -> None:
-        self._rows.clear()
+    def give_up(self) -> None:
         if self._give_up is not None:
             self._give_up()
+
+    def close(self) -> None:
+        self._rows.clear()
+        self.give_up()
         self._synchronize()
         if self._graphs is not None:
             self._graphs.clear()

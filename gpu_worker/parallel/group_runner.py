@@ -18,6 +18,7 @@ from gpu_worker.runner_api import (
     StepResult,
     TokenMask,
     UsesPauses,
+    WaitsForOthers,
     WorkerFacts,
 )
 from gpu_worker.step_codec import encode_mask, encode_step
@@ -70,6 +71,9 @@ class GroupRunner:
         self._watch.stop()
         for followers in self._followers:
             followers.kill()
+        # Kernels wait in memory that stays mapped: a peer's end is nothing that they would see.
+        if isinstance(self._local, WaitsForOthers):
+            self._local.give_up()
 
     def execute(self, batch: StepBatch, wait_for_mask: Callable[[], TokenMask]) -> PendingStep:
         self._send(group_pb2.RankCommand(step=encode_step(batch)))

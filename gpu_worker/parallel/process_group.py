@@ -295,11 +295,6 @@ class RankGroup:
             raise RuntimeError("a group of one rank has nobody to receive from")
         return Arriving(self._everyone.recv([buffer], rank, (2 * step + kind) % _NUM_TAGS), buffer)
 
-    def abort(self) -> None:
-        """Give up what is under way; nothing can be asked of the group after."""
-        if self._stage is not None:
-            self._stage.abort()
-
 
 def single_rank(num_layers: int) -> RankGroup:
     """A group of one."""

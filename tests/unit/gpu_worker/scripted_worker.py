@@ -34,14 +34,18 @@ SLOW_EXECUTE = 6
 FAIL_RESET = 7
 # And one of this kind after a second.
 LATE_RESULT = 8
+# While a step of this kind is under way another part of the runner is lost; its result comes once it was given up.
+LOSE_A_PART = 9
 
 
 class ScriptedStep:
-    def __init__(self, batch: StepBatch, order: int, may_end: threading.Event) -> None:
-        self._batch, self._order, self._may_end = batch, order, may_end
+    def __init__(self, batch: StepBatch, order: int, may_end: threading.Event, lose: Callable[[], None]) -> None:
+        self._batch, self._order, self._may_end, self._lose = batch, order, may_end, lose
 
     def result(self) -> StepResult:
         step_id = self._batch.step_id
+        if self._order == LOSE_A_PART:
+            threading.Thread(target=self._lose).start()
         in_time = self._may_end.wait(60.0)
         if self._order == LATE_RESULT:
             time.sleep(1.0)
@@ -55,6 +59,15 @@ class ScriptedRunner:
     def __init__(self) -> None:
         self._last_may_end = threading.Event()
         self._fail_reset = False
+        self._given_up = threading.Event()
+        self._on_failure: Callable[[Exception], None] = lambda error: None
+
+    def watch(self, on_failure: Callable[[Exception], None], on_leaving: Callable[[str], None]) -> None:
+        self._on_failure = on_failure
+
+    def abandon(self) -> None:
+        logger.info("abandon")
+        self._given_up.set()
 
     def describe(self) -> WorkerFacts:
         return SimulationSpec(vocab_size=64).facts()
@@ -76,9 +89,13 @@ class ScriptedRunner:
             mask = wait_for_mask()
             logger.info(f"mask {batch.step_id}", rows=mask.rows.tolist(), words=mask.bitmask.tolist())
         self._last_may_end = threading.Event()
-        if order != UNTIL_NEXT:
+        if order == LOSE_A_PART:
+            self._last_may_end = self._given_up
+        elif order != UNTIL_NEXT:
             self._last_may_end.set()
-        return ScriptedStep(batch, order, self._last_may_end)
+        return ScriptedStep(
+            batch, order, self._last_may_end, lambda: self._on_failure(ZeroDivisionError("rank 1 ended"))
+        )
 
     def reset(self) -> None:
         logger.info("reset", thread=threading.current_thread().name)

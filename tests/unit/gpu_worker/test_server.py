@@ -341,6 +341,20 @@ def test_a_failing_runner_ends_the_process(worker: WorkerProcess, client: Worker
     assert "ZeroDivisionError" in failures[0]["exception"]
 
 
+def test_a_step_that_is_given_up_is_not_answered(worker: WorkerProcess, client: WorkerClient) -> None:
+    session = client.start("broken")
+    session.step(ordered(1))
+    assert session.result().step_id == 1
+    session.step(ordered(2, script.LOSE_A_PART))
+    # Its result comes before the stream ends, and says nothing that could be believed.
+    code, message = session.end()
+    assert code == grpc.StatusCode.INTERNAL and message.startswith("the worker failed in the group")
+    assert worker.wait_for_exit() == 1
+    events = [json.loads(line)["event"] for line in worker.lines if line.startswith("{")]
+    assert "abandon" in events and "result 2" in events
+    assert not [event for event in events if "did not end by itself" in event]
+
+
 def test_a_failing_reset_ends_the_process(worker: WorkerProcess, client: WorkerClient) -> None:
     session = client.start("first")
     session.step(ordered(1, script.FAIL_RESET))
