@@ -233,8 +233,8 @@ def fallback_lines() -> list[str]:
         "Of models that see or hear, and that the table has not, text is served by the whole of them, other parts",
         f"loaded with it; tested: {_quoted(whole)}.",
         "",
-        f"Refused, with the reason: {_quoted(refused)}; so is whatever else keeps nothing of what it has seen, counts",
-        "positions from its padding token on, or has rope that depends on the rest of the step (dynamic, longrope).",
+        f"Refused, with the reason: {_quoted(refused)}; so is whatever else keeps nothing of what it has seen, or",
+        "counts positions from its padding token on.",
     ]
 
 

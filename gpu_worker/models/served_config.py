@@ -31,6 +31,11 @@ def is_known_part(kind: Any) -> bool:
     return kind in _causal()
 
 
+def causal_class(kind: Any) -> str | None:
+    """The class of the causal language model of a `model_type`; None: transformers has none, or is not installed."""
+    return _causal().get(kind) if isinstance(kind, str) else None
+
+
 def auto_class(architecture: str) -> Any:
     """What builds models of this class."""
     from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM

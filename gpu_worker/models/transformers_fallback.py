@@ -43,6 +43,7 @@ from gpu_worker.models.refusals import first_line, unserved
 from gpu_worker.models.row_caches import RowCaches
 from gpu_worker.models.row_states import RowStates
 from gpu_worker.models.served_config import LANGUAGE_HEAD, LANGUAGE_MODEL, ServedConfig, auto_class
+from gpu_worker.models.settled_rope import settle_rope
 from gpu_worker.models.state_adapters import adapt_states
 from gpu_worker.quant.api import RandomValues
 from gpu_worker.quant.none import Unquantized
@@ -121,6 +122,7 @@ class TransformersModel(ModelFamily, LoadsItself):
                 "leave --quantization out"
             )
         self.spec, self.dtype, self.device = spec, build.dtype, build.device
+        self._max_position = max_position
         self._model: Any = None
         self._given: torch.Tensor | None = None
         self._attention: AttentionBackend[Any] | None = None
@@ -173,6 +175,7 @@ class TransformersModel(ModelFamily, LoadsItself):
 
     def _adopt(self, model: Any, found: ModelLayers) -> None:
         self._model = model.eval()
+        settle_rope(model, self._max_position)
         trunk = trunk_of(model)
         self._takes_positions, self._mask = takes_positions(trunk), placeholder_mask(model, self.device)
         if found.row_cache is not None:

@@ -51,6 +51,15 @@ from tests.unit.gpu_worker.models.test_families import PagedModel, check_logits
 from tests.unit.gpu_worker.models.tiny_checkpoints import Tiny, save_model
 
 SMALL: dict[str, Any] = {"num_hidden_layers": 2}
+# 40 tokens are more than the original context, so that transformers takes the long factors.
+LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 5000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "short_factor": [1.0 + 0.3 * i for i in range(5)],
+    "long_factor": [1.0 + 0.6 * i for i in range(5)],
+}
 CARRIED = {
     # Learnt positions, fused qkv in a transposed linear, a scale that differs from layer to layer.
     "gpt2": Tiny(GPT2Config, {"scale_attn_by_inverse_layer_idx": True, "n_positions": 256}),
@@ -61,6 +70,22 @@ CARRIED = {
     "phi": Tiny(PhiConfig, {"hidden_size": 72, "partial_rotary_factor": 0.5}),
     # A mixture of experts.
     "phimoe": Tiny(PhimoeConfig, {"sliding_window": None, "num_local_experts": 5}),
+    # Frequencies that transformers chooses anew in every step.
+    "dynamic-rope": Tiny(
+        GPTNeoXConfig,
+        {"rotary_pct": 1.0, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 4.0}},
+    ),
+    "longrope": Tiny(GPTNeoXConfig, {"rotary_pct": 1.0, "rope_parameters": LONGROPE}),
+    "phimoe-longrope": Tiny(
+        PhimoeConfig,
+        {
+            "sliding_window": None,
+            "num_local_experts": 5,
+            # transformers 5.23 takes the short factors for any length, and the scale by the length.
+            "rope_parameters": LONGROPE
+            | {"short_factor": LONGROPE["long_factor"], "short_mscale": 1.1, "long_mscale": 1.3},
+        },
+    ),
     "hunyuan": Tiny(
         HunYuanDenseV1Config,
         {
@@ -129,13 +154,6 @@ REFUSED = {
         "cannot be tried out",
     ),
     "xlm": (Tiny(XLMConfig, {"emb_dim": 60, "n_heads": 6, "n_layers": 2}), "cannot be tried out"),
-    "dynamic-rope": (
-        Tiny(
-            StableLmConfig,
-            {"hidden_size": 72, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 4.0}},
-        ),
-        r"its rope \(dynamic\) depends",
-    ),
     "roberta": (Tiny(RobertaConfig, {"is_decoder": True}), "from its padding token on"),
 }
 
@@ -145,6 +163,15 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
     reference = save_model(CARRIED[name], tmp_path)
     assert read_spec(tmp_path)[1] is TransformersModel
     check_logits(reference, tmp_path)
+
+
+def test_longrope_is_chosen_by_the_longest_sequence_that_is_served(tmp_path: Path) -> None:
+    """A row within the original context, where sequences may have 256 tokens: the beginning of a longer row."""
+    reference = save_model(CARRIED["longrope"], tmp_path)
+    tokens = list(range(5, 45))
+    with torch.inference_mode():
+        expected = reference(torch.tensor([tokens])).logits[0][:10]
+    torch.testing.assert_close(PagedModel(tmp_path).logits(tokens[:10], 0), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["gpt-neox", "vaultgemma"])
