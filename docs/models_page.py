@@ -301,9 +301,9 @@ OTHERS = """\
 
 What transformers has code for, and the table has not, runs through
 [transformers_fallback.py](../gpu_worker/models/transformers_fallback.py): transformers' forward pass, the paged cache
-by its attention interface, the same scheduler and sampling; the worker's log says so. One device, weights that are not
-quantized, plain torch. A repository's own code is never run. Every causal class that can be built small is tried: it
-computes like transformers, or it is refused
+by its attention interface, the same scheduler and sampling; the worker's log says so. One device, plain torch;
+quantized weights are dequantized while they are loaded. A repository's own code is never run. Every causal class that
+can be built small is tried: it computes like transformers, or it is refused
 ([test_every_causal_class.py](../tests/unit/gpu_worker/models/test_every_causal_class.py)).
 """
 POOLING = """\

@@ -43,6 +43,13 @@ def auto_class(architecture: str) -> Any:
     return AutoModelForCausalLM if architecture in _causal().values() else AutoModelForMultimodalLM
 
 
+def model_class(architecture: str) -> Any:
+    """The class of transformers that is called so."""
+    import transformers
+
+    return getattr(transformers, architecture)
+
+
 def _causal() -> dict[str, str]:
     """`model_type` -> class of a causal language model; empty without transformers."""
     try:
@@ -109,6 +116,9 @@ def _open_config(directory: Path) -> Any:
         raise ModelConfigError(
             f"{directory / 'config.json'}: transformers cannot read it ({first_line(error)})"
         ) from error
+    for part in (config, config.get_text_config()):
+        # Packed weights are unpacked here, and not by transformers.
+        part.__dict__.pop("quantization_config", None)
     # Only to be warned of padding, which a step has none of; looking for it reads token ids back from the device.
     # Some classes insist on a number.
     with contextlib.suppress(Exception):
