@@ -258,12 +258,21 @@ def test_architectures_that_are_left_out_or_written_otherwise(architectures: lis
         read_spec(tmp_path)
 
 
-def test_names_of_the_trunk_under_the_architecture_of_the_whole(tmp_path: Path) -> None:
-    """Qwen3-Embedding and gte-Qwen2 are published so."""
+@pytest.mark.parametrize(
+    ("trunk", "head"),
+    [("", "lm_head."), ("language_model.model.", "language_model.lm_head."), ("model.language_model.", "lm_head.")],
+    ids=["of the trunk", "of a part in transformers 4", "of a part in transformers 5"],
+)
+def test_names_of_a_trunk_or_part_under_the_architecture_of_the_whole(trunk: str, head: str, tmp_path: Path) -> None:
+    """Qwen3-Embedding and gte-Qwen2 are published like the first, language models cut out of others like the rest."""
     save_tiny("qwen3", tmp_path)
     before = PagedModel(tmp_path).logits([5, 6, 7], 0)
     file = tmp_path / "model.safetensors"
-    save_file({name.removeprefix("model."): tensor for name, tensor in load_file(file).items()}, file)
+    renamed = {
+        name.replace("model.", trunk, 1) if name.startswith("model.") else name.replace("lm_head.", head): tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(renamed, file)
     assert torch.equal(PagedModel(tmp_path).logits([5, 6, 7], 0), before)
 
 

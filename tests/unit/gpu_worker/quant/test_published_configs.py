@@ -223,6 +223,8 @@ WHOLE_CONFIGS: dict[str, tuple[dict[str, Any], WeightFormat | None]] = {
         GptqFormat(4, 128, True),
     ),
     "awq-in-capitals": ({"quantization_config": AWQ | {"quant_method": "AWQ", "version": "GEMM"}}, AwqFormat(128)),
+    # The kernel that somebody's transformers was to load it with, saved again.
+    "awq-for-exllama": ({"quantization_config": AWQ | {"version": "exllama"}}, AwqFormat(128)),
     "gptq-with-static-groups": (
         {"quantization_config": GPTQ | {"desc_act": True, "static_groups": True, "sym": False}},
         GptqFormat(4, 128, True),
