@@ -233,8 +233,8 @@ def fallback_lines() -> list[str]:
         "Of models that see or hear, and that the table has not, text is served by the whole of them, other parts",
         f"loaded with it; tested: {_quoted(whole)}.",
         "",
-        f"Refused, with the reason: {_quoted(refused)}; so is whatever else keeps nothing of what it has seen, counts",
-        "positions from its padding token on, or has rope that depends on the rest of the step (dynamic, longrope).",
+        f"Refused, with the reason: {_quoted(refused)}; so is whatever else keeps nothing of what it has seen, or",
+        "counts positions from its padding token on.",
     ]
 
 
@@ -301,9 +301,9 @@ OTHERS = """\
 
 What transformers has code for, and the table has not, runs through
 [transformers_fallback.py](../gpu_worker/models/transformers_fallback.py): transformers' forward pass, the paged cache
-by its attention interface, the same scheduler and sampling; the worker's log says so. One device, weights that are not
-quantized, plain torch. A repository's own code is never run. Every causal class that can be built small is tried: it
-computes like transformers, or it is refused
+by its attention interface, the same scheduler and sampling; the worker's log says so. One device, plain torch;
+quantized weights are dequantized while they are loaded. A repository's own code is never run. Every causal class that
+can be built small is tried: it computes like transformers, or it is refused
 ([test_every_causal_class.py](../tests/unit/gpu_worker/models/test_every_causal_class.py)).
 """
 POOLING = """\

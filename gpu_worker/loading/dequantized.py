@@ -1,7 +1,7 @@
 """A quantized checkpoint seen as plain weights, for layers that keep no packed ones (experts, tables).
 
-`module.weight` is listed where the checkpoint has that module's packed tensors instead, and decoded to bfloat16 when
-it is read, the asked part only. GPT-OSS's fused experts are seen as their bfloat16 release stores them.
+`module.weight` is listed where the checkpoint has that module's packed tensors instead, and decoded to the model's type
+when it is read, the asked part only. GPT-OSS's fused experts are seen as their bfloat16 release stores them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from gpu_worker.parallel.shares import Share
 from gpu_worker.quant.formats import WeightFormat
 from gpu_worker.quant.weights import Float4Weight, dequantized
 
-PLAIN_DTYPE = torch.bfloat16
 # Of rules only the names matter here.
 ANY_SIZE = (1024, 1024)
 BLOCKS, SCALES = "_blocks", "_scales"
@@ -39,12 +38,17 @@ class DequantizedSource:
     Args:
         format_of: module name -> how the module is stored; None: plainly.
         wanted: the names that the model asks for.
+        dtype: what the model computes in: no value is rounded to a narrower type on its way.
     """
 
     def __init__(
-        self, source: TensorSource, format_of: Callable[[str], WeightFormat | None], wanted: Collection[str]
+        self,
+        source: TensorSource,
+        format_of: Callable[[str], WeightFormat | None],
+        wanted: Collection[str],
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        self._source = source
+        self._source, self._dtype = source, dtype
         self._infos = {info.name: info for info in source.names()}
         self._modules: dict[str, _Module] = {}
         self._experts: dict[str, tuple[TensorInfo, TensorInfo]] = {}
@@ -88,9 +92,9 @@ class DequantizedSource:
         listed = list(self._plain)
         for name, module in self._modules.items():
             file = next(iter(module.tensors.values())).file
-            listed.append(TensorInfo(name, module.size, PLAIN_DTYPE, file))
+            listed.append(TensorInfo(name, module.size, self._dtype, file))
         for name, (blocks, _) in self._experts.items():
-            listed.append(TensorInfo(name, _expert_shape(blocks), PLAIN_DTYPE, blocks.file))
+            listed.append(TensorInfo(name, _expert_shape(blocks), self._dtype, blocks.file))
         return listed
 
     def read(self, name: str, index: TensorIndex | None = None) -> torch.Tensor:
@@ -107,7 +111,7 @@ class DequantizedSource:
             suffix: self._source.read(info.name, module.stored.index(suffix, info.shape, rows, cols) or None)
             for suffix, info in module.tensors.items()
         }
-        return dequantized(module.stored.decode(tensors, rows, cols), PLAIN_DTYPE)
+        return dequantized(module.stored.decode(tensors, rows, cols), self._dtype)
 
     def _read_experts(self, name: str, index: TensorIndex | None) -> torch.Tensor:
         """blocks [experts, outputs, inputs / 32, 16] -> [experts, inputs, outputs]."""
@@ -122,7 +126,7 @@ class DequantizedSource:
             ).dequantize()
             for one in range(experts.start, experts.stop)
         ]
-        return torch.stack(decoded)[:, :, inputs].transpose(1, 2).to(PLAIN_DTYPE)
+        return torch.stack(decoded)[:, :, inputs].transpose(1, 2).to(self._dtype)
 
     def close(self) -> None:
         self._source.close()

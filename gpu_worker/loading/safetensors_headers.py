@@ -204,11 +204,15 @@ def _parse_entry(file: Path, name: str, fields: Any) -> HeaderEntry:
 
 def _find_files(directory: Path) -> tuple[list[Path], dict[str, Path] | None]:
     """The files that make up the model, and the index (tensor name to file) if there is one."""
+    single = directory / SINGLE_NAME
     if (directory / INDEX_NAME).exists():
         index = _load_index(directory)
-        return sorted(set(index.values())), index
-    if (directory / SINGLE_NAME).exists():
-        return [directory / SINGLE_NAME], None
+        # Tools that quantize copy the index of the model that they read, whose shards are not those that they write.
+        if not (single.exists() and not any(file.exists() for file in index.values())):
+            _check_shards(index)
+            return sorted(set(index.values())), index
+    if single.exists():
+        return [single], None
     found = sorted(directory.glob("*.safetensors"))
     shards = [match for file in found if (match := _SHARD_NAME.fullmatch(file.name))]
     if shards:
@@ -256,6 +260,10 @@ def _load_index(directory: Path) -> dict[str, Path]:
             raise CheckpointError(file, f"its file name {shard!r} is not the plain name of a file", tensor=name)
         _refuse_pickle(directory / shard)
         index[name] = directory / shard
+    return index
+
+
+def _check_shards(index: dict[str, Path]) -> None:
     for shard_file in sorted(set(index.values())):
         if not shard_file.exists():
             example = next(name for name, where in index.items() if where == shard_file)
@@ -265,7 +273,6 @@ def _load_index(directory: Path) -> dict[str, Path]:
                 tensor=example,
                 advice=_DOWNLOAD_ADVICE,
             )
-    return index
 
 
 def _check_shards_without_index(directory: Path, shards: list[re.Match[str]]) -> list[Path]:

@@ -24,6 +24,7 @@ from gpu_worker.models.refusals import NotPaged, first_line, refused, unserved
 from gpu_worker.models.row_caches import RowCacheSize, measure
 from gpu_worker.models.row_states import INDIFFERENT, PLACES, StateProbe
 from gpu_worker.models.served_config import auto_class
+from gpu_worker.models.settled_rope import settle_rope
 from gpu_worker.models.state_adapters import adapt_states
 
 INTERFACE = "stepwire"
@@ -32,8 +33,6 @@ SLOT = "stepwire_slot"
 _PROBE_TOKENS = 13
 # What attention functions are given beside q, k and v, as far as the paged backend has it or need not know it.
 _CARRIED = {"scaling", "sliding_window", "softcap", "s_aux", "is_causal", "alibi_slopes"}
-# Rope whose frequencies hang on the longest sequence of the step: a row would depend on its neighbours.
-_STEP_DEPENDENT_ROPES = ("dynamic", "longrope")
 _ATTENTION_KINDS = {FULL, SLIDING}
 # Kinds of layers that keep a state for a row, attend beside that, or do neither.
 _HYBRID, _HYBRID_SLIDING = "hybrid", "hybrid_sliding"
@@ -168,7 +167,6 @@ def probe_layers(hf_config: Any, architecture: str, dtype: torch.dtype) -> Model
     """
     key = architecture, dtype, json.dumps(hf_config.to_dict(), sort_keys=True, default=str)
     if key not in _found:
-        _check_rope(hf_config, architecture)
         try:
             _found[key] = _run_on_meta(hf_config, architecture, dtype)
         except NotPaged as refusal:
@@ -242,7 +240,7 @@ def _build(hf_config: Any, architecture: str, dtype: torch.dtype, *, attends_its
     AttentionInterface.register(INTERFACE, paged_attention)
     try:
         with torch.device("meta"):
-            return auto_class(architecture).from_config(
+            model = auto_class(architecture).from_config(
                 hf_config,
                 dtype=dtype,
                 attn_implementation=None if attends_itself else attention_implementation(architecture),
@@ -255,6 +253,8 @@ def _build(hf_config: Any, architecture: str, dtype: torch.dtype, *, attends_its
         raise refused(architecture, reason if error.args == (INTERFACE,) else f"transformers lacks {error}") from error
     except Exception as error:  # whatever a class says to a config that it does not like
         raise unserved(architecture, f"transformers cannot build it ({first_line(error)})") from error
+    settle_rope(model, 0)
+    return model
 
 
 def _leave_experts_out(model: Any) -> None:
@@ -271,15 +271,6 @@ def _run_trunk(model: Any, trunk: Any) -> Any:
     places = {"position_ids": torch.arange(_PROBE_TOKENS, device="meta").unsqueeze(0)} if takes_positions(trunk) else {}
     ids = torch.zeros(1, _PROBE_TOKENS, dtype=torch.int64, device="meta")
     return trunk(input_ids=ids, attention_mask=placeholder_mask(model, "meta"), use_cache=False, **places)
-
-
-def _check_rope(hf_config: Any, architecture: str) -> None:
-    rope = getattr(hf_config.get_text_config(), "rope_parameters", None) or {}
-    nested = [part for part in rope.values() if isinstance(part, dict)] or [rope]
-    # Hunyuan's "dynamic" has a fixed factor.
-    kinds = {str(part.get("rope_type")) for part in nested if not part.get("alpha")} & set(_STEP_DEPENDENT_ROPES)
-    if kinds:
-        raise unserved(architecture, f"its rope ({', '.join(kinds)}) depends on what else is in a step")
 
 
 def _check_names(model: Any, architecture: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,9 +14,12 @@ from gpu_worker.layers.decoder import Decoder, HiddenStates
 from gpu_worker.model_spec import ModelSpec
 from gpu_worker.models.hf_config import HfConfig
 from gpu_worker.models.kept_rows import KeptRows
+from gpu_worker.models.served_config import LANGUAGE_HEAD, LANGUAGE_MODEL
 from gpu_worker.quant.api import RandomValues
 
 MAX_MTP_LAYERS = 4
+_OF_PART, _HEAD_OF_PART = re.compile(LANGUAGE_MODEL), re.compile(LANGUAGE_HEAD)
+_OF_TRUNK = re.compile(r"(embed_tokens|layers\.\d+|norm)\.")
 NameRules = dict[str, dict[str, str]]
 """Layer path -> part -> place of its tensors in the checkpoint; `{i}` stands for the layer's number.
 
@@ -50,7 +54,10 @@ class ModelFamily(Decoder):
     @classmethod
     def canonical_name(cls, name: str) -> str:
         """A checkpoint tensor's name as the rules have it, where releases differ."""
-        return name
+        # Saved from the trunk alone, under the architecture of the whole (Qwen3-Embedding), or cut out of a model that
+        # sees as well, under the names that it had there.
+        name = _OF_PART.sub("model.", _HEAD_OF_PART.sub("lm_head.", name))
+        return f"model.{name}" if _OF_TRUNK.match(name) else name
 
     @classmethod
     def unused_tensors(cls, spec: ModelSpec) -> str:

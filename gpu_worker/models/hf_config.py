@@ -92,8 +92,9 @@ class HfConfig:
         return [str(name) for name in value]
 
     def dtype(self) -> torch.dtype:
-        """`dtype` (transformers 5) or `torch_dtype` (4); float32 where neither is given."""
-        name = str(self.fields.get("dtype") or self.fields.get("torch_dtype") or "float32").removeprefix("torch.")
+        """`dtype` (transformers 5) or `torch_dtype` (4); float32 where neither says one."""
+        given = (self.fields.get(field) for field in ("dtype", "torch_dtype"))
+        name = next((str(name) for name in given if name and name != "auto"), "float32").removeprefix("torch.")
         if name not in _DTYPES:
             raise self.error("dtype", f"is {name!r}, expected one of {', '.join(_DTYPES)}")
         return _DTYPES[name]
@@ -201,9 +202,12 @@ class HfConfig:
         """
         nested = self.rope_parameters(layer_type)
         kind = nested.text("rope_type", "default")
-        kind = "longrope" if kind == "su" else kind
+        if kind == "dynamic":
+            nested.refuse("alpha")  # Hunyuan's, by which its base grows whatever the length
+        # It stretches nothing within max_position_embeddings, which no sequence exceeds here.
+        kind = {"su": "longrope", "dynamic": "default"}.get(kind, kind)
         if kind not in _ROPE_KINDS:
-            raise nested.error("rope_type", f"is {kind!r}, supported are {', '.join(_ROPE_KINDS)}")
+            raise nested.error("rope_type", f"is {kind!r}, supported are {', '.join(_ROPE_KINDS)}, dynamic")
         theta = nested.number("rope_theta", self.number("rope_theta", default_theta))
         share = nested.number("partial_rotary_factor", self.number("partial_rotary_factor", 1.0))
         # As in transformers: outside (Phi-3) before inside, and else what the model was made for.
@@ -297,4 +301,19 @@ class HfConfig:
         }
         if "norm_eps" not in fields:
             common["norm_eps"] = self.number("rms_norm_eps", 1e-6)
-        return ModelSpec(architecture=architecture, layers=layers, **(common | fields))
+        merged = common | fields
+        merged["max_position_embeddings"] = max(merged["max_position_embeddings"], self._stretched_context())
+        return ModelSpec(architecture=architecture, layers=layers, **merged)
+
+    def _stretched_context(self) -> int:
+        """What YaRN stretches the context to; 0: it does not.
+
+        Who stretches a model by hand, as Qwen's model cards say, leaves `max_position_embeddings` as it was.
+        """
+        for name in ("rope_scaling", "rope_parameters"):
+            rope = self.fields.get(name)
+            if isinstance(rope, dict) and "yarn" in (rope.get("rope_type"), rope.get("type")):
+                original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+                if isinstance(original, int) and isinstance(factor, int | float):
+                    return int(original * factor)
+        return 0

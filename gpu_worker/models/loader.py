@@ -24,6 +24,7 @@ from gpu_worker.models.family import LoadsItself, ModelFamily
 from gpu_worker.models.hf_config import HfConfig
 from gpu_worker.models.matched_checkpoint import matched_checkpoint
 from gpu_worker.models.registry import find_family, known_architectures
+from gpu_worker.models.served_config import causal_class
 from gpu_worker.quant.scheme import read_quantization
 
 log = structlog.get_logger(__name__)
@@ -48,8 +49,12 @@ def read_spec(directory: Path) -> tuple[ModelSpec, type[ModelFamily]]:
 
 def _find_family(config: HfConfig) -> tuple[str, type[ModelFamily]]:
     """Many repositories of architectures known here carry code for older transformers as well: that is not needed."""
+    architectures = config.architectures()
+    if not architectures:
+        # Not every tool writes them; what makes one model of a `model_type` is known then.
+        architectures = [name for name in (causal_class(config.fields.get("model_type")),) if name]
     try:
-        return find_family(config.architectures())
+        return find_family(architectures)
     except ModelConfigError:
         if not config.fields.get("auto_map"):
             raise

@@ -127,7 +127,8 @@ def matched_checkpoint(model: ModelFamily, path: Path) -> Iterator[MatchedCheckp
     places = checkpoint_places(model)
     checkpoint = open_checkpoint(path)
     try:
-        source = _as_wanted(_ServedTensors(checkpoint, type(model), model.spec), checkpoint, path, places)
+        served = _ServedTensors(checkpoint, type(model), model.spec)
+        source = _as_wanted(served, checkpoint, path, places, model.dtype)
         infos = list(source.names())
         scales = tuple(info for info in infos if is_kv_scale(info.name) and info.name not in places)
         check_kv_scales(scales, model.spec.num_layers)
@@ -162,7 +163,7 @@ def _problem(place: Place, info: TensorInfo) -> str | None:
 
 
 def _as_wanted(
-    served: _ServedTensors, checkpoint: TensorSource, path: Path, places: Mapping[str, list[Place]]
+    served: _ServedTensors, checkpoint: TensorSource, path: Path, places: Mapping[str, list[Place]], dtype: torch.dtype
 ) -> TensorSource:
     """The checkpoint as the model's layers ask for it: packed where they keep packed weights, plain elsewhere."""
     if isinstance(checkpoint, GgufReader):
@@ -180,4 +181,4 @@ def _as_wanted(
         return module_format(quant, module, modules.name_of(module), stored)
 
     shapes = {name: whole_shape(shared) for name, shared in places.items()}
-    return DequantizedSource(StackedExpertsSource(plain, shapes, format_of), format_of, places.keys())
+    return DequantizedSource(StackedExpertsSource(plain, shapes, format_of), format_of, places.keys(), dtype)

@@ -57,6 +57,8 @@ def _pooled_family(architecture: str) -> tuple[str, type[ModelFamily]] | None:
 def find_family(architectures: Sequence[str]) -> tuple[str, type[ModelFamily]]:
     """The first of a config's `architectures` that can be served, and its family; native code goes first.
 
+    Capitals do not matter: the first conversions of Llama call it `LLaMAForCausalLM`.
+
     Raises:
         ModelConfigError: none can; the message lists those that can.
     """
@@ -64,6 +66,11 @@ def find_family(architectures: Sequence[str]) -> tuple[str, type[ModelFamily]]:
     for name in architectures:
         if name in _families:
             return name, _families[name]
+    by_small_letters = {name.lower(): name for name in _families}
+    for name in architectures:
+        if name.lower() in by_small_letters:
+            known = by_small_letters[name.lower()]
+            return known, _families[known]
     for name in architectures:
         pooled = _pooled_family(name)
         if pooled is not None:

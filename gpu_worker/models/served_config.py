@@ -31,11 +31,23 @@ def is_known_part(kind: Any) -> bool:
     return kind in _causal()
 
 
+def causal_class(kind: Any) -> str | None:
+    """The class of the causal language model of a `model_type`; None: transformers has none, or is not installed."""
+    return _causal().get(kind) if isinstance(kind, str) else None
+
+
 def auto_class(architecture: str) -> Any:
     """What builds models of this class."""
     from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
     return AutoModelForCausalLM if architecture in _causal().values() else AutoModelForMultimodalLM
+
+
+def model_class(architecture: str) -> Any:
+    """The class of transformers that is called so."""
+    import transformers
+
+    return getattr(transformers, architecture)
 
 
 def _causal() -> dict[str, str]:
@@ -104,6 +116,9 @@ def _open_config(directory: Path) -> Any:
         raise ModelConfigError(
             f"{directory / 'config.json'}: transformers cannot read it ({first_line(error)})"
         ) from error
+    for part in (config, config.get_text_config()):
+        # Packed weights are unpacked here, and not by transformers.
+        part.__dict__.pop("quantization_config", None)
     # Only to be warned of padding, which a step has none of; looking for it reads token ids back from the device.
     # Some classes insist on a number.
     with contextlib.suppress(Exception):

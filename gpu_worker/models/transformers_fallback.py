@@ -39,13 +39,15 @@ from gpu_worker.models.fallback_probe import (
 )
 from gpu_worker.models.family import LoadsItself, ModelFamily, NameRules
 from gpu_worker.models.hf_config import HfConfig
+from gpu_worker.models.plain_state import plain_state
 from gpu_worker.models.refusals import first_line, unserved
 from gpu_worker.models.row_caches import RowCaches
 from gpu_worker.models.row_states import RowStates
-from gpu_worker.models.served_config import LANGUAGE_HEAD, LANGUAGE_MODEL, ServedConfig, auto_class
+from gpu_worker.models.served_config import LANGUAGE_HEAD, LANGUAGE_MODEL, ServedConfig, auto_class, model_class
+from gpu_worker.models.settled_rope import settle_rope
 from gpu_worker.models.state_adapters import adapt_states
 from gpu_worker.quant.api import RandomValues
-from gpu_worker.quant.none import Unquantized
+from gpu_worker.quant.scheme import OnLoadScheme
 
 log = structlog.get_logger(__name__)
 
@@ -70,12 +72,6 @@ class TransformersModel(ModelFamily, LoadsItself):
     def read_config(config: HfConfig, architecture: str) -> ModelSpec:
         nested = config.fields.get("text_config")
         text = HfConfig({**config.fields, **nested} if isinstance(nested, dict) else config.fields, config.file)
-        if text.is_quantized():
-            raise config.error(
-                "quantization_config",
-                f"is set, and {architecture} runs through transformers' own code, which takes plain weights only; "
-                "use the release of the model that is not quantized",
-            )
         served = ServedConfig.of(Path(config.file).parent, architecture)
         found = probe_layers(served.config, served.architecture, text.dtype())
         calls = found.calls or (_NO_ATTENTION,)
@@ -115,12 +111,13 @@ class TransformersModel(ModelFamily, LoadsItself):
                 f"{spec.architecture} runs through transformers' own code, which is not split over devices: "
                 "set --tensor-parallel-size 1"
             )
-        if not isinstance(build.quant, Unquantized):
+        if isinstance(build.quant, OnLoadScheme):
             raise ModelConfigError(
                 f"{spec.architecture} runs through transformers' own code, which takes plain weights only: "
                 "leave --quantization out"
             )
         self.spec, self.dtype, self.device = spec, build.dtype, build.device
+        self._max_position = max_position
         self._model: Any = None
         self._given: torch.Tensor | None = None
         self._attention: AttentionBackend[Any] | None = None
@@ -132,12 +129,20 @@ class TransformersModel(ModelFamily, LoadsItself):
         SafetensorsReader(path).close()
 
     def load_checkpoint(self, path: Path) -> None:
-        SafetensorsReader(path).close()
+        state = plain_state(path, self.dtype)
+        if state is not None:
+            log.warning(
+                "quantized weights are dequantized for transformers' own code: they take the memory of plain ones",
+                architecture=self.spec.architecture,
+            )
         served = ServedConfig.of(path, self.spec.architecture)
         found = probe_layers(served.config, served.architecture, self.spec.dtype)
         try:
-            model, report = auto_class(served.architecture).from_pretrained(
-                path,
+            # Its own class, since of a dictionary the automatic ones do not know what it is of.
+            loader = auto_class(served.architecture) if state is None else model_class(served.architecture)
+            model, report = loader.from_pretrained(
+                path if state is None else None,
+                state_dict=state,
                 config=served.config,
                 dtype=self.dtype,
                 attn_implementation=_attention(found, served.architecture),
@@ -173,6 +178,7 @@ class TransformersModel(ModelFamily, LoadsItself):
 
     def _adopt(self, model: Any, found: ModelLayers) -> None:
         self._model = model.eval()
+        settle_rope(model, self._max_position)
         trunk = trunk_of(model)
         self._takes_positions, self._mask = takes_positions(trunk), placeholder_mask(model, self.device)
         if found.row_cache is not None:

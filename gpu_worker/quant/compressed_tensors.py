@@ -58,6 +58,8 @@ def read_compressed_tensors(section: ConfigSection) -> QuantConfig:
     groups = section.fields.get("config_groups")
     if not groups and sparsity:
         return QuantConfig("compressed-tensors", lambda name: None, "compressed-tensors (sparse, stored densely)")
+    if not groups and section.fields.get("kv_cache_scheme"):
+        return QuantConfig("compressed-tensors", lambda name: None, "compressed-tensors (scales of the KV cache alone)")
     if not isinstance(groups, dict) or not groups:
         raise section.error("config_groups", "is missing or empty")
     schemes: list[tuple[_Names, WeightFormat]] = []
@@ -181,6 +183,8 @@ def _read_activations(section: ConfigSection, inputs: Any, kind: str) -> Activat
         raise section.error("config_groups.input_activations", "is no object")
     inner = ConfigSection(inputs, section._error)
     number = "float" if kind == "float8" else "int"
+    if kind == "int8" and inputs.get("type") == "float" and inner.boolean("dynamic", False):
+        return None  # W4AFP8: inputs stay as they are, which makes no result worse
     if inputs.get("type", "int") != number or inner.integer("num_bits") != 8:
         raise section.refuse(
             f"compressed-tensors {number} weights with activations of {inputs.get('num_bits')} bit {inputs.get('type')}"

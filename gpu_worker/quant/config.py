@@ -149,7 +149,8 @@ def read_awq(section: ConfigSection) -> QuantConfig:
     version = section.text("version", section.text("checkpoint_format", section.text("format", "gemm"))).lower()
     if section.text("backend", "") == "llm-awq":
         version = "llm-awq"
-    if version != "gemm":
+    # The kernels that transformers was asked for, which read the same layout.
+    if version not in ("gemm", "exllama", "ipex"):
         raise section.refuse(f"awq with version {version!r}")
     order = section.text("pack_method", "reorder")  # Quark's name for AutoAWQ's order of nibbles
     if order != "reorder":

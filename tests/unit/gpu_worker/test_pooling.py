@@ -141,6 +141,21 @@ def test_a_trunk_without_head_embeds_by_itself(config: Any, tmp_path: Path) -> N
         load(tmp_path, task="generate")
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_trunk_that_calls_itself_a_causal_model_embeds(tied: bool, tmp_path: Path) -> None:
+    """Qwen3-Embedding: a trunk's names, no lm_head, and the architecture of a model that has one."""
+    torch.manual_seed(1)
+    config = Qwen3Config(**(BASE | {"tie_word_embeddings": tied}), head_dim=18)
+    reference = save(AutoModel.from_config(config), tmp_path)
+    expected = torch.stack([states_of(reference, text)[-1] for text in TEXTS])
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"architectures": ["Qwen3ForCausalLM"]}))
+    write_modules(tmp_path, ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize"))
+    write_pooling(tmp_path, pooling_mode_lasttoken=True)
+    got = embed(load(tmp_path), TEXTS)
+    np.testing.assert_allclose(got, torch.nn.functional.normalize(expected, dim=-1), atol=1e-5)
+
+
 @pytest.mark.parametrize("family", ["bert", "xlm-roberta"])
 def test_an_encoder_sees_the_whole_text(family: str, tmp_path: Path) -> None:
     config_class = BertConfig if family == "bert" else XLMRobertaConfig

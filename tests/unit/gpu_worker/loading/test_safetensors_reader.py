@@ -121,6 +121,18 @@ def test_a_missing_shard_is_named_with_a_tensor_of_it(tmp_path: Path) -> None:
     assert f"{SHARDS[1]}: this shard (2 of 2) does not exist" in _refusal(tmp_path)
 
 
+def test_the_index_of_another_model_beside_a_single_file(tmp_path: Path) -> None:
+    """Tools that quantize copy what lies beside the weights that they read."""
+    tensors = _write_sharded(tmp_path)
+    for shard in SHARDS:
+        (tmp_path / shard).unlink()
+    save_file(tensors, tmp_path / "model.safetensors")
+    _assert_reads(tmp_path, tensors)
+    # Where one of the shards is there, the index speaks of this model.
+    save_file({"embed": tensors["embed"]}, tmp_path / SHARDS[0])
+    assert f"{SHARDS[1]}: tensor 'scale': this shard" in _refusal(tmp_path)
+
+
 def test_an_index_that_does_not_fit_its_shards(tmp_path: Path) -> None:
     _write_sharded(tmp_path)
     index = json.loads((tmp_path / INDEX_NAME).read_text())

@@ -65,7 +65,8 @@ def test_the_first_known_architecture_is_taken() -> None:
             {"rope_parameters": {"rope_type": "longrope"}, "max_position_embeddings": ...},
             ["rope_type longrope", "original_max"],
         ),
-        ({"rope_parameters": {"rope_type": "dynamic"}}, ["rope_type", "dynamic", "llama3"]),
+        ({"rope_parameters": {"rope_type": "ntk"}}, ["rope_type", "ntk", "llama3", "dynamic"]),
+        ({"rope_parameters": {"rope_type": "dynamic", "alpha": 50.0}}, ["alpha", "50.0"]),
         ({"rope_parameters": {"rope_type": "longrope"}}, ["short_factor", "list"]),
         (
             {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}},

@@ -65,6 +65,7 @@ ROPES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "linear": ("llama", {"rope_theta": 10000, "rope_scaling": {"type": "linear", "factor": 4}}),
     "theta-inside": ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "rope_theta": 77.0}}),
+    "dynamic": ("llama", {"rope_theta": 10000, "rope_scaling": {"type": "dynamic", "factor": 2.0}}),
     "null": ("llama", {"rope_theta": 1000000, "rope_scaling": None}),
     "default-twice": ("llama", {"rope_theta": 5e5, "rope_scaling": {"rope_type": "default", "type": "default"}}),
     "partial": ("glm4", {"head_dim": 128, "partial_rotary_factor": 0.5, "rope_theta": 10000.0}),
@@ -117,6 +118,24 @@ def spec_of(architecture: str, **fields: Any) -> Any:
         ("LlamaForCausalLM", {"eos_token_id": [7, 8, 9]}, {"eos_token_ids": (7, 8, 9)}),
         ("LlamaForCausalLM", {"eos_token_id": None}, {"eos_token_ids": ()}),
         ("LlamaForCausalLM", {}, {"tie_word_embeddings": False}),
+        ("LlamaForCausalLM", {"torch_dtype": "auto"}, {"dtype": torch.float32}),
+        ("LlamaForCausalLM", {"dtype": "auto", "torch_dtype": "float16"}, {"dtype": torch.float16}),
+        # As Qwen's model cards say to stretch a model, and as DeepSeek and Kimi publish theirs.
+        (
+            "Qwen2ForCausalLM",
+            {"max_position_embeddings": 32768, "rope_scaling": YARN | {"type": "yarn"}},
+            {"max_position_embeddings": 131_072},
+        ),
+        (
+            "LlamaForCausalLM",
+            {"max_position_embeddings": 163_840, "rope_scaling": YARN | {"type": "yarn"}},
+            {"max_position_embeddings": 163_840},
+        ),
+        (
+            "LlamaForCausalLM",
+            {"max_position_embeddings": 8192, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+            {"max_position_embeddings": 8192},
+        ),
         ("Gemma2ForCausalLM", {"head_dim": 128}, {"tie_word_embeddings": True}),
         ("Qwen3ForCausalLM", {}, {"head_dim": 128}),
     ],
@@ -222,6 +241,38 @@ def test_what_lies_beside_the_weights_and_among_them(tmp_path: Path) -> None:
     for file in ("consolidated.safetensors", "adapter_model.safetensors"):
         save_file({"tok_embeddings.weight": torch.ones(3)}, tmp_path / file)
     (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    assert torch.equal(PagedModel(tmp_path).logits([5, 6, 7], 0), before)
+
+
+@pytest.mark.parametrize(
+    "architectures", [None, [], ["LLaMAForCausalLM"]], ids=["null", "empty", "in capitals of 2023"]
+)
+def test_architectures_that_are_left_out_or_written_otherwise(architectures: list[str] | None, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    before = PagedModel(tmp_path).logits([5, 6, 7], 0)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"architectures": architectures}))
+    assert torch.equal(PagedModel(tmp_path).logits([5, 6, 7], 0), before)
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"architectures": [], "model_type": "of_my_own"}))
+    with pytest.raises(ModelConfigError, match="names nothing in architectures"):
+        read_spec(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("trunk", "head"),
+    [("", "lm_head."), ("language_model.model.", "language_model.lm_head."), ("model.language_model.", "lm_head.")],
+    ids=["of the trunk", "of a part in transformers 4", "of a part in transformers 5"],
+)
+def test_names_of_a_trunk_or_part_under_the_architecture_of_the_whole(trunk: str, head: str, tmp_path: Path) -> None:
+    """Qwen3-Embedding and gte-Qwen2 are published like the first, language models cut out of others like the rest."""
+    save_tiny("qwen3", tmp_path)
+    before = PagedModel(tmp_path).logits([5, 6, 7], 0)
+    file = tmp_path / "model.safetensors"
+    renamed = {
+        name.replace("model.", trunk, 1) if name.startswith("model.") else name.replace("lm_head.", head): tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(renamed, file)
     assert torch.equal(PagedModel(tmp_path).logits([5, 6, 7], 0), before)
 
 

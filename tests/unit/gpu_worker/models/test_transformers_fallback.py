@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from structlog.testing import capture_logs
+from transformers import PretrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.biogpt import BioGptConfig
 from transformers.models.bloom import BloomConfig
 from transformers.models.codegen import CodeGenConfig
 from transformers.models.cpmant import CpmAntConfig
+from transformers.models.dots1 import Dots1Config
 from transformers.models.falcon import FalconConfig
 from transformers.models.gpt2 import GPT2Config
 from transformers.models.gpt_neo import GPTNeoConfig
@@ -49,8 +53,27 @@ from gpu_worker.runner import TorchRunner
 from load_tests.cpu_worker.step_driver import StepDriver, greedy
 from tests.unit.gpu_worker.models.test_families import PagedModel, check_logits
 from tests.unit.gpu_worker.models.tiny_checkpoints import Tiny, save_model
+from tests.unit.gpu_worker.quant.published import (
+    MIXTURE,
+    SIZES,
+    Packer,
+    awq,
+    float8_by_block,
+    gptq,
+    packed_integers,
+    publish,
+)
 
 SMALL: dict[str, Any] = {"num_hidden_layers": 2}
+# 40 tokens are more than the original context, so that transformers takes the long factors.
+LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 5000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "short_factor": [1.0 + 0.3 * i for i in range(5)],
+    "long_factor": [1.0 + 0.6 * i for i in range(5)],
+}
 CARRIED = {
     # Learnt positions, fused qkv in a transposed linear, a scale that differs from layer to layer.
     "gpt2": Tiny(GPT2Config, {"scale_attn_by_inverse_layer_idx": True, "n_positions": 256}),
@@ -61,6 +84,22 @@ CARRIED = {
     "phi": Tiny(PhiConfig, {"hidden_size": 72, "partial_rotary_factor": 0.5}),
     # A mixture of experts.
     "phimoe": Tiny(PhimoeConfig, {"sliding_window": None, "num_local_experts": 5}),
+    # Frequencies that transformers chooses anew in every step.
+    "dynamic-rope": Tiny(
+        GPTNeoXConfig,
+        {"rotary_pct": 1.0, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 4.0}},
+    ),
+    "longrope": Tiny(GPTNeoXConfig, {"rotary_pct": 1.0, "rope_parameters": LONGROPE}),
+    "phimoe-longrope": Tiny(
+        PhimoeConfig,
+        {
+            "sliding_window": None,
+            "num_local_experts": 5,
+            # transformers 5.23 takes the short factors for any length, and the scale by the length.
+            "rope_parameters": LONGROPE
+            | {"short_factor": LONGROPE["long_factor"], "short_mscale": 1.1, "long_mscale": 1.3},
+        },
+    ),
     "hunyuan": Tiny(
         HunYuanDenseV1Config,
         {
@@ -129,13 +168,6 @@ REFUSED = {
         "cannot be tried out",
     ),
     "xlm": (Tiny(XLMConfig, {"emb_dim": 60, "n_heads": 6, "n_layers": 2}), "cannot be tried out"),
-    "dynamic-rope": (
-        Tiny(
-            StableLmConfig,
-            {"hidden_size": 72, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 5000.0, "factor": 4.0}},
-        ),
-        r"its rope \(dynamic\) depends",
-    ),
     "roberta": (Tiny(RobertaConfig, {"is_decoder": True}), "from its padding token on"),
 }
 
@@ -145,6 +177,15 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
     reference = save_model(CARRIED[name], tmp_path)
     assert read_spec(tmp_path)[1] is TransformersModel
     check_logits(reference, tmp_path)
+
+
+def test_longrope_is_chosen_by_the_longest_sequence_that_is_served(tmp_path: Path) -> None:
+    """A row within the original context, where sequences may have 256 tokens: the beginning of a longer row."""
+    reference = save_model(CARRIED["longrope"], tmp_path)
+    tokens = list(range(5, 45))
+    with torch.inference_mode():
+        expected = reference(torch.tensor([tokens])).logits[0][:10]
+    torch.testing.assert_close(PagedModel(tmp_path).logits(tokens[:10], 0), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["gpt-neox", "vaultgemma"])
@@ -237,8 +278,6 @@ def test_remote_code_is_refused(tmp_path: Path) -> None:
 
 
 def test_other_weights_are_an_error(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     save_model(CARRIED["gpt-neox"], tmp_path)
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
@@ -259,15 +298,52 @@ def test_other_weights_are_an_error(tmp_path: Path) -> None:
         PagedModel(tmp_path)
 
 
-def test_quantized_weights_are_refused(tmp_path: Path) -> None:
+GPTQ: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+QUANTIZED: dict[str, tuple[type[PretrainedConfig], dict[str, Any], Packer]] = {
+    "gptq-biases": (StableLmConfig, GPTQ, gptq()),
+    "gptq-experts": (Dots1Config, GPTQ, gptq()),
+    "awq": (NemotronConfig, {"quant_method": "awq", "bits": 4, "group_size": 32}, awq()),
+    "fp8-experts": (Dots1Config, {"quant_method": "fp8", "weight_block_size": [32, 32]}, float8_by_block()),
+    "compressed-tensors": (
+        PhiConfig,
+        {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 32}}},
+            "ignore": ["lm_head"],
+        },
+        packed_integers(),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", QUANTIZED)
+def test_quantized_weights_are_dequantized_while_they_are_loaded(case: str, tmp_path: Path) -> None:
+    config_class, quantization, packer = QUANTIZED[case]
+    config = config_class(
+        **SIZES, **MIXTURE, n_routed_experts=4, first_k_dense_replace=1, n_shared_experts=1, n_group=1, topk_group=1
+    )
+    plain = re.compile(r".*(embed_tokens|lm_head|mlp\.gate)")
+    publish(tmp_path, config, quantization, lambda name: None if plain.fullmatch(name) else packer)
+    packed = load_file(tmp_path / "packed" / "model.safetensors")
+    if case == "gptq-biases":  # GPTQModel and AutoGPTQ write zeros where a linear has none
+        packed["model.layers.0.self_attn.o_proj.bias"] = torch.zeros(64)
+    packed["model.layers.0.self_attn.k_scale"] = torch.ones(1)
+    save_file(packed, tmp_path / "packed" / "model.safetensors", {"format": "pt"})
+    expected = PagedModel(tmp_path / "plain").logits(list(range(3, 43)), 0)
+    assert expected.std() > 0.01
+    assert torch.equal(PagedModel(tmp_path / "packed").logits(list(range(3, 43)), 0), expected)
+
+
+def test_plain_weights_are_not_quantized_while_they_are_loaded(tmp_path: Path) -> None:
     save_model(CARRIED["gpt-neox"], tmp_path)
     scheme = make_scheme(tmp_path, {}, setting="int8")
     spec, family = read_spec(tmp_path)
     build = BuildContext(ParallelContext(), scheme, torch.float32, torch.device("cpu"))
     with pytest.raises(ModelConfigError, match="leave --quantization out"):
         family(spec, 256, build)
-    _edit(tmp_path, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 32})
-    with pytest.raises(ModelConfigError, match="plain weights only"):
+    _edit(tmp_path, quantization_config={"quant_method": "hqq"})
+    with pytest.raises(ModelConfigError, match="'hqq', which is not supported"):
         read_spec(tmp_path)
 
 

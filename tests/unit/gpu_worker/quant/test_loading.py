@@ -165,7 +165,7 @@ def test_a_quantized_output_head(tmp_path: Path) -> None:
     assert quant is not None
     kind = quant.format_of("lm_head")
     assert kind is not None
-    weight = kind.decode(own, Share(0, 256, 256), Share(0, 576, 576)).dequantize().bfloat16()
+    weight = kind.decode(own, Share(0, 256, 256), Share(0, 576, 576)).dequantize()
     (tmp_path / "plain").mkdir()
     plain = edited("gptq-g64-desc", tmp_path / "plain", **{"lm_head.weight": weight})
     edit_config(plain, tie_word_embeddings=False)
@@ -222,7 +222,7 @@ def test_a_scale_of_the_kv_cache_that_is_no_positive_number_is_refused(value: to
 
 
 def test_layers_that_keep_no_packed_weights_see_plain_ones() -> None:
-    """Experts, for instance: the checkpoint's `weight` as if it were stored in bfloat16, any part of it."""
+    """Experts, for instance: the checkpoint's `weight` as if it were stored plainly, any part of it."""
     for name in ("awq-g64", "ct-w4a16-asym", "fp8-block"):
         quant = read_quantization(HfConfig.open(fixture(name)))
         assert quant is not None

@@ -222,6 +222,25 @@ CASES = {
 }
 
 
+def in_elevenths(packer: Packer) -> Packer:
+    """Scales that float16 holds and bfloat16 does not."""
+    factor = torch.tensor(1.1).half()
+
+    def packed(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        tensors, plain = packer(weight)
+        return tensors | {"scales": tensors["scales"] * factor}, plain * factor.float()
+
+    return packed
+
+
+@pytest.mark.parametrize("packer", [gptq(), awq()], ids=["gptq", "awq"])
+def test_experts_and_heads_are_dequantized_to_the_type_that_is_computed_in(packer: Packer, tmp_path: Path) -> None:
+    settings = AWQ if packer.__qualname__.startswith("awq") else NEW_GPTQ | {"bits": 4, "group_size": 32}
+    plain = ".*(embed_tokens|gate|shared_expert_gate)"
+    packers: list[tuple[str, Packer | None]] = [(plain, None), (".*", in_elevenths(packer))]
+    assert_equal_logits(Published(Qwen2MoeConfig, settings | {"lm_head": True}, packers).write(tmp_path))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_published_checkpoint_computes_what_its_weights_stand_for(case: str, tmp_path: Path) -> None:
     assert_equal_logits(CASES[case].write(tmp_path))

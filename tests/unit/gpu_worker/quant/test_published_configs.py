@@ -19,7 +19,7 @@ from gpu_worker.quant.mlx import MlxFormat
 from gpu_worker.quant.scaled_formats import MXFP8, ScaledFormat
 from gpu_worker.quant.scheme import module_format, read_quantization
 from tests.unit.gpu_worker.models.tiny_checkpoints import save_tiny
-from tests.unit.gpu_worker.quant.test_published_checkpoints import compressed, float8, group, int4
+from tests.unit.gpu_worker.quant.test_published_checkpoints import FLOAT8_TOKENS, compressed, float8, group, int4
 
 UP = "model.layers.3.mlp.up_proj"
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128}
@@ -78,6 +78,27 @@ WHOLE_CONFIGS: dict[str, tuple[dict[str, Any], WeightFormat | None]] = {
             }
         },
         None,
+    ),
+    "compressed-cache-alone": (
+        {
+            "quantization_config": {
+                "config_groups": {},
+                "ignore": [],
+                "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "strategy": "tensor", "type": "float"},
+                "quant_method": "compressed-tensors",
+                "quantization_status": "compressed",
+            }
+        },
+        None,
+    ),
+    # As compressed-tensors 0.20 stores 4-bit weights under 8-bit inputs.
+    "compressed-w4afp8": (
+        {
+            "quantization_config": compressed(
+                "int-quantized", group(int4(), "Linear", input_activations=FLOAT8_TOKENS), ignore=["lm_head"]
+            )
+        },
+        ScaledFormat("int8", "block", (1, 32), ignored=("weight_zero_point",)),
     ),
     "compressed-sparse-stored-densely": (
         {
@@ -202,6 +223,8 @@ WHOLE_CONFIGS: dict[str, tuple[dict[str, Any], WeightFormat | None]] = {
         GptqFormat(4, 128, True),
     ),
     "awq-in-capitals": ({"quantization_config": AWQ | {"quant_method": "AWQ", "version": "GEMM"}}, AwqFormat(128)),
+    # The kernel that somebody's transformers was to load it with, saved again.
+    "awq-for-exllama": ({"quantization_config": AWQ | {"version": "exllama"}}, AwqFormat(128)),
     "gptq-with-static-groups": (
         {"quantization_config": GPTQ | {"desc_act": True, "static_groups": True, "sym": False}},
         GptqFormat(4, 128, True),
