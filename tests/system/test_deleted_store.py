@@ -7,6 +7,7 @@ from pathlib import Path
 
 import httpx
 import openai
+import pytest
 
 from tests.system.conftest import LIMIT_S, Stack, wait_until
 from tests.system.http_streams import BODY, CHAT
@@ -64,6 +65,7 @@ def test_the_whole_directory_is_deleted(tiny_model: Path, tmp_path: Path) -> Non
         stack.wait_idle()
 
 
+@pytest.mark.slow
 def test_several_processes_say_it_once_each(tiny_model: Path, tmp_path: Path) -> None:
     """Those that only wait for work in the store do not fill the log with it."""
     data = tmp_path / "data"

@@ -91,6 +91,7 @@ def test_any_node_of_a_group_that_waits_for_another(llama: Path, tmp_path: Path,
         wait_until_gone(processes)
 
 
+@pytest.mark.slow
 def test_a_first_node_that_waits_in_a_collective(llama: Path, tmp_path: Path) -> None:
     """Its main thread is not in Python: another hears the signal."""
     with forming(llama, tmp_path, num_nodes=2) as (first, second):
@@ -130,6 +131,7 @@ def refusal_of(client: WorkerClient) -> tuple[grpc.StatusCode, str]:
     return refused.value.code(), refused.value.details()
 
 
+@pytest.mark.slow
 def test_a_node_whose_first_node_hangs(llama: Path, tmp_path: Path) -> None:
     with forming(llama, tmp_path, num_nodes=3) as (first, second):
         processes = processes_of(second)

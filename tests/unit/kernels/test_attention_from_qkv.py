@@ -177,7 +177,7 @@ def test_matches_twins(
 @pytest.mark.parametrize("cache_dtype", [None, torch.float8_e4m3fn], ids=["", "fp8"])
 @pytest.mark.parametrize(
     ("num_runs", "num_heads", "num_kv_heads", "head_dim"),
-    [(5, 8, 1, 128), (12, 4, 4, 64), (33, 8, 8, 128), (40, 7, 1, 64)],
+    [(5, 8, 1, 128), (12, 4, 4, 64), pytest.param(33, 8, 8, 128, marks=pytest.mark.slow), (40, 7, 1, 64)],
 )
 def test_many_runs_as_a_step_plans_them(
     device: str, num_runs: int, num_heads: int, num_kv_heads: int, head_dim: int, cache_dtype: torch.dtype | None
