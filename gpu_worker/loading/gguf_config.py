@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from gpu_worker.loading.gguf_names import MIXTRAL
+from gpu_worker.loading.gguf_names import MIXTRAL, OLMO3
 from gpu_worker.loading.gguf_reader import GgufReader
 from gpu_worker.loading.tensor_source import CheckpointError
 
@@ -21,6 +21,15 @@ Config = dict[str, Any]
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
 _GEMMA3_PATTERN = 6  # five layers with a window, then one without
 _GEMMA3_LOCAL_ROPE_BASE = 10000.0
+
+# What the config calls the epsilon of a LayerNorm; of all others it is an RMSNorm's.
+_LAYER_NORM_FIELDS = {"command-r": "layer_norm_eps", "cohere2": "layer_norm_eps", "starcoder2": "norm_epsilon"}
+
+# The files do not say these; all released models have them.
+_SMOLLM3_NO_ROPE_INTERVAL = 4
+_STARCODER2_WINDOW = 4096
+# Where the file has no pattern: three layers with a window, then one without (llama.cpp, `src/models/`).
+_DEFAULT_PATTERN = 4
 
 # Llama 3.1 and later; the file has only the resulting factor per frequency, so the parameters are tried and compared.
 _LLAMA3_LOW_FREQ_FACTOR = 1.0
@@ -58,6 +67,13 @@ class _ConfigBuilder:
             "gemma2": self._add_gemma2,
             "gemma3": self._add_gemma3,
             "phi3": self._add_phi3,
+            "mistral3": self._add_mistral3,
+            "smollm3": self._add_smollm3,
+            "granite": self._add_granite,
+            "olmo2": self._add_olmo2,
+            "command-r": self._add_command_r,
+            "cohere2": self._add_cohere2,
+            "starcoder2": self._add_starcoder2,
         }
         details[self._prefix](config)
         return config
@@ -107,7 +123,7 @@ class _ConfigBuilder:
             "num_key_value_heads": self._optional("attention.head_count_kv", int, num_heads),
             "head_dim": self._optional("attention.key_length", int) or hidden_size // num_heads,
             "hidden_act": "silu",
-            "rms_norm_eps": self._required("attention.layer_norm_rms_epsilon", float),
+            **self._norm_eps(),
             "max_position_embeddings": self._required("context_length", int),
             "rope_theta": self._optional("rope.freq_base", float, 10000.0),
             "rope_scaling": self._rope_scaling(),
@@ -121,25 +137,39 @@ class _ConfigBuilder:
                 config[f"{'pad' if key == 'padding' else key}_token_id"] = token_id
         return config
 
+    def _norm_eps(self) -> Config:
+        field = _LAYER_NORM_FIELDS.get(self._prefix)
+        if field is not None:
+            return {field: self._required("attention.layer_norm_epsilon", float)}
+        return {"rms_norm_eps": self._required("attention.layer_norm_rms_epsilon", float)}
+
     def _rope_scaling(self) -> Config | None:
         kind = self._optional("rope.scaling.type", str, "none")
         factor = self._optional("rope.scaling.factor", float, 1.0)
         if kind == "linear":
             return {"rope_type": "linear", "factor": factor} if factor != 1.0 else None
         if kind == "yarn":
-            return {
+            yarn = {
                 "rope_type": "yarn",
                 "factor": factor,
                 "original_max_position_embeddings": self._required("rope.scaling.original_context_length", int),
             }
+            for field, key in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
+                value = self._optional(f"rope.scaling.{key}", float)
+                if value is not None:
+                    yarn[field] = value
+            return yarn
         if kind not in ("none", "longrope"):  # longrope has its factors in tensors, and is added by its architecture
             raise self._fail(f"scales rope by the unknown kind {kind!r}")
         return None
 
-    def _add_llama(self, config: Config) -> None:
+    def _refuse_partial_rope(self, config: Config) -> None:
         rope_size = self._optional("rope.dimension_count", int, config["head_dim"])
         if rope_size != config["head_dim"]:
             raise self._fail(f"rotates {rope_size} of {config['head_dim']} dimensions of a head")
+
+    def _add_llama(self, config: Config) -> None:
+        self._refuse_partial_rope(config)
         config["mlp_bias"] = "blk.0.ffn_gate.bias" in self._tensors
         if self._reader.architecture is MIXTRAL:
             config["num_local_experts"] = self._required("expert_count", int)
@@ -253,6 +283,84 @@ class _ConfigBuilder:
                 "short_factor": self._rope_factors("rope_factors_short.weight", rope_size // 2),
                 "long_factor": self._rope_factors("rope_factors_long.weight", rope_size // 2),
             }
+
+    def _add_mistral3(self, config: Config) -> None:
+        """Ministral 3, and Mistral Small, which differs by what its file leaves out."""
+        self._add_llama(config)
+        config["sliding_window"] = None
+        config.setdefault("pad_token_id", None)
+        scaling = config["rope_scaling"]
+        if scaling is None:
+            return
+        # The file has mscale_all_dim (src/models/mistral3.cpp takes mscale to be 1); 0: YaRN's own factor.
+        all_dims = self._optional("rope.scaling.yarn_log_multiplier", float, 0.0)
+        if all_dims:
+            scaling |= {"mscale": 1.0, "mscale_all_dim": all_dims}
+        beta = self._optional("attention.temperature_scale", float, 0.0)
+        if beta:
+            scaling["llama_4_scaling_beta"] = beta
+
+    def _add_smollm3(self, config: Config) -> None:
+        self._add_llama(config)
+        config["no_rope_layers"] = [
+            int((layer + 1) % _SMOLLM3_NO_ROPE_INTERVAL != 0) for layer in range(config["num_hidden_layers"])
+        ]
+        config["use_sliding_window"] = False
+        config.setdefault("pad_token_id", None)
+
+    def _add_granite(self, config: Config) -> None:
+        """The converter leaves out multipliers that are 0; llama.cpp then scales attention as usual."""
+        self._add_llama(config)
+        if not self._optional("rope.scaling.finetuned", bool, True):
+            raise self._fail("rotates nothing (rope.scaling.finetuned)")
+        config["attention_multiplier"] = self._optional("attention.scale", float) or config["head_dim"] ** -0.5
+        config["embedding_multiplier"] = self._optional("embedding_scale", float) or 1.0
+        config["residual_multiplier"] = self._optional("residual_scale", float) or 1.0
+        config["logits_scaling"] = self._required("logit_scale", float)
+
+    def _add_olmo2(self, config: Config) -> None:
+        self._refuse_partial_rope(config)
+        config.setdefault("pad_token_id", None)
+        if self._reader.architecture is not OLMO3:
+            return
+        self._add_windows(config)
+        # Only the layers without a window are stretched.
+        theta, scaling = config.pop("rope_theta"), config.pop("rope_scaling")
+        factor = self._optional("rope.scaling.attn_factor", float)
+        if scaling is not None and factor is not None:
+            scaling["attention_factor"] = factor
+        config["rope_parameters"] = {
+            "full_attention": {"rope_theta": theta, **(scaling or {"rope_type": "default"})},
+            "sliding_attention": {"rope_theta": theta, "rope_type": "default"},
+        }
+
+    def _add_windows(self, config: Config) -> None:
+        """The pattern is a flag for every layer, or after how many a layer has no window."""
+        config["sliding_window"] = self._required("attention.sliding_window", int)
+        pattern = self._metadata.get(f"{self._prefix}.attention.sliding_window_pattern", _DEFAULT_PATTERN)
+        num_layers = config["num_hidden_layers"]
+        flags = [(layer + 1) % pattern != 0 for layer in range(num_layers)] if isinstance(pattern, int) else pattern
+        if not isinstance(flags, list) or len(flags) != num_layers:
+            raise self._fail(f"has the windows {pattern!r:.60} for {num_layers} layers")
+        config["layer_types"] = ["sliding_attention" if flag else "full_attention" for flag in flags]
+
+    def _add_command_r(self, config: Config) -> None:
+        self._refuse_partial_rope(config)
+        config["logit_scale"] = self._required("logit_scale", float)
+        config["use_qk_norm"] = "blk.0.attn_q_norm.weight" in self._tensors
+        config.setdefault("pad_token_id", None)
+
+    def _add_cohere2(self, config: Config) -> None:
+        self._refuse_partial_rope(config)
+        config["logit_scale"] = self._required("logit_scale", float)
+        self._add_windows(config)
+        config.setdefault("pad_token_id", None)
+
+    def _add_starcoder2(self, config: Config) -> None:
+        self._refuse_partial_rope(config)
+        config["hidden_act"] = "gelu_pytorch_tanh"
+        config["use_bias"] = "blk.0.attn_q.bias" in self._tensors
+        config["sliding_window"] = self._optional("attention.sliding_window", int, _STARCODER2_WINDOW)
 
 
 def _llama3_divisor(frequency: float, factor: float) -> float:

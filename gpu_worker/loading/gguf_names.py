@@ -1,7 +1,9 @@
 """Where each tensor of a GGUF file belongs in the Hugging Face layout of its architecture.
 
 One table per architecture that `gpu_worker` loads from GGUF. What differs between them: whether q and k rows are
-interleaved for rope (`llama` only), whether norms carry their +1 (Gemma), what `ffn_norm` means, and fused projections.
+interleaved for rope (`llama` and what its converter writes too), whether norms carry their +1 (Gemma), what `ffn_norm`
+means, which norms there are, and fused projections. Source: llama.cpp's converter and graphs (`conversion/`,
+`src/models/` of https://github.com/ggml-org/llama.cpp) and the name maps of the `gguf` package.
 A mixture's experts are one tensor in the file, and each by itself here.
 """
 
@@ -85,6 +87,19 @@ _GATED_MLP = {
     "ffn_up": _layer("mlp.up_proj"),
     "ffn_down": _layer("mlp.down_proj"),
 }
+# Both of the sublayers' results are normed, and nothing before them.
+_POST_NORMS = {
+    "post_attention_norm": _layer("post_attention_layernorm"),
+    "post_ffw_norm": _layer("post_feedforward_layernorm"),
+}
+# One norm for the block, whose attention and MLP run side by side.
+_PARALLEL_BLOCK = {name: rule for name, rule in (_ATTENTION | _GATED_MLP).items() if name != "ffn_norm"}
+_OLMO2 = {name: rule for name, rule in _PARALLEL_BLOCK.items() if name != "attn_norm"} | _QK_NORMS | _POST_NORMS
+_PLAIN_MLP = {
+    "ffn_norm": _layer("post_attention_layernorm"),
+    "ffn_up": _layer("mlp.c_fc"),
+    "ffn_down": _layer("mlp.c_proj"),
+}
 _SANDWICH_NORMS = {
     "ffn_norm": _layer("pre_feedforward_layernorm"),
     "post_attention_norm": _layer("post_attention_layernorm"),
@@ -126,8 +141,18 @@ def _with_plus_one(rules: Mapping[str, TensorRule]) -> dict[str, TensorRule]:
     }
 
 
+_LLAMA = _INTERLEAVED_ATTENTION | _GATED_MLP
+
 ARCHITECTURES: Mapping[str, GgufArchitecture] = {
-    "llama": GgufArchitecture("llama", "LlamaForCausalLM", _WHOLE, _INTERLEAVED_ATTENTION | _GATED_MLP),
+    "llama": GgufArchitecture("llama", "LlamaForCausalLM", _WHOLE, _LLAMA),
+    "mistral3": GgufArchitecture("ministral3", "Ministral3ForCausalLM", _WHOLE, _LLAMA),
+    "smollm3": GgufArchitecture("smollm3", "SmolLM3ForCausalLM", _WHOLE, _LLAMA),
+    "granite": GgufArchitecture("granite", "GraniteForCausalLM", _WHOLE, _LLAMA),
+    "olmo2": GgufArchitecture("olmo2", "Olmo2ForCausalLM", _WHOLE, _OLMO2),
+    # Cohere's own code rotates neighbouring dimensions, so these rows lie as they do in safetensors.
+    "command-r": GgufArchitecture("cohere", "CohereForCausalLM", _WHOLE, _PARALLEL_BLOCK | _QK_NORMS),
+    "cohere2": GgufArchitecture("cohere2", "Cohere2ForCausalLM", _WHOLE, _PARALLEL_BLOCK),
+    "starcoder2": GgufArchitecture("starcoder2", "Starcoder2ForCausalLM", _WHOLE, _ATTENTION | _PLAIN_MLP),
     "qwen2": GgufArchitecture("qwen2", "Qwen2ForCausalLM", _WHOLE, _ATTENTION | _GATED_MLP),
     "qwen2moe": GgufArchitecture("qwen2_moe", "Qwen2MoeForCausalLM", _WHOLE, _ATTENTION | _EXPERTS | _SHARED_EXPERT),
     "qwen3moe": GgufArchitecture("qwen3_moe", "Qwen3MoeForCausalLM", _WHOLE, _ATTENTION | _QK_NORMS | _EXPERTS),
@@ -166,6 +191,10 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
 MIXTRAL = GgufArchitecture("mixtral", "MixtralForCausalLM", _WHOLE, _INTERLEAVED_ATTENTION | _MIXTRAL_EXPERTS)
 """What calls itself `llama` and has experts."""
 MIXTURES = ("qwen2moe", "qwen3moe", "gpt-oss")
+MISTRAL = GgufArchitecture("mistral", "MistralForCausalLM", _WHOLE, _LLAMA)
+"""What calls itself `mistral3` and scales no query by its position: Mistral Small 3.1 and 3.2, Devstral."""
+OLMO3 = GgufArchitecture("olmo3", "Olmo3ForCausalLM", _WHOLE, _OLMO2)
+"""What calls itself `olmo2` and has windows."""
 
 PROJECTORS = ("clip", "mmproj")
 
@@ -207,6 +236,10 @@ def architecture_of(path: Path, metadata: Mapping[str, object]) -> tuple[str, Gg
             f"is a mixture of {num_experts} experts, which is not read from GGUF for {name!r}",
             advice="use the safetensors version of the model",
         )
+    if name == "mistral3" and not metadata.get(f"{name}.attention.temperature_scale"):
+        return name, MISTRAL
+    if name == "olmo2" and metadata.get(f"{name}.attention.sliding_window"):
+        return name, OLMO3
     return name, ARCHITECTURES[name]
 
 

@@ -185,10 +185,8 @@ def write_gguf(
         **sizes.keys,
         **(keys or {}),
     }
-    for key, value in metadata.items():
-        _add(writer, f"{architecture}.{key}", value)
-    for key, value in (minimal_tokenizer() | dict(raw_keys or {})).items():
-        _add(writer, key, value)
+    write_metadata(writer, {f"{architecture}.{key}": value for key, value in metadata.items()})
+    write_metadata(writer, minimal_tokenizer() | dict(raw_keys or {}))
     random = np.random.default_rng(seed)
     shapes = {"token_embd.weight": (VOCABULARY, HIDDEN), "output_norm.weight": (HIDDEN,)}
     if not tied:
@@ -236,14 +234,16 @@ def minimal_tokenizer() -> dict[str, Any]:
     }
 
 
-def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        writer.add_uint32(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    elif value is not None:
-        writer.add_array(key, value)
+def write_metadata(writer: gguf.GGUFWriter, metadata: Mapping[str, Any]) -> None:
+    """Each value as the type that llama.cpp's converter writes; None is left out."""
+    for key, value in metadata.items():
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        elif value is not None:
+            writer.add_array(key, value)
