@@ -7,12 +7,12 @@ pattern and local rope base) is written out.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 from gpu_worker.loading.gguf_names import MIXTRAL, OLMO3
 from gpu_worker.loading.gguf_reader import GgufReader
+from gpu_worker.loading.llama3_rope import llama3_scaling
 from gpu_worker.loading.tensor_source import CheckpointError
 
 Config = dict[str, Any]
@@ -30,11 +30,6 @@ _SMOLLM3_NO_ROPE_INTERVAL = 4
 _STARCODER2_WINDOW = 4096
 # Where the file has no pattern: three layers with a window, then one without (llama.cpp, `src/models/`).
 _DEFAULT_PATTERN = 4
-
-# Llama 3.1 and later; the file has only the resulting factor per frequency, so the parameters are tried and compared.
-_LLAMA3_LOW_FREQ_FACTOR = 1.0
-_LLAMA3_HIGH_FREQ_FACTOR = 4.0
-_LLAMA3_ORIGINAL_CONTEXT = 8192
 
 
 def build_config(reader: GgufReader, torch_dtype: str) -> Config:
@@ -74,6 +69,14 @@ class _ConfigBuilder:
             "command-r": self._add_command_r,
             "cohere2": self._add_cohere2,
             "starcoder2": self._add_starcoder2,
+            "qwen2vl": self._add_qwen,
+            "qwen3vl": self._add_qwen,
+            "qwen3vlmoe": self._add_qwen_moe,
+            "seed_oss": self._add_seed_oss,
+            "ernie4_5": self._add_ernie,
+            "glm4": self._add_glm4,
+            "exaone4": self._add_exaone4,
+            "olmoe": self._add_olmoe,
         }
         details[self._prefix](config)
         return config
@@ -181,19 +184,10 @@ class _ConfigBuilder:
     def _llama3_scaling(self, config: Config) -> Config:
         """Finds the `llama3` rope parameters whose factors are those in the file."""
         stored = self._rope_factors("rope_freqs.weight", config["head_dim"] // 2)
-        factor = round(max(stored), 4)
-        expected = [
-            _llama3_divisor(config["rope_theta"] ** (-2 * i / config["head_dim"]), factor) for i in range(len(stored))
-        ]
-        if not all(math.isclose(a, b, rel_tol=1e-3) for a, b in zip(stored, expected, strict=True)):
+        scaling = llama3_scaling(stored, config["rope_theta"])
+        if scaling is None:
             raise self._fail("does not hold the factors of Llama 3's rope scaling", "rope_freqs.weight")
-        return {
-            "rope_type": "llama3",
-            "factor": factor,
-            "low_freq_factor": _LLAMA3_LOW_FREQ_FACTOR,
-            "high_freq_factor": _LLAMA3_HIGH_FREQ_FACTOR,
-            "original_max_position_embeddings": _LLAMA3_ORIGINAL_CONTEXT,
-        }
+        return scaling
 
     def _rope_factors(self, gguf_name: str, count: int) -> list[float]:
         if self._shape(gguf_name) != (count,):
@@ -209,9 +203,8 @@ class _ConfigBuilder:
 
     def _add_qwen_moe(self, config: Config) -> None:
         self._add_qwen(config)
-        is_qwen3 = self._prefix == "qwen3moe"
-        config["num_experts"] = self._required("expert_count", int)
-        config["num_experts_per_tok"] = self._required("expert_used_count", int)
+        is_qwen3 = self._prefix in ("qwen3moe", "qwen3vlmoe")
+        self._add_expert_counts(config)
         config["moe_intermediate_size"] = self._shape("blk.0.ffn_gate_exps.weight")[1]
         # The file does not say it; all released models of either have this.
         config["norm_topk_prob"] = is_qwen3
@@ -219,6 +212,10 @@ class _ConfigBuilder:
             return
         config["qkv_bias"] = config.pop("attention_bias")
         config["shared_expert_intermediate_size"] = self._shape("blk.0.ffn_gate_shexp.weight")[0]
+
+    def _add_expert_counts(self, config: Config) -> None:
+        config["num_experts"] = self._required("expert_count", int)
+        config["num_experts_per_tok"] = self._required("expert_used_count", int)
 
     def _add_gpt_oss(self, config: Config) -> None:
         config["num_local_experts"] = self._required("expert_count", int)
@@ -362,14 +359,36 @@ class _ConfigBuilder:
         config["use_bias"] = "blk.0.attn_q.bias" in self._tensors
         config["sliding_window"] = self._optional("attention.sliding_window", int, _STARCODER2_WINDOW)
 
+    def _add_seed_oss(self, config: Config) -> None:
+        self._refuse_partial_rope(config)
+        config["attention_out_bias"] = "blk.0.attn_output.bias" in self._tensors
+        config["mlp_bias"] = "blk.0.ffn_gate.bias" in self._tensors
+        config.setdefault("pad_token_id", None)
 
-def _llama3_divisor(frequency: float, factor: float) -> float:
-    """By what Llama 3's scaling divides a rope frequency (Llama 3.1 model card; transformers' `rope_type: llama3`)."""
-    wavelength = 2 * math.pi / frequency
-    if wavelength < _LLAMA3_ORIGINAL_CONTEXT / _LLAMA3_HIGH_FREQ_FACTOR:
-        return 1.0
-    if wavelength > _LLAMA3_ORIGINAL_CONTEXT / _LLAMA3_LOW_FREQ_FACTOR:
-        return factor
-    span = _LLAMA3_HIGH_FREQ_FACTOR - _LLAMA3_LOW_FREQ_FACTOR
-    smooth = (_LLAMA3_ORIGINAL_CONTEXT / wavelength - _LLAMA3_LOW_FREQ_FACTOR) / span
-    return 1 / ((1 - smooth) / factor + smooth)
+    def _add_ernie(self, config: Config) -> None:
+        self._refuse_partial_rope(config)
+        config["use_bias"] = config.pop("attention_bias")
+        config.setdefault("pad_token_id", None)
+
+    def _add_glm4(self, config: Config) -> None:
+        if "glm4.rope.dimension_sections" in self._metadata:  # GLM-4.1V, whose q and k rows lie in another order
+            raise self._fail("is the text part of a model that sees (rope.dimension_sections)")
+        config["partial_rotary_factor"] = self._required("rope.dimension_count", int) / config["head_dim"]
+        config.setdefault("pad_token_id", None)
+
+    def _add_exaone4(self, config: Config) -> None:
+        self._refuse_partial_rope(config)
+        if self._optional("attention.sliding_window", int):
+            self._add_windows(config)
+        else:
+            config |= {"sliding_window": None, "layer_types": ["full_attention"] * config["num_hidden_layers"]}
+        if "rope_freqs.weight" in self._tensors:
+            config["rope_scaling"] = self._llama3_scaling(config)
+
+    def _add_olmoe(self, config: Config) -> None:
+        self._refuse_partial_rope(config)
+        self._add_expert_counts(config)
+        config["intermediate_size"] = self._shape("blk.0.ffn_gate_exps.weight")[1]
+        # The file does not say it; the released models have this.
+        config["norm_topk_prob"] = False
+        config.setdefault("pad_token_id", None)

@@ -95,6 +95,14 @@ _POST_NORMS = {
 # One norm for the block, whose attention and MLP run side by side.
 _PARALLEL_BLOCK = {name: rule for name, rule in (_ATTENTION | _GATED_MLP).items() if name != "ffn_norm"}
 _OLMO2 = {name: rule for name, rule in _PARALLEL_BLOCK.items() if name != "attn_norm"} | _QK_NORMS | _POST_NORMS
+_GLM4 = _ATTENTION | {
+    "post_attention_norm": _layer("post_self_attn_layernorm"),
+    "ffn_norm": _layer("post_attention_layernorm"),
+    "ffn_up": _layer("mlp.gate_up_proj"),
+    "ffn_down": _layer("mlp.down_proj"),
+    "post_ffw_norm": _layer("post_mlp_layernorm"),
+}
+_SEED_OSS = _PARALLEL_BLOCK | {"post_attention_norm": _layer("post_attention_layernorm")}
 _PLAIN_MLP = {
     "ffn_norm": _layer("post_attention_layernorm"),
     "ffn_up": _layer("mlp.c_fc"),
@@ -158,6 +166,16 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     "qwen3moe": GgufArchitecture("qwen3_moe", "Qwen3MoeForCausalLM", _WHOLE, _ATTENTION | _QK_NORMS | _EXPERTS),
     "gpt-oss": GgufArchitecture("gpt_oss", "GptOssForCausalLM", _WHOLE, _ATTENTION | _GPT_OSS),
     "qwen3": GgufArchitecture("qwen3", "Qwen3ForCausalLM", _WHOLE, _ATTENTION | _QK_NORMS | _GATED_MLP),
+    # The text parts of models that see: in text, the three positions of their rope are the same.
+    "qwen2vl": GgufArchitecture("qwen2", "Qwen2ForCausalLM", _WHOLE, _ATTENTION | _GATED_MLP),
+    "qwen3vl": GgufArchitecture("qwen3", "Qwen3ForCausalLM", _WHOLE, _ATTENTION | _QK_NORMS | _GATED_MLP),
+    "qwen3vlmoe": GgufArchitecture("qwen3_moe", "Qwen3MoeForCausalLM", _WHOLE, _ATTENTION | _QK_NORMS | _EXPERTS),
+    "seed_oss": GgufArchitecture("seed_oss", "SeedOssForCausalLM", _WHOLE, _SEED_OSS),
+    # As in Cohere's models, neighbouring dimensions are rotated.
+    "ernie4_5": GgufArchitecture("ernie4_5", "Ernie4_5ForCausalLM", _WHOLE, _ATTENTION | _GATED_MLP),
+    "glm4": GgufArchitecture("glm4", "Glm4ForCausalLM", _WHOLE, _GLM4),
+    "exaone4": GgufArchitecture("exaone4", "Exaone4ForCausalLM", _WHOLE, _OLMO2),
+    "olmoe": GgufArchitecture("olmoe", "OlmoeForCausalLM", _WHOLE, _ATTENTION | _QK_NORMS | _EXPERTS),
     "gemma": GgufArchitecture(
         "gemma", "GemmaForCausalLM", _with_plus_one(_WHOLE), _with_plus_one(_ATTENTION | _GATED_MLP)
     ),
@@ -190,11 +208,13 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
 
 MIXTRAL = GgufArchitecture("mixtral", "MixtralForCausalLM", _WHOLE, _INTERLEAVED_ATTENTION | _MIXTRAL_EXPERTS)
 """What calls itself `llama` and has experts."""
-MIXTURES = ("qwen2moe", "qwen3moe", "gpt-oss")
+MIXTURES = ("qwen2moe", "qwen3moe", "qwen3vlmoe", "olmoe", "gpt-oss")
 MISTRAL = GgufArchitecture("mistral", "MistralForCausalLM", _WHOLE, _LLAMA)
 """What calls itself `mistral3` and scales no query by its position: Mistral Small 3.1 and 3.2, Devstral."""
 OLMO3 = GgufArchitecture("olmo3", "Olmo3ForCausalLM", _WHOLE, _OLMO2)
 """What calls itself `olmo2` and has windows."""
+VARIANTS: Mapping[str, GgufArchitecture] = {"llama": MIXTRAL, "mistral3": MISTRAL, "olmo2": OLMO3}
+"""The second model behind one name."""
 
 PROJECTORS = ("clip", "mmproj")
 

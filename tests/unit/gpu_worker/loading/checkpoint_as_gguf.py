@@ -23,6 +23,8 @@ def write_checkpoint(
     model: Any,
     keys: Mapping[str, Any],
     kinds: Mapping[str, gguf.GGMLQuantizationType] | None = None,
+    *,
+    rope_factors: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Writes `model` and gives its state as the file has it, which differs where it is quantized.
 
@@ -60,6 +62,8 @@ def write_checkpoint(
         writer.add_tensor(gguf_name, blocks, raw_dtype=kind)
         state[name] = torch.empty_like(values)
         state[name][order] = torch.from_numpy(gguf.quants.dequantize(blocks, kind))
+    if rope_factors is not None:
+        writer.add_tensor("rope_freqs.weight", rope_factors.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

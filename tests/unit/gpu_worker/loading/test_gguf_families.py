@@ -180,8 +180,60 @@ FAMILIES = {
         ("c_fc.weight", "c_proj.weight"),
     ),
 }
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 16.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_theta": THETA,
+}
+FAMILIES |= {
+    "seed_oss": Family(
+        "seed_oss",
+        transformers.SeedOssConfig,
+        {"rope_parameters": PLAIN, "rms_norm_eps": 1e-5, "head_dim": HEAD_DIM},
+        RMS | {"attention.key_length": HEAD_DIM, "attention.value_length": HEAD_DIM},
+    ),
+    "ernie4_5": Family(
+        "ernie4_5",
+        transformers.Ernie4_5Config,
+        {"rope_parameters": PLAIN, "rms_norm_eps": 1e-5, "head_dim": 32},
+        RMS | {"attention.key_length": 32, "attention.value_length": 32},
+    ),
+    "glm4": Family(
+        "glm4",
+        transformers.Glm4Config,
+        {"rope_parameters": PLAIN | {"partial_rotary_factor": 0.5}, "rms_norm_eps": 1e-5, "head_dim": HEAD_DIM},
+        RMS
+        | {
+            "attention.key_length": HEAD_DIM,
+            "attention.value_length": HEAD_DIM,
+            "rope.dimension_count": HEAD_DIM // 2,
+        },
+        ("mlp.gate_up_proj.weight", "down_proj.weight"),
+    ),
+    "exaone4": Family(
+        "exaone4",
+        transformers.Exaone4Config,
+        {
+            "rope_parameters": PLAIN,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": None,
+            "layer_types": ["full_attention"] * 4,
+            "tie_word_embeddings": True,
+        },
+        RMS,
+    ),
+    "exaone4-windows": Family(
+        "exaone4",
+        transformers.Exaone4Config,
+        {"rope_parameters": LLAMA3, "rms_norm_eps": 1e-5, "sliding_window": WINDOW},
+        RMS | {"attention.sliding_window": WINDOW, "attention.sliding_window_pattern": [True, True, True, False]},
+    ),
+}
 # Those of SYNTHETIC and MIXTURES are tested with files of their own.
-TESTED = {family.architecture for family in FAMILIES.values()}
+TESTED = {family.architecture for family in FAMILIES.values()} | {"qwen3vl"}
 
 
 def test_every_architecture_has_files_to_be_tested_with() -> None:
@@ -205,6 +257,14 @@ def _logits(model: Any) -> torch.Tensor:
         return torch.as_tensor(model(torch.tensor([TOKENS])).logits[0])
 
 
+def _rope_factors(model: Any) -> torch.Tensor | None:
+    """By what Llama 3's scaling divides the frequencies: the file has these and not the parameters."""
+    if model.config.rope_parameters.get("rope_type") != "llama3":
+        return None
+    steps = torch.arange(0, HEAD_DIM, 2, dtype=torch.float32) / HEAD_DIM
+    return torch.as_tensor(THETA**-steps / model.model.rotary_emb.inv_freq)
+
+
 def _prepared(tmp_path: Path, dtype: str) -> Path:
     return prepare(tmp_path / "m.gguf", tmp_path / "cache", dtype=dtype, progress=SilentProgress()).path
 
@@ -214,7 +274,7 @@ def test_logits_are_those_of_the_checkpoint_that_was_written(tmp_path: Path, nam
     """Ours from the file, and those of transformers from what the file is converted to."""
     family = FAMILIES[name]
     model = _random_model(family)
-    write_checkpoint(tmp_path / "m.gguf", family.architecture, model, family.keys)
+    write_checkpoint(tmp_path / "m.gguf", family.architecture, model, family.keys, rope_factors=_rope_factors(model))
     expected = _logits(model)
     plain = _prepared(tmp_path, "float32")
     again = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32, attn_implementation="eager")
@@ -231,8 +291,9 @@ def test_blocks_are_what_the_package_says_they_are(tmp_path: Path, name: str) ->
     up, down = family.mlp
     kinds = {"q_proj.weight": Kind.Q8_0, "k_proj.weight": Kind.Q4_0, up: Kind.Q4_0, down: Kind.Q8_0}
     kinds["embed_tokens.weight"] = Kind.Q8_0
-    state = write_checkpoint(tmp_path / "m.gguf", family.architecture, model, family.keys, kinds)
-    with GgufReader(tmp_path / "m.gguf") as reader:
+    path, factors = tmp_path / "m.gguf", _rope_factors(model)
+    state = write_checkpoint(path, family.architecture, model, family.keys, kinds, rope_factors=factors)
+    with GgufReader(path) as reader:
         assert {info.name: info.shape for info in reader.names()} == {n: tuple(v.shape) for n, v in state.items()}
         for tensor, values in state.items():
             assert torch.equal(reader.read(tensor), values), tensor
@@ -251,6 +312,31 @@ def test_starcoder2_is_what_transformers_itself_loads(tmp_path: Path) -> None:
     with GgufReader(tmp_path / "m.gguf") as reader:
         for name in state:
             assert torch.equal(reader.read(name), loaded.state_dict()[name]), name
+
+
+def test_text_parts_of_models_that_see_compute_as_the_whole_model(tmp_path: Path) -> None:
+    """Qwen3-VL with its rope of three positions and its vision tower; the file has neither."""
+    text = {**SIZES, "head_dim": HEAD_DIM, "rms_norm_eps": 1e-6}
+    sections = {"mrope_section": [12, 10, 10], "mrope_interleaved": True}
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 256}
+    config = transformers.Qwen3VLConfig(
+        text_config={**text, "rope_parameters": PLAIN | sections},
+        vision_config={**vision, "deepstack_visual_indexes": [0, 1]},
+        tie_word_embeddings=False,
+    )
+    whole = transformers.Qwen3VLForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    language = _random_model(Family("qwen3vl", transformers.Qwen3Config, {**text, "rope_parameters": PLAIN}, {}))
+    named = {f"model.language_{name}": values for name, values in language.state_dict().items()}
+    named["lm_head.weight"] = named.pop("model.language_lm_head.weight")
+    missing, unexpected = whole.load_state_dict(named, strict=False)
+    assert not unexpected and all(name.startswith("model.visual.") for name in missing)
+    keys = {**RMS, "attention.layer_norm_rms_epsilon": 1e-6, "attention.key_length": HEAD_DIM}
+    keys |= {"rope.dimension_sections": [12, 10, 10, 0], "n_deepstack_layers": 2}
+    write_checkpoint(tmp_path / "m.gguf", "qwen3vl", language, keys)
+    expected = _logits(whole)
+    assert (QuantizedModel(_prepared(tmp_path, "float32")).logits(TOKENS) - expected).abs().max() <= 1e-4 * (
+        expected.abs().max()
+    )
 
 
 def test_windows_follow_the_pattern_of_the_file(tmp_path: Path) -> None:
@@ -272,6 +358,7 @@ def test_windows_follow_the_pattern_of_the_file(tmp_path: Path) -> None:
         ("ministral3", {"expert_count": 8}, r"mixture of 8 experts, which is not read from GGUF for 'mistral3'"),
         ("cohere2", {"attention.sliding_window": None}, r"lacks the metadata key 'cohere2\.attention\.sliding_window'"),
         ("cohere2", {"attention.sliding_window_pattern": [True]}, r"has the windows \[True\] for 4 layers"),
+        ("glm4", {"rope.dimension_sections": [8, 12, 12]}, r"text part of a model that sees"),
         ("cohere2", {"rope.dimension_count": 32}, r"rotates 32 of 64 dimensions"),
         ("command-r", {"attention.layer_norm_epsilon": None}, r"lacks .*'command-r\.attention\.layer_norm_epsilon'"),
     ],

@@ -18,7 +18,7 @@ from tests.unit.gpu_worker.loading.synthetic_gguf import ARCHITECTURES as SIZES
 from tests.unit.gpu_worker.loading.synthetic_gguf import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, write_gguf
 
 
-@pytest.mark.parametrize("architecture", sorted(set(SIZES) - {"gemma"}))  # transformers does not load the first Gemma
+@pytest.mark.parametrize("architecture", sorted(set(SIZES) - {"gemma", "qwen2vl"}))  # transformers loads neither
 def test_every_tensor_equals_what_transformers_loads(tmp_path: Path, architecture: str) -> None:
     from transformers import AutoModelForCausalLM, GgufConfig
 
