@@ -128,6 +128,26 @@ _SHARED_EXPERT = {
     "ffn_up_shexp": _layer("mlp.shared_expert.up_proj"),
     "ffn_down_shexp": _layer("mlp.shared_expert.down_proj"),
 }
+_DEEPSEEK = (
+    {name: rule for name, rule in _ATTENTION.items() if name not in ("attn_k", "attn_v")}
+    | _GATED_MLP
+    | _EXPERTS
+    | {
+        "attn_q_a": _layer("self_attn.q_a_proj"),
+        "attn_q_a_norm": _layer("self_attn.q_a_layernorm"),
+        "attn_q_b": _layer("self_attn.q_b_proj"),
+        "attn_kv_a_mqa": _layer("self_attn.kv_a_proj_with_mqa"),
+        "attn_kv_a_norm": _layer("self_attn.kv_a_layernorm"),
+        # One, or in files since the middle of 2025 two, which are joined (gguf_latent.py).
+        "attn_kv_b": _layer("self_attn.kv_b_proj"),
+        "attn_k_b": _layer("self_attn.k_b_proj"),
+        "attn_v_b": _layer("self_attn.v_b_proj"),
+        "exp_probs_b": TensorRule("model.layers.{layer}.mlp.gate.e_score_correction_bias", is_bare=True),
+        "ffn_gate_shexp": _layer("mlp.shared_experts.gate_proj"),
+        "ffn_up_shexp": _layer("mlp.shared_experts.up_proj"),
+        "ffn_down_shexp": _layer("mlp.shared_experts.down_proj"),
+    }
+)
 _MIXTRAL_EXPERTS = {
     "ffn_norm": _layer("post_attention_layernorm"),
     "ffn_gate_inp": _layer("block_sparse_moe.gate"),
@@ -176,6 +196,7 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     "glm4": GgufArchitecture("glm4", "Glm4ForCausalLM", _WHOLE, _GLM4),
     "exaone4": GgufArchitecture("exaone4", "Exaone4ForCausalLM", _WHOLE, _OLMO2),
     "olmoe": GgufArchitecture("olmoe", "OlmoeForCausalLM", _WHOLE, _ATTENTION | _QK_NORMS | _EXPERTS),
+    "deepseek2": GgufArchitecture("deepseek_v3", "DeepseekV3ForCausalLM", _WHOLE, _DEEPSEEK),
     "gemma": GgufArchitecture(
         "gemma", "GemmaForCausalLM", _with_plus_one(_WHOLE), _with_plus_one(_ATTENTION | _GATED_MLP)
     ),
@@ -208,12 +229,20 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
 
 MIXTRAL = GgufArchitecture("mixtral", "MixtralForCausalLM", _WHOLE, _INTERLEAVED_ATTENTION | _MIXTRAL_EXPERTS)
 """What calls itself `llama` and has experts."""
-MIXTURES = ("qwen2moe", "qwen3moe", "qwen3vlmoe", "olmoe", "gpt-oss")
+MIXTURES = ("qwen2moe", "qwen3moe", "qwen3vlmoe", "olmoe", "gpt-oss", "deepseek2")
 MISTRAL = GgufArchitecture("mistral", "MistralForCausalLM", _WHOLE, _LLAMA)
 """What calls itself `mistral3` and scales no query by its position: Mistral Small 3.1 and 3.2, Devstral."""
 OLMO3 = GgufArchitecture("olmo3", "Olmo3ForCausalLM", _WHOLE, _OLMO2)
 """What calls itself `olmo2` and has windows."""
-VARIANTS: Mapping[str, GgufArchitecture] = {"llama": MIXTRAL, "mistral3": MISTRAL, "olmo2": OLMO3}
+DEEPSEEK_V2 = GgufArchitecture("deepseek_v2", "DeepseekV2ForCausalLM", _WHOLE, _DEEPSEEK)
+"""What calls itself `deepseek2` and routes by softmax."""
+SIGMOID = 2  # of expert_gating_func; files of V2 may lack the key
+VARIANTS: Mapping[str, GgufArchitecture] = {
+    "llama": MIXTRAL,
+    "mistral3": MISTRAL,
+    "olmo2": OLMO3,
+    "deepseek2": DEEPSEEK_V2,
+}
 """The second model behind one name."""
 
 PROJECTORS = ("clip", "mmproj")
@@ -260,6 +289,8 @@ def architecture_of(path: Path, metadata: Mapping[str, object]) -> tuple[str, Gg
         return name, MISTRAL
     if name == "olmo2" and metadata.get(f"{name}.attention.sliding_window"):
         return name, OLMO3
+    if name == "deepseek2" and metadata.get(f"{name}.expert_gating_func") != SIGMOID:
+        return name, DEEPSEEK_V2
     return name, ARCHITECTURES[name]
 
 

@@ -49,19 +49,19 @@ def write_checkpoint(
     state = {name: values.detach().clone() for name, values in model.state_dict().items()}
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
-    for name, values in state.items():
+    # Views of the state, so that what quantizing makes of them is written into it.
+    for name, values in _as_converted(state, config, "attention.key_length_mla" in keys).items():
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert gguf_name is not None, name
         kind = next((kind for end, kind in (kinds or {}).items() if name.endswith(end)), None)
         order = _interleaved(architecture, name, config, len(values))
-        stored = values.numpy()[order]
+        stored = np.ascontiguousarray(values.numpy()[order])
         if kind is None:
             writer.add_tensor(gguf_name, stored)
             continue
         blocks = gguf.quants.quantize(stored, kind)
         writer.add_tensor(gguf_name, blocks, raw_dtype=kind)
-        state[name] = torch.empty_like(values)
-        state[name][order] = torch.from_numpy(gguf.quants.dequantize(blocks, kind))
+        values[order] = torch.from_numpy(gguf.quants.dequantize(blocks, kind))
     if rope_factors is not None:
         writer.add_tensor("rope_freqs.weight", rope_factors.numpy())
     writer.write_header_to_file()
@@ -69,6 +69,28 @@ def write_checkpoint(
     writer.write_tensors_to_file()
     writer.close()
     return state
+
+
+def _as_converted(state: Mapping[str, torch.Tensor], config: Any, is_latent: bool) -> dict[str, torch.Tensor]:
+    """What transformers 5 has in one tensor and the file in two: experts' gate and up, latent keys and values."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, values in state.items():
+        base, _, last = name.rpartition(".")
+        if last == "gate_up_proj":
+            half = values.shape[1] // 2
+            tensors |= {f"{base}.gate_proj.weight": values[:, :half], f"{base}.up_proj.weight": values[:, half:]}
+        elif base.endswith(".experts"):
+            tensors[f"{name}.weight"] = values
+        elif last == "e_score_correction_bias":
+            tensors[f"{base}.e_score_correction.bias"] = values
+        elif is_latent and base.endswith(".kv_b_proj"):
+            heads = values.view(config.num_attention_heads, -1, values.shape[-1])
+            parent = base.removesuffix("kv_b_proj")
+            tensors[f"{parent}k_b_proj.weight"] = heads[:, : config.qk_nope_head_dim].transpose(1, 2)
+            tensors[f"{parent}v_b_proj.weight"] = heads[:, config.qk_nope_head_dim :]
+        else:
+            tensors[name] = values
+    return tensors
 
 
 def _interleaved(architecture: str, name: str, config: Any, num_rows: int) -> np.ndarray:

@@ -7,8 +7,6 @@ llama.cpp's converter (`conversion/` of https://github.com/ggml-org/llama.cpp).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,215 +21,12 @@ from gpu_worker.loading.tensor_source import CheckpointError
 from gpu_worker.prepare.preparation import prepare
 from gpu_worker.prepare.progress import SilentProgress
 from tests.unit.gpu_worker.loading.checkpoint_as_gguf import write_checkpoint
+from tests.unit.gpu_worker.loading.gguf_families import FAMILIES, HEAD_DIM, PLAIN, RMS, SIZES, THETA, Family
 from tests.unit.gpu_worker.loading.synthetic_gguf import ARCHITECTURES as SYNTHETIC
 from tests.unit.gpu_worker.loading.synthetic_gguf import MIXTURES
 from tests.unit.gpu_worker.quant.paged_model import QuantizedModel
 
 TOKENS = list(range(3, 33))
-# Four layers: in SmolLM3, OLMo 3 and Cohere 2 the fourth is the other kind.
-SIZES = {
-    "vocab_size": 40,
-    "hidden_size": 256,
-    "intermediate_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": None,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-HEAD_DIM, WINDOW, THETA = 64, 11, 50000.0
-RMS = {"attention.layer_norm_rms_epsilon": 1e-5, "rope.freq_base": THETA}
-LAYER = {"attention.layer_norm_epsilon": 1e-5, "rope.freq_base": THETA}
-ROTATED = {"rope.dimension_count": HEAD_DIM}
-YARN_KEYS = {
-    "rope.scaling.type": "yarn",
-    "rope.scaling.factor": 4.0,
-    "rope.scaling.original_context_length": 16,
-    "rope.scaling.yarn_beta_fast": 24.0,
-    "rope.scaling.yarn_beta_slow": 2.0,
-}
-YARN = {
-    "rope_type": "yarn",
-    "factor": 4.0,
-    "original_max_position_embeddings": 16,
-    "beta_fast": 24.0,
-    "beta_slow": 2.0,
-    "rope_theta": THETA,
-}
-PLAIN = {"rope_type": "default", "rope_theta": THETA}
-
-
-@dataclass(frozen=True)
-class Family:
-    """One model: its config in transformers beside SIZES, and the keys that llama.cpp's converter writes for it."""
-
-    architecture: str
-    config: Callable[..., Any]
-    fields: Mapping[str, Any]
-    keys: Mapping[str, Any]
-    mlp: tuple[str, str] = field(default=("up_proj.weight", "down_proj.weight"))
-
-
-FAMILIES = {
-    "smollm3": Family(
-        "smollm3", transformers.SmolLM3Config, {"rope_parameters": PLAIN, "rms_norm_eps": 1e-5}, RMS | ROTATED
-    ),
-    "granite": Family(
-        "granite",
-        transformers.GraniteConfig,
-        {
-            "rope_parameters": PLAIN,
-            "rms_norm_eps": 1e-5,
-            "attention_multiplier": 0.1,
-            "embedding_multiplier": 3.0,
-            "residual_multiplier": 0.25,
-            "logits_scaling": 5.0,
-            "tie_word_embeddings": True,
-        },
-        RMS
-        | ROTATED
-        | {
-            "attention.scale": 0.1,
-            "embedding_scale": 3.0,
-            "residual_scale": 0.25,
-            "logit_scale": 5.0,
-            "vocab_size": 40,
-        },
-    ),
-    "granite-biased": Family(
-        "granite",
-        transformers.GraniteConfig,
-        {
-            "rope_parameters": PLAIN,
-            "rms_norm_eps": 1e-5,
-            "attention_bias": True,
-            "mlp_bias": True,
-            "attention_multiplier": HEAD_DIM**-0.5,
-        },
-        RMS | ROTATED | {"logit_scale": 1.0},
-    ),
-    "olmo2": Family("olmo2", transformers.Olmo2Config, {"rope_parameters": PLAIN, "rms_norm_eps": 1e-5}, RMS),
-    "olmo3": Family(
-        "olmo2",
-        transformers.Olmo3Config,
-        {
-            "rope_parameters": {"full_attention": YARN | {"attention_factor": 1.2}, "sliding_attention": PLAIN},
-            "rms_norm_eps": 1e-5,
-            "sliding_window": WINDOW,
-        },
-        RMS
-        | YARN_KEYS
-        | {
-            "rope.scaling.attn_factor": 1.2,
-            "attention.sliding_window": WINDOW,
-            "attention.sliding_window_pattern": [True, True, True, False],
-        },
-    ),
-    "ministral3": Family(
-        "mistral3",
-        transformers.Ministral3Config,
-        {
-            "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
-            "head_dim": HEAD_DIM,
-        },
-        RMS
-        | ROTATED
-        | YARN_KEYS
-        | {
-            "attention.key_length": HEAD_DIM,
-            "attention.value_length": HEAD_DIM,
-            "rope.scaling.yarn_log_multiplier": 1.0,
-            "attention.temperature_scale": 0.1,
-        },
-    ),
-    "mistral-small": Family(
-        "mistral3",
-        transformers.MistralConfig,
-        {"rope_parameters": PLAIN, "rms_norm_eps": 1e-5, "head_dim": 32, "sliding_window": None},
-        RMS | {"attention.key_length": 32, "attention.value_length": 32, "rope.dimension_count": 32},
-    ),
-    "command-r": Family(
-        "command-r",
-        transformers.CohereConfig,
-        {"rope_parameters": PLAIN, "logit_scale": 0.5},
-        LAYER | {"logit_scale": 0.5, "rope.scaling.type": "none"},
-    ),
-    "command-r-plus": Family(
-        "command-r",
-        transformers.CohereConfig,
-        {"rope_parameters": PLAIN, "logit_scale": 0.5, "use_qk_norm": True},
-        LAYER | {"logit_scale": 0.5, "rope.scaling.type": "none"},
-    ),
-    "cohere2": Family(
-        "cohere2",
-        transformers.Cohere2Config,
-        {"rope_parameters": PLAIN, "logit_scale": 0.5, "sliding_window": WINDOW},
-        LAYER
-        | ROTATED
-        | {"logit_scale": 0.5, "attention.sliding_window": WINDOW, "rope.scaling.type": "none", "vocab_size": 40},
-    ),
-    "starcoder2": Family(
-        "starcoder2",
-        transformers.Starcoder2Config,
-        {"rope_parameters": PLAIN, "tie_word_embeddings": True, "sliding_window": 4096},
-        LAYER,
-        ("c_fc.weight", "c_proj.weight"),
-    ),
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 16.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-    "rope_theta": THETA,
-}
-FAMILIES |= {
-    "seed_oss": Family(
-        "seed_oss",
-        transformers.SeedOssConfig,
-        {"rope_parameters": PLAIN, "rms_norm_eps": 1e-5, "head_dim": HEAD_DIM},
-        RMS | {"attention.key_length": HEAD_DIM, "attention.value_length": HEAD_DIM},
-    ),
-    "ernie4_5": Family(
-        "ernie4_5",
-        transformers.Ernie4_5Config,
-        {"rope_parameters": PLAIN, "rms_norm_eps": 1e-5, "head_dim": 32},
-        RMS | {"attention.key_length": 32, "attention.value_length": 32},
-    ),
-    "glm4": Family(
-        "glm4",
-        transformers.Glm4Config,
-        {"rope_parameters": PLAIN | {"partial_rotary_factor": 0.5}, "rms_norm_eps": 1e-5, "head_dim": HEAD_DIM},
-        RMS
-        | {
-            "attention.key_length": HEAD_DIM,
-            "attention.value_length": HEAD_DIM,
-            "rope.dimension_count": HEAD_DIM // 2,
-        },
-        ("mlp.gate_up_proj.weight", "down_proj.weight"),
-    ),
-    "exaone4": Family(
-        "exaone4",
-        transformers.Exaone4Config,
-        {
-            "rope_parameters": PLAIN,
-            "rms_norm_eps": 1e-5,
-            "sliding_window": None,
-            "layer_types": ["full_attention"] * 4,
-            "tie_word_embeddings": True,
-        },
-        RMS,
-    ),
-    "exaone4-windows": Family(
-        "exaone4",
-        transformers.Exaone4Config,
-        {"rope_parameters": LLAMA3, "rms_norm_eps": 1e-5, "sliding_window": WINDOW},
-        RMS | {"attention.sliding_window": WINDOW, "attention.sliding_window_pattern": [True, True, True, False]},
-    ),
-}
 # Those of SYNTHETIC and MIXTURES are tested with files of their own.
 TESTED = {family.architecture for family in FAMILIES.values()} | {"qwen3vl"}
 
@@ -249,6 +44,9 @@ def _random_model(family: Family, **fields: Any) -> Any:
         for name, values in model.named_parameters():
             is_norm = "norm" in name and name.endswith("weight")
             values.copy_(torch.randn_like(values) * (0.3 if is_norm else 0.1) + is_norm)
+        for name, values in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                values.copy_(torch.randn_like(values) * 0.1)
     return model
 
 
@@ -288,14 +86,16 @@ def test_logits_are_those_of_the_checkpoint_that_was_written(tmp_path: Path, nam
 def test_blocks_are_what_the_package_says_they_are(tmp_path: Path, name: str) -> None:
     family = FAMILIES[name]
     model = _random_model(family)
-    up, down = family.mlp
-    kinds = {"q_proj.weight": Kind.Q8_0, "k_proj.weight": Kind.Q4_0, up: Kind.Q4_0, down: Kind.Q8_0}
-    kinds["embed_tokens.weight"] = Kind.Q8_0
+    kinds = {"q_proj.weight": Kind.Q8_0, "k_proj.weight": Kind.Q4_0, "embed_tokens.weight": Kind.Q8_0}
+    kinds |= {end: (Kind.Q4_0, Kind.Q8_0)[number % 2] for number, end in enumerate(family.blocks)}
     path, factors = tmp_path / "m.gguf", _rope_factors(model)
     state = write_checkpoint(path, family.architecture, model, family.keys, kinds, rope_factors=factors)
+    # experts, which transformers has in one tensor, are in the logits
+    state_but_experts = {tensor: values for tensor, values in state.items() if ".experts." not in tensor}
     with GgufReader(path) as reader:
-        assert {info.name: info.shape for info in reader.names()} == {n: tuple(v.shape) for n, v in state.items()}
-        for tensor, values in state.items():
+        shapes = {info.name: info.shape for info in reader.names() if ".experts." not in info.name}
+        assert shapes == {tensor: tuple(values.shape) for tensor, values in state_but_experts.items()}
+        for tensor, values in state_but_experts.items():
             assert torch.equal(reader.read(tensor), values), tensor
     model.load_state_dict(state, strict=False)
     expected = _logits(model)
@@ -339,6 +139,39 @@ def test_text_parts_of_models_that_see_compute_as_the_whole_model(tmp_path: Path
     )
 
 
+def test_slices_of_joined_projections_equal_slices_of_the_whole(tmp_path: Path) -> None:
+    family = FAMILIES["deepseek-v3"]
+    model = _random_model(family)
+    kinds = {"k_b_proj.weight": Kind.Q4_0, "v_b_proj.weight": Kind.Q8_0}
+    state = write_checkpoint(tmp_path / "m.gguf", "deepseek2", model, family.keys, kinds)
+    name = "model.layers.2.self_attn.kv_b_proj.weight"  # [4 heads * (32 + 64), 64]
+    with GgufReader(tmp_path / "m.gguf") as reader:
+        for rows, columns in [((0, 0), (0, 64)), ((95, 97), (3, 9)), ((40, 300), (0, 64)), ((96, 192), (63, 64))]:
+            ours = reader.read(name, (slice(*rows), slice(*columns)))
+            assert torch.equal(ours, state[name][slice(*rows), slice(*columns)])
+        with pytest.raises(IndexError):
+            reader.read(name, (slice(0, 385),))
+
+
+def test_keys_without_values_are_refused(tmp_path: Path) -> None:
+    family = FAMILIES["deepseek-v3"]
+    write_checkpoint(tmp_path / "m.gguf", "deepseek2", _random_model(family), family.keys)
+    damaged = (tmp_path / "m.gguf").read_bytes().replace(b"blk.1.attn_v_b.weight", b"blk.9.attn_v_b.weight")
+    (tmp_path / "m.gguf").write_bytes(damaged)
+    with pytest.raises(CheckpointError, match=r"has of it only blk\.1\.attn_k_b\.weight \[4, 64, 32\]"):
+        GgufReader(tmp_path / "m.gguf")
+
+
+def test_groups_of_experts_are_those_of_the_released_models_where_the_file_lacks_them(tmp_path: Path) -> None:
+    """Files of DeepSeek-V2 and V3 that are older than the keys."""
+    keys = {name: value for name, value in FAMILIES["deepseek-v3"].keys.items() if "expert_group" not in name}
+    for num_experts, groups in ((256, (8, 4)), (8, (1, 1))):
+        model = _random_model(FAMILIES["deepseek-v3"], n_routed_experts=num_experts, num_hidden_layers=2)
+        write_checkpoint(tmp_path / "m.gguf", "deepseek2", model, {**keys, "expert_count": num_experts})
+        config = json.loads((_prepared(tmp_path, "packed") / "config.json").read_text())
+        assert (config["n_group"], config["topk_group"]) == groups
+
+
 def test_windows_follow_the_pattern_of_the_file(tmp_path: Path) -> None:
     family = FAMILIES["cohere2"]
     model = _random_model(family)
@@ -358,6 +191,13 @@ def test_windows_follow_the_pattern_of_the_file(tmp_path: Path) -> None:
         ("ministral3", {"expert_count": 8}, r"mixture of 8 experts, which is not read from GGUF for 'mistral3'"),
         ("cohere2", {"attention.sliding_window": None}, r"lacks the metadata key 'cohere2\.attention\.sliding_window'"),
         ("cohere2", {"attention.sliding_window_pattern": [True]}, r"has the windows \[True\] for 4 layers"),
+        (
+            "deepseek-v3",
+            {"attention.temperature_scale": 0.1},
+            r"metadata key 'deepseek2\.attention\.temperature_scale'",
+        ),
+        ("deepseek-v3", {"nextn_predict_layers": 1}, r"metadata key 'deepseek2\.nextn_predict_layers'"),
+        ("deepseek-v3", {"leading_dense_block_count": None}, r"lacks .* 'deepseek2\.leading_dense_block_count'"),
         ("glm4", {"rope.dimension_sections": [8, 12, 12]}, r"text part of a model that sees"),
         ("cohere2", {"rope.dimension_count": 32}, r"rotates 32 of 64 dimensions"),
         ("command-r", {"attention.layer_norm_epsilon": None}, r"lacks .*'command-r\.attention\.layer_norm_epsilon'"),
