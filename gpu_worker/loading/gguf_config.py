@@ -284,6 +284,8 @@ class _ConfigBuilder(CheckedMetadata):
         self._add_llama(config)
         if not self.optional("rope.scaling.finetuned", bool, True):
             raise self.fail("rotates nothing (rope.scaling.finetuned)")
+        # Granite 4 has another size in its config, of experts that its dense models do not have.
+        config["intermediate_size"] = self.shape("blk.0.ffn_gate.weight")[0]
         config["attention_multiplier"] = self.optional("attention.scale", float) or config["head_dim"] ** -0.5
         config["embedding_multiplier"] = self.optional("embedding_scale", float) or 1.0
         config["residual_multiplier"] = self.optional("residual_scale", float) or 1.0

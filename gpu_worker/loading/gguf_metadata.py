@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gpu_worker.loading.gguf_file import of_every_layer
 from gpu_worker.loading.gguf_reader import GgufReader
 from gpu_worker.loading.tensor_source import CheckpointError
 
@@ -26,6 +27,8 @@ class CheckedMetadata:
         if name not in self.metadata:
             return default
         value = self.metadata[name]
+        if kind is int:  # Granite 4's converter writes how many heads each layer has
+            value = of_every_layer(value)
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind:

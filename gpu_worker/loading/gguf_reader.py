@@ -10,7 +10,7 @@ from types import TracebackType
 import torch
 
 from gpu_worker.loading.gguf_blocks import GgmlType, decode_rows
-from gpu_worker.loading.gguf_file import GgufFile, GgufTensor
+from gpu_worker.loading.gguf_file import GgufFile, GgufTensor, of_every_layer
 from gpu_worker.loading.gguf_latent import KEYS, VALUES, WHOLE, HeadParts
 from gpu_worker.loading.gguf_names import GgufArchitecture, RowOrder, TensorRule, architecture_of, rule_for
 from gpu_worker.loading.tensor_source import CheckpointError, TensorIndex, TensorInfo, resolve_index
@@ -165,6 +165,7 @@ class GgufReader:
         num_heads = metadata.get(f"{self.architecture_name}.attention.head_count")
         if rule.row_order is RowOrder.ROPE_PAIRS_OF_KV_HEADS:
             num_heads = metadata.get(f"{self.architecture_name}.attention.head_count_kv", num_heads)
+        num_heads = of_every_layer(num_heads)
         num_rows = tensor.shape[0]
         if not isinstance(num_heads, int) or num_heads < 1 or num_rows % (2 * num_heads):
             raise CheckpointError(

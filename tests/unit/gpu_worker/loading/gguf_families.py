@@ -122,6 +122,21 @@ FAMILIES: Mapping[str, Family] = {
             "vocab_size": 40,
         },
     ),
+    "granite-4": Family(
+        "granite",
+        transformers.GraniteConfig,
+        {"rope_parameters": PLAIN, "rms_norm_eps": 1e-5, "attention_multiplier": 0.1, "logits_scaling": 5.0},
+        RMS
+        | ROTATED
+        | {
+            "attention.scale": 0.1,
+            "logit_scale": 5.0,
+            "attention.head_count_kv": [2, 2, 2, 2],
+            "feed_forward_length": 512,
+            "rope.scaling.finetuned": True,
+            "expert_count": 0,
+        },
+    ),
     "granite-biased": Family(
         "granite",
         transformers.GraniteConfig,

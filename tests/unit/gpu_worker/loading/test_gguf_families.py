@@ -188,6 +188,7 @@ def test_windows_follow_the_pattern_of_the_file(tmp_path: Path) -> None:
         ("granite", {"rope.scaling.finetuned": False}, r"rotates nothing \(rope\.scaling\.finetuned\)"),
         ("granite", {"logit_scale": None}, r"lacks the metadata key 'granite\.logit_scale'"),
         ("granite", {"expert_count": 8}, r"mixture of 8 experts, which is not read from GGUF for 'granite'"),
+        ("granite-4", {"attention.head_count_kv": [2, 2, 0, 2]}, r"has 128 rows, which \[2, 2, 0, 2\] heads"),
         ("ministral3", {"expert_count": 8}, r"mixture of 8 experts, which is not read from GGUF for 'mistral3'"),
         ("cohere2", {"attention.sliding_window": None}, r"lacks the metadata key 'cohere2\.attention\.sliding_window'"),
         ("cohere2", {"attention.sliding_window_pattern": [True]}, r"has the windows \[True\] for 4 layers"),
