@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gpu_worker.loading.gguf_metadata import CheckedMetadata
-from gpu_worker.loading.gguf_names import DEEPSEEK_V2, MIXTRAL, OLMO3
+from gpu_worker.loading.gguf_names import DEEPSEEK_V2, MIXTRAL, OLMO3, SIGMOID
 from gpu_worker.loading.gguf_reader import GgufReader
 from gpu_worker.loading.llama3_rope import llama3_scaling
 
@@ -77,6 +77,7 @@ class _ConfigBuilder(CheckedMetadata):
             "exaone4": self._add_exaone4,
             "olmoe": self._add_olmoe,
             "deepseek2": self._add_deepseek2,
+            "glm4moe": self._add_glm4_moe,
         }
         details[self.prefix](config)
         return config
@@ -95,7 +96,7 @@ class _ConfigBuilder(CheckedMetadata):
             "vocab_size": embedding[0],
             "hidden_size": hidden_size,
             "intermediate_size": self.required("feed_forward_length", int),
-            "num_hidden_layers": self.required("block_count", int),
+            "num_hidden_layers": self.required("block_count", int) - self.optional("nextn_predict_layers", int, 0),
             "num_attention_heads": num_heads,
             "num_key_value_heads": self.optional("attention.head_count_kv", int, num_heads),
             "head_dim": self.optional("attention.key_length", int) or hidden_size // num_heads,
@@ -370,9 +371,8 @@ class _ConfigBuilder(CheckedMetadata):
         config.setdefault("pad_token_id", None)
 
     def _add_deepseek2(self, config: Config) -> None:
-        for key in ("attention.temperature_scale", "nextn_predict_layers"):  # Mistral Large 3; layers beyond the model
-            if self.metadata.get(f"deepseek2.{key}"):
-                raise self.fail(f"has the metadata key 'deepseek2.{key}'")
+        if self.optional("attention.temperature_scale", float):
+            raise self.fail("is Mistral Large 3 (attention.temperature_scale)")
         # Files with one compressed head have the sizes of a whole one under keys of their own.
         end = "" if "blk.0.attn_kv_b.weight" in self.tensors else "_mla"
         config.pop("head_dim")
@@ -384,26 +384,32 @@ class _ConfigBuilder(CheckedMetadata):
             "qk_rope_head_dim": rope_dim,
             "qk_nope_head_dim": self.required(f"attention.key_length{end}", int) - rope_dim,
             "v_head_dim": self.required(f"attention.value_length{end}", int),
-            "first_k_dense_replace": self.required("leading_dense_block_count", int),
         }
-        self._add_deepseek_routing(config)
+        self._add_routing(config, *_DEEPSEEK_GROUPS.get(self.required("expert_count", int), (1, 1)))
+        if self.reader.architecture is DEEPSEEK_V2:
+            config["topk_method"] = "group_limited_greedy" if config["n_group"] > 1 else "greedy"
         # llama.cpp takes its two weights to be the same, and the file has a tenth of them.
         weight = round(10 * self.optional("rope.scaling.yarn_log_multiplier", float, 0.0), 5)
         if config["rope_scaling"] is not None and weight:
             config["rope_scaling"] |= {"mscale": weight, "mscale_all_dim": weight}
 
-    def _add_deepseek_routing(self, config: Config) -> None:
-        num_experts = self.required("expert_count", int)
-        groups, chosen = _DEEPSEEK_GROUPS.get(num_experts, (1, 1))
+    def _add_routing(self, config: Config, groups: int, chosen_groups: int) -> None:
+        """`groups`: where the file does not say."""
         config |= {
-            "n_routed_experts": num_experts,
+            "n_routed_experts": self.required("expert_count", int),
             "num_experts_per_tok": self.required("expert_used_count", int),
             "n_shared_experts": self.required("expert_shared_count", int),
             "moe_intermediate_size": self.required("expert_feed_forward_length", int),
+            "first_k_dense_replace": self.required("leading_dense_block_count", int),
             "routed_scaling_factor": self.optional("expert_weights_scale", float, 1.0),
             "norm_topk_prob": self.optional("expert_weights_norm", bool, False),
             "n_group": self.optional("expert_group_count", int, groups),
-            "topk_group": self.optional("expert_group_used_count", int, chosen),
+            "topk_group": self.optional("expert_group_used_count", int, chosen_groups),
         }
-        if self.reader.architecture is DEEPSEEK_V2:
-            config["topk_method"] = "group_limited_greedy" if config["n_group"] > 1 else "greedy"
+
+    def _add_glm4_moe(self, config: Config) -> None:
+        if self.optional("expert_gating_func", int, SIGMOID) != SIGMOID:
+            raise self.fail("chooses experts by another function than sigmoid (expert_gating_func)")
+        config["partial_rotary_factor"] = self.required("rope.dimension_count", int) / config["head_dim"]
+        config["use_qk_norm"] = "blk.0.attn_q_norm.weight" in self.tensors
+        self._add_routing(config, 1, 1)

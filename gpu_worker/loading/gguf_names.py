@@ -148,6 +148,16 @@ _DEEPSEEK = (
         "ffn_down_shexp": _layer("mlp.shared_experts.down_proj"),
     }
 )
+_GLM4_MOE = (
+    _ATTENTION
+    | _QK_NORMS
+    | {
+        name: rule
+        for name, rule in _DEEPSEEK.items()
+        if name.startswith(("ffn_", "exp_probs_b")) and name != "ffn_norm"
+    }
+    | {"post_attention_norm": _layer("post_attention_layernorm")}
+)
 _MIXTRAL_EXPERTS = {
     "ffn_norm": _layer("post_attention_layernorm"),
     "ffn_gate_inp": _layer("block_sparse_moe.gate"),
@@ -197,6 +207,7 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     "exaone4": GgufArchitecture("exaone4", "Exaone4ForCausalLM", _WHOLE, _OLMO2),
     "olmoe": GgufArchitecture("olmoe", "OlmoeForCausalLM", _WHOLE, _ATTENTION | _QK_NORMS | _EXPERTS),
     "deepseek2": GgufArchitecture("deepseek_v3", "DeepseekV3ForCausalLM", _WHOLE, _DEEPSEEK),
+    "glm4moe": GgufArchitecture("glm4_moe", "Glm4MoeForCausalLM", _WHOLE, _GLM4_MOE),
     "gemma": GgufArchitecture(
         "gemma", "GemmaForCausalLM", _with_plus_one(_WHOLE), _with_plus_one(_ATTENTION | _GATED_MLP)
     ),
@@ -229,7 +240,7 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
 
 MIXTRAL = GgufArchitecture("mixtral", "MixtralForCausalLM", _WHOLE, _INTERLEAVED_ATTENTION | _MIXTRAL_EXPERTS)
 """What calls itself `llama` and has experts."""
-MIXTURES = ("qwen2moe", "qwen3moe", "qwen3vlmoe", "olmoe", "gpt-oss", "deepseek2")
+MIXTURES = ("qwen2moe", "qwen3moe", "qwen3vlmoe", "olmoe", "gpt-oss", "deepseek2", "glm4moe")
 MISTRAL = GgufArchitecture("mistral", "MistralForCausalLM", _WHOLE, _LLAMA)
 """What calls itself `mistral3` and scales no query by its position: Mistral Small 3.1 and 3.2, Devstral."""
 OLMO3 = GgufArchitecture("olmo3", "Olmo3ForCausalLM", _WHOLE, _OLMO2)
@@ -292,6 +303,18 @@ def architecture_of(path: Path, metadata: Mapping[str, object]) -> tuple[str, Gg
     if name == "deepseek2" and metadata.get(f"{name}.expert_gating_func") != SIGMOID:
         return name, DEEPSEEK_V2
     return name, ARCHITECTURES[name]
+
+
+def num_layers_of(name: str, metadata: Mapping[str, object]) -> int | None:
+    """Layers without those behind them that predict further tokens (`nextn`), None where the file does not say."""
+    count, beyond = (metadata.get(f"{name}.{key}", 0) for key in ("block_count", "nextn_predict_layers"))
+    return count - beyond if isinstance(count, int) and isinstance(beyond, int) and count > beyond else None
+
+
+def is_beyond(gguf_name: str, num_layers: int | None) -> bool:
+    """Whether a tensor is of a layer behind the model's own."""
+    match = _LAYER_NAME.fullmatch(gguf_name)
+    return match is not None and num_layers is not None and int(match["layer"]) >= num_layers
 
 
 def rule_for(path: Path, architecture: GgufArchitecture, gguf_name: str) -> TensorRule | None:

@@ -12,7 +12,15 @@ import torch
 from gpu_worker.loading.gguf_blocks import GgmlType, decode_rows
 from gpu_worker.loading.gguf_file import GgufFile, GgufTensor, of_every_layer
 from gpu_worker.loading.gguf_latent import KEYS, VALUES, WHOLE, HeadParts
-from gpu_worker.loading.gguf_names import GgufArchitecture, RowOrder, TensorRule, architecture_of, rule_for
+from gpu_worker.loading.gguf_names import (
+    GgufArchitecture,
+    RowOrder,
+    TensorRule,
+    architecture_of,
+    is_beyond,
+    num_layers_of,
+    rule_for,
+)
 from gpu_worker.loading.tensor_source import CheckpointError, TensorIndex, TensorInfo, resolve_index
 
 EXPERT = "{expert}"
@@ -49,7 +57,11 @@ class GgufReader:
 
     def _map_tensors(self, architecture: GgufArchitecture) -> dict[str, _Stored]:
         weights: dict[str, _Stored] = {}
+        metadata, name = self.file.metadata, self.architecture_name
+        num_layers = num_layers_of(name, metadata) if metadata.get(f"{name}.nextn_predict_layers") else None
         for gguf_name, tensor in self.file.tensors.items():
+            if is_beyond(gguf_name, num_layers):
+                continue
             rule = rule_for(self.path, architecture, gguf_name)
             if rule is None:
                 continue

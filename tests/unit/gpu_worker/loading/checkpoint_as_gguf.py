@@ -24,13 +24,14 @@ def write_checkpoint(
     keys: Mapping[str, Any],
     kinds: Mapping[str, gguf.GGMLQuantizationType] | None = None,
     *,
-    rope_factors: torch.Tensor | None = None,
+    extra: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Writes `model` and gives its state as the file has it, which differs where it is quantized.
 
     Args:
         keys: metadata under the architecture's prefix, beside sizes that every config names alike.
         kinds: by the end of a tensor's name, the blocks it is stored in; all others are float32.
+        extra: tensors by their names in the file, which are not the model's.
     """
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
@@ -62,8 +63,8 @@ def write_checkpoint(
         blocks = gguf.quants.quantize(stored, kind)
         writer.add_tensor(gguf_name, blocks, raw_dtype=kind)
         values[order] = torch.from_numpy(gguf.quants.dequantize(blocks, kind))
-    if rope_factors is not None:
-        writer.add_tensor("rope_freqs.weight", rope_factors.numpy())
+    for gguf_name, values in (extra or {}).items():
+        writer.add_tensor(gguf_name, values.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -55,12 +55,12 @@ def _logits(model: Any) -> torch.Tensor:
         return torch.as_tensor(model(torch.tensor([TOKENS])).logits[0])
 
 
-def _rope_factors(model: Any) -> torch.Tensor | None:
+def _rope_factors(model: Any) -> dict[str, torch.Tensor]:
     """By what Llama 3's scaling divides the frequencies: the file has these and not the parameters."""
     if model.config.rope_parameters.get("rope_type") != "llama3":
-        return None
+        return {}
     steps = torch.arange(0, HEAD_DIM, 2, dtype=torch.float32) / HEAD_DIM
-    return torch.as_tensor(THETA**-steps / model.model.rotary_emb.inv_freq)
+    return {"rope_freqs.weight": THETA**-steps / model.model.rotary_emb.inv_freq}
 
 
 def _prepared(tmp_path: Path, dtype: str) -> Path:
@@ -72,7 +72,7 @@ def test_logits_are_those_of_the_checkpoint_that_was_written(tmp_path: Path, nam
     """Ours from the file, and those of transformers from what the file is converted to."""
     family = FAMILIES[name]
     model = _random_model(family)
-    write_checkpoint(tmp_path / "m.gguf", family.architecture, model, family.keys, rope_factors=_rope_factors(model))
+    write_checkpoint(tmp_path / "m.gguf", family.architecture, model, family.keys, extra=_rope_factors(model))
     expected = _logits(model)
     plain = _prepared(tmp_path, "float32")
     again = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32, attn_implementation="eager")
@@ -89,7 +89,7 @@ def test_blocks_are_what_the_package_says_they_are(tmp_path: Path, name: str) ->
     kinds = {"q_proj.weight": Kind.Q8_0, "k_proj.weight": Kind.Q4_0, "embed_tokens.weight": Kind.Q8_0}
     kinds |= {end: (Kind.Q4_0, Kind.Q8_0)[number % 2] for number, end in enumerate(family.blocks)}
     path, factors = tmp_path / "m.gguf", _rope_factors(model)
-    state = write_checkpoint(path, family.architecture, model, family.keys, kinds, rope_factors=factors)
+    state = write_checkpoint(path, family.architecture, model, family.keys, kinds, extra=factors)
     # experts, which transformers has in one tensor, are in the logits
     state_but_experts = {tensor: values for tensor, values in state.items() if ".experts." not in tensor}
     with GgufReader(path) as reader:
@@ -172,6 +172,22 @@ def test_groups_of_experts_are_those_of_the_released_models_where_the_file_lacks
         assert (config["n_group"], config["topk_group"]) == groups
 
 
+@pytest.mark.parametrize("name", ["glm-4.5", "deepseek-v3"])
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path, name: str) -> None:
+    """Files of GLM-4.5 and of GLM-4.7-Flash have one behind the model's own, and count it."""
+    family = FAMILIES[name]
+    model = _random_model(family)
+    whole = _random_model(family, num_hidden_layers=5)
+    whole.load_state_dict(model.state_dict(), strict=False)
+    keys = {**family.keys, "nextn_predict_layers": 1}
+    extra = {"blk.4.nextn.eh_proj.weight": torch.zeros(256, 512)}
+    write_checkpoint(tmp_path / "m.gguf", family.architecture, whole, keys, extra=extra)
+    expected = _logits(model)
+    for dtype in ("float32", "packed"):
+        ours = QuantizedModel(_prepared(tmp_path, dtype)).logits(TOKENS)
+        assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
 def test_windows_follow_the_pattern_of_the_file(tmp_path: Path) -> None:
     family = FAMILIES["cohere2"]
     model = _random_model(family)
@@ -195,9 +211,9 @@ def test_windows_follow_the_pattern_of_the_file(tmp_path: Path) -> None:
         (
             "deepseek-v3",
             {"attention.temperature_scale": 0.1},
-            r"metadata key 'deepseek2\.attention\.temperature_scale'",
+            r"is Mistral Large 3",
         ),
-        ("deepseek-v3", {"nextn_predict_layers": 1}, r"metadata key 'deepseek2\.nextn_predict_layers'"),
+        ("glm-4.5", {"expert_gating_func": 1}, r"another function than sigmoid"),
         ("deepseek-v3", {"leading_dense_block_count": None}, r"lacks .* 'deepseek2\.leading_dense_block_count'"),
         ("glm4", {"rope.dimension_sections": [8, 12, 12]}, r"text part of a model that sees"),
         ("cohere2", {"rope.dimension_count": 32}, r"rotates 32 of 64 dimensions"),
