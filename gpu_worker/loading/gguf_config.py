@@ -73,6 +73,7 @@ class _ConfigBuilder(CheckedMetadata):
             "qwen3vlmoe": self._add_qwen_moe,
             "seed_oss": self._add_seed_oss,
             "ernie4_5": self._add_ernie,
+            "ernie4_5-moe": self._add_ernie_moe,
             "glm4": self._add_glm4,
             "exaone4": self._add_exaone4,
             "olmoe": self._add_olmoe,
@@ -346,6 +347,18 @@ class _ConfigBuilder(CheckedMetadata):
         self._refuse_partial_rope(config)
         config["use_bias"] = config.pop("attention_bias")
         config.setdefault("pad_token_id", None)
+
+    def _add_ernie_moe(self, config: Config) -> None:
+        self._add_ernie(config)
+        config |= {
+            "moe_num_experts": self.required("expert_count", int),
+            "moe_k": self.required("expert_used_count", int),
+            "moe_num_shared_experts": self.required("expert_shared_count", int),
+            "moe_intermediate_size": self.required("expert_feed_forward_length", int),
+            "moe_layer_start_index": self.required("leading_dense_block_count", int),
+            "moe_layer_interval": self.required("interleave_moe_layer_step", int),
+            "moe_layer_end_index": -1,
+        }
 
     def _add_glm4(self, config: Config) -> None:
         if "glm4.rope.dimension_sections" in self.metadata:  # GLM-4.1V, whose q and k rows lie in another order

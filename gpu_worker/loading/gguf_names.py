@@ -158,6 +158,15 @@ _GLM4_MOE = (
     }
     | {"post_attention_norm": _layer("post_attention_layernorm")}
 )
+_ERNIE_MOE = (
+    _ATTENTION
+    | {name: rule for name, rule in _DEEPSEEK.items() if name.startswith("ffn_")}
+    | {
+        "exp_probs_b": TensorRule(
+            "model.layers.{layer}.mlp.moe_statics.e_score_correction_bias", is_bare=True, lacks_row=True
+        )
+    }
+)
 _MIXTRAL_EXPERTS = {
     "ffn_norm": _layer("post_attention_layernorm"),
     "ffn_gate_inp": _layer("block_sparse_moe.gate"),
@@ -203,6 +212,7 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     "seed_oss": GgufArchitecture("seed_oss", "SeedOssForCausalLM", _WHOLE, _SEED_OSS),
     # As in Cohere's models, neighbouring dimensions are rotated.
     "ernie4_5": GgufArchitecture("ernie4_5", "Ernie4_5ForCausalLM", _WHOLE, _ATTENTION | _GATED_MLP),
+    "ernie4_5-moe": GgufArchitecture("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", _WHOLE, _ERNIE_MOE),
     "glm4": GgufArchitecture("glm4", "Glm4ForCausalLM", _WHOLE, _GLM4),
     "exaone4": GgufArchitecture("exaone4", "Exaone4ForCausalLM", _WHOLE, _OLMO2),
     "olmoe": GgufArchitecture("olmoe", "OlmoeForCausalLM", _WHOLE, _ATTENTION | _QK_NORMS | _EXPERTS),
@@ -240,7 +250,7 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
 
 MIXTRAL = GgufArchitecture("mixtral", "MixtralForCausalLM", _WHOLE, _INTERLEAVED_ATTENTION | _MIXTRAL_EXPERTS)
 """What calls itself `llama` and has experts."""
-MIXTURES = ("qwen2moe", "qwen3moe", "qwen3vlmoe", "olmoe", "gpt-oss", "deepseek2", "glm4moe")
+MIXTURES = ("qwen2moe", "qwen3moe", "qwen3vlmoe", "olmoe", "gpt-oss", "deepseek2", "glm4moe", "ernie4_5-moe")
 MISTRAL = GgufArchitecture("mistral", "MistralForCausalLM", _WHOLE, _LLAMA)
 """What calls itself `mistral3` and scales no query by its position: Mistral Small 3.1 and 3.2, Devstral."""
 OLMO3 = GgufArchitecture("olmo3", "Olmo3ForCausalLM", _WHOLE, _OLMO2)

@@ -83,7 +83,7 @@ def _as_converted(state: Mapping[str, torch.Tensor], config: Any, is_latent: boo
         elif base.endswith(".experts"):
             tensors[f"{name}.weight"] = values
         elif last == "e_score_correction_bias":
-            tensors[f"{base}.e_score_correction.bias"] = values
+            tensors[f"{base.replace('gate.moe_statics', 'moe_statics')}.e_score_correction.bias"] = values.squeeze()
         elif is_latent and base.endswith(".kv_b_proj"):
             heads = values.view(config.num_attention_heads, -1, values.shape[-1])
             parent = base.removesuffix("kv_b_proj")

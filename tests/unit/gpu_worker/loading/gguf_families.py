@@ -258,6 +258,29 @@ FAMILIES: Mapping[str, Family] = {
         {"rope_parameters": LLAMA3, "rms_norm_eps": 1e-5, "sliding_window": WINDOW},
         RMS | {"attention.sliding_window": WINDOW, "attention.sliding_window_pattern": [True, True, True, False]},
     ),
+    "ernie4_5-moe": Family(
+        "ernie4_5-moe",
+        transformers.Ernie4_5_MoeConfig,
+        {
+            "rope_parameters": PLAIN,
+            "rms_norm_eps": 1e-5,
+            "moe_num_experts": 8,
+            "moe_k": 2,
+            "moe_num_shared_experts": 2,
+            "moe_intermediate_size": 64,
+            "moe_layer_start_index": 1,
+        },
+        RMS
+        | {
+            "expert_count": 8,
+            "expert_used_count": 2,
+            "expert_shared_count": 2,
+            "expert_feed_forward_length": 64,
+            "expert_shared_feed_forward_length": 128,
+            "leading_dense_block_count": 1,
+            "interleave_moe_layer_step": 1,
+        },
+    ),
     "glm-4.5": Family(
         "glm4moe",
         transformers.Glm4MoeConfig,
