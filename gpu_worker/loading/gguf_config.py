@@ -79,6 +79,7 @@ class _ConfigBuilder(CheckedMetadata):
             "olmoe": self._add_olmoe,
             "deepseek2": self._add_deepseek2,
             "glm4moe": self._add_glm4_moe,
+            "minimax-m2": self._add_minimax,
         }
         details[self.prefix](config)
         return config
@@ -421,8 +422,22 @@ class _ConfigBuilder(CheckedMetadata):
         }
 
     def _add_glm4_moe(self, config: Config) -> None:
-        if self.optional("expert_gating_func", int, SIGMOID) != SIGMOID:
-            raise self.fail("chooses experts by another function than sigmoid (expert_gating_func)")
+        self._refuse_all_but_sigmoid()
         config["partial_rotary_factor"] = self.required("rope.dimension_count", int) / config["head_dim"]
         config["use_qk_norm"] = "blk.0.attn_q_norm.weight" in self.tensors
         self._add_routing(config, 1, 1)
+
+    def _refuse_all_but_sigmoid(self) -> None:
+        if self.optional("expert_gating_func", int, SIGMOID) != SIGMOID:
+            raise self.fail("chooses experts by another function than sigmoid (expert_gating_func)")
+
+    def _add_minimax(self, config: Config) -> None:
+        self._refuse_all_but_sigmoid()
+        config |= {
+            "num_local_experts": self.required("expert_count", int),
+            "num_experts_per_tok": self.required("expert_used_count", int),
+            "intermediate_size": self.required("expert_feed_forward_length", int),
+            "rotary_dim": self.required("rope.dimension_count", int),
+            "scoring_func": "sigmoid",
+            "use_qk_norm": True,
+        }

@@ -174,6 +174,12 @@ _MIXTRAL_EXPERTS = {
     "ffn_up_exps": _layer("block_sparse_moe.experts.{{expert}}.w3"),
     "ffn_down_exps": _layer("block_sparse_moe.experts.{{expert}}.w2"),
 }
+_MINIMAX = (
+    _ATTENTION
+    | _QK_NORMS
+    | _MIXTRAL_EXPERTS
+    | {"exp_probs_b": TensorRule("model.layers.{layer}.block_sparse_moe.e_score_correction_bias", is_bare=True)}
+)
 _GPT_OSS = _EXPERTS | {
     "post_attention_norm": _layer("post_attention_layernorm"),
     "attn_sinks": TensorRule("model.layers.{layer}.self_attn.sinks", is_bare=True),
@@ -213,6 +219,7 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     # As in Cohere's models, neighbouring dimensions are rotated.
     "ernie4_5": GgufArchitecture("ernie4_5", "Ernie4_5ForCausalLM", _WHOLE, _ATTENTION | _GATED_MLP),
     "ernie4_5-moe": GgufArchitecture("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", _WHOLE, _ERNIE_MOE),
+    "minimax-m2": GgufArchitecture("minimax_m2", "MiniMaxM2ForCausalLM", _WHOLE, _MINIMAX),
     "glm4": GgufArchitecture("glm4", "Glm4ForCausalLM", _WHOLE, _GLM4),
     "exaone4": GgufArchitecture("exaone4", "Exaone4ForCausalLM", _WHOLE, _OLMO2),
     "olmoe": GgufArchitecture("olmoe", "OlmoeForCausalLM", _WHOLE, _ATTENTION | _QK_NORMS | _EXPERTS),
@@ -250,7 +257,17 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
 
 MIXTRAL = GgufArchitecture("mixtral", "MixtralForCausalLM", _WHOLE, _INTERLEAVED_ATTENTION | _MIXTRAL_EXPERTS)
 """What calls itself `llama` and has experts."""
-MIXTURES = ("qwen2moe", "qwen3moe", "qwen3vlmoe", "olmoe", "gpt-oss", "deepseek2", "glm4moe", "ernie4_5-moe")
+MIXTURES = (
+    "qwen2moe",
+    "qwen3moe",
+    "qwen3vlmoe",
+    "olmoe",
+    "gpt-oss",
+    "deepseek2",
+    "glm4moe",
+    "ernie4_5-moe",
+    "minimax-m2",
+)
 MISTRAL = GgufArchitecture("mistral", "MistralForCausalLM", _WHOLE, _LLAMA)
 """What calls itself `mistral3` and scales no query by its position: Mistral Small 3.1 and 3.2, Devstral."""
 OLMO3 = GgufArchitecture("olmo3", "Olmo3ForCausalLM", _WHOLE, _OLMO2)

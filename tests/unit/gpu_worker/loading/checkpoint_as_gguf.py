@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,9 @@ def _as_converted(state: Mapping[str, torch.Tensor], config: Any, is_latent: boo
         elif base.endswith(".experts"):
             tensors[f"{name}.weight"] = values
         elif last == "e_score_correction_bias":
-            tensors[f"{base.replace('gate.moe_statics', 'moe_statics')}.e_score_correction.bias"] = values.squeeze()
+            # ERNIE's and MiniMax's have other names in their releases, which the package knows.
+            parent = re.sub(r"\.mlp$", ".block_sparse_moe", base.replace("gate.moe_statics", "moe_statics"))
+            tensors[f"{parent}.e_score_correction.bias"] = values.squeeze()
         elif is_latent and base.endswith(".kv_b_proj"):
             heads = values.view(config.num_attention_heads, -1, values.shape[-1])
             parent = base.removesuffix("kv_b_proj")

@@ -281,6 +281,27 @@ FAMILIES: Mapping[str, Family] = {
             "interleave_moe_layer_step": 1,
         },
     ),
+    "minimax-m2": Family(
+        "minimax-m2",
+        transformers.MiniMaxM2Config,
+        {
+            "rope_parameters": PLAIN | {"partial_rotary_factor": 0.5},
+            "rms_norm_eps": 1e-5,
+            "head_dim": HEAD_DIM,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        RMS
+        | {
+            "attention.key_length": HEAD_DIM,
+            "attention.value_length": HEAD_DIM,
+            "rope.dimension_count": HEAD_DIM // 2,
+            "expert_count": 8,
+            "expert_used_count": 2,
+            "expert_feed_forward_length": 128,
+            "expert_gating_func": 2,
+        },
+    ),
     "glm-4.5": Family(
         "glm4moe",
         transformers.Glm4MoeConfig,

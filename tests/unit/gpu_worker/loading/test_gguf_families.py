@@ -94,6 +94,8 @@ def test_blocks_are_what_the_package_says_they_are(tmp_path: Path, name: str) ->
     # what transformers has under names of its own is in the logits
     renamed = re.compile(r"\.experts\.|\.moe_statics\.")
     same = {tensor: values for tensor, values in state.items() if not renamed.search(tensor)}
+    if name == "minimax-m2":  # as its release has them
+        same = {tensor.replace(".mlp.", ".block_sparse_moe."): values for tensor, values in same.items()}
     with GgufReader(path) as reader:
         shapes = {info.name: info.shape for info in reader.names() if not renamed.search(info.name)}
         assert shapes == {tensor: tuple(values.shape) for tensor, values in same.items()}
