@@ -8,14 +8,11 @@ pattern and local rope base) is written out.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-from gpu_worker.loading.gguf_metadata import CheckedMetadata
-from gpu_worker.loading.gguf_names import DEEPSEEK_V2, MIXTRAL, OLMO3, SIGMOID
+from gpu_worker.loading.gguf_mixture_config import Config, MixtureFields
+from gpu_worker.loading.gguf_names import MIXTRAL, OLMO3
 from gpu_worker.loading.gguf_reader import GgufReader
 from gpu_worker.loading.llama3_rope import llama3_scaling
-
-Config = dict[str, Any]
 
 # Gemma scales queries by head_dim ** -0.5, the 27B models (known by their depth) by (hidden_size / num_heads) ** -0.5.
 _GEMMA_27B_LAYERS = {"gemma2": 46, "gemma3": 62}
@@ -28,8 +25,6 @@ _LAYER_NORM_FIELDS = {"command-r": "layer_norm_eps", "cohere2": "layer_norm_eps"
 # The files do not say these; all released models have them.
 _SMOLLM3_NO_ROPE_INTERVAL = 4
 _STARCODER2_WINDOW = 4096
-# By the number of experts: V2 and V3, whose older files leave it out. Kimi K2 and V2-Lite have one group.
-_DEEPSEEK_GROUPS = {160: (8, 3), 256: (8, 4)}
 # Where the file has no pattern: three layers with a window, then one without (llama.cpp, `src/models/`).
 _DEFAULT_PATTERN = 4
 
@@ -43,7 +38,7 @@ def build_config(reader: GgufReader, torch_dtype: str) -> Config:
     return _ConfigBuilder(reader, torch_dtype).build()
 
 
-class _ConfigBuilder(CheckedMetadata):
+class _ConfigBuilder(MixtureFields):
     def __init__(self, reader: GgufReader, torch_dtype: str) -> None:
         super().__init__(reader)
         self._torch_dtype = torch_dtype
@@ -77,9 +72,9 @@ class _ConfigBuilder(CheckedMetadata):
             "glm4": self._add_glm4,
             "exaone4": self._add_exaone4,
             "olmoe": self._add_olmoe,
-            "deepseek2": self._add_deepseek2,
-            "glm4moe": self._add_glm4_moe,
-            "minimax-m2": self._add_minimax,
+            "deepseek2": self.add_deepseek2,
+            "glm4moe": self.add_glm4_moe,
+            "minimax-m2": self.add_minimax,
         }
         details[self.prefix](config)
         return config
@@ -383,61 +378,3 @@ class _ConfigBuilder(CheckedMetadata):
         # The file does not say it; the released models have this.
         config["norm_topk_prob"] = False
         config.setdefault("pad_token_id", None)
-
-    def _add_deepseek2(self, config: Config) -> None:
-        if self.optional("attention.temperature_scale", float):
-            raise self.fail("is Mistral Large 3 (attention.temperature_scale)")
-        # Files with one compressed head have the sizes of a whole one under keys of their own.
-        end = "" if "blk.0.attn_kv_b.weight" in self.tensors else "_mla"
-        config.pop("head_dim")
-        rope_dim = self.required("rope.dimension_count", int)
-        config |= {
-            "num_key_value_heads": config["num_attention_heads"],
-            "q_lora_rank": self.optional("attention.q_lora_rank", int),
-            "kv_lora_rank": self.required("attention.kv_lora_rank", int),
-            "qk_rope_head_dim": rope_dim,
-            "qk_nope_head_dim": self.required(f"attention.key_length{end}", int) - rope_dim,
-            "v_head_dim": self.required(f"attention.value_length{end}", int),
-        }
-        self._add_routing(config, *_DEEPSEEK_GROUPS.get(self.required("expert_count", int), (1, 1)))
-        if self.reader.architecture is DEEPSEEK_V2:
-            config["topk_method"] = "group_limited_greedy" if config["n_group"] > 1 else "greedy"
-        # llama.cpp takes its two weights to be the same, and the file has a tenth of them.
-        weight = round(10 * self.optional("rope.scaling.yarn_log_multiplier", float, 0.0), 5)
-        if config["rope_scaling"] is not None and weight:
-            config["rope_scaling"] |= {"mscale": weight, "mscale_all_dim": weight}
-
-    def _add_routing(self, config: Config, groups: int, chosen_groups: int) -> None:
-        """`groups`: where the file does not say."""
-        config |= {
-            "n_routed_experts": self.required("expert_count", int),
-            "num_experts_per_tok": self.required("expert_used_count", int),
-            "n_shared_experts": self.required("expert_shared_count", int),
-            "moe_intermediate_size": self.required("expert_feed_forward_length", int),
-            "first_k_dense_replace": self.required("leading_dense_block_count", int),
-            "routed_scaling_factor": self.optional("expert_weights_scale", float, 1.0),
-            "norm_topk_prob": self.optional("expert_weights_norm", bool, False),
-            "n_group": self.optional("expert_group_count", int, groups),
-            "topk_group": self.optional("expert_group_used_count", int, chosen_groups),
-        }
-
-    def _add_glm4_moe(self, config: Config) -> None:
-        self._refuse_all_but_sigmoid()
-        config["partial_rotary_factor"] = self.required("rope.dimension_count", int) / config["head_dim"]
-        config["use_qk_norm"] = "blk.0.attn_q_norm.weight" in self.tensors
-        self._add_routing(config, 1, 1)
-
-    def _refuse_all_but_sigmoid(self) -> None:
-        if self.optional("expert_gating_func", int, SIGMOID) != SIGMOID:
-            raise self.fail("chooses experts by another function than sigmoid (expert_gating_func)")
-
-    def _add_minimax(self, config: Config) -> None:
-        self._refuse_all_but_sigmoid()
-        config |= {
-            "num_local_experts": self.required("expert_count", int),
-            "num_experts_per_tok": self.required("expert_used_count", int),
-            "intermediate_size": self.required("expert_feed_forward_length", int),
-            "rotary_dim": self.required("rope.dimension_count", int),
-            "scoring_func": "sigmoid",
-            "use_qk_norm": True,
-        }
