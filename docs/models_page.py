@@ -31,6 +31,7 @@ from gpu_worker.assembly import Sizes, without_idle_indexer  # noqa: E402
 from gpu_worker.cuda import loading as cuda_loading  # noqa: E402
 from gpu_worker.loading.gguf_blocks import GGML_TYPES  # noqa: E402
 from gpu_worker.loading.gguf_names import ARCHITECTURES as GGUF_ARCHITECTURES  # noqa: E402
+from gpu_worker.loading.gguf_names import VARIANTS as GGUF_VARIANTS  # noqa: E402
 from gpu_worker.model_spec import ModelSpec  # noqa: E402
 from gpu_worker.models.family import ModelFamily  # noqa: E402
 from gpu_worker.models.hf_config import HfConfig  # noqa: E402
@@ -191,7 +192,9 @@ def sizes_seen() -> dict[str, list[str]]:
 
 
 def native_table() -> list[str]:
-    gguf = {each.hf_class: name for name, each in GGUF_ARCHITECTURES.items()}
+    gguf: dict[str, list[str]] = {}
+    for name, each in [*GGUF_ARCHITECTURES.items(), *GGUF_VARIANTS.items()]:
+        gguf.setdefault(each.hf_class, []).append(f"`{name}`")
     seen = sizes_seen()
     lines = [
         "| `architectures` in config.json | file | runs on | GGUF | sizes seen | switches compared with transformers |",
@@ -205,7 +208,7 @@ def native_table() -> list[str]:
             f"`{architecture}`",
             f"[{file}.py](../gpu_worker/models/{file}.py)",
             "CPU; GPU in plain torch" if is_other else runs_on(architecture, family),
-            f"`{gguf[architecture]}`" if architecture in gguf else "",
+            ", ".join(gguf.get(architecture, [])),
             ", ".join(seen.get(architecture, [])),
             "the text part by transformers' code" if is_other else ", ".join(features(tested_specs(architecture))),
         ]

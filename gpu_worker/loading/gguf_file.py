@@ -169,6 +169,11 @@ class GgufFile:
         self.close()
 
 
+def of_every_layer(value: Any) -> Any:
+    """What a list with an entry for each layer says of all of them; `value` itself where they differ, or no list."""
+    return value[0] if isinstance(value, list) and value and all(each == value[0] for each in value) else value
+
+
 def parts_of(path: Path, metadata: dict[str, Any]) -> list[Path]:
     """The files of a model of which `path` is the first, in their order.
 

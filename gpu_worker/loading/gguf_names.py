@@ -1,7 +1,9 @@
 """Where each tensor of a GGUF file belongs in the Hugging Face layout of its architecture.
 
 One table per architecture that `gpu_worker` loads from GGUF. What differs between them: whether q and k rows are
-interleaved for rope (`llama` only), whether norms carry their +1 (Gemma), what `ffn_norm` means, and fused projections.
+interleaved for rope (`llama` and what its converter writes too), whether norms carry their +1 (Gemma), what `ffn_norm`
+means, which norms there are, and fused projections. Source: llama.cpp's converter and graphs (`conversion/`,
+`src/models/` of https://github.com/ggml-org/llama.cpp) and the name maps of the `gguf` package.
 A mixture's experts are one tensor in the file, and each by itself here.
 """
 
@@ -85,6 +87,27 @@ _GATED_MLP = {
     "ffn_up": _layer("mlp.up_proj"),
     "ffn_down": _layer("mlp.down_proj"),
 }
+# Both of the sublayers' results are normed, and nothing before them.
+_POST_NORMS = {
+    "post_attention_norm": _layer("post_attention_layernorm"),
+    "post_ffw_norm": _layer("post_feedforward_layernorm"),
+}
+# One norm for the block, whose attention and MLP run side by side.
+_PARALLEL_BLOCK = {name: rule for name, rule in (_ATTENTION | _GATED_MLP).items() if name != "ffn_norm"}
+_OLMO2 = {name: rule for name, rule in _PARALLEL_BLOCK.items() if name != "attn_norm"} | _QK_NORMS | _POST_NORMS
+_GLM4 = _ATTENTION | {
+    "post_attention_norm": _layer("post_self_attn_layernorm"),
+    "ffn_norm": _layer("post_attention_layernorm"),
+    "ffn_up": _layer("mlp.gate_up_proj"),
+    "ffn_down": _layer("mlp.down_proj"),
+    "post_ffw_norm": _layer("post_mlp_layernorm"),
+}
+_SEED_OSS = _PARALLEL_BLOCK | {"post_attention_norm": _layer("post_attention_layernorm")}
+_PLAIN_MLP = {
+    "ffn_norm": _layer("post_attention_layernorm"),
+    "ffn_up": _layer("mlp.c_fc"),
+    "ffn_down": _layer("mlp.c_proj"),
+}
 _SANDWICH_NORMS = {
     "ffn_norm": _layer("pre_feedforward_layernorm"),
     "post_attention_norm": _layer("post_attention_layernorm"),
@@ -105,6 +128,45 @@ _SHARED_EXPERT = {
     "ffn_up_shexp": _layer("mlp.shared_expert.up_proj"),
     "ffn_down_shexp": _layer("mlp.shared_expert.down_proj"),
 }
+_DEEPSEEK = (
+    {name: rule for name, rule in _ATTENTION.items() if name not in ("attn_k", "attn_v")}
+    | _GATED_MLP
+    | _EXPERTS
+    | {
+        "attn_q_a": _layer("self_attn.q_a_proj"),
+        "attn_q_a_norm": _layer("self_attn.q_a_layernorm"),
+        "attn_q_b": _layer("self_attn.q_b_proj"),
+        "attn_kv_a_mqa": _layer("self_attn.kv_a_proj_with_mqa"),
+        "attn_kv_a_norm": _layer("self_attn.kv_a_layernorm"),
+        # One, or in files since the middle of 2025 two, which are joined (gguf_latent.py).
+        "attn_kv_b": _layer("self_attn.kv_b_proj"),
+        "attn_k_b": _layer("self_attn.k_b_proj"),
+        "attn_v_b": _layer("self_attn.v_b_proj"),
+        "exp_probs_b": TensorRule("model.layers.{layer}.mlp.gate.e_score_correction_bias", is_bare=True),
+        "ffn_gate_shexp": _layer("mlp.shared_experts.gate_proj"),
+        "ffn_up_shexp": _layer("mlp.shared_experts.up_proj"),
+        "ffn_down_shexp": _layer("mlp.shared_experts.down_proj"),
+    }
+)
+_GLM4_MOE = (
+    _ATTENTION
+    | _QK_NORMS
+    | {
+        name: rule
+        for name, rule in _DEEPSEEK.items()
+        if name.startswith(("ffn_", "exp_probs_b")) and name != "ffn_norm"
+    }
+    | {"post_attention_norm": _layer("post_attention_layernorm")}
+)
+_ERNIE_MOE = (
+    _ATTENTION
+    | {name: rule for name, rule in _DEEPSEEK.items() if name.startswith("ffn_")}
+    | {
+        "exp_probs_b": TensorRule(
+            "model.layers.{layer}.mlp.moe_statics.e_score_correction_bias", is_bare=True, lacks_row=True
+        )
+    }
+)
 _MIXTRAL_EXPERTS = {
     "ffn_norm": _layer("post_attention_layernorm"),
     "ffn_gate_inp": _layer("block_sparse_moe.gate"),
@@ -112,6 +174,12 @@ _MIXTRAL_EXPERTS = {
     "ffn_up_exps": _layer("block_sparse_moe.experts.{{expert}}.w3"),
     "ffn_down_exps": _layer("block_sparse_moe.experts.{{expert}}.w2"),
 }
+_MINIMAX = (
+    _ATTENTION
+    | _QK_NORMS
+    | _MIXTRAL_EXPERTS
+    | {"exp_probs_b": TensorRule("model.layers.{layer}.block_sparse_moe.e_score_correction_bias", is_bare=True)}
+)
 _GPT_OSS = _EXPERTS | {
     "post_attention_norm": _layer("post_attention_layernorm"),
     "attn_sinks": TensorRule("model.layers.{layer}.self_attn.sinks", is_bare=True),
@@ -126,13 +194,37 @@ def _with_plus_one(rules: Mapping[str, TensorRule]) -> dict[str, TensorRule]:
     }
 
 
+_LLAMA = _INTERLEAVED_ATTENTION | _GATED_MLP
+
 ARCHITECTURES: Mapping[str, GgufArchitecture] = {
-    "llama": GgufArchitecture("llama", "LlamaForCausalLM", _WHOLE, _INTERLEAVED_ATTENTION | _GATED_MLP),
+    "llama": GgufArchitecture("llama", "LlamaForCausalLM", _WHOLE, _LLAMA),
+    "mistral3": GgufArchitecture("ministral3", "Ministral3ForCausalLM", _WHOLE, _LLAMA),
+    "smollm3": GgufArchitecture("smollm3", "SmolLM3ForCausalLM", _WHOLE, _LLAMA),
+    "granite": GgufArchitecture("granite", "GraniteForCausalLM", _WHOLE, _LLAMA),
+    "olmo2": GgufArchitecture("olmo2", "Olmo2ForCausalLM", _WHOLE, _OLMO2),
+    # Cohere's own code rotates neighbouring dimensions, so these rows lie as they do in safetensors.
+    "command-r": GgufArchitecture("cohere", "CohereForCausalLM", _WHOLE, _PARALLEL_BLOCK | _QK_NORMS),
+    "cohere2": GgufArchitecture("cohere2", "Cohere2ForCausalLM", _WHOLE, _PARALLEL_BLOCK),
+    "starcoder2": GgufArchitecture("starcoder2", "Starcoder2ForCausalLM", _WHOLE, _ATTENTION | _PLAIN_MLP),
     "qwen2": GgufArchitecture("qwen2", "Qwen2ForCausalLM", _WHOLE, _ATTENTION | _GATED_MLP),
     "qwen2moe": GgufArchitecture("qwen2_moe", "Qwen2MoeForCausalLM", _WHOLE, _ATTENTION | _EXPERTS | _SHARED_EXPERT),
     "qwen3moe": GgufArchitecture("qwen3_moe", "Qwen3MoeForCausalLM", _WHOLE, _ATTENTION | _QK_NORMS | _EXPERTS),
     "gpt-oss": GgufArchitecture("gpt_oss", "GptOssForCausalLM", _WHOLE, _ATTENTION | _GPT_OSS),
     "qwen3": GgufArchitecture("qwen3", "Qwen3ForCausalLM", _WHOLE, _ATTENTION | _QK_NORMS | _GATED_MLP),
+    # The text parts of models that see: in text, the three positions of their rope are the same.
+    "qwen2vl": GgufArchitecture("qwen2", "Qwen2ForCausalLM", _WHOLE, _ATTENTION | _GATED_MLP),
+    "qwen3vl": GgufArchitecture("qwen3", "Qwen3ForCausalLM", _WHOLE, _ATTENTION | _QK_NORMS | _GATED_MLP),
+    "qwen3vlmoe": GgufArchitecture("qwen3_moe", "Qwen3MoeForCausalLM", _WHOLE, _ATTENTION | _QK_NORMS | _EXPERTS),
+    "seed_oss": GgufArchitecture("seed_oss", "SeedOssForCausalLM", _WHOLE, _SEED_OSS),
+    # As in Cohere's models, neighbouring dimensions are rotated.
+    "ernie4_5": GgufArchitecture("ernie4_5", "Ernie4_5ForCausalLM", _WHOLE, _ATTENTION | _GATED_MLP),
+    "ernie4_5-moe": GgufArchitecture("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", _WHOLE, _ERNIE_MOE),
+    "minimax-m2": GgufArchitecture("minimax_m2", "MiniMaxM2ForCausalLM", _WHOLE, _MINIMAX),
+    "glm4": GgufArchitecture("glm4", "Glm4ForCausalLM", _WHOLE, _GLM4),
+    "exaone4": GgufArchitecture("exaone4", "Exaone4ForCausalLM", _WHOLE, _OLMO2),
+    "olmoe": GgufArchitecture("olmoe", "OlmoeForCausalLM", _WHOLE, _ATTENTION | _QK_NORMS | _EXPERTS),
+    "deepseek2": GgufArchitecture("deepseek_v3", "DeepseekV3ForCausalLM", _WHOLE, _DEEPSEEK),
+    "glm4moe": GgufArchitecture("glm4_moe", "Glm4MoeForCausalLM", _WHOLE, _GLM4_MOE),
     "gemma": GgufArchitecture(
         "gemma", "GemmaForCausalLM", _with_plus_one(_WHOLE), _with_plus_one(_ATTENTION | _GATED_MLP)
     ),
@@ -165,7 +257,31 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
 
 MIXTRAL = GgufArchitecture("mixtral", "MixtralForCausalLM", _WHOLE, _INTERLEAVED_ATTENTION | _MIXTRAL_EXPERTS)
 """What calls itself `llama` and has experts."""
-MIXTURES = ("qwen2moe", "qwen3moe", "gpt-oss")
+MIXTURES = (
+    "qwen2moe",
+    "qwen3moe",
+    "qwen3vlmoe",
+    "olmoe",
+    "gpt-oss",
+    "deepseek2",
+    "glm4moe",
+    "ernie4_5-moe",
+    "minimax-m2",
+)
+MISTRAL = GgufArchitecture("mistral", "MistralForCausalLM", _WHOLE, _LLAMA)
+"""What calls itself `mistral3` and scales no query by its position: Mistral Small 3.1 and 3.2, Devstral."""
+OLMO3 = GgufArchitecture("olmo3", "Olmo3ForCausalLM", _WHOLE, _OLMO2)
+"""What calls itself `olmo2` and has windows."""
+DEEPSEEK_V2 = GgufArchitecture("deepseek_v2", "DeepseekV2ForCausalLM", _WHOLE, _DEEPSEEK)
+"""What calls itself `deepseek2` and routes by softmax."""
+SIGMOID = 2  # of expert_gating_func; files of V2 may lack the key
+VARIANTS: Mapping[str, GgufArchitecture] = {
+    "llama": MIXTRAL,
+    "mistral3": MISTRAL,
+    "olmo2": OLMO3,
+    "deepseek2": DEEPSEEK_V2,
+}
+"""The second model behind one name."""
 
 PROJECTORS = ("clip", "mmproj")
 
@@ -207,7 +323,25 @@ def architecture_of(path: Path, metadata: Mapping[str, object]) -> tuple[str, Gg
             f"is a mixture of {num_experts} experts, which is not read from GGUF for {name!r}",
             advice="use the safetensors version of the model",
         )
+    if name == "mistral3" and not metadata.get(f"{name}.attention.temperature_scale"):
+        return name, MISTRAL
+    if name == "olmo2" and metadata.get(f"{name}.attention.sliding_window"):
+        return name, OLMO3
+    if name == "deepseek2" and metadata.get(f"{name}.expert_gating_func") != SIGMOID:
+        return name, DEEPSEEK_V2
     return name, ARCHITECTURES[name]
+
+
+def num_layers_of(name: str, metadata: Mapping[str, object]) -> int | None:
+    """Layers without those behind them that predict further tokens (`nextn`), None where the file does not say."""
+    count, beyond = (metadata.get(f"{name}.{key}", 0) for key in ("block_count", "nextn_predict_layers"))
+    return count - beyond if isinstance(count, int) and isinstance(beyond, int) and count > beyond else None
+
+
+def is_beyond(gguf_name: str, num_layers: int | None) -> bool:
+    """Whether a tensor is of a layer behind the model's own."""
+    match = _LAYER_NAME.fullmatch(gguf_name)
+    return match is not None and num_layers is not None and int(match["layer"]) >= num_layers
 
 
 def rule_for(path: Path, architecture: GgufArchitecture, gguf_name: str) -> TensorRule | None:

@@ -10,8 +10,17 @@ from types import TracebackType
 import torch
 
 from gpu_worker.loading.gguf_blocks import GgmlType, decode_rows
-from gpu_worker.loading.gguf_file import GgufFile, GgufTensor
-from gpu_worker.loading.gguf_names import GgufArchitecture, RowOrder, TensorRule, architecture_of, rule_for
+from gpu_worker.loading.gguf_file import GgufFile, GgufTensor, of_every_layer
+from gpu_worker.loading.gguf_latent import KEYS, VALUES, WHOLE, HeadParts
+from gpu_worker.loading.gguf_names import (
+    GgufArchitecture,
+    RowOrder,
+    TensorRule,
+    architecture_of,
+    is_beyond,
+    num_layers_of,
+    rule_for,
+)
 from gpu_worker.loading.tensor_source import CheckpointError, TensorIndex, TensorInfo, resolve_index
 
 EXPERT = "{expert}"
@@ -39,19 +48,29 @@ class GgufReader:
         self.file = GgufFile(path)
         try:
             self.architecture_name, self.architecture = architecture_of(path, self.file.metadata)
+            self._parts: dict[str, dict[str, GgufTensor]] = {}
             self._weights = self._map_tensors(self.architecture)
+            self._latent = {name: self._joined(name, parts) for name, parts in self._parts.items()}
         except BaseException:
             self.file.close()
             raise
 
     def _map_tensors(self, architecture: GgufArchitecture) -> dict[str, _Stored]:
         weights: dict[str, _Stored] = {}
+        metadata, name = self.file.metadata, self.architecture_name
+        num_layers = num_layers_of(name, metadata) if metadata.get(f"{name}.nextn_predict_layers") else None
         for gguf_name, tensor in self.file.tensors.items():
+            if is_beyond(gguf_name, num_layers):
+                continue
             rule = rule_for(self.path, architecture, gguf_name)
             if rule is None:
                 continue
             if EXPERT in rule.hf_name:
                 weights |= self._experts(tensor, rule)
+                continue
+            part = next((part for part in (KEYS, VALUES) if rule.hf_name.endswith(part)), None)
+            if part is not None:
+                self._parts.setdefault(rule.hf_name.removesuffix(part) + WHOLE, {})[part] = tensor
                 continue
             if len(tensor.shape) > 2:
                 raise CheckpointError(
@@ -61,6 +80,12 @@ class GgufReader:
             shape = (1, *tensor.shape) if rule.lacks_row and len(tensor.shape) == 1 else tensor.shape
             weights[rule.hf_name] = _Stored(tensor, rule, shape)
         return weights
+
+    def _joined(self, name: str, parts: dict[str, GgufTensor]) -> HeadParts:
+        if len(parts) == 2 and (joined := HeadParts(parts[KEYS], parts[VALUES])).is_valid:
+            return joined
+        shapes = ", ".join(f"{tensor.name} {list(tensor.shape)}" for tensor in parts.values())
+        raise CheckpointError(self.path, f"has of it only {shapes}, which make no whole", tensor=name)
 
     def _experts(self, tensor: GgufTensor, rule: TensorRule) -> dict[str, _Stored]:
         """Every expert of one tensor: [experts, rows, columns], biases [experts, rows]."""
@@ -78,9 +103,13 @@ class GgufReader:
         }
 
     def names(self) -> Iterable[TensorInfo]:
-        return [TensorInfo(name, stored.shape, torch.float32, self.path) for name, stored in self._weights.items()]
+        shapes = {name: stored.shape for name, stored in (self._weights | self._latent).items()}
+        return [TensorInfo(name, shape, torch.float32, self.path) for name, shape in shapes.items()]
 
     def read(self, name: str, index: TensorIndex | None = None) -> torch.Tensor:
+        if name in self._latent:
+            asked_rows, asked_columns = resolve_index(name, self._latent[name].shape, index)
+            return self._latent[name].read(*asked_rows, self._decoded_rows)[:, slice(*asked_columns)]
         stored = self._weights[name]
         tensor, rule = stored.tensor, stored.rule
         bounds = resolve_index(name, stored.shape, index)
@@ -96,7 +125,9 @@ class GgufReader:
         return values - 1 if rule.plus_one else values
 
     def stored_type(self, name: str) -> GgmlType:
-        """How the file stores a tensor."""
+        """How the file stores a tensor; one that is joined of two, as its first."""
+        if name in self._latent:
+            return self._latent[name].keys.ggml_type
         return self._weights[name].tensor.ggml_type
 
     def read_packed(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
@@ -117,6 +148,9 @@ class GgufReader:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+    def _decoded_rows(self, tensor: GgufTensor, start: int, stop: int) -> torch.Tensor:
+        return self._decode(tensor, self.file.read_rows(tensor.name, start, stop))
 
     def _decode(self, tensor: GgufTensor, raw: torch.Tensor) -> torch.Tensor:
         try:
@@ -143,6 +177,7 @@ class GgufReader:
         num_heads = metadata.get(f"{self.architecture_name}.attention.head_count")
         if rule.row_order is RowOrder.ROPE_PAIRS_OF_KV_HEADS:
             num_heads = metadata.get(f"{self.architecture_name}.attention.head_count_kv", num_heads)
+        num_heads = of_every_layer(num_heads)
         num_rows = tensor.shape[0]
         if not isinstance(num_heads, int) or num_heads < 1 or num_rows % (2 * num_heads):
             raise CheckpointError(

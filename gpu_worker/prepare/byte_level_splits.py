@@ -2,7 +2,7 @@
 """How byte-level BPE vocabularies cut text before merging, by the name GGUF files give it (`tokenizer.ggml.pre`).
 
 Names, groups and patterns are those that llama.cpp goes by (https://github.com/ggml-org/llama.cpp,
-`src/llama-vocab.cpp`); the NFC step is that of transformers' Qwen tokenizers. A wrong pattern
+`src/llama-vocab.cpp`); the NFC step is that of transformers' Qwen and Cohere tokenizers. A wrong pattern
 gives ids that look right and a model that answers badly, so a name that is not listed is refused.
 """
 
@@ -88,12 +88,26 @@ DEFAULT_SPLIT_NAME = "default"
 BYTE_LEVEL_SPLITS: Mapping[str, ByteLevelSplit] = {
     DEFAULT_SPLIT_NAME: ByteLevelSplit((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
     **dict.fromkeys(
-        ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4", "gigachat", "a.x-4.0", "mellum"), _SPLIT_GPT2
+        (
+            "gpt-2",
+            "phi-2",
+            "mpt",
+            "olmo",
+            "jais",
+            "trillion",
+            "exaone4",
+            "gigachat",
+            "a.x-4.0",
+            "mellum",
+            "granite-docling",
+        ),
+        _SPLIT_GPT2,
     ),
     **dict.fromkeys(
-        ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2"),
+        ("smollm", "starcoder", "refact", "codeshell", "exaone", "minerva-7b", "mellum2"),
         _SPLIT_DIGITS_GPT2,
     ),
+    "command-r": ByteLevelSplit(_SPLIT_DIGITS_GPT2.patterns, nfc=True),
     **dict.fromkeys(
         ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
         _SPLIT_LLAMA3_WHOLE_WORDS,

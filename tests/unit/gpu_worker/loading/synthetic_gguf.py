@@ -69,6 +69,7 @@ _PHI3 = {
 ARCHITECTURES: Mapping[str, Sizes] = {
     "llama": Sizes({"rope.dimension_count": HEAD_DIM}, _ATTENTION | _MLP),
     "qwen2": Sizes({}, _ATTENTION | _QKV_BIAS | _MLP),
+    "qwen2vl": Sizes({"rope.dimension_sections": [2, 3, 3, 0]}, _ATTENTION | _QKV_BIAS | _MLP),
     "qwen3": Sizes({"attention.key_length": QWEN3_HEAD_DIM}, _QWEN3 | _MLP),
     "gemma": Sizes({"attention.key_length": HEAD_DIM}, _ATTENTION | _MLP),
     "gemma2": Sizes(
@@ -104,6 +105,24 @@ _WIDE_BIAS = {
     "attn_v.bias": (KV_HEADS * MIXTURE_HEAD_DIM,),
 }
 _WIDE_NORMS = {"attn_q_norm.weight": (MIXTURE_HEAD_DIM,), "attn_k_norm.weight": (MIXTURE_HEAD_DIM,)}
+# OLMoE: its heads are as wide as the hidden state together, and q and k are normed over all of them.
+_OLMOE_HEADS, _OLMOE_KV_HEADS, _OLMOE_HEAD_DIM = 2, 1, HIDDEN // 2
+_OLMOE_KEYS = {
+    "expert_count": EXPERTS,
+    "expert_used_count": 2,
+    "attention.head_count": _OLMOE_HEADS,
+    "attention.head_count_kv": _OLMOE_KV_HEADS,
+    "feed_forward_length": EXPERT_INNER,
+}
+_OLMOE_ATTENTION = {
+    "attn_norm.weight": (HIDDEN,),
+    "attn_q.weight": (HIDDEN, HIDDEN),
+    "attn_k.weight": (_OLMOE_KV_HEADS * _OLMOE_HEAD_DIM, HIDDEN),
+    "attn_v.weight": (_OLMOE_KV_HEADS * _OLMOE_HEAD_DIM, HIDDEN),
+    "attn_output.weight": (HIDDEN, HIDDEN),
+    "attn_q_norm.weight": (HIDDEN,),
+    "attn_k_norm.weight": (_OLMOE_KV_HEADS * _OLMOE_HEAD_DIM,),
+}
 _EXPERTS = {
     "ffn_norm.weight": (HIDDEN,),
     "ffn_gate_inp.weight": (EXPERTS, HIDDEN),
@@ -135,6 +154,11 @@ MIXTURES: Mapping[str, Sizes] = {
     ),
     "qwen2moe": Sizes(_EXPERT_KEYS, _WIDE_ATTENTION | _WIDE_BIAS | _EXPERTS | _SHARED_EXPERT),
     "qwen3moe": Sizes(_EXPERT_KEYS, _WIDE_ATTENTION | _WIDE_NORMS | _EXPERTS),
+    "qwen3vlmoe": Sizes(
+        _EXPERT_KEYS | {"rope.dimension_sections": [12, 10, 10, 0], "n_deepstack_layers": 3},
+        _WIDE_ATTENTION | _WIDE_NORMS | _EXPERTS,
+    ),
+    "olmoe": Sizes(_OLMOE_KEYS, _OLMOE_ATTENTION | _EXPERTS),
     "gpt-oss": Sizes(
         _EXPERT_KEYS
         | {
@@ -185,10 +209,8 @@ def write_gguf(
         **sizes.keys,
         **(keys or {}),
     }
-    for key, value in metadata.items():
-        _add(writer, f"{architecture}.{key}", value)
-    for key, value in (minimal_tokenizer() | dict(raw_keys or {})).items():
-        _add(writer, key, value)
+    write_metadata(writer, {f"{architecture}.{key}": value for key, value in metadata.items()})
+    write_metadata(writer, minimal_tokenizer() | dict(raw_keys or {}))
     random = np.random.default_rng(seed)
     shapes = {"token_embd.weight": (VOCABULARY, HIDDEN), "output_norm.weight": (HIDDEN,)}
     if not tied:
@@ -236,14 +258,16 @@ def minimal_tokenizer() -> dict[str, Any]:
     }
 
 
-def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        writer.add_uint32(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    elif value is not None:
-        writer.add_array(key, value)
+def write_metadata(writer: gguf.GGUFWriter, metadata: Mapping[str, Any]) -> None:
+    """Each value as the type that llama.cpp's converter writes; None is left out."""
+    for key, value in metadata.items():
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        elif value is not None:
+            writer.add_array(key, value)

@@ -156,7 +156,7 @@ def test_linear_and_yarn_scaling(tmp_path: Path) -> None:
     ("keys", "message"),
     [
         ({"block_count": None}, r"lacks the metadata key 'llama.block_count'"),
-        ({"feed_forward_length": [96, 96]}, r"'llama.feed_forward_length' is \[96, 96\] and not of the kind int"),
+        ({"feed_forward_length": [96, 48]}, r"'llama.feed_forward_length' is \[96, 48\] and not of the kind int"),
         ({"rope.scaling.type": "spiral"}, r"unknown kind 'spiral'"),
         ({"rope.dimension_count": 8}, r"rotates 8 of 16 dimensions"),
         ({"embedding_length": 32}, r"tensor 'token_embd.weight': has rows of 64, the metadata says 32"),
