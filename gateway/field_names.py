@@ -76,6 +76,12 @@ MESSAGE: Names = {
     "structured_output.json_schema": "output_config.format.schema",
 }
 TOKENIZE: Names = {**CHAT, "text": "prompt"}
+# What a format is called in the body of the chat that was made of another body, longest first.
+_MADE_FORMAT: Names = {
+    "response_format.json_schema.schema": "structured_output.json_schema",
+    "response_format.json_schema": "structured_output",
+    "response_format": "structured_output",
+}
 DETOKENIZE: Names = {"token_ids": "tokens"}
 EMBEDDINGS: Names = {"inputs": "input", "inputs[].text": "input[]", "inputs[].token_ids.ids": "input[]"}
 EMBEDDING: Names = {"inputs": "input", "inputs[]": "input", "inputs[].text": "input", "inputs[].token_ids.ids": "input"}
@@ -103,6 +109,9 @@ def in_text(text: str, names: Names) -> str:
 
 def of_made_chat(param: str, names: Names) -> str:
     """What a body calls a field of the chat's body that was made of it."""
+    for made, source in _MADE_FORMAT.items():
+        if source in names and (param + ".").startswith(made + "."):
+            return names[source] + param[len(made) :]
     first = re.split(r"[.\[]", param, maxsplit=1)[0]
     for source, target in CHAT.items():
         if target == first and source != "chat":

@@ -124,14 +124,16 @@ class Store:
         return directory
 
     async def run(self, work: Callable[[sqlite3.Connection], _Result]) -> _Result:
-        """Raises `StoreGoneError`, and what `work` does."""
+        """Raises `StoreGoneError`, another `sqlite3.OperationalError`, and what `work` does."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, work)
 
     def _run(self, work: Callable[[sqlite3.Connection], _Result]) -> _Result:
         try:
             is_there = os.path.samestat(self._file.stat(), self._opened)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             is_there = False
+        except OSError as error:  # a file system that is away, or that asks for another user
+            raise sqlite3.OperationalError(f"{self._file} cannot be looked at: {error.strerror}") from error
         if not is_there:
             raise StoreGoneError(
                 f"the data directory {self.directory} was deleted or moved while the gateway runs: start it again"

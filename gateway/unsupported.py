@@ -129,7 +129,7 @@ _HARMLESS = frozenset(
 CHAT_FIELDS = _HARMLESS | frozenset(_CHAT)
 COMPLETION_FIELDS = _HARMLESS | frozenset(_COMPLETION)
 POOLING_FIELDS = frozenset(_POOLING)
-# What a response is refused with that nobody takes for one of its fields is not among them.
+# Names of other APIs' fields (`max_tokens`, `messages`) are refused as well, but a response has no such fields.
 RESPONSE_FIELDS = frozenset(_BOTH)
 
 

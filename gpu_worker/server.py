@@ -28,7 +28,6 @@ import grpc
 import stepwire
 import structlog
 import uvloop
-from grpc.aio import EOF  # type: ignore[attr-defined]  # the stubs lack it
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio  # type: ignore[attr-defined]  # the stubs lack it
 from stepwire.process.connections import KEEPALIVE_OPTIONS, MESSAGE_OPTIONS
@@ -37,8 +36,9 @@ from stepwire.v1 import worker_pb2, worker_pb2_grpc
 from gpu_worker.listen import ListenAddress, ListenError
 from gpu_worker.recording import Recorder
 from gpu_worker.runner_api import EndsByItself, PendingStep, Runner, SessionEnded, StepError, UsesPauses, WorkerFacts
+from gpu_worker.servicer import Servicer
 from gpu_worker.session import QueuedStep, Session, StreamContext
-from gpu_worker.step_codec import PROTOCOL_VERSION, encode_facts, encode_result
+from gpu_worker.step_codec import encode_facts, encode_result
 
 logger = structlog.get_logger(__name__)
 
@@ -335,7 +335,7 @@ class WorkerServer:
         for service in ("", SERVICE_NAME):
             await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
         server = grpc.aio.server(options=SERVER_OPTIONS)
-        worker_pb2_grpc.add_WorkerServiceServicer_to_server(_Servicer(self), server)
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(Servicer(self), server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         address = str(self._listen)
         try:
@@ -444,39 +444,6 @@ class WorkerServer:
     def _fail_stuck(self) -> None:
         message = f"the step before hangs: no new session could begin within {self._hang_limit_s:g} s"
         self._fail("beginning a session", TimeoutError(message))
-
-
-class _Servicer(worker_pb2_grpc.WorkerServiceServicer):
-    """WorkerService as gRPC calls it, on the loop."""
-
-    def __init__(self, server: WorkerServer) -> None:
-        self._server = server
-
-    async def Describe(
-        self,
-        request: worker_pb2.DescribeRequest,
-        context: grpc.aio.ServicerContext[worker_pb2.DescribeRequest, worker_pb2.DescribeResponse],
-    ) -> worker_pb2.DescribeResponse:
-        response = self._server.describe()
-        if response is None:
-            await context.abort(*self._server.why_not())
-        return response
-
-    async def RunSteps(self, requests: object, context: StreamContext) -> None:
-        # `requests` is the iterator form of context.read(), which is what the session uses.
-        first = await context.read()
-        if first is EOF or first.WhichOneof("message") != "hello":
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message of a stream must be a hello")
-        hello = first.hello
-        if hello.protocol_version != PROTOCOL_VERSION:
-            await context.abort(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                f"the control plane speaks version {hello.protocol_version} of the worker contract"
-                f" and this worker version {PROTOCOL_VERSION}: install the same release of stepwire on both",
-            )
-        if not hello.session_id:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "hello.session_id is empty")
-        await self._server.run_session(hello, context)
 
 
 def _leave_to_the_loop(number: int, frame: FrameType | None) -> None:

@@ -162,17 +162,17 @@ class WorkerGroup:
                 await link.close()
 
     async def _complain(self, error: WorkerUnavailable) -> None:
-        refused = isinstance(error, WorkerUnusable)
+        is_unusable = isinstance(error, WorkerUnusable)
         self.trouble = str(error)
-        if self.trouble != self._told_trouble and (refused or time.monotonic() > self._expected_until_s):
+        if self.trouble != self._told_trouble and (is_unusable or time.monotonic() > self._expected_until_s):
             self._told_trouble = self.trouble
             what = "worker not available, trying again"
-            if refused:
+            if is_unusable:
                 what = "worker refused" if isinstance(error, WorkerRefused) else "worker cannot be used"
             self._log.warning(what, worker=self.address.target, reason=self.trouble)
-        if refused:
+        if is_unusable:
             self.settled.set()
-        await asyncio.sleep(_REFUSED_PAUSE_S if refused else _RECONNECT_PAUSE_S)
+        await asyncio.sleep(_REFUSED_PAUSE_S if is_unusable else _RECONNECT_PAUSE_S)
 
     def _begin(self, link: WorkerLink, worker: worker_pb2.DescribeResponse) -> None:
         self._link, self.worker, self.trouble = link, worker, ""

@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 
 from gateway.errors import ApiError, made_a_chat
-from gateway.field_names import MESSAGE
+from gateway.field_names import MESSAGE, Names
 from gateway.json_types import type_name
 from gateway.messages.schemas import (
     CountTokensBody,
@@ -59,7 +59,7 @@ def chat_body(body: CountTokensBody) -> ChatCompletionBody:
         if body.structured_outputs is not None and "response_format" in fields:
             raise ApiError(
                 400,
-                "structured_outputs: cannot be used together with output_config.format.",
+                f"structured_outputs: cannot be used together with {names_of(body)['structured_output']}.",
                 param="structured_outputs",
             )
         arguments |= body.chat_template_kwargs or {}
@@ -70,8 +70,15 @@ def chat_body(body: CountTokensBody) -> ChatCompletionBody:
             **{name: getattr(body, name) for name in DecodingFields.model_fields},
         }
     fields["chat_template_kwargs"] = arguments or None
-    with made_a_chat(MESSAGE):
+    with made_a_chat(names_of(body)):
         return ChatCompletionBody.model_validate(fields)
+
+
+def names_of(body: CountTokensBody) -> Names:
+    """What this body calls the fields of a gRPC request."""
+    if body.output_format is None:
+        return MESSAGE
+    return {**MESSAGE, "structured_output": "output_format", "structured_output.json_schema": "output_format.schema"}
 
 
 def _output_fields(config: OutputConfig | None, older: OutputFormat | None) -> dict[str, Any]:

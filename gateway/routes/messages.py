@@ -11,7 +11,7 @@ from gateway.convert import plan_chat
 from gateway.errors import made_a_chat
 from gateway.field_names import MESSAGE
 from gateway.messages.answers import MessageEvents, whole_message
-from gateway.messages.convert import chat_body
+from gateway.messages.convert import chat_body, names_of
 from gateway.messages.errors import MessageErrorAnswer
 from gateway.messages.schemas import CountTokensBody, MessagesBody
 from gateway.middleware import CLIENT_CLOSED_REQUEST
@@ -28,7 +28,7 @@ _ERRORS = error_responses(400, 401, 404, 413, 415, 429, 503, 504, model=MessageE
 async def create_message(request: Request) -> Response:
     serving: Serving = request.app.state.serving
     body = await read_body(request, MessagesBody)
-    plan = plan_chat(chat_body(body), request.state.request_id, MESSAGE)
+    plan = plan_chat(chat_body(body), request.state.request_id, names_of(body))
     async with serving.generating(request, plan) as (generation, accepted):
         mailbox = generation.mailbox
         if mailbox.disconnected:

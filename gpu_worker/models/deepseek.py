@@ -93,7 +93,7 @@ class DeepSeek(ModelFamily):
     @classmethod
     def canonical_name(cls, name: str) -> str:
         # Without a compressed query there is one projection, under another name.
-        return re.sub(r"(self_attn)\.q_proj\.", r"\1.q_b_proj.", name)
+        return re.sub(r"(self_attn)\.q_proj\.", r"\1.q_b_proj.", super().canonical_name(name))
 
     @staticmethod
     def read_config(config: HfConfig, architecture: str) -> ModelSpec:

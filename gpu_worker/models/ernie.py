@@ -49,7 +49,7 @@ class ErnieMoe(ModelFamily):
 
     @classmethod
     def canonical_name(cls, name: str) -> str:
-        return name.replace(".mlp.moe_statics.", ".mlp.gate.")
+        return super().canonical_name(name).replace(".mlp.moe_statics.", ".mlp.gate.")
 
     @staticmethod
     def read_config(config: HfConfig, architecture: str) -> ModelSpec:

@@ -45,13 +45,6 @@ class Gemma(ModelFamily):
     name_rules = GEMMA_NAMES
     skipped_tensors = r"(model\.)?(vision_tower|multi_modal_projector)\."
 
-    @classmethod
-    def canonical_name(cls, name: str) -> str:
-        # Multimodal: "language_model.model.layers..." (transformers 4), "model.language_model.layers..." (5).
-        if name.startswith("language_model."):
-            return name.removeprefix("language_model.")
-        return name.replace("model.language_model.", "model.", 1)
-
     @staticmethod
     def read_config(config: HfConfig, architecture: str) -> ModelSpec:
         tied = config.boolean("tie_word_embeddings", True)

@@ -20,7 +20,7 @@ class MiniMaxM2(ModelFamily):
 
     @classmethod
     def canonical_name(cls, name: str) -> str:
-        return name.replace(".block_sparse_moe.e_score_", ".block_sparse_moe.gate.e_score_")
+        return super().canonical_name(name).replace(".block_sparse_moe.e_score_", ".block_sparse_moe.gate.e_score_")
 
     @staticmethod
     def read_config(config: HfConfig, architecture: str) -> ModelSpec:

@@ -62,7 +62,7 @@ def _without_layers(left_out: tuple[int, ...]) -> type[ModelFamily]:
 
         @classmethod
         def canonical_name(cls, name: str) -> str:
-            return re.sub(r"^model\.layers\.(\d+)\.", renumbered, name)
+            return re.sub(r"^model\.layers\.(\d+)\.", renumbered, super().canonical_name(name))
 
     Text.__name__ = Text.__qualname__ = Mllama.__name__
     return Text

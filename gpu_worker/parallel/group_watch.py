@@ -25,16 +25,11 @@ class GroupWatch:
     """Collects the ranks' events; thread-safe.
 
     A failure while the group forms ends this process at once, with one line: the main thread may be waiting for ranks
-    that will never come; `before_end` is told why. A node that is told to end goes to `on_early_leaving`. `watch` puts
-    somebody else in charge.
+    that will never come; `before_end` is told why. So does a node that is told to end, unless `on_early_leaving` says
+    whom to tell. `watch` puts somebody else in charge.
     """
 
-    def __init__(
-        self,
-        layout: GroupLayout,
-        on_early_leaving: Callable[[str], None] | None = None,
-        before_end: Callable[[str], None] | None = None,
-    ) -> None:
+    def __init__(self, layout: GroupLayout, before_end: Callable[[str], None] | None = None) -> None:
         self._layout = layout
         self._others = range(1, layout.world_size)
         self._changed = threading.Condition()
@@ -44,7 +39,7 @@ class GroupWatch:
         self._is_over = False
         self._before_end = before_end
         self._on_failure: Callable[[Exception], None] = self._end_process
-        self._on_leaving: Callable[[str], None] = on_early_leaving or self.fail
+        self._on_leaving: Callable[[str], None] = self.fail
 
     def on_event(self, event: group_pb2.RankEvent) -> None:
         kind = event.WhichOneof("event")
@@ -87,6 +82,11 @@ class GroupWatch:
                 on_failure(cause)
                 return
         on_failure(cause)
+
+    def on_early_leaving(self, on_leaving: Callable[[str], None]) -> None:
+        """Whom to tell of a node that is told to end while the group forms."""
+        with self._changed:
+            self._on_leaving = on_leaving
 
     def watch(self, on_failure: Callable[[Exception], None], on_leaving: Callable[[str], None]) -> None:
         """Whom to tell from here on."""

@@ -53,8 +53,9 @@ def load_group_runner(settings: WorkerSettings, before_end: Callable[[str], None
     check_split(settings, settings.model, layout)
     check_devices(settings, layout)
     followers: list[Followers] = []
-    with EarlyEnd(followers) as early_end:
-        return _form(settings, layout, followers, GroupWatch(layout, early_end.end, before_end))
+    watch = GroupWatch(layout, before_end)
+    with EarlyEnd(followers, watch):
+        return _form(settings, layout, followers, watch)
 
 
 def _form(settings: WorkerSettings, layout: GroupLayout, followers: list[Followers], watch: GroupWatch) -> Runner:

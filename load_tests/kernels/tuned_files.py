@@ -27,13 +27,16 @@ def table_name() -> str:
     return f"{_file_stem(device)}.json"
 
 
-def write_rows(directory: Path, *, keep: bool = True, **lists: Sequence[Row]) -> Path:
-    """Write this device's table with these lists in it; `keep`: rows of other shapes stay in them. Returns its path."""
+def write_rows(directory: Path, **lists: Sequence[Row]) -> Path:
+    """Write this device's table with these rows in its lists, in place of those of the same shapes. Returns its path.
+
+    All others stay, those of shapes that were measured again and won nothing among them: they are taken out by hand.
+    """
     name = table_name()
     known = next((path for path in (directory / name, TUNED / name) if path.exists()), None)
     data = {"device": device_name(), "dtype": "bfloat16"} | (json.loads(known.read_text()) if known else {})
     for key, rows in lists.items():
-        by_shape = {_shape(row): row for row in [*(data.get(key, []) if keep else []), *rows]}
+        by_shape = {_shape(row): row for row in [*data.get(key, []), *rows]}
         data[key] = list(by_shape.values())
     parts = [f'"{key}": {json.dumps(value)}' for key, value in data.items() if not isinstance(value, list)]
     for key, rows in data.items():

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import openai
-import psutil
 import pytest
 from openai import AsyncOpenAI
 
 from tests.system.conftest import LIMIT_S, Stack, wait_until
+from tests.system.gateway_processes import gateways
 
 NUM_PROCESSES = 2
 NUM_TOKENS = 64
@@ -35,17 +35,6 @@ def several(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     with Stack(tiny_model, gateway_flags=flags, worker_flags=worker_flags) as running:
         wait_until(lambda: len(gateways(running)) == NUM_PROCESSES, LIMIT_S, running.logs, every_s=0.2)
         yield running
-
-
-def gateways(stack: Stack) -> dict[int, psutil.Process]:
-    """By number, those that take requests."""
-    found = {}
-    for process in psutil.Process(stack.processes["gateway"].pid).children():
-        with contextlib.suppress(psutil.Error):
-            numbers = [flag.partition("=")[2] for flag in process.cmdline() if flag.startswith("--gateway-process=")]
-            if numbers and any(each.status == psutil.CONN_LISTEN for each in process.net_connections("tcp")):
-                found[int(numbers[0])] = process
-    return found
 
 
 def store_of(stack: Stack) -> Path:

@@ -25,6 +25,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from tests.system.conftest import LIMIT_S, STOP_LIMIT_S, Stack, read_sample, wait_until
+from tests.system.gateway_processes import gateways
 
 NUM_PROCESSES = 3
 # With steps of 2 ms a minute.
@@ -39,20 +40,8 @@ def several(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     flags = ["--gateway-processes", str(NUM_PROCESSES), "--data-dir", str(data), "--batch-concurrency", "4"]
     worker_flags = ["--sim-step-ms", "2", "--sim-max-model-len", "32768"]
     with Stack(tiny_model, gateway_flags=flags, worker_flags=worker_flags) as running:
-        wait_until(lambda: len(processes(running)) == NUM_PROCESSES, LIMIT_S, running.logs, every_s=0.2)
+        wait_until(lambda: len(gateways(running)) == NUM_PROCESSES, LIMIT_S, running.logs, every_s=0.2)
         yield running
-
-
-def processes(stack: Stack) -> dict[int, psutil.Process]:
-    """By number, those that take requests."""
-    found = {}
-    for process in psutil.Process(stack.processes["gateway"].pid).children():
-        with contextlib.suppress(psutil.Error):
-            numbers = [flag.partition("=")[2] for flag in process.cmdline() if flag.startswith("--gateway-process=")]
-            listens = any(each.status == psutil.CONN_LISTEN for each in process.net_connections("tcp"))
-            if numbers and listens:
-                found[int(numbers[0])] = process
-    return found
 
 
 @contextlib.asynccontextmanager
@@ -110,7 +99,7 @@ async def test_all_take_connections_and_one_page_counts_for_all(several: Stack) 
     async with asyncio.timeout(120):
         while (await asyncio.to_thread(httpx.get, f"{several.url}/load")).json() != {"server_load": num_streams}:
             await asyncio.sleep(0.05)
-    found = processes(several)
+    found = gateways(several)
     for number, process in found.items():
         taken = [each for each in process.net_connections("tcp") if each.status == psutil.CONN_ESTABLISHED]
         assert taken, f"process {number} has no connection"
@@ -229,7 +218,7 @@ async def test_batches_run_once_and_are_cancelled_by_whoever_is_asked(several: S
 def runner_of_batches(stack: Stack) -> tuple[int, psutil.Process]:
     runners = [
         (number, process)
-        for number, process in processes(stack).items()
+        for number, process in gateways(stack).items()
         if any(Path(file.path).name == "batches.lock" for file in process.open_files())
     ]
     assert len(runners) == 1, "one runs batches"
@@ -268,7 +257,7 @@ async def test_a_process_that_dies_is_started_again_and_what_it_did_goes_on(seve
     await answered_once(several, batch, 40)
 
     def is_replaced() -> bool:
-        found = processes(several)
+        found = gateways(several)
         return len(found) == NUM_PROCESSES and found[number].pid != runner.pid
 
     # What goes on for long stands still meanwhile: it would only keep the machine busy.
@@ -287,7 +276,7 @@ async def test_a_process_that_dies_is_started_again_and_what_it_did_goes_on(seve
 
 
 async def test_on_a_signal_all_finish_what_they_are_at(several: Stack) -> None:
-    children = list(processes(several).values())
+    children = list(gateways(several).values())
     with several.paused():
         asking = [asyncio.create_task(complete(several, 100)) for _ in range(9)]
         await asyncio.to_thread(several.wait_open, 9)

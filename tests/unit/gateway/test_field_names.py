@@ -15,6 +15,7 @@ from gateway.convert import GenerationPlan, plan_chat, plan_completion
 from gateway.errors import ApiError, from_request_error
 from gateway.field_names import Names, field_name, in_text
 from gateway.messages.convert import chat_body as chat_of_message
+from gateway.messages.convert import names_of
 from gateway.messages.schemas import MessagesBody
 from gateway.responses.convert import chat_body as chat_of_response
 from gateway.responses.convert import input_items
@@ -39,7 +40,7 @@ def response(**fields: Any) -> GenerationPlan:
 
 def message(**fields: Any) -> GenerationPlan:
     body = MessagesBody.model_validate({"messages": ASKED, "max_tokens": 8, **fields})
-    return plan_chat(chat_of_message(body), "id", field_names.MESSAGE)
+    return plan_chat(chat_of_message(body), "id", names_of(body))
 
 
 SCHEMA = {"type": "object"}
@@ -103,6 +104,11 @@ SCHEMA = {"type": "object"}
             message(output_config={"format": {"type": "json_schema", "schema": SCHEMA}}),
             "structured_output.json_schema",
             "output_config.format.schema",
+        ),
+        (
+            message(output_format={"type": "json_schema", "schema": SCHEMA}),
+            "structured_output.json_schema",
+            "output_format.schema",
         ),
         *(
             (plan(structured_outputs={"regex": "a"}), "structured_output.regex", "structured_outputs.regex")
@@ -220,6 +226,7 @@ def test_every_field_of_a_request_has_a_name_in_the_body(plan: GenerationPlan, b
         ),
         (lambda: response(tool_choice="none of these", tools=[{"type": "function", "name": "f"}]), "tool_choice"),
         (lambda: response(stop=[1]), "stop[0]"),
+        (lambda: response(text={"format": {"type": "json_schema", "name": "a", "schema": []}}), "text.format.schema"),
     ],
 )
 def test_what_is_found_in_the_chat_that_a_body_was_made_is_said_of_the_body(ask: Any, param: str) -> None:

@@ -19,7 +19,8 @@ import pytest
 from gateway.batches.files import FileStore
 from gateway.errors import ApiError
 from gateway.responses.store import ResponseStore, StoredResponse
-from gateway.store import Store, StoreError
+from gateway.responses.stored_events import EventPiece, StoredEvents
+from gateway.store import Store, StoreError, StoreGoneError
 
 
 @contextmanager
@@ -125,14 +126,35 @@ async def test_two_uploads_at_a_time_do_not_both_take_the_last_room(tmp_path: Pa
         assert len(await stores[0].list_all()) == len(list((tmp_path / "files").iterdir())) == 3
 
 
-async def test_a_file_of_an_earlier_version_is_read_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("process", ["", ", process INTEGER"])
+async def test_a_file_of_an_earlier_version_is_read_on(process: str, tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "stepwire.sqlite") as connection:
         connection.execute(
             "CREATE TABLE responses (id TEXT PRIMARY KEY, created_s REAL NOT NULL, previous_id TEXT, "
-            "status TEXT NOT NULL, answer BLOB NOT NULL, input BLOB NOT NULL)"
+            f"status TEXT NOT NULL, answer BLOB NOT NULL, input BLOB NOT NULL{process})"
         )
-        connection.execute("INSERT INTO responses VALUES ('a', 2e9, NULL, 'queued', '{\"status\": \"queued\"}', '[]')")
+        connection.execute(
+            "INSERT INTO responses (id, created_s, status, answer, input) "
+            "VALUES ('a', 2e9, 'queued', '{\"status\": \"queued\"}', '[]')"
+        )
     connection.close()
     with opened(tmp_path) as store:
-        assert await kept(store).fail_interrupted() == 1
-        assert await status_of(kept(store), "a") == "failed"
+        responses, events = kept(store), StoredEvents(store, max_bytes=1000)
+        assert await responses.fail_interrupted() == 1
+        assert await status_of(responses, "a") == "failed"
+        assert await events.read("a", -1) is None
+        await responses.put(response("b", "queued"), EventPiece("b", 0, 1, b"x\n\n"))
+        assert await events.states("ab") == {"b": (1, False)}
+        assert await responses.delete("a") and await responses.delete("b")
+        assert await events.states("ab") == {}
+
+
+async def test_a_directory_that_is_another_thing_now_is_gone(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    with opened(data) as store:
+        data.rename(tmp_path / "moved")
+        with pytest.raises(StoreGoneError):
+            await kept(store).get("a")
+        data.write_text("not a directory")
+        with pytest.raises(StoreGoneError):
+            await kept(store).get("a")

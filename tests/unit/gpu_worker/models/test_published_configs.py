@@ -263,9 +263,12 @@ def test_architectures_that_are_left_out_or_written_otherwise(architectures: lis
     [("", "lm_head."), ("language_model.model.", "language_model.lm_head."), ("model.language_model.", "lm_head.")],
     ids=["of the trunk", "of a part in transformers 4", "of a part in transformers 5"],
 )
-def test_names_of_a_trunk_or_part_under_the_architecture_of_the_whole(trunk: str, head: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tiny", ["qwen3", "deepseek-v3", "ernie-moe", "minimax-m2", "gemma3"])
+def test_names_of_a_trunk_or_part_under_the_architecture_of_the_whole(
+    tiny: str, trunk: str, head: str, tmp_path: Path
+) -> None:
     """Qwen3-Embedding and gte-Qwen2 are published like the first, language models cut out of others like the rest."""
-    save_tiny("qwen3", tmp_path)
+    save_tiny(tiny, tmp_path)
     before = PagedModel(tmp_path).logits([5, 6, 7], 0)
     file = tmp_path / "model.safetensors"
     renamed = {
