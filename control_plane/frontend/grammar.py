@@ -32,6 +32,11 @@ MAX_LEFT_THREADS = 2
 # Blanks between the parts of a JSON text: a model that is held to a schema may otherwise say nothing else for ever.
 JSON_BLANKS = r"[\x20\x0A\x0D\x09]{1,16}"
 
+# Text that a grammar leaves no choice about is written ahead by llguidance until there is a choice again. A grammar may
+# force text without end (`x x` with x of /a+/, of which the first never is over): the mask that meets that never comes,
+# and no limit counts. Masks say the same without it, but for how forced text is cut into tokens, which the model then
+# has a choice about. Schemas, single expressions and our own grammars are left as they are: they end, or are refused.
+_NOTHING_FORCED = '%llguidance {"no_forcing": true}'
 # What llguidance says of a name that no special token has.
 _NAMES_SPECIAL = "unknown special token"
 _LIMITS = llguidance.LLParserLimits(
@@ -207,18 +212,26 @@ def context_free_grammar(text: str, syntax: str) -> str:
             text = gbnf_to_lark.gbnf_to_lark(text)
         except Exception as error:  # the converter raises what it likes
             raise GrammarError(f"is not valid GBNF: {error}") from error
-    return lark_grammar(text)
+    return unforced_grammar(text)
 
 
 def lark_grammar(text: str) -> str:
     return llguidance.LLMatcher.grammar_from_lark(text)
 
 
+def unforced_grammar(text: str) -> str:
+    """Lark of which a client wrote a part, so that it may force text without end."""
+    # The last word on it: what the client's text says before does not count.
+    return lark_grammar(f"{text}\n{_NOTHING_FORCED}\n")
+
+
 def after(source: str, before: str, rules: str) -> str:
     """A text of which the last part is held to `source`, a grammar's source of any kind, and what comes before it to
     the expression `before` of Lark, with its rules."""
     inner = json.loads(source)["grammars"] if source.startswith('{"grammars"') else [{"lark_grammar": source}]
-    outer = {"name": "outer", "lark_grammar": f"start: {before} @answer\n{rules}"}
+    unforced = any(_NOTHING_FORCED in (part.get("lark_grammar") or "") for part in inner)
+    beginning = f"start: {before} @answer\n{rules}"
+    outer = {"name": "outer", "lark_grammar": unforced_grammar(beginning) if unforced else beginning}
     return json.dumps({"grammars": [outer, {**inner[0], "name": "answer"}, *inner[1:]]})
 
 

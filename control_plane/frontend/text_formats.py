@@ -57,7 +57,7 @@ def text_format_grammar(
     layout, texts = with_ids(layout, vocabulary)
     writer = _Writer(literal, special_id, TokenSets(vocabulary), texts, compact=compact)
     start = writer.expression(layout, _Place())
-    source = grammar.lark_grammar("\n".join([f"start: {start}", *writer.rules, *writer.tokens.rules()]))
+    source = grammar.unforced_grammar("\n".join([f"start: {start}", *writer.rules, *writer.tokens.rules()]))
     if not writer.grammars:
         return source
     return json.dumps({"grammars": [{"name": "format", "lark_grammar": source}, *writer.grammars]})

@@ -192,6 +192,37 @@ async def test_bombs_and_nonsense_are_refused(compiler: GrammarCompiler, make: A
         await compiler.compile(make())
 
 
+ENDLESS = "x x\nx: /a+/"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"start: {ENDLESS}",
+        f'start: "b" {ENDLESS}',
+        f'%llguidance {{"no_forcing": false}}\nstart: {ENDLESS}',
+        f'start: "b" n\nn: %lark {{\n%llguidance {{"no_forcing": false}}\nstart: {ENDLESS}\n}}',
+    ],
+)
+async def test_text_that_is_forced_without_end_holds_nobody_up(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, text: str
+) -> None:
+    """Neither when it is compiled nor when a text comes to it."""
+    source = grammar.context_free_grammar(text, "lark")
+    for whole, before in ((source, ""), (grammar.after(source, '"c"', ""), "c")):
+        await goes_on(compiler, tokenizer, whole, before + ("b" if '"b"' in text else "") + "aaa")
+
+
+async def goes_on(compiler: GrammarCompiler, tokenizer: Tokenizer, source: str, text: str) -> None:
+    """With another "a" after the text."""
+    matcher = (await compiler.compile(source)).start()
+    for character in text:
+        token_id = tokenizer.token_to_id(character)
+        assert token_id in allowed(matcher)
+        matcher.accept([token_id])
+    assert tokenizer.token_to_id("a") in allowed(matcher) and not matcher.is_over
+
+
 async def test_whoever_waits_behind_a_bomb_is_served(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes too long cannot be interrupted; it keeps its thread, and others get another one."""
     compiler = GrammarCompiler(tokenizer.to_str(), VOCAB_SIZE, [EOS])

@@ -215,11 +215,18 @@ def test_a_special_token_that_is_spelled_out_is_the_token(
     assert [text for text in wrong if accepts(table, tokenizer, source, text)] == []
 
 
+def test_text_that_is_forced_without_end_holds_nobody_up(tokenizer: TextTokenizer, table: LLTokenizer) -> None:
+    repeated = {"repeat": {"format": {"regex": "a+"}, "min": 2, "max": 3}}
+    assert not accepts(table, tokenizer, source_of(tokenizer, repeated), "aaab")
+
+
 def test_formats_without_tokens_are_written_without_any(tokenizer: TextTokenizer) -> None:
     """As they were before tokens could be named."""
     triggered = {"tags": [{"begin": "<f>", "content": {"const_string": "a"}, "end": "</f>"}], "excluded": ["x"]}
     tag = {"begin": "<[5]>", "content": {"sequence": {"formats": [THINK, {"triggered_tags": triggered}]}}, "end": "]"}
-    assert source_of(tokenizer, {"tag": tag}).splitlines() == [
+    *rules, last = source_of(tokenizer, {"tag": tag}).splitlines()
+    assert last == '%llguidance {"no_forcing": true}'
+    assert rules == [
         'start: "<[5]>" "<t>" rule_1 ((rule_4 rule_2))* rule_6',
         "TEXT_0: /(.|\\n)*/",
         'rule_1[lazy]: TEXT_0 "</t>"',
