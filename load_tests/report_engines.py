@@ -25,9 +25,9 @@ class EngineResults:
         self._gpu_steps: dict[tuple[str, str, str], dict[str, Any]] = {}
         self._cpu_worker: dict[str, dict[str, Any]] = {}
         self._gateway: list[dict[str, Any]] = []
-        # By part, length of a step, streams, processes of gateway and driver, of added_latency: the newest, unless
-        # others used more of the machine meanwhile.
-        self._added: dict[tuple[str, float, int, int, int, str], dict[str, Any]] = {}
+        # By part, length of a step, streams, processes of gateway and driver, words and machine, of added_latency: the
+        # newest, unless others used more of the machine meanwhile.
+        self._added: dict[tuple[str, float, int, int, int, str, str], dict[str, Any]] = {}
         self._session: dict[str, Any] | None = None
         self._grammar: dict[str, Any] | None = None
 
@@ -48,6 +48,7 @@ class EngineResults:
                 result.get("gateway_processes", 1),
                 result.get("driver_processes", 1),
                 result.get("words", "met"),
+                machine_name(result["machine"]),
             )
             if key not in self._added or result["others_cores"] <= self._added[key]["others_cores"] + _OTHERS_MARGIN:
                 self._added[key] = result
@@ -173,7 +174,8 @@ class EngineResults:
                     f"one at a time, of words {_WORDS[result.get('words', 'met')]}: "
                     f"over REST as a chat {rest:.1f} ms, as token ids to the control plane {ids:.1f} ms "
                     f"(medians), so gateway and frontend add {result['added_p50_ms']:.1f} ms (goal: <= "
-                    f"{result['goal_added_p50_ms']:g}), others using {result['others_cores']:.2f} cores."
+                    f"{result['goal_added_p50_ms']:g}), others using {result['others_cores']:.2f} cores, on "
+                    f"{machine_name(result['machine'])}."
                 )
         return tables
 
