@@ -306,3 +306,13 @@ def minilm_server(minilm_dir: Path) -> Iterator[Launched]:
     """all-MiniLM-L6-v2, served for tests that share it: leave it running."""
     with Launched(minilm_dir, "--dtype=float32", f"--served-model-name={MINILM_NAME}") as launched:
         yield launched
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random checkpoint for workers that compute."""
+    from tests.unit.gpu_worker.models.tiny_checkpoints import save_tiny  # imports transformers, which few tests need
+
+    directory: Path = tmp_path_factory.mktemp("models") / "llama"
+    save_tiny("llama", directory)
+    return directory

@@ -13,20 +13,12 @@ import pytest
 from tests.system.launched import wait_until
 from tests.system.ports import free_port
 from tests.system.worker_process import WorkerClient, WorkerProcess
-from tests.unit.gpu_worker.models.tiny_checkpoints import save_tiny
 from tests.unit.gpu_worker.step_builder import Run, row_add, step
 
 FLAGS = ("--device=cpu", "--dtype=float32", "--num-threads=1", "--cpu-kv-cache-gib=0.01", "--log-format=json")
 # Debug: it is logged when a step has come.
 SIZES = ("--tensor-parallel-size=2", "--pipeline-parallel-size=2", "--group-timeout-s=240", "--log-level=debug")
 LAST_RANK = 3
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("models") / "llama"
-    save_tiny("llama", directory)
-    return directory
 
 
 def last_rank(holder: WorkerProcess) -> psutil.Process:

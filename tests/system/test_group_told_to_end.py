@@ -17,18 +17,10 @@ from tests.system.launched import wait_until
 from tests.system.ports import free_port
 from tests.system.standing_still import standing_still
 from tests.system.worker_process import WorkerClient, WorkerProcess
-from tests.unit.gpu_worker.models.tiny_checkpoints import save_tiny
 
 FLAGS = ("--device=cpu", "--dtype=float32", "--num-threads=1", "--cpu-kv-cache-gib=0.01", "--log-format=json")
 # Nobody comes before this: only a signal ends them.
 PATIENT = ("--group-timeout-s=600",)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("models") / "llama"
-    save_tiny("llama", directory)
-    return directory
 
 
 def worker(model: Path, *flags: str) -> WorkerProcess:

@@ -28,7 +28,6 @@ from gpu_worker.parallel.process_group import StoreServer
 from gpu_worker.runner import FinishedStep, TorchRunner
 from gpu_worker.runner_api import StepBatch, TokenMask, WorkerFacts
 from load_tests.cpu_worker.step_driver import StepDriver, greedy, sampling
-from tests.unit.gpu_worker.models.tiny_checkpoints import save_tiny
 
 from .launched import wait_until
 from .ports import free_port
@@ -40,13 +39,6 @@ PATIENT = ("--group-timeout-s=200",)
 LIMIT_S = 120.0
 # Importing torch several times over takes its time on a busy machine.
 START_LIMIT_S = 240.0
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("models") / "llama"
-    save_tiny("llama", directory)
-    return directory
 
 
 def worker(model: Path, *flags: str, prefix: Sequence[str] = ()) -> WorkerProcess:

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from llguidance import LLTokenizer
 
 from control_plane.frontend.served_model import ServedModel, load_served_model
+from control_plane.frontend.tokenizer import TextTokenizer
 from tests.unit.control_plane.frontend import tokenizers_for_tests as kinds
 
 CHATML = (
@@ -33,3 +35,15 @@ def model_dir(tmp_path: Path) -> Path:
 @pytest.fixture
 def model(model_dir: Path) -> ServedModel:
     return load_served_model(model_dir, names=("tiny", "alias/tiny"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(smollm2_dir: Path) -> TextTokenizer:
+    """SmolLM2's."""
+    return TextTokenizer.from_file(smollm2_dir / "tokenizer.json")
+
+
+@pytest.fixture(scope="session")
+def table(tokenizer: TextTokenizer) -> LLTokenizer:
+    """What llguidance reads of it."""
+    return LLTokenizer(tokenizer.to_json(), n_vocab=49152, eos_token=[2])

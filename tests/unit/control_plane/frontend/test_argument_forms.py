@@ -59,16 +59,6 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def tokenizer(smollm2_dir: Path) -> TextTokenizer:
-    return TextTokenizer.from_file(smollm2_dir / "tokenizer.json")
-
-
-@pytest.fixture(scope="module")
-def table(tokenizer: TextTokenizer) -> LLTokenizer:
-    return LLTokenizer(tokenizer.to_json(), n_vocab=VOCAB_SIZE, eos_token=[EOS])
-
-
 def walk(
     matcher: LLMatcher, closers: np.ndarray[Any, np.dtype[np.bool_]], end: Sequence[int], draw: random.Random
 ) -> list[int] | None:

@@ -58,16 +58,6 @@ def any_token(*excluded: int) -> dict[str, Any]:
     return {"any_token": {"excluded": ids(*excluded)}}
 
 
-@pytest.fixture(scope="module")
-def tokenizer(smollm2_dir: Path) -> TextTokenizer:
-    return TextTokenizer.from_file(smollm2_dir / "tokenizer.json")
-
-
-@pytest.fixture(scope="module")
-def table(tokenizer: TextTokenizer) -> LLTokenizer:
-    return LLTokenizer(tokenizer.to_json(), n_vocab=VOCAB_SIZE, eos_token=[EOS])
-
-
 def source_of(
     tokenizer: TextTokenizer, fields: dict[str, Any], *, reasoning: str = "", prompt_end: str | None = None
 ) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -23,16 +22,6 @@ ARGUMENTS = '{"city": "Rome"}'
 ANSWER = '{"properties": {"is_warm": {"type": "boolean"}}, "required": ["is_warm"], "type": "object"}'
 # In XML every text is a string.
 WRONG = ('{"city": 3}', '{"town": "Rome"}')
-
-
-@pytest.fixture(scope="module")
-def tokenizer(smollm2_dir: Path) -> TextTokenizer:
-    return TextTokenizer.from_file(smollm2_dir / "tokenizer.json")
-
-
-@pytest.fixture(scope="module")
-def table(tokenizer: TextTokenizer) -> LLTokenizer:
-    return LLTokenizer(tokenizer.to_json(), n_vocab=49152, eos_token=[2])
 
 
 def accepts(table: LLTokenizer, source: str, text: str) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,16 +31,6 @@ TRIGGERED = {"tags": [TAG, OTHER], "triggers": ["<f="]}
 FREE = {"any_text": {}}
 THINK = {"tag": {"begin": "<t>", "content": FREE, "end": "</t>"}}
 NO_TOKENS = TokenVocabulary(lambda _: None, lambda _: None, [])
-
-
-@pytest.fixture(scope="module")
-def tokenizer(smollm2_dir: Path) -> TextTokenizer:
-    return TextTokenizer.from_file(smollm2_dir / "tokenizer.json")
-
-
-@pytest.fixture(scope="module")
-def table(tokenizer: TextTokenizer) -> LLTokenizer:
-    return LLTokenizer(tokenizer.to_json(), n_vocab=49152, eos_token=[2])
 
 
 def source_of(tokenizer: TextTokenizer, fields: dict[str, Any], **options: Any) -> str:
