@@ -12,20 +12,25 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from stepwire_kernels.attention_decode import SUPPORTED_HEAD_DIMS, allocate_decode_workspace, decode_attention
-from stepwire_kernels.attention_from_qkv import HeadNorms, attention_from_qkv, from_qkv_chunk_policy, takes_from_qkv
+from stepwire_kernels.attention_decode import (
+    SUPPORTED_HEAD_DIMS,
+    allocate_decode_workspace,
+    decode_attention,
+    decode_policy,
+)
+from stepwire_kernels.attention_from_qkv import HeadNorms, attention_from_qkv, from_qkv_policy, takes_from_qkv
 from stepwire_kernels.attention_latent import unsupported_latent
 from stepwire_kernels.attention_prefill import default_prefill_tuning, prefill_attention, prefill_tile_tokens
+from stepwire_kernels.decode_list import build_decode_list
 from stepwire_kernels.rope_kv import rope_and_write_kv
 from stepwire_kernels.step_input import StepInput
 from stepwire_kernels.work_list import (
     RECORD_WORDS,
     ChunkPolicy,
+    SharePolicy,
     WorkList,
     allocate_prefill_list,
-    build_decode_list,
     build_prefill_list,
-    chunk_policy_for,
 )
 
 from gpu_worker.attention.api import AttentionSpec
@@ -133,16 +138,15 @@ class PlannedAttention:
         self._tile_tokens = tile_tokens
         self._num_kv_heads = spec.num_kv_heads
         # Small steps split finer, so that the most records need not be those of the most runs.
-        most = max(
-            self._num_decode_records(num_runs, only_decodes)
-            for num_runs in range(1, limits.max_runs + 1)
-            for only_decodes in (False, True)
-        )
+        steps = [(num_runs, only) for num_runs in range(1, limits.max_runs + 1) for only in (False, True)]
+        most = max(self._num_decode_records(*step) for step in steps)
+        most_shares = max(self._policy(*step).num_shares for step in steps)
         self._decode_lists = {
             window: WorkList(
                 records=torch.zeros((most, RECORD_WORDS), dtype=torch.int32, device=device),
-                num_records=torch.zeros(1, dtype=torch.int32, device=device),
+                num_records=torch.zeros(2, dtype=torch.int32, device=device),
                 runs=torch.zeros((limits.max_runs, 4), dtype=torch.int32, device=device),
+                shares=torch.zeros(most_shares + 1, dtype=torch.int32, device=device),
             )
             for window in sorted(set(self._windows))
         }
@@ -160,7 +164,7 @@ class PlannedAttention:
     def num_bytes(self) -> int:
         """Memory of the lists and of the scratch, KV cache aside."""
         lists = [*self._decode_lists.values(), self._prefill_list]
-        tensors = [tensor for work in lists for tensor in (work.records, work.num_records, work.runs)]
+        tensors = [tensor for work in lists for tensor in (work.records, work.num_records, work.runs, work.shares)]
         tensors += (self._workspace.partial_out, self._workspace.partial_sums, self._workspace.counters)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -174,10 +178,11 @@ class PlannedAttention:
         self._decode_work, self._prefill_work = {}, None
         if step.has_decodes and not self._deterministic:
             only_decodes = not step.has_prefills
-            policy = self._chunk_policy(inputs.max_runs, only_decodes)
+            policy = self._policy(inputs.max_runs, only_decodes)
             num_records = self._num_decode_records(inputs.max_runs, only_decodes)
             for window, whole in self._decode_lists.items():
-                work = WorkList(whole.records[:num_records], whole.num_records, whole.runs[: inputs.max_runs], policy)
+                runs = whole.runs[: inputs.max_runs]
+                work = WorkList(whole.records[:num_records], whole.num_records, runs, whole.shares, policy)
                 build_decode_list(
                     inputs.query_starts,
                     inputs.kv_lens,
@@ -191,7 +196,8 @@ class PlannedAttention:
         if step.has_prefills or self._deterministic:
             num_tiles = -(-inputs.max_tokens // self._tile_tokens) + inputs.max_runs
             whole = self._prefill_list
-            work = WorkList(whole.records[:num_tiles], whole.num_records, whole.runs[: inputs.max_runs])
+            runs = whole.runs[: inputs.max_runs]
+            work = WorkList(whole.records[:num_tiles], whole.num_records, runs, whole.shares)
             build_prefill_list(
                 inputs.query_starts,
                 inputs.kv_lens,
@@ -203,14 +209,13 @@ class PlannedAttention:
             )
             self._prefill_work = work
 
-    def _chunk_policy(self, num_runs: int, only_decodes: bool) -> ChunkPolicy:
-        return chunk_policy_for(num_runs, self._num_kv_heads)
+    def _policy(self, num_runs: int, only_decodes: bool) -> ChunkPolicy | SharePolicy:
+        """How the context of a step's decodes is dealt out to programs."""
+        raise NotImplementedError
 
     def _num_decode_records(self, num_runs: int, only_decodes: bool) -> int:
         """Room for any content of a step of `num_runs` runs."""
-        policy = self._chunk_policy(num_runs, only_decodes)
-        # One chunk more than the policy's: a sliding window need not start at a chunk's edge.
-        return num_runs * (policy.max_chunks + 1) + self._limits.max_padding_tokens
+        return self._policy(num_runs, only_decodes).most_records(num_runs) + self._limits.max_padding_tokens
 
     def plan_graph(self, bucket: int) -> None:
         """Every buffer is allocated for the largest step: nothing is left to prepare."""
@@ -255,10 +260,10 @@ class TritonAttention(PlannedAttention):
         q = self.rotate_and_write(qkv, heads, positions)
         return self.run(q, None, None, heads.layer, sinks=heads.sinks)
 
-    def _chunk_policy(self, num_runs: int, only_decodes: bool) -> ChunkPolicy:
+    def _policy(self, num_runs: int, only_decodes: bool) -> SharePolicy:
         if self._takes_from_qkv(num_runs, only_decodes):
-            return from_qkv_chunk_policy(num_runs, self.spec.num_heads, self._num_kv_heads, self.spec.head_dim)
-        return super()._chunk_policy(num_runs, only_decodes)
+            return from_qkv_policy(num_runs, self.spec.num_heads, self._num_kv_heads, self.spec.head_dim)
+        return decode_policy(self._num_kv_heads, self.spec.head_dim, self._keys[0].dtype)
 
     def _takes_from_qkv(self, num_runs: int, only_decodes: bool) -> bool:
         """Whether one kernel computes such a step. With prefills, rotation is theirs as well, and apart."""

@@ -52,7 +52,7 @@ class TritonLatentAttention(PlannedAttention):
             kv_scales=kv_scales,
         )
 
-    def _chunk_policy(self, num_runs: int, only_decodes: bool) -> ChunkPolicy:
+    def _policy(self, num_runs: int, only_decodes: bool) -> ChunkPolicy:
         return latent_chunk_policy(num_runs, self._num_heads)
 
     def rotate_and_write(self, query: torch.Tensor, cached: torch.Tensor, layer: int, positions: StepPositions) -> None:

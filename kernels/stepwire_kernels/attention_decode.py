@@ -8,9 +8,10 @@ For query head h of a run, with g = h // group its KV head and i over the visibl
 q, out: [num_tokens, num_heads, D]; caches: [num_blocks, num_kv_heads, block_size, D], model dtype or float8_e4m3fn;
 block_tables: int32 [max_rows, max_blocks_per_row]; sinks: float32 [num_heads]. Scores and sums are float32.
 
-A fixed number of programs walks the device-built work list (`work_list.py`): item = (chunk of one run, KV head). The
-heads of a group share one tile, so KV is read once. A run of several chunks leaves partial results, which a second
-kernel adds in chunk order: the result does not depend on the batch, nor on how many programs there are.
+A fixed number of programs walks the device-built work list (`decode_list.py`): a share of it each, or every so-manieth
+chunk. The heads of a group share one tile, so KV is read once. A run of several chunks leaves partial results, which a
+second kernel adds in chunk order: where chunks follow from a run's own length, the result does not depend on the batch,
+and nowhere on which program ends first.
 
 Source: Dao et al., "Flash-Decoding for long-context inference", 2023; Milakov and Gimelshein, "Online normalizer
 calculation for softmax", 2018; sinks: Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2024.
@@ -24,15 +25,19 @@ import torch
 import triton
 import triton.language as tl
 
-from stepwire_kernels.decode_chunk import attend_chunk, load_record
+from stepwire_kernels.decode_chunk import attend_chunk, load_record, nth_record, records_of
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
 from stepwire_kernels.device_limits import num_multiprocessors
-from stepwire_kernels.work_list import WorkList, first_visible
+from stepwire_kernels.work_list import SharePolicy, WorkList, first_visible
 
 LOG2_E = 1.4426950408889634
 SUPPORTED_HEAD_DIMS = (64, 80, 96, 128, 256)
 # Runs times KV heads whose chunks may be counted in.
 NUM_COUNTERS = 1024
+# What shares are cut for: an H100 and an H200 have so many multiprocessors.
+SHARED_MULTIPROCESSORS = 132
+# Tokens of a share: with fewer, a program's beginning and end take longer than its tokens.
+MIN_SHARE = 128
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class DecodeTuning:
     num_warps: int = 1
     num_stages: int = 3
     programs_per_sm: int = 8
+    """Where chunks are dealt out one by one. Shares have a program each."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +136,7 @@ def _decode_kernel(
     out_ptr,
     records_ptr,
     num_records_ptr,
+    shares_ptr,
     block_tables_ptr,
     sinks_ptr,
     partial_out_ptr,
@@ -149,6 +156,7 @@ def _decode_kernel(
     ALIGNED: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    HAS_SHARES: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WARPS: tl.constexpr,
@@ -162,20 +170,22 @@ def _decode_kernel(
     cols = tl.arange(0, BLOCK_D)
     col_mask = cols < HEAD_DIM
     release_downstream(USE_PDL)
-    first = tl.program_id(0)
-    stride = tl.num_programs(0)
+    kv_head = tl.program_id(0) % NUM_KV_HEADS
+    num_places = tl.num_programs(0) // NUM_KV_HEADS
+    head_start = kv_head * GROUP
     # The step's plan, not an earlier layer, has written lists and tables: they are read before the wait.
-    num_items = tl.load(num_records_ptr) * NUM_KV_HEADS
-    # Records are read one item ahead: their latency hides behind the item before (or behind that of num_records).
-    row, token, kv_len, kv_start, kv_end, num_chunks = load_record(records_ptr, first // NUM_KV_HEADS, capacity)
+    first, num_own, first_other, num_items = records_of(
+        tl.program_id(0) // NUM_KV_HEADS, num_places, num_records_ptr, shares_ptr, HAS_SHARES
+    )
+    # Records are read one item ahead: their latency hides behind the item before.
+    record_index = nth_record(0, first, num_own, first_other, num_places)
+    row, token, kv_len, kv_start, kv_end, num_chunks = load_record(records_ptr, record_index, capacity)
     wait_upstream(USE_PDL)
-    for item in range(first, num_items, stride):
-        kv_head = item % NUM_KV_HEADS
-        record_index = item // NUM_KV_HEADS
+    for item in range(0, num_items):
+        next_index = nth_record(item + 1, first, num_own, first_other, num_places)
         next_row, next_token, next_kv_len, next_kv_start, next_kv_end, next_num_chunks = load_record(
-            records_ptr, (item + stride) // NUM_KV_HEADS, capacity
+            records_ptr, next_index, capacity
         )
-        head_start = kv_head * GROUP
         q_at = q_ptr + token * q_stride + (head_start + heads)[None, :] * HEAD_DIM + cols[:, None]
         q_mask = (heads < GROUP)[None, :] & col_mask[:, None]
         q = tl.load(q_at, mask=q_mask, other=0.0)  # [BLOCK_D, BLOCK_H]
@@ -211,7 +221,7 @@ def _decode_kernel(
             tl.store(partial_out_ptr + at[None, :] * HEAD_DIM + cols[:, None], chunk_acc, mask=q_mask)
             tl.store(partial_sums_ptr + at * 2, chunk_top, mask=heads < GROUP)
             tl.store(partial_sums_ptr + at * 2 + 1, chunk_total, mask=heads < GROUP)
-        row, token, kv_len = next_row, next_token, next_kv_len
+        record_index, row, token, kv_len = next_index, next_row, next_token, next_kv_len
         kv_start, kv_end, num_chunks = next_kv_start, next_kv_end, next_num_chunks
 
 
@@ -264,16 +274,17 @@ def decode_attention(
     _, num_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
     group = num_heads // num_kv_heads
-    tuning = tuning or default_decode_tuning(head_dim, k_cache.dtype, work.runs.shape[0] * num_kv_heads)
+    tuning = tuning or default_decode_tuning(head_dim, k_cache.dtype)
     block_d = triton.next_power_of_2(head_dim)
-    grid = (num_multiprocessors(q.device) * tuning.programs_per_sm,)
-    _decode_kernel[grid](
+    num_places = num_programs_of_a_head(work, num_kv_heads, tuning.programs_per_sm, q.device)
+    _decode_kernel[(num_places * num_kv_heads,)](
         q,
         k_cache,
         v_cache,
         out,
         work.records,
         work.num_records,
+        work.shares,
         block_tables,
         q if sinks is None else sinks,
         workspace.partial_out,
@@ -293,6 +304,7 @@ def decode_attention(
         ALIGNED=aligned,
         HAS_SOFT_CAP=soft_cap > 0,
         HAS_SINKS=sinks is not None,
+        HAS_SHARES=work.policy.num_shares > 0,
         BLOCK_H=max(8, triton.next_power_of_2(group)),
         BLOCK_D=block_d,
         WARPS=tuning.num_warps,
@@ -304,6 +316,11 @@ def decode_attention(
     )
     combine_chunks(work, workspace, out, sinks=sinks, v_scale=v_scale, pdl=pdl)
     return out
+
+
+def num_programs_of_a_head(work: WorkList, num_kv_heads: int, programs_per_sm: int, device: torch.device) -> int:
+    """One a share; or as many as fill the device, where chunks are dealt out."""
+    return work.policy.num_shares or max(1, num_multiprocessors(device) * programs_per_sm // num_kv_heads)
 
 
 def combine_chunks(
@@ -342,9 +359,14 @@ def combine_chunks(
     )
 
 
-def default_decode_tuning(head_dim: int, cache_dtype: torch.dtype, runs_times_heads: int) -> DecodeTuning:
+def default_decode_tuning(head_dim: int, cache_dtype: torch.dtype) -> DecodeTuning:
     """The launch shape measured best on an H200 for this head dimension and cache dtype."""
     if head_dim > 128 or cache_dtype == torch.float32:
         return DecodeTuning(num_warps=1, num_stages=2, programs_per_sm=6)
-    # A batch too small for two items a program is better spread over more programs.
-    return DecodeTuning(programs_per_sm=12 if runs_times_heads < 256 else 8)
+    return DecodeTuning()
+
+
+def decode_policy(num_kv_heads: int, head_dim: int, cache_dtype: torch.dtype) -> SharePolicy:
+    """As many shares as programs run at once."""
+    programs = SHARED_MULTIPROCESSORS * default_decode_tuning(head_dim, cache_dtype).programs_per_sm
+    return SharePolicy(max(1, programs // num_kv_heads), min_share=MIN_SHARE)

@@ -23,13 +23,13 @@ from stepwire_kernels.attention_decode import (
     DecodeWorkspace,
     check_attention_inputs,
     combine_chunks,
+    num_programs_of_a_head,
 )
 from stepwire_kernels.dependent_launch import launch_options
-from stepwire_kernels.device_limits import num_multiprocessors
 from stepwire_kernels.from_qkv_few import _few_from_qkv_kernel
 from stepwire_kernels.from_qkv_many import _many_from_qkv_kernel
 from stepwire_kernels.rope_kv import FP8_MAX, check_rotation_inputs
-from stepwire_kernels.work_list import ChunkPolicy, WorkList
+from stepwire_kernels.work_list import SharePolicy, WorkList
 
 # Runs times KV heads; measured up to here.
 MOST_HEADS = NUM_COUNTERS
@@ -48,6 +48,8 @@ MANY_HEADS = 256
 SMALL_GROUP = 2
 # Four for every multiprocessor of an H100.
 MANY_WANTED_PROGRAMS = 528
+# Tokens of a share of many rows.
+MIN_MANY_SHARE = 64
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class FromQkvTuning:
     num_warps: int = 1
     num_stages: int = 2
     programs_per_sm: int = 16
-    """At most, of many rows: a program has one item after the other where there may be more items than that."""
+    """Of many rows, where chunks are dealt out one by one. Shares have a program each."""
 
     @property
     def tile(self) -> int:
@@ -92,21 +94,15 @@ def takes_from_qkv(num_runs: int, num_heads: int, num_kv_heads: int, head_dim: i
     return has_room and num_heads <= MOST_GROUP * num_kv_heads
 
 
-def from_qkv_chunk_policy(num_runs: int, num_heads: int, num_kv_heads: int, head_dim: int) -> ChunkPolicy:
-    """Few rows: chunks as small as a tile where the device has room, since all of a tile is read before the wait.
+def from_qkv_policy(num_runs: int, num_heads: int, num_kv_heads: int, head_dim: int) -> SharePolicy:
+    """Few rows: pieces as small as a tile where the device has room, since all of a tile is read before the wait.
 
-    Many: as many chunks as keep every multiprocessor busy.
+    Many: as many shares as keep every multiprocessor busy.
     """
+    tile = default_from_qkv_tuning(num_runs, num_heads, num_kv_heads, head_dim).tile
     if is_few(num_runs, num_heads, num_kv_heads):
-        tile = default_from_qkv_tuning(num_runs, num_heads, num_kv_heads, head_dim).tile
-        return ChunkPolicy(tile, max_chunks=64, wanted_records=max(1, FEW_WANTED_PROGRAMS // num_kv_heads))
-    num_programs = num_runs * num_kv_heads
-    return ChunkPolicy(
-        min_chunk=32 if num_programs < MANY_HEADS else 64,
-        # Bounds the memory for partial results, as that of `chunk_policy_for` does.
-        max_chunks=64 if num_programs <= 64 else 16,
-        wanted_records=max(1, MANY_WANTED_PROGRAMS // num_kv_heads),
-    )
+        return SharePolicy(max(1, FEW_WANTED_PROGRAMS // num_kv_heads), cut=tile, min_share=tile)
+    return SharePolicy(max(1, MANY_WANTED_PROGRAMS // num_kv_heads), cut=tile, min_share=max(tile, MIN_MANY_SHARE))
 
 
 @dataclass(frozen=True)
@@ -165,8 +161,7 @@ def attention_from_qkv(
     tuning = tuning or default_from_qkv_tuning(num_runs, num_heads, num_kv_heads, head_dim)
     group = num_heads // num_kv_heads
     block_h, block_d = max(8, triton.next_power_of_2(group + 2)), triton.next_power_of_2(head_dim)
-    num_items = work.policy.most_records(num_runs, block_tables.shape[1] * block_size)
-    num_items = min(work.capacity, num_items) * num_kv_heads
+    num_records = min(work.capacity, work.policy.most_records(num_runs))
     arguments = (
         qkv,
         k_cache,
@@ -198,7 +193,7 @@ def attention_from_qkv(
         "HEAD_DIM": head_dim,
         "ROTARY_DIM": 2 * cos.shape[1],
         "BLOCK_SIZE": block_size,
-        "IN_ONE_BLOCK": block_size % tuning.tile == 0 and work.policy.min_chunk % tuning.tile == 0,
+        "IN_ONE_BLOCK": block_size % tuning.tile == 0 and work.policy.cut % tuning.tile == 0,
         "WINDOW": window,
         "ALIGNED": aligned,
         "INTERLEAVED": interleaved,
@@ -216,18 +211,20 @@ def attention_from_qkv(
         **launch_options(pdl),
     }
     if few:
-        _few_from_qkv_kernel[(num_items,)](*arguments, **constants)
+        _few_from_qkv_kernel[(num_records * num_kv_heads,)](*arguments, **constants)
         combine_chunks(work, workspace, out, sinks=sinks, v_scale=v_scale, few_runs=True, pdl=pdl)
         return out
-    num_programs = min(num_items, num_multiprocessors(qkv.device) * tuning.programs_per_sm)
-    _many_from_qkv_kernel[(num_programs,)](
+    num_places = num_programs_of_a_head(work, num_kv_heads, tuning.programs_per_sm, qkv.device)
+    _many_from_qkv_kernel[(min(num_places, num_records) * num_kv_heads,)](
         out,
         workspace.partial_sums if sinks is None else sinks,
         workspace.counters,
+        work.shares,
         v_scale,
         out.stride(0),
         *arguments,
         HAS_SINKS=sinks is not None,
+        HAS_SHARES=work.policy.num_shares > 0,
         # As many at once as there are registers for, when those of the tiles are free.
         PARTS=max(1, min(4, 4096 * tuning.num_warps // (block_h * block_d))),
         **constants,

@@ -3,10 +3,10 @@
 Work list, block ids, cos, sin and norm weights are read before the wait, but nothing of the KV cache: to fetch that
 ahead, be it into level 2 alone, makes every step of many rows slower (measured on an H100).
 
-A program computes one chunk of one KV head after the other. A run of one chunk has its result at once. Of a run of
-several every chunk leaves a partial result and counts itself in; the one that finds all others there adds them up, in
-the order of chunks, so that the result does not depend on which one it was. It leaves the counter at zero for the next
-launch, or the next replay of a graph.
+A program computes one chunk of one KV head after the other: those of its share. A run of one chunk has its result at
+once. Of a run of several every chunk leaves a partial result and counts itself in; the one that finds all others there
+adds them up, in the order of chunks, so that the result does not depend on which one it was. It leaves the counter at
+zero for the next launch, or the next replay of a graph.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from stepwire_kernels.decode_chunk import attend_chunk, load_record
+from stepwire_kernels.decode_chunk import attend_chunk, load_record, nth_record, records_of
 from stepwire_kernels.dependent_launch import release_downstream, wait_upstream
 from stepwire_kernels.from_qkv_token import load_factors, load_turned, own_score, store_own
 from stepwire_kernels.work_list import first_visible
@@ -67,6 +67,7 @@ def _many_from_qkv_kernel(
     out_ptr,
     sinks_ptr,
     counters_ptr,
+    shares_ptr,
     v_scale,
     out_stride,
     qkv_ptr,
@@ -93,6 +94,7 @@ def _many_from_qkv_kernel(
     table_stride,
     capacity,
     HAS_SINKS: tl.constexpr,
+    HAS_SHARES: tl.constexpr,
     PARTS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -121,14 +123,15 @@ def _many_from_qkv_kernel(
     query_mask = heads < GROUP
     out_mask = query_mask[None, :] & (cols < HEAD_DIM)[:, None]
     release_downstream(USE_PDL)
-    first = tl.program_id(0)
-    stride = tl.num_programs(0)
-    num_items = tl.load(num_records_ptr) * NUM_KV_HEADS
+    kv_head = tl.program_id(0) % NUM_KV_HEADS
+    num_places = tl.num_programs(0) // NUM_KV_HEADS
+    first_head = kv_head * GROUP
+    first, num_own, first_other, num_items = records_of(
+        tl.program_id(0) // NUM_KV_HEADS, num_places, num_records_ptr, shares_ptr, HAS_SHARES
+    )
     # What does not change from item to item is computed anew: kept meanwhile, it takes 255 registers instead of 162.
-    for item in tl.range(first, num_items, stride, disable_licm=True):
-        kv_head = item % NUM_KV_HEADS
-        record = item // NUM_KV_HEADS
-        first_head = kv_head * GROUP
+    for item in tl.range(0, num_items, disable_licm=True):
+        record = nth_record(item, first, num_own, first_other, num_places)
         row, token, kv_len, kv_start, kv_end, num_chunks = load_record(records_ptr, record, capacity)
         window_start = 0
         if WINDOW > 0:

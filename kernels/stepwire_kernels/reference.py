@@ -248,7 +248,17 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 # --- work_list.py --------------------------------------------------------------------------------------------------
 
 
-def decode_records(
+def _first_seen(kv_len: int, window: int, aligned: bool) -> int:
+    if not window or not kv_len:
+        return 0
+    return (kv_len - 1) // window * window if aligned else max(0, kv_len - window)
+
+
+def _padding_record(run: int, row: int, token: int, first_item: int) -> tuple[int, ...]:
+    return (run, row, token, 0, 0, 0, first_item, 1)
+
+
+def chunk_records(
     query_starts: list[int],
     kv_lens: list[int],
     run_rows: list[int],
@@ -256,31 +266,18 @@ def decode_records(
     window: int,
     min_chunk: int,
     max_chunks: int,
-    wanted_records: int = 0,
     aligned: bool = False,
 ) -> list[tuple[int, ...]]:
-    """The decode list's records, in `work_list.DECODE_FIELDS` order."""
+    """The decode list's records by `ChunkPolicy`, in `work_list.DECODE_FIELDS` order."""
     records: list[tuple[int, ...]] = []
-    decodes = [kv_len for run, kv_len in enumerate(kv_lens) if query_starts[run + 1] - query_starts[run] == 1]
-
-    def first_seen(kv_len: int) -> int:
-        if not window or not kv_len:
-            return 0
-        return (kv_len - 1) // window * window if aligned else max(0, kv_len - window)
-
-    total_visible = sum(kv_len - first_seen(kv_len) for kv_len in decodes)
-    even_chunk = min(max(total_visible // wanted_records, min_chunk), 2048) if wanted_records else 0
     for run, (kv_len, row) in enumerate(zip(kv_lens, run_rows, strict=True)):
         first, last = query_starts[run], query_starts[run + 1]
         first_item = len(records)
         if kv_len == 0:
-            records += [(run, row, token, 0, 0, 0, first_item, 1) for token in range(first, last)]
+            records += [_padding_record(run, row, token, first_item) for token in range(first, last)]
         elif last - first == 1:
-            visible_from = first_seen(kv_len)
+            visible_from = _first_seen(kv_len, window, aligned)
             chunk = min_chunk
-            if wanted_records:
-                num_parts = max(1, (kv_len - visible_from + even_chunk // 2) // even_chunk)
-                chunk = -(-(kv_len - visible_from) // (num_parts * min_chunk)) * min_chunk
             while chunk * max_chunks < kv_len - visible_from:
                 chunk *= 2
             starts = list(range(visible_from // chunk * chunk, kv_len, chunk))
@@ -289,6 +286,47 @@ def decode_records(
                 for start in starts
             ]
     return records
+
+
+def share_records(
+    query_starts: list[int],
+    kv_lens: list[int],
+    run_rows: list[int],
+    *,
+    window: int,
+    num_shares: int,
+    cut: int,
+    min_share: int,
+    aligned: bool = False,
+) -> tuple[list[tuple[int, ...]], list[int]]:
+    """By `SharePolicy`: the decode list's records, and the first of every share with the end of the last."""
+    # The line of all cuts of all runs: (run, position where the cut begins).
+    line = [
+        (run, start)
+        for run, kv_len in enumerate(kv_lens)
+        if kv_len and query_starts[run + 1] - query_starts[run] == 1
+        for start in range(_first_seen(kv_len, window, aligned) // cut * cut, kv_len, cut)
+    ]
+    share = max(-(-len(line) // num_shares), min_share // cut)
+    pieces: list[tuple[int, int, int]] = []
+    first_of_share = []
+    for begin in range(0, num_shares * share, share):
+        first_of_share.append(len(pieces))
+        for run in dict.fromkeys(run for run, _ in line[begin : begin + share]):
+            starts = [start for owner, start in line[begin : begin + share] if owner == run]
+            pieces.append((run, starts[0], min(starts[-1] + cut, kv_lens[run])))
+    first_of_share.append(len(pieces))
+    runs = [run for run, _, _ in pieces]
+    records: list[tuple[int, ...]] = [
+        (run, run_rows[run], query_starts[run], kv_lens[run], start, end, runs.index(run), runs.count(run))
+        for run, start, end in pieces
+    ]
+    for run, kv_len in enumerate(kv_lens):
+        if kv_len == 0:
+            first_item = len(records)
+            tokens = range(query_starts[run], query_starts[run + 1])
+            records += [_padding_record(run, run_rows[run], token, first_item) for token in tokens]
+    return records, first_of_share
 
 
 def prefill_records(

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from stepwire_kernels import sampler, step_input, work_list
 from stepwire_kernels.activation import gated_activation
-from stepwire_kernels.attention_decode import decode_attention
-from stepwire_kernels.attention_from_qkv import attention_from_qkv, from_qkv_chunk_policy
+from stepwire_kernels.attention_decode import decode_attention, decode_policy
+from stepwire_kernels.attention_from_qkv import attention_from_qkv, from_qkv_policy
 from stepwire_kernels.attention_prefill import default_prefill_tuning, prefill_attention, prefill_tile_tokens
 from stepwire_kernels.gather import gather_last_hidden
 from stepwire_kernels.linear import linear
@@ -88,12 +88,19 @@ def bench_rope(report: Report) -> None:
             report.add("rope_kv", case + (" qk-norm" if has_norm else ""), time_graph(launches), num_bytes=moved)
 
 
+def unlike(batch: int) -> list[int]:
+    """Contexts of 100 to about 2,000 tokens, as requests have that began at different times: 1,050 on average."""
+    return [100 + 1900 * (row * 37 % batch) // batch for row in range(batch)]
+
+
 def bench_decode(report: Report) -> None:
     for heads in (LLAMA_8B, QWEN3_06B):
         for batch, context in ((1, 1024), (32, 1024), (128, 1024), (256, 1024), (1, 8192), (32, 8192)):
-            decode_row(report, heads, batch, context, BF16)
-    decode_row(report, LLAMA_8B, 32, 1024, torch.float8_e4m3fn)
-    decode_row(report, LLAMA_8B, 32, 8192, torch.float8_e4m3fn)
+            decode_row(report, heads, f"b{batch} ctx{context}", [context] * batch, BF16)
+        for batch in (72, 192, 256):
+            decode_row(report, heads, f"b{batch} unlike", unlike(batch), BF16)
+    decode_row(report, LLAMA_8B, "b32 ctx1024", [1024] * 32, torch.float8_e4m3fn)
+    decode_row(report, LLAMA_8B, "b32 ctx8192", [8192] * 32, torch.float8_e4m3fn)
 
 
 def bench_from_qkv(report: Report) -> None:
@@ -101,46 +108,49 @@ def bench_from_qkv(report: Report) -> None:
         for batch, context in (
             (1, 1024), (2, 1024), (4, 1024), (8, 1024), (32, 1024), (64, 1024), (128, 1024), (1, 8192), (32, 8192),
         ):  # fmt: skip
-            from_qkv_row(report, heads, batch, context, BF16)
-    from_qkv_row(report, LLAMA_8B, 32, 1024, torch.float8_e4m3fn)
+            from_qkv_row(report, heads, f"b{batch} ctx{context}", [context] * batch, BF16)
+        for batch in (24, 48, 72, 96, 128):
+            from_qkv_row(report, heads, f"b{batch} unlike", unlike(batch), BF16)
+    from_qkv_row(report, LLAMA_8B, "b32 ctx1024", [1024] * 32, torch.float8_e4m3fn)
 
 
-def from_qkv_row(report: Report, heads: Heads, batch: int, context: int, cache_dtype: torch.dtype) -> None:
+def from_qkv_row(report: Report, heads: Heads, what: str, lens: list[int], cache_dtype: torch.dtype) -> None:
     """Rotation, KV write and attention of decodes, together and apart."""
-    case = paged(heads, [1] * batch, [context] * batch, cache_dtype=cache_dtype)
+    batch = len(lens)
+    case = paged(heads, [1] * batch, lens, cache_dtype=cache_dtype)
     width = (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim
     qkv = torch.randn(batch, width, device="cuda", dtype=BF16)
-    cos, sin = torch.randn(2, context, heads.head_dim // 2, device="cuda")
+    cos, sin = torch.randn(2, max(lens), heads.head_dim // 2, device="cuda")
     positions = case.kv_lens - 1
-    slots = case.block_tables[:, (context - 1) // 64] * 64 + (context - 1) % 64
-    places = (case.block_tables, positions, slots, cos, sin)
-    policy = from_qkv_chunk_policy(batch, heads.num_heads, heads.num_kv_heads, heads.head_dim)
+    blocks = case.block_tables.gather(1, (positions // 64).long()[:, None])[:, 0]
+    places = (case.block_tables, positions, blocks * 64 + positions % 64, cos, sin)
+    policy = from_qkv_policy(batch, heads.num_heads, heads.num_kv_heads, heads.head_dim)
     fine, fine_scratch = case.decode_work(heads, policy)
-    work, scratch = case.decode_work(heads, work_list.chunk_policy_for(batch, heads.num_kv_heads))
+    work, scratch = case.decode_work(heads, decode_policy(heads.num_kv_heads, heads.head_dim, cache_dtype))
 
     def together(k: torch.Tensor, v: torch.Tensor) -> None:
         attention_from_qkv(qkv, k, v, *places, fine, fine_scratch, case.scale, heads.num_heads, pdl=True)
 
     def apart(k: torch.Tensor, v: torch.Tensor) -> None:
-        q = rope_and_write_kv(qkv, k, v, positions, slots, cos, sin, heads.num_heads, pdl=True)
+        q = rope_and_write_kv(qkv, k, v, positions, places[2], cos, sin, heads.num_heads, pdl=True)
         decode_attention(q, k, v, case.block_tables, work, scratch, case.scale, case.out, pdl=True)
 
     for name, run in (("attention_from_qkv", together), ("rope_kv, decode_attention", apart)):
         launches: list[Callable[[], object]] = [lambda c=c, run=run: run(*c) for c in case.caches]
-        row = f"{heads.name} b{batch} ctx{context}" + (" fp8" if cache_dtype != BF16 else "")
+        row = f"{heads.name} {what}" + (" fp8" if cache_dtype != BF16 else "")
         report.add(name, row, time_graph(launches), num_bytes=case.kv_bytes)
 
 
-def decode_row(report: Report, heads: Heads, batch: int, context: int, cache_dtype: torch.dtype) -> None:
-    case = paged(heads, [1] * batch, [context] * batch, cache_dtype=cache_dtype)
-    work, workspace = case.decode_work(heads, work_list.chunk_policy_for(batch, heads.num_kv_heads))
+def decode_row(report: Report, heads: Heads, what: str, lens: list[int], cache_dtype: torch.dtype) -> None:
+    case = paged(heads, [1] * len(lens), lens, cache_dtype=cache_dtype)
+    work, workspace = case.decode_work(heads, decode_policy(heads.num_kv_heads, heads.head_dim, cache_dtype))
     launches = [
         lambda c=c: decode_attention(
             case.q, c[0], c[1], case.block_tables, work, workspace, case.scale, case.out, pdl=True
         )
         for c in case.caches
     ]
-    name = f"{heads.name} b{batch} ctx{context}" + (" fp8" if cache_dtype != BF16 else "")
+    name = f"{heads.name} {what}" + (" fp8" if cache_dtype != BF16 else "")
     report.add("decode_attention", name, time_graph(launches), num_bytes=case.kv_bytes)
 
 

@@ -20,6 +20,7 @@ from stepwire_kernels.attention_latent import (
     latent_prefill_attention,
     latent_tile_tokens,
 )
+from stepwire_kernels.decode_list import build_decode_list
 
 from load_tests.kernels.cases import AttentionCase, Heads, paged
 from load_tests.kernels.measure import Report, time_graph
@@ -53,7 +54,7 @@ def decode_launches(heads: Heads, case: AttentionCase, tuning: LatentTuning | No
     num_runs = case.kv_lens.numel()
     policy = latent_chunk_policy(num_runs, heads.num_heads)
     work = work_list.allocate_decode_list(num_runs, num_runs, "cuda", policy=policy)
-    work_list.build_decode_list(case.query_starts, case.kv_lens, case.run_rows, work)
+    build_decode_list(case.query_starts, case.kv_lens, case.run_rows, work)
     workspace = allocate_decode_workspace(work, heads.num_heads, KV_RANK)
     out = case.out[..., :KV_RANK].contiguous()
     return [

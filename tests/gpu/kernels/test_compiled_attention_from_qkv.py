@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from stepwire_kernels.attention_from_qkv import FromQkvTuning, from_qkv_chunk_policy
-from stepwire_kernels.work_list import ChunkPolicy, build_decode_list
+from stepwire_kernels.attention_from_qkv import FromQkvTuning, from_qkv_policy
+from stepwire_kernels.decode_list import build_decode_list
+from stepwire_kernels.work_list import ChunkPolicy
 
 from tests.unit.kernels.checks import assert_close
 from tests.unit.kernels.test_attention_from_qkv import *  # noqa: F403
@@ -33,7 +34,7 @@ def test_chunks_finish_in_any_order(device: str, num_heads: int, num_kv_heads: i
 def test_one_graph_serves_steps_of_any_lengths(device: str, num_runs: int) -> None:
     longest = [1200 - 9 * run for run in range(num_runs)]
     step = Step(longest, 32, 8, 128, 64, torch.bfloat16, device)
-    policy = from_qkv_chunk_policy(num_runs, 32, 8, 128)
+    policy = from_qkv_policy(num_runs, 32, 8, 128)
     pdl = torch.cuda.get_device_capability() >= (9, 0)
     work, workspace = step.plan(policy, {})
 

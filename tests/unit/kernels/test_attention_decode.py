@@ -4,7 +4,8 @@ import pytest
 import torch
 from stepwire_kernels import work_list
 from stepwire_kernels.attention_decode import DecodeTuning, allocate_decode_workspace, decode_attention
-from stepwire_kernels.work_list import ChunkPolicy
+from stepwire_kernels.decode_list import build_decode_list
+from stepwire_kernels.work_list import ChunkPolicy, SharePolicy
 
 from tests.unit.kernels.checks import USUAL_DTYPES, assert_close, poison
 from tests.unit.kernels.paged_case import PagedCase, make_case
@@ -20,7 +21,7 @@ def run_decode(
     num_heads, head_dim = case.q.shape[1], case.q.shape[2]
     work = work_list.allocate_decode_list(num_runs, case.q.shape[0], device, policy=policy)
     reach = {name: options[name] for name in ("window", "aligned") if name in options}
-    work_list.build_decode_list(case.query_starts, case.kv_lens, case.run_rows, work, **reach)
+    build_decode_list(case.query_starts, case.kv_lens, case.run_rows, work, **reach)
     workspace = allocate_decode_workspace(work, num_heads, head_dim)
     workspace.partial_out.fill_(float("nan"))
     workspace.partial_sums.fill_(float("nan"))
@@ -119,3 +120,11 @@ def test_unsupported_shapes_are_refused(device: str) -> None:
     case = make_case([(1, 5)], 2, 1, 64, 8, torch.float32, device)
     with pytest.raises(ValueError, match="block size 8 must be a power of two, 16 or more"):
         run_decode(case)
+
+
+@pytest.mark.parametrize("num_shares", [1, 4, 30])
+def test_shares_that_end_within_runs(device: str, num_shares: int) -> None:
+    lens = [299, 1, 40, 150, 65, 512, 3]
+    case = make_case([(1, length - 1) for length in lens], 4, 2, 64, 32, torch.float32, device)
+    assert_close(run_decode(case, policy=SharePolicy(num_shares)), case.twin())
+    assert_close(run_decode(case, policy=SharePolicy(num_shares, 16, 512), window=100), case.twin(window=100))

@@ -7,16 +7,18 @@ import torch
 from stepwire_kernels import reference, work_list
 from stepwire_kernels.attention_decode import DecodeWorkspace, allocate_decode_workspace
 from stepwire_kernels.attention_from_qkv import (
+    FEW_WANTED_PROGRAMS,
     MOST_HEADS,
     FromQkvTuning,
     HeadNorms,
     attention_from_qkv,
     default_from_qkv_tuning,
-    from_qkv_chunk_policy,
+    from_qkv_policy,
     is_few,
     takes_from_qkv,
 )
-from stepwire_kernels.work_list import ChunkPolicy, WorkList
+from stepwire_kernels.decode_list import build_decode_list
+from stepwire_kernels.work_list import ChunkPolicy, SharePolicy, WorkList
 
 from tests.unit.kernels.checks import USUAL_DTYPES, assert_close
 from tests.unit.kernels.paged_case import PagedCase, make_case
@@ -82,7 +84,7 @@ class Step:
         work = work_list.allocate_decode_list(
             case.kv_lens.numel(), case.q.shape[0], str(self.qkv.device), policy=policy
         )
-        work_list.build_decode_list(case.query_starts, case.kv_lens, case.run_rows, work, **reach)
+        build_decode_list(case.query_starts, case.kv_lens, case.run_rows, work, **reach)
         return work, allocate_decode_workspace(work, self.num_heads, case.q.shape[2])
 
     def launch(
@@ -188,7 +190,7 @@ def test_many_runs_as_a_step_plans_them(
         cache_dtype=cache_dtype, padding_tokens=1,
     )  # fmt: skip
     scales = {"k_scale": 0.75, "v_scale": 1.5} if cache_dtype else {}
-    policy = from_qkv_chunk_policy(num_runs + 1, num_heads, num_kv_heads, head_dim)
+    policy = from_qkv_policy(num_runs + 1, num_heads, num_kv_heads, head_dim)
     step.check(policy=policy, window=150, sinks=torch.randn(num_heads, device=device), **scales)
 
 
@@ -239,9 +241,18 @@ def test_chunks_of_several_tiles(device: str, lens: list[int], warps: int) -> No
 def test_chunks_that_begin_within_a_tile(device: str, num_runs: int) -> None:
     step = Step([288] * num_runs, 2, 1, 64, 64, torch.float32, device)
     even = step.run(policy=ChunkPolicy(64, 8), tuning=FromQkvTuning(warp_tokens=64))
-    # Three chunks of 96 tokens: the second's first tile of 64 goes over the edge of a block.
-    odd = step.run(policy=ChunkPolicy(32, 8, 3 * num_runs), tuning=FromQkvTuning(warp_tokens=64))
+    # Three pieces of 96 tokens a run: the second's first tile of 64 goes over the edge of a block.
+    odd = step.run(policy=SharePolicy(3 * num_runs, 32, 96), tuning=FromQkvTuning(warp_tokens=64))
     assert_close(odd, even)
+
+
+@pytest.mark.parametrize("warps", [1, 2])
+@pytest.mark.parametrize("num_shares", [1, 5, 40])
+def test_shares_that_end_within_runs(device: str, num_shares: int, warps: int) -> None:
+    step = Step([299, 40, 150, 65, 512, 3], 4, 2, 64, 32, torch.bfloat16, device, norm_offset=0.0)
+    step.check(policy=SharePolicy(num_shares), tuning=FromQkvTuning(16, warps))
+    # Shares of which most hold nothing.
+    step.check(policy=SharePolicy(num_shares, min_share=512), window=100)
 
 
 def test_which_chunk_finishes_makes_no_difference(device: str) -> None:
@@ -294,13 +305,12 @@ def test_what_it_is_for(shape: tuple[int, int, int, int], takes: bool, few: bool
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
 @pytest.mark.parametrize("group", [1, 4, 8])
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 8, 32])
-def test_chunks_hold_whole_tiles_and_need_bounded_room(num_kv_heads: int, group: int, head_dim: int) -> None:
+def test_pieces_hold_whole_tiles_and_need_bounded_room(num_kv_heads: int, group: int, head_dim: int) -> None:
     for num_runs in range(1, MOST_HEADS // num_kv_heads + 1):
         shape = (num_runs, num_kv_heads * group, num_kv_heads, head_dim)
-        policy, tuning = from_qkv_chunk_policy(*shape), default_from_qkv_tuning(*shape)
-        assert policy.min_chunk % tuning.tile == 0
-        apart = work_list.chunk_policy_for(num_runs, num_kv_heads)
-        assert policy.max_chunks <= apart.max_chunks
+        policy, tuning = from_qkv_policy(*shape), default_from_qkv_tuning(*shape)
+        assert policy.cut % tuning.tile == 0
+        assert policy.most_records(num_runs) * num_kv_heads <= MOST_HEADS + FEW_WANTED_PROGRAMS
 
 
 def test_what_does_not_fit_is_refused(device: str) -> None:

@@ -12,6 +12,7 @@ from stepwire_kernels.attention_latent import (
     latent_prefill_attention,
     latent_tile_tokens,
 )
+from stepwire_kernels.decode_list import build_decode_list
 from stepwire_kernels.work_list import ChunkPolicy
 
 from tests.unit.kernels.checks import USUAL_DTYPES, assert_close, poison
@@ -45,7 +46,7 @@ def run_decode(
 ) -> torch.Tensor:
     device, (num_tokens, num_heads, _) = str(case.q.device), case.q.shape
     work = work_list.allocate_decode_list(case.kv_lens.numel(), num_tokens, device, policy=policy)
-    work_list.build_decode_list(case.query_starts, case.kv_lens, case.run_rows, work)
+    build_decode_list(case.query_starts, case.kv_lens, case.run_rows, work)
     workspace = allocate_decode_workspace(work, num_heads, kv_rank)
     workspace.partial_out.fill_(float("nan"))
     workspace.partial_sums.fill_(float("nan"))

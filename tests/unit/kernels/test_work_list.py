@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stepwire_kernels import reference, work_list
-from stepwire_kernels.work_list import LATENCY, THROUGHPUT, ChunkPolicy, WorkList
+from stepwire_kernels.decode_list import build_decode_list
+from stepwire_kernels.work_list import LATENCY, THROUGHPUT, ChunkPolicy, SharePolicy, WorkList
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -30,8 +34,15 @@ def tensors(*lists: list[int]) -> list[torch.Tensor]:
 
 
 def listed(work: WorkList) -> list[tuple[int, ...]]:
-    count = int(work.num_records)
+    count = int(work.num_records[0])
     return [tuple(record) for record in work.records[:count].tolist()]
+
+
+def check_runs_of_list(work: WorkList, expected: list[tuple[int, ...]], lens: list[int]) -> None:
+    for run, (token, first_record, num_chunks, _) in enumerate(work.runs.tolist()):
+        own = [record for record in expected if record[0] == run and lens[run] > 0]
+        assert num_chunks == len(own)
+        assert not own or (token, first_record) == (own[0][2], own[0][6])
 
 
 @settings(max_examples=60, deadline=None)
@@ -39,42 +50,62 @@ def listed(work: WorkList) -> list[tuple[int, ...]]:
     runs=st.one_of(RUNS, DECODES),
     window=st.sampled_from([0, 1, 100, 4096]),
     aligned=st.booleans(),
-    policy=st.sampled_from([LATENCY, THROUGHPUT, ChunkPolicy(16, 4), ChunkPolicy(64, 16, 24), ChunkPolicy(32, 64, 5)]),
+    policy=st.sampled_from([LATENCY, THROUGHPUT, ChunkPolicy(16, 4)]),
 )
-def test_decode_list_matches_twin(
-    runs: list[tuple[int, int | None]], window: int, aligned: bool, policy: ChunkPolicy
-) -> None:
+def test_chunks_match_twin(runs: list[tuple[int, int | None]], window: int, aligned: bool, policy: ChunkPolicy) -> None:
     starts, lens, rows = arrays(runs)
     work = work_list.allocate_decode_list(len(runs), starts[-1], DEVICE, policy=policy)
-    work_list.build_decode_list(*tensors(starts, lens, rows), work, window=window, aligned=aligned)
-    expected = reference.decode_records(
-        starts,
-        lens,
-        rows,
-        window=window,
-        aligned=aligned,
-        min_chunk=policy.min_chunk,
-        max_chunks=policy.max_chunks,
-        wanted_records=policy.wanted_records,
+    build_decode_list(*tensors(starts, lens, rows), work, window=window, aligned=aligned)
+    expected = reference.chunk_records(
+        starts, lens, rows, window=window, aligned=aligned, min_chunk=policy.min_chunk, max_chunks=policy.max_chunks
     )
     assert listed(work) == expected
-    assert len(expected) <= work.capacity
+    assert work.num_records.tolist() == [len(expected), 0]
     if max(queries for queries, _ in runs) <= 1:
-        assert len(expected) <= policy.most_records(len(runs), max(lens))
-    for run, (token, first_record, num_chunks, _) in enumerate(work.runs.tolist()):
-        own = [record for record in expected if record[0] == run and lens[run] > 0]
-        assert num_chunks == len(own)
-        assert not own or (token, first_record) == (own[0][2], own[0][6])
+        assert len(expected) <= policy.most_records(len(runs))
+    check_runs_of_list(work, expected, lens)
 
 
-def test_chunks_a_little_shorter_than_the_shares_fit_the_most_records() -> None:
-    policy = ChunkPolicy(32, 64, 192)
-    # Windows of 49.5 chunks, which touch 51, and a run whose share is rounded up: as many records as shares allow.
-    lens = [1615, 1615, 1615, 1552]
-    records = reference.decode_records(
-        list(range(5)), lens, [1, 2, 3, 4], window=1584, min_chunk=32, max_chunks=64, wanted_records=192
-    )
-    assert len(records) <= policy.most_records(len(lens), max(lens))
+@settings(max_examples=100, deadline=None)
+@given(
+    runs=st.one_of(
+        RUNS, st.lists(st.tuples(st.just(1), st.one_of(st.none(), st.integers(0, 9_000))), min_size=1, max_size=20)
+    ),
+    window=st.sampled_from([0, 1, 100, 4096]),
+    aligned=st.booleans(),
+    policy=st.sampled_from([SharePolicy(24), SharePolicy(5, 32, 32), SharePolicy(1, 16, 48), SharePolicy(300, 16, 16)]),
+)
+def test_shares_match_twin(runs: list[tuple[int, int | None]], window: int, aligned: bool, policy: SharePolicy) -> None:
+    starts, lens, rows = arrays(runs)
+    work = work_list.allocate_decode_list(len(runs), starts[-1], DEVICE, policy=policy)
+    # As many shares as others have that use the same tensors.
+    work = dataclasses.replace(work, shares=torch.full((policy.num_shares + 9,), -1, dtype=torch.int32, device=DEVICE))
+    build_decode_list(*tensors(starts, lens, rows), work, window=window, aligned=aligned)
+    expected, first_of_share = reference.share_records(
+        starts, lens, rows, window=window, aligned=aligned, num_shares=policy.num_shares, cut=policy.cut,
+        min_share=policy.min_share,
+    )  # fmt: skip
+    assert listed(work) == expected
+    assert work.num_records.tolist() == [len(expected), first_of_share[-1]]
+    assert work.shares.tolist() == [*first_of_share, *[-1] * 8]
+    assert first_of_share[-1] <= policy.most_records(len(runs))
+    check_runs_of_list(work, expected, lens)
+
+
+def test_shares_are_alike_however_long_the_runs_are() -> None:
+    lens = [1 + 37 * run % 2000 for run in range(90)]
+    policy = SharePolicy(66)
+    work = work_list.allocate_decode_list(len(lens), len(lens), DEVICE, policy=policy)
+    build_decode_list(*tensors(list(range(len(lens) + 1)), lens, list(range(len(lens)))), work)
+    records, shares = listed(work), work.shares.tolist()
+    cuts = [
+        sum(-(-(end - start) // policy.cut) for _, _, _, _, start, end, _, _ in records[first:last])
+        for first, last in itertools.pairwise(shares)
+    ]
+    assert set(cuts[:-1]) == {max(cuts)}
+    # Every token of every run, once.
+    seen = [(record[0], token) for record in records for token in range(record[4], record[5])]
+    assert seen == [(run, token) for run, length in enumerate(lens) for token in range(length)]
 
 
 @settings(max_examples=25, deadline=None)
@@ -90,35 +121,24 @@ def test_prefill_list_matches_twin(runs: list[tuple[int, int | None]], tile_toke
 
 def test_a_run_keeps_its_chunks_whatever_the_batch() -> None:
     alone = work_list.allocate_decode_list(1, 1, DEVICE)
-    work_list.build_decode_list(*tensors([0, 1], [9000], [4]), alone)
+    build_decode_list(*tensors([0, 1], [9000], [4]), alone)
     batch = work_list.allocate_decode_list(3, 3, DEVICE)
-    work_list.build_decode_list(*tensors([0, 1, 2, 3], [70_000, 9000, 12], [1, 4, 2]), batch)
+    build_decode_list(*tensors([0, 1, 2, 3], [70_000, 9000, 12], [1, 4, 2]), batch)
     ranges = [record[4:6] for record in listed(batch) if record[0] == 1]
     assert ranges == [record[4:6] for record in listed(alone)]
-
-
-@pytest.mark.parametrize(
-    ("lens", "chunks"),
-    [
-        ([1100] * 4, [9] * 4),  # 4,400 tokens to 48 chunks of 91: parts of 128
-        ([1100] * 60, [1] * 60),  # of 1,375
-        ([8200] * 60, [4] * 60),  # none beyond 2,048, and its parts are alike
-        ([8200] * 3 + [40], [15, 15, 15, 1]),
-    ],
-)
-def test_a_step_has_as_many_chunks_as_keep_the_device_busy(lens: list[int], chunks: list[int]) -> None:
-    num_runs = len(lens)
-    work = work_list.allocate_decode_list(num_runs, num_runs, DEVICE, policy=work_list.chunk_policy_for(num_runs, 8))
-    work_list.build_decode_list(*tensors(list(range(num_runs + 1)), lens, list(range(num_runs))), work)
-    assert [num_chunks for _, _, num_chunks, _ in work.runs.tolist()] == chunks
-    assert int(work.num_records) <= work.capacity
 
 
 def test_mismatched_arrays_are_refused() -> None:
     work = work_list.allocate_decode_list(2, 2, DEVICE)
     with pytest.raises(ValueError, match="need 3 query_starts"):
-        work_list.build_decode_list(*tensors([0, 1], [5, 5], [0, 1]), work)
+        build_decode_list(*tensors([0, 1], [5, 5], [0, 1]), work)
     with pytest.raises(ValueError, match="allocated for 2 runs, got 1"):
-        work_list.build_decode_list(*tensors([0, 1], [5], [0]), work)
+        build_decode_list(*tensors([0, 1], [5], [0]), work)
     with pytest.raises(ValueError, match="min_chunk must be a power of two, got 100"):
         ChunkPolicy(min_chunk=100)
+    with pytest.raises(ValueError, match="num_shares must be 1 or more, got 0"):
+        SharePolicy(0)
+    with pytest.raises(ValueError, match="cut must be a power of two, got 24"):
+        SharePolicy(8, cut=24)
+    with pytest.raises(ValueError, match="min_share must be a multiple of 32, got 16"):
+        SharePolicy(8, min_share=16)

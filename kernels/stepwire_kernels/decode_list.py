@@ -1,0 +1,239 @@
+"""The decode list, built on the device: pieces of the visible KV of every run of one token (fields in `work_list.py`).
+
+By `ChunkPolicy` a run is cut at multiples of its chunk size, from the chunk on in which what it sees begins.
+
+By `SharePolicy` each run is as many cuts long as it sees, begun ones counted, and the runs of a step are laid one
+behind the other. A share is an equal part of that line; where one ends within a run, the run is cut. Pieces stand in
+the order of the line, so that those of a share are neighbours. Padding stands behind all of them.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
+from stepwire_kernels.work_list import SharePolicy, WorkList, check_runs, first_visible
+
+
+@triton.jit
+def _store_records(
+    records_ptr, first_record, item, mask, run, row, token, kv_len, kv_start, kv_end, first_item, num_chunks
+):  # fmt: skip
+    """One record an item, at first_record + item."""
+    record = records_ptr + (first_record + item) * 8
+    tl.store(record + 0, run + item * 0, mask=mask)
+    tl.store(record + 1, row + item * 0, mask=mask)
+    tl.store(record + 2, token, mask=mask)
+    tl.store(record + 3, kv_len + item * 0, mask=mask)
+    tl.store(record + 4, kv_start, mask=mask)
+    tl.store(record + 5, kv_end, mask=mask)
+    tl.store(record + 6, first_item + item * 0, mask=mask)
+    tl.store(record + 7, num_chunks + item * 0, mask=mask)
+
+
+@triton.jit
+def _chunks_of(
+    num_queries,
+    kv_len,
+    WINDOW: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    MIN_CHUNK: tl.constexpr,
+    CHUNK_LIMIT: tl.constexpr,
+):
+    """(number of items, chunk size, first chunk) of a run; works on scalars and on tensors."""
+    visible_from = first_visible(kv_len - 1, WINDOW, ALIGNED)
+    chunk = visible_from * 0 + MIN_CHUNK
+    for _ in tl.static_range(16):
+        chunk = tl.where(chunk * CHUNK_LIMIT < kv_len - visible_from, chunk * 2, chunk)
+    first_chunk = visible_from // chunk
+    num_chunks = (kv_len + chunk - 1) // chunk - first_chunk
+    is_decode = (num_queries == 1) & (kv_len > 0)
+    num_items = tl.where(is_decode, num_chunks, tl.where(kv_len == 0, num_queries, 0))
+    return num_items, chunk, first_chunk
+
+
+@triton.jit
+def _chunk_list_kernel(
+    query_starts_ptr,
+    kv_lens_ptr,
+    run_rows_ptr,
+    records_ptr,
+    num_records_ptr,
+    list_runs_ptr,
+    num_runs,
+    WINDOW: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    MIN_CHUNK: tl.constexpr,
+    CHUNK_LIMIT: tl.constexpr,
+    BLOCK_RUNS: tl.constexpr,
+    BLOCK_ITEMS: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    run = tl.program_id(0)
+    runs = tl.arange(0, BLOCK_RUNS)
+    in_step = runs < num_runs
+    release_downstream(USE_PDL)
+    wait_upstream(USE_PDL)
+    starts = tl.load(query_starts_ptr + runs, mask=in_step, other=0)
+    ends = tl.load(query_starts_ptr + runs + 1, mask=in_step, other=0)
+    lens = tl.load(kv_lens_ptr + runs, mask=in_step, other=0)
+    counts, _, _ = _chunks_of(ends - starts, lens, WINDOW, ALIGNED, MIN_CHUNK, CHUNK_LIMIT)
+    first_item = tl.sum(tl.where(runs < run, counts, 0), axis=0)
+    if run == 0:
+        tl.store(num_records_ptr, tl.sum(counts, axis=0))
+        tl.store(num_records_ptr + 1, 0)
+
+    token = tl.load(query_starts_ptr + run)
+    num_queries = tl.load(query_starts_ptr + run + 1) - token
+    kv_len = tl.load(kv_lens_ptr + run)
+    row = tl.load(run_rows_ptr + run)
+    num_items, chunk, first_chunk = _chunks_of(num_queries, kv_len, WINDOW, ALIGNED, MIN_CHUNK, CHUNK_LIMIT)
+    is_padding = kv_len == 0
+    tl.store(list_runs_ptr + run * 4, token)
+    tl.store(list_runs_ptr + run * 4 + 1, first_item)
+    tl.store(list_runs_ptr + run * 4 + 2, tl.where(is_padding, 0, num_items))
+    for base in range(0, num_items, BLOCK_ITEMS):
+        item = base + tl.arange(0, BLOCK_ITEMS)
+        kv_start = (first_chunk + item) * chunk
+        _store_records(
+            records_ptr, first_item, item, item < num_items, run, row,
+            tl.where(is_padding, token + item, token + item * 0), kv_len, tl.where(is_padding, 0, kv_start),
+            tl.minimum(kv_start + chunk, kv_len), first_item, tl.where(is_padding, 1, num_items),
+        )  # fmt: skip
+
+
+@triton.jit
+def _length_in_cuts(num_queries, kv_len, WINDOW: tl.constexpr, ALIGNED: tl.constexpr, CUT: tl.constexpr):
+    """(cuts that a run of one token is long and 0 for others, the cut in which what it sees begins)."""
+    first_cut = first_visible(kv_len - 1, WINDOW, ALIGNED) // CUT
+    is_decode = (num_queries == 1) & (kv_len > 0)
+    return tl.where(is_decode, (kv_len + CUT - 1) // CUT - first_cut, 0), first_cut
+
+
+@triton.jit
+def _share_list_kernel(
+    query_starts_ptr,
+    kv_lens_ptr,
+    run_rows_ptr,
+    records_ptr,
+    num_records_ptr,
+    list_runs_ptr,
+    shares_ptr,
+    num_runs,
+    WINDOW: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CUT: tl.constexpr,
+    MIN_CUTS: tl.constexpr,
+    NUM_SHARES: tl.constexpr,
+    BLOCK_SHARES: tl.constexpr,
+    BLOCK_RUNS: tl.constexpr,
+    BLOCK_ITEMS: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    run = tl.program_id(0)
+    runs = tl.arange(0, BLOCK_RUNS)
+    in_step = runs < num_runs
+    release_downstream(USE_PDL)
+    wait_upstream(USE_PDL)
+    starts = tl.load(query_starts_ptr + runs, mask=in_step, other=0)
+    ends = tl.load(query_starts_ptr + runs + 1, mask=in_step, other=0)
+    lens = tl.load(kv_lens_ptr + runs, mask=in_step, other=0)
+    lengths, _ = _length_in_cuts(ends - starts, lens, WINDOW, ALIGNED, CUT)
+    to_cuts = tl.cumsum(lengths, axis=0)
+    from_cuts = to_cuts - lengths
+    total = tl.sum(lengths, axis=0)
+    share = tl.maximum((total + NUM_SHARES - 1) // NUM_SHARES, MIN_CUTS)
+    counts = tl.where(lengths > 0, (to_cuts + share - 1) // share - from_cuts // share, 0)
+    num_pieces = tl.sum(counts, axis=0)
+    padding = tl.where(in_step & (lens == 0), ends - starts, 0)
+    if run == 0:
+        tl.store(num_records_ptr, num_pieces + tl.sum(padding, axis=0))
+        tl.store(num_records_ptr + 1, num_pieces)
+        # Where a share begins, a piece does, which says so below. These hold nothing, and the last ends the list.
+        shares = tl.arange(0, BLOCK_SHARES)
+        tl.store(shares_ptr + shares, num_pieces, mask=(shares <= NUM_SHARES) & (shares * share >= total))
+
+    token = tl.load(query_starts_ptr + run)
+    kv_len = tl.load(kv_lens_ptr + run)
+    row = tl.load(run_rows_ptr + run)
+    num_queries = tl.load(query_starts_ptr + run + 1) - token
+    length, first_cut = _length_in_cuts(num_queries, kv_len, WINDOW, ALIGNED, CUT)
+    is_own = runs == run
+    from_cut = tl.sum(tl.where(is_own, from_cuts, 0), axis=0)
+    first_item = tl.sum(tl.where(runs < run, counts, 0), axis=0)
+    num_items = tl.sum(tl.where(is_own, counts, 0), axis=0)
+    tl.store(list_runs_ptr + run * 4, token)
+    tl.store(list_runs_ptr + run * 4 + 1, first_item)
+    tl.store(list_runs_ptr + run * 4 + 2, num_items)
+    for base in range(0, num_items, BLOCK_ITEMS):
+        item = base + tl.arange(0, BLOCK_ITEMS)
+        mask = item < num_items
+        own_share = from_cut // share + item
+        begin = tl.maximum(own_share * share, from_cut)
+        end = tl.minimum(own_share * share + share, from_cut + length)
+        kv_start = (first_cut + begin - from_cut) * CUT
+        kv_end = tl.minimum((first_cut + end - from_cut) * CUT, kv_len)
+        _store_records(
+            records_ptr, first_item, item, mask, run, row, token + item * 0, kv_len, kv_start, kv_end, first_item,
+            num_items,
+        )  # fmt: skip
+        tl.store(shares_ptr + own_share, first_item + item, mask=mask & (begin == own_share * share))
+    if kv_len == 0:
+        first_padding = num_pieces + tl.sum(tl.where(runs < run, padding, 0), axis=0)
+        for base in range(0, num_queries, BLOCK_ITEMS):
+            item = base + tl.arange(0, BLOCK_ITEMS)
+            zero = item * 0
+            _store_records(
+                records_ptr, first_padding, item, item < num_queries, run, row, token + item, 0, zero, zero,
+                first_padding, 1,
+            )  # fmt: skip
+
+
+def build_decode_list(
+    query_starts: torch.Tensor,
+    kv_lens: torch.Tensor,
+    run_rows: torch.Tensor,
+    work: WorkList,
+    *,
+    window: int = 0,
+    aligned: bool = False,
+    pdl: bool = False,
+) -> None:
+    """Fill `work` for the decode kernels. `window`: how many last tokens a query sees, 0 for all.
+
+    `aligned`: windows begin at multiples of their size instead, and a query sees those of its own up to itself.
+
+    Raises:
+        ValueError: array sizes or dtypes that do not fit.
+    """
+    num_runs = check_runs(query_starts, kv_lens, run_rows)
+    if work.runs.shape[0] != num_runs:
+        raise ValueError(f"build_decode_list: the list was allocated for {work.runs.shape[0]} runs, got {num_runs}")
+    arguments = (query_starts, kv_lens, run_rows, work.records, work.num_records, work.runs)
+    constants = {
+        "WINDOW": window,
+        "ALIGNED": aligned,
+        "BLOCK_RUNS": triton.next_power_of_2(num_runs),
+        "BLOCK_ITEMS": 32,
+        "USE_PDL": pdl,
+        "num_warps": 1 if num_runs <= 128 else 4,
+        **launch_options(pdl),
+    }
+    policy = work.policy
+    if isinstance(policy, SharePolicy):
+        _share_list_kernel[(num_runs,)](
+            *arguments,
+            work.shares,
+            num_runs,
+            CUT=policy.cut,
+            MIN_CUTS=policy.min_share // policy.cut,
+            NUM_SHARES=policy.num_shares,
+            BLOCK_SHARES=triton.next_power_of_2(policy.num_shares + 1),
+            **constants,
+        )
+        return
+    _chunk_list_kernel[(num_runs,)](
+        *arguments, num_runs, MIN_CHUNK=policy.min_chunk, CHUNK_LIMIT=policy.max_chunks, **constants
+    )
