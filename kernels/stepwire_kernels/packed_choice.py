@@ -13,6 +13,8 @@ import triton
 
 from stepwire_kernels.expert_packed import PackedExpertTuning, PackedExpertWeights
 from stepwire_kernels.packed_dense import dense_linear
+from stepwire_kernels.packed_in_flight import InFlightTuning
+from stepwire_kernels.packed_in_flight import serves as in_flight_serves
 from stepwire_kernels.packed_linear import (
     KERNEL_NAMES,
     MAX_STREAM_TOKENS,
@@ -68,7 +70,10 @@ def choose_linear(x: torch.Tensor, weight: PackedWeight) -> Tuning:
     on_wgmma = serves(x, weight)
     if name is not None and x.dtype == torch.bfloat16:
         measured = measured_linear(name, weight, num_tokens)
-        if measured is not None and (on_wgmma or not isinstance(measured, WgmmaTuning)):
+        is_served = on_wgmma or not isinstance(measured, WgmmaTuning)
+        if isinstance(measured, InFlightTuning):
+            is_served = in_flight_serves(x, weight)
+        if measured is not None and is_served:
             return measured
     if num_tokens > MAX_STREAM_TOKENS // 2 and on_wgmma:
         return _default_wgmma(num_tokens, n)

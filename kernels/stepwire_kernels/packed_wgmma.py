@@ -33,7 +33,7 @@ from stepwire_kernels.packed_weight import MAGIC_BITS, PackedWeight
 from stepwire_kernels.split_k import LinearWorkspace
 
 # Renamed after Triton 3.6.
-_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
+barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _pairs_of(values, X: gl.constexpr):
 
 
 @gluon.jit
-def _halves(pairs, X: gl.constexpr):
+def halves(pairs, X: gl.constexpr):
     low = pairs.to(gl.int16).to(X, bitcast=True)
     high = (pairs >> 16).to(gl.int16).to(X, bitcast=True)
     return gl.join(low, high)
@@ -147,8 +147,8 @@ def _integers(
 def _operand(f0, f1, f2, f3, A: gl.constexpr, X: gl.constexpr):
     """Four fields [blocks * 128] of pairs as the left operand [blocks * 16, 64]."""
     BLOCKS: gl.constexpr = f0.shape[0] // 128
-    first = gl.join(_halves(f0, X), _halves(f1, X))  # [word, p, s]
-    second = gl.join(_halves(f2, X), _halves(f3, X))
+    first = gl.join(halves(f0, X), halves(f1, X))  # [word, p, s]
+    second = gl.join(halves(f2, X), halves(f3, X))
     joined = gl.join(first, second).reshape([BLOCKS, 8, 4, 2, 2, 2, 2, 2])  # [block, g, t, h, r, p, s, half]
     turned = gl.permute(joined, [0, 4, 1, 7, 6, 3, 2, 5])  # [block, r, g, half, s, h, t, p]
     return gl.convert_layout(turned.reshape([BLOCKS * 16, 64]), A, assert_trivial=True)
@@ -329,8 +329,8 @@ def _wgmma_kernel(
     x_one = gl.allocate_shared_memory(X, [X_SLOTS, BLOCK_M, 64], SWIZZLED)
     x_two = gl.allocate_shared_memory(X, [X_SLOTS, BLOCK_M, 64], SWIZZLED)
     if USE_PDL:
-        _grid_control("griddepcontrol.launch_dependents;")
-        _grid_control("griddepcontrol.wait;")
+        grid_control("griddepcontrol.launch_dependents;")
+        grid_control("griddepcontrol.wait;")
     for ahead in gl.static_range(INPUTS_AHEAD):
         _copy_inputs(x_one, x_two, x_at, token_mask, cols, first + ahead, last, ahead, K, EVEN_K)
         async_copy.commit_group()
@@ -342,7 +342,7 @@ def _wgmma_kernel(
     # The first words and inputs are there, for every thread and for the matrix units.
     async_copy.wait_group(INPUTS_AHEAD - 1)
     fence_async_shared()
-    _barrier()
+    barrier()
     acc = gl.zeros([BLOCK_N, BLOCK_M], dtype=gl.float32, layout=ACC)
     a_two = gl.zeros([BLOCK_N, 64], dtype=X, layout=A)
     words_slot = 0
@@ -381,7 +381,7 @@ def _wgmma_kernel(
         # whose slot is filled again.
         async_copy.wait_group(INPUTS_AHEAD - 2)
         fence_async_shared()
-        _barrier()
+        barrier()
         _copy_inputs(x_one, x_two, x_at, token_mask, cols, pair + INPUTS_AHEAD, last, free_slot, K, EVEN_K)
         mask = in_weight & (pair + WORDS_AHEAD < last)
         following = words_ptr + words_at + (pair + WORDS_AHEAD) * 256
@@ -404,7 +404,7 @@ def _wgmma_kernel(
         offsets = own_rows[:, None] * BLOCK_M + own_tokens[None, :]
         base = partial_ptr + place.to(gl.int64) * (SPLIT_K * BLOCK_N * BLOCK_M)
         gl.store(base + split * (BLOCK_N * BLOCK_M) + offsets, acc)
-        _barrier()
+        barrier()
         arrived = gl.atomic_add(counters_ptr + place, 1, sem="acq_rel", scope="gpu")
         finishes = arrived == SPLIT_K - 1
         if finishes:
@@ -426,7 +426,7 @@ def _wgmma_kernel(
 
 
 @gluon.jit
-def _grid_control(instruction: gl.constexpr):
+def grid_control(instruction: gl.constexpr):
     gl.inline_asm_elementwise(instruction + " // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
