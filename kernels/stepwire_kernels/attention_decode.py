@@ -33,7 +33,7 @@ from stepwire_kernels.work_list import SharePolicy, WorkList, first_visible
 LOG2_E = 1.4426950408889634
 SUPPORTED_HEAD_DIMS = (64, 80, 96, 128, 256)
 # Runs times KV heads whose chunks may be counted in.
-NUM_COUNTERS = 1024
+NUM_COUNTERS = 2048
 # What shares are cut for: an H100 and an H200 have so many multiprocessors.
 SHARED_MULTIPROCESSORS = 132
 # Tokens of a share: with fewer, a program's beginning and end take longer than its tokens.
@@ -46,9 +46,10 @@ class DecodeTuning:
 
     warp_tokens: int = 16
     num_warps: int = 1
-    num_stages: int = 3
+    num_stages: int = 4
+    """As many as leave a multiprocessor room for that many programs and not more, in 16 bits with 128 a head: programs
+    begin while the kernel ahead still holds most multiprocessors, and those that are free would take too many."""
     programs_per_sm: int = 8
-    """Where chunks are dealt out one by one. Shares have a program each."""
 
 
 @dataclass(frozen=True)

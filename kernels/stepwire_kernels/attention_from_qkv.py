@@ -42,12 +42,15 @@ FEW_HEADS = 32
 FEW_GROUP = 6
 FEW_WANTED_PROGRAMS = 768
 
-# Runs times KV heads from which on two warps a program are faster than one.
-MANY_HEADS = 256
-# A group that leaves registers for tiles of 32 tokens.
-SMALL_GROUP = 2
-# Four for every multiprocessor of an H100.
-MANY_WANTED_PROGRAMS = 528
+# Query heads of a group that leave registers for tiles of 32 tokens.
+SMALL_GROUP = 5
+# Programs of many rows on a multiprocessor, one a share: so many on each of an H100's or H200's.
+MANY_PROGRAMS = 6
+MANY_WANTED_PROGRAMS = MANY_PROGRAMS * 132
+# Shared memory of such a program, which bounds how many a multiprocessor takes. Programs begin while the kernel ahead
+# still holds most multiprocessors: were there room for twelve, those that are free would get twelve, and all others
+# would wait for them in the end.
+MANY_STAGED_BYTES = 32 * 1024
 # Tokens of a share of many rows.
 MIN_MANY_SHARE = 64
 
@@ -73,19 +76,21 @@ def is_few(num_runs: int, num_heads: int, num_kv_heads: int) -> bool:
     return has_few_heads and num_heads <= FEW_GROUP * num_kv_heads
 
 
-def default_from_qkv_tuning(num_runs: int, num_heads: int, num_kv_heads: int, head_dim: int) -> FromQkvTuning:
-    """The launch shape measured best on an H100 for so many runs of these heads.
+def default_from_qkv_tuning(
+    num_runs: int, num_heads: int, num_kv_heads: int, head_dim: int, item_size: int = 2
+) -> FromQkvTuning:
+    """The launch shape measured best on an H100 or H200 for so many runs of these heads.
 
-    Tokens a warp of many rows: as many as leave twelve programs of a warp their registers, at groups of up to six.
+    Many rows: tiles as large as there are registers for, and as many on their way as leave room for `MANY_PROGRAMS`.
+
+    Args:
+        item_size: bytes of a number in the cache.
     """
     if is_few(num_runs, num_heads, num_kv_heads):
         return FromQkvTuning(warp_tokens=64 if head_dim <= 64 else 32)
-    if num_heads <= SMALL_GROUP * num_kv_heads and head_dim > 64:
-        return FromQkvTuning(warp_tokens=32, num_warps=1, num_stages=2)
-    warp_tokens = 32 if head_dim <= 64 else 16
-    if num_runs * num_kv_heads < MANY_HEADS or head_dim <= 64:
-        return FromQkvTuning(warp_tokens, num_warps=1, num_stages=3)
-    return FromQkvTuning(warp_tokens, num_warps=2, num_stages=2)
+    warp_tokens = 32 if num_heads <= SMALL_GROUP * num_kv_heads or head_dim <= 64 else 16
+    tile_bytes = 2 * warp_tokens * triton.next_power_of_2(head_dim) * item_size
+    return FromQkvTuning(warp_tokens, num_warps=1, num_stages=1 + max(1, min(4, MANY_STAGED_BYTES // tile_bytes)))
 
 
 def takes_from_qkv(num_runs: int, num_heads: int, num_kv_heads: int, head_dim: int) -> bool:
@@ -158,7 +163,7 @@ def attention_from_qkv(
             f"{workspace.counters.numel()} that can be counted; see takes_from_qkv"
         )
     out = torch.empty((qkv.shape[0], num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
-    tuning = tuning or default_from_qkv_tuning(num_runs, num_heads, num_kv_heads, head_dim)
+    tuning = tuning or default_from_qkv_tuning(num_runs, num_heads, num_kv_heads, head_dim, k_cache.element_size())
     group = num_heads // num_kv_heads
     block_h, block_d = max(8, triton.next_power_of_2(group + 2)), triton.next_power_of_2(head_dim)
     num_records = min(work.capacity, work.policy.most_records(num_runs))

@@ -31,4 +31,5 @@ def choose_gated(x: torch.Tensor, weight: torch.Tensor) -> TileLinearTuning | No
         return None
     table = load_gated_table(torch.cuda.get_device_name(x.device))
     tuning = table.get((triton.next_power_of_2(x.shape[0]), weight.shape[0], weight.shape[1]))
-    return tuning if tuning is not None and serves(x, weight) else None
+    is_served = tuning is not None and tuning.is_filled_by(x.shape[0]) and serves(x, weight)
+    return tuning if is_served else None

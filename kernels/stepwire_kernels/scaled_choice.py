@@ -26,6 +26,9 @@ from stepwire_kernels.tuned_table import tuned_rows
 # Tokens up to which tiles are faster than cuBLAS: for most outputs, and where so many fill the device by themselves.
 MAX_TILE_TOKENS, MAX_WIDE_TILE_TOKENS = 256, 128
 WIDE_OUTPUTS = 16384
+# Of a tile's tokens, in tiles of more tokens than MIN_LIBRARY_TOKENS.
+MOST_MISSING = 0.25
+MIN_LIBRARY_TOKENS = 32
 # Programs that a device takes at a time, with which K is split up.
 _PROGRAMS = 256
 
@@ -56,13 +59,23 @@ def choose_scaled(x: torch.Tensor, weight: torch.Tensor) -> Choice | None:
     if x.dtype == torch.float8_e4m3fn:
         table = load_scaled_table(torch.cuda.get_device_name(x.device))
         measured = table.get((triton.next_power_of_2(num_tokens), n, k))
+        if isinstance(measured, TileLinearTuning) and is_mostly_padding(measured, num_tokens) and n % 16 == 0:
+            return LIBRARY
         if measured is not None:
             return measured
         if num_tokens <= MAX_FUSED_TOKENS // 2:
             return FusedTuning(4, 2048, 4, 1) if num_tokens == 1 else FusedTuning(16, 512, 8, 3)
         if num_tokens > (MAX_WIDE_TILE_TOKENS if n > WIDE_OUTPUTS else MAX_TILE_TOKENS) and n % 16 == 0:
             return LIBRARY
+        tiles = tile_shape(num_tokens, n, k)
+        return LIBRARY if is_mostly_padding(tiles, num_tokens) and n % 16 == 0 else tiles
     return tile_shape(num_tokens, n, k)
+
+
+def is_mostly_padding(tiles: TileLinearTuning, num_tokens: int) -> bool:
+    """Whether tiles by descriptor lose to cuBLAS by the rows that they lack (`is_filled_by`)."""
+    missing = -num_tokens % tiles.block_m
+    return missing > MOST_MISSING * tiles.block_m and tiles.block_m > MIN_LIBRARY_TOKENS
 
 
 def tile_shape(num_tokens: int, n: int, k: int) -> TileLinearTuning:

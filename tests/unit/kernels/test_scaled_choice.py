@@ -5,7 +5,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from stepwire_kernels.fused_linear import MAX_FUSED_TOKENS, FusedTuning
-from stepwire_kernels.scaled_choice import LIBRARY, choose_scaled, load_scaled_table, multiply_scaled, tile_shape
+from stepwire_kernels.scaled_choice import (
+    LIBRARY,
+    choose_scaled,
+    is_mostly_padding,
+    load_scaled_table,
+    multiply_scaled,
+    tile_shape,
+)
 from stepwire_kernels.split_k import allocate_linear_workspace
 from stepwire_kernels.tile_linear import MIN_BLOCK_M, TileLinearTuning
 
@@ -50,3 +57,11 @@ def test_without_a_gpu_there_is_one_kernel(dtype: torch.dtype, has_bias: bool) -
     y = multiply_scaled(x, x_scales, w, w_scales, bias if has_bias else None, workspace, torch.bfloat16)
     twin = (x.double() * x_scales.double()) @ (w.double() * w_scales.double()).T
     assert_close(y, twin + bias.double() if has_bias else twin)
+
+
+@pytest.mark.parametrize(
+    ("block_m", "num_tokens", "expected"),
+    [(128, 128, False), (128, 100, False), (128, 90, True), (64, 40, True), (64, 48, False), (32, 17, False)],
+)
+def test_tiles_that_lack_many_tokens_are_the_librarys(block_m: int, num_tokens: int, expected: bool) -> None:
+    assert is_mostly_padding(TileLinearTuning(block_m), num_tokens) is expected
