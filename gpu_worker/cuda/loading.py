@@ -30,7 +30,13 @@ from gpu_worker.cuda.compiling import compile_in_parallel
 from gpu_worker.cuda.invariant_ops import InvariantTritonOps
 from gpu_worker.cuda.ops import TritonOps
 from gpu_worker.cuda.packed_linears import PackedLinears
-from gpu_worker.cuda.peer_collectives import PeerCollectives, PeerSizes, open_peer_collectives
+from gpu_worker.cuda.peer_collectives import (
+    Choices,
+    PeerCollectives,
+    PeerSizes,
+    agree_on_choices,
+    open_peer_collectives,
+)
 from gpu_worker.cuda.runner import CudaRunner
 from gpu_worker.cuda.stage_link import LinkSizes, StageLink, open_stage_link
 from gpu_worker.cuda.step_graphs import StepGraphs
@@ -169,9 +175,11 @@ def _load_supported(
     begun = time.monotonic()
     torch.cuda.set_device(device)
     pdl = _has_pdl(device)
+    shared_bytes = 0
     if parallel.collectives is not None:
-        shared_sizes = _peer_sizes(spec, parallel, sizes, dtype)
-        shared = open_peer_collectives(group, parallel.collectives, device, shared_sizes, pdl=pdl)
+        peer_sizes = _peer_sizes(spec, parallel, sizes, dtype, agree_on_choices(group, device))
+        shared_bytes = 8 * sum(peer_sizes.words)
+        shared = open_peer_collectives(group, parallel.collectives, device, peer_sizes, pdl=pdl)
         parallel = replace(parallel, collectives=shared)
     waiting = [part for part in (link, parallel.collectives) if isinstance(part, StageLink | PeerCollectives)]
     ops = (InvariantTritonOps if settings.deterministic else TritonOps)(device, pdl=pdl)
@@ -192,7 +200,7 @@ def _load_supported(
     shape = KVCacheShape.of(spec, parallel, sizes.block_size, resolve_kv_dtype(settings.kv_cache_dtype, dtype))
     model = load_model(settings, family, spec, build, sizes.max_model_len)
     with_graphs = not settings.enforce_eager and pooling is None
-    workspace = _workspace_bytes(spec, parallel, sizes, dtype, with_graphs=with_graphs)
+    workspace = shared_bytes + _workspace_bytes(spec, parallel, sizes, dtype, with_graphs=with_graphs)
     if kernels is not None:
         workspace += kernels.num_bytes()
     if link is not None:
@@ -272,8 +280,20 @@ def _has_pdl(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= PDL_CAPABILITY
 
 
-def _peer_sizes(spec: ModelSpec, parallel: ParallelContext, sizes: Sizes, dtype: torch.dtype) -> PeerSizes:
-    return PeerSizes(parallel.size, spec.hidden_size, spec.vocab_size, sizes.max_num_seqs, MAX_NUM_LOGPROBS, dtype)
+def _peer_sizes(
+    spec: ModelSpec, parallel: ParallelContext, sizes: Sizes, dtype: torch.dtype, choices: tuple[Choices, Choices]
+) -> PeerSizes:
+    return PeerSizes(
+        num_ranks=parallel.size,
+        hidden_size=spec.hidden_size,
+        vocab_size=spec.vocab_size,
+        max_logits=sizes.max_num_seqs,
+        max_tokens=StepPlanner(sizes.max_num_seqs, sizes.max_num_batched_tokens, with_graphs=False).max_tokens,
+        max_top=MAX_NUM_LOGPROBS,
+        dtype=dtype,
+        sums=choices[0],
+        norms=choices[1],
+    )
 
 
 def _link_sizes(group: RankGroup, spec: ModelSpec, sizes: Sizes, dtype: torch.dtype, *, with_graphs: bool) -> LinkSizes:
@@ -359,8 +379,7 @@ def _workspace_bytes(
     if with_graphs:
         num_tokens = min(GRAPH_TOKENS[-1][0], sizes.max_num_batched_tokens)
         graph_bytes = GRAPH_BYTES + activation_bytes(spec, parallel, num_tokens, sizes.max_num_seqs, dtype)
-    shared = 8 * sum(_peer_sizes(spec, parallel, sizes, dtype).words)
-    return held + attention.num_bytes() + step_buffers + graph_bytes + PROMPT_LOGITS_BYTES + shared
+    return held + attention.num_bytes() + step_buffers + graph_bytes + PROMPT_LOGITS_BYTES
 
 
 def _check_free(needed: int, utilization: float, device: torch.device) -> None:

@@ -15,16 +15,23 @@ from stepwire_kernels.all_reduce import (
     peer_buffers,
     region_words,
 )
-from stepwire_kernels.all_reduce_choice import AllReduceChoice, all_reduce_choices, choose, default_choices
+from stepwire_kernels.all_reduce_choice import (
+    MEASURED_ROW_BYTES,
+    AllReduceChoice,
+    all_reduce_choices,
+    choose,
+    default_choices,
+    reach,
+)
 from stepwire_kernels.dealt_sampling import line_words
 
 from gpu_worker.parallel.peer_memory import map_peers
 from gpu_worker.parallel.process_group import RankGroup
 from gpu_worker.parallel.shares import Collectives
 
-# Rows that are summed through peers' memory at most: decodes, and small mixed steps. A program for each, two of which
-# fit on a multiprocessor.
-MAX_ROWS = 256
+# Of a rank's memory, for the rows that it is sent: 1,024 of 8,192 in bfloat16 with four ranks, 4,096 of 4,096 with two.
+# What does not fit goes through NCCL, whatever a table says.
+MAX_INBOX_BYTES = 128 << 20
 
 
 class PeerCollectives:
@@ -91,6 +98,19 @@ class PeerCollectives:
         self._peers.stop.fill_(1)
 
 
+Choices = tuple[AllReduceChoice, ...]
+
+
+def agree_on_choices(group: RankGroup, device: torch.device) -> tuple[Choices, Choices]:
+    """Which way sums take, and sums with a norm, by size: the same on every rank of the group, all of which call it."""
+    size, name = group.layout.tensor_parallel_size, torch.cuda.get_device_name(device)
+    sums, norms = (all_reduce_choices(name, size, has_norm=has_norm) for has_norm in (False, True))
+    # Ranks on devices of different kinds would go different ways.
+    number = zlib.crc32(repr((sums, norms)).encode())
+    least, greatest = group.least([number, -number])
+    return (sums, norms) if least == -greatest else (default_choices(size), default_choices(size))
+
+
 @dataclass(frozen=True, slots=True)
 class PeerSizes:
     """What ranks exchange through each other's memory, the same on all of them."""
@@ -100,13 +120,34 @@ class PeerSizes:
     vocab_size: int
     max_logits: int
     """Rows of logits of a step."""
+    max_tokens: int
+    """Rows of hidden states of a step."""
     max_top: int
     dtype: torch.dtype
+    sums: Choices
+    norms: Choices
 
     @property
     def row_words(self) -> int:
         """32-bit words of a row of hidden states; rows begin at 16 bytes."""
         return -(-self.hidden_size * self.dtype.itemsize // 16) * 4
+
+    @property
+    def max_rows(self) -> int:
+        """As far as mapped memory was measured to be faster than NCCL, within `MAX_INBOX_BYTES`."""
+        inbox = MAX_INBOX_BYTES // (2 * self.num_ranks * 4 * self.row_words)
+        return max(1, min(self._rows(stamped=False), inbox))
+
+    @property
+    def stamped_rows(self) -> int:
+        """Of these, what is small enough to travel in words that carry their round."""
+        return min(self._rows(stamped=True), self.max_rows)
+
+    def _rows(self, *, stamped: bool) -> int:
+        """Rows that tables send through mapped memory. Narrow ones are no more than were measured: a row has its price
+        besides its bytes."""
+        reached = max(reach(choices, stamped=stamped) for choices in (self.sums, self.norms))
+        return min(self.max_tokens, reached // max(4 * self.row_words, MEASURED_ROW_BYTES))
 
     @property
     def columns(self) -> int:
@@ -124,7 +165,7 @@ class PeerSizes:
         """int64 words of a rank's region: for sums, for logits, and for what was drawn."""
         if self.num_ranks == 1:
             return 0, 0, 0
-        sums = region_words(self.num_ranks, MAX_ROWS, self.row_words)
+        sums = region_words(self.num_ranks, self.max_rows, self.row_words, self.stamped_rows)
         logits = gather_region_words(self.num_ranks, self.max_logits, self.columns, self.dtype)
         return -(-sums // 2) * 2, logits, gather_region_words(self.num_ranks, 1, self.line_words, torch.int32)
 
@@ -139,16 +180,10 @@ def open_peer_collectives(
         return others
     stop = torch.zeros(1, dtype=torch.int32, pin_memory=True)
     parts = [region.split(sizes.words) for region in memory.regions]
-    peers = peer_buffers(rank % size, [part[0] for part in parts], MAX_ROWS, sizes.row_words, stop)
+    regions = [part[0] for part in parts]
+    peers = peer_buffers(rank % size, regions, sizes.max_rows, sizes.row_words, stop, sizes.stamped_rows)
     gathers = [gather_buffers(rank % size, [part[2] for part in parts], 1, sizes.line_words, torch.int32, stop)]
     if sizes.columns:
         regions = [part[1] for part in parts]
         gathers.append(gather_buffers(rank % size, regions, sizes.max_logits, sizes.columns, sizes.dtype, stop))
-    name = torch.cuda.get_device_name(device)
-    sums, norms = (all_reduce_choices(name, size, has_norm=has_norm) for has_norm in (False, True))
-    # Ranks on devices of different kinds would go different ways.
-    number = zlib.crc32(repr((sums, norms)).encode())
-    least, greatest = group.least([number, -number])
-    if least != -greatest:
-        sums = norms = default_choices(size)
-    return PeerCollectives(others, peers, sums, norms, pdl=pdl, gathers=gathers, held=memory)
+    return PeerCollectives(others, peers, sizes.sums, sizes.norms, pdl=pdl, gathers=gathers, held=memory)

@@ -96,6 +96,12 @@ class Elsewhere(Weighted):
     def problem(self, part: str, tensor: str, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
         return self._layer.problem(part, tensor, shape, dtype)
 
+    def num_outputs(self, part: str) -> int:
+        return self._layer.num_outputs(part)
+
+    def output_span(self, part: str, tensor: str) -> OutputSpan | None:
+        return self._layer.output_span(part, tensor)
+
     def fill_random(self, source: RandomValues) -> None:
         return None
 

@@ -8,6 +8,10 @@ x, residual, out: [num_rows, columns], weight: [columns], columns a multiple of 
 the same order, so all have the same bits, whichever way a sum takes.
 
 A program owns a row on every rank and exchanges it with the same program of the others; nothing else is waited for.
+Where there are more rows than programs (`num_programs`), program p owns rows p, p + num_programs and so on, and sends
+its next row before it waits for this one, so that the link is busy meanwhile. More programs than the device runs at
+once are right as well: those of the first rows begin first, on every rank, and wait for nobody that comes later.
+
 Two ways of sharing the work:
 
 * one-shot: a row goes to every peer, and every rank adds it up. One way through the link.
@@ -20,7 +24,9 @@ and two ways of saying that a row is there:
   themselves (64-bit stores are never seen in halves). Twice the bytes, no fence.
 * flagged: the row travels as it is, then one system-scope release of a flag; the reader polls it with acquires.
 
-Rounds are counted for each row, on the device, so that a captured graph replays as a new round. The inbox has two
+Rounds are counted for each row, on the device, so that a captured graph replays as a new round. What waits looks for
+the round itself, not for one that is past: a place that other ways have left alone may be any number of rounds behind,
+which in numbers that wrap is soon as good as ahead. The inbox has two
 places for each (source, row), used in turn. That is enough: whoever writes round n has taken all of round n - 1, for
 which every peer had to begin it, and a kernel begins its stores when those before it in the stream have ended, round
 n - 2 among them. Ranks must therefore issue the same calls in the same order, each on one stream: two calls that run
@@ -54,6 +60,8 @@ class AllReduceTuning:
     two_shot: bool = False
     flagged: bool = False
     num_warps: int = 8
+    num_programs: int = 0
+    """At most so many, which share out the rows; 0: one for each."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +70,11 @@ class PeerBuffers:
 
     rank: int
     max_rows: int
+    stamped_rows: int
+    """Of these, how many at most go stamped; more are flagged, whatever a tuning says."""
     row_words: int
     """32-bit words of a row at most."""
-    stamped: tuple[torch.Tensor, ...]  # int64 [2 * size * max_rows * row_words] each
+    stamped: tuple[torch.Tensor, ...]  # int64 [2 * size * stamped_rows * row_words] each
     plain: tuple[torch.Tensor, ...]  # int32 [2 * size * max_rows * row_words] each
     flags: tuple[torch.Tensor, ...]  # int32 [2 * size * max_rows] each
     rounds: torch.Tensor  # int32 [max_rows]: rounds that each row has been through, this rank's own
@@ -82,14 +92,19 @@ class PeerBuffers:
         )  # fmt: skip
 
 
-def region_words(size: int, max_rows: int, row_words: int) -> int:
-    """int64 words of a rank's region; `row_words` must be a multiple of 4."""
-    rows = 2 * size * max_rows
-    return rows * row_words + rows * row_words // 2 + -(-rows // 2)
+def region_words(size: int, max_rows: int, row_words: int, stamped_rows: int | None = None) -> int:
+    """int64 words of a rank's region; `row_words` must be a multiple of 4. `stamped_rows`: None: all may go stamped."""
+    plain, stamped = (2 * size * rows for rows in (max_rows, max_rows if stamped_rows is None else stamped_rows))
+    return stamped * row_words + plain * row_words // 2 + -(-plain // 2)
 
 
 def peer_buffers(
-    rank: int, regions: Sequence[torch.Tensor], max_rows: int, row_words: int, stop: torch.Tensor
+    rank: int,
+    regions: Sequence[torch.Tensor],
+    max_rows: int,
+    row_words: int,
+    stop: torch.Tensor,
+    stamped_rows: int | None = None,
 ) -> PeerBuffers:
     """Lay `regions` (int64 [region_words], every rank's as this one maps it, all zero) out.
 
@@ -98,12 +113,14 @@ def peer_buffers(
     """
     if row_words % 4:
         raise ValueError(f"row_words must be a multiple of 4, so that rows begin at 16 bytes; got {row_words}")
+    stamped_rows = max_rows if stamped_rows is None else stamped_rows
     rows = 2 * len(regions) * max_rows
-    middle = rows * row_words
-    end = middle + middle // 2
+    middle = 2 * len(regions) * stamped_rows * row_words
+    end = middle + rows * row_words // 2
     return PeerBuffers(
         rank=rank,
         max_rows=max_rows,
+        stamped_rows=stamped_rows,
         row_words=row_words,
         stamped=tuple(region[:middle] for region in regions),
         plain=tuple(region[middle:end].view(torch.int32) for region in regions),
@@ -149,7 +166,7 @@ def _send(words, stamped_ptr, plain_ptr, flag_ptr, round_, cols, mask, FLAGGED: 
 def _take(stamped_ptr, plain_ptr, flag_ptr, stop_ptr, round_, cols, mask, FLAGGED: tl.constexpr):
     """Wait for one row of this rank's inbox and return its words."""
     if FLAGGED:
-        await_round(flag_ptr, round_, stop_ptr)
+        await_round(flag_ptr, round_, stop_ptr, EXACTLY=True)
         words = tl.load(plain_ptr + cols, mask=mask, other=0, volatile=True)
     else:
         polls = 0
@@ -166,15 +183,45 @@ def _take(stamped_ptr, plain_ptr, flag_ptr, stop_ptr, round_, cols, mask, FLAGGE
 
 
 @triton.jit
-def _exchange(
+def _begin(
     words,
     row,
+    round_,
+    stamped,
+    plain,
+    flags,
+    inbox_rows,
+    row_words,
+    cols,
+    mask,
+    RANK: tl.constexpr,
+    SIZE: tl.constexpr,
+    TWO_SHOT: tl.constexpr,
+    FLAGGED: tl.constexpr,
+):
+    """Send this rank's `words` of a row where they are added up. Waits for nobody."""
+    sent = (((round_ & 1) * SIZE + RANK) * inbox_rows + row).to(tl.int64)
+    at = sent * row_words
+    for peer in tl.static_range(SIZE):
+        if peer != RANK:
+            if TWO_SHOT:
+                if row % SIZE == peer:
+                    _send(words, stamped[peer] + at, plain[peer] + at, flags[peer] + sent, round_, cols, mask, FLAGGED)
+            else:
+                _send(words, stamped[peer] + at, plain[peer] + at, flags[peer] + sent, round_, cols, mask, FLAGGED)
+
+
+@triton.jit
+def _end(
+    words,
+    row,
+    round_,
     stamped,
     plain,
     flags,
     rounds_ptr,
     stop_ptr,
-    max_rows,
+    inbox_rows,
     row_words,
     cols,
     mask,
@@ -184,23 +231,14 @@ def _exchange(
     TWO_SHOT: tl.constexpr,
     FLAGGED: tl.constexpr,
 ):
-    """The sum over ranks of a row, as words; `words` are this rank's."""
-    # They wrap, and by then a row's memory holds no zero that it began with.
-    round_ = tl.load(rounds_ptr + row) + 1
+    """The sum over ranks of a row that every rank has begun or will, as words; `words` are this rank's."""
     place = (round_ & 1) * SIZE
-    sent = ((place + RANK) * max_rows + row).to(tl.int64)
+    sent = ((place + RANK) * inbox_rows + row).to(tl.int64)
     at = sent * row_words
     owner = row % SIZE
-    for peer in tl.static_range(SIZE):
-        if peer != RANK:
-            if TWO_SHOT:
-                if owner == peer:
-                    _send(words, stamped[peer] + at, plain[peer] + at, flags[peer] + sent, round_, cols, mask, FLAGGED)
-            else:
-                _send(words, stamped[peer] + at, plain[peer] + at, flags[peer] + sent, round_, cols, mask, FLAGGED)
     total = words
     if TWO_SHOT and owner != RANK:
-        took = ((place + owner) * max_rows + row).to(tl.int64)
+        took = ((place + owner) * inbox_rows + row).to(tl.int64)
         from_ = took * row_words
         total = _take(
             stamped[RANK] + from_, plain[RANK] + from_, flags[RANK] + took, stop_ptr, round_, cols, mask, FLAGGED
@@ -211,7 +249,7 @@ def _exchange(
         for source in tl.static_range(SIZE):
             part = words
             if source != RANK:
-                took = ((place + source) * max_rows + row).to(tl.int64)
+                took = ((place + source) * inbox_rows + row).to(tl.int64)
                 from_ = took * row_words
                 part = _take(
                     stamped[RANK] + from_,
@@ -236,6 +274,20 @@ def _exchange(
 
 
 @triton.jit
+def _add_norm(total, residual, weight, residual_at, num_cols, eps, weight_offset, mask, ELEMENT: tl.constexpr):
+    """Store the residual with `total` added, and return its norm; all as words of a row."""
+    low, high = _unpack(total, ELEMENT)
+    residual_low, residual_high = _unpack(residual, ELEMENT)
+    added = _pack(residual_low + low, residual_high + high, ELEMENT)
+    tl.store(residual_at, added, mask=mask)
+    low, high = _unpack(added, ELEMENT)
+    weight_low, weight_high = _unpack(weight, ELEMENT)
+    scale = tl.rsqrt(tl.sum(low * low + high * high, axis=0) / num_cols + eps)
+    return _pack(low * scale * (weight_low + weight_offset), high * scale * (weight_high + weight_offset), ELEMENT)
+
+
+# One kernel for all numbers of rows.
+@triton.jit(do_not_specialize=["num_rows"])
 def _all_reduce_kernel(
     x_ptr,
     residual_ptr,
@@ -246,10 +298,11 @@ def _all_reduce_kernel(
     flags,
     rounds_ptr,
     stop_ptr,
+    num_rows,
     num_words,
     num_cols,
     residual_stride,
-    max_rows,
+    inbox_rows,
     row_words,
     eps,
     weight_offset,
@@ -259,6 +312,7 @@ def _all_reduce_kernel(
     TWO_SHOT: tl.constexpr,
     FLAGGED: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    SHARES_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
@@ -271,23 +325,53 @@ def _all_reduce_kernel(
     wait_upstream(USE_PDL)
     at = row.to(tl.int64) * num_words + cols
     words = tl.load(x_ptr + at, mask=mask, other=0)
-    if HAS_NORM:
-        residual_at = residual_ptr + row.to(tl.int64) * residual_stride + cols
-        residual = tl.load(residual_at, mask=mask, other=0)
-    total = _exchange(
-        words, row, stamped, plain, flags, rounds_ptr, stop_ptr, max_rows, row_words, cols, mask,
-        RANK, SIZE, ELEMENT, TWO_SHOT, FLAGGED,
-    )  # fmt: skip
-    if HAS_NORM:
-        low, high = _unpack(total, ELEMENT)
-        residual_low, residual_high = _unpack(residual, ELEMENT)
-        added = _pack(residual_low + low, residual_high + high, ELEMENT)
-        tl.store(residual_at, added, mask=mask)
-        low, high = _unpack(added, ELEMENT)
-        weight_low, weight_high = _unpack(weight, ELEMENT)
-        scale = tl.rsqrt(tl.sum(low * low + high * high, axis=0) / num_cols + eps)
-        total = _pack(low * scale * (weight_low + weight_offset), high * scale * (weight_high + weight_offset), ELEMENT)
-    tl.store(out_ptr + at, total, mask=mask)
+    # They wrap, and by then a row's memory holds no zero that it began with.
+    round_ = tl.load(rounds_ptr + row) + 1
+    if SHARES_ROWS:
+        num_programs = tl.num_programs(0)
+        _begin(
+            words, row, round_, stamped, plain, flags, inbox_rows, row_words, cols, mask, RANK, SIZE, TWO_SHOT, FLAGGED
+        )
+        for turn in range(0, tl.cdiv(num_rows - row, num_programs)):
+            own = row + turn * num_programs
+            later = own + num_programs
+            if later < num_rows:
+                ahead = tl.load(x_ptr + later.to(tl.int64) * num_words + cols, mask=mask, other=0)
+                ahead_round = tl.load(rounds_ptr + later) + 1
+                _begin(
+                    ahead, later, ahead_round, stamped, plain, flags, inbox_rows, row_words, cols, mask,
+                    RANK, SIZE, TWO_SHOT, FLAGGED,
+                )  # fmt: skip
+            # Read again rather than kept: registers decide how many programs a multiprocessor holds.
+            own_at = own.to(tl.int64) * num_words + cols
+            own_words = tl.load(x_ptr + own_at, mask=mask, other=0)
+            own_round = tl.load(rounds_ptr + own) + 1
+            if HAS_NORM:
+                own_residual_at = residual_ptr + own.to(tl.int64) * residual_stride + cols
+                own_residual = tl.load(own_residual_at, mask=mask, other=0)
+            own_total = _end(
+                own_words, own, own_round, stamped, plain, flags, rounds_ptr, stop_ptr, inbox_rows, row_words, cols,
+                mask, RANK, SIZE, ELEMENT, TWO_SHOT, FLAGGED,
+            )  # fmt: skip
+            if HAS_NORM:
+                own_total = _add_norm(
+                    own_total, own_residual, weight, own_residual_at, num_cols, eps, weight_offset, mask, ELEMENT
+                )
+            tl.store(out_ptr + own_at, own_total, mask=mask)
+    else:
+        if HAS_NORM:
+            residual_at = residual_ptr + row.to(tl.int64) * residual_stride + cols
+            residual = tl.load(residual_at, mask=mask, other=0)
+        _begin(
+            words, row, round_, stamped, plain, flags, inbox_rows, row_words, cols, mask, RANK, SIZE, TWO_SHOT, FLAGGED
+        )
+        total = _end(
+            words, row, round_, stamped, plain, flags, rounds_ptr, stop_ptr, inbox_rows, row_words, cols, mask,
+            RANK, SIZE, ELEMENT, TWO_SHOT, FLAGGED,
+        )  # fmt: skip
+        if HAS_NORM:
+            total = _add_norm(total, residual, weight, residual_at, num_cols, eps, weight_offset, mask, ELEMENT)
+        tl.store(out_ptr + at, total, mask=mask)
 
 
 def all_reduce(
@@ -348,8 +432,10 @@ def _launch(
         return
     words = x.view(torch.int32)  # [num_rows, num_words]
     rest = words if residual is None else residual.view(torch.int32)
-    num_words = words.shape[1]
-    _all_reduce_kernel[(len(x),)](
+    num_rows, num_words = words.shape
+    flagged = tuning.flagged or num_rows > peers.stamped_rows
+    num_programs = min(num_rows, tuning.num_programs or num_rows)
+    _all_reduce_kernel[(num_programs,)](
         words,
         rest,
         words if weight is None else weight.view(torch.int32),
@@ -359,10 +445,11 @@ def _launch(
         peers.flags,
         peers.rounds,
         peers.stop,
+        num_rows,
         num_words,
         x.shape[1],
         rest.stride(0),
-        peers.max_rows,
+        peers.max_rows if flagged else peers.stamped_rows,
         peers.row_words,
         eps,
         weight_offset,
@@ -370,8 +457,9 @@ def _launch(
         SIZE=peers.size,
         ELEMENT=_ELEMENT_TYPES[x.dtype],
         TWO_SHOT=tuning.two_shot,
-        FLAGGED=tuning.flagged,
+        FLAGGED=flagged,
         HAS_NORM=residual is not None,
+        SHARES_ROWS=num_programs < num_rows,
         BLOCK=triton.next_power_of_2(num_words),
         USE_PDL=pdl,
         num_warps=max(1, min(tuning.num_warps, triton.next_power_of_2(num_words) // 32)),

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from stepwire_kernels.all_reduce import AllReduceTuning
 from stepwire_kernels.tuned_table import tuned_rows
 
+# Of a row of hidden states in every table: 4,096 of bfloat16.
+MEASURED_ROW_BYTES = 8192
+
 
 @dataclass(frozen=True)
 class AllReduceChoice:
@@ -27,6 +30,18 @@ def choose(choices: Sequence[AllReduceChoice], num_bytes: int) -> AllReduceTunin
         if num_bytes <= choice.max_bytes:
             return choice.tuning
     return None
+
+
+def reach(choices: Sequence[AllReduceChoice], *, stamped: bool = False) -> int:
+    """Bytes of the largest sum that goes through mapped memory; `stamped`: in words that carry their round."""
+    return max(
+        (
+            choice.max_bytes
+            for choice in choices
+            if choice.tuning is not None and not (stamped and choice.tuning.flagged)
+        ),
+        default=0,
+    )
 
 
 def default_choices(size: int) -> tuple[AllReduceChoice, ...]:

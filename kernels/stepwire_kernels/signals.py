@@ -24,12 +24,22 @@ def publish(flag_ptr, round_):
 
 
 @triton.jit
-def await_round(flag_ptr, round_, stop_ptr):
-    """Block until the flag has reached `round_`; rounds wrap."""
+def _waits(flag_ptr, round_, EXACTLY: tl.constexpr):
+    away = tl.atomic_add(flag_ptr, 0, sem="acquire", scope="sys") - round_
+    return away != 0 if EXACTLY else away < 0
+
+
+@triton.jit
+def await_round(flag_ptr, round_, stop_ptr, EXACTLY: tl.constexpr = False):
+    """Block until the flag has reached `round_`; rounds wrap.
+
+    EXACTLY: until it holds this very round: for flags that may be left alone for half of all rounds, after which one
+    that is behind looks ahead.
+    """
     polls = 0
-    waits = tl.atomic_add(flag_ptr, 0, sem="acquire", scope="sys") - round_ < 0
+    waits = _waits(flag_ptr, round_, EXACTLY)
     while waits:
         polls += 1
         stopped = tl.load(stop_ptr, mask=polls % POLLS_PER_LOOK == 0, other=0, volatile=True)
-        waits = (tl.atomic_add(flag_ptr, 0, sem="acquire", scope="sys") - round_ < 0) & (stopped == 0)
+        waits = _waits(flag_ptr, round_, EXACTLY) & (stopped == 0)
     tl.debug_barrier()

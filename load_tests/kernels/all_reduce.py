@@ -1,8 +1,9 @@
-"""Sums over ranks, NCCL against mapped memory: `python -m load_tests.kernels.all_reduce [bench|sweep]`.
+"""Sums over ranks, NCCL against mapped memory: `python -m load_tests.kernels.all_reduce [bench|sweep|large]`.
 
 Prints microseconds of one call, in a CUDA graph of many: the sum alone, and the sum with the residual add and RMSNorm.
-`sweep` also writes kernels/stepwire_kernels/tuned/all_reduce/<device>.json, by which a server chooses. Needs PYTHONPATH
-to hold `.` and `kernels`, and as many CUDA devices as ranks.
+`sweep` also writes kernels/stepwire_kernels/tuned/all_reduce/<device>.json, by which a server chooses; `large` measures
+sums of 256 rows and more alone, those of mixed steps, and writes them where smaller ones have been. Needs PYTHONPATH to
+hold `.`, `proto` and `kernels`, and as many CUDA devices as ranks.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from stepwire_kernels.all_gather import all_gather, deal_rows
 from stepwire_kernels.all_reduce import AllReduceTuning, all_reduce, all_reduce_add_rms_norm
 from stepwire_kernels.norm import add_rms_norm
+from stepwire_kernels.tuned_table import tuned_rows
 
 from gpu_worker.cuda.compiling import compile_in_parallel
 from load_tests.kernels.measure import RESULTS, commit
@@ -30,7 +32,12 @@ from load_tests.kernels.ranks import LOGITS, Rank, capture, run_ranks
 TUNED = Path(__file__).resolve().parents[2] / "kernels" / "stepwire_kernels" / "tuned" / "all_reduce"
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 HIDDEN = (4096, 8192)
+LARGE_TOKENS, LARGE_HIDDEN = (256, 384, 512, 768, 1024, 2048), (4096, 5120)
 CALLS, REPLAYS, REPEATS = 32, 10, 5
+# Bytes; sums below are those of decodes.
+SMALLEST_LARGE = 2 * LARGE_TOKENS[0] * HIDDEN[0]
+# Of a kernel that shares rows out: one, two and four on each of an H100's multiprocessors.
+PROGRAMS = (0, 132, 264, 528)
 WAYS = {
     f"{'two' if two_shot else 'one'}-shot {'flagged' if flagged else 'stamped'}": AllReduceTuning(two_shot, flagged)
     for two_shot, flagged in itertools.product((False, True), repeat=2)
@@ -64,11 +71,11 @@ def launches(rank: Rank, sizes: Sizes, tunings: dict[str, AllReduceTuning]) -> d
     return found
 
 
-def time_together(rank: Rank, launch: Callable[[], Any]) -> float:
+def time_together(rank: Rank, launch: Callable[[], Any], calls: int = CALLS, replays: int = REPLAYS) -> float:
     """Microseconds of one call; every rank measures the same number of calls, since each waits for the others."""
 
     def launch_many() -> None:
-        for _ in range(CALLS):
+        for _ in range(calls):
             launch()
 
     graph = capture(launch_many)
@@ -77,27 +84,32 @@ def time_together(rank: Rank, launch: Callable[[], Any]) -> float:
     for _ in range(REPEATS):
         graph.replay()
         start.record()
-        for _ in range(REPLAYS):
+        for _ in range(replays):
             graph.replay()
         end.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / (REPLAYS * CALLS))
+        times.append(start.elapsed_time(end) * 1e3 / (replays * calls))
     # NCCL's communicator does not end before the graphs that hold it.
     del graph
     return sorted(times)[REPEATS // 2]
 
 
-def warm_up(rank: Rank, tunings: dict[str, AllReduceTuning]) -> None:
+def warm_up(rank: Rank, tunings: dict[str, AllReduceTuning], hidden_sizes: Sequence[int] = HIDDEN) -> None:
     """Compile every kernel at once; those of NCCL are launched meanwhile, and add up zeros."""
+    # Rows are shared out where there are more of them than programs.
+    num_tokens = 1 + min((tuning.num_programs for tuning in tunings.values() if tuning.num_programs), default=0)
     with compile_in_parallel():
-        for hidden in HIDDEN:
-            for launch in launches(rank, Sizes(1, hidden), tunings).values():
+        for hidden in hidden_sizes:
+            for launch in launches(rank, Sizes(num_tokens, hidden), tunings).values():
                 launch()
     torch.cuda.synchronize()
 
 
-def measure(rank: Rank, sizes: Sizes, tunings: dict[str, AllReduceTuning]) -> dict[str, float]:
-    return {name: time_together(rank, launch) for name, launch in launches(rank, sizes, tunings).items()}
+def measure(
+    rank: Rank, sizes: Sizes, tunings: dict[str, AllReduceTuning], calls: int = CALLS, replays: int = REPLAYS
+) -> dict[str, float]:
+    found = launches(rank, sizes, tunings)
+    return {name: time_together(rank, launch, calls, replays) for name, launch in found.items()}
 
 
 def bench(rank: Rank) -> None:
@@ -164,20 +176,67 @@ def sweep(rank: Rank, out: Path) -> None:
     warm_up(rank, tunings)
     choices = []
     for tokens in TOKENS:
-        times = measure(rank, Sizes(tokens, HIDDEN[0]), tunings)
-        for kind in ("sum", "norm"):
-            mine = {name.removeprefix(f"{kind} "): us for name, us in times.items() if name.startswith(kind)}
-            best = min(mine, key=lambda name: mine[name])
-            choice: dict[str, Any] = {"ranks": rank.size, "kind": kind, "max_bytes": Sizes(tokens, HIDDEN[0]).num_bytes}
-            choice |= {"way": best} if best == "nccl" else {"way": "peers", "tuning": asdict(tunings[best])}
-            choices.append(choice | {"us": round(mine[best], 2), "nccl_us": round(mine["nccl"], 2)})
-            if rank.rank == 0:
-                print(
-                    f"{kind:4s} {tokens:4d} x {HIDDEN[0]}: {best} {mine[best]:.2f} us, nccl {mine['nccl']:.2f}",
-                    flush=True,
-                )
+        sizes = Sizes(tokens, HIDDEN[0])
+        choices += best_choices(rank, sizes, tunings, measure(rank, sizes, tunings))
+    choices = [choice for choice in choices if choice["max_bytes"] < SMALLEST_LARGE] + large_choices(rank)
     if rank.rank == 0:
         write_table(choices, torch.cuda.get_device_name(), out)
+
+
+def sweep_large(rank: Rank, out: Path) -> None:
+    """Those of a complete table that only steps with prompts have."""
+    choices = large_choices(rank)
+    name = torch.cuda.get_device_name()
+    known = tuned_rows(name, "choices", ("ranks", "kind"), "all_reduce")
+    smaller = [row for row in known if row["ranks"] == rank.size and row["max_bytes"] < SMALLEST_LARGE]
+    if rank.rank == 0 and smaller:
+        write_table(smaller + choices, name, out)
+    elif rank.rank == 0:
+        print(f"no table is written: smaller sums of {rank.size} ranks were not measured here; `sweep` measures all")
+
+
+def large_choices(rank: Rank) -> list[dict[str, Any]]:
+    """The fastest way for sums of 256 rows and more, all of them flagged."""
+    tunings = {
+        f"{'two' if two_shot else 'one'}-shot, {num_programs or 'row'} programs, {num_warps} warps": AllReduceTuning(
+            two_shot, flagged=True, num_warps=num_warps, num_programs=num_programs
+        )
+        for two_shot, num_programs, num_warps in itertools.product((False, True), PROGRAMS, (8, 16))
+    }
+    begun = time.monotonic()
+    warm_up(rank, tunings, LARGE_HIDDEN)
+    if rank.rank == 0:
+        print(f"us a call, {rank.size} ranks, {torch.cuda.get_device_name()}")
+        print(f"compiled in {time.monotonic() - begun:.0f} s", flush=True)
+    choices: list[dict[str, Any]] = []
+    for hidden, tokens in itertools.product(LARGE_HIDDEN, LARGE_TOKENS):
+        sizes = Sizes(tokens, hidden)
+        # Larger sums need fewer calls for as many microseconds.
+        found = best_choices(rank, sizes, tunings, measure(rank, sizes, tunings, calls=16, replays=4))
+        if hidden == HIDDEN[0]:
+            choices += found
+    return choices
+
+
+def best_choices(
+    rank: Rank, sizes: Sizes, tunings: dict[str, AllReduceTuning], times: dict[str, float]
+) -> list[dict[str, Any]]:
+    """The table's rows for one size, as this rank measured it; rank 0 prints its own, beside the best of others."""
+    choices = []
+    for kind in ("sum", "norm"):
+        mine = {name.removeprefix(f"{kind} "): us for name, us in times.items() if name.startswith(kind)}
+        best = min(mine, key=lambda name: mine[name])
+        choice: dict[str, Any] = {"ranks": rank.size, "kind": kind, "max_bytes": sizes.num_bytes}
+        choice |= {"way": best} if best == "nccl" else {"way": "peers", "tuning": asdict(tunings[best])}
+        choices.append(choice | {"us": round(mine[best], 2), "nccl_us": round(mine["nccl"], 2)})
+        if rank.rank == 0:
+            beside = " ".join(
+                f"{shots} {min(us for name, us in mine.items() if name.startswith(shots)):.2f}"
+                for shots in ("one-shot", "two-shot")
+            )
+            size = f"{kind:4s} {sizes.tokens:4d} x {sizes.hidden}"
+            print(f"{size}: {best} {mine[best]:.2f} us; nccl {mine['nccl']:.2f} {beside}", flush=True)
+    return choices
 
 
 def write_table(choices: list[dict[str, Any]], device_name: str, out: Path) -> None:
@@ -194,17 +253,17 @@ def write_table(choices: list[dict[str, Any]], device_name: str, out: Path) -> N
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["bench", "sweep"], default="bench")
+    parser.add_argument("what", nargs="?", choices=["bench", "sweep", "large"], default="bench")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--out", type=Path, default=TUNED, help="where `sweep` writes its table")
     parser.add_argument("--rank", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
 
     def body(rank: Rank) -> None:
-        if arguments.what == "sweep":
-            sweep(rank, arguments.out)
-        else:
+        if arguments.what == "bench":
             bench(rank)
+        else:
+            {"sweep": sweep, "large": sweep_large}[arguments.what](rank, arguments.out)
 
     run_ranks("load_tests.kernels.all_reduce", argv, arguments.ranks, body, max(HIDDEN))
 

@@ -15,15 +15,16 @@ from stepwire.process.parent import end_with_parent
 from stepwire_kernels.all_gather import GatherBuffers, gather_buffers, gather_region_words
 from stepwire_kernels.all_reduce import PeerBuffers, peer_buffers, region_words
 
-from gpu_worker.cuda.peer_collectives import MAX_ROWS
 from gpu_worker.parallel.layout import GroupLayout, Place
 from gpu_worker.parallel.peer_memory import PeerMemory, map_peers
 from gpu_worker.parallel.process_group import RankGroup, StoreServer
 from gpu_worker.parallel.shares import Collectives
 
 _ONE_NODE = "127.0.0.1"
-# Llama 3's vocabulary.
-LOGITS = 128256
+# Llama 3's vocabulary, of a step of decodes.
+LOGITS, LOGITS_ROWS = 128256, 256
+# The largest sums that are tried, and the largest in words that carry their round.
+MAX_ROWS, STAMPED_ROWS = 2048, 256
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,13 @@ def _join(rank: int, size: int, address: str, server: StoreServer | None, hidden
     group = RankGroup(place, device, server)
     nccl = group.context().collectives
     words = -(-hidden // 4) * 4
-    sums = region_words(size, MAX_ROWS, words)
-    logits = gather_region_words(size, MAX_ROWS, LOGITS // size, torch.bfloat16)
+    sums = region_words(size, MAX_ROWS, words, STAMPED_ROWS)
+    logits = gather_region_words(size, LOGITS_ROWS, LOGITS // size, torch.bfloat16)
     memory = map_peers(group, device, range(size), sums + logits, "sums and logits")
     if memory is None or nccl is None:
         raise SystemExit("these devices do not map each other's memory")
     stop = torch.zeros(1, dtype=torch.int32, pin_memory=True)
     parts = [region.split([sums, logits]) for region in memory.regions]
-    peers = peer_buffers(rank, [part[0] for part in parts], MAX_ROWS, words, stop)
-    gather = gather_buffers(rank, [part[1] for part in parts], MAX_ROWS, LOGITS // size, torch.bfloat16, stop)
+    peers = peer_buffers(rank, [part[0] for part in parts], MAX_ROWS, words, stop, STAMPED_ROWS)
+    gather = gather_buffers(rank, [part[1] for part in parts], LOGITS_ROWS, LOGITS // size, torch.bfloat16, stop)
     return Rank(rank, size, device, group, nccl, peers, gather, memory)

@@ -16,7 +16,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from stepwire_kernels import reference
@@ -24,11 +24,19 @@ from stepwire_kernels.all_gather import all_gather, deal_rows
 from stepwire_kernels.all_reduce import AllReduceTuning, all_reduce, all_reduce_add_rms_norm
 from stepwire_kernels.norm import add_rms_norm
 
+from gpu_worker.cuda.compiling import compile_in_parallel
 from load_tests.kernels.ranks import LOGITS, Rank, capture, run_ranks
 from tests.unit.kernels.checks import TOLERANCE, relative_error
 
 WAYS = [AllReduceTuning(two_shot, flagged) for two_shot, flagged in itertools.product((False, True), repeat=2)]
 SHAPES = ((1, 4096), (3, 576), (5, 2), (17, 4098), (64, 8192), (256, 4096))
+# Mixed steps, with a program for each row and with fewer.
+LARGE_SHAPES = ((257, 4096), (512, 5120), (1024, 4096), (2048, 4096))
+LARGE_WAYS = [
+    AllReduceTuning(two_shot, flagged=True, num_warps=num_warps, num_programs=num_programs)
+    for two_shot in (False, True)
+    for num_warps, num_programs in ((16, 0), (8, 264), (16, 132))
+]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HIDDEN = 8192
 # About a millisecond on the device.
@@ -94,9 +102,48 @@ def _bank(rank: Rank, count: int, shape: tuple[int, int]) -> torch.Tensor:
     return torch.randint(-40, 41, (count, *shape), generator=generator, device=rank.device).bfloat16()
 
 
-def thousands_of_rounds(rank: Rank, *, is_late: bool, replays: int, calls: int = 40) -> str:
+def large_sums(rank: Rank) -> str:
+    """Sums of more rows than a device runs programs, and those with a norm, against NCCL's gather and the twin."""
+    with compile_in_parallel():
+        for tuning, (rows, columns) in itertools.product(LARGE_WAYS, LARGE_SHAPES[1:]):
+            x, weight = (
+                torch.zeros(shape, dtype=torch.bfloat16, device=rank.device) for shape in ((rows, columns), columns)
+            )
+            all_reduce(x, rank.peers, tuning=tuning, pdl=True)
+            all_reduce_add_rms_norm(x, x.clone(), weight, EPS, rank.peers, tuning=tuning, pdl=True)
+    for tuning, shape in itertools.product(LARGE_WAYS, LARGE_SHAPES):
+        mine = random(rank, shape, torch.bfloat16, 900 + rank.rank)
+        # In rank order.
+        total = of_all(rank, mine).float().sum(0).bfloat16()
+        got = all_reduce(mine.clone(), rank.peers, tuning=tuning, pdl=True)
+        if rank.size == 2 and not torch.equal(got, total):
+            return f"{tuning} {shape}: not the rounded sum"
+        if relative_error(got, total) > TOLERANCE[torch.bfloat16]:
+            return f"{tuning} {shape}: {relative_error(got, total)} from the sum"
+        if not all(torch.equal(got, other) for other in of_all(rank, got)):
+            return f"{tuning} {shape}: ranks differ"
+        residual, weight = (
+            random(rank, shape, torch.bfloat16, 7, 3.0),
+            random(rank, (1, shape[1]), torch.bfloat16, 8)[0],
+        )
+        sums = (residual.float() + got.float()).bfloat16()
+        twin = reference.add_rms_norm(sums.double(), None, weight.double(), EPS)
+        normed = all_reduce_add_rms_norm(mine, residual, weight, EPS, rank.peers, tuning=tuning, pdl=True)
+        if not relative_error(normed, twin) <= TOLERANCE[torch.bfloat16] or not torch.equal(residual, sums):
+            return f"{tuning} {shape}: relative error {relative_error(normed, twin)} with a norm, or another residual"
+    return ""
+
+
+def thousands_of_rounds(
+    rank: Rank,
+    *,
+    is_late: bool,
+    replays: int,
+    calls: int = 40,
+    sizes: Sequence[int] = (1, 8, 256, 2, 33, 1, 1, 128),
+    ways: Sequence[AllReduceTuning] = WAYS,
+) -> str:
     """Replays of a graph of calls of all ways and many sizes; with `is_late`, one rank or the other begins late."""
-    sizes = (1, 8, 256, 2, 33, 1, 1, 128)
     bank = _bank(rank, calls, (max(sizes), 1024))
     out = torch.zeros_like(bank)
 
@@ -106,7 +153,7 @@ def thousands_of_rounds(rank: Rank, *, is_late: bool, replays: int, calls: int =
         out.copy_(bank)
         for call in range(calls):
             rows = out[call, : sizes[call % len(sizes)]]
-            all_reduce(rows, rank.peers, tuning=WAYS[(call * 7 // 3) % len(WAYS)], pdl=True)
+            all_reduce(rows, rank.peers, tuning=ways[(call * 7 // 3) % len(ways)], pdl=True)
 
     graph = capture(launch)
     wrong = torch.zeros((), dtype=torch.int64, device=rank.device)
@@ -258,6 +305,10 @@ CHECKS: dict[str, Callable[[Rank], str]] = {
     "norm against twin": norm_against_twin,
     "thousands of rounds": lambda rank: thousands_of_rounds(rank, is_late=False, replays=200),
     "a late rank": lambda rank: thousands_of_rounds(rank, is_late=True, replays=100),
+    "large sums": large_sums,
+    "rounds of all sizes": lambda rank: thousands_of_rounds(
+        rank, is_late=True, replays=60, calls=20, sizes=(1, 512, 8, 2048, 1024, 33, 300), ways=[*LARGE_WAYS, *WAYS]
+    ),
     "chained norms in a graph": chained_norms,
     "logits against nccl": logits_against_nccl,
     "dealt rows": dealt_rows,

@@ -247,9 +247,29 @@ def test_ranks_end_with_rank_0_even_where_they_hang(llama: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_two_nodes_on_one_machine(llama: Path, tmp_path: Path) -> None:
-    """A relay joins, the group serves, a rank of the relay's goes, and everything goes with it."""
+@pytest.mark.parametrize("stopped", ["rank", "relay"])
+def test_another_node_ends_with_rank_0_even_where_it_hangs(llama: Path, tmp_path: Path, stopped: str) -> None:
+    """kill -9 of rank 0 while another node's rank is stopped, or its relay, which is woken afterwards."""
     address, listen = f"127.0.0.1:{free_port()}", f"unix:{tmp_path}/w.sock"
+    flags = ("--tensor-parallel-size=2", "--num-nodes=2", f"--group-listen={address}", f"--listen={listen}", *PATIENT)
+    with worker(llama, *flags) as first, worker(llama, f"--join={address}", *PATIENT) as second:
+        first.wait_for_event("worker ready")
+        relay = psutil.Process(second.process.pid)
+        (rank,) = relay.children()
+        (rank if stopped == "rank" else relay).suspend()
+        first.process.kill()
+        first.process.wait()
+        if stopped == "relay":
+            relay.resume()
+        assert "has ended" in message_of(second)
+        wait_until(lambda: not rank.is_running(), LIMIT_S, "the end of the rank")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+def test_two_nodes_on_one_machine(llama: Path, tmp_path: Path, host: str) -> None:
+    """A relay joins, the group serves, a rank of the relay's goes, and everything goes with it."""
+    address, listen = f"{host}:{free_port()}", f"unix:{tmp_path}/w.sock"
     flags = ("--tensor-parallel-size=2", "--num-nodes=2", f"--group-listen={address}", f"--listen={listen}", *PATIENT)
     with worker(llama, *flags) as first, worker(llama, f"--join={address}", *PATIENT) as second:
         first.wait_for_event("worker ready")
@@ -262,11 +282,10 @@ def test_two_nodes_on_one_machine(llama: Path, tmp_path: Path) -> None:
 
 
 class Namespaces:
-    """Two network namespaces that reach each other and nothing else."""
+    """Two network namespaces that reach each other and nothing else, by the one protocol of their addresses."""
 
-    addresses = ("10.203.0.1", "10.203.0.2")
-
-    def __init__(self) -> None:
+    def __init__(self, addresses: tuple[str, str]) -> None:
+        self.addresses = addresses
         self.names = tuple(f"stepwire-{uuid.uuid4().hex[:6]}" for _ in self.addresses)
 
     def __enter__(self) -> Namespaces:
@@ -276,9 +295,21 @@ class Namespaces:
                 _ip("netns", "add", name)
             _ip("-n", first, "link", "add", "link0", "type", "veth", "peer", "name", "link0", "netns", second)
             for name, address in zip(self.names, self.addresses, strict=True):
-                _ip("-n", name, "addr", "add", f"{address}/24", "dev", "link0")
+                is_new = ":" in address
+                # Nobody else is there: an address need not be tried out first.
+                _ip(
+                    "-n",
+                    name,
+                    "addr",
+                    "add",
+                    *((f"{address}/64", "nodad") if is_new else (f"{address}/24",)),
+                    "dev",
+                    "link0",
+                )
                 for device in ("lo", "link0"):
                     _ip("-n", name, "link", "set", device, "up")
+                if is_new:
+                    _ip("-n", name, "addr", "del", "127.0.0.1/8", "dev", "lo")
         except (OSError, subprocess.CalledProcessError) as error:
             self.__exit__()
             pytest.skip(f"network namespaces are not permitted here: {error}")
@@ -314,18 +345,24 @@ def make_certificates(folder: Path, addresses: Sequence[str]) -> None:
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None or shutil.which("ip") is None, reason="needs openssl and ip")
-def test_two_machines_with_mutual_tls(llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "addresses",
+    [("10.203.0.1", "10.203.0.2"), pytest.param(("fd00:203::1", "fd00:203::2"), marks=pytest.mark.slow)],
+    ids=["IPv4", "IPv6"],
+)
+def test_two_machines_with_mutual_tls(llama: Path, tmp_path: Path, addresses: tuple[str, str]) -> None:
     """A stage on each: the tokens of one rank, over a network that has nothing else, commands under TLS."""
     expected = StepDriver(TorchRunner.load(WorkerSettings(model=llama, device="cpu", dtype="float32", num_threads=1)))
     listen = f"unix:{tmp_path}/w.sock"
-    with Namespaces() as machines:
+    with Namespaces(addresses) as machines:
         make_certificates(tmp_path, machines.addresses)
 
         def tls(node: int) -> list[str]:
             names = {"cert": f"node{node}.pem", "key": f"node{node}.key", "ca": "ca.pem"}
             return [f"--group-tls-{what}={tmp_path / name}" for what, name in names.items()]
 
-        address = f"{machines.addresses[0]}:7077"
+        host = machines.addresses[0]
+        address = f"[{host}]:7077" if ":" in host else f"{host}:7077"
         flags = (
             "--pipeline-parallel-size=2",
             "--num-nodes=2",

@@ -12,8 +12,9 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,11 +32,11 @@ from triton.runtime import interpreter
 
 from tests.unit.kernels.checks import relative_error, repair_interpreter
 
-MAX_ROWS, ROW_WORDS, EPS = 3, 80, 1e-5
+MAX_ROWS, ROW_WORDS, EPS = 5, 80, 1e-5
 # More than one part of a row.
 GATHER_COLUMNS = 2 * PART_WORDS + 6
 # Rounds of every case: row counts that differ, so that rows are in different rounds.
-ROW_COUNTS = (2, 1, 3, 1)
+ROW_COUNTS = (2, 1, 5, 1)
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,21 @@ class Case:
     tuning: AllReduceTuning
     has_norm: bool
     first_round: int = 0
+    is_idle: bool = False
+    """Whether other ways have taken all rounds before the first one."""
+    stamped_rows: int = MAX_ROWS
+    row_counts: tuple[int, ...] = ROW_COUNTS
+
+    @property
+    def max_rows(self) -> int:
+        return max(self.row_counts)
 
     def name(self) -> str:
         kind = f"{'two' if self.tuning.two_shot else 'one'}-shot {'flagged' if self.tuning.flagged else 'stamped'}"
-        start = f" from round {self.first_round}" if self.first_round else ""
-        return f"{self.dtype} {self.columns} {kind} {'norm' if self.has_norm else 'sum'}{start}"
+        start = f" {'idle until' if self.is_idle else 'from'} round {self.first_round}" if self.first_round else ""
+        programs = f" {self.tuning.num_programs} programs" if self.tuning.num_programs else ""
+        kind += f" {self.stamped_rows} of {self.max_rows} rows stamped" if self.stamped_rows < self.max_rows else ""
+        return f"{self.dtype} {self.columns} {kind} {'norm' if self.has_norm else 'sum'}{programs}{start}"
 
 
 def cases() -> list[Case]:
@@ -60,13 +71,28 @@ def cases() -> list[Case]:
         for dtype, columns, has_norm in ((torch.float32, 33, False), (torch.bfloat16, 66, True))
     ]
     found += [Case(torch.float32, 1, ways[0], has_norm=False), Case(torch.float16, 160, ways[-1], has_norm=True)]
-    # The count of rounds wraps.
-    return found + [Case(torch.float32, 8, way, has_norm=False, first_round=-2) for way in ways]
+    # Rows that programs share, evenly and not.
+    found += [
+        Case(torch.bfloat16, 66, replace(way, num_programs=num_programs), has_norm=True)
+        for way, num_programs in zip(ways, (2, 1, 3, 2), strict=True)
+    ]
+    found.append(Case(torch.float32, 33, AllReduceTuning(flagged=True, num_programs=2), has_norm=False))
+    # More rows than may go stamped.
+    found.append(Case(torch.float32, 33, AllReduceTuning(two_shot=True), has_norm=False, stamped_rows=2))
+    # As many rows as a mixed step has tokens, and programs as two on each of an H100's multiprocessors.
+    shared = AllReduceTuning(flagged=True, num_programs=264)
+    found += [
+        Case(torch.bfloat16, 4, way, has_norm=True, row_counts=(300, 1))
+        for way in (shared, replace(shared, two_shot=True))
+    ]
+    # The count of rounds wraps, and may be far from what a row's flags and stamps hold.
+    found += [Case(torch.float32, 8, way, has_norm=False, first_round=-2) for way in ways]
+    return found + [Case(torch.float32, 8, way, False, first_round=1 - (1 << 31), is_idle=True) for way in ways]
 
 
 def inputs(case: Case, round_: int, rank: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1000 * round_ + rank)
-    return torch.randn(ROW_COUNTS[round_], case.columns, generator=generator).to(case.dtype)
+    return torch.randn(case.row_counts[round_], case.columns, generator=generator).to(case.dtype)
 
 
 def weights(case: Case) -> torch.Tensor:
@@ -75,7 +101,7 @@ def weights(case: Case) -> torch.Tensor:
 
 def run_rank(case: Case, peers: PeerBuffers, results: list[torch.Tensor]) -> None:
     """All rounds of a case on one rank; `results` [2, rows, columns] of each round: outputs and residuals."""
-    for round_, rows in enumerate(ROW_COUNTS):
+    for round_, rows in enumerate(case.row_counts):
         # One rank is late, another one in the next round.
         time.sleep(0.02 * (round_ % peers.size == peers.rank))
         x = inputs(case, round_, peers.rank)
@@ -90,7 +116,7 @@ def run_rank(case: Case, peers: PeerBuffers, results: list[torch.Tensor]) -> Non
 
 def twin(case: Case, round_: int, size: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """In float64, rounded where the kernel rounds: the sum, or the normalised sum and the residual."""
-    total = torch.zeros(ROW_COUNTS[round_], case.columns)
+    total = torch.zeros(case.row_counts[round_], case.columns)
     for rank in range(size):
         total += inputs(case, round_, rank).float()
     total = total.to(case.dtype)
@@ -111,6 +137,8 @@ def fork_ranks(size: int, body: Callable[[int], None]) -> list[int]:
             try:
                 body(rank)
                 code = 0
+            except Exception:
+                traceback.print_exc()
             finally:
                 os._exit(code)
         children.append(child)
@@ -118,28 +146,27 @@ def fork_ranks(size: int, body: Callable[[int], None]) -> list[int]:
 
 
 def run_case(case: Case, size: int) -> dict[str, Any]:
-    regions = [
-        torch.zeros(region_words(size, MAX_ROWS, ROW_WORDS), dtype=torch.int64).share_memory_() for _ in range(size)
-    ]
+    words = region_words(size, case.max_rows, ROW_WORDS, case.stamped_rows)
+    regions = [torch.zeros(words, dtype=torch.int64).share_memory_() for _ in range(size)]
     stop = torch.zeros(1, dtype=torch.int32).share_memory_()
-    for region in regions if case.first_round else ():
+    for region in regions if case.first_round and not case.is_idle else ():
         # As it is after so many rounds.
-        seen = peer_buffers(0, [region] * size, MAX_ROWS, ROW_WORDS, stop)
+        seen = peer_buffers(0, [region] * size, case.max_rows, ROW_WORDS, stop)
         seen.stamped[0].fill_((case.first_round - 1) << 32)
         seen.flags[0].fill_(case.first_round - 1)
     results = [
-        [torch.zeros(2, rows, case.columns, dtype=case.dtype).share_memory_() for rows in ROW_COUNTS]
+        [torch.zeros(2, rows, case.columns, dtype=case.dtype).share_memory_() for rows in case.row_counts]
         for _ in range(size)
     ]
 
     def body(rank: int) -> None:
-        peers = peer_buffers(rank, regions, MAX_ROWS, ROW_WORDS, stop)
+        peers = peer_buffers(rank, regions, case.max_rows, ROW_WORDS, stop, case.stamped_rows)
         peers.rounds.fill_(case.first_round)
         run_rank(case, peers, results[rank])
 
     codes = fork_ranks(size, body)
     errors, same_residuals = [], True
-    for round_ in range(len(ROW_COUNTS)):
+    for round_ in range(len(case.row_counts)):
         expected, residual = twin(case, round_, size)
         errors.append(relative_error(results[0][round_][0], expected))
         same_residuals &= residual is None or torch.equal(results[0][round_][1], residual)
