@@ -167,7 +167,7 @@ def _indexer(config: HfConfig, rope: RopeSpec, architecture: str) -> IndexerSpec
 
 
 def _rope(config: HfConfig, latent: LatentSpec, architecture: str) -> RopeSpec:
-    rope = config.rope(latent.rope_dim)
+    rope = config.rope(latent.rope_dim, rotates_partly=True)
     # Of the whole head, where the field is there; that share is `qk_rope_head_dim`.
     rope = replace(rope, rotary_dim=latent.rope_dim)
     return replace(rope, interleaved=architecture == V2 or config.boolean("rope_interleave", True))

@@ -35,7 +35,10 @@ class MiniMaxM2(ModelFamily):
         config = HfConfig(fields, config.file)
         return config.decoder(
             architecture,
-            tuple(replace(layer, is_moe=True) for layer in config.layers(config.rope(head_dim, 5_000_000.0), None)),
+            tuple(
+                replace(layer, is_moe=True)
+                for layer in config.layers(config.rope(head_dim, 5_000_000.0, rotates_partly=True), None)
+            ),
             max_position_embeddings=config.integer("max_position_embeddings", 196_608),
             qk_norm="projection",
             moe=MoeSpec(

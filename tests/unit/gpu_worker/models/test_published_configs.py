@@ -77,7 +77,7 @@ def test_rope_is_what_transformers_makes_of_the_config(case: str) -> None:
     kind, fields = ROPES[case]
     config = CONFIG_MAPPING[kind].from_dict(deepcopy(SIZES | {"max_position_embeddings": 32768} | fields))
     parameters = config.rope_parameters
-    rope = HfConfig(SIZES | {"max_position_embeddings": 32768} | fields).rope(128)
+    rope = HfConfig(SIZES | {"max_position_embeddings": 32768} | fields).rope(128, rotates_partly=True)
     if parameters["rope_type"] == "default":
         size = int(128 * parameters.get("partial_rotary_factor", 1.0))
         expected, factor = parameters["rope_theta"] ** (-torch.arange(0, size, 2) / size), 1.0
@@ -92,6 +92,12 @@ def test_who_stretches_a_new_config_by_hand_keeps_its_base() -> None:
     fields = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": YARN | {"type": "yarn"}}
     rope = HfConfig(fields).rope(128)
     assert (rope.theta, rope.kind, rope.factor) == (1e6, "yarn", 4.0)
+
+
+def test_a_part_of_a_head_is_not_rotated_where_transformers_cannot_either() -> None:
+    fields = {"partial_rotary_factor": 0.5, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    with pytest.raises(ModelConfigError, match=r"partial_rotary_factor is 0\.5, and this architecture rotates whole"):
+        HfConfig(fields).rope(128)
 
 
 def test_a_rope_for_every_kind_of_layer() -> None:

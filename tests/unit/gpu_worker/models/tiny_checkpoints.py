@@ -176,6 +176,8 @@ TINY: dict[str, Tiny] = {
     "llama3-rope-v4-config": Tiny(LlamaConfig, LLAMA3, rewrite_as_v4=True),
     "llama-linear-rope": Tiny(LlamaConfig, rope(rope_type="linear", factor=2.5)),
     "llama-yarn-rope": Tiny(LlamaConfig, YARN),
+    # The class rotates whole heads all the same.
+    "llama-partial-rope": Tiny(LlamaConfig, rope(rope_type="default", partial_rotary_factor=0.5)),
     "llama-gelu-mha": Tiny(LlamaConfig, {"hidden_act": "gelu_pytorch_tanh", "num_key_value_heads": 6}),
     "mistral-window": Tiny(MistralConfig, {"sliding_window": 11, "head_dim": 16}),
     "mistral-full": Tiny(MistralConfig, {"sliding_window": None, "head_dim": 16}),
