@@ -86,6 +86,7 @@ def load_weights(model: ModelFamily, path: Path) -> None:
     """
     if isinstance(model, LoadsItself):
         model.load_checkpoint(path)
+        return_freed_memory()
         return
     with matched_checkpoint(model, path) as matched:
         left = matched.count_by_layer()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,7 +40,7 @@ from gpu_worker.models.fallback_probe import (
 )
 from gpu_worker.models.family import LoadsItself, ModelFamily, NameRules
 from gpu_worker.models.hf_config import HfConfig
-from gpu_worker.models.plain_state import plain_state
+from gpu_worker.models.plain_state import UnreadTensor, one_after_another, plain_state
 from gpu_worker.models.refusals import first_line, unserved
 from gpu_worker.models.row_caches import RowCaches
 from gpu_worker.models.row_states import RowStates
@@ -129,12 +130,16 @@ class TransformersModel(ModelFamily, LoadsItself):
         SafetensorsReader(path).close()
 
     def load_checkpoint(self, path: Path) -> None:
-        state = plain_state(path, self.dtype)
-        if state is not None:
-            log.warning(
-                "quantized weights are dequantized for transformers' own code: they take the memory of plain ones",
-                architecture=self.spec.architecture,
-            )
+        with plain_state(path, self.dtype) as state, one_after_another():
+            if state is not None:
+                log.warning(
+                    "quantized weights are dequantized for transformers' own code: they take the memory of plain ones",
+                    architecture=self.spec.architecture,
+                )
+            self._load(path, state)
+
+    def _load(self, path: Path, state: dict[str, UnreadTensor] | None) -> None:
+        """`state`: plain tensors in place of packed ones; None: the checkpoint's own."""
         served = ServedConfig.of(path, self.spec.architecture)
         found = probe_layers(served.config, served.architecture, self.spec.dtype)
         try:
@@ -145,6 +150,8 @@ class TransformersModel(ModelFamily, LoadsItself):
                 state_dict=state,
                 config=served.config,
                 dtype=self.dtype,
+                # Tensor after tensor to where it stays, and not all of them to the host first.
+                device_map={"": self.device} if find_spec("accelerate") else None,
                 attn_implementation=_attention(found, served.architecture),
                 experts_implementation=EXPERTS,
                 trust_remote_code=False,
