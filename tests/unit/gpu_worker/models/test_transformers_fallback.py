@@ -23,7 +23,6 @@ from transformers.models.gpt2 import GPT2Config
 from transformers.models.gpt_neo import GPTNeoConfig
 from transformers.models.gpt_neox import GPTNeoXConfig
 from transformers.models.gptj import GPTJConfig
-from transformers.models.granitemoe import GraniteMoeConfig
 from transformers.models.hunyuan_v1_dense import HunYuanDenseV1Config
 from transformers.models.longcat_flash import LongcatFlashConfig
 from transformers.models.modernbert_decoder import ModernBertDecoderConfig
@@ -125,7 +124,6 @@ CARRIED = {
             "expert_ffn_hidden_size": 40,
         },
     ),
-    "granite-moe": Tiny(GraniteMoeConfig, {"num_local_experts": 5, "num_experts_per_tok": 2}),
     "olmo": Tiny(OlmoConfig, {"clip_qkv": 1.5}),
     "nemotron": Tiny(NemotronConfig, {"hidden_size": 72}),
     # Alternating windows, soft caps on scores and on logits.
