@@ -93,7 +93,8 @@ def _layers(config: HfConfig) -> tuple[LayerSpec, ...]:
 
 
 def _query_scaling(config: HfConfig) -> QueryScaling | None:
-    if not config.boolean("attn_temperature_tuning", True):
+    # A number in the first releases.
+    if not config.fields.get("attn_temperature_tuning", True):
         return None
     return QueryScaling(
         config.number("attn_scale", 0.1), config.integer("floor_scale", 8192), first=1, unrotated_only=True

@@ -241,11 +241,8 @@ def test_windows_follow_the_pattern_of_the_file(tmp_path: Path) -> None:
         ("ministral3", {"expert_count": 8}, r"mixture of 8 experts, which is not read from GGUF for 'mistral3'"),
         ("cohere2", {"attention.sliding_window": None}, r"lacks the metadata key 'cohere2\.attention\.sliding_window'"),
         ("cohere2", {"attention.sliding_window_pattern": [True]}, r"has the windows \[True\] for 4 layers"),
-        (
-            "deepseek-v3",
-            {"attention.temperature_scale": 0.1},
-            r"is Mistral Large 3",
-        ),
+        ("granitemoe", {"expert_shared_feed_forward_length": 64}, r"has an expert that every token takes"),
+        ("llama4", {"attention.sliding_window": 0}, r"attends to everything in every layer"),
         ("glm-4.5", {"expert_gating_func": 1}, r"another function than sigmoid"),
         ("deepseek-v3", {"leading_dense_block_count": None}, r"lacks .* 'deepseek2\.leading_dense_block_count'"),
         ("glm4", {"rope.dimension_sections": [8, 12, 12]}, r"text part of a model that sees"),

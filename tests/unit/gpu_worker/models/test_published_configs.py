@@ -175,6 +175,12 @@ def test_windows(architecture: str, fields: dict[str, Any], windows: list[int | 
     assert [layer.sliding_window for layer in spec_of(architecture, **fields).layers] == windows
 
 
+@pytest.mark.parametrize(("value", "is_scaled"), [(4, True), (True, True), (0, False), (False, False)], ids=str)
+def test_llama_4s_first_releases_have_a_number_for_whether_queries_are_scaled(value: Any, is_scaled: bool) -> None:
+    spec = spec_of("Llama4ForCausalLM", attn_temperature_tuning=value, head_dim=128)
+    assert (spec.query_scaling is not None) is is_scaled
+
+
 # As DeepSeek-V3.2 and GLM-5 have them, layers left out.
 INDEXED: dict[str, Any] = {
     "kv_lora_rank": 512,
