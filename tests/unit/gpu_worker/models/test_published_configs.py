@@ -271,6 +271,27 @@ def test_architectures_that_are_left_out_or_written_otherwise(architectures: lis
 
 
 @pytest.mark.parametrize(
+    ("kind", "architecture", "served"),
+    [
+        ("phimoe", "PhiMoEForCausalLM", "PhimoeForCausalLM"),
+        ("mpt", "MPTForCausalLM", "MptForCausalLM"),
+        ("internlm3", "InternLM3ForCausalLM", "LlamaForCausalLM"),
+    ],
+)
+def test_repositories_with_code_that_transformers_has_under_another_name(
+    kind: str, architecture: str, served: str, tmp_path: Path
+) -> None:
+    config = CONFIG_MAPPING[kind](vocab_size=64).to_dict()
+    code = {"AutoModelForCausalLM": f"modeling_{kind}.{architecture}"}
+    fields = config | {"architectures": [architecture], "auto_map": code, "pad_token_id": None}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert read_spec(tmp_path)[0].architecture == served
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"architectures": ["MyOwnForCausalLM"]}))
+    with pytest.raises(ModelConfigError, match="own code for MyOwnForCausalLM, which is never done"):
+        read_spec(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("trunk", "head"),
     [("", "lm_head."), ("language_model.model.", "language_model.lm_head."), ("model.language_model.", "lm_head.")],
     ids=["of the trunk", "of a part in transformers 4", "of a part in transformers 5"],
