@@ -65,7 +65,7 @@ def test_a_config_that_says_nothing_of_a_head_that_is_not_stored(tmp_path: Path)
     model = PagedModel(tmp_path)
     assert is_tied(model) and torch.equal(model.logits([5, 6, 7], 0), expected)
     (tmp_path / "config.json").write_text(json.dumps(fields | {"tie_word_embeddings": False}))
-    with pytest.raises(CheckpointError, match="lacks 1 tensor that the model needs: lm_head.weight"):
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensor that the model needs: lm_head\.weight"):
         PagedModel(tmp_path)
 
 
