@@ -26,12 +26,14 @@ from gpu_worker.models.checkpoint_names import checkpoint_modules
 from gpu_worker.models.checkpoint_places import Place, checkpoint_places, whole_shape
 from gpu_worker.models.family import LoadsItself, ModelFamily
 from gpu_worker.models.hf_config import HfConfig
+from gpu_worker.models.served_config import PREDICTS_AHEAD
 from gpu_worker.quant.bitsandbytes import METHOD as BITSANDBYTES
 from gpu_worker.quant.formats import WeightFormat
 from gpu_worker.quant.scheme import StoredModules, module_format, read_quantization
 
 log = structlog.get_logger(__name__)
 
+_AHEAD = re.compile(PREDICTS_AHEAD)
 _OTHER_MODEL = "config.json and the weights are not of the same model"
 
 
@@ -46,7 +48,8 @@ class _ServedTensors:
         self.stored_names = {
             name: info.name
             for info in source.names()
-            if not skipped.match(info.name) and not unused.match(name := family.canonical_name(info.name))
+            if not (skipped.match(info.name) or _AHEAD.match(info.name))
+            and not unused.match(name := family.canonical_name(info.name))
         }
         if spec.tie_word_embeddings and spec.has_output_head:
             self._find_the_shared_table(*_shared_modules(family))

@@ -15,8 +15,6 @@ from gpu_worker.models.registry import register
 @register("MiniMaxM2ForCausalLM")
 class MiniMaxM2(ModelFamily):
     name_rules = QWEN3_NAMES | MIXTRAL_NAMES
-    # What predicts further tokens ahead.
-    skipped_tensors = r"model\.mtp_|mtp\."
 
     @classmethod
     def canonical_name(cls, name: str) -> str:

@@ -44,7 +44,14 @@ from gpu_worker.models.plain_state import UnreadTensor, one_after_another, plain
 from gpu_worker.models.refusals import first_line, unserved
 from gpu_worker.models.row_caches import RowCaches
 from gpu_worker.models.row_states import RowStates
-from gpu_worker.models.served_config import LANGUAGE_HEAD, LANGUAGE_MODEL, ServedConfig, auto_class, model_class
+from gpu_worker.models.served_config import (
+    LANGUAGE_HEAD,
+    LANGUAGE_MODEL,
+    PREDICTS_AHEAD,
+    ServedConfig,
+    auto_class,
+    model_class,
+)
 from gpu_worker.models.settled_rope import settle_rope
 from gpu_worker.models.state_adapters import adapt_states
 from gpu_worker.quant.api import RandomValues
@@ -60,7 +67,7 @@ _RECURRENT_CONTEXT = 1 << 17
 _NO_ATTENTION = AttentionCall("", 1, 1, 1, 1, 1.0, window=None, softcap=None, has_sinks=False)
 # Positions in two digits, each of which any dtype holds exactly.
 _POSITION_DIGIT = 256
-_OTHER_PARTS = re.compile(r"vision|visual|image|audio|projector|connector|merger|talker|token2wav|code2wav")
+_OTHER_PARTS = r"vision|visual|image|audio|projector|connector|merger|talker|token2wav|code2wav"
 
 
 class TransformersModel(ModelFamily, LoadsItself):
@@ -162,8 +169,10 @@ class TransformersModel(ModelFamily, LoadsItself):
             )
         except (RuntimeError, ValueError, OSError) as error:
             raise CheckpointError(path, f"transformers cannot load it ({first_line(error)})") from error
-        if served.is_part:
-            report["unexpected_keys"] = [name for name in report["unexpected_keys"] if not _OTHER_PARTS.search(name)]
+        left_out = [PREDICTS_AHEAD, _beyond(served.config), *([_OTHER_PARTS] if served.is_part else [])]
+        report["unexpected_keys"] = [
+            name for name in report["unexpected_keys"] if not any(re.search(pattern, name) for pattern in left_out)
+        ]
         _check_report(path, report)
         self._adopt(model.to(self.device), found)
 
@@ -342,6 +351,14 @@ def _context(found: ModelLayers, config: Any) -> int:
 def _attention(found: ModelLayers, architecture: str) -> str | None:
     """What transformers is to build its attention with; None: what it takes by itself."""
     return attention_implementation(architecture) if found.row_cache is None else None
+
+
+def _beyond(config: Any) -> str:
+    """A pattern of the layers behind the last one, by which some releases predict a second token ahead."""
+    text = config.get_text_config()
+    ahead = getattr(text, "num_nextn_predict_layers", None) or 0
+    numbers = "|".join(str(text.num_hidden_layers + number) for number in range(ahead))
+    return rf"^model\.layers\.({numbers})\." if ahead else r"(?!)"
 
 
 def _widest(config: Any) -> int:

@@ -256,6 +256,16 @@ def test_what_lies_beside_the_weights_and_among_them(tmp_path: Path) -> None:
     assert torch.equal(PagedModel(tmp_path).logits([5, 6, 7], 0), before)
 
 
+@pytest.mark.parametrize("name", ["mtp.fc", "model.mtp.layers.0.x", "model.mtp_block.0.x", "language_model.mtp.x"])
+@pytest.mark.parametrize("tiny", ["qwen3", "ernie-moe"])
+def test_what_predicts_further_tokens_is_left_out(tiny: str, name: str, tmp_path: Path) -> None:
+    save_tiny(tiny, tmp_path)
+    before = PagedModel(tmp_path).logits([5, 6, 7], 0)
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(file) | {f"{name}.weight": torch.ones(2)}, file, {"format": "pt"})
+    assert torch.equal(PagedModel(tmp_path).logits([5, 6, 7], 0), before)
+
+
 @pytest.mark.parametrize(
     "architectures", [None, [], ["LLaMAForCausalLM"]], ids=["null", "empty", "in capitals of 2023"]
 )

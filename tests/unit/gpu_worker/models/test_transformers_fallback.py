@@ -333,6 +333,28 @@ def test_quantized_weights_are_dequantized_while_they_are_loaded(case: str, tmp_
     assert torch.equal(PagedModel(tmp_path / "packed").logits(list(range(3, 43)), 0), expected)
 
 
+DOTS1 = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
+    save_model(Tiny(Dots1Config, DOTS1), tmp_path)
+    before = PagedModel(tmp_path).logits([5, 6, 7], 0)
+    tensors = load_file(tmp_path / "model.safetensors")
+    ahead = {"model.layers.3.eh_proj.weight": torch.ones(2), "mtp.fc.weight": torch.ones(2)}
+    save_file(tensors | ahead, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"no place for: model\.layers\.3\.eh_proj\.weight;"):
+        PagedModel(tmp_path)
+    _edit(tmp_path, num_nextn_predict_layers=1)
+    assert torch.equal(PagedModel(tmp_path).logits([5, 6, 7], 0), before)
+
+
 def test_plain_weights_are_not_quantized_while_they_are_loaded(tmp_path: Path) -> None:
     save_model(CARRIED["gpt-neox"], tmp_path)
     scheme = make_scheme(tmp_path, {}, setting="int8")
