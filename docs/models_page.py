@@ -193,7 +193,8 @@ def sizes_seen() -> dict[str, list[str]]:
 
 def native_table() -> list[str]:
     gguf: dict[str, list[str]] = {}
-    for name, each in [*GGUF_ARCHITECTURES.items(), *GGUF_VARIANTS.items()]:
+    others = [(name, each) for name, variants in GGUF_VARIANTS.items() for each in variants]
+    for name, each in [*GGUF_ARCHITECTURES.items(), *others]:
         gguf.setdefault(each.hf_class, []).append(f"`{name}`")
     seen = sizes_seen()
     lines = [

@@ -75,6 +75,9 @@ class _ConfigBuilder(MixtureFields):
             "deepseek2": self.add_deepseek2,
             "glm4moe": self.add_glm4_moe,
             "minimax-m2": self.add_minimax,
+            "mistral4": self.add_deepseek2,
+            "llama4": self._add_llama4,
+            "granitemoe": self._add_granite_moe,
         }
         details[self.prefix](config)
         return config
@@ -277,13 +280,28 @@ class _ConfigBuilder(MixtureFields):
         config["use_sliding_window"] = False
         config.setdefault("pad_token_id", None)
 
+    def _add_llama4(self, config: Config) -> None:
+        self._refuse_partial_rope(config)
+        self.add_llama4(config)
+        if "rope_freqs.weight" in self.tensors:
+            config["rope_scaling"] = self._llama3_scaling(config)
+
+    def _add_granite_moe(self, config: Config) -> None:
+        self._add_granite(config)
+        if self.optional("expert_shared_feed_forward_length", int):
+            raise self.fail("has an expert that every token takes (expert_shared_feed_forward_length)")
+        config["num_local_experts"] = self.required("expert_count", int)
+        config["num_experts_per_tok"] = self.required("expert_used_count", int)
+        config["expert_storage"] = "each"
+
     def _add_granite(self, config: Config) -> None:
         """The converter leaves out multipliers that are 0; llama.cpp then scales attention as usual."""
         self._add_llama(config)
         if not self.optional("rope.scaling.finetuned", bool, True):
             raise self.fail("rotates nothing (rope.scaling.finetuned)")
         # Granite 4 has another size in its config, of experts that its dense models do not have.
-        config["intermediate_size"] = self.shape("blk.0.ffn_gate.weight")[0]
+        gates = next(name for name in ("blk.0.ffn_gate.weight", "blk.0.ffn_gate_exps.weight") if name in self.tensors)
+        config["intermediate_size"] = self.shape(gates)[-2]
         config["attention_multiplier"] = self.optional("attention.scale", float) or config["head_dim"] ** -0.5
         config["embedding_multiplier"] = self.optional("embedding_scale", float) or 1.0
         config["residual_multiplier"] = self.optional("residual_scale", float) or 1.0

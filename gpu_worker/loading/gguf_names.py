@@ -180,6 +180,23 @@ _MINIMAX = (
     | _MIXTRAL_EXPERTS
     | {"exp_probs_b": TensorRule("model.layers.{layer}.block_sparse_moe.e_score_correction_bias", is_bare=True)}
 )
+_LLAMA4 = (
+    _ATTENTION
+    | {"ffn_norm": _GATED_MLP["ffn_norm"], "ffn_gate_inp": _layer("feed_forward.router")}
+    | {
+        f"ffn_{short}{end}": _layer(f"feed_forward.{of}{short}_proj")
+        for short in ("gate", "up", "down")
+        for end, of in (("", ""), ("_exps", "experts.{{expert}}."), ("_shexp", "shared_expert."))
+    }
+)
+_GRANITE_MOE = _INTERLEAVED_ATTENTION | {
+    "ffn_norm": _GATED_MLP["ffn_norm"],
+    "ffn_gate_inp": _layer("block_sparse_moe.router"),
+    **{
+        f"ffn_{short}_exps": _layer(f"block_sparse_moe.experts.{{{{expert}}}}.{short}_proj")
+        for short in ("gate", "up", "down")
+    },
+}
 _GPT_OSS = _EXPERTS | {
     "post_attention_norm": _layer("post_attention_layernorm"),
     "attn_sinks": TensorRule("model.layers.{layer}.self_attn.sinks", is_bare=True),
@@ -224,6 +241,10 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
     "exaone4": GgufArchitecture("exaone4", "Exaone4ForCausalLM", _WHOLE, _OLMO2),
     "olmoe": GgufArchitecture("olmoe", "OlmoeForCausalLM", _WHOLE, _ATTENTION | _QK_NORMS | _EXPERTS),
     "deepseek2": GgufArchitecture("deepseek_v3", "DeepseekV3ForCausalLM", _WHOLE, _DEEPSEEK),
+    "mistral4": GgufArchitecture("mistral4", "Mistral4ForCausalLM", _WHOLE, _DEEPSEEK),
+    # Its release rotates neighbouring dimensions too.
+    "llama4": GgufArchitecture("llama4_text", "Llama4ForCausalLM", _WHOLE, _LLAMA4),
+    "granitemoe": GgufArchitecture("granitemoe", "GraniteMoeForCausalLM", _WHOLE, _GRANITE_MOE),
     "glm4moe": GgufArchitecture("glm4_moe", "Glm4MoeForCausalLM", _WHOLE, _GLM4_MOE),
     "gemma": GgufArchitecture(
         "gemma", "GemmaForCausalLM", _with_plus_one(_WHOLE), _with_plus_one(_ATTENTION | _GATED_MLP)
@@ -267,6 +288,9 @@ MIXTURES = (
     "glm4moe",
     "ernie4_5-moe",
     "minimax-m2",
+    "mistral4",
+    "llama4",
+    "granitemoe",
 )
 MISTRAL = GgufArchitecture("mistral", "MistralForCausalLM", _WHOLE, _LLAMA)
 """What calls itself `mistral3` and scales no query by its position: Mistral Small 3.1 and 3.2, Devstral."""
@@ -274,14 +298,16 @@ OLMO3 = GgufArchitecture("olmo3", "Olmo3ForCausalLM", _WHOLE, _OLMO2)
 """What calls itself `olmo2` and has windows."""
 DEEPSEEK_V2 = GgufArchitecture("deepseek_v2", "DeepseekV2ForCausalLM", _WHOLE, _DEEPSEEK)
 """What calls itself `deepseek2` and routes by softmax."""
-SIGMOID = 2  # of expert_gating_func; files of V2 may lack the key
-VARIANTS: Mapping[str, GgufArchitecture] = {
-    "llama": MIXTRAL,
-    "mistral3": MISTRAL,
-    "olmo2": OLMO3,
-    "deepseek2": DEEPSEEK_V2,
+MISTRAL_LARGE_3 = GgufArchitecture("mistral4", "Mistral4ForCausalLM", _WHOLE, _DEEPSEEK)
+"""What calls itself `deepseek2` and scales queries by their position."""
+SOFTMAX, SIGMOID = 1, 2  # of expert_gating_func; files of V2 may lack the key
+VARIANTS: Mapping[str, tuple[GgufArchitecture, ...]] = {
+    "llama": (MIXTRAL,),
+    "mistral3": (MISTRAL,),
+    "olmo2": (OLMO3,),
+    "deepseek2": (DEEPSEEK_V2, MISTRAL_LARGE_3),
 }
-"""The second model behind one name."""
+"""The other models behind one name."""
 
 PROJECTORS = ("clip", "mmproj")
 
@@ -327,9 +353,20 @@ def architecture_of(path: Path, metadata: Mapping[str, object]) -> tuple[str, Gg
         return name, MISTRAL
     if name == "olmo2" and metadata.get(f"{name}.attention.sliding_window"):
         return name, OLMO3
-    if name == "deepseek2" and metadata.get(f"{name}.expert_gating_func") != SIGMOID:
+    if name == "deepseek2" and metadata.get(f"{name}.attention.temperature_scale"):
+        return name, MISTRAL_LARGE_3
+    if name == "deepseek2" and num_experts and gating_function(name, metadata) != SIGMOID:
         return name, DEEPSEEK_V2
     return name, ARCHITECTURES[name]
+
+
+def gating_function(name: str, metadata: Mapping[str, object]) -> object:
+    """`expert_gating_func`, or what files without the key mean: GLM-4.7-Flash's, known by its sizes, the sigmoid."""
+    stored = metadata.get(f"{name}.expert_gating_func")
+    if stored:
+        return stored
+    sizes = (num_layers_of(name, metadata), metadata.get(f"{name}.vocab_size"))
+    return SIGMOID if sizes in ((47, 154_880), (48, 154_880)) else SOFTMAX
 
 
 def num_layers_of(name: str, metadata: Mapping[str, object]) -> int | None:

@@ -21,8 +21,10 @@ _NAME = re.compile(
 )
 # Of queries and of probabilities: attention here multiplies in 16 bits.
 _UNUSED = re.compile(
-    r".*\.self_attn\.(?:(?:attn\.)?q_scale|prob_(?:output_)?scale|q_proj\.(?:q_scale|output_scale)|q\.scale)"
+    r".*\.self_attn\.(?:(?:attn\.)?q_(?:scale|zero_point)|prob_(?:output_)?scale|q_proj\.(?:q_scale|output_scale)|q\.scale)"
 )
+# Of symmetric quantization, which all of these are: zeros.
+_ZERO_POINT = re.compile(r".*\.self_attn\.(?:(?:attn\.)?[kv]_zero_point|[kv]_proj\.(?:[kv]_|output_)zero_point)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ class KVScales:
 
 
 def is_kv_scale(name: str) -> bool:
-    return _NAME.fullmatch(name) is not None or _UNUSED.fullmatch(name) is not None
+    return any(pattern.fullmatch(name) is not None for pattern in (_NAME, _UNUSED, _ZERO_POINT))
 
 
 def check_kv_scales(infos: Iterable[TensorInfo], num_layers: int) -> None:
@@ -60,6 +62,8 @@ def read_kv_scales(source: TensorSource, infos: Iterable[TensorInfo], num_layers
     for info in infos:
         match = _NAME.fullmatch(info.name)
         if match is None:
+            if _ZERO_POINT.fullmatch(info.name) and source.read(info.name).float().any():
+                raise CheckpointError(info.file, "is not 0: only symmetric scales are supported", tensor=info.name)
             continue
         layer = int(match["layer"])
         scale = float(source.read(info.name).float().reshape(()))

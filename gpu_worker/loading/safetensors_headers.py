@@ -39,6 +39,7 @@ ITEM_BYTES = {
 }
 
 _SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+_MAY_BE_STALE = re.compile(r"(^|\.)(lm_head\.weight|rotary_emb\.inv_freq)$")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _PICKLE_ADVICE = (
     "pickle files can run code when they are opened, so they are never read: use a safetensors version of the model "
@@ -87,18 +88,21 @@ def read_headers(path: Path) -> dict[str, HeaderEntry]:
 
 
 def _check_index(index_file: Path, index: dict[str, Path], entries: dict[str, HeaderEntry]) -> None:
-    """Every tensor of the index must be where it says. Tensors the index leaves out are listed like the others: the
-    strict accounting of the model builder decides about them."""
+    """Every tensor of the index must be there, in whichever of its files: tools move tensors, and copy indexes.
+
+    Tensors the index leaves out are listed like the others: the strict accounting of the model builder decides about
+    them, and about those that an index has from before their module was packed or the head was tied.
+    """
+    modules = {name.rpartition(".")[0] for name in entries} - {""}
     for name, file in index.items():
-        entry = entries.get(name)
-        if entry is None or entry.file != file:
-            elsewhere = f" (it is in {entry.file.name})" if entry is not None else ""
-            raise CheckpointError(
-                file,
-                f"{INDEX_NAME} says that this tensor is in this file, and it is not{elsewhere}",
-                tensor=name,
-                advice=f"the shards and {index_file} are of different versions: download all of them again",
-            )
+        if name in entries or name.rpartition(".")[0] in modules or _MAY_BE_STALE.search(name):
+            continue
+        raise CheckpointError(
+            file,
+            f"{INDEX_NAME} says that this tensor is in this file, and it is not",
+            tensor=name,
+            advice=f"the shards and {index_file} are of different versions: download all of them again",
+        )
 
 
 def read_header(file: Path) -> list[HeaderEntry]:
@@ -208,12 +212,13 @@ def _find_files(directory: Path) -> tuple[list[Path], dict[str, Path] | None]:
     if (directory / INDEX_NAME).exists():
         index = _load_index(directory)
         # Tools that quantize copy the index of the model that they read, whose shards are not those that they write.
-        if not (single.exists() and not any(file.exists() for file in index.values())):
+        are_others = single.exists() or any(map(_SHARD_NAME.fullmatch, (file.name for file in _weights_in(directory))))
+        if not are_others or any(file.exists() for file in index.values()):
             _check_shards(index)
             return sorted(set(index.values())), index
     if single.exists():
         return [single], None
-    found = sorted(directory.glob("*.safetensors"))
+    found = _weights_in(directory)
     shards = [match for file in found if (match := _SHARD_NAME.fullmatch(file.name))]
     if shards:
         return _check_shards_without_index(directory, shards), None
@@ -242,6 +247,10 @@ def _find_files(directory: Path) -> tuple[list[Path], dict[str, Path] | None]:
         "holds no *.safetensors file",
         advice=f"give the path of a .gguf file in it: {ggufs}" if ggufs else "is the download complete?",
     )
+
+
+def _weights_in(directory: Path) -> list[Path]:
+    return sorted(directory.glob("*.safetensors"))
 
 
 def _load_index(directory: Path) -> dict[str, Path]:

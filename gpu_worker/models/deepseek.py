@@ -13,7 +13,7 @@ from gpu_worker.model_spec import IndexerSpec, LatentSpec, LayerSpec, ModelSpec,
 from gpu_worker.models.family import ModelFamily, beyond_the_decoder
 from gpu_worker.models.hf_config import HfConfig
 from gpu_worker.models.llama import query_scaling
-from gpu_worker.models.moe import QWEN_MOE_NAMES, SHARED_EXPERTS_NAMES
+from gpu_worker.models.moe import QWEN_MOE_NAMES, SHARED_EXPERTS_NAMES, stack_unless_each
 from gpu_worker.models.registry import register
 
 _ATTENTION = "model.layers.{i}.self_attn"
@@ -167,7 +167,7 @@ def _indexer(config: HfConfig, rope: RopeSpec, architecture: str) -> IndexerSpec
 
 
 def _rope(config: HfConfig, latent: LatentSpec, architecture: str) -> RopeSpec:
-    rope = config.rope(latent.rope_dim)
+    rope = config.rope(latent.rope_dim, rotates_partly=True)
     # Of the whole head, where the field is there; that share is `qk_rope_head_dim`.
     rope = replace(rope, rotary_dim=latent.rope_dim)
     return replace(rope, interleaved=architecture == V2 or config.boolean("rope_interleave", True))
@@ -188,7 +188,6 @@ def read_routing(config: HfConfig, architecture: str) -> MoeSpec:
     config.refuse("scoring_func", "sigmoid" if is_sigmoid else "softmax")
     is_grouped = not is_v2 or config.text("topk_method", "greedy") == "group_limited_greedy"
     inner = config.integer("moe_intermediate_size")
-    is_joined = architecture == MISTRAL and not config.is_quantized()
     return MoeSpec(
         num_experts=config.integer("n_routed_experts"),
         num_chosen=config.integer("num_experts_per_tok"),
@@ -200,7 +199,7 @@ def read_routing(config: HfConfig, architecture: str) -> MoeSpec:
         num_chosen_groups=config.integer("topk_group", 1) if is_grouped else 1,
         group_score="max" if is_v2 else "top2",
         has_correction_bias=is_sigmoid,
-        storage="stacked" if is_joined else "each",
+        storage=stack_unless_each(config) if architecture == MISTRAL else "each",
         activation=config.text("hidden_act", "silu"),
         shared_intermediate_size=inner * config.count("n_shared_experts", 1),
     )

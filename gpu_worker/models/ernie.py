@@ -44,8 +44,6 @@ class Ernie(ModelFamily):
 @register("Ernie4_5_MoeForCausalLM")
 class ErnieMoe(ModelFamily):
     name_rules = QWEN_MOE_NAMES | SHARED_EXPERTS_NAMES
-    # What predicts a second token ahead.
-    skipped_tensors = r"model\.mtp_"
 
     @classmethod
     def canonical_name(cls, name: str) -> str:

@@ -27,7 +27,7 @@ class Glm(ModelFamily):
     def read_config(config: HfConfig, architecture: str) -> ModelSpec:
         is_seeing = config.fields.get("model_type") == "glm4v_text"  # whose class has no head_dim
         config = HfConfig(_DEFAULTS | ({} if is_seeing else {"head_dim": 128}) | config.fields, config.file)
-        rope = replace(config.rope(config.heads()[2]), interleaved=True)
+        rope = replace(config.rope(config.heads()[2], rotates_partly=True), interleaved=True)
         return config.decoder(
             architecture,
             config.layers(rope, None),
@@ -51,7 +51,7 @@ class GlmMoe(ModelFamily):
         # As in transformers, which rounds down.
         head_dim = config.integer("hidden_size") // config.integer("num_attention_heads")
         config = HfConfig(_DEFAULTS | {"head_dim": head_dim} | config.fields, config.file)
-        layers = config.layers(config.rope(config.heads()[2]), None)
+        layers = config.layers(config.rope(config.heads()[2], rotates_partly=True), None)
         first_moe = config.count("first_k_dense_replace", 1)
         inner = config.integer("moe_intermediate_size", 1408)
         return config.decoder(

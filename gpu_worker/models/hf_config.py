@@ -195,10 +195,18 @@ class HfConfig:
         merged = parameters | scaling | {"rope_type": next((kind for kind in kinds if kind), None)}
         return HfConfig(merged, f"{self.file}: {'rope_scaling' if scaling else 'rope_parameters'}")
 
-    def rope(self, head_dim: int, default_theta: float = 10000.0, *, layer_type: str | None = None) -> RopeSpec:
+    def rope(
+        self,
+        head_dim: int,
+        default_theta: float = 10000.0,
+        *,
+        layer_type: str | None = None,
+        rotates_partly: bool = False,
+    ) -> RopeSpec:
         """Rope from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (4).
 
         `layer_type`: the entry to take where `rope_parameters` has one for every kind of layer.
+        `rotates_partly`: the family knows `partial_rotary_factor`.
         """
         nested = self.rope_parameters(layer_type)
         kind = nested.text("rope_type", "default")
@@ -210,6 +218,12 @@ class HfConfig:
             raise nested.error("rope_type", f"is {kind!r}, supported are {', '.join(_ROPE_KINDS)}, dynamic")
         theta = nested.number("rope_theta", self.number("rope_theta", default_theta))
         share = nested.number("partial_rotary_factor", self.number("partial_rotary_factor", 1.0))
+        if share != 1.0 and not rotates_partly:
+            # transformers' classes of the other families rotate whole heads, whatever the field says, and fail where
+            # rope is scaled besides.
+            if nested.fields["rope_type"] not in (None, "default"):
+                raise self.error("partial_rotary_factor", f"is {share}, and this architecture rotates whole heads")
+            share = 1.0
         # As in transformers: outside (Phi-3) before inside, and else what the model was made for.
         original = self.integer(
             "original_max_position_embeddings", nested.integer("original_max_position_embeddings", 0)

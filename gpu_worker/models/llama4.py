@@ -11,6 +11,7 @@ from gpu_worker.model_spec import LayerSpec, ModelSpec, MoeSpec, QueryScaling
 from gpu_worker.models.family import ModelFamily, NameRules
 from gpu_worker.models.hf_config import FULL, HfConfig
 from gpu_worker.models.llama import LLAMA_NAMES
+from gpu_worker.models.moe import stack_unless_each
 from gpu_worker.models.registry import register
 from gpu_worker.models.smollm3 import rope_flags
 
@@ -21,7 +22,7 @@ LLAMA4_NAMES: NameRules = LLAMA_NAMES | {
     "layers.{i}.mlp.down": {"": f"{_FEED}.down_proj"},
     "layers.{i}.mlp.router": {"": f"{_FEED}.router"},
     "layers.{i}.mlp.experts": {"": f"{_FEED}.experts"},
-    # Of quantized releases.
+    # Of quantized releases, and GGUF files.
     "layers.{i}.mlp.experts.{e}.gate_up": {
         "gate": f"{_FEED}.experts.{{e}}.gate_proj",
         "up": f"{_FEED}.experts.{{e}}.up_proj",
@@ -63,7 +64,7 @@ class Llama4(ModelFamily):
                 intermediate_size=inner,
                 scoring="sigmoid",
                 scales_inputs=True,
-                storage="each" if config.is_quantized() else "transposed",
+                storage="each" if stack_unless_each(config) == "each" else "transposed",
                 activation=config.text("hidden_act", "silu"),
                 shared_intermediate_size=inner,
             ),
@@ -92,7 +93,8 @@ def _layers(config: HfConfig) -> tuple[LayerSpec, ...]:
 
 
 def _query_scaling(config: HfConfig) -> QueryScaling | None:
-    if not config.boolean("attn_temperature_tuning", True):
+    # A number in the first releases.
+    if not config.fields.get("attn_temperature_tuning", True):
         return None
     return QueryScaling(
         config.number("attn_scale", 0.1), config.integer("floor_scale", 8192), first=1, unrotated_only=True

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import structlog
 import torch
@@ -54,7 +54,7 @@ def _find_family(config: HfConfig) -> tuple[str, type[ModelFamily]]:
         # Not every tool writes them; what makes one model of a `model_type` is known then.
         architectures = [name for name in (causal_class(config.fields.get("model_type")),) if name]
     try:
-        return find_family(architectures)
+        return find_family([*architectures, *_otherwise_called(architectures, config.fields.get("model_type"))])
     except ModelConfigError:
         if not config.fields.get("auto_map"):
             raise
@@ -63,6 +63,13 @@ def _find_family(config: HfConfig) -> tuple[str, type[ModelFamily]]:
             f"asks to run the repository's own code for {', '.join(config.architectures()) or 'its architecture'}, "
             f"which is never done; architectures that need none: {', '.join(known_architectures())}",
         ) from None
+
+
+def _otherwise_called(architectures: list[str], kind: Any) -> list[str]:
+    """transformers' class for what a repository's own code calls after the same `model_type` (Phi-3.5-MoE, MPT)."""
+    known = causal_class(kind)
+    own = f"{kind}forcausallm".replace("_", "")
+    return [known] if known is not None and any(name.lower() == own for name in architectures) else []
 
 
 def check_weights(model: ModelFamily, path: Path) -> None:
@@ -86,6 +93,7 @@ def load_weights(model: ModelFamily, path: Path) -> None:
     """
     if isinstance(model, LoadsItself):
         model.load_checkpoint(path)
+        return_freed_memory()
         return
     with matched_checkpoint(model, path) as matched:
         left = matched.count_by_layer()

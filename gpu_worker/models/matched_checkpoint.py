@@ -26,12 +26,14 @@ from gpu_worker.models.checkpoint_names import checkpoint_modules
 from gpu_worker.models.checkpoint_places import Place, checkpoint_places, whole_shape
 from gpu_worker.models.family import LoadsItself, ModelFamily
 from gpu_worker.models.hf_config import HfConfig
+from gpu_worker.models.served_config import PREDICTS_AHEAD
 from gpu_worker.quant.bitsandbytes import METHOD as BITSANDBYTES
 from gpu_worker.quant.formats import WeightFormat
 from gpu_worker.quant.scheme import StoredModules, module_format, read_quantization
 
 log = structlog.get_logger(__name__)
 
+_AHEAD = re.compile(PREDICTS_AHEAD)
 _OTHER_MODEL = "config.json and the weights are not of the same model"
 
 
@@ -46,7 +48,8 @@ class _ServedTensors:
         self.stored_names = {
             name: info.name
             for info in source.names()
-            if not skipped.match(info.name) and not unused.match(name := family.canonical_name(info.name))
+            if not (skipped.match(info.name) or _AHEAD.match(info.name))
+            and not unused.match(name := family.canonical_name(info.name))
         }
         if spec.tie_word_embeddings and spec.has_output_head:
             self._find_the_shared_table(*_shared_modules(family))
@@ -87,15 +90,21 @@ def _shared_modules(family: type[ModelFamily]) -> tuple[str, str]:
 def spec_as_stored(spec: ModelSpec, family: type[ModelFamily], path: Path) -> ModelSpec:
     """`spec`, not tied where the checkpoint at `path` has a head of its own: it is served, as transformers 5 does.
 
+    Tied, where it has none and the config says nothing of it: classes' defaults are not the same in all versions.
+
     Raises:
         CheckpointError: the checkpoint is damaged.
     """
-    if not (spec.tie_word_embeddings and spec.has_output_head) or issubclass(family, LoadsItself):
+    if not spec.has_output_head or issubclass(family, LoadsItself):
         return spec
     checkpoint = open_checkpoint(path)
     try:
         table, head = _shared_modules(family)
-        if not has_own_head(_ServedTensors(checkpoint, family, spec), head, table):
+        served = _ServedTensors(checkpoint, family, spec)
+        if not spec.tie_word_embeddings:
+            is_stored = any(name.startswith(f"{head}.") for name in served.stored_names)
+            return spec if is_stored or _says_what_is_tied(path) else replace(spec, tie_word_embeddings=True)
+        if not has_own_head(served, head, table):
             return spec
     finally:
         checkpoint.close()
@@ -105,6 +114,14 @@ def spec_as_stored(spec: ModelSpec, family: type[ModelFamily], path: Path) -> Mo
         head=head,
     )
     return replace(spec, tie_word_embeddings=False)
+
+
+def _says_what_is_tied(path: Path) -> bool:
+    if not (path / "config.json").exists():
+        return True
+    fields = HfConfig.open(path).fields
+    parts = (fields, fields.get("text_config"), fields.get("thinker_config"))
+    return any(isinstance(part, dict) and part.get("tie_word_embeddings") is not None for part in parts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,6 @@ from gpu_worker.models.registry import register
 @register("MiniMaxM2ForCausalLM")
 class MiniMaxM2(ModelFamily):
     name_rules = QWEN3_NAMES | MIXTRAL_NAMES
-    # What predicts further tokens ahead.
-    skipped_tensors = r"model\.mtp_|mtp\."
 
     @classmethod
     def canonical_name(cls, name: str) -> str:
@@ -35,7 +33,10 @@ class MiniMaxM2(ModelFamily):
         config = HfConfig(fields, config.file)
         return config.decoder(
             architecture,
-            tuple(replace(layer, is_moe=True) for layer in config.layers(config.rope(head_dim, 5_000_000.0), None)),
+            tuple(
+                replace(layer, is_moe=True)
+                for layer in config.layers(config.rope(head_dim, 5_000_000.0, rotates_partly=True), None)
+            ),
             max_position_embeddings=config.integer("max_position_embeddings", 196_608),
             qk_norm="projection",
             moe=MoeSpec(

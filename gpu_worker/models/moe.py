@@ -112,6 +112,11 @@ def expert_storage(config: HfConfig) -> Literal["each", "stacked"]:
     return "stacked" if config.boolean("joins_experts", False) and not config.is_quantized() else "each"
 
 
+def stack_unless_each(config: HfConfig) -> Literal["each", "stacked"]:
+    """For families that have all experts of a layer in one tensor; GGUF files, and quantized ones, have each alone."""
+    return "each" if config.is_quantized() or config.text("expert_storage", "") == "each" else "stacked"
+
+
 def with_experts(config: HfConfig, layers: tuple[LayerSpec, ...]) -> tuple[LayerSpec, ...]:
     """Every `decoder_sparse_step`-th layer, but for those listed as dense."""
     dense = config.fields.get("mlp_only_layers") or []

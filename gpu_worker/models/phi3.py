@@ -24,7 +24,9 @@ class Phi3(ModelFamily):
         config = HfConfig(fields, config.file)
         return config.decoder(
             architecture,
-            config.layers(config.rope(config.heads()[2]), config.optional_integer("sliding_window")),
+            config.layers(
+                config.rope(config.heads()[2], rotates_partly=True), config.optional_integer("sliding_window")
+            ),
             norm_eps=config.number("rms_norm_eps", 1e-5),
             max_position_embeddings=config.integer("max_position_embeddings", 4096),
         )

@@ -19,6 +19,8 @@ HOLD_A_MODEL = (
 LANGUAGE_MODEL = r"^(thinker\.)?(model\.language_model|model\.text_model|language_model\.model)\."
 LANGUAGE_HEAD = r"^(thinker\.|language_model\.|model\.)lm_head\."
 """How the tensors of a language model are called in a checkpoint that holds other models too."""
+PREDICTS_AHEAD = r"^((model|language_model)\.)*mtp(_\w+)?\."
+"""Tensors of what predicts a second token ahead, where it does not come as layers behind the last."""
 
 
 def is_known(architecture: str) -> bool:

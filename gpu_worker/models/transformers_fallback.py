@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,11 +40,18 @@ from gpu_worker.models.fallback_probe import (
 )
 from gpu_worker.models.family import LoadsItself, ModelFamily, NameRules
 from gpu_worker.models.hf_config import HfConfig
-from gpu_worker.models.plain_state import plain_state
+from gpu_worker.models.plain_state import UnreadTensor, one_after_another, plain_state
 from gpu_worker.models.refusals import first_line, unserved
 from gpu_worker.models.row_caches import RowCaches
 from gpu_worker.models.row_states import RowStates
-from gpu_worker.models.served_config import LANGUAGE_HEAD, LANGUAGE_MODEL, ServedConfig, auto_class, model_class
+from gpu_worker.models.served_config import (
+    LANGUAGE_HEAD,
+    LANGUAGE_MODEL,
+    PREDICTS_AHEAD,
+    ServedConfig,
+    auto_class,
+    model_class,
+)
 from gpu_worker.models.settled_rope import settle_rope
 from gpu_worker.models.state_adapters import adapt_states
 from gpu_worker.quant.api import RandomValues
@@ -59,7 +67,7 @@ _RECURRENT_CONTEXT = 1 << 17
 _NO_ATTENTION = AttentionCall("", 1, 1, 1, 1, 1.0, window=None, softcap=None, has_sinks=False)
 # Positions in two digits, each of which any dtype holds exactly.
 _POSITION_DIGIT = 256
-_OTHER_PARTS = re.compile(r"vision|visual|image|audio|projector|connector|merger|talker|token2wav|code2wav")
+_OTHER_PARTS = r"vision|visual|image|audio|projector|connector|merger|talker|token2wav|code2wav"
 
 
 class TransformersModel(ModelFamily, LoadsItself):
@@ -129,12 +137,16 @@ class TransformersModel(ModelFamily, LoadsItself):
         SafetensorsReader(path).close()
 
     def load_checkpoint(self, path: Path) -> None:
-        state = plain_state(path, self.dtype)
-        if state is not None:
-            log.warning(
-                "quantized weights are dequantized for transformers' own code: they take the memory of plain ones",
-                architecture=self.spec.architecture,
-            )
+        with plain_state(path, self.dtype) as state, one_after_another():
+            if state is not None:
+                log.warning(
+                    "quantized weights are dequantized for transformers' own code: they take the memory of plain ones",
+                    architecture=self.spec.architecture,
+                )
+            self._load(path, state)
+
+    def _load(self, path: Path, state: dict[str, UnreadTensor] | None) -> None:
+        """`state`: plain tensors in place of packed ones; None: the checkpoint's own."""
         served = ServedConfig.of(path, self.spec.architecture)
         found = probe_layers(served.config, served.architecture, self.spec.dtype)
         try:
@@ -145,6 +157,8 @@ class TransformersModel(ModelFamily, LoadsItself):
                 state_dict=state,
                 config=served.config,
                 dtype=self.dtype,
+                # Tensor after tensor to where it stays, and not all of them to the host first.
+                device_map={"": self.device} if find_spec("accelerate") else None,
                 attn_implementation=_attention(found, served.architecture),
                 experts_implementation=EXPERTS,
                 trust_remote_code=False,
@@ -155,8 +169,10 @@ class TransformersModel(ModelFamily, LoadsItself):
             )
         except (RuntimeError, ValueError, OSError) as error:
             raise CheckpointError(path, f"transformers cannot load it ({first_line(error)})") from error
-        if served.is_part:
-            report["unexpected_keys"] = [name for name in report["unexpected_keys"] if not _OTHER_PARTS.search(name)]
+        left_out = [PREDICTS_AHEAD, _beyond(served.config), *([_OTHER_PARTS] if served.is_part else [])]
+        report["unexpected_keys"] = [
+            name for name in report["unexpected_keys"] if not any(re.search(pattern, name) for pattern in left_out)
+        ]
         _check_report(path, report)
         self._adopt(model.to(self.device), found)
 
@@ -335,6 +351,14 @@ def _context(found: ModelLayers, config: Any) -> int:
 def _attention(found: ModelLayers, architecture: str) -> str | None:
     """What transformers is to build its attention with; None: what it takes by itself."""
     return attention_implementation(architecture) if found.row_cache is None else None
+
+
+def _beyond(config: Any) -> str:
+    """A pattern of the layers behind the last one, by which some releases predict a second token ahead."""
+    text = config.get_text_config()
+    ahead = getattr(text, "num_nextn_predict_layers", None) or 0
+    numbers = "|".join(str(text.num_hidden_layers + number) for number in range(ahead))
+    return rf"^model\.layers\.({numbers})\." if ahead else r"(?!)"
 
 
 def _widest(config: Any) -> int:

@@ -74,6 +74,40 @@ _DEEPSEEK_V3 = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_NEWLINES_AND_SPACES}",
 )
+# Runs of Han stand alone. Moonshot's own pattern, of which llama.cpp has an approximation.
+_NOT_HAN = r"&&[^\p{Han}]"
+_UPPER, _LOWER = (
+    rf"[\p{{Lu}}\p{{Lt}}\p{{Lm}}\p{{Lo}}\p{{M}}{_NOT_HAN}]",
+    rf"[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}{_NOT_HAN}]",
+)
+_KIMI = (
+    rf"[\p{{Han}}]+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTIONS}?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
+    rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_NEWLINES_AND_SPACES}"
+)
+# Digits in threes, counted from the last.
+_TINY_AYA = (r"\d{1,3}(?=(?:\d{3})*\b)", _GPT4O)
+_SUPERBPE = (r"\p{N}+", r"(?=(\d{3})+(?!\d))")
+_YOUTU = (
+    r"[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|[一-龥぀-ゟ゠-ヿ]+",
+    _GPT4O.replace(r"\p{N}{1,3}", r"\p{N}"),
+)
+_BAILING = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+_EXAONE_MOE = (
+    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?(?:\p{{L}}\p{{M}}*(?: \p{{L}}\p{{M}}*)*)+|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+_MINICPM5 = (
+    r"\p{N}{1,3}",
+    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_NEWLINES_AND_SPACES}",
+)
+# Spaces by powers of 2.
+_JAIS2 = (
+    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|"
+    + "|".join(rf"\s{{{count}}}(?!\S)" for count in (512, 256, 128, 64, 32, 16, 8, 4, "1,2"))
+    + r"|\s"
+)
+_PORO = r" ?[^(\s|.,!?…。，、।۔،)]+"
 
 _SPLIT_GPT2 = ByteLevelSplit((_GPT2,))
 _SPLIT_DIGITS_GPT2 = ByteLevelSplit((r"\p{N}", _GPT2))
@@ -109,20 +143,31 @@ BYTE_LEVEL_SPLITS: Mapping[str, ByteLevelSplit] = {
     ),
     "command-r": ByteLevelSplit(_SPLIT_DIGITS_GPT2.patterns, nfc=True),
     **dict.fromkeys(
-        ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+        ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"),
         _SPLIT_LLAMA3_WHOLE_WORDS,
     ),
     **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe", "glm4"), _SPLIT_LLAMA3),
-    "qwen2": ByteLevelSplit((_QWEN2,), nfc=True),
+    **dict.fromkeys(("qwen2", "f2llmv2"), ByteLevelSplit((_QWEN2,), nfc=True)),
     "qwen35": ByteLevelSplit((_QWEN35,), nfc=True),
     **dict.fromkeys(
         ("deepseek-r1-qwen", "megrez", "kormo", "stablelm2", "hunyuan", "solar-open", "grok-2"), _SPLIT_QWEN2
     ),
     "deepseek-llm": ByteLevelSplit(_DEEPSEEK_LLM),
     "deepseek-coder": ByteLevelSplit(_DEEPSEEK_CODER),
-    **dict.fromkeys(("deepseek-v3", "hunyuan-dense", "joyai-llm"), ByteLevelSplit(_DEEPSEEK_V3)),
+    **dict.fromkeys(("deepseek-v3", "hunyuan-dense", "joyai-llm", "hy_v4"), ByteLevelSplit(_DEEPSEEK_V3)),
     "falcon": ByteLevelSplit((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]")),
     "tekken": ByteLevelSplit((_TEKKEN,), whole_words=True, add_bos=True),
-    **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "minimax-m2"), _SPLIT_GPT4O),
+    **dict.fromkeys(("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"), _SPLIT_GPT4O),
     "seed-coder": ByteLevelSplit((_SEED_CODER,)),
+    "kimi-k2": ByteLevelSplit((_KIMI,)),
+    **dict.fromkeys(("tiny_aya", "cohere2moe"), ByteLevelSplit(_TINY_AYA, nfc=True)),
+    "youtu": ByteLevelSplit(_YOUTU, whole_words=True),
+    "superbpe": ByteLevelSplit(_SUPERBPE),
+    **dict.fromkeys(("bailingmoe", "bailingmoe2", "llada-moe"), ByteLevelSplit((_BAILING,))),
+    "exaone-moe": ByteLevelSplit((_EXAONE_MOE,)),
+    "minicpm5": ByteLevelSplit(_MINICPM5, whole_words=True),
+    "jais-2": ByteLevelSplit((_JAIS2,)),
+    "laguna": ByteLevelSplit((r"[^\n]+|\n+", _QWEN2)),
+    **dict.fromkeys(("poro-chat", "bloom", "gpt3-finnish"), ByteLevelSplit((_PORO,))),
+    "viking": ByteLevelSplit((_PORO, r"\p{N}")),
 }

@@ -17,6 +17,8 @@ from gpu_worker.quant.formats import WeightFormat
 from gpu_worker.quant.scaled_formats import MXFP8, ScaledFormat
 
 LINEAR, EMBEDDING = "Linear", "Embedding"
+# Queries, keys and values, which are quantized at run time or not: their scales are read wherever they are.
+_OF_ATTENTION = re.compile(r"(?i)(attention|attn)\$?$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,9 @@ class _Names:
 
 
 def read_compressed_tensors(section: ConfigSection) -> QuantConfig:
+    inner = section.fields.get("quantization_config")
+    if isinstance(inner, dict):  # as transformers 4.45 saved a config that it had read
+        section = ConfigSection(section.fields | inner, section._error)
     status = section.text("quantization_status", "compressed")
     if status not in ("compressed", "frozen"):
         raise section.refuse(f"compressed-tensors with quantization_status {status!r}")
@@ -64,10 +69,15 @@ def read_compressed_tensors(section: ConfigSection) -> QuantConfig:
         raise section.error("config_groups", "is missing or empty")
     schemes: list[tuple[_Names, WeightFormat]] = []
     for group_name, group in groups.items():
+        if isinstance(group, list):
+            raise section.refuse(f"compressed-tensors with the scheme {group_name!r} by its name alone")
         if not isinstance(group, dict):
             raise section.error(f"config_groups.{group_name}", "is no object")
         inner = ConfigSection(group, section._error)
-        names = _Names.of(section, f"config_groups.{group_name}.targets", inner.names("targets"))
+        targets = inner.names("targets")
+        if group.get("weights") is None and targets and all(_OF_ATTENTION.search(target) for target in targets):
+            continue
+        names = _Names.of(section, f"config_groups.{group_name}.targets", targets)
         schemes.append((names, _read_group(section, group, inner.text("format", whole_format) or whole_format)))
     ignored = _Names.of(section, "ignore", section.names("ignore"))
 

@@ -57,17 +57,25 @@ class ConfigSection:
         return self._error(FIELD, f"asks for {what}, which is not supported; supported are {SUPPORTED}")
 
     def integer(self, field: str, default: int | None = None) -> int:
-        value = self.fields.get(field, default)
+        """Null is as good as missing; some writers have numbers as text, or with a point."""
+        value = self.fields.get(field)
+        if value is None:
+            value = default
         if value is None:
             raise self.error(field, "is missing")
-        if not isinstance(value, int) or isinstance(value, bool):
+        if isinstance(value, str) and re.fullmatch(r"-?\d+", value):
+            return int(value)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
             raise self.error(field, f"is {value!r}, expected an integer")
-        return value
+        return int(value)
 
-    def group_size(self, default: int | None = None) -> int:
-        value = self.integer("group_size", default)
+    def group_size(self, default: int | None = None, field: str = "group_size") -> int:
+        """-1, or null: one group."""
+        if default is None and field in self.fields and self.fields[field] is None:
+            return -1
+        value = self.integer(field, default)
         if value != -1 and value <= 0:
-            raise self.error("group_size", f"is {value}, expected a number above 0, or -1 for one group")
+            raise self.error(field, f"is {value}, expected a number above 0, or -1 for one group")
         return value
 
     def boolean(self, field: str, default: bool) -> bool:
@@ -128,9 +136,10 @@ def read_gptq(section: ConfigSection) -> QuantConfig:
     rules: list[tuple[re.Pattern[str], GptqFormat | None]] = []
     for pattern, changes in overrides.items():
         expression = _compiled(section, "dynamic", pattern.removeprefix("-:").removeprefix("+:"))
-        if pattern.startswith("-:"):
+        if pattern.startswith("-:") or changes is False:
             rules.append((expression, None))
             continue
+        changes = {} if changes in (None, True) else changes
         if not isinstance(changes, dict):
             raise section.error("dynamic", f"has {changes!r:.60} for {pattern!r}, expected an object")
         inner = ConfigSection(changes, section._error)
@@ -155,10 +164,10 @@ def read_awq(section: ConfigSection) -> QuantConfig:
     order = section.text("pack_method", "reorder")  # Quark's name for AutoAWQ's order of nibbles
     if order != "reorder":
         raise section.refuse(f"awq with pack_method {order!r}")
-    bits = section.integer("bits", section.fields.get("w_bit"))
+    bits = section.integer("bits" if section.fields.get("bits") is not None else "w_bit")
     if bits != 4:
         raise section.refuse(f"awq with {bits} bits")
-    group_size = section.group_size(section.fields.get("q_group_size"))
+    group_size = section.group_size(field="group_size" if "group_size" in section.fields else "q_group_size")
     has_zeros = section.boolean("zero_point", not section.boolean("sym", False))
     stored = AwqFormat(group_size, has_zeros)
     left_out = [*section.names("modules_to_not_convert"), "lm_head"]
@@ -173,7 +182,7 @@ def read_awq(section: ConfigSection) -> QuantConfig:
 def read_fp8(section: ConfigSection, stored_names: Collection[str]) -> QuantConfig:
     """The three dialects that share the name: blocks, AutoFP8's and Hugging Face's per-tensor scales."""
     fmt = section.text("fmt", "e4m3")
-    if fmt not in ("e4m3", "float8_e4m3fn"):
+    if fmt not in ("e4m3", "float8_e4m3", "float8_e4m3fn"):
         raise section.refuse(f"fp8 with fmt {fmt!r}")
     if "weight_scale_semantics" in section.fields:
         raise section.refuse(f"fp8 with weight_scale_semantics {section.fields['weight_scale_semantics']!r}")

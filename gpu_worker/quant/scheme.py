@@ -103,12 +103,13 @@ def quantization_fields(config: HfConfig) -> Any:
     for name, method in OWN_FILES.items():
         file = Path(config.file).parent / name
         if Path(config.file).name == "config.json" and file.is_file():
-            return {"quant_method": method} | HfConfig.read(file).fields
+            fields = HfConfig.read(file).fields
+            return fields | {"quant_method": fields.get("quant_method") or method}
     return None
 
 
 def _method(fields: dict[str, Any]) -> Any:
-    """`quant_method`, or what the other fields say where it is missing."""
+    """`quant_method`, or what the other fields say where it is missing: its first writers left it out."""
     if fields.get("quant_method") is not None:
         name = fields["quant_method"]
         return name.lower().replace("compressed_tensors", "compressed-tensors") if isinstance(name, str) else name
@@ -118,6 +119,10 @@ def _method(fields: dict[str, Any]) -> Any:
         return "modelopt"
     if fields.get("config_groups"):
         return "compressed-tensors"
+    if "zero_point" in fields or "version" in fields:
+        return "awq"
+    if "desc_act" in fields or "damp_percent" in fields:
+        return "gptq"
     return MLX if {"bits", "group_size"} <= fields.keys() else None
 
 

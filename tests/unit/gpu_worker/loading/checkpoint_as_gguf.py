@@ -15,7 +15,7 @@ import torch
 from tests.unit.gpu_worker.loading.synthetic_gguf import minimal_tokenizer, write_metadata
 
 # conversion/llama.py of llama.cpp and the classes made from it: their q and k rows are interleaved for rope.
-INTERLEAVED = ("llama", "mistral3", "smollm3", "granite")
+INTERLEAVED = ("llama", "mistral3", "smollm3", "granite", "granitemoe")
 
 
 def write_checkpoint(
@@ -78,11 +78,17 @@ def _as_converted(state: Mapping[str, torch.Tensor], config: Any, is_latent: boo
     tensors: dict[str, torch.Tensor] = {}
     for name, values in state.items():
         base, _, last = name.rpartition(".")
+        if config.model_type == "llama4_text" and base.endswith(".experts"):
+            values = values.transpose(1, 2)  # its release has inputs first
+        if base.endswith(".experts"):  # the converter merges experts under Qwen's names
+            base = base.replace(".block_sparse_moe.", ".mlp.")
         if last == "gate_up_proj":
             half = values.shape[1] // 2
             tensors |= {f"{base}.gate_proj.weight": values[:, :half], f"{base}.up_proj.weight": values[:, half:]}
         elif base.endswith(".experts"):
-            tensors[f"{name}.weight"] = values
+            tensors[f"{base}.{last}.weight"] = values
+        elif base.endswith(".block_sparse_moe.router"):
+            tensors[f"{base}.layer.weight"] = values
         elif last == "e_score_correction_bias":
             # ERNIE's and MiniMax's have other names in their releases, which the package knows.
             parent = re.sub(r"\.mlp$", ".block_sparse_moe", base.replace("gate.moe_statics", "moe_statics"))

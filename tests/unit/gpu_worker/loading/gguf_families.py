@@ -94,6 +94,8 @@ class Family:
     keys: Mapping[str, Any]
     blocks: tuple[str, ...] = field(default=("up_proj.weight", "down_proj.weight"))
     """Ends of names that one of the tests stores quantized, beside those of every family."""
+    transformers_reads_it: bool = True
+    """What a file is converted to; not where its experts are each by itself, which the release has in one tensor."""
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -378,5 +380,114 @@ FAMILIES: Mapping[str, Family] = {
             "attention.key_length": 64,
             "attention.q_lora_rank": 64,
         },
+    ),
+    "youtu": Family(
+        "deepseek2",
+        transformers.DeepseekV3Config,
+        {**LATENT, "q_lora_rank": 64, "first_k_dense_replace": 4, "rope_parameters": PLAIN},
+        {
+            **{name: value for name, value in LATENT_KEYS.items() if not name.startswith(("expert", "leading"))},
+            "attention.q_lora_rank": 64,
+            "expert_shared_count": 0,
+            "leading_dense_block_count": 4,
+        },
+        LATENT_PARTS,
+    ),
+    "mistral-large-3": Family(
+        "deepseek2",
+        transformers.Mistral4Config,
+        {
+            **LATENT,
+            "q_lora_rank": 64,
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": True,
+            "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
+        },
+        {
+            **LATENT_KEYS,
+            **YARN_KEYS,
+            "attention.q_lora_rank": 64,
+            "attention.temperature_scale": 0.1,
+            "attention.temperature_length": 16,
+            "expert_gating_func": 1,
+            "expert_weights_norm": True,
+            "rope.scaling.yarn_log_multiplier": 0.1,
+        },
+        LATENT_PARTS,
+        transformers_reads_it=False,
+    ),
+    "mistral-small-4": Family(
+        "mistral4",
+        transformers.Mistral4Config,
+        {
+            **LATENT,
+            "q_lora_rank": 64,
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": True,
+            "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1},
+        },
+        {
+            **LATENT_KEYS,
+            **YARN_KEYS,
+            "attention.q_lora_rank": 64,
+            "attention.temperature_scale": 0.1,
+            "expert_weights_norm": True,
+            "rope.scaling.yarn_log_multiplier": 0.1,
+        },
+        LATENT_PARTS,
+        transformers_reads_it=False,
+    ),
+    "llama4": Family(
+        "llama4",
+        transformers.Llama4TextConfig,
+        {
+            "rope_parameters": LLAMA3,
+            "rms_norm_eps": 1e-5,
+            "head_dim": HEAD_DIM,
+            "intermediate_size": 64,
+            "intermediate_size_mlp": 128,
+            "num_local_experts": 8,
+            "interleave_moe_layer_step": 2,
+            "attn_temperature_tuning": True,
+        },
+        RMS
+        | ROTATED
+        | {
+            "feed_forward_length": 128,
+            "expert_feed_forward_length": 64,
+            "expert_count": 8,
+            "expert_used_count": 1,
+            "interleave_moe_layer_step": 2,
+            "vocab_size": 40,
+        },
+        transformers_reads_it=False,
+    ),
+    "granitemoe": Family(
+        "granitemoe",
+        transformers.GraniteMoeConfig,
+        {
+            "rope_parameters": PLAIN,
+            "rms_norm_eps": 1e-5,
+            "attention_multiplier": 0.1,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.25,
+            "logits_scaling": 5.0,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        RMS
+        | ROTATED
+        | {
+            "attention.scale": 0.1,
+            "embedding_scale": 3.0,
+            "residual_scale": 0.25,
+            "logit_scale": 5.0,
+            "expert_count": 8,
+            "expert_used_count": 2,
+            "vocab_size": 40,
+        },
+        transformers_reads_it=False,
     ),
 }

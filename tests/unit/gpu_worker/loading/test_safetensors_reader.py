@@ -142,13 +142,28 @@ def test_an_index_that_does_not_fit_its_shards(tmp_path: Path) -> None:
         return _refusal(tmp_path)
 
     assert f"{SHARDS[0]}: tensor 'ghost': {INDEX_NAME} says" in with_map(ghost=SHARDS[0])
-    assert f"it is in {SHARDS[1]}" in with_map(scale=SHARDS[0])
     assert "tensor 'scale': its file name '../secret.safetensors' is not" in with_map(scale="../secret.safetensors")
     assert "pytorch_model.bin: is a pickle file" in with_map(scale="pytorch_model.bin")
     (tmp_path / INDEX_NAME).write_text("{")
     assert "is not readable JSON" in _refusal(tmp_path)
     (tmp_path / INDEX_NAME).write_text("{}")
     assert "has no weight_map" in _refusal(tmp_path)
+
+
+def test_an_index_from_before_the_weights_were_changed(tmp_path: Path) -> None:
+    """Of a wrong size, for shards of which a tensor has moved, a head is tied and a weight is packed."""
+    tensors = _write_sharded(tmp_path)
+    content = json.loads((tmp_path / INDEX_NAME).read_text())
+    tensors["layer.qweight"] = torch.ones(2, dtype=torch.int32)
+    save_file({name: tensors[name] for name in (*list(tensors)[3:],)}, tmp_path / SHARDS[1])
+    content["metadata"] = {"total_size": 7}
+    content["weight_map"] |= {"scale": SHARDS[0], "lm_head.weight": SHARDS[1], "layer.weight": SHARDS[1]}
+    (tmp_path / INDEX_NAME).write_text(json.dumps(content))
+    _assert_reads(tmp_path, tensors)
+    # All of its shards are others.
+    content["weight_map"] = {name: f"model-00001-of-0000{4 + (name == 'up')}.safetensors" for name in tensors}
+    (tmp_path / INDEX_NAME).write_text(json.dumps(content))
+    _assert_reads(tmp_path, tensors)
 
 
 def test_tensors_that_the_index_leaves_out_are_listed_too(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,16 @@ def measured(*arguments: object) -> dict[str, int]:
     return memory
 
 
-HIDDEN, INNER, EXPERTS, LAYERS = 2048, 1024, 32, 4
+LAYERS = 4
+
+
+@dataclass(frozen=True)
+class Sizes:
+    hidden: int
+    inner: int
+    experts: int
+
+
 PLAIN = ["lm_head", *(f"{name}_proj" for name in "qkvo"), "mlp.gate"]
 CONFIGS: dict[str, dict[str, Any]] = {
     "fp8": {"activation_scheme": "dynamic", "weight_block_size": [128, 128], "modules_to_not_convert": PLAIN},
@@ -63,40 +73,49 @@ def _expert_tensors(method: str, n: int, k: int) -> dict[str, tuple[str, list[in
     return packed
 
 
-def _save_sparse_mixture(directory: Path, method: str) -> int:
-    """Qwen3-MoE of 0.8 billion zeros, which take no room on the disk; the file's length."""
+def _save_sparse_mixture(directory: Path, method: str, sizes: Sizes, architecture: str) -> int:
+    """A mixture of zeros, which take no room on the disk; the file's length."""
+    hidden, inner = sizes.hidden, sizes.inner
     config = {
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "hidden_size": HIDDEN,
-        "intermediate_size": INNER,
-        "moe_intermediate_size": INNER,
-        "num_experts": EXPERTS,
+        "architectures": [f"{architecture}ForCausalLM"],
+        "model_type": {"Qwen3Moe": "qwen3_moe", "Dots1": "dots1"}[architecture],
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "moe_intermediate_size": inner,
+        "num_experts": sizes.experts,
+        "n_routed_experts": sizes.experts,
+        "n_shared_experts": 1,
+        "n_group": 1,
         "num_experts_per_tok": 2,
         "num_hidden_layers": LAYERS,
         "num_attention_heads": 4,
         "num_key_value_heads": 1,
         "head_dim": 64,
         "vocab_size": 64,
+        "pad_token_id": None,
         "dtype": "bfloat16",
         "quantization_config": {"quant_method": method, **CONFIGS[method]},
     }
     (directory / "config.json").write_text(json.dumps(config))
     tensors: dict[str, tuple[str, list[int]]] = {
-        f"{name}.weight": ("BF16", [64, HIDDEN]) for name in ("model.embed_tokens", "lm_head")
+        f"{name}.weight": ("BF16", [64, hidden]) for name in ("model.embed_tokens", "lm_head")
     }
-    tensors["model.norm.weight"] = ("BF16", [HIDDEN])
+    tensors["model.norm.weight"] = ("BF16", [hidden])
+    experts = [f"experts.{number}" for number in range(sizes.experts)]
     for layer in range(LAYERS):
         at = f"model.layers.{layer}"
-        sizes = {"q_proj": [256, HIDDEN], "k_proj": [64, HIDDEN], "v_proj": [64, HIDDEN], "o_proj": [HIDDEN, 256]}
-        tensors |= {f"{at}.self_attn.{name}.weight": ("BF16", size) for name, size in sizes.items()}
+        linears = {"q_proj": [256, hidden], "k_proj": [64, hidden], "v_proj": [64, hidden], "o_proj": [hidden, 256]}
+        tensors |= {f"{at}.self_attn.{name}.weight": ("BF16", size) for name, size in linears.items()}
         tensors |= {f"{at}.self_attn.{name}_norm.weight": ("BF16", [64]) for name in "qk"}
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{at}.{norm}.weight"] = ("BF16", [HIDDEN])
-        tensors[f"{at}.mlp.gate.weight"] = ("BF16", [EXPERTS, HIDDEN])
-        for expert in range(EXPERTS):
-            for name, n, k in (("gate", INNER, HIDDEN), ("up", INNER, HIDDEN), ("down", HIDDEN, INNER)):
+            tensors[f"{at}.{norm}.weight"] = ("BF16", [hidden])
+        tensors[f"{at}.mlp.gate.weight"] = ("BF16", [sizes.experts, hidden])
+        if architecture == "Dots1":
+            tensors[f"{at}.mlp.gate.e_score_correction_bias"] = ("F32", [sizes.experts])
+        for expert in [*experts, *(["shared_experts"] if architecture == "Dots1" else [])]:
+            for name, n, k in (("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)):
                 for tensor, stored in _expert_tensors(method, n, k).items():
-                    tensors[f"{at}.mlp.experts.{expert}.{name}_proj.{tensor}"] = stored
+                    tensors[f"{at}.mlp.{expert}.{name}_proj.{tensor}"] = stored
     header: dict[str, Any] = {}
     end = 0
     for name, (dtype, shape) in tensors.items():
@@ -116,8 +135,19 @@ def _save_sparse_mixture(directory: Path, method: str) -> int:
 @pytest.mark.parametrize("method", CONFIGS)
 def test_experts_that_are_held_together_need_one_layer_more(method: str, tmp_path: Path) -> None:
     """On a GPU that layer is on the device: the host holds an expert's tensors at a time."""
-    num_bytes = _save_sparse_mixture(tmp_path, method)
+    num_bytes = _save_sparse_mixture(tmp_path, method, Sizes(2048, 1024, 32), "Qwen3Moe")
     memory = measured(tmp_path, "auto", "packed")
     assert 0.9 * num_bytes < memory["weights"] < 1.2 * num_bytes
     assert memory["peak"] <= memory["weights"] * (1 + 1 / LAYERS) + 2 * OVERHEAD
+    assert memory["after"] <= memory["weights"] + OVERHEAD
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_weights_for_transformers_are_dequantized_one_after_another(tmp_path: Path) -> None:
+    """Its own code holds a layer's experts together, of which it gets one at a time."""
+    num_bytes = _save_sparse_mixture(tmp_path, "fp8", Sizes(2048, 512, 16), "Dots1")
+    memory = measured(tmp_path, "auto")
+    assert 1.9 * num_bytes < memory["weights"] < 2.2 * num_bytes
+    # Two layers: those together, and what was freed of the ones before lies between others.
+    assert memory["peak"] <= memory["weights"] * (1 + 2 / LAYERS) + 2 * OVERHEAD
     assert memory["after"] <= memory["weights"] + OVERHEAD

@@ -77,7 +77,7 @@ def test_rope_is_what_transformers_makes_of_the_config(case: str) -> None:
     kind, fields = ROPES[case]
     config = CONFIG_MAPPING[kind].from_dict(deepcopy(SIZES | {"max_position_embeddings": 32768} | fields))
     parameters = config.rope_parameters
-    rope = HfConfig(SIZES | {"max_position_embeddings": 32768} | fields).rope(128)
+    rope = HfConfig(SIZES | {"max_position_embeddings": 32768} | fields).rope(128, rotates_partly=True)
     if parameters["rope_type"] == "default":
         size = int(128 * parameters.get("partial_rotary_factor", 1.0))
         expected, factor = parameters["rope_theta"] ** (-torch.arange(0, size, 2) / size), 1.0
@@ -92,6 +92,12 @@ def test_who_stretches_a_new_config_by_hand_keeps_its_base() -> None:
     fields = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_scaling": YARN | {"type": "yarn"}}
     rope = HfConfig(fields).rope(128)
     assert (rope.theta, rope.kind, rope.factor) == (1e6, "yarn", 4.0)
+
+
+def test_a_part_of_a_head_is_not_rotated_where_transformers_cannot_either() -> None:
+    fields = {"partial_rotary_factor": 0.5, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    with pytest.raises(ModelConfigError, match=r"partial_rotary_factor is 0\.5, and this architecture rotates whole"):
+        HfConfig(fields).rope(128)
 
 
 def test_a_rope_for_every_kind_of_layer() -> None:
@@ -169,6 +175,12 @@ def test_windows(architecture: str, fields: dict[str, Any], windows: list[int | 
     assert [layer.sliding_window for layer in spec_of(architecture, **fields).layers] == windows
 
 
+@pytest.mark.parametrize(("value", "is_scaled"), [(4, True), (True, True), (0, False), (False, False)], ids=str)
+def test_llama_4s_first_releases_have_a_number_for_whether_queries_are_scaled(value: Any, is_scaled: bool) -> None:
+    spec = spec_of("Llama4ForCausalLM", attn_temperature_tuning=value, head_dim=128)
+    assert (spec.query_scaling is not None) is is_scaled
+
+
 # As DeepSeek-V3.2 and GLM-5 have them, layers left out.
 INDEXED: dict[str, Any] = {
     "kv_lora_rank": 512,
@@ -244,6 +256,16 @@ def test_what_lies_beside_the_weights_and_among_them(tmp_path: Path) -> None:
     assert torch.equal(PagedModel(tmp_path).logits([5, 6, 7], 0), before)
 
 
+@pytest.mark.parametrize("name", ["mtp.fc", "model.mtp.layers.0.x", "model.mtp_block.0.x", "language_model.mtp.x"])
+@pytest.mark.parametrize("tiny", ["qwen3", "ernie-moe"])
+def test_what_predicts_further_tokens_is_left_out(tiny: str, name: str, tmp_path: Path) -> None:
+    save_tiny(tiny, tmp_path)
+    before = PagedModel(tmp_path).logits([5, 6, 7], 0)
+    file = tmp_path / "model.safetensors"
+    save_file(load_file(file) | {f"{name}.weight": torch.ones(2)}, file, {"format": "pt"})
+    assert torch.equal(PagedModel(tmp_path).logits([5, 6, 7], 0), before)
+
+
 @pytest.mark.parametrize(
     "architectures", [None, [], ["LLaMAForCausalLM"]], ids=["null", "empty", "in capitals of 2023"]
 )
@@ -255,6 +277,27 @@ def test_architectures_that_are_left_out_or_written_otherwise(architectures: lis
     assert torch.equal(PagedModel(tmp_path).logits([5, 6, 7], 0), before)
     (tmp_path / "config.json").write_text(json.dumps(fields | {"architectures": [], "model_type": "of_my_own"}))
     with pytest.raises(ModelConfigError, match="names nothing in architectures"):
+        read_spec(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture", "served"),
+    [
+        ("phimoe", "PhiMoEForCausalLM", "PhimoeForCausalLM"),
+        ("mpt", "MPTForCausalLM", "MptForCausalLM"),
+        ("internlm3", "InternLM3ForCausalLM", "LlamaForCausalLM"),
+    ],
+)
+def test_repositories_with_code_that_transformers_has_under_another_name(
+    kind: str, architecture: str, served: str, tmp_path: Path
+) -> None:
+    config = CONFIG_MAPPING[kind](vocab_size=64).to_dict()
+    code = {"AutoModelForCausalLM": f"modeling_{kind}.{architecture}"}
+    fields = config | {"architectures": [architecture], "auto_map": code, "pad_token_id": None}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert read_spec(tmp_path)[0].architecture == served
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"architectures": ["MyOwnForCausalLM"]}))
+    with pytest.raises(ModelConfigError, match="own code for MyOwnForCausalLM, which is never done"):
         read_spec(tmp_path)
 
 

@@ -55,6 +55,20 @@ def test_a_head_with_other_values_is_served_as_transformers_does(name: str, tmp_
     assert "stores another one: that is served" in line["event"] and line["head"] == "lm_head"
 
 
+def test_a_config_that_says_nothing_of_a_head_that_is_not_stored(tmp_path: Path) -> None:
+    """Of transformers' classes some tie by default, and not in every version."""
+    save_tied("qwen2", tmp_path)
+    expected = PagedModel(tmp_path).logits([5, 6, 7], 0)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    del fields["tie_word_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    model = PagedModel(tmp_path)
+    assert is_tied(model) and torch.equal(model.logits([5, 6, 7], 0), expected)
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"tie_word_embeddings": False}))
+    with pytest.raises(CheckpointError, match=r"lacks 1 tensor that the model needs: lm_head\.weight"):
+        PagedModel(tmp_path)
+
+
 def test_one_value_makes_another_head(tmp_path: Path) -> None:
     table = save_tied("qwen2", tmp_path)
     head = table.clone()

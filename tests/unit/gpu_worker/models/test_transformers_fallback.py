@@ -23,7 +23,6 @@ from transformers.models.gpt2 import GPT2Config
 from transformers.models.gpt_neo import GPTNeoConfig
 from transformers.models.gpt_neox import GPTNeoXConfig
 from transformers.models.gptj import GPTJConfig
-from transformers.models.granitemoe import GraniteMoeConfig
 from transformers.models.hunyuan_v1_dense import HunYuanDenseV1Config
 from transformers.models.longcat_flash import LongcatFlashConfig
 from transformers.models.modernbert_decoder import ModernBertDecoderConfig
@@ -125,7 +124,6 @@ CARRIED = {
             "expert_ffn_hidden_size": 40,
         },
     ),
-    "granite-moe": Tiny(GraniteMoeConfig, {"num_local_experts": 5, "num_experts_per_tok": 2}),
     "olmo": Tiny(OlmoConfig, {"clip_qkv": 1.5}),
     "nemotron": Tiny(NemotronConfig, {"hidden_size": 72}),
     # Alternating windows, soft caps on scores and on logits.
@@ -333,6 +331,28 @@ def test_quantized_weights_are_dequantized_while_they_are_loaded(case: str, tmp_
     expected = PagedModel(tmp_path / "plain").logits(list(range(3, 43)), 0)
     assert expected.std() > 0.01
     assert torch.equal(PagedModel(tmp_path / "packed").logits(list(range(3, 43)), 0), expected)
+
+
+DOTS1 = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
+    save_model(Tiny(Dots1Config, DOTS1), tmp_path)
+    before = PagedModel(tmp_path).logits([5, 6, 7], 0)
+    tensors = load_file(tmp_path / "model.safetensors")
+    ahead = {"model.layers.3.eh_proj.weight": torch.ones(2), "mtp.fc.weight": torch.ones(2)}
+    save_file(tensors | ahead, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"no place for: model\.layers\.3\.eh_proj\.weight;"):
+        PagedModel(tmp_path)
+    _edit(tmp_path, num_nextn_predict_layers=1)
+    assert torch.equal(PagedModel(tmp_path).logits([5, 6, 7], 0), before)
 
 
 def test_plain_weights_are_not_quantized_while_they_are_loaded(tmp_path: Path) -> None:

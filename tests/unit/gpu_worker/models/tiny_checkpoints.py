@@ -28,7 +28,9 @@ from transformers.models.glm4_moe_lite import Glm4MoeLiteConfig
 from transformers.models.glm_moe_dsa import GlmMoeDsaConfig
 from transformers.models.gpt_oss import GptOssConfig
 from transformers.models.granite import GraniteConfig
+from transformers.models.granitemoe import GraniteMoeConfig
 from transformers.models.granitemoehybrid import GraniteMoeHybridConfig
+from transformers.models.granitemoeshared import GraniteMoeSharedConfig
 from transformers.models.llama import LlamaConfig
 from transformers.models.llama4 import Llama4TextConfig
 from transformers.models.minimax_m2 import MiniMaxM2Config
@@ -176,6 +178,8 @@ TINY: dict[str, Tiny] = {
     "llama3-rope-v4-config": Tiny(LlamaConfig, LLAMA3, rewrite_as_v4=True),
     "llama-linear-rope": Tiny(LlamaConfig, rope(rope_type="linear", factor=2.5)),
     "llama-yarn-rope": Tiny(LlamaConfig, YARN),
+    # The class rotates whole heads all the same.
+    "llama-partial-rope": Tiny(LlamaConfig, rope(rope_type="default", partial_rotary_factor=0.5)),
     "llama-gelu-mha": Tiny(LlamaConfig, {"hidden_act": "gelu_pytorch_tanh", "num_key_value_heads": 6}),
     "mistral-window": Tiny(MistralConfig, {"sliding_window": 11, "head_dim": 16}),
     "mistral-full": Tiny(MistralConfig, {"sliding_window": None, "head_dim": 16}),
@@ -250,6 +254,11 @@ TINY: dict[str, Tiny] = {
     "granite": Tiny(GraniteConfig, GRANITE),
     "granite4-dense": Tiny(GraniteMoeHybridConfig, GRANITE_HYBRID | {"position_embedding_type": "rope"}),
     "granite4-dense-nope": Tiny(GraniteMoeHybridConfig, GRANITE_HYBRID | {"tie_word_embeddings": True}),
+    "granite-moe": Tiny(GraniteMoeConfig, GRANITE | {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "granite-moe-shared": Tiny(
+        GraniteMoeSharedConfig,
+        GRANITE | {"num_local_experts": 6, "num_experts_per_tok": 3, "shared_intermediate_size": 50},
+    ),
     "cohere": Tiny(CohereConfig, {"logit_scale": 0.6, "layer_norm_eps": 1e-4}),
     "cohere-plus": Tiny(CohereConfig, {"use_qk_norm": True, "tie_word_embeddings": False, "logit_scale": 0.8}),
     "cohere2": Tiny(Cohere2Config, {"num_hidden_layers": 5, "sliding_window": 11, "logit_scale": 0.6}),

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import regex
 import sentencepiece
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from gpu_worker.loading.gguf_file import GgufFile
 from gpu_worker.loading.tensor_source import CheckpointError
@@ -90,6 +91,30 @@ def test_digits_are_cut_off_as_transformers_cohere_tokenizer_cuts_them(
         if name != "command-r" and unicodedata.normalize("NFC", text) != text:
             continue
         assert _ids(ours, text) == _ids(reference.backend_tokenizer, text), text
+
+
+def test_text_is_cut_as_moonshot_publishes_it_for_kimi() -> None:
+    """`pat_str` of Kimi K2's tokenization_kimi.py, by another engine; llama.cpp does not cut before capitals."""
+    upper = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+    lower = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+    ends = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    published = "|".join(
+        [
+            r"[\p{Han}]+",
+            rf"[^\r\n\p{{L}}\p{{N}}]?{upper}*{lower}+{ends}",
+            rf"[^\r\n\p{{L}}\p{{N}}]?{upper}+{lower}*{ends}",
+            r"\p{N}{1,3}",
+            r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+            r"\s*[\r\n]+",
+            r"\s+(?!\S)",
+            r"\s+",
+        ]
+    )
+    (ours,) = BYTE_LEVEL_SPLITS["kimi-k2"].patterns
+    cut = pre_tokenizers.Split(Regex(ours), behavior="isolated")
+    for text in [*GOLDEN["texts"], "getUserName iPhone 漢字Name IT'S 汉A字b"]:
+        pieces = [piece for piece, _ in cut.pre_tokenize_str(text)]
+        assert pieces == regex.findall(published, text, flags=regex.V1), text
 
 
 def test_digits_are_single_tokens(smollm2: GgufTokenizer) -> None:

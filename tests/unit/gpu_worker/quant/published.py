@@ -93,7 +93,7 @@ def awq(group_size: int = 32) -> Packer:
     order = (0, 2, 4, 6, 1, 3, 5, 7)
 
     def packed(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
-        codes, zeros, scales = codes_of(weight, 4, group_size)
+        codes, zeros, scales = codes_of(weight, 4, weight.shape[1] if group_size == -1 else group_size)
         tensors = {
             "qweight": words(codes.T, 4, order),
             "qzeros": words(zeros.T, 4, order),

@@ -206,6 +206,8 @@ def test_ignored_layers_stay_plain(tmp_path: Path) -> None:
 def test_scales_of_the_kv_cache_come_along(names: tuple[str, ...], tmp_path: Path) -> None:
     scales = [torch.tensor([0.25]), torch.tensor(0.5)]
     changes = {f"model.layers.0.self_attn.{name}": scale for name, scale in zip(names, scales, strict=False)}
+    for zero in ("k_zero_point", "v_proj.v_zero_point", "q_zero_point"):
+        changes[f"model.layers.0.self_attn.{zero}"] = torch.zeros(1, dtype=torch.int8)
     for unused in ("q_scale", "q_proj.output_scale", "prob_scale"):
         changes[f"model.layers.0.self_attn.{unused}"] = torch.ones(1)
     model = QuantizedModel(edited("fp8-block", tmp_path, **changes)).model
@@ -218,6 +220,12 @@ def test_scales_of_the_kv_cache_come_along(names: tuple[str, ...], tmp_path: Pat
 def test_a_scale_of_the_kv_cache_that_is_no_positive_number_is_refused(value: torch.Tensor, tmp_path: Path) -> None:
     directory = edited("fp8-block", tmp_path, **{"model.layers.0.self_attn.k_scale": value})
     with pytest.raises(CheckpointError, match="k_scale"):
+        QuantizedModel(directory)
+
+
+def test_a_cache_with_a_zero_point_is_refused(tmp_path: Path) -> None:
+    directory = edited("fp8-block", tmp_path, **{"model.layers.0.self_attn.v_zero_point": torch.ones(1)})
+    with pytest.raises(CheckpointError, match=r"v_zero_point.*only symmetric scales are supported"):
         QuantizedModel(directory)
 
 

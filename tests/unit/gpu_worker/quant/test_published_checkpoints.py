@@ -165,6 +165,7 @@ CASES = {
         [(PLAIN, None), (".*", awq())],
         {"dtype": "float16"},
     ),
+    "awq-one-group": Published(Qwen3Config, AWQ | {"group_size": None}, [(PLAIN, None), (".*", awq(-1))]),
     "awq-mixtral": Published(MixtralConfig, AWQ | {"modules_to_not_convert": ["gate"]}, [(PLAIN, None), (".*", awq())]),
     # The list's pieces are in the names of other modules too: `gate` in gate_proj.
     "awq-pieces-of-names": Published(

@@ -222,6 +222,73 @@ WHOLE_CONFIGS: dict[str, tuple[dict[str, Any], WeightFormat | None]] = {
         },
         GptqFormat(4, 128, True),
     ),
+    "gptq-numbers-as-text": (
+        {"quantization_config": GPTQ | {"bits": "4", "group_size": "32"}},
+        GptqFormat(4, 32, True),
+    ),
+    "gptq-null-for-one-group": (
+        {"quantization_config": GPTQ | {"bits": 8.0, "group_size": None, "dynamic": None}},
+        GptqFormat(8, -1, True),
+    ),
+    "gptq-left-out-by-false": ({"quantization_config": GPTQ | {"dynamic": {r".*\.up_proj": False}}}, None),
+    "gptq-left-out-by-null": ({"quantization_config": GPTQ | {"dynamic": {r"-:.*\.up_proj": None}}}, None),
+    "gptq-changed-by-null": (
+        {"quantization_config": GPTQ | {"dynamic": {r".*\.up_proj": None}}},
+        GptqFormat(4, 128, True),
+    ),
+    "gptq-without-its-name": (
+        {"quantization_config": {"bits": 4, "damp_percent": 0.01, "desc_act": False, "group_size": 128, "sym": True}},
+        GptqFormat(4, 128, True),
+    ),
+    "awq-without-its-name": (
+        {"quantization_config": {"q_group_size": 64, "version": "GEMM", "w_bit": 4, "zero_point": True}},
+        AwqFormat(64),
+    ),
+    "awq-null-for-one-group": ({"quantization_config": AWQ | {"bits": "4", "group_size": None}}, AwqFormat(-1)),
+    "fp8-as-torch-names-it": (
+        {"quantization_config": {"fmt": "float8_e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}},
+        ScaledFormat(
+            "float8",
+            "block",
+            (128, 128),
+            scale_name="weight_scale_inv",
+            activations=ActivationQuant("float8", "group", dynamic=True, group_size=128),
+        ),
+    ),
+    "auto-round-with-nulls": (
+        {
+            "quantization_config": {
+                "act_bits": None,
+                "bits": 4,
+                "extra_config": {UP: {"act_bits": None, "bits": 8, "data_type": None, "group_size": None}},
+                "group_size": 128,
+                "packing_format": "auto_round:auto_gptq",
+                "quant_method": "auto-round",
+            }
+        },
+        GptqFormat(8, -1, True),
+    ),
+    "compressed-in-itself": (
+        {
+            "quantization_config": {
+                "quant_method": "compressed-tensors",
+                "quantization_config": compressed("pack-quantized", group(int4(), "Linear"), ignore=["lm_head"]),
+                "sparsity_config": {},
+            }
+        },
+        PackQuantizedFormat(4, 32, symmetric=True),
+    ),
+    "compressed-attention-besides": (
+        {
+            "quantization_config": compressed(
+                "pack-quantized",
+                {"targets": ["LlamaAttention", "re:.*self_attn$"], "input_activations": FP8_STATIC, "weights": None},
+                group(int4(), "Linear"),
+                ignore=["lm_head"],
+            )
+        },
+        PackQuantizedFormat(4, 32, symmetric=True),
+    ),
     "awq-in-capitals": ({"quantization_config": AWQ | {"quant_method": "AWQ", "version": "GEMM"}}, AwqFormat(128)),
     # The kernel that somebody's transformers was to load it with, saved again.
     "awq-for-exllama": ({"quantization_config": AWQ | {"version": "exllama"}}, AwqFormat(128)),
@@ -264,6 +331,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "experts-left-out": (
         compressed("pack-quantized", group(int4(), "Linear"), ignore=[], moe_sparsity_config={"method": "novice"}),
         "compressed-tensors with a moe_sparsity_config",
+    ),
+    "by-name": (
+        compressed("pack-quantized", ignore=[], config_groups={"W4A16": ["Linear"]}),
+        "compressed-tensors with the scheme 'W4A16' by its name alone",
     ),
     "mxfp6": (
         compressed("mxfp6-pack-quantized", group(float8(), "Linear"), ignore=[]),
@@ -322,6 +393,29 @@ def test_a_config_that_cannot_be_read_is_refused_with_what_works(case: str, tmp_
         read_spec(tmp_path)
     for word in (words, str(tmp_path), "awq (4 bit", "gptq (2, 3, 4 or 8 bit", "quark (FP8", "gguf"):
         assert word in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "expected"),
+    [
+        ("quantize_config.json", GPTQ | {"quant_method": None, "bits": "8"}, GptqFormat(8, 128, True)),
+        ("quantize_config.json", AWQ, AwqFormat(128)),
+        ("quant_config.json", {"q_group_size": 32, "version": "GEMM", "w_bit": 4, "zero_point": True}, AwqFormat(32)),
+        (
+            "hf_quant_config.json",
+            {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "group_size": 16}},
+            Float4Format("nvfp4", dialect="modelopt"),
+        ),
+    ],
+    ids=["gptq", "awq by gptqmodel", "awq", "modelopt"],
+)
+def test_what_a_file_beside_the_config_says(
+    file: str, fields: dict[str, Any], expected: WeightFormat, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": None}))
+    (tmp_path / file).write_text(json.dumps(fields))
+    quant = read_quantization(HfConfig.open(tmp_path))
+    assert quant is not None and quant.format_of(UP) == expected
 
 
 @pytest.mark.parametrize(
