@@ -3,8 +3,9 @@
 By `ChunkPolicy` a run is cut at multiples of its chunk size, from the chunk on in which what it sees begins.
 
 By `SharePolicy` each run is as many cuts long as it sees, begun ones counted, and the runs of a step are laid one
-behind the other. A share is an equal part of that line; where one ends within a run, the run is cut. Pieces stand in
-the order of the line, so that those of a share are neighbours. Padding stands behind all of them.
+behind the other. That line of T cuts is dealt out in order: of n shares, share i holds cuts i * T // n to
+(i + 1) * T // n, so that none has more than one cut more than another. Where a share ends within a run, the run is cut.
+Pieces stand in the order of the line, so that those of a share are neighbours. Padding stands behind all of them.
 """
 
 from __future__ import annotations
@@ -113,6 +114,15 @@ def _length_in_cuts(num_queries, kv_len, WINDOW: tl.constexpr, ALIGNED: tl.const
 
 
 @triton.jit
+def _share_at(cut, total, num_shares):
+    """The share that holds a cut of the line: the last that begins at it or before.
+
+    32 bits do: a thousand shares leave room for two million cuts, 32 million tokens and more.
+    """
+    return (cut * num_shares + num_shares - 1) // tl.maximum(total, 1)
+
+
+@triton.jit
 def _share_list_kernel(
     query_starts_ptr,
     kv_lens_ptr,
@@ -144,8 +154,9 @@ def _share_list_kernel(
     to_cuts = tl.cumsum(lengths, axis=0)
     from_cuts = to_cuts - lengths
     total = tl.sum(lengths, axis=0)
-    share = tl.maximum((total + NUM_SHARES - 1) // NUM_SHARES, MIN_CUTS)
-    counts = tl.where(lengths > 0, (to_cuts + share - 1) // share - from_cuts // share, 0)
+    num_shares = tl.maximum(tl.minimum(total // MIN_CUTS, NUM_SHARES), 1)
+    counts = _share_at(to_cuts - 1, total, num_shares) - _share_at(from_cuts, total, num_shares) + 1
+    counts = tl.where(lengths > 0, counts, 0)
     num_pieces = tl.sum(counts, axis=0)
     padding = tl.where(in_step & (lens == 0), ends - starts, 0)
     if run == 0:
@@ -153,7 +164,7 @@ def _share_list_kernel(
         tl.store(num_records_ptr + 1, num_pieces)
         # Where a share begins, a piece does, which says so below. These hold nothing, and the last ends the list.
         shares = tl.arange(0, BLOCK_SHARES)
-        tl.store(shares_ptr + shares, num_pieces, mask=(shares <= NUM_SHARES) & (shares * share >= total))
+        tl.store(shares_ptr + shares, num_pieces, mask=(shares <= NUM_SHARES) & (shares * total >= num_shares * total))
 
     token = tl.load(query_starts_ptr + run)
     kv_len = tl.load(kv_lens_ptr + run)
@@ -170,16 +181,17 @@ def _share_list_kernel(
     for base in range(0, num_items, BLOCK_ITEMS):
         item = base + tl.arange(0, BLOCK_ITEMS)
         mask = item < num_items
-        own_share = from_cut // share + item
-        begin = tl.maximum(own_share * share, from_cut)
-        end = tl.minimum(own_share * share + share, from_cut + length)
+        share = _share_at(from_cut, total, num_shares) + item
+        share_begin = share * total // num_shares
+        begin = tl.maximum(share_begin, from_cut)
+        end = tl.minimum((share + 1) * total // num_shares, from_cut + length)
         kv_start = (first_cut + begin - from_cut) * CUT
         kv_end = tl.minimum((first_cut + end - from_cut) * CUT, kv_len)
         _store_records(
             records_ptr, first_item, item, mask, run, row, token + item * 0, kv_len, kv_start, kv_end, first_item,
             num_items,
         )  # fmt: skip
-        tl.store(shares_ptr + own_share, first_item + item, mask=mask & (begin == own_share * share))
+        tl.store(shares_ptr + share, first_item + item, mask=mask & (begin == share_begin))
     if kv_len == 0:
         first_padding = num_pieces + tl.sum(tl.where(runs < run, padding, 0), axis=0)
         for base in range(0, num_queries, BLOCK_ITEMS):

@@ -307,13 +307,14 @@ def share_records(
         if kv_len and query_starts[run + 1] - query_starts[run] == 1
         for start in range(_first_seen(kv_len, window, aligned) // cut * cut, kv_len, cut)
     ]
-    share = max(-(-len(line) // num_shares), min_share // cut)
+    num_used = max(1, min(num_shares, len(line) // (min_share // cut)))
     pieces: list[tuple[int, int, int]] = []
     first_of_share = []
-    for begin in range(0, num_shares * share, share):
+    for share in range(num_shares):
         first_of_share.append(len(pieces))
-        for run in dict.fromkeys(run for run, _ in line[begin : begin + share]):
-            starts = [start for owner, start in line[begin : begin + share] if owner == run]
+        cuts = line[share * len(line) // num_used : (share + 1) * len(line) // num_used] if share < num_used else []
+        for run in dict.fromkeys(run for run, _ in cuts):
+            starts = [start for owner, start in cuts if owner == run]
             pieces.append((run, starts[0], min(starts[-1] + cut, kv_lens[run])))
     first_of_share.append(len(pieces))
     runs = [run for run, _, _ in pieces]

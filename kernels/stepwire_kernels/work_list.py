@@ -64,7 +64,7 @@ class ChunkPolicy:
 
 @dataclass(frozen=True)
 class SharePolicy:
-    """All KV of a step in so many shares of equal size, one after the other, each a program's work for a KV head.
+    """All KV of a step in shares that are alike, one after the other, each a program's work for a KV head.
 
     A run that goes over a share's end is cut there, so that a step of n runs has fewer than n + num_shares pieces.
     Results differ in the last bits with what else is in the step: where they must not, `ChunkPolicy` serves.
