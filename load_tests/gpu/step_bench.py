@@ -1,10 +1,12 @@
 """Times a CUDA runner's steps at two in flight, beside the floor, vLLM's figure and the goal.
 
-    python -m load_tests.gpu.step_bench [--shape llama-3.1-8b ...] [--mixed 64:512 ...] [--profile]
+    python -m load_tests.gpu.step_bench [--shape llama-3.1-8b ...] [--mixed 64:512 ...] [--unlike 72 ...] [--profile]
 
-Random weights, random keys and values; contexts of 1,024 tokens. What is measured is the worker alone: no control
-plane, no gRPC. The floor counts weights and KV read once at 4.27 TB/s, and matrix products at 797 TFLOP/s, which an
-H200 reached; `card_floor` is the same at the rates of this card, measured before.
+Random weights, random keys and values; contexts of 1,024 tokens, or with `--unlike` of 64 to about 2,000, as requests
+have that began at different times: a step must not take as long as if all were as long as the longest. What is
+measured is the worker alone: no control plane, no gRPC. The floor counts weights and KV read once at 4.27 TB/s, and
+matrix products at 797 TFLOP/s, which an H200 reached; `card_floor` is the same at the rates of this card, measured
+before.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from gpu_worker.cuda.ops import TritonOps
 from gpu_worker.cuda.runner import CudaRunner
 from load_tests.cpu_worker.step_driver import sampling
 from load_tests.gpu.pipeline import Pipeline
+from load_tests.kernels.cases import unlike_lengths
 from load_tests.kernels.measure import Ceilings, measure_ceilings
 from load_tests.results import RESULTS_DIRECTORY, append_result, measurement_facts
 from load_tests.stack import SHAPES_DIRECTORY
@@ -111,22 +114,27 @@ def fill_cache(runner: CudaRunner, num_blocks: int) -> None:
         part.copy_(torch.randn(part.shape, device=part.device, dtype=torch.bfloat16))
 
 
-def occupy(pipeline: Pipeline, num_rows: int, vocab_size: int) -> None:
-    rng = np.random.default_rng(num_rows)
-    for row in range(num_rows):
-        tokens = rng.integers(0, vocab_size, CONTEXT + 1).tolist()
-        pipeline.add(row, tokens, sampling(temperature=0.6, seed=row), num_computed=CONTEXT)
+def occupy(pipeline: Pipeline, contexts: Sequence[int]) -> None:
+    """A row for each context, which is whole blocks."""
+    rng = np.random.default_rng(len(contexts))
+    for row, context in enumerate(contexts):
+        tokens = rng.integers(0, pipeline.facts.vocab_size, context + 1).tolist()
+        pipeline.add(row, tokens, sampling(temperature=0.6, seed=row), num_computed=context)
+
+
+def whole_blocks(lengths: Sequence[int], block_size: int) -> list[int]:
+    return [max(1, length // block_size) * block_size for length in lengths]
 
 
 class MixedLoad:
-    """Steps of `num_rows` decodes at the usual context and `num_tokens` (0 is none) of one prompt after another."""
+    """Steps of decodes at these contexts and `num_tokens` (0 is none) of one prompt after another."""
 
-    def __init__(self, runner: CudaRunner, num_rows: int, num_tokens: int) -> None:
+    def __init__(self, runner: CudaRunner, contexts: Sequence[int], num_tokens: int) -> None:
         self.pipeline = Pipeline(runner)
-        self._num_rows, self._num_tokens = num_rows, num_tokens
+        self._num_rows, self._num_tokens = len(contexts), num_tokens
         self._left = 0
         self._rng = np.random.default_rng(num_tokens)
-        occupy(self.pipeline, num_rows, self.pipeline.facts.vocab_size)
+        occupy(self.pipeline, contexts)
 
     def launch(self) -> None:
         runs = dict.fromkeys(range(self._num_rows), 1)
@@ -145,17 +153,21 @@ class MixedLoad:
         self.pipeline.launch(runs, samples=True, silent_row=row if self._left else None)
 
 
-def measure_steps(runner: CudaRunner, shape: str, num_rows: int, num_tokens: int = 0) -> Row:
-    load = MixedLoad(runner, num_rows, num_tokens)
+def measure_steps(
+    runner: CudaRunner, shape: str, num_rows: int, num_tokens: int = 0, *, is_unlike: bool = False
+) -> Row:
+    lengths = unlike_lengths(num_rows) if is_unlike else [CONTEXT] * num_rows
+    load = MixedLoad(runner, whole_blocks(lengths, runner.describe().block_size), num_tokens)
     for _ in range(WARM_STEPS + DECODE_STEPS):
         load.launch()
     pipeline = load.pipeline
     pipeline.finish()
     times = [pending.times() for pending in pipeline.pending[WARM_STEPS:]]  # type: ignore[attr-defined]
     wall_ms = (pipeline.finished_s[-1] - pipeline.finished_s[WARM_STEPS - 1]) / DECODE_STEPS * 1e3
+    name = f"mixed d{num_rows} p{num_tokens} ms" if num_tokens else f"decode b{num_rows} ms"
     return Row(
         shape,
-        f"mixed d{num_rows} p{num_tokens} ms" if num_tokens else f"decode b{num_rows} ms",
+        f"{name[:-3]} unlike ms" if is_unlike else name,
         wall_ms,
         {
             "device_ms": median(t.forward_ns + t.sample_ns for t in times) / 1e6,
@@ -193,7 +205,7 @@ def profile_steps(runner: CudaRunner, num_rows: int, num_tokens: int = 0) -> lis
     """(kernel, microseconds a step, launches a step), the longest first."""
     from torch.profiler import ProfilerActivity, profile
 
-    load = MixedLoad(runner, num_rows, num_tokens)
+    load = MixedLoad(runner, [CONTEXT] * num_rows, num_tokens)
     for _ in range(6):
         load.launch()
     load.pipeline.finish()
@@ -241,9 +253,13 @@ def measure_shape(shape: str, args: argparse.Namespace) -> list[Row]:
     captures_s = time.perf_counter() - begun
     free_gib = torch.cuda.mem_get_info()[0] / 2**30
     rows.append(Row(shape, "captures s", captures_s, {"graphs": num_captures, "free_gib": free_gib}))
-    fill_cache(runner, max(args.batch_sizes) * (CONTEXT // runner.describe().block_size + 2) + 2)
+    # The longest of unlike contexts are about twice as long as the others.
+    num_blocks = 2 * CONTEXT // runner.describe().block_size + 2
+    fill_cache(runner, max(*args.batch_sizes, *args.unlike) * num_blocks + 2)
     for num_rows in args.batch_sizes:
         rows.append(measure_steps(runner, shape, num_rows))
+    for num_rows in args.unlike:
+        rows.append(measure_steps(runner, shape, num_rows, is_unlike=True))
     for num_rows, num_tokens in args.mixed:
         rows.append(measure_steps(runner, shape, num_rows, num_tokens))
     if not args.no_prefill:
@@ -270,6 +286,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--mixed", type=mixed_sizes, nargs="+", default=[], help="D:P, decodes and prompt tokens of a step"
     )
+    parser.add_argument("--unlike", type=int, nargs="+", default=[72, 192], help="sizes with contexts of many lengths")
     parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--quantization", default="auto", help="of the weights: fp8 or int8")
     parser.add_argument("--enforce-eager", action="store_true")

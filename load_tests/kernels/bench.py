@@ -24,7 +24,7 @@ from stepwire_kernels.reference_steps import RowParameters
 from stepwire_kernels.rope_kv import rope_and_write_kv
 from stepwire_kernels.split_k import allocate_linear_workspace
 
-from load_tests.kernels.cases import LLAMA_8B, QWEN3_06B, Heads, causal_flop, paged
+from load_tests.kernels.cases import LLAMA_8B, QWEN3_06B, Heads, causal_flop, paged, unlike_lengths
 from load_tests.kernels.latent import bench_latent
 from load_tests.kernels.linears import LLAMA_8B_LAYER
 from load_tests.kernels.measure import Report, copies, measure_ceilings, time_graph
@@ -88,17 +88,12 @@ def bench_rope(report: Report) -> None:
             report.add("rope_kv", case + (" qk-norm" if has_norm else ""), time_graph(launches), num_bytes=moved)
 
 
-def unlike(batch: int) -> list[int]:
-    """Contexts of 100 to about 2,000 tokens, as requests have that began at different times: 1,050 on average."""
-    return [100 + 1900 * (row * 37 % batch) // batch for row in range(batch)]
-
-
 def bench_decode(report: Report) -> None:
     for heads in (LLAMA_8B, QWEN3_06B):
         for batch, context in ((1, 1024), (32, 1024), (128, 1024), (256, 1024), (1, 8192), (32, 8192)):
             decode_row(report, heads, f"b{batch} ctx{context}", [context] * batch, BF16)
         for batch in (72, 192, 256):
-            decode_row(report, heads, f"b{batch} unlike", unlike(batch), BF16)
+            decode_row(report, heads, f"b{batch} unlike", unlike_lengths(batch), BF16)
     decode_row(report, LLAMA_8B, "b32 ctx1024", [1024] * 32, torch.float8_e4m3fn)
     decode_row(report, LLAMA_8B, "b32 ctx8192", [8192] * 32, torch.float8_e4m3fn)
 
@@ -110,7 +105,7 @@ def bench_from_qkv(report: Report) -> None:
         ):  # fmt: skip
             from_qkv_row(report, heads, f"b{batch} ctx{context}", [context] * batch, BF16)
         for batch in (24, 48, 72, 96, 128):
-            from_qkv_row(report, heads, f"b{batch} unlike", unlike(batch), BF16)
+            from_qkv_row(report, heads, f"b{batch} unlike", unlike_lengths(batch), BF16)
     from_qkv_row(report, LLAMA_8B, "b32 ctx1024", [1024] * 32, torch.float8_e4m3fn)
 
 
