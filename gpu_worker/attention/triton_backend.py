@@ -17,6 +17,7 @@ from stepwire_kernels.attention_decode import (
     allocate_decode_workspace,
     decode_attention,
     decode_policy,
+    default_decode_tuning,
 )
 from stepwire_kernels.attention_from_qkv import HeadNorms, attention_from_qkv, from_qkv_policy, takes_from_qkv
 from stepwire_kernels.attention_latent import unsupported_latent
@@ -26,7 +27,6 @@ from stepwire_kernels.rope_kv import rope_and_write_kv
 from stepwire_kernels.step_input import StepInput
 from stepwire_kernels.work_list import (
     RECORD_WORDS,
-    ChunkPolicy,
     SharePolicy,
     WorkList,
     allocate_prefill_list,
@@ -209,7 +209,7 @@ class PlannedAttention:
             )
             self._prefill_work = work
 
-    def _policy(self, num_runs: int, only_decodes: bool) -> ChunkPolicy | SharePolicy:
+    def _policy(self, num_runs: int, only_decodes: bool) -> SharePolicy:
         """How the context of a step's decodes is dealt out to programs."""
         raise NotImplementedError
 
@@ -263,7 +263,7 @@ class TritonAttention(PlannedAttention):
     def _policy(self, num_runs: int, only_decodes: bool) -> SharePolicy:
         if self._takes_from_qkv(num_runs, only_decodes):
             return from_qkv_policy(num_runs, self.spec.num_heads, self._num_kv_heads, self.spec.head_dim)
-        return decode_policy(self._num_kv_heads, self.spec.head_dim, self._keys[0].dtype)
+        return decode_policy(self._num_kv_heads, default_decode_tuning(self.spec.head_dim, self._keys[0].dtype))
 
     def _takes_from_qkv(self, num_runs: int, only_decodes: bool) -> bool:
         """Whether one kernel computes such a step. With prefills, rotation is theirs as well, and apart."""

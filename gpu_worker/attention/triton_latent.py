@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from stepwire_kernels.attention_latent import (
     default_latent_prefill_tuning,
-    latent_chunk_policy,
     latent_decode_attention,
+    latent_policy,
     latent_prefill_attention,
     latent_tile_tokens,
 )
 from stepwire_kernels.latent_kv import rotate_and_write_latent
-from stepwire_kernels.work_list import ChunkPolicy
+from stepwire_kernels.work_list import SharePolicy
 
 from gpu_worker.attention.api import AttentionSpec
 from gpu_worker.attention.triton_backend import ALL_TOKENS, AttentionLimits, PlannedAttention, TritonAttention
@@ -41,6 +41,7 @@ class TritonLatentAttention(PlannedAttention):
         if spec.value_dim is None:
             raise ValueError("keys are no values here: TritonAttention serves this model")
         self._kv_rank, self._num_heads = spec.value_dim, spec.num_heads
+        self._share_policy = latent_policy(spec.num_heads, dtype, kv_caches[0].device)
         self._prefill_tuning = default_latent_prefill_tuning(dtype, kv_caches[0].device)
         super().__init__(
             spec,
@@ -52,8 +53,8 @@ class TritonLatentAttention(PlannedAttention):
             kv_scales=kv_scales,
         )
 
-    def _policy(self, num_runs: int, only_decodes: bool) -> ChunkPolicy:
-        return latent_chunk_policy(num_runs, self._num_heads)
+    def _policy(self, num_runs: int, only_decodes: bool) -> SharePolicy:
+        return self._share_policy
 
     def rotate_and_write(self, query: torch.Tensor, cached: torch.Tensor, layer: int, positions: StepPositions) -> None:
         """Rotate the queries' ends in place, and write this step's vectors into the cache.

@@ -8,10 +8,9 @@ For query head h of a run, with g = h // group its KV head and i over the visibl
 q, out: [num_tokens, num_heads, D]; caches: [num_blocks, num_kv_heads, block_size, D], model dtype or float8_e4m3fn;
 block_tables: int32 [max_rows, max_blocks_per_row]; sinks: float32 [num_heads]. Scores and sums are float32.
 
-A fixed number of programs walks the device-built work list (`decode_list.py`): a share of it each, or every so-manieth
-chunk. The heads of a group share one tile, so KV is read once. A run of several chunks leaves partial results, which a
-second kernel adds in chunk order: where chunks follow from a run's own length, the result does not depend on the batch,
-and nowhere on which program ends first.
+A fixed number of programs walks the device-built work list (`decode_list.py`), a share of it each. The heads of a group
+share one tile, so KV is read once. A run that lies in several shares leaves partial results, which a second kernel adds
+in their order: the result does not depend on which program ends first.
 
 Source: Dao et al., "Flash-Decoding for long-context inference", 2023; Milakov and Gimelshein, "Online normalizer
 calculation for softmax", 2018; sinks: Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2024.
@@ -26,8 +25,8 @@ import triton
 import triton.language as tl
 
 from stepwire_kernels.decode_chunk import attend_chunk, load_record, nth_record, records_of
+from stepwire_kernels.decode_list import decode_policy_of
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
-from stepwire_kernels.device_limits import num_multiprocessors
 from stepwire_kernels.work_list import SharePolicy, WorkList, first_visible
 
 LOG2_E = 1.4426950408889634
@@ -157,7 +156,6 @@ def _decode_kernel(
     ALIGNED: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
-    HAS_SHARES: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WARPS: tl.constexpr,
@@ -176,7 +174,7 @@ def _decode_kernel(
     head_start = kv_head * GROUP
     # The step's plan, not an earlier layer, has written lists and tables: they are read before the wait.
     first, num_own, first_other, num_items = records_of(
-        tl.program_id(0) // NUM_KV_HEADS, num_places, num_records_ptr, shares_ptr, HAS_SHARES
+        tl.program_id(0) // NUM_KV_HEADS, num_places, num_records_ptr, shares_ptr
     )
     # Records are read one item ahead: their latency hides behind the item before.
     record_index = nth_record(0, first, num_own, first_other, num_places)
@@ -277,8 +275,7 @@ def decode_attention(
     group = num_heads // num_kv_heads
     tuning = tuning or default_decode_tuning(head_dim, k_cache.dtype)
     block_d = triton.next_power_of_2(head_dim)
-    num_places = num_programs_of_a_head(work, num_kv_heads, tuning.programs_per_sm, q.device)
-    _decode_kernel[(num_places * num_kv_heads,)](
+    _decode_kernel[(decode_policy_of(work).num_shares * num_kv_heads,)](
         q,
         k_cache,
         v_cache,
@@ -305,7 +302,6 @@ def decode_attention(
         ALIGNED=aligned,
         HAS_SOFT_CAP=soft_cap > 0,
         HAS_SINKS=sinks is not None,
-        HAS_SHARES=work.policy.num_shares > 0,
         BLOCK_H=max(8, triton.next_power_of_2(group)),
         BLOCK_D=block_d,
         WARPS=tuning.num_warps,
@@ -317,11 +313,6 @@ def decode_attention(
     )
     combine_chunks(work, workspace, out, sinks=sinks, v_scale=v_scale, pdl=pdl)
     return out
-
-
-def num_programs_of_a_head(work: WorkList, num_kv_heads: int, programs_per_sm: int, device: torch.device) -> int:
-    """One a share; or as many as fill the device, where chunks are dealt out."""
-    return work.policy.num_shares or max(1, num_multiprocessors(device) * programs_per_sm // num_kv_heads)
 
 
 def combine_chunks(
@@ -367,7 +358,7 @@ def default_decode_tuning(head_dim: int, cache_dtype: torch.dtype) -> DecodeTuni
     return DecodeTuning()
 
 
-def decode_policy(num_kv_heads: int, head_dim: int, cache_dtype: torch.dtype) -> SharePolicy:
+def decode_policy(num_kv_heads: int, tuning: DecodeTuning) -> SharePolicy:
     """As many shares as programs run at once."""
-    programs = SHARED_MULTIPROCESSORS * default_decode_tuning(head_dim, cache_dtype).programs_per_sm
+    programs = SHARED_MULTIPROCESSORS * tuning.programs_per_sm
     return SharePolicy(max(1, programs // num_kv_heads), min_share=MIN_SHARE)

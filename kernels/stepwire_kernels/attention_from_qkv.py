@@ -23,8 +23,8 @@ from stepwire_kernels.attention_decode import (
     DecodeWorkspace,
     check_attention_inputs,
     combine_chunks,
-    num_programs_of_a_head,
 )
+from stepwire_kernels.decode_list import decode_policy_of
 from stepwire_kernels.dependent_launch import launch_options
 from stepwire_kernels.from_qkv_few import _few_from_qkv_kernel
 from stepwire_kernels.from_qkv_many import _many_from_qkv_kernel
@@ -62,8 +62,6 @@ class FromQkvTuning:
     warp_tokens: int = 32
     num_warps: int = 1
     num_stages: int = 2
-    programs_per_sm: int = 16
-    """Of many rows, where chunks are dealt out one by one. Shares have a program each."""
 
     @property
     def tile(self) -> int:
@@ -166,7 +164,7 @@ def attention_from_qkv(
     tuning = tuning or default_from_qkv_tuning(num_runs, num_heads, num_kv_heads, head_dim, k_cache.element_size())
     group = num_heads // num_kv_heads
     block_h, block_d = max(8, triton.next_power_of_2(group + 2)), triton.next_power_of_2(head_dim)
-    num_records = min(work.capacity, work.policy.most_records(num_runs))
+    policy = decode_policy_of(work)
     arguments = (
         qkv,
         k_cache,
@@ -198,7 +196,7 @@ def attention_from_qkv(
         "HEAD_DIM": head_dim,
         "ROTARY_DIM": 2 * cos.shape[1],
         "BLOCK_SIZE": block_size,
-        "IN_ONE_BLOCK": block_size % tuning.tile == 0 and work.policy.cut % tuning.tile == 0,
+        "IN_ONE_BLOCK": block_size % tuning.tile == 0 and policy.cut % tuning.tile == 0,
         "WINDOW": window,
         "ALIGNED": aligned,
         "INTERLEAVED": interleaved,
@@ -216,11 +214,11 @@ def attention_from_qkv(
         **launch_options(pdl),
     }
     if few:
+        num_records = min(work.capacity, policy.most_records(num_runs))
         _few_from_qkv_kernel[(num_records * num_kv_heads,)](*arguments, **constants)
         combine_chunks(work, workspace, out, sinks=sinks, v_scale=v_scale, few_runs=True, pdl=pdl)
         return out
-    num_places = num_programs_of_a_head(work, num_kv_heads, tuning.programs_per_sm, qkv.device)
-    _many_from_qkv_kernel[(min(num_places, num_records) * num_kv_heads,)](
+    _many_from_qkv_kernel[(policy.num_shares * num_kv_heads,)](
         out,
         workspace.partial_sums if sinks is None else sinks,
         workspace.counters,
@@ -229,7 +227,6 @@ def attention_from_qkv(
         out.stride(0),
         *arguments,
         HAS_SINKS=sinks is not None,
-        HAS_SHARES=work.policy.num_shares > 0,
         # As many at once as there are registers for, when those of the tiles are free.
         PARTS=max(1, min(4, 4096 * tuning.num_warps // (block_h * block_d))),
         **constants,

@@ -8,9 +8,9 @@ query: [num_tokens, heads, R + rope_dim]; out: [num_tokens, heads, R]; cache: [n
 model dtype or float8_e4m3fn. Scores and sums are float32.
 
 The matrix rows are heads (of one query token in decode, of several in prefill): a tile of the cache is read once for
-all of them and serves as keys and, but for its rotated end, as values. Decode walks the work list of `work_list.py`
-with a fixed number of programs, KV cut into chunks, partial results added in chunk order as in `attention_decode.py`;
-prefill has one program for each tile of the list and each block of heads.
+all of them and serves as keys and, but for its rotated end, as values. Decode walks the list of `decode_list.py` as
+`attention_decode.py` does, with a program for each share and block of heads; prefill has one program for each tile of
+the list and each block of heads.
 
 Source: DeepSeek-AI, "DeepSeek-V2", 2024 (the absorbed form); Dao, "FlashAttention-2", 2023.
 """
@@ -23,16 +23,18 @@ import torch
 import triton
 import triton.language as tl
 
-from stepwire_kernels.attention_decode import LOG2_E, DecodeWorkspace, combine_chunks
+from stepwire_kernels.attention_decode import LOG2_E, SHARED_MULTIPROCESSORS, DecodeWorkspace, combine_chunks
+from stepwire_kernels.decode_chunk import nth_record, records_of
+from stepwire_kernels.decode_list import decode_policy_of
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
-from stepwire_kernels.device_limits import has_tensor_memory, is_roomy, num_multiprocessors
-from stepwire_kernels.work_list import ChunkPolicy, WorkList
+from stepwire_kernels.device_limits import has_tensor_memory, is_roomy
+from stepwire_kernels.work_list import SharePolicy, WorkList
 
 # Beyond this the accumulator of a tile does not fit the registers.
 MAX_KV_RANK = 512
 MAX_ROPE_DIM = 128
-# Chunks times blocks of heads that fill a large device: two for each multiprocessor.
-WANTED_ITEMS = 264
+# Tokens of a share: a partial result has kv_rank numbers a head, and is written and read again.
+MIN_LATENT_SHARE = 128
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ def _decode_kernel(
     out_ptr,
     records_ptr,
     num_records_ptr,
+    shares_ptr,
     block_tables_ptr,
     partial_out_ptr,
     partial_sums_ptr,
@@ -156,18 +159,21 @@ def _decode_kernel(
     cols = tl.arange(0, BLOCK_C)
     release_downstream(USE_PDL)
     wait_upstream(USE_PDL)
-    num_items = tl.load(num_records_ptr) * HEAD_BLOCKS
-    for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
-        # The blocks of heads that read the same chunk are neighbours: all but one find it in the level-2 cache.
-        index = item // HEAD_BLOCKS
+    # The blocks of heads that read the same share are neighbours: all but one find it in the level-2 cache.
+    num_places = tl.num_programs(0) // HEAD_BLOCKS
+    heads = (tl.program_id(0) % HEAD_BLOCKS) * BLOCK_M + rows_m
+    head_mask = heads < NUM_HEADS
+    first, num_own, first_other, num_items = records_of(
+        tl.program_id(0) // HEAD_BLOCKS, num_places, num_records_ptr, shares_ptr
+    )
+    for item in range(0, num_items):
+        index = nth_record(item, first, num_own, first_other, num_places)
         record = records_ptr + index * 8
         row = tl.load(record + 1).to(tl.int64)
         token = tl.load(record + 2).to(tl.int64)
         kv_start = tl.load(record + 4)
         kv_end = tl.load(record + 5)
         num_chunks = tl.load(record + 7)
-        heads = (item % HEAD_BLOCKS) * BLOCK_M + rows_m
-        head_mask = heads < NUM_HEADS
         q_at = q_ptr + token * q_stride + heads * (KV_RANK + ROPE_DIM)
         q_c, q_r = _load_query(q_at, head_mask, KV_RANK, ROPE_DIM, BLOCK_C, BLOCK_R)
         top = tl.full([BLOCK_M], -1e30, dtype=tl.float32)
@@ -286,14 +292,15 @@ def default_latent_decode_tuning(num_heads: int, dtype: torch.dtype, device: tor
     return LatentTuning(rows, 32, 8, 2, 1)
 
 
-def latent_chunk_policy(max_runs: int, num_heads: int) -> ChunkPolicy:
-    """Chunks for two programs a multiprocessor, and no more: a chunk's partial result has kv_rank numbers a head.
+def latent_policy(num_heads: int, dtype: torch.dtype, device: torch.device) -> SharePolicy:
+    """As many shares as programs run at once.
 
-    With 128 heads it is as large as the cached vectors of 230 tokens, and written and read again.
+    With 128 heads a partial result is as large as the cached vectors of 230 tokens.
     """
-    items = max_runs * triton.cdiv(num_heads, 64)
-    chunks = WANTED_ITEMS // items
-    return ChunkPolicy(min_chunk=128, max_chunks=min(64, max(4, triton.next_power_of_2(chunks + 1) // 2)))
+    tuning = default_latent_decode_tuning(num_heads, dtype, device)
+    programs = SHARED_MULTIPROCESSORS * tuning.programs_per_sm
+    num_shares = max(1, programs // triton.cdiv(num_heads, tuning.block_rows))
+    return SharePolicy(num_shares, cut=32, min_share=MIN_LATENT_SHARE)
 
 
 def default_latent_prefill_tuning(dtype: torch.dtype, device: torch.device) -> LatentTuning:
@@ -334,12 +341,14 @@ def latent_decode_attention(
     num_heads, kv_rank = out.shape[1:]
     rope_dim = q.shape[2] - kv_rank
     tuning = tuning or default_latent_decode_tuning(num_heads, q.dtype, q.device)
-    _decode_kernel[(num_multiprocessors(q.device) * tuning.programs_per_sm,)](
+    head_blocks = triton.cdiv(num_heads, tuning.block_rows)
+    _decode_kernel[(decode_policy_of(work).num_shares * head_blocks,)](
         q,
         cache,
         out,
         work.records,
         work.num_records,
+        work.shares,
         block_tables,
         workspace.partial_out,
         workspace.partial_sums,
@@ -349,7 +358,7 @@ def latent_decode_attention(
         out.stride(0),
         block_tables.stride(0),
         NUM_HEADS=num_heads,
-        HEAD_BLOCKS=triton.cdiv(num_heads, tuning.block_rows),
+        HEAD_BLOCKS=head_blocks,
         KV_RANK=kv_rank,
         ROPE_DIM=rope_dim,
         BLOCK_SIZE=cache.shape[2],

@@ -31,18 +31,14 @@ def load_record(records_ptr, index, capacity):
 
 
 @triton.jit
-def records_of(place, num_places, num_records_ptr, shares_ptr, HAS_SHARES: tl.constexpr):
+def records_of(place, num_places, num_records_ptr, shares_ptr):
     """What the program at `place` of `num_places` of a KV head computes (`nth_record`), and how many records that is.
 
-    Its share; and of what belongs to no share, every so-manieth record.
+    Its share; and of the padding, which is no part of any, every so-manieth record.
     """
-    first = 0
-    num_own = 0
-    num_shared = 0
-    if HAS_SHARES:
-        num_shared = tl.load(num_records_ptr + 1)
-        first = tl.load(shares_ptr + place)
-        num_own = tl.load(shares_ptr + place + 1) - first
+    num_shared = tl.load(num_records_ptr + 1)
+    first = tl.load(shares_ptr + place)
+    num_own = tl.load(shares_ptr + place + 1) - first
     first_other = num_shared + place
     num_others = (tl.load(num_records_ptr) - first_other + num_places - 1) // num_places
     return first, num_own, first_other, num_own + tl.maximum(num_others, 0)

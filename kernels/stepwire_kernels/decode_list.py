@@ -1,11 +1,9 @@
 """The decode list, built on the device: pieces of the visible KV of every run of one token (fields in `work_list.py`).
 
-By `ChunkPolicy` a run is cut at multiples of its chunk size, from the chunk on in which what it sees begins.
-
-By `SharePolicy` each run is as many cuts long as it sees, begun ones counted, and the runs of a step are laid one
-behind the other. That line of T cuts is dealt out in order: of n shares, share i holds cuts i * T // n to
-(i + 1) * T // n, so that none has more than one cut more than another. Where a share ends within a run, the run is cut.
-Pieces stand in the order of the line, so that those of a share are neighbours. Padding stands behind all of them.
+Each run is as many cuts long as it sees, begun ones counted, and the runs of a step are laid one behind the other. That
+line of T cuts is dealt out in order: of n shares, share i holds cuts i * T // n to (i + 1) * T // n, so that none has
+more than one cut more than another. Where a share ends within a run, the run is cut. Pieces stand in the order of the
+line, so that those of a share are neighbours. Padding stands behind all of them.
 """
 
 from __future__ import annotations
@@ -32,77 +30,6 @@ def _store_records(
     tl.store(record + 5, kv_end, mask=mask)
     tl.store(record + 6, first_item + item * 0, mask=mask)
     tl.store(record + 7, num_chunks + item * 0, mask=mask)
-
-
-@triton.jit
-def _chunks_of(
-    num_queries,
-    kv_len,
-    WINDOW: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    MIN_CHUNK: tl.constexpr,
-    CHUNK_LIMIT: tl.constexpr,
-):
-    """(number of items, chunk size, first chunk) of a run; works on scalars and on tensors."""
-    visible_from = first_visible(kv_len - 1, WINDOW, ALIGNED)
-    chunk = visible_from * 0 + MIN_CHUNK
-    for _ in tl.static_range(16):
-        chunk = tl.where(chunk * CHUNK_LIMIT < kv_len - visible_from, chunk * 2, chunk)
-    first_chunk = visible_from // chunk
-    num_chunks = (kv_len + chunk - 1) // chunk - first_chunk
-    is_decode = (num_queries == 1) & (kv_len > 0)
-    num_items = tl.where(is_decode, num_chunks, tl.where(kv_len == 0, num_queries, 0))
-    return num_items, chunk, first_chunk
-
-
-@triton.jit
-def _chunk_list_kernel(
-    query_starts_ptr,
-    kv_lens_ptr,
-    run_rows_ptr,
-    records_ptr,
-    num_records_ptr,
-    list_runs_ptr,
-    num_runs,
-    WINDOW: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    MIN_CHUNK: tl.constexpr,
-    CHUNK_LIMIT: tl.constexpr,
-    BLOCK_RUNS: tl.constexpr,
-    BLOCK_ITEMS: tl.constexpr,
-    USE_PDL: tl.constexpr,
-):
-    run = tl.program_id(0)
-    runs = tl.arange(0, BLOCK_RUNS)
-    in_step = runs < num_runs
-    release_downstream(USE_PDL)
-    wait_upstream(USE_PDL)
-    starts = tl.load(query_starts_ptr + runs, mask=in_step, other=0)
-    ends = tl.load(query_starts_ptr + runs + 1, mask=in_step, other=0)
-    lens = tl.load(kv_lens_ptr + runs, mask=in_step, other=0)
-    counts, _, _ = _chunks_of(ends - starts, lens, WINDOW, ALIGNED, MIN_CHUNK, CHUNK_LIMIT)
-    first_item = tl.sum(tl.where(runs < run, counts, 0), axis=0)
-    if run == 0:
-        tl.store(num_records_ptr, tl.sum(counts, axis=0))
-        tl.store(num_records_ptr + 1, 0)
-
-    token = tl.load(query_starts_ptr + run)
-    num_queries = tl.load(query_starts_ptr + run + 1) - token
-    kv_len = tl.load(kv_lens_ptr + run)
-    row = tl.load(run_rows_ptr + run)
-    num_items, chunk, first_chunk = _chunks_of(num_queries, kv_len, WINDOW, ALIGNED, MIN_CHUNK, CHUNK_LIMIT)
-    is_padding = kv_len == 0
-    tl.store(list_runs_ptr + run * 4, token)
-    tl.store(list_runs_ptr + run * 4 + 1, first_item)
-    tl.store(list_runs_ptr + run * 4 + 2, tl.where(is_padding, 0, num_items))
-    for base in range(0, num_items, BLOCK_ITEMS):
-        item = base + tl.arange(0, BLOCK_ITEMS)
-        kv_start = (first_chunk + item) * chunk
-        _store_records(
-            records_ptr, first_item, item, item < num_items, run, row,
-            tl.where(is_padding, token + item, token + item * 0), kv_len, tl.where(is_padding, 0, kv_start),
-            tl.minimum(kv_start + chunk, kv_len), first_item, tl.where(is_padding, 1, num_items),
-        )  # fmt: skip
 
 
 @triton.jit
@@ -223,29 +150,36 @@ def build_decode_list(
     num_runs = check_runs(query_starts, kv_lens, run_rows)
     if work.runs.shape[0] != num_runs:
         raise ValueError(f"build_decode_list: the list was allocated for {work.runs.shape[0]} runs, got {num_runs}")
-    arguments = (query_starts, kv_lens, run_rows, work.records, work.num_records, work.runs)
-    constants = {
-        "WINDOW": window,
-        "ALIGNED": aligned,
-        "BLOCK_RUNS": triton.next_power_of_2(num_runs),
-        "BLOCK_ITEMS": 32,
-        "USE_PDL": pdl,
-        "num_warps": 1 if num_runs <= 128 else 4,
+    policy = decode_policy_of(work)
+    _share_list_kernel[(num_runs,)](
+        query_starts,
+        kv_lens,
+        run_rows,
+        work.records,
+        work.num_records,
+        work.runs,
+        work.shares,
+        num_runs,
+        WINDOW=window,
+        ALIGNED=aligned,
+        CUT=policy.cut,
+        MIN_CUTS=policy.min_share // policy.cut,
+        NUM_SHARES=policy.num_shares,
+        BLOCK_SHARES=triton.next_power_of_2(policy.num_shares + 1),
+        BLOCK_RUNS=triton.next_power_of_2(num_runs),
+        BLOCK_ITEMS=32,
+        USE_PDL=pdl,
+        num_warps=1 if num_runs <= 128 else 4,
         **launch_options(pdl),
-    }
-    policy = work.policy
-    if isinstance(policy, SharePolicy):
-        _share_list_kernel[(num_runs,)](
-            *arguments,
-            work.shares,
-            num_runs,
-            CUT=policy.cut,
-            MIN_CUTS=policy.min_share // policy.cut,
-            NUM_SHARES=policy.num_shares,
-            BLOCK_SHARES=triton.next_power_of_2(policy.num_shares + 1),
-            **constants,
-        )
-        return
-    _chunk_list_kernel[(num_runs,)](
-        *arguments, num_runs, MIN_CHUNK=policy.min_chunk, CHUNK_LIMIT=policy.max_chunks, **constants
     )
+
+
+def decode_policy_of(work: WorkList) -> SharePolicy:
+    """By which a decode list was cut.
+
+    Raises:
+        ValueError: a list of prefill tiles.
+    """
+    if work.policy is None:
+        raise ValueError("this work list is for prefill: allocate_decode_list makes those of decodes")
+    return work.policy

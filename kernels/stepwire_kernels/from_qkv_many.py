@@ -94,7 +94,6 @@ def _many_from_qkv_kernel(
     table_stride,
     capacity,
     HAS_SINKS: tl.constexpr,
-    HAS_SHARES: tl.constexpr,
     PARTS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -127,7 +126,7 @@ def _many_from_qkv_kernel(
     num_places = tl.num_programs(0) // NUM_KV_HEADS
     first_head = kv_head * GROUP
     first, num_own, first_other, num_items = records_of(
-        tl.program_id(0) // NUM_KV_HEADS, num_places, num_records_ptr, shares_ptr, HAS_SHARES
+        tl.program_id(0) // NUM_KV_HEADS, num_places, num_records_ptr, shares_ptr
     )
     # What does not change from item to item is computed anew: kept meanwhile, it takes 255 registers instead of 162.
     for item in tl.range(0, num_items, disable_licm=True):

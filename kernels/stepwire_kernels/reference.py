@@ -258,36 +258,6 @@ def _padding_record(run: int, row: int, token: int, first_item: int) -> tuple[in
     return (run, row, token, 0, 0, 0, first_item, 1)
 
 
-def chunk_records(
-    query_starts: list[int],
-    kv_lens: list[int],
-    run_rows: list[int],
-    *,
-    window: int,
-    min_chunk: int,
-    max_chunks: int,
-    aligned: bool = False,
-) -> list[tuple[int, ...]]:
-    """The decode list's records by `ChunkPolicy`, in `work_list.DECODE_FIELDS` order."""
-    records: list[tuple[int, ...]] = []
-    for run, (kv_len, row) in enumerate(zip(kv_lens, run_rows, strict=True)):
-        first, last = query_starts[run], query_starts[run + 1]
-        first_item = len(records)
-        if kv_len == 0:
-            records += [_padding_record(run, row, token, first_item) for token in range(first, last)]
-        elif last - first == 1:
-            visible_from = _first_seen(kv_len, window, aligned)
-            chunk = min_chunk
-            while chunk * max_chunks < kv_len - visible_from:
-                chunk *= 2
-            starts = list(range(visible_from // chunk * chunk, kv_len, chunk))
-            records += [
-                (run, row, first, kv_len, start, min(start + chunk, kv_len), first_item, len(starts))
-                for start in starts
-            ]
-    return records
-
-
 def share_records(
     query_starts: list[int],
     kv_lens: list[int],

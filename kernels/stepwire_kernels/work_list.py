@@ -4,10 +4,9 @@ A *run* is one row's share of a step: `query_starts` int32 [num_runs + 1] says w
 int32 [num_runs] how many tokens of KV it sees (context and this step's tokens), `run_rows` int32 [num_runs] whose block
 table it uses. A run with kv_len 0 is padding.
 
-Decode list (runs of one query token; `decode_list.py`): pieces of the visible KV, by one of two policies. Either a run
-is cut at multiples of a chunk size that follows from its own length. Or all runs of the step, one after the other, are
-cut into shares that are alike, so that programs which begin together end together however long each run is.
-Padding runs get one item per token, which makes the attention kernel write zeros there.
+Decode list (runs of one query token; `decode_list.py`): the visible KV of all runs of the step, one after the other,
+cut into shares that are alike, so that programs which begin together end together however long each run is. Padding
+runs get one item per token, which makes the attention kernel write zeros there.
 
 Prefill list: tiles of `tile_tokens` query tokens, the last tile of a run (the one with most KV) first.
 
@@ -34,40 +33,11 @@ def _is_power_of_two(value: int) -> bool:
 
 
 @dataclass(frozen=True)
-class ChunkPolicy:
-    """How finely a decode run's KV is split, where that follows from its own length, whatever else is in the step."""
-
-    min_chunk: int = 256
-    """Tokens; a power of two."""
-    max_chunks: int = 16
-    """Of a run; a power of two. The chunk size is doubled until so many suffice, which bounds the partial results."""
-
-    def __post_init__(self) -> None:
-        for name, value in (("min_chunk", self.min_chunk), ("max_chunks", self.max_chunks)):
-            if not _is_power_of_two(value):
-                raise ValueError(f"ChunkPolicy: {name} must be a power of two, got {value}")
-
-    @property
-    def num_shares(self) -> int:
-        return 0
-
-    @property
-    def cut(self) -> int:
-        """Chunks begin at multiples of so many tokens."""
-        return self.min_chunk
-
-    def most_records(self, num_runs: int) -> int:
-        """The most records of `num_runs` runs of one token, or padding of one."""
-        # One chunk more than the policy's: a sliding window need not start at a chunk's edge.
-        return num_runs * (self.max_chunks + 1)
-
-
-@dataclass(frozen=True)
 class SharePolicy:
     """All KV of a step in shares that are alike, one after the other, each a program's work for a KV head.
 
     A run that goes over a share's end is cut there, so that a step of n runs has fewer than n + num_shares pieces.
-    Results differ in the last bits with what else is in the step: where they must not, `ChunkPolicy` serves.
+    Results differ in the last bits with what else is in the step: where they must not, the prefill kernel serves.
     """
 
     num_shares: int
@@ -90,10 +60,6 @@ class SharePolicy:
         return num_runs + self.num_shares - 1
 
 
-THROUGHPUT = ChunkPolicy()
-LATENCY = ChunkPolicy(min_chunk=64, max_chunks=64)
-
-
 @dataclass(frozen=True)
 class WorkList:
     """Records of one attention kernel on the device, and how many of them this step uses."""
@@ -102,31 +68,31 @@ class WorkList:
     num_records: torch.Tensor  # int32 [2]: of all, of which these first ones are pieces of shares
     runs: torch.Tensor  # int32 [max_runs, 4]: token, first record, number of chunks (0: not a decode run), unused
     shares: torch.Tensor  # int32 [>= num_shares + 1]: the first record of each, and one past the last's
-    policy: ChunkPolicy | SharePolicy = THROUGHPUT
+    policy: SharePolicy | None = None
+    """Of a decode list."""
 
     @property
     def capacity(self) -> int:
         return self.records.shape[0]
 
 
-def allocate_decode_list(
-    max_runs: int, num_tokens: int, device: torch.device | str, *, policy: ChunkPolicy | SharePolicy = THROUGHPUT
-) -> WorkList:
+def allocate_decode_list(max_runs: int, num_tokens: int, device: torch.device | str, policy: SharePolicy) -> WorkList:
     """Room for `max_runs` decode runs and `num_tokens` padding tokens."""
     return _allocate(max(1, policy.most_records(max_runs) + num_tokens), max_runs, device, policy)
 
 
 def allocate_prefill_list(max_runs: int, num_tokens: int, tile_tokens: int, device: torch.device | str) -> WorkList:
     """Room for the tiles of any split of `num_tokens` query tokens over `max_runs` runs."""
-    return _allocate(max(1, triton.cdiv(num_tokens, tile_tokens) + max_runs), max_runs, device, THROUGHPUT)
+    return _allocate(max(1, triton.cdiv(num_tokens, tile_tokens) + max_runs), max_runs, device, None)
 
 
-def _allocate(capacity: int, max_runs: int, device: torch.device | str, policy: ChunkPolicy | SharePolicy) -> WorkList:
+def _allocate(capacity: int, max_runs: int, device: torch.device | str, policy: SharePolicy | None) -> WorkList:
+    num_shares = policy.num_shares if policy else 0
     return WorkList(
         records=torch.zeros((capacity, RECORD_WORDS), dtype=torch.int32, device=device),  # [capacity, 8]
         num_records=torch.zeros(2, dtype=torch.int32, device=device),  # [2]
         runs=torch.zeros((max_runs, 4), dtype=torch.int32, device=device),  # [max_runs, 4]
-        shares=torch.zeros(policy.num_shares + 1, dtype=torch.int32, device=device),  # [num_shares + 1]
+        shares=torch.zeros(num_shares + 1, dtype=torch.int32, device=device),  # [num_shares + 1]
         policy=policy,
     )
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from stepwire_kernels import sampler, step_input, work_list
 from stepwire_kernels.activation import gated_activation
-from stepwire_kernels.attention_decode import decode_attention, decode_policy
+from stepwire_kernels.attention_decode import decode_attention, decode_policy, default_decode_tuning
 from stepwire_kernels.attention_from_qkv import attention_from_qkv, from_qkv_policy
 from stepwire_kernels.attention_prefill import default_prefill_tuning, prefill_attention, prefill_tile_tokens
 from stepwire_kernels.gather import gather_last_hidden
@@ -121,7 +121,9 @@ def from_qkv_row(report: Report, heads: Heads, what: str, lens: list[int], cache
     places = (case.block_tables, positions, blocks * 64 + positions % 64, cos, sin)
     policy = from_qkv_policy(batch, heads.num_heads, heads.num_kv_heads, heads.head_dim)
     fine, fine_scratch = case.decode_work(heads, policy)
-    work, scratch = case.decode_work(heads, decode_policy(heads.num_kv_heads, heads.head_dim, cache_dtype))
+    work, scratch = case.decode_work(
+        heads, decode_policy(heads.num_kv_heads, default_decode_tuning(heads.head_dim, cache_dtype))
+    )
 
     def together(k: torch.Tensor, v: torch.Tensor) -> None:
         attention_from_qkv(qkv, k, v, *places, fine, fine_scratch, case.scale, heads.num_heads, pdl=True)
@@ -138,7 +140,9 @@ def from_qkv_row(report: Report, heads: Heads, what: str, lens: list[int], cache
 
 def decode_row(report: Report, heads: Heads, what: str, lens: list[int], cache_dtype: torch.dtype) -> None:
     case = paged(heads, [1] * len(lens), lens, cache_dtype=cache_dtype)
-    work, workspace = case.decode_work(heads, decode_policy(heads.num_kv_heads, heads.head_dim, cache_dtype))
+    work, workspace = case.decode_work(
+        heads, decode_policy(heads.num_kv_heads, default_decode_tuning(heads.head_dim, cache_dtype))
+    )
     launches = [
         lambda c=c: decode_attention(
             case.q, c[0], c[1], case.block_tables, work, workspace, case.scale, case.out, pdl=True

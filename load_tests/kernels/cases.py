@@ -8,7 +8,7 @@ import torch
 from stepwire_kernels import work_list
 from stepwire_kernels.attention_decode import DecodeWorkspace, allocate_decode_workspace
 from stepwire_kernels.decode_list import build_decode_list
-from stepwire_kernels.work_list import ChunkPolicy, WorkList
+from stepwire_kernels.work_list import SharePolicy, WorkList
 
 L2_BYTES = 60 << 20
 
@@ -41,9 +41,9 @@ class AttentionCase:
     scale: float
     kv_bytes: int
 
-    def decode_work(self, heads: Heads, policy: ChunkPolicy, window: int = 0) -> tuple[WorkList, DecodeWorkspace]:
+    def decode_work(self, heads: Heads, policy: SharePolicy, window: int = 0) -> tuple[WorkList, DecodeWorkspace]:
         runs = self.kv_lens.numel()
-        work = work_list.allocate_decode_list(runs, runs, "cuda", policy=policy)
+        work = work_list.allocate_decode_list(runs, runs, "cuda", policy)
         build_decode_list(self.query_starts, self.kv_lens, self.run_rows, work, window=window)
         return work, allocate_decode_workspace(work, heads.num_heads, heads.head_dim)
 

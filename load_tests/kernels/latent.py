@@ -15,14 +15,14 @@ from stepwire_kernels.attention_decode import allocate_decode_workspace
 from stepwire_kernels.attention_latent import (
     LatentTuning,
     default_latent_prefill_tuning,
-    latent_chunk_policy,
     latent_decode_attention,
+    latent_policy,
     latent_prefill_attention,
     latent_tile_tokens,
 )
 from stepwire_kernels.decode_list import build_decode_list
 
-from load_tests.kernels.cases import AttentionCase, Heads, paged
+from load_tests.kernels.cases import AttentionCase, Heads, paged, unlike_lengths
 from load_tests.kernels.measure import Report, time_graph
 
 KV_RANK, ROPE_DIM = 512, 64
@@ -52,8 +52,8 @@ PREFILL_TUNINGS = [
 def decode_launches(heads: Heads, case: AttentionCase, tuning: LatentTuning | None) -> list[Callable[[], object]]:
     """One launch a cache."""
     num_runs = case.kv_lens.numel()
-    policy = latent_chunk_policy(num_runs, heads.num_heads)
-    work = work_list.allocate_decode_list(num_runs, num_runs, "cuda", policy=policy)
+    policy = latent_policy(heads.num_heads, case.q.dtype, case.q.device)
+    work = work_list.allocate_decode_list(num_runs, num_runs, "cuda", policy)
     build_decode_list(case.query_starts, case.kv_lens, case.run_rows, work)
     workspace = allocate_decode_workspace(work, heads.num_heads, KV_RANK)
     out = case.out[..., :KV_RANK].contiguous()
@@ -83,11 +83,14 @@ def prefill_flop(heads: Heads, length: int) -> float:
 
 def bench_latent(report: Report) -> None:
     for heads in (LITE, FULL):
-        for batch, context in ((1, 1024), (32, 1024), (128, 1024), (1, 8192), (32, 8192)):
-            case = paged(heads, [1] * batch, [context] * batch)
+        for name, lens in (
+            ("b1 ctx1024", [1024]), ("b32 ctx1024", [1024] * 32), ("b128 ctx1024", [1024] * 128),
+            ("b1 ctx8192", [8192]), ("b32 ctx8192", [8192] * 32), ("b72 unlike", unlike_lengths(72)),
+        ):  # fmt: skip
+            case = paged(heads, [1] * len(lens), lens)
             ms = time_graph(decode_launches(heads, case, None))
             # `paged` counts keys and values: here they are the same bytes.
-            report.add("latent_decode", f"{heads.name} b{batch} ctx{context}", ms, num_bytes=case.kv_bytes / 2)
+            report.add("latent_decode", f"{heads.name} {name}", ms, num_bytes=case.kv_bytes / 2)
     for length in (1024, 8192):
         case = paged(LITE, [length], [length], num_caches=2)
         tuning = default_latent_prefill_tuning(torch.bfloat16, case.q.device)

@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from stepwire_kernels.attention_decode import DecodeTuning, decode_attention
+from stepwire_kernels.attention_decode import DecodeTuning, decode_attention, decode_policy
 from stepwire_kernels.attention_prefill import PrefillTuning, prefill_attention, prefill_tile_tokens
 from stepwire_kernels.expert_packed import PackedExpertTuning
 from stepwire_kernels.packed_linear import KERNEL_NAMES, Tuning
 from stepwire_kernels.packed_weight import weight_format
 from stepwire_kernels.split_k import allocate_linear_workspace
-from stepwire_kernels.work_list import LATENCY, THROUGHPUT, ChunkPolicy
 
-from load_tests.kernels.cases import LLAMA_8B, QWEN3_06B, AttentionCase, Heads, causal_flop, paged
+from load_tests.kernels.cases import LLAMA_8B, QWEN3_06B, AttentionCase, Heads, causal_flop, paged, unlike_lengths
 from load_tests.kernels.latent import (
     DECODE_TUNINGS,
     FULL,
@@ -61,10 +60,8 @@ PREFILL = [
 ]  # fmt: skip
 
 
-def _decode_launcher(
-    case: AttentionCase, heads: Heads, tuning: DecodeTuning, policy: ChunkPolicy
-) -> list[Callable[[], object]]:
-    work, workspace = case.decode_work(heads, policy)
+def _decode_launcher(case: AttentionCase, heads: Heads, tuning: DecodeTuning) -> list[Callable[[], object]]:
+    work, workspace = case.decode_work(heads, decode_policy(heads.num_kv_heads, tuning))
     return [
         lambda c=c: decode_attention(
             case.q, c[0], c[1], case.block_tables, work, workspace, case.scale, case.out, tuning=tuning, pdl=True
@@ -89,7 +86,7 @@ def _compile(job: tuple[str | Callable[[Any], None], Any]) -> str | None:
             kind(payload)
         elif kind == "decode":
             for heads in (LLAMA_8B, QWEN3_06B):
-                for launch in _decode_launcher(paged(heads, [1], [300], num_caches=1), heads, payload, THROUGHPUT):
+                for launch in _decode_launcher(paged(heads, [1], [300], num_caches=1), heads, payload):
                     launch()
         elif kind == "prefill":
             for launch in _prefill_launcher(
@@ -135,18 +132,17 @@ def sweep_decode(top: int) -> None:
     candidates = compile_all("decode", DECODE)
     ceilings = measure_ceilings()
     print(f"read {ceilings.read_gb_s:.0f} GB/s")
-    finer = ChunkPolicy(256, 32)
-    for heads, batch, context, policy in (
-        (LLAMA_8B, 32, 1024, THROUGHPUT), (LLAMA_8B, 32, 8192, THROUGHPUT), (LLAMA_8B, 32, 8192, finer),
-        (QWEN3_06B, 32, 1024, THROUGHPUT), (LLAMA_8B, 256, 1024, THROUGHPUT), (LLAMA_8B, 1, 1024, LATENCY),
-        (LLAMA_8B, 1, 8192, LATENCY), (LLAMA_8B, 8, 1024, LATENCY), (LLAMA_8B, 8, 1024, THROUGHPUT),
+    for heads, name, lens in (
+        (LLAMA_8B, "b32 ctx1024", [1024] * 32), (LLAMA_8B, "b32 ctx8192", [8192] * 32),
+        (QWEN3_06B, "b32 ctx1024", [1024] * 32), (LLAMA_8B, "b256 ctx1024", [1024] * 256),
+        (LLAMA_8B, "b8 ctx1024", [1024] * 8), (LLAMA_8B, "b192 unlike", unlike_lengths(192)),
     ):  # fmt: skip
-        case = paged(heads, [1] * batch, [context] * batch)
+        case = paged(heads, [1] * len(lens), lens)
         timed = []
         for tuning in candidates:
-            ms = time_graph(_decode_launcher(case, heads, tuning, policy), target_ms=8, repeats=3)
+            ms = time_graph(_decode_launcher(case, heads, tuning), target_ms=8, repeats=3)
             timed.append((ms, tuning))
-        print(f"-- {heads.name} b{batch} ctx{context} {policy}")
+        print(f"-- {heads.name} {name}")
         for ms, tuning in sorted(timed, key=lambda item: item[0])[:top]:
             share = case.kv_bytes / ms / 1e6 / ceilings.read_gb_s
             print(f"{ms * 1e3:8.2f} us {100 * share:5.1f} %  {tuning}", flush=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from stepwire_kernels.attention_from_qkv import FromQkvTuning, from_qkv_policy
 from stepwire_kernels.decode_list import build_decode_list
-from stepwire_kernels.work_list import ChunkPolicy
+from stepwire_kernels.work_list import SharePolicy
 
 from tests.unit.kernels.checks import assert_close
 from tests.unit.kernels.test_attention_from_qkv import *  # noqa: F403
@@ -22,8 +22,8 @@ def test_chunks_finish_in_any_order(device: str, num_heads: int, num_kv_heads: i
     step = Step(lens, num_heads, num_kv_heads, 128, 64, torch.bfloat16, device)
     # As many as 16 chunks a run, most of them of one tile.
     tuning = FromQkvTuning(warp_tokens=16, num_warps=warps, num_stages=3)
-    step.check(policy=ChunkPolicy(64, 16), tuning=tuning)
-    work, workspace = step.plan(ChunkPolicy(64, 16), {})
+    step.check(policy=SharePolicy(1500, 64, 64), tuning=tuning)
+    work, workspace = step.plan(SharePolicy(1500, 64, 64), {})
     first = step.launch(work, workspace, tuning=tuning)
     for _ in range(100):
         assert torch.equal(step.launch(work, workspace, tuning=tuning), first)

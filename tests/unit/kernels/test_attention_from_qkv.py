@@ -18,13 +18,14 @@ from stepwire_kernels.attention_from_qkv import (
     takes_from_qkv,
 )
 from stepwire_kernels.decode_list import build_decode_list
-from stepwire_kernels.work_list import ChunkPolicy, SharePolicy, WorkList
+from stepwire_kernels.work_list import SharePolicy, WorkList
 
 from tests.unit.kernels.checks import USUAL_DTYPES, assert_close
 from tests.unit.kernels.paged_case import PagedCase, make_case
 from tests.unit.kernels.test_rope_kv import tables
 
-FINE = ChunkPolicy(64, 8)
+# Pieces of 64 tokens, so that most runs have several.
+FINE = SharePolicy(32, 64, 64)
 FEW_LENS = [1, 65, 140, 64]
 MANY_LENS = [*FEW_LENS, 17, 128]
 LENS = pytest.mark.parametrize("lens", [FEW_LENS, MANY_LENS], ids=["few", "many"])
@@ -79,11 +80,9 @@ class Step:
             for cache in (case.k_cache, case.v_cache):
                 cache.view(torch.uint8)[block, :, last % block_size] = 0xFF  # NaN in every dtype
 
-    def plan(self, policy: ChunkPolicy, reach: dict[str, object]) -> tuple[WorkList, DecodeWorkspace]:
+    def plan(self, policy: SharePolicy, reach: dict[str, object]) -> tuple[WorkList, DecodeWorkspace]:
         case = self.case
-        work = work_list.allocate_decode_list(
-            case.kv_lens.numel(), case.q.shape[0], str(self.qkv.device), policy=policy
-        )
+        work = work_list.allocate_decode_list(case.kv_lens.numel(), case.q.shape[0], str(self.qkv.device), policy)
         build_decode_list(case.query_starts, case.kv_lens, case.run_rows, work, **reach)
         return work, allocate_decode_workspace(work, self.num_heads, case.q.shape[2])
 
@@ -97,7 +96,7 @@ class Step:
             tuning=tuning, **options,
         )  # fmt: skip
 
-    def run(self, *, policy: ChunkPolicy = FINE, **options: object) -> torch.Tensor:
+    def run(self, *, policy: SharePolicy = FINE, **options: object) -> torch.Tensor:
         reach = {name: options[name] for name in ("window", "aligned") if name in options}
         work, workspace = self.plan(policy, reach)
         workspace.partial_out.fill_(float("nan"))
@@ -112,7 +111,7 @@ class Step:
         self,
         *,
         factor: float = 1.0,
-        policy: ChunkPolicy = FINE,
+        policy: SharePolicy = FINE,
         tuning: FromQkvTuning | None = None,
         **options: object,
     ) -> None:
@@ -233,14 +232,14 @@ def test_chunks_of_several_tiles(device: str, lens: list[int], warps: int) -> No
     tuning = FromQkvTuning(num_warps=warps)
     step = Step(lens, 4, 2, 64, 32, torch.float32, device, norm_offset=0.0)
     step.check(tuning=tuning)
-    few = step.run(policy=ChunkPolicy(128, 4), tuning=tuning)
+    few = step.run(policy=SharePolicy(32, 128, 128), tuning=tuning)
     assert_close(few, step.run(policy=FINE))
 
 
 @pytest.mark.parametrize("num_runs", [1, 5])
 def test_chunks_that_begin_within_a_tile(device: str, num_runs: int) -> None:
     step = Step([288] * num_runs, 2, 1, 64, 64, torch.float32, device)
-    even = step.run(policy=ChunkPolicy(64, 8), tuning=FromQkvTuning(warp_tokens=64))
+    even = step.run(policy=FINE, tuning=FromQkvTuning(warp_tokens=64))
     # Three pieces of 96 tokens a run: the second's first tile of 64 goes over the edge of a block.
     odd = step.run(policy=SharePolicy(3 * num_runs, 32, 96), tuning=FromQkvTuning(warp_tokens=64))
     assert_close(odd, even)
@@ -255,21 +254,33 @@ def test_shares_that_end_within_runs(device: str, num_shares: int, warps: int) -
     step.check(policy=SharePolicy(num_shares, min_share=512), window=100)
 
 
-def test_which_chunk_finishes_makes_no_difference(device: str) -> None:
+@pytest.mark.parametrize("num_late", [1, 4, 14])
+def test_which_piece_finishes_makes_no_difference(device: str, num_late: int) -> None:
     step = Step([299, 40, 150, 65, 512, 3], 4, 2, 64, 32, torch.bfloat16, device)
-    # A program an item, in the order of the list; then few programs with every so-manieth item each, so that under the
-    # interpreter a run's last chunk is no longer the last to be computed.
-    wide = step.run(policy=ChunkPolicy(32, 16), tuning=FromQkvTuning(programs_per_sm=1 << 16))
-    for programs in (1, 3):
-        narrow = step.run(policy=ChunkPolicy(32, 16), tuning=FromQkvTuning(programs_per_sm=programs))
-        assert torch.equal(narrow, wide)
+    policy = SharePolicy(36, 32, 32)
+    expected = step.run(policy=policy)
+    work, workspace = step.plan(policy, {})
+    # Under the interpreter a run's last piece is computed last. So the first shares are left empty, and made up for
+    # afterwards, when the others are.
+    places = torch.arange(len(work.shares), device=work.shares.device)
+    shares, edge = work.shares.clone(), work.shares[num_late].clone()
+    work.shares.copy_(torch.where(places < num_late, edge, shares))
+    step.launch(work, workspace)
+    assert workspace.counters.any()
+    work.shares.copy_(torch.where(places < num_late, shares, edge))
+    work.num_records[0] = work.num_records[1]  # padding has been
+    late = step.launch(work, workspace)
+    assert not workspace.counters.any()
+    runs_of_late = {record[0] for record in work.records[: int(edge)].tolist()}
+    for run in runs_of_late:
+        assert torch.equal(late[run], expected[run])
 
 
 def test_layers_and_steps_share_the_counters(device: str) -> None:
     steps = [
         Step(lens, 4, 2, 64, 32, torch.float32, device) for lens in ([299, 40, 150, 65, 512], [70, 140, 9, 1, 33, 250])
     ]
-    policy = ChunkPolicy(32, 16)
+    policy = SharePolicy(40, 32, 32)
     alone = [step.run(policy=policy) for step in steps]
     _, workspace = steps[0].plan(policy, {})
     works = [step.plan(policy, {})[0] for step in steps]

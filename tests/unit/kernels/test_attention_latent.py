@@ -7,18 +7,18 @@ from stepwire_kernels.attention_decode import allocate_decode_workspace
 from stepwire_kernels.attention_latent import (
     LatentTuning,
     default_latent_prefill_tuning,
-    latent_chunk_policy,
     latent_decode_attention,
+    latent_policy,
     latent_prefill_attention,
     latent_tile_tokens,
 )
 from stepwire_kernels.decode_list import build_decode_list
-from stepwire_kernels.work_list import ChunkPolicy
+from stepwire_kernels.work_list import SharePolicy
 
 from tests.unit.kernels.checks import USUAL_DTYPES, assert_close, poison
 from tests.unit.kernels.paged_case import PagedCase, make_case
 
-FINE = ChunkPolicy(64, 32)
+FINE = SharePolicy(32, 64, 64)
 
 
 def make(
@@ -42,10 +42,10 @@ def twin(case: PagedCase, kv_rank: int, **options: float) -> torch.Tensor:
 
 
 def run_decode(
-    case: PagedCase, kv_rank: int, *, policy: ChunkPolicy = FINE, tuning: LatentTuning | None = None, **options: float
+    case: PagedCase, kv_rank: int, *, policy: SharePolicy = FINE, tuning: LatentTuning | None = None, **options: float
 ) -> torch.Tensor:
     device, (num_tokens, num_heads, _) = str(case.q.device), case.q.shape
-    work = work_list.allocate_decode_list(case.kv_lens.numel(), num_tokens, device, policy=policy)
+    work = work_list.allocate_decode_list(case.kv_lens.numel(), num_tokens, device, policy)
     build_decode_list(case.query_starts, case.kv_lens, case.run_rows, work)
     workspace = allocate_decode_workspace(work, num_heads, kv_rank)
     workspace.partial_out.fill_(float("nan"))
@@ -136,10 +136,9 @@ def test_float8_cache(device: str) -> None:
     assert_close(run_prefill(case, 64, cache_scale=0.75), expected)
 
 
-def test_result_is_bitwise_the_same_alone_in_a_batch_and_with_more_programs(device: str) -> None:
+def test_the_same_pieces_give_bitwise_the_same_alone_and_in_a_batch(device: str) -> None:
     case = make([(1, 299), (1, 40)], 4, 80, 64, torch.bfloat16, device)
     together = run_decode(case, 64)
-    assert torch.equal(together, run_decode(case, 64, tuning=LatentTuning(16, 32, 4, 2, 7)))
     for run in range(2):
         alone = PagedCase(
             case.q[run : run + 1], case.k_cache, case.v_cache, case.block_tables,
@@ -157,8 +156,15 @@ def test_unsupported_sizes_are_refused(device: str) -> None:
         run_prefill(case, 32)
 
 
-def test_chunks_fill_the_device_and_no_more() -> None:
-    chunks = {
-        (runs, heads): latent_chunk_policy(runs, heads).max_chunks for runs in (1, 32, 256) for heads in (16, 128)
-    }
-    assert chunks == {(1, 16): 64, (1, 128): 64, (32, 16): 8, (32, 128): 4, (256, 16): 4, (256, 128): 4}
+@pytest.mark.parametrize("num_shares", [1, 4, 30])
+def test_shares_that_end_within_runs(device: str, num_shares: int) -> None:
+    case = make([(1, length - 1) for length in (299, 1, 40, 150, 65, 512, 3)], 4, 80, 64, torch.float32, device)
+    assert_close(run_decode(case, 64, policy=SharePolicy(num_shares)), twin(case, 64))
+
+
+def test_shares_fill_the_device_and_no_more(device: str) -> None:
+    cpu = torch.device("cpu")
+    assert latent_policy(16, torch.bfloat16, cpu).num_shares == 264
+    assert latent_policy(64, torch.bfloat16, cpu).num_shares == 132
+    # Two blocks of heads read the same share.
+    assert latent_policy(128, torch.bfloat16, cpu).num_shares == 66

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stepwire_kernels import reference, work_list
 from stepwire_kernels.decode_list import build_decode_list
-from stepwire_kernels.work_list import LATENCY, THROUGHPUT, ChunkPolicy, SharePolicy, WorkList
+from stepwire_kernels.work_list import SharePolicy, WorkList
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -17,7 +17,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS = st.lists(
     st.tuples(st.integers(0, 40), st.one_of(st.none(), st.integers(0, 3000))), min_size=1, max_size=9
 )  # fmt: skip
-DECODES = st.lists(st.tuples(st.just(1), st.one_of(st.none(), st.integers(0, 200_000))), min_size=1, max_size=9)
 
 
 def arrays(runs: list[tuple[int, int | None]]) -> tuple[list[int], list[int], list[int]]:
@@ -45,27 +44,6 @@ def check_runs_of_list(work: WorkList, expected: list[tuple[int, ...]], lens: li
         assert not own or (token, first_record) == (own[0][2], own[0][6])
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    runs=st.one_of(RUNS, DECODES),
-    window=st.sampled_from([0, 1, 100, 4096]),
-    aligned=st.booleans(),
-    policy=st.sampled_from([LATENCY, THROUGHPUT, ChunkPolicy(16, 4)]),
-)
-def test_chunks_match_twin(runs: list[tuple[int, int | None]], window: int, aligned: bool, policy: ChunkPolicy) -> None:
-    starts, lens, rows = arrays(runs)
-    work = work_list.allocate_decode_list(len(runs), starts[-1], DEVICE, policy=policy)
-    build_decode_list(*tensors(starts, lens, rows), work, window=window, aligned=aligned)
-    expected = reference.chunk_records(
-        starts, lens, rows, window=window, aligned=aligned, min_chunk=policy.min_chunk, max_chunks=policy.max_chunks
-    )
-    assert listed(work) == expected
-    assert work.num_records.tolist() == [len(expected), 0]
-    if max(queries for queries, _ in runs) <= 1:
-        assert len(expected) <= policy.most_records(len(runs))
-    check_runs_of_list(work, expected, lens)
-
-
 @settings(max_examples=100, deadline=None)
 @given(
     runs=st.one_of(
@@ -77,7 +55,7 @@ def test_chunks_match_twin(runs: list[tuple[int, int | None]], window: int, alig
 )
 def test_shares_match_twin(runs: list[tuple[int, int | None]], window: int, aligned: bool, policy: SharePolicy) -> None:
     starts, lens, rows = arrays(runs)
-    work = work_list.allocate_decode_list(len(runs), starts[-1], DEVICE, policy=policy)
+    work = work_list.allocate_decode_list(len(runs), starts[-1], DEVICE, policy)
     # As many shares as others have that use the same tensors.
     work = dataclasses.replace(work, shares=torch.full((policy.num_shares + 9,), -1, dtype=torch.int32, device=DEVICE))
     build_decode_list(*tensors(starts, lens, rows), work, window=window, aligned=aligned)
@@ -95,7 +73,7 @@ def test_shares_match_twin(runs: list[tuple[int, int | None]], window: int, alig
 def test_shares_are_alike_however_long_the_runs_are() -> None:
     lens = [1 + 37 * run % 2000 for run in range(90)]
     policy = SharePolicy(66)
-    work = work_list.allocate_decode_list(len(lens), len(lens), DEVICE, policy=policy)
+    work = work_list.allocate_decode_list(len(lens), len(lens), DEVICE, policy)
     build_decode_list(*tensors(list(range(len(lens) + 1)), lens, list(range(len(lens)))), work)
     records, shares = listed(work), work.shares.tolist()
     cuts = [
@@ -119,23 +97,12 @@ def test_prefill_list_matches_twin(runs: list[tuple[int, int | None]], tile_toke
     assert len(expected) <= work.capacity
 
 
-def test_a_run_keeps_its_chunks_whatever_the_batch() -> None:
-    alone = work_list.allocate_decode_list(1, 1, DEVICE)
-    build_decode_list(*tensors([0, 1], [9000], [4]), alone)
-    batch = work_list.allocate_decode_list(3, 3, DEVICE)
-    build_decode_list(*tensors([0, 1, 2, 3], [70_000, 9000, 12], [1, 4, 2]), batch)
-    ranges = [record[4:6] for record in listed(batch) if record[0] == 1]
-    assert ranges == [record[4:6] for record in listed(alone)]
-
-
 def test_mismatched_arrays_are_refused() -> None:
-    work = work_list.allocate_decode_list(2, 2, DEVICE)
+    work = work_list.allocate_decode_list(2, 2, DEVICE, SharePolicy(4))
     with pytest.raises(ValueError, match="need 3 query_starts"):
         build_decode_list(*tensors([0, 1], [5, 5], [0, 1]), work)
     with pytest.raises(ValueError, match="allocated for 2 runs, got 1"):
         build_decode_list(*tensors([0, 1], [5], [0]), work)
-    with pytest.raises(ValueError, match="min_chunk must be a power of two, got 100"):
-        ChunkPolicy(min_chunk=100)
     with pytest.raises(ValueError, match="num_shares must be 1 or more, got 0"):
         SharePolicy(0)
     with pytest.raises(ValueError, match="cut must be a power of two, got 24"):
