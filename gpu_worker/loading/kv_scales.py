@@ -43,10 +43,19 @@ def check_kv_scales(infos: Iterable[TensorInfo], num_layers: int) -> None:
     """Raises `CheckpointError` for scales that are not one a layer, or of a layer that does not exist."""
     for info in infos:
         match = _NAME.fullmatch(info.name)
-        if match is not None and (int(match["layer"]) >= num_layers or info.num_elements != 1):
+        if match is None:
+            continue
+        if int(match["layer"]) >= num_layers:
             raise CheckpointError(
                 info.file,
-                f"has the shape {list(info.shape)} in a model of {num_layers} layers",
+                f"belongs to a layer that a model of {num_layers} layers does not have",
+                tensor=info.name,
+                advice="config.json and the weights are not of one model: download both again",
+            )
+        if info.num_elements != 1:
+            raise CheckpointError(
+                info.file,
+                f"has the shape {list(info.shape)}",
                 tensor=info.name,
                 advice="only one scale for a layer's keys and one for its values are supported",
             )

@@ -270,7 +270,8 @@ def test_an_fp8_cache_takes_the_scales_of_the_checkpoint(llama_dir: Path, tmp_pa
             if "o_proj" in name:
                 tensors[name] = tensor / 1e6
         for name, scale in scales.items():
-            tensors |= {f"model.layers.{layer}.self_attn.{name}": torch.tensor([scale]) for layer in (0, 1)}
+            layers = {key.split(".")[2] for key in tensors if ".layers." in key}
+            tensors |= {f"model.layers.{layer}.self_attn.{name}": torch.tensor([scale]) for layer in layers}
         save_file(tensors, directory / "model.safetensors")
         shutil.copy(llama_dir / "config.json", directory)
         driver = StepDriver(load_inline(directory, kv_cache_dtype=kv_cache_dtype))
