@@ -162,4 +162,15 @@ def test_it_computes_like_transformers_or_is_refused(architecture: str, tmp_path
         pytest.skip(f"transformers cannot run it ({error})")
     steps = [(0, 17), (17, 36), *((start, start + 1) for start in range(36, 40))]
     got = torch.cat([paged.logits(tokens[start:stop], start) for start, stop in steps])
-    assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
+    # Where the router nearly ties, a random mixture's own rounding may be seen.
+    bound = 1e-4 * expected.abs().max()
+    error = (got - expected).abs().max()
+    assert error <= bound or error <= 3 * own_rounding(model, tokens, expected)
+
+
+def own_rounding(model: Any, tokens: list[int], logits: torch.Tensor) -> torch.Tensor:
+    """How far float32 takes transformers' own computation from that in float64."""
+    model.config._experts_implementation = "eager"
+    with torch.inference_mode():
+        exact = model.double()(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
+    return (logits - exact).abs().max()
