@@ -227,10 +227,7 @@ class TorchRunner:
             attention = CpuAttention(heads, kv_cache.layers, dtype, team)
         else:
             attention = torch_attention(heads, kv_cache, dtype)
-        facts = worker_facts(settings.model, spec, sizes, plan, shape, device, dtype, pooling)
-        if group.layout.num_stages > 1:
-            # The last stage has the logits, and the first one answers.
-            facts = replace(facts, can_prompt_logprobs=False)
+        facts = worker_facts(settings.model, spec, sizes, plan, shape, device, dtype, parallel, pooling)
         logits = TiledLogits(model) if settings.deterministic else None
         return cls(model, kv_cache, attention, facts, device, group, pooling, logits)
 

@@ -11,6 +11,7 @@ from stepwire_kernels.expert_scaled import ScaledExpertWeights, mix_scaled_exper
 from stepwire_kernels.experts import ExpertWeights, mix_experts, mix_packed_experts
 from stepwire_kernels.fused_linear import FusedTuning, NormInput, choose_fused, fused_linear
 from stepwire_kernels.gated_choice import choose_gated
+from stepwire_kernels.gather import look_up_part
 from stepwire_kernels.linear import linear
 from stepwire_kernels.norm import add_rms_norm, add_rms_norm_quantized
 from stepwire_kernels.split_k import allocate_linear_workspace
@@ -63,6 +64,9 @@ class TritonOps:
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return linear(x, weight, bias, workspace=self._workspace, pdl=self.pdl)
+
+    def look_up_part(self, token_ids: torch.Tensor, table: torch.Tensor, first: int) -> torch.Tensor:
+        return look_up_part(token_ids, table, first)
 
     def add_norm(
         self, x: torch.Tensor | None, residual: torch.Tensor, norm: Norm, sums: ParallelContext | None = None

@@ -58,8 +58,13 @@ class PeerCollectives:
         self._others, self._peers, self._pdl = others, peers, pdl
         self._gathers, self._held = gathers, held
         self._sums, self._norms = sums, norms
+        # Those that have been gathered into since the last sum: a peer may still read what came, and only a sum waits
+        # until it has.
+        self._unread: set[int] = set()
+        self._nothing = torch.zeros(1, 1, dtype=torch.float32, device=peers.rounds.device)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        self._unread.clear()
         rows = x.view(-1, x.shape[-1]) if x.is_contiguous() and x.ndim > 0 else x
         if self._peers.takes(rows):
             tuning = choose(self._sums, x.numel() * x.element_size())
@@ -79,7 +84,15 @@ class PeerCollectives:
         return deal_rows(x, buffers, rows_each, pdl=self._pdl)
 
     def _buffers_for(self, x: torch.Tensor) -> GatherBuffers | None:
-        return next((buffers for buffers in self._gathers if buffers.takes(x)), None)
+        """Into which all ranks may write now."""
+        for number, buffers in enumerate(self._gathers):
+            if buffers.takes(x):
+                if number in self._unread:
+                    # Logits of a prompt's parts, one after the other, where the last norm sums nothing.
+                    self.all_reduce(self._nothing)
+                self._unread.add(number)
+                return buffers
+        return None
 
     def all_reduce_add_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float
@@ -89,6 +102,7 @@ class PeerCollectives:
         tuning = choose(self._norms, x.numel() * x.element_size())
         if tuning is None:
             return None
+        self._unread.clear()
         return all_reduce_add_rms_norm(
             x, residual, weight, eps, self._peers, weight_offset=weight_offset, tuning=tuning, pdl=self._pdl
         )

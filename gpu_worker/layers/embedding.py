@@ -16,7 +16,7 @@ class VocabTable(Weighted):
 
     def __init__(self, vocab_size: int, hidden_size: int, build: BuildContext, *, num_unused: int = 0) -> None:
         """`num_unused`: rows that the checkpoint has behind these, and are not read."""
-        self._parallel = build.parallel
+        self._parallel, self._ops = build.parallel, build.ops
         self._stored_shape = (vocab_size + num_unused, hidden_size)
         self.vocab_size = vocab_size
         self.share = build.parallel.padded_share(vocab_size)
@@ -42,10 +42,7 @@ class Embedding(VocabTable):
         """token_ids [num_tokens] -> [num_tokens, hidden]."""
         if self._parallel.size == 1:
             return F.embedding(token_ids, self.weight)
-        local = token_ids - self.share.start
-        outside = (local < 0) | (local >= self.share.size)
-        rows = F.embedding(local.masked_fill(outside, 0), self.weight)  # [num_tokens, hidden]
-        return self._parallel.all_reduce(rows.masked_fill_(outside.unsqueeze(-1), 0))
+        return self._parallel.all_reduce(self._ops.look_up_part(token_ids, self.weight, self.share.start))
 
 
 class OutputHead:

@@ -113,6 +113,11 @@ class LayerOps(Protocol):
         """x [num_tokens, in], weight [out, in] -> [num_tokens, out]."""
         ...
 
+    def look_up_part(self, token_ids: torch.Tensor, table: torch.Tensor, first: int) -> torch.Tensor:
+        """token_ids [num_tokens] -> [num_tokens, hidden]: their rows of a table [num_held, hidden] that begins with row
+        `first` of the vocabulary's; zeros for those that it lacks."""
+        ...
+
     def add_norm(
         self, x: torch.Tensor | None, residual: torch.Tensor, norm: Norm, sums: ParallelContext | None = None
     ) -> torch.Tensor:
@@ -265,6 +270,12 @@ class TorchOps:
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.linear(x, weight, bias)
+
+    def look_up_part(self, token_ids: torch.Tensor, table: torch.Tensor, first: int) -> torch.Tensor:
+        local = token_ids - first
+        outside = (local < 0) | (local >= len(table))
+        rows = F.embedding(local.masked_fill(outside, 0), table)  # [num_tokens, hidden]
+        return rows.masked_fill_(outside.unsqueeze(-1), 0)
 
     def add_norm(
         self, x: torch.Tensor | None, residual: torch.Tensor, norm: Norm, sums: ParallelContext | None = None

@@ -1,9 +1,13 @@
-"""The last hidden state of every run, for the language-model head.
+"""Rows of a matrix, picked: the last hidden state of every run, and tokens' rows of a part of the embedding.
 
     out[r, :] = hidden[query_starts[r + 1] - 1, :]
 
 hidden: [num_tokens, H]; query_starts: int32 [num_runs + 1], non-decreasing; out: [num_runs, H]. An empty run (padding)
 gets zeros, so that what follows sees finite numbers.
+
+    out[t, :] = table[token_ids[t] - first, :]    where first <= token_ids[t] < first + num_held, else zeros
+
+table: [num_held, H], rows `first` and on of a vocabulary that ranks have split; the sum over ranks is the embedding.
 """
 
 from __future__ import annotations
@@ -68,5 +72,52 @@ def gather_last_hidden(
         USE_PDL=pdl,
         num_warps=max(1, min(4, block // 256)),
         **launch_options(pdl),
+    )
+    return out
+
+
+@triton.jit
+def _look_up_kernel(
+    token_ids_ptr,
+    table_ptr,
+    out_ptr,
+    first,
+    num_held,
+    num_cols,
+    table_stride,
+    BLOCK_COLS: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    mask = cols < num_cols
+    row = tl.load(token_ids_ptr + token).to(tl.int64) - first
+    is_held = (row >= 0) & (row < num_held)
+    values = tl.load(table_ptr + row * table_stride + cols, mask=mask & is_held, other=0.0)
+    tl.store(out_ptr + token * num_cols + cols, values, mask=mask)
+
+
+def look_up_part(token_ids: torch.Tensor, table: torch.Tensor, first: int) -> torch.Tensor:
+    """token_ids: integers [num_tokens] -> [num_tokens, H]. Never launched before the kernel ahead of it has ended.
+
+    Raises:
+        ValueError: rows of the table, or the token ids, are not contiguous.
+    """
+    if token_ids.ndim != 1 or not token_ids.is_contiguous() or table.stride(1) != 1:
+        raise ValueError("look_up_part: token_ids must be one contiguous row and the table's rows contiguous")
+    num_tokens, num_cols = len(token_ids), table.shape[1]
+    out = torch.empty((num_tokens, num_cols), dtype=table.dtype, device=table.device)  # [num_tokens, H]
+    if num_tokens == 0:
+        return out
+    block = min(1024, triton.next_power_of_2(num_cols))
+    _look_up_kernel[(num_tokens, triton.cdiv(num_cols, block))](
+        token_ids,
+        table,
+        out,
+        first,
+        len(table),
+        num_cols,
+        table.stride(0),
+        BLOCK_COLS=block,
+        num_warps=max(1, min(4, block // 256)),
     )
     return out

@@ -235,6 +235,13 @@ def gather_last_hidden(hidden: torch.Tensor, query_starts: torch.Tensor) -> torc
     return torch.where((ends > starts)[:, None], picked, torch.zeros_like(picked))
 
 
+def look_up_part(token_ids: torch.Tensor, table: torch.Tensor, first: int) -> torch.Tensor:
+    """Rows of a table that begins with row `first` of a larger one; zeros for those that it lacks."""
+    local = token_ids.long() - first
+    outside = (local < 0) | (local >= len(table))
+    return torch.nn.functional.embedding(local.masked_fill(outside, 0), table).masked_fill(outside[:, None], 0)
+
+
 # --- gemm.py -------------------------------------------------------------------------------------------------------
 
 

@@ -32,7 +32,7 @@ from load_tests.kernels.ranks import LOGITS, Rank, capture, run_ranks
 TUNED = Path(__file__).resolve().parents[2] / "kernels" / "stepwire_kernels" / "tuned" / "all_reduce"
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 HIDDEN = (4096, 8192)
-LARGE_TOKENS, LARGE_HIDDEN = (256, 384, 512, 768, 1024, 2048), (4096, 5120)
+LARGE_TOKENS, LARGE_HIDDEN = (256, 384, 512, 768, 1024, 2048, 4096), (4096, 5120)
 CALLS, REPLAYS, REPEATS = 32, 10, 5
 # Bytes; sums below are those of decodes.
 SMALLEST_LARGE = 2 * LARGE_TOKENS[0] * HIDDEN[0]

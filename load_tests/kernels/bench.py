@@ -17,7 +17,7 @@ from stepwire_kernels.activation import gated_activation
 from stepwire_kernels.attention_decode import decode_attention, decode_policy, default_decode_tuning
 from stepwire_kernels.attention_from_qkv import attention_from_qkv, from_qkv_policy
 from stepwire_kernels.attention_prefill import default_prefill_tuning, prefill_attention, prefill_tile_tokens
-from stepwire_kernels.gather import gather_last_hidden
+from stepwire_kernels.gather import gather_last_hidden, look_up_part
 from stepwire_kernels.linear import linear
 from stepwire_kernels.norm import add_rms_norm
 from stepwire_kernels.reference_steps import RowParameters
@@ -56,6 +56,11 @@ def bench_pointwise(report: Report) -> None:
     starts = torch.arange(0, 8193, 32, dtype=torch.int32, device="cuda")
     ms = time_graph([lambda: gather_last_hidden(hidden_states, starts)] * 8)
     report.add("gather_last", "256 of 8192 x 4096", ms, num_bytes=256 * 4096 * 4)
+    table = torch.randn(64128, 4096, device="cuda", dtype=BF16)
+    for num_tokens in (1, 256):
+        token_ids = torch.randint(0, 2 * len(table), (num_tokens,), dtype=torch.int32, device="cuda")
+        ms = time_graph([lambda ids=token_ids: look_up_part(ids, table, 0)] * 8)
+        report.add("look_up_part", f"{num_tokens} of 2 x 64128 x 4096", ms, num_bytes=num_tokens * 4096 * 3)
 
 
 def bench_rope(report: Report) -> None:

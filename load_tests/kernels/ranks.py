@@ -24,7 +24,7 @@ _ONE_NODE = "127.0.0.1"
 # Llama 3's vocabulary, of a step of decodes.
 LOGITS, LOGITS_ROWS = 128256, 256
 # The largest sums that are tried, and the largest in words that carry their round.
-MAX_ROWS, STAMPED_ROWS = 2048, 256
+MAX_ROWS, STAMPED_ROWS = 4096, 256
 
 
 @dataclass(frozen=True)

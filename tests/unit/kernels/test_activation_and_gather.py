@@ -4,7 +4,7 @@ import pytest
 import torch
 from stepwire_kernels import reference
 from stepwire_kernels.activation import ACTIVATIONS, gated_activation, gated_activation_quantized
-from stepwire_kernels.gather import gather_last_hidden
+from stepwire_kernels.gather import gather_last_hidden, look_up_part
 from stepwire_kernels.quantize_input import quantize_input
 
 from tests.unit.kernels.checks import FLOAT_DTYPES, assert_close, poison
@@ -57,3 +57,24 @@ def test_gather_takes_the_last_token_of_each_run(device: str, dtype: torch.dtype
     assert torch.equal(out, reference.gather_last_hidden(hidden, query_starts))
     assert torch.equal(out[0], hidden[0]) and torch.equal(out[1], hidden[4]) and torch.equal(out[3], hidden[8])
     assert torch.equal(out[2], torch.zeros_like(out[2]))
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("first", [0, 5, 300])
+def test_a_part_of_a_table_gives_its_own_rows_and_zeros(device: str, dtype: torch.dtype, first: int) -> None:
+    table = torch.randn(7, 1300, device=device).to(dtype)
+    token_ids = torch.tensor([0, 4, 5, 6, 11, 12, 300, 306, 307, 6], dtype=torch.int32, device=device)
+    out = look_up_part(token_ids, table, first)
+    assert torch.equal(out, reference.look_up_part(token_ids, table, first))
+    is_held = (token_ids >= first) & (token_ids < first + 7)
+    assert torch.equal(out.any(dim=1), is_held)
+
+
+def test_parts_of_a_table_add_up_to_it(device: str) -> None:
+    table = torch.randn(10, 48, device=device)
+    token_ids = torch.tensor([9, 0, 5, 4, 9], device=device)
+    parts = [look_up_part(token_ids, table[first : first + 5], first) for first in (0, 5)]
+    assert torch.equal(parts[0] + parts[1], table[token_ids])
+    assert look_up_part(token_ids[:0], table, 0).shape == (0, 48)
+    with pytest.raises(ValueError, match="contiguous"):
+        look_up_part(token_ids[::2], table, 0)

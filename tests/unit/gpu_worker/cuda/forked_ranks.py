@@ -51,7 +51,7 @@ def tensor_words() -> list[int]:
 
 def drive(driver: StepDriver) -> dict[str, Any]:
     """Chunks of prefills, log-probabilities, penalties, steps in flight, a mask, a row that another one follows."""
-    found: dict[str, Any] = {"logprobs": []}
+    found: dict[str, Any] = {"logprobs": [], "can_prompt_logprobs": driver.facts.can_prompt_logprobs}
     driver.add(0, list(range(5, 11)), greedy(2))
     driver.add(1, [7, 8, 9], sampling(seed=3, temperature=0.8, repetition_penalty=1.2))
     driver.step({0: 4, 1: 3})

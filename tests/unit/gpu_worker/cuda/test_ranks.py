@@ -37,3 +37,5 @@ def test_ranks_draw_what_one_worker_draws(tmp_path: Path, kind: str, mode: str) 
     for found in ranks:
         assert (found["tokens"], found["dropped"]) == (expected["tokens"], expected["dropped"])
         assert found["logprobs"] == pytest.approx(expected["logprobs"], abs=1e-4)
+        # The first stage answers, and has no logits.
+        assert found["can_prompt_logprobs"] == (mode != "pipeline")
