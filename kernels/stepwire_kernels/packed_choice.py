@@ -24,6 +24,7 @@ from stepwire_kernels.packed_linear import (
     Tuning,
     packed_linear,
 )
+from stepwire_kernels.packed_ring import RingTuning
 from stepwire_kernels.packed_weight import PackedWeight, weight_format
 from stepwire_kernels.packed_wgmma import WgmmaTuning, serves
 from stepwire_kernels.split_k import LinearWorkspace
@@ -73,7 +74,7 @@ def choose_linear(x: torch.Tensor, weight: PackedWeight) -> Tuning:
     if name is not None and x.dtype == torch.bfloat16:
         measured = measured_linear(name, weight, num_tokens)
         is_served = on_wgmma or not isinstance(measured, WgmmaTuning)
-        if isinstance(measured, InFlightTuning):
+        if isinstance(measured, InFlightTuning | RingTuning):
             is_served = in_flight_serves(x, weight)
         if measured is not None and is_served:
             return measured

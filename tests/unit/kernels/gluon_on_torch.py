@@ -1,9 +1,10 @@
 """Gluon kernels' source run on torch tensors: what they compute, without a GPU and without layouts.
 
 Gluon has no interpreter. Here a kernel's Python is called with a language in which tensors are torch's, shared memory
-is a tensor, a copy is done at once and a layout is nothing. So this says that the arithmetic and every address are
-right; whether values lie in the registers in which a product takes them is what the compiler checks (`assert_trivial`),
-and what the tests on a GPU show. A load or store outside a tensor that no mask hides is an error.
+is a tensor, a copy is done when its group is waited for and a layout is nothing. So this says that the arithmetic,
+every address and every wait are right; whether values lie in the registers in which a product takes them is what the
+compiler checks (`assert_trivial`), and what the tests on a GPU show. A load or store outside a tensor that no mask
+hides is an error.
 """
 
 from __future__ import annotations
@@ -112,6 +113,9 @@ class _Language:
         self.constexpr = object
         self.static_range = range
         self.program = (0, 0, 0)
+        # Copies that are under way: (target, what it will hold), not yet in a group and in groups, oldest first.
+        self.group: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.groups: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
         vars(self).update(DTYPES)
 
     def __getattr__(self, name: str) -> Any:
@@ -143,6 +147,9 @@ class _Language:
     def minimum(self, a: Any, b: Any) -> Value:
         return Value(torch.minimum(_data(a), torch.as_tensor(_data(b))))
 
+    def where(self, condition: Value, a: float, b: float) -> Value:
+        return Value(torch.where(condition.data, a, b))
+
     def sum(self, value: Value, axis: int) -> Value:
         return Value(value.data.sum(dim=axis))
 
@@ -173,13 +180,17 @@ class _Language:
 
     def async_copy_global_to_shared(self, shared: Shared, pointer: Pointer, mask: Any = None) -> None:
         offsets, mask = pointer.places(mask)
-        shared.data.copy_(torch.where(mask, pointer.memory[offsets.long()], 0))
+        shared.data.fill_(-1)
+        self.group.append((shared.data, torch.where(mask, pointer.memory[offsets.long()], 0)))
 
     def commit_group(self) -> None:
-        return None
+        self.groups.append(self.group)
+        self.group = []
 
     def wait_group(self, num_outstanding: int) -> None:
-        return None
+        while len(self.groups) > num_outstanding:
+            for target, copied in self.groups.pop(0):
+                target.copy_(copied)
 
     def mma_v2(self, a: Value, b: Value, acc: Value) -> Value:
         return Value(acc.data + a.data.float() @ b.data.float())
