@@ -5,7 +5,8 @@
 A kernel that is the fastest alone need not be so between others, whose memory and registers it takes while they wait
 for each other. Every launch shape is checked against the float64 twin and timed alone; then, beginning with the
 shapes of the table and with those that won alone, each linear of a layer tries the best of its shapes between the
-others. Prints both, and writes what won in the chain as rows for `tuned/packed`.
+others. Prints both, and writes what won in the chain as rows for `tuned/packed`. `--kernels wgmma --tokens 256`: the
+same for more tokens.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ from stepwire_kernels.packed_linear import KERNEL_NAMES, Tuning, packed_linear
 from stepwire_kernels.packed_ring import RingTuning
 from stepwire_kernels.packed_ring import shared_memory as shared_memory_of_ring
 from stepwire_kernels.packed_weight import PackedWeight, unpack, weight_format
+from stepwire_kernels.packed_wgmma import WgmmaTuning
 from stepwire_kernels.split_k import LinearWorkspace, allocate_linear_workspace
 
 from load_tests.kernels.linears import MODELS, Linears
 from load_tests.kernels.measure import measure_ceilings, time_graph
-from load_tests.kernels.quantized import bf16_ms, packed_weight
+from load_tests.kernels.quantized import bf16_ms, packed_candidates, packed_weight
 from load_tests.kernels.sweep import compile_all
 from load_tests.kernels.tuned_files import TUNED, show_choices
 
@@ -93,7 +95,21 @@ def ring_candidates(n: int, k: int, count: int) -> Iterator[RingTuning]:
             slots = min(max(turns, 2), 8, 1 + (SHARED_MEMORY // (beside * share) - 1024 - one) // more)
             if slots >= 2 and registers >= (96 if steps <= 2 else 128):
                 takes_more = registers >= 255 and (steps > 2 or share == 1)
-                yield RingTuning(columns, row_blocks, warps, steps, slots, 0 if takes_more else min(registers, 128))
+                registers = 0 if takes_more else min(registers, 128)
+                yield RingTuning(columns, row_blocks, warps, steps, slots, registers)
+                if beside * share == 2 and row_blocks == 1 and count <= 8:
+                    yield RingTuning(columns, row_blocks, warps, steps, slots, registers, trigger_first=True)
+
+
+def wgmma_candidates(n: int, k: int, count: int) -> Iterator[WgmmaTuning]:
+    """Launch shapes that the sweep tries, and tiles of 64 rows by 256 tokens: each weight is decoded once."""
+    for tuning in packed_candidates(count):
+        if isinstance(tuning, WgmmaTuning) and (count <= 128 or tuning.split_k <= 2):
+            yield tuning
+    if count > 128:
+        for split in (1, 2, 4):
+            yield WgmmaTuning(256, 4, 1, split, 2, 2)
+            yield WgmmaTuning(256, 4, 1, split, 3, 2)
 
 
 @dataclass
@@ -142,7 +158,7 @@ def _compile(job: tuple[int, int, int, Tuning]) -> None:
     """A launch of the same constants, on few rows where their number is none of them."""
     n, k, count, tuning = job
     rows = 16 * getattr(tuning, "row_blocks", 1)
-    if not isinstance(tuning, RingTuning):
+    if isinstance(tuning, InFlightTuning):
         n = 4 * rows if n % rows == 0 else 4 * rows + 16
     weight = packed_weight(KIND, n, k)
     x = torch.randn(count, k, device="cuda", dtype=BF16)
@@ -195,13 +211,13 @@ def _shown(tuning: Tuning) -> str:
     return KERNEL_NAMES[type(tuning)] + " " + ",".join(str(value) for value in asdict(tuning).values())
 
 
-FAMILIES = {"in_flight": in_flight_candidates, "ring": ring_candidates}
+FAMILIES = {"in_flight": in_flight_candidates, "ring": ring_candidates, "wgmma": wgmma_candidates}
 
 
 def _launch_key(n: int, k: int, count: int, tuning: Tuning) -> tuple[object, ...]:
     """Alike where one compiled kernel serves both."""
     rows = 16 * getattr(tuning, "row_blocks", 1)
-    return n if isinstance(tuning, RingTuning) else n % rows == 0, k, count <= 8, tuning
+    return n if not isinstance(tuning, InFlightTuning) else n % rows == 0, k, count <= 8, tuning
 
 
 def sweep(linears: Linears, counts: list[int], top: int, families: list[str], out: Path) -> None:
@@ -281,7 +297,7 @@ def main() -> None:
     parser.add_argument("--model", default="llama-3.1-8b", choices=sorted(MODELS), help="whose linears")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--top", type=int, default=4, help="how many of the best shapes the chain tries")
-    parser.add_argument("--kernels", nargs="+", default=sorted(FAMILIES), choices=sorted(FAMILIES))
+    parser.add_argument("--kernels", nargs="+", default=["in_flight", "ring"], choices=sorted(FAMILIES))
     parser.add_argument("--out", type=Path, default=TUNED, help="where rows are written")
     arguments = parser.parse_args()
     torch.manual_seed(0)
