@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -107,9 +107,17 @@ def wgmma_candidates(n: int, k: int, count: int) -> Iterator[WgmmaTuning]:
         if isinstance(tuning, WgmmaTuning) and (count <= 128 or tuning.split_k <= 2):
             yield tuning
     if count > 128:
-        for split in (1, 2, 4):
-            yield WgmmaTuning(256, 4, 1, split, 2, 2)
-            yield WgmmaTuning(256, 4, 1, split, 3, 2)
+        shapes = [WgmmaTuning(256, 4, 1, 1, 2, 2), WgmmaTuning(256, 4, 1, 1, 3, 2), WgmmaTuning(128, 8, 1, 1, 4, 3)]
+        for shape, split in product(shapes[:2], (1, 2, 4)):
+            yield replace(shape, split_k=split)
+        for shape in shapes[1:]:
+            tiles = -(-n // (16 * shape.num_warps)) * -(-count // shape.block_m)
+            if MULTIPROCESSORS // 2 < tiles < MULTIPROCESSORS:
+                # Second parts one behind another, on what first parts leave of the device.
+                behind = -(-tiles // (MULTIPROCESSORS - tiles))
+                even = -(-k // 128 * behind // (behind + 1))
+                yield replace(shape, split_k=2, first_pairs=even)
+                yield replace(shape, split_k=2, first_pairs=even + 2)
 
 
 @dataclass
@@ -281,8 +289,8 @@ def sweep(linears: Linears, counts: list[int], top: int, families: list[str], ou
         )
         for name, (n, k) in linears.items():
             us = next(us for us, tuning in timed[name, count] if tuning == new[name])
-            print(f"    {name:8s} {us:6.2f} us alone, {_shown(new[name])}")
             plain = bf16_ms(n, k, torch.randn(count, k, device="cuda", dtype=BF16))
+            print(f"    {name:8s} {us:6.2f} us alone, {1e3 * plain / us:.2f} times bf16, {_shown(new[name])}")
             rows.append(
                 {"format": weight_format(layers.weights[0][name]), "n": n, "k": k, "num_tokens": count,
                  "kernel": KERNEL_NAMES[type(new[name])], "tuning": asdict(new[name]), "us": round(us, 2),
