@@ -1,7 +1,8 @@
 """Which kernel multiplies by a packed weight: tables measured on a device, and defaults for what is not in them.
 
 `tuned/packed/<device>.json` holds linears and `tuned/packed_experts/<device>.json` mixtures, made by
-`python -m load_tests.kernels.sweep packed` and `packed_experts`.
+`python -m load_tests.kernels.sweep packed` and `packed_experts`; few tokens of linears also by
+`python -m load_tests.kernels.packed_chain`, which chooses between a layer's other linears.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from stepwire_kernels.packed_linear import (
     Tuning,
     packed_linear,
 )
+from stepwire_kernels.packed_ring import RingTuning
 from stepwire_kernels.packed_weight import PackedWeight, weight_format
 from stepwire_kernels.packed_wgmma import WgmmaTuning, serves
 from stepwire_kernels.split_k import LinearWorkspace
@@ -50,7 +52,8 @@ def _linear_table(device_name: str) -> dict[tuple[str, int, int], list[tuple[int
     """(format, N, K) to launch shapes by numbers of tokens, ascending."""
     kinds = {name: kind for kind, name in KERNEL_NAMES.items()}
     table: dict[tuple[str, int, int], list[tuple[int, Tuning]]] = {}
-    rows = tuned_rows(device_name, "choices", ("format", "n", "k"), "packed")
+    # Of another card, of which the chips are the same: the numbers of tokens that were not measured on this one.
+    rows = tuned_rows(device_name, "choices", ("format", "n", "k", "num_tokens"), "packed")
     for row in sorted(rows, key=lambda one: int(one["num_tokens"])):
         tuning: Tuning = kinds[row["kernel"]](**row["tuning"])
         table.setdefault((row["format"], row["n"], row["k"]), []).append((row["num_tokens"], tuning))
@@ -71,7 +74,7 @@ def choose_linear(x: torch.Tensor, weight: PackedWeight) -> Tuning:
     if name is not None and x.dtype == torch.bfloat16:
         measured = measured_linear(name, weight, num_tokens)
         is_served = on_wgmma or not isinstance(measured, WgmmaTuning)
-        if isinstance(measured, InFlightTuning):
+        if isinstance(measured, InFlightTuning | RingTuning):
             is_served = in_flight_serves(x, weight)
         if measured is not None and is_served:
             return measured

@@ -1,7 +1,7 @@
 """Linear layers whose weights stay packed in a few bits: y = x @ W^T + bias, activations in 16 or 32 bits.
 
-W is a `PackedWeight` (formats and layout: `packed_weight.py`). Two kernels here, and two of Gluon for what they serve
-(`packed_in_flight.py`, `packed_wgmma.py`):
+W is a `PackedWeight` (formats and layout: `packed_weight.py`). Two kernels here, and three of Gluon for what they serve
+(`packed_in_flight.py`, `packed_ring.py`, `packed_wgmma.py`):
 
 * up to 16 tokens, `packed_stream.py`: a program owns some rows, its warps share the inputs, and what each has summed is
   added at the end. Scales multiply sums, so that products are of small integers.
@@ -22,6 +22,7 @@ import triton.language as tl
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
 from stepwire_kernels.packed_in_flight import InFlightTuning, in_flight_linear
 from stepwire_kernels.packed_launch import format_constants, num_splits, weight_pointers
+from stepwire_kernels.packed_ring import RingTuning, ring_linear
 from stepwire_kernels.packed_stream import load_ahead, load_words, multiply_ahead, walk_inputs, word_offsets
 from stepwire_kernels.packed_tile import dense_tile
 from stepwire_kernels.packed_weight import (
@@ -62,11 +63,12 @@ class PackedTuning:
     num_stages: int = 3
 
 
-Tuning = StreamTuning | InFlightTuning | PackedTuning | WgmmaTuning
+Tuning = StreamTuning | InFlightTuning | RingTuning | PackedTuning | WgmmaTuning
 # As tables of launch shapes call them.
 KERNEL_NAMES: dict[type, str] = {
     StreamTuning: "stream",
     InFlightTuning: "in_flight",
+    RingTuning: "ring",
     PackedTuning: "tile",
     WgmmaTuning: "wgmma",
 }
@@ -299,6 +301,8 @@ def packed_linear(
         _stream(x, weight, bias, workspace, tuning, out, pdl=pdl)
     elif isinstance(tuning, InFlightTuning):
         in_flight_linear(x, weight, bias, workspace, tuning, out, pdl=pdl)
+    elif isinstance(tuning, RingTuning):
+        ring_linear(x, weight, bias, workspace, tuning, out, pdl=pdl)
     elif isinstance(tuning, WgmmaTuning):
         wgmma_linear(x, weight, bias, workspace, tuning, out, pdl=pdl)
     else:

@@ -13,7 +13,8 @@ A weight is rounded to the inputs' type, as are its scale and its minimum before
     W = round(round(scale) * (code - offset - zero) - round(minimum))
 
 Written in Gluon, because Triton cannot be told in which registers an operand is to be made, nor to fetch scales ahead.
-There is no interpreter for it: its arithmetic is held by a twin in torch (`reference_packed.py`).
+There is no interpreter for it: its arithmetic is held by a twin in torch (`reference_packed.py`), and its tests run its
+source on torch tensors.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ class WgmmaTuning:
     """Launch shape. `words_ahead` and `inputs_ahead`: iterations of 128 inputs that copies run ahead.
 
     A program has 16 * num_warps * row_blocks rows; `num_warps` 4 or 8; 2 <= `inputs_ahead` <= `words_ahead`.
+    `first_pairs`: iterations of the first of `split_k` parts, of which the others share the rest; 0: all alike.
+    Programs of first parts begin first. Where they do not fill the device, those of other parts, which are short,
+    follow one another on what is left of it.
     """
 
     block_m: int = 64
@@ -49,6 +53,7 @@ class WgmmaTuning:
     split_k: int = 1
     words_ahead: int = 4
     inputs_ahead: int = 2
+    first_pairs: int = 0
 
 
 @gluon.jit
@@ -223,7 +228,7 @@ def _load_groups(pointer, pair, rows, part, N, K, GROUP: gl.constexpr):
     return gl.load(pointer + at, mask=(rows < N) & (start < K), other=0.0)
 
 
-@gluon.jit(do_not_specialize=("num_tokens", "num_tiles", "pairs_each", "magic"))
+@gluon.jit(do_not_specialize=("num_tokens", "num_tiles", "first_pairs", "pairs_each", "magic"))
 def _wgmma_kernel(
     x_ptr,
     words_ptr,
@@ -242,6 +247,7 @@ def _wgmma_kernel(
     N,
     K,
     num_tiles,
+    first_pairs,
     pairs_each,
     magic,
     x_stride,
@@ -286,8 +292,8 @@ def _wgmma_kernel(
     token_block = gl.program_id(0)
     column = gl.program_id(1)
     split = gl.program_id(2)
-    first = split * pairs_each
-    last = gl.minimum(first + pairs_each, num_tiles // 2)
+    first = first_pairs + (split - 1) * pairs_each if split > 0 else 0
+    last = gl.minimum(first + pairs_each if split > 0 else first_pairs, num_tiles // 2)
 
     word = gl.arange(0, BLOCKS * 128, layout=WORDS)
     block = column * BLOCKS + word // 128
@@ -493,6 +499,10 @@ def wgmma_linear(
     rows, pairs = 16 * tuning.num_warps * tuning.row_blocks, weight.num_tiles // 2
     columns, token_blocks = triton.cdiv(n, rows), triton.cdiv(num_tokens, tuning.block_m)
     splits = num_splits(tuning.split_k, columns * token_blocks, pairs, rows * tuning.block_m, workspace)
+    first_pairs = pairs_each = triton.cdiv(pairs, splits)
+    if splits > 1 and tuning.first_pairs:
+        first_pairs = min(tuning.first_pairs, pairs)
+        pairs_each = triton.cdiv(pairs - first_pairs, splits - 1)
     _wgmma_kernel[(token_blocks, columns, splits)](
         x,
         *weight_pointers(weight),
@@ -505,7 +515,8 @@ def wgmma_linear(
         n,
         weight.num_inputs,
         weight.num_tiles,
-        triton.cdiv(pairs, splits),
+        first_pairs,
+        pairs_each,
         MAGIC_BITS[x.dtype],
         x.stride(0),
         out.stride(0),

@@ -5,7 +5,8 @@
 A kernel that is the fastest alone need not be so between others, whose memory and registers it takes while they wait
 for each other. Every launch shape is checked against the float64 twin and timed alone; then, beginning with the
 shapes of the table and with those that won alone, each linear of a layer tries the best of its shapes between the
-others. Prints both, and writes what won in the chain as rows for `tuned/packed`.
+others. Prints both, and writes what won in the chain as rows for `tuned/packed`. `--kernels wgmma --tokens 256`: the
+same for more tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -25,12 +26,15 @@ from stepwire_kernels.norm import add_rms_norm
 from stepwire_kernels.packed_choice import choose_linear
 from stepwire_kernels.packed_in_flight import InFlightTuning, shared_memory
 from stepwire_kernels.packed_linear import KERNEL_NAMES, Tuning, packed_linear
+from stepwire_kernels.packed_ring import RingTuning
+from stepwire_kernels.packed_ring import shared_memory as shared_memory_of_ring
 from stepwire_kernels.packed_weight import PackedWeight, unpack, weight_format
+from stepwire_kernels.packed_wgmma import WgmmaTuning
 from stepwire_kernels.split_k import LinearWorkspace, allocate_linear_workspace
 
 from load_tests.kernels.linears import MODELS, Linears
 from load_tests.kernels.measure import measure_ceilings, time_graph
-from load_tests.kernels.quantized import bf16_ms, packed_weight
+from load_tests.kernels.quantized import bf16_ms, packed_candidates, packed_weight
 from load_tests.kernels.sweep import compile_all
 from load_tests.kernels.tuned_files import TUNED, show_choices
 
@@ -39,6 +43,7 @@ KIND = "int4-g128"
 LAYERS = 4
 # Of a multiprocessor: bytes, of which each program takes 1 KiB more than it asks for, and 32-bit registers.
 SHARED_MEMORY, REGISTERS = 228 << 10, 1 << 16
+MULTIPROCESSORS = 132
 Choices = dict[str, Tuning]
 
 
@@ -61,6 +66,58 @@ def in_flight_candidates(n: int, k: int, count: int) -> Iterator[InFlightTuning]
             fits = beside * (used + 1024) <= SHARED_MEMORY and row_blocks * steps <= (24 if beside == 2 else 12)
             if fits and registers >= (64 if count <= 8 and warps == 16 else 80):
                 yield InFlightTuning(row_blocks, warps, steps, min(steps, 2), registers if registers < 255 else 0)
+
+
+def ring_candidates(n: int, k: int, count: int) -> Iterator[RingTuning]:
+    """Launch shapes that fill the device once, by one or two programs a multiprocessor: with all of its shared memory
+    and registers, or with half of them, so that the next kernel's find room beside them."""
+    pairs, blocks = -(-k // 128), -(-n // 16)
+    for warps, steps, row_blocks, beside in product((4, 8, 16), (1, 2, 3, 4, 7), (1, 2), (1, 2)):
+        parts = -(-pairs // (warps * steps))
+        max_columns = MULTIPROCESSORS * beside // parts
+        idle = parts * warps * steps - pairs
+        # A thread has 16 registers of inputs for each step, or 32.
+        if (
+            parts > max(2, pairs // 16)
+            or 16 * idle > pairs
+            or warps * beside not in (8, 16)
+            or steps * (1 if count <= 8 else 2) > 7
+        ):
+            continue
+        turns = -(-blocks // (row_blocks * max_columns))
+        columns = -(-blocks // (row_blocks * turns))
+        if columns * parts < 0.7 * MULTIPROCESSORS * beside:
+            continue
+        for share in (1, 2):
+            registers = REGISTERS // (32 * warps * beside * share) // 8 * 8
+            one = shared_memory_of_ring(RingTuning(columns, row_blocks, warps, steps, 1), 8 if count <= 8 else 16)
+            more = row_blocks * warps * steps * 1024
+            slots = min(max(turns, 2), 8, 1 + (SHARED_MEMORY // (beside * share) - 1024 - one) // more)
+            if slots >= 2 and registers >= (96 if steps <= 2 else 128):
+                takes_more = registers >= 255 and (steps > 2 or share == 1)
+                registers = 0 if takes_more else min(registers, 128)
+                yield RingTuning(columns, row_blocks, warps, steps, slots, registers)
+                if beside * share == 2 and row_blocks == 1 and count <= 8:
+                    yield RingTuning(columns, row_blocks, warps, steps, slots, registers, trigger_first=True)
+
+
+def wgmma_candidates(n: int, k: int, count: int) -> Iterator[WgmmaTuning]:
+    """Launch shapes that the sweep tries, and tiles of 64 rows by 256 tokens: each weight is decoded once."""
+    for tuning in packed_candidates(count):
+        if isinstance(tuning, WgmmaTuning) and (count <= 128 or tuning.split_k <= 2):
+            yield tuning
+    if count > 128:
+        shapes = [WgmmaTuning(256, 4, 1, 1, 2, 2), WgmmaTuning(256, 4, 1, 1, 3, 2), WgmmaTuning(128, 8, 1, 1, 4, 3)]
+        for shape, split in product(shapes[:2], (1, 2, 4)):
+            yield replace(shape, split_k=split)
+        for shape in shapes[1:]:
+            tiles = -(-n // (16 * shape.num_warps)) * -(-count // shape.block_m)
+            if MULTIPROCESSORS // 2 < tiles < MULTIPROCESSORS:
+                # Second parts one behind another, on what first parts leave of the device.
+                behind = -(-tiles // (MULTIPROCESSORS - tiles))
+                even = -(-k // 128 * behind // (behind + 1))
+                yield replace(shape, split_k=2, first_pairs=even)
+                yield replace(shape, split_k=2, first_pairs=even + 2)
 
 
 @dataclass
@@ -106,10 +163,12 @@ class Layers:
 
 
 def _compile(job: tuple[int, int, int, Tuning]) -> None:
-    """A launch of the same constants on few rows."""
+    """A launch of the same constants, on few rows where their number is none of them."""
     n, k, count, tuning = job
     rows = 16 * getattr(tuning, "row_blocks", 1)
-    weight = packed_weight(KIND, 4 * rows if n % rows == 0 else 4 * rows + 16, k)
+    if isinstance(tuning, InFlightTuning):
+        n = 4 * rows if n % rows == 0 else 4 * rows + 16
+    weight = packed_weight(KIND, n, k)
     x = torch.randn(count, k, device="cuda", dtype=BF16)
     packed_linear(x, weight, None, allocate_linear_workspace("cuda"), tuning=tuning, pdl=True)
 
@@ -160,7 +219,16 @@ def _shown(tuning: Tuning) -> str:
     return KERNEL_NAMES[type(tuning)] + " " + ",".join(str(value) for value in asdict(tuning).values())
 
 
-def sweep(linears: Linears, counts: list[int], top: int, out: Path) -> None:
+FAMILIES = {"in_flight": in_flight_candidates, "ring": ring_candidates, "wgmma": wgmma_candidates}
+
+
+def _launch_key(n: int, k: int, count: int, tuning: Tuning) -> tuple[object, ...]:
+    """Alike where one compiled kernel serves both."""
+    rows = 16 * getattr(tuning, "row_blocks", 1)
+    return n if not isinstance(tuning, InFlightTuning) else n % rows == 0, k, count <= 8, tuning
+
+
+def sweep(linears: Linears, counts: list[int], top: int, families: list[str], out: Path) -> None:
     began = time.monotonic()
     layers = Layers.make(linears)
     old = {
@@ -171,11 +239,13 @@ def sweep(linears: Linears, counts: list[int], top: int, out: Path) -> None:
         for count in counts
     }
     tunings: dict[tuple[str, int], list[Tuning]] = {
-        (name, count): list(dict.fromkeys([old[count][name], *in_flight_candidates(n, k, count)]))
+        (name, count): list(
+            dict.fromkeys([old[count][name], *(one for family in families for one in FAMILIES[family](n, k, count))])
+        )
         for (name, (n, k)), count in product(linears.items(), counts)
     }
     jobs = {
-        (n % (16 * getattr(tuning, "row_blocks", 1)) == 0, k, count <= 8, tuning): (n, k, count, tuning)
+        _launch_key(n, k, count, tuning): (n, k, count, tuning)
         for (name, (n, k)), count in product(linears.items(), counts)
         for tuning in tunings[name, count]
     }
@@ -189,11 +259,7 @@ def sweep(linears: Linears, counts: list[int], top: int, out: Path) -> None:
         dense = unpack(layers.weights[0][name])
         floor = layers.num_bytes(name) / ceilings.read_gb_s / 1e3
         for count in counts:
-            usable = [
-                tuning
-                for tuning in tunings[name, count]
-                if (n % (16 * getattr(tuning, "row_blocks", 1)) == 0, k, count <= 8, tuning) in works
-            ]
+            usable = [tuning for tuning in tunings[name, count] if _launch_key(n, k, count, tuning) in works]
             timed[name, count] = found = time_alone(layers, name, count, usable, dense)
             before = next((us for us, tuning in found if tuning == old[count][name]), float("nan"))
             text = " | ".join(f"{us:.2f} us {100 * floor / us:.0f}% {_shown(tuning)}" for us, tuning in found[:top])
@@ -223,8 +289,8 @@ def sweep(linears: Linears, counts: list[int], top: int, out: Path) -> None:
         )
         for name, (n, k) in linears.items():
             us = next(us for us, tuning in timed[name, count] if tuning == new[name])
-            print(f"    {name:8s} {us:6.2f} us alone, {_shown(new[name])}")
             plain = bf16_ms(n, k, torch.randn(count, k, device="cuda", dtype=BF16))
+            print(f"    {name:8s} {us:6.2f} us alone, {1e3 * plain / us:.2f} times bf16, {_shown(new[name])}")
             rows.append(
                 {"format": weight_format(layers.weights[0][name]), "n": n, "k": k, "num_tokens": count,
                  "kernel": KERNEL_NAMES[type(new[name])], "tuning": asdict(new[name]), "us": round(us, 2),
@@ -239,11 +305,12 @@ def main() -> None:
     parser.add_argument("--model", default="llama-3.1-8b", choices=sorted(MODELS), help="whose linears")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--top", type=int, default=4, help="how many of the best shapes the chain tries")
+    parser.add_argument("--kernels", nargs="+", default=["in_flight", "ring"], choices=sorted(FAMILIES))
     parser.add_argument("--out", type=Path, default=TUNED, help="where rows are written")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     linears = {name: shape for name, shape in MODELS[arguments.model].items() if name != "lm_head"}
-    sweep(linears, arguments.tokens, arguments.top, arguments.out)
+    sweep(linears, arguments.tokens, arguments.top, arguments.kernels, arguments.out)
 
 
 if __name__ == "__main__":

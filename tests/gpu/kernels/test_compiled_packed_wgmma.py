@@ -57,6 +57,8 @@ def test_every_format_matches_its_twin(name: str, dtype: torch.dtype) -> None:
         WgmmaTuning(128, 8, 2, 1, 3, 2),
         WgmmaTuning(128, 4, 1, 3, 3, 2),
         WgmmaTuning(256, 8, 1, 4, 3, 2),
+        WgmmaTuning(256, 4, 1, 2, 3, 2),
+        WgmmaTuning(256, 4, 1, 2, 3, 2, first_pairs=3),
     ],
     ids=str,
 )

@@ -1,9 +1,10 @@
 """Gluon kernels' source run on torch tensors: what they compute, without a GPU and without layouts.
 
 Gluon has no interpreter. Here a kernel's Python is called with a language in which tensors are torch's, shared memory
-is a tensor, a copy is done at once and a layout is nothing. So this says that the arithmetic and every address are
-right; whether values lie in the registers in which a product takes them is what the compiler checks (`assert_trivial`),
-and what the tests on a GPU show. A load or store outside a tensor that no mask hides is an error.
+is a tensor, a copy is done when its group is waited for and a layout is nothing. So this says that the arithmetic,
+every address and every wait are right; whether values lie in the registers in which a product takes them is what the
+compiler checks (`assert_trivial`), and what the tests on a GPU show. A load or store outside a tensor that no mask
+hides is an error.
 """
 
 from __future__ import annotations
@@ -40,6 +41,12 @@ class Value:
 
     def __bool__(self) -> bool:
         return bool(self.data)
+
+    def __neg__(self) -> Value:
+        return Value(-self.data)
+
+    def __index__(self) -> int:
+        return int(self.data)
 
 
 def _operator(name: str) -> Callable[[Value, Any], Value]:
@@ -100,6 +107,9 @@ class Shared:
     def store(self, value: Value) -> None:
         self.data.copy_(value.data)
 
+    def permute(self, order: tuple[int, ...]) -> Shared:
+        return Shared(self.data.permute(order))
+
 
 def _data(value: Any) -> Any:
     return value.data if isinstance(value, Value) else value
@@ -112,6 +122,10 @@ class _Language:
         self.constexpr = object
         self.static_range = range
         self.program = (0, 0, 0)
+        self.grid: tuple[int, ...] = ()
+        # Copies that are under way: (target, what it will hold), not yet in a group and in groups, oldest first.
+        self.group: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.groups: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
         vars(self).update(DTYPES)
 
     def __getattr__(self, name: str) -> Any:
@@ -128,11 +142,20 @@ class _Language:
     def full(self, shape: list[int], value: float, dtype: torch.dtype, layout: Any) -> Value:
         return Value(torch.full(shape, value, dtype=dtype))
 
+    def full_like(self, like: Value, value: Any) -> Value:
+        return Value(torch.full_like(like.data, value))
+
+    def num_programs(self, axis: int) -> int:
+        return self.grid[axis]
+
     def zeros(self, shape: list[int], dtype: torch.dtype, layout: Any) -> Value:
         return self.full(shape, 0, dtype, layout)
 
     def join(self, a: Value, b: Value) -> Value:
         return Value(torch.stack((a.data, b.data), dim=-1))
+
+    def split(self, value: Value) -> tuple[Value, Value]:
+        return Value(value.data[..., 0]), Value(value.data[..., 1])
 
     def permute(self, value: Value, order: list[int]) -> Value:
         return Value(value.data.permute(order))
@@ -141,7 +164,10 @@ class _Language:
         return value
 
     def minimum(self, a: Any, b: Any) -> Value:
-        return Value(torch.minimum(_data(a), torch.as_tensor(_data(b))))
+        return Value(torch.minimum(torch.as_tensor(_data(a)), torch.as_tensor(_data(b))))
+
+    def where(self, condition: Value, a: float, b: float) -> Value:
+        return Value(torch.where(condition.data, a, b))
 
     def sum(self, value: Value, axis: int) -> Value:
         return Value(value.data.sum(dim=axis))
@@ -173,16 +199,34 @@ class _Language:
 
     def async_copy_global_to_shared(self, shared: Shared, pointer: Pointer, mask: Any = None) -> None:
         offsets, mask = pointer.places(mask)
-        shared.data.copy_(torch.where(mask, pointer.memory[offsets.long()], 0))
+        shared.data.fill_(-1)
+        self.group.append((shared.data, torch.where(mask, pointer.memory[offsets.long()], 0)))
 
     def commit_group(self) -> None:
-        return None
+        self.groups.append(self.group)
+        self.group = []
 
     def wait_group(self, num_outstanding: int) -> None:
-        return None
+        while len(self.groups) > num_outstanding:
+            for target, copied in self.groups.pop(0):
+                target.copy_(copied)
 
     def mma_v2(self, a: Value, b: Value, acc: Value) -> Value:
         return Value(acc.data + a.data.float() @ b.data.float())
+
+    def warpgroup_mma(self, a: Value, b: Shared, acc: Value, is_async: bool) -> Value:
+        return Value(acc.data + a.data.float() @ b.data.float())
+
+    def warpgroup_mma_wait(self, num_outstanding: int, deps: tuple[Value, ...]) -> tuple[Value, ...]:
+        return deps
+
+    def inline_asm_elementwise(self, asm: str, constraints: str, args: list[Value], **_: Any) -> Value:
+        """Of two 16-bit floats in each of some words: add, sub, mul or fma, rounded once."""
+        name, _, kind = asm.split(" ")[0].partition(".rn.")
+        dtype = torch.bfloat16 if kind == "bf16x2" else torch.float16
+        a, b, *c = (value.data.contiguous().view(dtype).double() for value in args)
+        found = {"add": a + b, "sub": a - b, "mul": a * b, "fma": a * b + (c[0] if c else 0)}[name]
+        return Value(found.to(dtype).view(torch.int32))
 
 
 class OnTorch:
@@ -200,6 +244,7 @@ class OnTorch:
             for name, value in values.items():
                 if isinstance(value, torch.Tensor):
                     values[name] = Pointer(value)
+            self._language.grid = grid
             # The last program of a tile is found by counting: the order of programs is not to matter.
             for self._language.program in itertools.product(*(reversed(range(size)) for size in grid)):
                 self._run(**values)
@@ -217,6 +262,8 @@ def _plain(jitted: Any, language: _Language, known: dict[Any, Any]) -> Any:
             names[name] = (
                 _plain(value, language, known) if hasattr(value, "fn") and hasattr(value, "arg_names") else value
             )
-        names |= {"gl": language, "async_copy": language, "mma_v2": language.mma_v2}
-        names |= {"barrier": lambda: None, "grid_control": lambda instruction: None}
+        names |= {"gl": language, "async_copy": language}
+        names |= {name: getattr(language, name) for name in ("mma_v2", "warpgroup_mma", "warpgroup_mma_wait")}
+        names |= dict.fromkeys(("barrier", "fence_async_shared"), lambda: None)
+        names |= {"grid_control": lambda instruction: None}
     return known[jitted]

@@ -14,6 +14,7 @@ from stepwire_kernels.packed_choice import (
     measured_linear,
     multiply_packed,
 )
+from stepwire_kernels.packed_in_flight import InFlightTuning
 from stepwire_kernels.packed_linear import PackedTuning, StreamTuning
 from stepwire_kernels.packed_weight import PackedWeight, unpack
 from stepwire_kernels.packed_wgmma import WgmmaTuning
@@ -25,6 +26,7 @@ from tests.unit.kernels.checks import assert_close
 from tests.unit.kernels.test_packed_linear import packed
 
 H100 = "NVIDIA H100 80GB HBM3"
+H200 = "NVIDIA H200"
 
 
 def shape_only(n: int, k: int, group: int, *, is_e2m1: bool = False, experts: int | None = None) -> PackedWeight:
@@ -53,6 +55,13 @@ def test_linears_take_the_next_larger_measured_number_of_tokens() -> None:
     assert isinstance(shapes[3], WgmmaTuning) and shapes[3].block_m == 128
     assert shapes[4] is None
     assert measured_linear(H100, shape_only(4096, 4096, 64), 1) is None
+
+
+def test_a_card_takes_its_own_few_tokens_and_its_twins_many() -> None:
+    weight = shape_only(4096, 14336, 128)
+    assert isinstance(measured_linear(H200, weight, 1), InFlightTuning)
+    assert measured_linear(H200, weight, 5) == measured_linear(H200, weight, 8) != measured_linear(H100, weight, 8)
+    assert measured_linear(H200, weight, 200) == measured_linear(H100, weight, 200) is not None
 
 
 def test_what_was_not_measured_has_a_default() -> None:

@@ -12,7 +12,7 @@ LISTS = [
     ("gated", ("num_tokens", "n", "k"), ""),
     ("scaled", ("num_tokens", "n", "k"), ""),
     ("choices", ("ranks", "kind"), "all_reduce"),
-    ("choices", ("format", "n", "k"), "packed"),
+    ("choices", ("format", "n", "k", "num_tokens"), "packed"),
     ("choices", ("format", "experts", "chosen", "hidden", "inner"), "packed_experts"),
 ]
 
