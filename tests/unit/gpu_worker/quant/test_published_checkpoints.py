@@ -307,6 +307,14 @@ def test_a_repository_of_2023(shards: int, tmp_path: Path) -> None:
     assert torch.equal(QuantizedModel(directory).logits([5, 6, 7]), expected)
 
 
+def test_float8_blocks_whose_scales_are_not_called_by_their_opposite(tmp_path: Path) -> None:
+    directory = FLOAT8_CASES["fp8-blocks-without-a-list"].write(tmp_path) / "packed"
+    expected = QuantizedModel(directory).logits([5, 6, 7])
+    file = directory / "model.safetensors"
+    save_file({name.removesuffix("_inv"): tensor for name, tensor in load_file(file).items()}, file)
+    assert torch.equal(QuantizedModel(directory).logits([5, 6, 7]), expected)
+
+
 LEFTOVERS = {
     "qlora": {
         "_load_in_4bit": True,
