@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import MixtralConfig, PretrainedConfig, Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    GraniteMoeConfig,
+    Llama4TextConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from gpu_worker.assembly import load_model
 from gpu_worker.config import WorkerSettings
@@ -114,7 +123,7 @@ class Published:
 
     def write(self, directory: Path) -> Path:
         return publish(
-            directory, self.config_class(**SIZES, **MIXTURE, **self.fields), self.quantization, self.packer_of()
+            directory, self.config_class(**(SIZES | MIXTURE | self.fields)), self.quantization, self.packer_of()
         )
 
 
@@ -188,6 +197,23 @@ CASES = {
         Qwen3MoeConfig,
         compressed("pack-quantized", group(int4(), "Linear"), ignore=["lm_head"]),
         [(PLAIN, None), (".*", packed_integers())],
+    ),
+    # Experts that the library has in one tensor a layer, which is no Linear either.
+    "compressed-llama-4": Published(
+        Llama4TextConfig,
+        compressed("pack-quantized", group(int4(), "Linear"), ignore=["lm_head", "re:.*router"]),
+        [(rf"{PLAIN}|.*router", None), (".*", packed_integers())],
+        {
+            "num_experts_per_tok": 1,
+            "intermediate_size_mlp": 64,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 16,
+        },
+    ),
+    "compressed-granite-moe": Published(
+        GraniteMoeConfig,
+        compressed("pack-quantized", group(int4(), "Linear"), ignore=["lm_head"]),
+        [(rf"{PLAIN}|.*router.*", None), (".*", packed_integers())],
     ),
     "compressed-mixed-precision": Published(
         Qwen3Config,
