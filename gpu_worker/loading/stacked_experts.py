@@ -101,7 +101,9 @@ class StackedExpertsSource:
             if not is_known or shape is None:
                 continue
             scaled = stored if isinstance(stored, ScaledFormat) else None
-            views = list(_split(match["experts"], _PARTS[match["projection"]], info, scales, scaled, shape))
+            parts = _PARTS[match["projection"]]
+            lies_across = any(_lies_across(infos, expected, match["experts"], projection) for projection in _PARTS)
+            views = list(_split(match["experts"], parts, info, scales, scaled, shape, lies_across))
             if views:
                 self._views |= {view.info.name: view for view in views}
                 hidden |= {info.name, *(scale.name for scale in scales.values())}
@@ -135,6 +137,15 @@ def _split_switch(stack: TensorInfo, expected: Mapping[str, tuple[int, ...] | No
                 yield _View(info, stack, expert)
 
 
+def _lies_across(
+    infos: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...] | None], experts: str, projection: str
+) -> bool:
+    """Whether the shape of a stack says that it is transposed."""
+    parts = _PARTS[projection]
+    stack, shape = infos.get(f"{experts}.{projection}"), expected.get(f"{experts}.0.{parts[0]}.weight")
+    return stack is not None and shape is not None and stack.shape[1:] != (len(parts) * shape[0], shape[1])
+
+
 def _split(
     experts: str,
     parts: tuple[str, ...],
@@ -142,14 +153,14 @@ def _split(
     scales: Mapping[str, TensorInfo],
     stored: ScaledFormat | None,
     shape: tuple[int, ...],
+    is_transposed: bool,
 ) -> Iterator[_View]:
     """The parts of a stack, of which each has this shape; nothing where the stack does not consist of such parts.
 
-    Where shapes do not tell whether it is transposed, it is not.
+    `is_transposed`: a square stack lies as the other one of its experts.
     """
     outputs, inputs = shape
     sizes = (len(parts) * outputs, inputs)
-    is_transposed = stack.shape[1:] != sizes
     straddles = stored is not None and stored.granularity == "block" and len(parts) > 1 and outputs % stored.block[0]
     are_numbers = {
         kind: stored is None or kind != stored.scale_name or stored.granularity == "tensor" for kind in scales
@@ -159,7 +170,7 @@ def _split(
     fit = all(
         scale.num_elements in numbers if are_numbers[kind] else len(scale.shape) == 3 for kind, scale in scales.items()
     )
-    if (is_transposed and stack.shape[1:] != sizes[::-1]) or straddles or not fit:
+    if stack.shape[1:] != (sizes[::-1] if is_transposed else sizes) or straddles or not fit:
         return
     for expert in range(stack.shape[0]):
         for number, part in enumerate(parts):

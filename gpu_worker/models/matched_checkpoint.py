@@ -192,7 +192,7 @@ def _as_wanted(
     if quant is None:
         return served
     plain = BitsAndBytesSource(served) if quant.method == BITSANDBYTES else served
-    modules, stored = StoredModules(served.stored_names), frozenset(served.stored_names.values())
+    modules, stored = StoredModules(served.stored_names), names | frozenset(served.stored_names.values())
 
     def format_of(module: str) -> WeightFormat | None:
         return module_format(quant, module, modules.name_of(module), stored)

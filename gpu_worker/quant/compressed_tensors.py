@@ -195,6 +195,9 @@ def _read_activations(section: ConfigSection, inputs: Any, kind: str) -> Activat
     number = "float" if kind == "float8" else "int"
     if kind == "int8" and inputs.get("type") == "float" and inner.boolean("dynamic", False):
         return None  # W4AFP8: inputs stay as they are, which makes no result worse
+    is_narrow = inputs.get("type", "int") == "int" and inner.integer("num_bits") < 8
+    if kind == "int8" and is_narrow and inner.boolean("dynamic", False):
+        return None  # W4A4: as above
     if inputs.get("type", "int") != number or inner.integer("num_bits") != 8:
         raise section.refuse(
             f"compressed-tensors {number} weights with activations of {inputs.get('num_bits')} bit {inputs.get('type')}"

@@ -193,7 +193,11 @@ def read_fp8(section: ConfigSection, stored_names: Collection[str]) -> QuantConf
     if scheme not in ("dynamic", "static"):
         raise section.refuse(f"fp8 with activation_scheme {scheme!r}")
     block = section.fields.get("weight_block_size")
-    stored = _fp8_blocks(section, block, scheme) if block is not None else _fp8_tensors(section, scheme, stored_names)
+    stored = (
+        _fp8_blocks(section, block, scheme, stored_names)
+        if block is not None
+        else _fp8_tensors(section, scheme, stored_names)
+    )
     left_out = section.names("modules_to_not_convert", "ignored_layers")
 
     def format_of(name: str) -> WeightFormat | None:
@@ -203,13 +207,18 @@ def read_fp8(section: ConfigSection, stored_names: Collection[str]) -> QuantConf
     return QuantConfig("fp8", format_of, label, otherwise=stored)
 
 
-def _fp8_blocks(section: ConfigSection, block: Any, scheme: str) -> ScaledFormat:
+def _fp8_blocks(section: ConfigSection, block: Any, scheme: str, stored_names: Collection[str]) -> ScaledFormat:
     if not isinstance(block, list) or len(block) != 2 or not all(isinstance(size, int) and size > 0 for size in block):
         raise section.error("weight_block_size", f"is {block!r}, expected two sizes such as [128, 128]")
     if scheme != "dynamic":
         raise section.refuse("fp8 with weight blocks and static activations")
     activations = ActivationQuant("float8", "group", dynamic=True, group_size=block[1])
-    return ScaledFormat("float8", "block", (block[0], block[1]), scale_name="weight_scale_inv", activations=activations)
+    # Who does not call it by its opposite.
+    is_plain = any(name.endswith(".weight_scale") for name in stored_names) and not any(
+        name.endswith("_scale_inv") for name in stored_names
+    )
+    scale_name = "weight_scale" if is_plain else "weight_scale_inv"
+    return ScaledFormat("float8", "block", (block[0], block[1]), scale_name=scale_name, activations=activations)
 
 
 def _fp8_tensors(section: ConfigSection, scheme: str, stored_names: Collection[str]) -> ScaledFormat:

@@ -210,8 +210,9 @@ class CheckpointScheme(_ByName):
         canonical_name: Callable[[str], str] = str,
     ) -> None:
         super().__init__(name_rules, ops, kernels)
-        self._quant, self._names = quant, names
-        self._modules = StoredModules({canonical_name(name): name for name in names})
+        canonical = {canonical_name(name): name for name in names}
+        self._quant, self._names = quant, frozenset(names) | canonical.keys()
+        self._modules = StoredModules(canonical)
         self.fused_experts_are_packed = quant.method == "mxfp4" and (
             not names or any(name.endswith("_blocks") for name in names)
         )
@@ -280,7 +281,7 @@ def module_format(
 
     Args:
         stored_name: of the module in the checkpoint.
-        tensor_names: of all tensors in the checkpoint; empty: not known.
+        tensor_names: of all tensors, as the checkpoint and as the rules have them; empty: not known.
     """
     said = quant.format_of(stored_name) or quant.format_of(name)
     stored = said or quant.otherwise
@@ -288,7 +289,9 @@ def module_format(
         return said
     if f"{stored_name}.{stored.marker}" in tensor_names:
         return stored
-    is_plain = f"{stored_name}.weight" in tensor_names or is_in_plain_stack(stored_name, tensor_names)
+    is_plain = f"{stored_name}.weight" in tensor_names or any(
+        is_in_plain_stack(known, tensor_names) for known in (stored_name, name)
+    )
     return None if is_plain else said
 
 

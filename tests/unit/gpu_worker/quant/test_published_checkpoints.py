@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import MixtralConfig, PretrainedConfig, Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    GraniteMoeConfig,
+    Llama4TextConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from gpu_worker.assembly import load_model
 from gpu_worker.config import WorkerSettings
@@ -114,7 +123,7 @@ class Published:
 
     def write(self, directory: Path) -> Path:
         return publish(
-            directory, self.config_class(**SIZES, **MIXTURE, **self.fields), self.quantization, self.packer_of()
+            directory, self.config_class(**(SIZES | MIXTURE | self.fields)), self.quantization, self.packer_of()
         )
 
 
@@ -188,6 +197,23 @@ CASES = {
         Qwen3MoeConfig,
         compressed("pack-quantized", group(int4(), "Linear"), ignore=["lm_head"]),
         [(PLAIN, None), (".*", packed_integers())],
+    ),
+    # Experts that the library has in one tensor a layer, which is no Linear either.
+    "compressed-llama-4": Published(
+        Llama4TextConfig,
+        compressed("pack-quantized", group(int4(), "Linear"), ignore=["lm_head", "re:.*router"]),
+        [(rf"{PLAIN}|.*router", None), (".*", packed_integers())],
+        {
+            "num_experts_per_tok": 1,
+            "intermediate_size_mlp": 64,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 16,
+        },
+    ),
+    "compressed-granite-moe": Published(
+        GraniteMoeConfig,
+        compressed("pack-quantized", group(int4(), "Linear"), ignore=["lm_head"]),
+        [(rf"{PLAIN}|.*router.*", None), (".*", packed_integers())],
     ),
     "compressed-mixed-precision": Published(
         Qwen3Config,
@@ -304,6 +330,14 @@ def test_a_repository_of_2023(shards: int, tmp_path: Path) -> None:
     for shard in range(shards):
         file = f"{name}.safetensors" if shards == 1 else f"{name}-{shard + 1:05d}-of-{shards:05d}.safetensors"
         save_file({key: tensors[key] for key in sorted(tensors)[shard::shards]}, directory / file)
+    assert torch.equal(QuantizedModel(directory).logits([5, 6, 7]), expected)
+
+
+def test_float8_blocks_whose_scales_are_not_called_by_their_opposite(tmp_path: Path) -> None:
+    directory = FLOAT8_CASES["fp8-blocks-without-a-list"].write(tmp_path) / "packed"
+    expected = QuantizedModel(directory).logits([5, 6, 7])
+    file = directory / "model.safetensors"
+    save_file({name.removesuffix("_inv"): tensor for name, tensor in load_file(file).items()}, file)
     assert torch.equal(QuantizedModel(directory).logits([5, 6, 7]), expected)
 
 

@@ -91,6 +91,16 @@ WHOLE_CONFIGS: dict[str, tuple[dict[str, Any], WeightFormat | None]] = {
         },
         None,
     ),
+    "compressed-w4a4": (
+        {
+            "quantization_config": compressed(
+                "int-quantized",
+                group(int4(), "Linear", input_activations=int4(group_size=None, strategy="token", dynamic=True)),
+                ignore=["lm_head"],
+            )
+        },
+        ScaledFormat("int8", "block", (1, 32), ignored=("weight_zero_point",)),
+    ),
     # As compressed-tensors 0.20 stores 4-bit weights under 8-bit inputs.
     "compressed-w4afp8": (
         {
