@@ -229,6 +229,7 @@ def _ring_kernel(
     SPLIT_K: gl.constexpr,
     TURNS: gl.constexpr,
     FLAT_TURNS: gl.constexpr,
+    PADDED_ROWS: gl.constexpr,
     SLOTS: gl.constexpr,
     STEPS: gl.constexpr,
     WARPS: gl.constexpr,
@@ -339,10 +340,10 @@ def _ring_kernel(
     tail_token = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, gl.SliceLayout(0, TAIL)))[None, :]
     token_mask = (tail_token < num_tokens) & (tail_row >= 0)
     out_at = out_ptr + tail_token.to(gl.int64) * out_stride
-    # Of a part: one token's rows behind another's, and turns behind one another.
-    TURN_WORDS: gl.constexpr = ROW_BLOCKS * 16 * BLOCK_M
-    parts_at = partial_ptr + column.to(gl.int64) * (SPLIT_K * TURNS * TURN_WORDS) + tail_token * (ROW_BLOCKS * 16)
-    partial_at = parts_at + split * (TURNS * TURN_WORDS)
+    # Of a part: all rows of one token behind those of another.
+    OWN_ROWS: gl.constexpr = TURNS * ROW_BLOCKS * 16
+    parts_at = partial_ptr + column.to(gl.int64) * (SPLIT_K * OWN_ROWS * BLOCK_M)
+    partial_at = parts_at + split * (OWN_ROWS * BLOCK_M) + tail_token * OWN_ROWS
 
     async_copy.wait_group(SLOTS - 1)
     for first in range(0, TURNS - FLAT_TURNS, UNROLLED):
@@ -366,7 +367,7 @@ def _ring_kernel(
             async_copy.commit_group()
             _add_up(
                 sums[number % 2], first_block + (first + number) * ROW_BLOCKS, row_scales_ptr, bias_ptr, out_at,
-                token_mask, partial_at + (first + number) * TURN_WORDS, tail_row, N, SUM_SCALE, HAS_ROW_SCALES,
+                token_mask, partial_at + (first + number) * (ROW_BLOCKS * 16), tail_row, N, SUM_SCALE, HAS_ROW_SCALES,
                 HAS_BIAS, SPLIT_K, TAIL, ROW_BLOCKS, X,
             )  # fmt: skip
     for number in gl.static_range(FLAT_TURNS):
@@ -391,7 +392,7 @@ def _ring_kernel(
         async_copy.commit_group()
         _add_up(
             sums[number % 2], first_block + turn * ROW_BLOCKS, row_scales_ptr, bias_ptr, out_at, token_mask,
-            partial_at + turn * TURN_WORDS, tail_row, N, SUM_SCALE, HAS_ROW_SCALES, HAS_BIAS, SPLIT_K, TAIL,
+            partial_at + turn * (ROW_BLOCKS * 16), tail_row, N, SUM_SCALE, HAS_ROW_SCALES, HAS_BIAS, SPLIT_K, TAIL,
             ROW_BLOCKS, X,
         )  # fmt: skip
 
@@ -400,16 +401,18 @@ def _ring_kernel(
         barrier()
         finishes = gl.atomic_add(counters_ptr + column, 1, sem="acq_rel", scope="gpu") == SPLIT_K - 1
         if finishes:
-            for done in range(TURNS):
-                for row in gl.static_range(ROW_BLOCKS):
-                    added = gl.zeros([16, BLOCK_M], gl.float32, layout=gl.SliceLayout(0, TAIL))
-                    for other in gl.static_range(SPLIT_K):
-                        part_at = parts_at + (other * TURNS + done) * TURN_WORDS + (row * 16 + tail_row)
-                        added = added + gl.load(part_at, mask=token_mask, other=0.0, cache_modifier=".cg")
-                    _store_rows(
-                        added, (first_block + done * ROW_BLOCKS + row) * 16 + tail_row, row_scales_ptr, bias_ptr,
-                        out_at, token_mask, N, HAS_ROW_SCALES, HAS_BIAS, X,
-                    )  # fmt: skip
+            # All of them at once: one after another they would wait for level 2 as often as there are turns.
+            index = gl.arange(0, PADDED_ROWS * BLOCK_M, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+            of_row, of_token = index % PADDED_ROWS, index // PADDED_ROWS
+            mask = (of_row < OWN_ROWS) & (of_token < num_tokens)
+            added = gl.zeros([PADDED_ROWS * BLOCK_M], gl.float32, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+            for other in gl.static_range(SPLIT_K):
+                part_at = parts_at + other * (OWN_ROWS * BLOCK_M) + (of_token * OWN_ROWS + of_row)
+                added = added + gl.load(part_at, mask=mask, other=0.0, cache_modifier=".cg")
+            _store_rows(
+                added, first_block * 16 + of_row, row_scales_ptr, bias_ptr,
+                out_ptr + of_token.to(gl.int64) * out_stride, mask, N, HAS_ROW_SCALES, HAS_BIAS, X,
+            )  # fmt: skip
             gl.store(counters_ptr + column, 0)
 
 
@@ -481,6 +484,7 @@ def ring_linear(
         SPLIT_K=splits,
         TURNS=turns,
         FLAT_TURNS=flat,
+        PADDED_ROWS=triton.next_power_of_2(turns * rows),
         SLOTS=slots,
         STEPS=tuning.steps,
         WARPS=tuning.num_warps,

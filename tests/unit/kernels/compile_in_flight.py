@@ -1,4 +1,4 @@
-"""Compiles `packed_in_flight` and `packed_wgmma` for a device that is not there: `... compile_in_flight 9.0`.
+"""Compiles Gluon kernels of packed weights for a device that is not there: `... compile_in_flight 9.0`.
 
 Prints each launch as a JSON line. Triton decides at import whether it interprets, so this is a process of its own.
 """
@@ -27,6 +27,7 @@ CASES: list[tuple[int, int, int, int, Tuning]] = [
     (3, 4096, 4096, 32, InFlightTuning(2, 4, 8, 1)),
     (1, 28672, 4096, 128, RingTuning(128, 1, 16, 2, 4, 128)),
     (16, 4100, 4032, 64, RingTuning(64, 2, 8, 2, 2)),
+    (1, 4096, 14336, 128, RingTuning(37, 1, 8, 2, 6, 128)),
 ]
 HOPPER: list[tuple[int, int, int, int, Tuning]] = [(16, 4096, 4096, 128, WgmmaTuning(16, 4, 1, 8, 6, 4))]
 
