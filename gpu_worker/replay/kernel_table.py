@@ -29,7 +29,7 @@ _TABLE = tuple(
         (
             LINEARS,
             r"_gemv_|_skinny_|_fused_linear_|_invariant_|_stream_kernel|_tile_kernel|_tile_linear_|_wgmma_kernel|_dense_kernel"
-            r"|_scaled_kernel|_quantize_",
+            r"|_in_flight_kernel|_ring_kernel|_scaled_kernel|_quantize_",
         ),
         # Experts: products that are grouped, and their sum.
         (LINEARS, r"_gate_up_kernel|_down_kernel|_sum_kernel|_scaled_expert_"),

@@ -414,9 +414,13 @@ def _wgmma_kernel(
         arrived = gl.atomic_add(counters_ptr + place, 1, sem="acq_rel", scope="gpu")
         finishes = arrived == SPLIT_K - 1
         if finishes:
-            acc = gl.zeros([BLOCK_N, BLOCK_M], dtype=gl.float32, layout=ACC)
-            for other in gl.static_range(SPLIT_K):
-                acc += gl.load(base + other * (BLOCK_N * BLOCK_M) + offsets, cache_modifier=".cg")
+            if SPLIT_K == 2:
+                # Two numbers have one sum, and this program's are still here.
+                acc += gl.load(base + (1 - split) * (BLOCK_N * BLOCK_M) + offsets, cache_modifier=".cg")
+            else:
+                acc = gl.zeros([BLOCK_N, BLOCK_M], dtype=gl.float32, layout=ACC)
+                for other in gl.static_range(SPLIT_K):
+                    acc += gl.load(base + other * (BLOCK_N * BLOCK_M) + offsets, cache_modifier=".cg")
             gl.store(counters_ptr + place, 0)
     if finishes:
         acc_rows = column * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, ACC))

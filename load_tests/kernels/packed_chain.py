@@ -69,10 +69,10 @@ def in_flight_candidates(n: int, k: int, count: int) -> Iterator[InFlightTuning]
 
 
 def ring_candidates(n: int, k: int, count: int) -> Iterator[RingTuning]:
-    """Launch shapes that fill the device once, by one or two programs a multiprocessor: with all of its shared memory
+    """Launch shapes that fill the device once, by one to four programs a multiprocessor: with all of its shared memory
     and registers, or with half of them, so that the next kernel's find room beside them."""
     pairs, blocks = -(-k // 128), -(-n // 16)
-    for warps, steps, row_blocks, beside in product((4, 8, 16), (1, 2, 3, 4, 7), (1, 2), (1, 2)):
+    for warps, steps, row_blocks, beside in product((4, 8, 16), (1, 2, 3, 4, 5, 7), (1, 2), (1, 2, 4)):
         parts = -(-pairs // (warps * steps))
         max_columns = MULTIPROCESSORS * beside // parts
         idle = parts * warps * steps - pairs
@@ -88,7 +88,7 @@ def ring_candidates(n: int, k: int, count: int) -> Iterator[RingTuning]:
         columns = -(-blocks // (row_blocks * turns))
         if columns * parts < 0.7 * MULTIPROCESSORS * beside:
             continue
-        for share in (1, 2):
+        for share in (1, 2) if beside <= 2 else (1,):
             registers = REGISTERS // (32 * warps * beside * share) // 8 * 8
             one = shared_memory_of_ring(RingTuning(columns, row_blocks, warps, steps, 1), 8 if count <= 8 else 16)
             more = row_blocks * warps * steps * 1024

@@ -1,4 +1,4 @@
-"""Compiles `packed_in_flight`, `packed_ring` and `packed_wgmma` for a device that is not there (`9.0`).
+"""Compiles Gluon kernels of packed weights for a device that is not there: `... compile_in_flight 9.0`.
 
 Prints each launch as a JSON line. Triton decides at import whether it interprets, so this is a process of its own.
 """

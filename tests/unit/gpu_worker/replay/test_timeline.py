@@ -63,6 +63,8 @@ def test_ranges_of_a_cpu_count_without_what_is_inside() -> None:
         ("void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16>", LINEARS),
         ("Memcpy HtoD (Pinned -> Device)", INPUT),
         ("void at::native::vectorized_elementwise_kernel<4, ...>", OTHER),
+        ("_in_flight_kernel", LINEARS),
+        ("_ring_kernel", LINEARS),
         ("layer layers.attention.qkv", LINEARS),
         ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL", RANKS),
         ("layer layers.attention_norm", OTHER),
