@@ -14,8 +14,8 @@ from stepwire_kernels.packed_choice import (
     measured_linear,
     multiply_packed,
 )
-from stepwire_kernels.packed_in_flight import InFlightTuning
 from stepwire_kernels.packed_linear import PackedTuning, StreamTuning
+from stepwire_kernels.packed_ring import RingTuning
 from stepwire_kernels.packed_weight import PackedWeight, unpack
 from stepwire_kernels.packed_wgmma import WgmmaTuning
 from stepwire_kernels.reference_packed import rounded
@@ -59,7 +59,7 @@ def test_linears_take_the_next_larger_measured_number_of_tokens() -> None:
 
 def test_a_card_takes_its_own_few_tokens_and_its_twins_many() -> None:
     weight = shape_only(4096, 14336, 128)
-    assert isinstance(measured_linear(H200, weight, 1), InFlightTuning)
+    assert isinstance(measured_linear(H200, weight, 1), RingTuning)
     assert measured_linear(H200, weight, 5) == measured_linear(H200, weight, 8) != measured_linear(H100, weight, 8)
     assert measured_linear(H200, weight, 200) == measured_linear(H100, weight, 200) is not None
 
