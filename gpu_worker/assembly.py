@@ -210,10 +210,8 @@ def worker_facts(
     shape: KVCacheShape,
     device: torch.device,
     dtype: torch.dtype,
-    parallel: ParallelContext,
     pooling: PoolingSpec | None = None,
 ) -> WorkerFacts:
-    has_stages = len(parallel.stage_layers) > 1
     return WorkerFacts(
         model=model.name or str(model),
         architecture=spec.architecture,
@@ -231,8 +229,7 @@ def worker_facts(
         max_num_logprobs=MAX_NUM_LOGPROBS,
         block_bytes=shape.block_bytes,
         can_mask_tokens=pooling is None,
-        # Of several stages the last one has the logits, and the first one answers.
-        can_prompt_logprobs=pooling is None and not has_stages,
+        can_prompt_logprobs=pooling is None,
         pooling=None if pooling is None else pooling_facts(pooling),
         weights_per_token=sum(spec.layer_weights()),
         keeps_row_states=spec.row_state_bytes > 0 or spec.row_cache_dim > 0,

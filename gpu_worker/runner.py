@@ -76,6 +76,7 @@ class FinishedStep:
     """A step that was computed in `execute` already."""
 
     finished: StepResult
+    describes_prompts: bool = False
 
     def result(self) -> StepResult:
         return self.finished
@@ -227,7 +228,7 @@ class TorchRunner:
             attention = CpuAttention(heads, kv_cache.layers, dtype, team)
         else:
             attention = torch_attention(heads, kv_cache, dtype)
-        facts = worker_facts(settings.model, spec, sizes, plan, shape, device, dtype, parallel, pooling)
+        facts = worker_facts(settings.model, spec, sizes, plan, shape, device, dtype, pooling)
         logits = TiledLogits(model) if settings.deterministic else None
         return cls(model, kv_cache, attention, facts, device, group, pooling, logits)
 
@@ -278,8 +279,9 @@ class TorchRunner:
         )
         self._write_pooled(pooled, result)
         result.prompt_logprobs = prompts
+        result.awaits_prompts = inputs is not None and bool(inputs.prompts) and not self._stage.is_last_stage
         if inputs is None or not len(inputs.sampled_rows):
-            return FinishedStep(result)
+            return FinishedStep(result, bool(prompts))
         if not self._group.samples:
             untaken = self._await_tokens(inputs, step)
             return AwaitedStep(result, untaken)
@@ -290,7 +292,7 @@ class TorchRunner:
             failed = {fault.row for fault in result.faults}
             result.prompt_logprobs = [part for part in prompts if part.row not in failed]
         result.sample_ns = time.perf_counter_ns() - masked
-        return FinishedStep(result)
+        return FinishedStep(result, bool(prompts))
 
     def build_inputs(self, batch: StepBatch) -> tuple[StepInputs | None, list[RowFault]]:
         """What the forward pass reads, and the rows that are not as the step says."""

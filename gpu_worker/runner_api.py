@@ -181,6 +181,8 @@ class StepResult:
     pooled_rows: UInt32Array | None = None  # [num_pooled]; None: none
     pooled_values: Float32Array | None = None  # [num_pooled, dimensions]
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
+    awaits_prompts: bool = False
+    """Whether `prompt_logprobs` are still to come from a rank of the group's last stage."""
     faults: list[RowFault] = field(default_factory=list)
     input_ns: int = 0
     forward_ns: int = 0
@@ -208,6 +210,16 @@ class PendingStep(Protocol):
 
     def result(self) -> StepResult:
         """Block until the step's results are on the host. Called once, in launch order, on the completion thread."""
+        ...
+
+
+@runtime_checkable
+class DescribesPrompts(Protocol):
+    """A launched step that may hold what somebody else waits for."""
+
+    @property
+    def describes_prompts(self) -> bool:
+        """Whether log-probabilities of a prompt are among what it computes, if only of rows that fail."""
         ...
 
 

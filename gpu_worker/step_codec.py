@@ -134,17 +134,32 @@ def encode_result(result: StepResult, queue_ns: int) -> worker_pb2.StepResult:
     if result.pooled_rows is not None and result.pooled_values is not None:
         message.pooled.rows = _bytes(result.pooled_rows, _UINT32)
         message.pooled.values = _bytes(result.pooled_values, _FLOAT32)
-    for part in result.prompt_logprobs:
-        message.prompt_logprobs.add(
-            row=part.row,
-            start_position=part.start_position,
-            logprobs=_bytes(part.logprobs, _FLOAT32),
-            ranks=_bytes(part.ranks, _UINT32),
-            num_top=part.top_token_ids.shape[1],
-            top_token_ids=_bytes(part.top_token_ids, _UINT32),
-            top_logprobs=_bytes(part.top_logprobs, _FLOAT32),
-        )
+    message.prompt_logprobs.extend(map(_encode_prompt_logprobs, result.prompt_logprobs))
     return message
+
+
+def encode_described(result: StepResult) -> worker_pb2.StepResult:
+    """What a result tells of prompts, alone."""
+    return worker_pb2.StepResult(
+        step_id=result.step_id, prompt_logprobs=map(_encode_prompt_logprobs, result.prompt_logprobs)
+    )
+
+
+def decode_described(message: worker_pb2.StepResult) -> list[PromptLogprobs]:
+    """What `encode_described` has told. Raises `StepError`."""
+    return [_decode_prompt_logprobs(part) for part in message.prompt_logprobs]
+
+
+def _encode_prompt_logprobs(part: PromptLogprobs) -> worker_pb2.PromptLogprobs:
+    return worker_pb2.PromptLogprobs(
+        row=part.row,
+        start_position=part.start_position,
+        logprobs=_bytes(part.logprobs, _FLOAT32),
+        ranks=_bytes(part.ranks, _UINT32),
+        num_top=part.top_token_ids.shape[1],
+        top_token_ids=_bytes(part.top_token_ids, _UINT32),
+        top_logprobs=_bytes(part.top_logprobs, _FLOAT32),
+    )
 
 
 def encode_facts(facts: WorkerFacts, instance_id: str, version: str) -> worker_pb2.DescribeResponse:
@@ -277,7 +292,7 @@ def decode_result(message: worker_pb2.StepResult) -> StepResult:
         if not len(result.pooled_rows) or len(values) % len(result.pooled_rows):
             raise StepError(f"pooled.values has {len(values)} numbers for {len(result.pooled_rows)} rows")
         result.pooled_values = values.reshape(len(result.pooled_rows), -1)
-    result.prompt_logprobs = [_decode_prompt_logprobs(part) for part in message.prompt_logprobs]
+    result.prompt_logprobs = decode_described(message)
     return result
 
 

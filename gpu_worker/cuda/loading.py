@@ -236,7 +236,7 @@ def _load_supported(
         parallel=parallel,
     )
     graphs = StepGraphs(timeline.compute) if with_graphs else None
-    facts = worker_facts(directory, spec, sizes, plan, shape, device, dtype, parallel, pooling)
+    facts = worker_facts(directory, spec, sizes, plan, shape, device, dtype, pooling)
 
     def give_up() -> None:
         for part in waiting:

@@ -61,6 +61,8 @@ class CudaPendingStep:
     input_ns: int
     prompts: Sequence[DescribedRun] = ()
     pooled: PooledRows | None = None
+    awaits_prompts: bool = False
+    """Another stage has the logits of prompts."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _taken: tuple[npt.NDArray[np.int32], StepTimes] | None = None
 
@@ -76,6 +78,10 @@ class CudaPendingStep:
     def is_over(self) -> bool:
         """Whether its results have been taken."""
         return self._taken is not None
+
+    @property
+    def describes_prompts(self) -> bool:
+        return bool(self.prompts)
 
     def times(self) -> StepTimes:
         """Block until the step has ended; when it ran, on the device's clock."""
@@ -97,6 +103,7 @@ class CudaPendingStep:
             rows=self.sampled.rows[kept].astype(np.uint32),
             offsets=np.arange(num_kept + 1, dtype=np.uint32),
             token_ids=records[kept, RESULT_TOKEN].astype(np.uint32),
+            awaits_prompts=self.awaits_prompts,
             faults=faults,
             input_ns=self.input_ns,
             forward_ns=times.forward_ns,

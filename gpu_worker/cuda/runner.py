@@ -250,6 +250,7 @@ class CudaRunner:
             packed - begun,
             prompts,
             pooled,
+            awaits_prompts=bool(prompt_runs) and not self._program.draws,
         )
         self._in_slot[slot] = pending
         if self._to_capture is not None:
@@ -341,7 +342,8 @@ class CudaRunner:
             logits = captured.logits
         else:
             hidden = self._program.hidden(shape)
-            prompts = self._program.describe_prompts(prompt_runs, hidden)
+            if self._program.draws:
+                prompts = self._program.describe_prompts(prompt_runs, hidden)
             logits = self._program.logits(shape, hidden)
         if not self._program.draws:
             self._take_drawn(slot, layout, batch, wait_for_mask, is_full=is_full)

@@ -21,7 +21,7 @@ from gpu_worker.runner_api import (
     WaitsForOthers,
     WorkerFacts,
 )
-from gpu_worker.step_codec import encode_mask, encode_step
+from gpu_worker.step_codec import decode_described, encode_mask, encode_step
 
 # What the other ranks may take to end when they are told to.
 _CLOSE_LIMIT_S = 5.0
@@ -44,7 +44,10 @@ class _ExplainedStep:
 
     def result(self) -> StepResult:
         try:
-            return self.pending.result()
+            result = self.pending.result()
+            if result.awaits_prompts:
+                result.prompt_logprobs = decode_described(self.watch.wait_described(result.step_id))
+            return result
         except Exception as error:
             raise self.watch.explain(error) from error
 
@@ -104,6 +107,7 @@ class GroupRunner:
         return self._local.idle()
 
     def reset(self) -> None:
+        self._watch.forget_described()
         self._send(group_pb2.RankCommand(reset=group_pb2.Empty()))
         self._local.reset()
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 
 import structlog
-from stepwire.v1 import group_pb2
+from stepwire.v1 import group_pb2, worker_pb2
 
 from gpu_worker.config import PROGRAM
 from gpu_worker.parallel.layout import GroupError, GroupLayout
@@ -35,6 +35,7 @@ class GroupWatch:
         self._changed = threading.Condition()
         self._started: set[int] = set()
         self._ready: dict[int, group_pb2.RankReady] = {}
+        self._described: dict[int, worker_pb2.StepResult] = {}
         self._cause: GroupError | None = None
         self._is_over = False
         self._before_end = before_end
@@ -53,6 +54,8 @@ class GroupWatch:
             with self._changed:
                 if kind == "ready":
                     self._ready[event.rank] = event.ready
+                elif kind == "described":
+                    self._described[event.described.step_id] = event.described
                 else:
                     self._started.add(event.rank)
                 self._changed.notify_all()
@@ -128,6 +131,19 @@ class GroupWatch:
             if self._cause is not None:
                 raise self._cause
             return dict(self._ready)
+
+    def forget_described(self) -> None:
+        """A new session: steps are numbered anew."""
+        with self._changed:
+            self._described.clear()
+
+    def wait_described(self, step_id: int) -> worker_pb2.StepResult:
+        """Block until the last stage has told of a step's prompts. Raises `GroupError`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._cause or self._is_over or step_id in self._described)
+            if step_id in self._described:
+                return self._described.pop(step_id)
+            raise self._cause or GroupError("the group has ended")
 
     def explain(self, error: Exception) -> Exception:
         """The failure of another rank that `error` comes from; `error` itself if there is none."""

@@ -15,20 +15,21 @@ import sys
 import threading
 import traceback
 from collections import deque
+from collections.abc import Callable
 from queue import SimpleQueue
 
 import structlog
 from stepwire.process.logs import set_up_logging
 from stepwire.process.parent import end_with_parent
-from stepwire.v1 import group_pb2
+from stepwire.v1 import group_pb2, worker_pb2
 
 from gpu_worker.config import WorkerSettings
 from gpu_worker.errors import LoadError
 from gpu_worker.parallel.frames import Channel, ChannelClosed
 from gpu_worker.parallel.places import read_place
 from gpu_worker.parallel.rank_loading import load_rank_runner
-from gpu_worker.runner_api import PendingStep, Runner, SessionEnded, StepError, TokenMask, UsesPauses
-from gpu_worker.step_codec import decode_mask, decode_step
+from gpu_worker.runner_api import DescribesPrompts, PendingStep, Runner, SessionEnded, StepError, TokenMask, UsesPauses
+from gpu_worker.step_codec import decode_mask, decode_step, encode_described
 
 log = structlog.get_logger(__name__)
 
@@ -39,8 +40,13 @@ _MAX_UNREAD = 8
 class RankFollower:
     """Executes commands as they come."""
 
-    def __init__(self, runner: Runner, commands: SimpleQueue[group_pb2.RankCommand]) -> None:
-        self._runner, self._commands = runner, commands
+    def __init__(
+        self,
+        runner: Runner,
+        commands: SimpleQueue[group_pb2.RankCommand],
+        describe: Callable[[worker_pb2.StepResult], None] | None = None,
+    ) -> None:
+        self._runner, self._commands, self._describe = runner, commands, describe
         self._facts = runner.describe()
         self._unread: deque[PendingStep] = deque()
 
@@ -70,11 +76,18 @@ class RankFollower:
             self._unread.append(self._runner.execute(batch, wait_for_mask))
         except (StepError, SessionEnded) as error:
             log.debug("step refused", step_id=batch.step_id, reason=str(error))
-        self._read_results(_MAX_UNREAD)
+            return
+        pending = self._unread[-1]
+        # Rank 0 waits for what this step tells of prompts.
+        is_awaited = self._describe is not None and isinstance(pending, DescribesPrompts) and pending.describes_prompts
+        self._read_results(0 if is_awaited else _MAX_UNREAD)
 
     def _read_results(self, num_left: int) -> None:
         while len(self._unread) > num_left:
-            self._unread.popleft().result()
+            pending = self._unread.popleft()
+            result = pending.result()
+            if self._describe is not None and isinstance(pending, DescribesPrompts) and pending.describes_prompts:
+                self._describe(encode_described(result))
 
 
 def main(argv: list[str]) -> int:
@@ -106,10 +119,22 @@ def main(argv: list[str]) -> int:
         return _report(channel, _felt(place.rank, f"{type(error).__name__}: {error}"))
     channel.send(group_pb2.RankEvent(rank=place.rank, ready=ready).SerializeToString())
     try:
-        RankFollower(runner, commands).run()
+        RankFollower(runner, commands, _describe_to(channel, place)).run()
     except Exception as error:
         return _report(channel, _felt(place.rank, f"a step failed: {type(error).__name__}: {error}"))
     return 0
+
+
+def _describe_to(channel: Channel, place: group_pb2.RankPlace) -> Callable[[worker_pb2.StepResult], None] | None:
+    """How rank 0 is told of prompts, on the one rank that does so."""
+    first_of_last = (len(place.stage_layers) - 1) * place.tensor_parallel_size
+    if place.rank != first_of_last:
+        return None
+
+    def describe(result: worker_pb2.StepResult) -> None:
+        channel.send(group_pb2.RankEvent(rank=place.rank, described=result).SerializeToString())
+
+    return describe
 
 
 def _read(channel: Channel, commands: SimpleQueue[group_pb2.RankCommand]) -> None:

@@ -92,18 +92,20 @@ class Empty(_message.Message):
     def __init__(self) -> None: ...
 
 class RankEvent(_message.Message):
-    __slots__ = ("rank", "ready", "failure", "started", "leaving")
+    __slots__ = ("rank", "ready", "failure", "started", "leaving", "described")
     RANK_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
     STARTED_FIELD_NUMBER: _ClassVar[int]
     LEAVING_FIELD_NUMBER: _ClassVar[int]
+    DESCRIBED_FIELD_NUMBER: _ClassVar[int]
     rank: int
     ready: RankReady
     failure: RankFailure
     started: Empty
     leaving: Empty
-    def __init__(self, rank: _Optional[int] = ..., ready: _Optional[_Union[RankReady, _Mapping]] = ..., failure: _Optional[_Union[RankFailure, _Mapping]] = ..., started: _Optional[_Union[Empty, _Mapping]] = ..., leaving: _Optional[_Union[Empty, _Mapping]] = ...) -> None: ...
+    described: _worker_pb2.StepResult
+    def __init__(self, rank: _Optional[int] = ..., ready: _Optional[_Union[RankReady, _Mapping]] = ..., failure: _Optional[_Union[RankFailure, _Mapping]] = ..., started: _Optional[_Union[Empty, _Mapping]] = ..., leaving: _Optional[_Union[Empty, _Mapping]] = ..., described: _Optional[_Union[_worker_pb2.StepResult, _Mapping]] = ...) -> None: ...
 
 class RankReady(_message.Message):
     __slots__ = ("device", "block_bytes")

@@ -50,17 +50,19 @@ def tensor_words() -> list[int]:
 
 
 def drive(driver: StepDriver) -> dict[str, Any]:
-    """Chunks of prefills, log-probabilities, penalties, steps in flight, a mask, a row that another one follows."""
-    found: dict[str, Any] = {"logprobs": [], "can_prompt_logprobs": driver.facts.can_prompt_logprobs}
+    """Chunks of prefills, log-probabilities, those of a prompt, penalties, steps in flight, masks, rows that follow."""
+    found: dict[str, Any] = {"logprobs": []}
     driver.add(0, list(range(5, 11)), greedy(2))
     driver.add(1, [7, 8, 9], sampling(seed=3, temperature=0.8, repetition_penalty=1.2))
     driver.step({0: 4, 1: 3})
-    driver.add(2, [90, 91, 92, 93], sampling(seed=5, top_k=20))
+    driver.add(2, [90, 91, 92, 93], sampling(seed=5, top_k=20, num_prompt_logprobs=2))
     # Two steps in flight, with other rows each.
     first = driver.begin({0: 2, 2: 4})
     second = driver.begin({1: 1})
     result = driver.finish(first)
     driver.finish(second)
+    found["prompts"] = [part.logprobs.tolist() for part in result.prompt_logprobs]
+    found["awaits_prompts"] = result.awaits_prompts
     if result.logprobs is not None:
         found["logprobs"] = result.logprobs[:1].tolist()
     allowed = np.zeros((1, -(-VOCAB_SIZE // 32)), dtype=np.uint32)

@@ -145,7 +145,7 @@ def load_inline(
         parallel=parallel,
         dealt_rows=dealt_rows,
     )
-    facts = worker_facts(directory, spec, sizes, plan, shape, device, torch.float32, parallel, pooled)
+    facts = worker_facts(directory, spec, sizes, plan, shape, device, torch.float32, pooled)
     return CudaRunner(
         replace(facts, dtype="float32"),
         program,

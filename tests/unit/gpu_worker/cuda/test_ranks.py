@@ -37,5 +37,9 @@ def test_ranks_draw_what_one_worker_draws(tmp_path: Path, kind: str, mode: str) 
     for found in ranks:
         assert (found["tokens"], found["dropped"]) == (expected["tokens"], expected["dropped"])
         assert found["logprobs"] == pytest.approx(expected["logprobs"], abs=1e-4)
-        # The first stage answers, and has no logits.
-        assert found["can_prompt_logprobs"] == (mode != "pipeline")
+        # The first stage has no logits, and waits for what the last one says of prompts.
+        is_told = mode == "pipeline" and found["rank"] == 0
+        assert found["awaits_prompts"] == is_told
+        assert len(found["prompts"]) == (0 if is_told else 1) and len(expected["prompts"][0]) == 3
+        for told in found["prompts"]:
+            assert told == pytest.approx(expected["prompts"][0], abs=1e-4)

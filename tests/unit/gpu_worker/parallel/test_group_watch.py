@@ -6,7 +6,7 @@ import traceback
 from queue import SimpleQueue
 
 import pytest
-from stepwire.v1 import group_pb2
+from stepwire.v1 import group_pb2, worker_pb2
 
 from gpu_worker.parallel.group_watch import GroupWatch
 from gpu_worker.parallel.layout import GroupError, GroupLayout
@@ -17,6 +17,11 @@ LIMIT_S = 60.0
 def felt(rank: int) -> group_pb2.RankEvent:
     failure = group_pb2.RankFailure(message="a step failed", is_consequence=True, trace=f"in the code of rank {rank}")
     return group_pb2.RankEvent(rank=rank, failure=failure)
+
+
+def described(step_id: int) -> group_pb2.RankEvent:
+    parts = [worker_pb2.PromptLogprobs(row=step_id)]
+    return group_pb2.RankEvent(rank=2, described=worker_pb2.StepResult(step_id=step_id, prompt_logprobs=parts))
 
 
 @pytest.fixture
@@ -61,3 +66,23 @@ def test_processes_that_do_not_start_are_named(watch: GroupWatch) -> None:
         watch.wait_started(0.01)
     watch.on_event(group_pb2.RankEvent(rank=2, started=group_pb2.Empty()))
     watch.wait_started(0.01)
+
+
+def test_what_a_stage_tells_of_prompts_is_there_for_its_step(
+    watch: GroupWatch, told: SimpleQueue[Exception | str]
+) -> None:
+    watch.on_event(described(7))
+    watch.on_event(described(8))
+    assert watch.wait_described(8).prompt_logprobs[0].row == 8
+    # Whatever is left of the session before is nobody's.
+    watch.forget_described()
+    watch.fail("rank 2 is lost")
+    with pytest.raises(GroupError, match="rank 2 is lost"):
+        watch.wait_described(7)
+    assert told.get(timeout=LIMIT_S)
+
+
+def test_nobody_waits_for_a_group_that_is_over(watch: GroupWatch) -> None:
+    watch.stop()
+    with pytest.raises(GroupError, match="has ended"):
+        watch.wait_described(1)
