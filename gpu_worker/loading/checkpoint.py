@@ -21,6 +21,9 @@ MAX_NAMES_IN_MESSAGE = 5
 # Buffers that old versions of transformers saved: computed from the config, never loaded.
 _IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|rotary_emb\.(cos|sin)_cached|attn\.masked_bias)")
 
+# Ends of names that come with packed weights alone.
+_OF_PACKED = re.compile(r"\.(qweight|qzeros|weight_packed|weight_scale(_inv)?|SCB|absmax)$")
+
 
 class Checkpoint(TensorSource, Protocol):
     """A `TensorSource` that is a context manager as well."""
@@ -94,11 +97,17 @@ class StrictReader:
             parts.append(f"lacks {_count(missing)} that the model needs: {_some(missing)}")
         if left_over:
             parts.append(f"has {_count(left_over)} that the model has no place for: {_some(left_over)}")
+        advice = "config.json and the weights are not of the same model, or this variant is not supported"
+        if any(_OF_PACKED.search(name) for name in left_over):
+            advice = (
+                "these weights are quantized in another way than the config says, or it says nothing: get the files of "
+                "one release, config.json (quantization_config) or quantize_config.json among them"
+            )
         raise CheckpointError(
             self._source.path,
             " and ".join(parts),
             tensor=missing[0] if missing else left_over[0],
-            advice="config.json and the weights are not of the same model, or this variant is not supported",
+            advice=advice,
         )
 
     def _check_shapes(self, expected: Mapping[str, tuple[int, ...] | None]) -> None:

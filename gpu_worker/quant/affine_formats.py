@@ -11,6 +11,7 @@ from fractions import Fraction
 
 import torch
 
+from gpu_worker.errors import LoadError
 from gpu_worker.parallel.shares import Share
 from gpu_worker.quant.api import OutputSpan, RandomValues
 from gpu_worker.quant.bit_packing import Packing
@@ -27,6 +28,17 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 def whole_groups(num_inputs: int, group_size: int) -> int:
     """Groups of a row; a last one may be short."""
     return -(-num_inputs // group_size)
+
+
+def _checked(groups: torch.Tensor, name: str, scales: torch.Tensor) -> torch.Tensor:
+    """int64 [K]: every input's group. Raises `LoadError` for groups that `scales` [N, G] does not have."""
+    least, most = (int(bound) for bound in groups.aminmax())
+    if least < 0 or most >= scales.shape[1]:
+        raise LoadError(
+            f"{name} holds numbers from {least} to {most}, and a weight has {scales.shape[1]} groups: the checkpoint "
+            "is damaged, or of a variant that is not supported; download it again"
+        )
+    return groups.long()
 
 
 def group_share(cols: Share, group_size: int) -> tuple[slice, torch.Tensor | None]:
@@ -111,7 +123,7 @@ class GptqFormat(_AffineFormat):
         scales = tensors["scales"].float().t().contiguous()  # [N, G]
         group = self.effective_group(cols.total)
         by_position = torch.arange(cols.start, cols.stop, device=codes.device) // group  # [K]
-        groups = tensors["g_idx"].long().to(codes.device) if "g_idx" in tensors else by_position
+        groups = _checked(tensors["g_idx"], "g_idx", scales).to(codes.device) if "g_idx" in tensors else by_position
         if torch.equal(groups, by_position) and cols.start % group == 0:
             # Act-order or not is what g_idx says, whatever the config does.
             touched = covering(cols, group)
@@ -267,8 +279,10 @@ class PackQuantizedFormat(_AffineFormat):
             zero_words = tensors["weight_zero_point"].view(torch.int32).t().contiguous()  # [G, words]
             zeros = self._decode_packing(zero_words.shape[1], rows).unpack(zero_words, rows).t().contiguous()
         group = self.effective_group(cols.total)
-        if "weight_g_idx" in tensors:
-            groups: torch.Tensor | None = tensors["weight_g_idx"].long().to(codes.device)
+        stored = tensors.get("weight_g_idx")
+        # -1 is what the tensor is made with: groups in their order.
+        if stored is not None and not (stored == -1).any():
+            groups: torch.Tensor | None = _checked(stored, "weight_g_idx", scales).to(codes.device)
         elif self.may_have_group_index:
             groups = torch.arange(cols.start, cols.stop, device=codes.device) // group
         else:

@@ -164,10 +164,11 @@ def read_awq(section: ConfigSection) -> QuantConfig:
     order = section.text("pack_method", "reorder")  # Quark's name for AutoAWQ's order of nibbles
     if order != "reorder":
         raise section.refuse(f"awq with pack_method {order!r}")
-    bits = section.integer("bits" if section.fields.get("bits") is not None else "w_bit")
+    bits = section.integer("w_bit" if "w_bit" in section.fields and section.fields.get("bits") is None else "bits")
     if bits != 4:
         raise section.refuse(f"awq with {bits} bits")
-    group_size = section.group_size(field="group_size" if "group_size" in section.fields else "q_group_size")
+    has_old_name = "q_group_size" in section.fields and "group_size" not in section.fields
+    group_size = section.group_size(field="q_group_size" if has_old_name else "group_size")
     has_zeros = section.boolean("zero_point", not section.boolean("sym", False))
     stored = AwqFormat(group_size, has_zeros)
     left_out = [*section.names("modules_to_not_convert"), "lm_head"]

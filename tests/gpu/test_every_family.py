@@ -56,7 +56,7 @@ def sizes(name: str) -> dict[str, Any]:
     changes["initializer_range"] = fields.get("initializer_range", 0.15) / 2.5
     if "head_dim" in fields:
         changes["head_dim"] = 64
-    for field in ("moe_intermediate_size", "shared_expert_intermediate_size"):
+    for field in ("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"):
         if field in fields:
             changes[field] = 64
     parameters = fields.get("rope_parameters", {})

@@ -15,6 +15,7 @@ from transformers.models.deepseek_v2 import DeepseekV2Config
 from transformers.models.deepseek_v3 import DeepseekV3Config
 from transformers.models.deepseek_v32 import DeepseekV32Config
 from transformers.models.gpt_oss import GptOssConfig
+from transformers.models.granitemoeshared import GraniteMoeSharedConfig
 from transformers.models.mixtral import MixtralConfig
 from transformers.models.qwen2_moe import Qwen2MoeConfig
 from transformers.models.qwen3_moe import Qwen3MoeConfig
@@ -55,6 +56,17 @@ KINDS: dict[str, Any] = {
     "qwen2-moe": lambda: Qwen2MoeConfig(**BASE | {"hidden_size": 128}, **EIGHT, shared_expert_intermediate_size=24),
     "qwen3-moe": lambda: Qwen3MoeConfig(**BASE, **EIGHT, norm_topk_prob=True),
     "gpt-oss": lambda: GptOssConfig(**BASE, num_local_experts=4, num_experts_per_tok=2, sliding_window=11),
+    # All of a layer's experts in one tensor, and a multiplier at every joint.
+    "granite-moe": lambda: GraniteMoeSharedConfig(
+        **BASE,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        shared_intermediate_size=24,
+        embedding_multiplier=2.0,
+        residual_multiplier=0.5,
+        attention_multiplier=0.2,
+        logits_scaling=0.7,
+    ),
     "deepseek-v2": lambda: DeepseekV2Config(
         **BASE | LATENT, topk_method="group_limited_greedy", q_lora_rank=None, n_shared_experts=2
     ),

@@ -388,6 +388,7 @@ FAMILIES: Mapping[str, Family] = {
         {
             **{name: value for name, value in LATENT_KEYS.items() if not name.startswith(("expert", "leading"))},
             "attention.q_lora_rank": 64,
+            "expert_feed_forward_length": 128,
             "expert_shared_count": 0,
             "leading_dense_block_count": 4,
         },

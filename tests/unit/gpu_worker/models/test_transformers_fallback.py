@@ -238,7 +238,7 @@ def test_it_is_built_on_device_meta_once_a_start(tmp_path: Path, monkeypatch: py
 
 def test_experts_are_not_copied_for_every_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The probe has them multiplied that way, whose sizes do not hang on what a router chooses."""
-    save_model(CARRIED["granite-moe"], tmp_path)
+    save_model(CARRIED["phimoe"], tmp_path)
     model = PagedModel(tmp_path)
 
     def refused(*args: Any, **kwargs: Any) -> Any:

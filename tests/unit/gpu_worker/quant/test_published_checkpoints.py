@@ -25,6 +25,7 @@ from transformers import (
 
 from gpu_worker.assembly import load_model
 from gpu_worker.config import WorkerSettings
+from gpu_worker.errors import LoadError
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.loading.tensor_source import CheckpointError
 from gpu_worker.models.loader import read_spec
@@ -377,6 +378,41 @@ def test_symmetric_awq_with_its_zero_points(tmp_path: Path) -> None:
         (directory / "packed" / "config.json").write_text(config.replace('"zero_point": true', '"zero_point": false'))
         results.append(QuantizedModel(directory / "packed").logits([5, 6, 7]))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("number", [-1, 99])
+def test_groups_that_do_not_exist_are_refused(number: int, tmp_path: Path) -> None:
+    file = CASES["gptq-biases"].write(tmp_path) / "packed" / "model.safetensors"
+    tensors = load_file(file)
+    save_file(
+        {name: torch.full_like(tensor, number) if "g_idx" in name else tensor for name, tensor in tensors.items()}, file
+    )
+    with pytest.raises(LoadError, match=rf"g_idx holds numbers from {number} to {number}, and a weight has 2 groups"):
+        QuantizedModel(file.parent)
+
+
+def test_an_index_of_groups_that_was_never_filled(tmp_path: Path) -> None:
+    """compressed-tensors begins it with -1, which its own code takes for groups in their order."""
+    fields = compressed("pack-quantized", group(int4(actorder="group"), "Linear"), ignore=["lm_head"])
+    directory = Published(Qwen3Config, fields, [(PLAIN, None), (".*", packed_integers())]).write(tmp_path)
+    file = directory / "packed" / "model.safetensors"
+    tensors = load_file(file)
+    indices = {
+        name.replace("_packed", "_g_idx"): torch.full((64,), -1, dtype=torch.int32)
+        for name in tensors
+        if name.endswith("weight_packed")
+    }
+    save_file(tensors | indices, file)
+    assert_equal_logits(directory)
+
+
+def test_packed_weights_that_no_config_speaks_of_are_refused_as_such(tmp_path: Path) -> None:
+    directory = CASES["awq"].write(tmp_path) / "packed"
+    fields = json.loads((directory / "config.json").read_text())
+    del fields["quantization_config"]
+    (directory / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(CheckpointError, match=r"lacks 14 tensors.*quantized in another way than the config says, or"):
+        QuantizedModel(directory)
 
 
 def test_a_float8_weight_whose_scale_is_missing_is_refused_before_memory_is_taken(tmp_path: Path) -> None:
