@@ -70,12 +70,12 @@ def test_memory_has_a_bound(num_ranks: int, hidden_size: int) -> None:
     assert inbox <= 8 * sizes.words[0] <= 1.01 * MAX_INBOX_BYTES
 
 
-@pytest.mark.parametrize("num_tokens", [64, 257, 512, 1024])
-def test_mixed_steps_of_an_h100_pair_are_summed_through_mapped_memory(num_tokens: int) -> None:
+@pytest.mark.parametrize(("num_tokens", "expected"), [(1, True), (64, True), (256, True), (257, False), (1024, False)])
+def test_a_pair_of_h100_sums_what_was_measured_through_mapped_memory(num_tokens: int, expected: bool) -> None:
     sums, norms = (all_reduce_choices(H100, 2, has_norm=has_norm) for has_norm in (False, True))
     sizes = sizes_of(sums, norms=norms)
-    assert sizes.max_rows >= num_tokens
-    assert choose(norms, num_tokens * 8192) is not None
+    assert (sizes.max_rows >= num_tokens) is expected
+    assert (choose(norms, num_tokens * 8192) is not None) is expected
     assert 8 * sizes.words[0] < 40 << 20
 
 
