@@ -1,4 +1,4 @@
-"""Compiles Gluon kernels of packed weights for a device that is not there: `... compile_in_flight 9.0`.
+"""Compiles Gluon kernels of packed weights for a device that is not there: `... compile_in_flight 9.0 few|all`.
 
 Prints each launch as a JSON line. Triton decides at import whether it interprets, so this is a process of its own.
 """
@@ -29,6 +29,8 @@ CASES: list[tuple[int, int, int, int, Tuning]] = [
     (16, 4100, 4032, 64, RingTuning(64, 2, 8, 2, 2)),
     (1, 4096, 14336, 128, RingTuning(37, 1, 8, 2, 6, 128)),
 ]
+# One of each kernel.
+FEW = [CASES[0], CASES[4]]
 HOPPER: list[tuple[int, int, int, int, Tuning]] = [(16, 4096, 4096, 128, WgmmaTuning(16, 4, 1, 8, 6, 4))]
 
 
@@ -37,7 +39,8 @@ def main() -> None:
     has_hopper = device.capability[0] == 9
     with absent(device) as launches:
         workspace = allocate_linear_workspace("cuda")
-        for count, n, k, group, tuning in CASES + (HOPPER if has_hopper else []):
+        cases = FEW if sys.argv[2] == "few" else CASES
+        for count, n, k, group, tuning in cases + (HOPPER if has_hopper else []):
             words = torch.empty(-(-n // 16), 2 * -(-k // 128), 128, dtype=torch.int32, device="cuda")
             scales = torch.empty(-(-k // group), n, dtype=torch.float16, device="cuda")
             weight = PackedWeight(words, None, scales, scales.to(torch.uint8), None, None, None, None, k, group)
