@@ -62,6 +62,9 @@ SHAPE = "shape of "
 _QWEN3_OMNI = {"text_config": {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128}}
 NO_DEFAULT: dict[str, dict[str, Any]] = {
     "DeepseekV2ForCausalLM": {"num_experts_per_tok": 6},
+    # As every release says; the class divides hidden_size, which no release does.
+    "Glm4MoeForCausalLM": {"head_dim": 128},
+    "Glm4vMoeForConditionalGeneration": {"text_config": {"head_dim": 128}},
     "GraniteMoeHybridForCausalLM": {
         "layer_types": ["full_attention"] * 32,
         "num_local_experts": 0,
