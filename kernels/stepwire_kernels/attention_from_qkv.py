@@ -52,7 +52,7 @@ MANY_WANTED_PROGRAMS = MANY_PROGRAMS * 132
 # would wait for them in the end.
 MANY_STAGED_BYTES = 32 * 1024
 # Tokens of a share of many rows.
-MIN_MANY_SHARE = 64
+MIN_MANY_SHARE = 128
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 Each run is as many cuts long as it sees, begun ones counted, and the runs of a step are laid one behind the other. That
 line of T cuts is dealt out in order: of n shares, share i holds cuts i * T // n to (i + 1) * T // n, so that none has
-more than one cut more than another. Where a share ends within a run, the run is cut. Pieces stand in the order of the
-line, so that those of a share are neighbours. Padding stands behind all of them.
+more than one cut more than another. Where a share ends within a run, the run is cut. Few runs, or short ones, are cut
+one by one instead, so that no program has two pieces (`short_share`). Pieces stand in the order of the line, so that
+those of a share are neighbours. Padding stands behind all of them.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ def _share_list_kernel(
     ALIGNED: tl.constexpr,
     CUT: tl.constexpr,
     MIN_CUTS: tl.constexpr,
+    SHORT_CUTS: tl.constexpr,
     NUM_SHARES: tl.constexpr,
     BLOCK_SHARES: tl.constexpr,
     BLOCK_RUNS: tl.constexpr,
@@ -83,6 +85,14 @@ def _share_list_kernel(
     total = tl.sum(lengths, axis=0)
     num_shares = tl.maximum(tl.minimum(total // MIN_CUTS, NUM_SHARES), 1)
     counts = _share_at(to_cuts - 1, total, num_shares) - _share_at(from_cuts, total, num_shares) + 1
+    # Runs cut one by one: in proportion and rounded up, for which a share a run is held back. So pieces are at most a
+    # third longer than shares.
+    num_decodes = tl.sum((lengths > 0).to(tl.int32), axis=0)
+    is_short = (total <= SHORT_CUTS * NUM_SHARES) & (4 * num_decodes <= NUM_SHARES)
+    spare = NUM_SHARES - num_decodes
+    wanted = tl.minimum((lengths * spare + total - 1) // tl.maximum(total, 1), lengths // MIN_CUTS)
+    piece = (lengths + tl.maximum(wanted, 1) - 1) // tl.maximum(wanted, 1)
+    counts = tl.where(is_short, (lengths + piece - 1) // tl.maximum(piece, 1), counts)
     counts = tl.where(lengths > 0, counts, 0)
     num_pieces = tl.sum(counts, axis=0)
     padding = tl.where(in_step & (lens == 0), ends - starts, 0)
@@ -91,7 +101,8 @@ def _share_list_kernel(
         tl.store(num_records_ptr + 1, num_pieces)
         # Where a share begins, a piece does, which says so below. These hold nothing, and the last ends the list.
         shares = tl.arange(0, BLOCK_SHARES)
-        tl.store(shares_ptr + shares, num_pieces, mask=(shares <= NUM_SHARES) & (shares * total >= num_shares * total))
+        is_empty = tl.where(is_short, shares >= num_pieces, shares * total >= num_shares * total)
+        tl.store(shares_ptr + shares, num_pieces, mask=(shares <= NUM_SHARES) & is_empty)
 
     token = tl.load(query_starts_ptr + run)
     kv_len = tl.load(kv_lens_ptr + run)
@@ -102,16 +113,18 @@ def _share_list_kernel(
     from_cut = tl.sum(tl.where(is_own, from_cuts, 0), axis=0)
     first_item = tl.sum(tl.where(runs < run, counts, 0), axis=0)
     num_items = tl.sum(tl.where(is_own, counts, 0), axis=0)
+    own_piece = tl.sum(tl.where(is_own, piece, 0), axis=0)
     tl.store(list_runs_ptr + run * 4, token)
     tl.store(list_runs_ptr + run * 4 + 1, first_item)
     tl.store(list_runs_ptr + run * 4 + 2, num_items)
     for base in range(0, num_items, BLOCK_ITEMS):
         item = base + tl.arange(0, BLOCK_ITEMS)
         mask = item < num_items
-        share = _share_at(from_cut, total, num_shares) + item
-        share_begin = share * total // num_shares
+        share = tl.where(is_short, first_item, _share_at(from_cut, total, num_shares)) + item
+        share_begin = tl.where(is_short, from_cut + item * own_piece, share * total // num_shares)
+        share_end = tl.where(is_short, share_begin + own_piece, (share + 1) * total // num_shares)
         begin = tl.maximum(share_begin, from_cut)
-        end = tl.minimum((share + 1) * total // num_shares, from_cut + length)
+        end = tl.minimum(share_end, from_cut + length)
         kv_start = (first_cut + begin - from_cut) * CUT
         kv_end = tl.minimum((first_cut + end - from_cut) * CUT, kv_len)
         _store_records(
@@ -164,6 +177,7 @@ def build_decode_list(
         ALIGNED=aligned,
         CUT=policy.cut,
         MIN_CUTS=policy.min_share // policy.cut,
+        SHORT_CUTS=policy.short_share // policy.cut,
         NUM_SHARES=policy.num_shares,
         BLOCK_SHARES=triton.next_power_of_2(policy.num_shares + 1),
         BLOCK_RUNS=triton.next_power_of_2(num_runs),

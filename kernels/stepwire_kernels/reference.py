@@ -274,6 +274,7 @@ def share_records(
     num_shares: int,
     cut: int,
     min_share: int,
+    short_share: int,
     aligned: bool = False,
 ) -> tuple[list[tuple[int, ...]], list[int]]:
     """By `SharePolicy`: the decode list's records, and the first of every share with the end of the last."""
@@ -284,16 +285,30 @@ def share_records(
         if kv_len and query_starts[run + 1] - query_starts[run] == 1
         for start in range(_first_seen(kv_len, window, aligned) // cut * cut, kv_len, cut)
     ]
-    num_used = max(1, min(num_shares, len(line) // (min_share // cut)))
     pieces: list[tuple[int, int, int]] = []
     first_of_share = []
-    for share in range(num_shares):
+    decodes = list(dict.fromkeys(run for run, _ in line))
+    if len(line) <= short_share // cut * num_shares and 4 * len(decodes) <= num_shares:
+        for decode in decodes:
+            starts = [start for run, start in line if run == decode]
+            shares = -(-len(starts) * (num_shares - len(decodes)) // len(line))
+            wanted = min(shares, len(starts) // (min_share // cut))
+            size = -(-len(starts) // max(wanted, 1))
+            for first in range(0, len(starts), size):
+                first_of_share.append(len(pieces))
+                last = starts[first : first + size][-1]
+                pieces.append((decode, starts[first], min(last + cut, kv_lens[decode])))
+        first_of_share += [len(pieces)] * (num_shares + 1 - len(pieces))
+    else:
+        num_used = max(1, min(num_shares, len(line) // (min_share // cut)))
+        for share in range(num_shares):
+            first_of_share.append(len(pieces))
+            bounds = (share * len(line) // num_used, (share + 1) * len(line) // num_used)
+            cuts = line[slice(*bounds)] if share < num_used else []
+            for run in dict.fromkeys(run for run, _ in cuts):
+                starts = [start for owner, start in cuts if owner == run]
+                pieces.append((run, starts[0], min(starts[-1] + cut, kv_lens[run])))
         first_of_share.append(len(pieces))
-        cuts = line[share * len(line) // num_used : (share + 1) * len(line) // num_used] if share < num_used else []
-        for run in dict.fromkeys(run for run, _ in cuts):
-            starts = [start for owner, start in cuts if owner == run]
-            pieces.append((run, starts[0], min(starts[-1] + cut, kv_lens[run])))
-    first_of_share.append(len(pieces))
     runs = [run for run, _, _ in pieces]
     records: list[tuple[int, ...]] = [
         (run, run_rows[run], query_starts[run], kv_lens[run], start, end, runs.index(run), runs.count(run))

@@ -46,6 +46,9 @@ class SharePolicy:
     """Pieces begin at multiples of so many tokens; a power of two."""
     min_share: int = 64
     """Tokens, a multiple of `cut`: a smaller share is not worth a program."""
+    short_share: int = 256
+    """Tokens. Where shares would be no longer, a second piece takes a program longer than what equal shares save: so
+    each run is cut by itself then, into pieces that are alike, and every piece is a share."""
 
     def __post_init__(self) -> None:
         if self.num_shares < 1:

@@ -125,5 +125,5 @@ def test_unsupported_shapes_are_refused(device: str) -> None:
 def test_shares_that_end_within_runs(device: str, num_shares: int) -> None:
     lens = [299, 1, 40, 150, 65, 512, 3]
     case = make_case([(1, length - 1) for length in lens], 4, 2, 64, 32, torch.float32, device)
-    assert_close(run_decode(case, policy=SharePolicy(num_shares)), case.twin())
-    assert_close(run_decode(case, policy=SharePolicy(num_shares, 16, 512), window=100), case.twin(window=100))
+    assert_close(run_decode(case, policy=SharePolicy(num_shares, short_share=0)), case.twin())
+    assert_close(run_decode(case, policy=SharePolicy(num_shares, 16, 512, 0), window=100), case.twin(window=100))

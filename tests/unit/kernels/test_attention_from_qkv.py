@@ -249,9 +249,9 @@ def test_chunks_that_begin_within_a_tile(device: str, num_runs: int) -> None:
 @pytest.mark.parametrize("num_shares", [1, 5, 40])
 def test_shares_that_end_within_runs(device: str, num_shares: int, warps: int) -> None:
     step = Step([299, 40, 150, 65, 512, 3], 4, 2, 64, 32, torch.bfloat16, device, norm_offset=0.0)
-    step.check(policy=SharePolicy(num_shares), tuning=FromQkvTuning(16, warps))
+    step.check(policy=SharePolicy(num_shares, short_share=0), tuning=FromQkvTuning(16, warps))
     # Shares of which most hold nothing.
-    step.check(policy=SharePolicy(num_shares, min_share=512), window=100)
+    step.check(policy=SharePolicy(num_shares, min_share=512, short_share=0), window=100)
 
 
 @pytest.mark.parametrize("num_late", [1, 4, 14])

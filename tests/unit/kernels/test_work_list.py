@@ -51,7 +51,16 @@ def check_runs_of_list(work: WorkList, expected: list[tuple[int, ...]], lens: li
     ),
     window=st.sampled_from([0, 1, 100, 4096]),
     aligned=st.booleans(),
-    policy=st.sampled_from([SharePolicy(24), SharePolicy(5, 32, 32), SharePolicy(1, 16, 48), SharePolicy(300, 16, 16)]),
+    policy=st.sampled_from(
+        [
+            SharePolicy(24),
+            SharePolicy(24, short_share=0),
+            SharePolicy(5, 32, 32, 0),
+            SharePolicy(1, 16, 48),
+            SharePolicy(300, 16, 16),
+            SharePolicy(40, 32, 96, 4096),
+        ]
+    ),
 )
 def test_shares_match_twin(runs: list[tuple[int, int | None]], window: int, aligned: bool, policy: SharePolicy) -> None:
     starts, lens, rows = arrays(runs)
@@ -61,7 +70,7 @@ def test_shares_match_twin(runs: list[tuple[int, int | None]], window: int, alig
     build_decode_list(*tensors(starts, lens, rows), work, window=window, aligned=aligned)
     expected, first_of_share = reference.share_records(
         starts, lens, rows, window=window, aligned=aligned, num_shares=policy.num_shares, cut=policy.cut,
-        min_share=policy.min_share,
+        min_share=policy.min_share, short_share=policy.short_share,
     )  # fmt: skip
     assert listed(work) == expected
     assert work.num_records.tolist() == [len(expected), first_of_share[-1]]
@@ -95,6 +104,19 @@ def test_prefill_list_matches_twin(runs: list[tuple[int, int | None]], tile_toke
     expected = reference.prefill_records(starts, lens, rows, tile_tokens=tile_tokens, min_queries=min_queries)
     assert listed(work) == expected
     assert len(expected) <= work.capacity
+
+
+@given(lens=st.lists(st.integers(1, 1500), min_size=1, max_size=16), num_shares=st.sampled_from([64, 99]))
+@settings(max_examples=30, deadline=None)
+def test_few_runs_are_cut_one_by_one(lens: list[int], num_shares: int) -> None:
+    policy = SharePolicy(num_shares, 32, 32)
+    work = work_list.allocate_decode_list(len(lens), len(lens), DEVICE, policy)
+    build_decode_list(*tensors(list(range(len(lens) + 1)), lens, list(range(len(lens)))), work)
+    records, shares = listed(work), work.shares.tolist()
+    # A program has one piece, or none.
+    assert shares == [*range(len(records)), *[len(records)] * (num_shares + 1 - len(records))]
+    total = sum(-(-length // 32) for length in lens)
+    assert max(end - start for _, _, _, _, start, end, _, _ in records) <= 32 * -(-total * 4 // (3 * num_shares))
 
 
 def test_mismatched_arrays_are_refused() -> None:
