@@ -52,6 +52,8 @@ def load_group_runner(settings: WorkerSettings, before_end: Callable[[str], None
     layout = layout_for(settings, spec)
     check_split(settings, settings.model, layout)
     check_devices(settings, layout)
+    if settings.enable_expert_parallel and spec.moe is None:
+        log.warning("--enable-expert-parallel does nothing: the model has no experts", architecture=spec.architecture)
     followers: list[Followers] = []
     watch = GroupWatch(layout, before_end)
     with EarlyEnd(followers, watch):
