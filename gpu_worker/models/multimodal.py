@@ -75,7 +75,7 @@ _HEADS = re.compile(LANGUAGE_HEAD)
 
 
 def text_config(config: HfConfig) -> HfConfig:
-    """The text part's fields: nested, or among the others (Qwen2-VL in transformers 4); mrope is plain rope."""
+    """The text part's fields: nested, or among the others (Qwen2-VL in transformers 4); in text, mrope is plain rope."""
     outer = config.nested("thinker_config") if isinstance(config.fields.get("thinker_config"), dict) else config
     inner = outer
     if isinstance(outer.fields.get("text_config"), dict):
@@ -88,8 +88,10 @@ def text_config(config: HfConfig) -> HfConfig:
     for name in ("rope_parameters", "rope_scaling"):
         rope = fields.get(name)
         if isinstance(rope, dict) and (rope.get("type") == "mrope" or "mrope_section" in rope):
-            plain = {key: value for key, value in rope.items() if not key.startswith("mrope") and key != "type"}
-            fields[name] = plain | {"rope_type": "default"}
+            plain = {key: value for key, value in rope.items() if not key.startswith("mrope")}
+            # Who stretches the model names the kind in its place, and keeps the sections.
+            kinds = {plain.pop(key, None) for key in ("rope_type", "type")} - {None, "mrope", "default"}
+            fields[name] = plain | {"rope_type": next(iter(kinds), "default")}
     return HfConfig(fields, inner.file)
 
 
