@@ -75,7 +75,7 @@ _HEADS = re.compile(LANGUAGE_HEAD)
 
 
 def text_config(config: HfConfig) -> HfConfig:
-    """The text part's fields: nested, or among the others (Qwen2-VL in transformers 4); in text, mrope is plain rope."""
+    """The text part's fields: nested, or among the others (Qwen2-VL in transformers 4); mrope is plain rope in text."""
     outer = config.nested("thinker_config") if isinstance(config.fields.get("thinker_config"), dict) else config
     inner = outer
     if isinstance(outer.fields.get("text_config"), dict):
