@@ -126,6 +126,11 @@ def spec_of(architecture: str, **fields: Any) -> Any:
         ("LlamaForCausalLM", {}, {"tie_word_embeddings": False}),
         ("LlamaForCausalLM", {"torch_dtype": "auto"}, {"dtype": torch.float32}),
         ("LlamaForCausalLM", {"dtype": "auto", "torch_dtype": "float16"}, {"dtype": torch.float16}),
+        (
+            "LlamaForCausalLM",
+            {"torch_dtype": "float8_e4m3fn", "quantization_config": {"quant_method": "fp8"}},
+            {"dtype": torch.bfloat16},
+        ),
         # As Qwen's model cards say to stretch a model, and as DeepSeek and Kimi publish theirs.
         (
             "Qwen2ForCausalLM",
