@@ -30,7 +30,7 @@ from gpu_worker.models.qwen import Qwen
 from gpu_worker.models.registry import register
 from gpu_worker.models.served_config import LANGUAGE_HEAD, LANGUAGE_MODEL, is_known_part
 from gpu_worker.models.smollm3 import SmolLM3
-from gpu_worker.models.text_part_defaults import TEXT_DEFAULTS
+from gpu_worker.models.text_part_defaults import TEXT_DEFAULTS, WHOLE_DEFAULTS
 from gpu_worker.models.transformers_fallback import TransformersModel
 
 # By `model_type` of the text part: what computes it, and the architecture that it would be by itself.
@@ -80,6 +80,7 @@ def text_config(config: HfConfig) -> HfConfig:
     inner = outer
     if isinstance(outer.fields.get("text_config"), dict):
         inner = outer.nested("text_config")
+        inner = HfConfig(WHOLE_DEFAULTS.get(outer.fields.get("model_type", ""), {}) | inner.fields, inner.file)
         # The whole model's head is what the whole model's config says of it.
         tied = outer.fields.get("tie_word_embeddings")
         if tied is not None:
