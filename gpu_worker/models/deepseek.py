@@ -19,12 +19,19 @@ from gpu_worker.models.registry import register
 _ATTENTION = "model.layers.{i}.self_attn"
 V2, V3, GLM, MISTRAL = "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "Glm4MoeLiteForCausalLM", "Mistral4ForCausalLM"
 V32, GLM5 = "DeepseekV32ForCausalLM", "GlmMoeDsaForCausalLM"
-_GROUPS = {"n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, "norm_topk_prob": True}
+_GROUPS = {
+    "n_group": 8,
+    "topk_group": 4,
+    "routed_scaling_factor": 2.5,
+    "norm_topk_prob": True,
+    "first_k_dense_replace": 3,
+    "num_experts_per_tok": 8,
+}
 # Of the classes in transformers.
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    V2: {},
+    V2: {"n_shared_experts": 2},
     V3: _GROUPS,
-    V32: _GROUPS | {"max_position_embeddings": 163_840, "first_k_dense_replace": 3, "index_n_heads": 64},
+    V32: _GROUPS | {"max_position_embeddings": 163_840, "index_n_heads": 64},
     GLM5: {
         "max_position_embeddings": 202_752,
         "rms_norm_eps": 1e-5,

@@ -17,6 +17,7 @@ FULL = "full_attention"
 SLIDING = "sliding_attention"
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_STORED_DTYPES = ("float8_e4m3fn", "float8_e5m2", "int8", "uint8", "int4", "float4_e2m1fn_x2")
 _ROPE_KINDS = ("default", "linear", "llama3", "yarn", "longrope")
 
 
@@ -92,9 +93,14 @@ class HfConfig:
         return [str(name) for name in value]
 
     def dtype(self) -> torch.dtype:
-        """`dtype` (transformers 5) or `torch_dtype` (4); float32 where neither says one."""
+        """`dtype` (transformers 5) or `torch_dtype` (4); float32 where neither says one.
+
+        Some tools that quantize name there what they store weights in: bfloat16 is computed in then.
+        """
         given = (self.fields.get(field) for field in ("dtype", "torch_dtype"))
         name = next((str(name) for name in given if name and name != "auto"), "float32").removeprefix("torch.")
+        if name in _STORED_DTYPES and self.is_quantized():
+            return torch.bfloat16
         if name not in _DTYPES:
             raise self.error("dtype", f"is {name!r}, expected one of {', '.join(_DTYPES)}")
         return _DTYPES[name]

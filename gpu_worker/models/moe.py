@@ -55,7 +55,8 @@ class Mixtral(ModelFamily):
 
     @staticmethod
     def read_config(config: HfConfig, architecture: str) -> ModelSpec:
-        layers = config.layers(config.rope(config.heads()[2]), config.optional_integer("sliding_window"))
+        rope = config.rope(config.heads()[2], 1_000_000.0)
+        layers = config.layers(rope, config.optional_integer("sliding_window"))
         return config.decoder(
             architecture,
             tuple(replace(layer, is_moe=True) for layer in layers),
@@ -96,7 +97,7 @@ class QwenMoe(ModelFamily):
             moe=MoeSpec(
                 # Recent versions of transformers save the field under Mixtral's name.
                 num_experts=config.integer("num_experts", config.optional_integer("num_local_experts") or ...),
-                num_chosen=config.integer("num_experts_per_tok"),
+                num_chosen=config.integer("num_experts_per_tok", 8 if is_qwen3 else 4),
                 intermediate_size=config.integer("moe_intermediate_size"),
                 renormalize=config.boolean("norm_topk_prob", False),
                 storage=expert_storage(config),

@@ -30,7 +30,7 @@ from gpu_worker.models.qwen import Qwen
 from gpu_worker.models.registry import register
 from gpu_worker.models.served_config import LANGUAGE_HEAD, LANGUAGE_MODEL, is_known_part
 from gpu_worker.models.smollm3 import SmolLM3
-from gpu_worker.models.text_part_defaults import TEXT_DEFAULTS
+from gpu_worker.models.text_part_defaults import TEXT_DEFAULTS, WHOLE_DEFAULTS
 from gpu_worker.models.transformers_fallback import TransformersModel
 
 # By `model_type` of the text part: what computes it, and the architecture that it would be by itself.
@@ -75,11 +75,12 @@ _HEADS = re.compile(LANGUAGE_HEAD)
 
 
 def text_config(config: HfConfig) -> HfConfig:
-    """The text part's fields: nested, or among the others (Qwen2-VL in transformers 4); mrope is plain rope."""
+    """The text part's fields: nested, or among the others (Qwen2-VL in transformers 4); mrope is plain rope in text."""
     outer = config.nested("thinker_config") if isinstance(config.fields.get("thinker_config"), dict) else config
     inner = outer
     if isinstance(outer.fields.get("text_config"), dict):
         inner = outer.nested("text_config")
+        inner = HfConfig(WHOLE_DEFAULTS.get(outer.fields.get("model_type", ""), {}) | inner.fields, inner.file)
         # The whole model's head is what the whole model's config says of it.
         tied = outer.fields.get("tie_word_embeddings")
         if tied is not None:
@@ -88,8 +89,10 @@ def text_config(config: HfConfig) -> HfConfig:
     for name in ("rope_parameters", "rope_scaling"):
         rope = fields.get(name)
         if isinstance(rope, dict) and (rope.get("type") == "mrope" or "mrope_section" in rope):
-            plain = {key: value for key, value in rope.items() if not key.startswith("mrope") and key != "type"}
-            fields[name] = plain | {"rope_type": "default"}
+            plain = {key: value for key, value in rope.items() if not key.startswith("mrope")}
+            # Who stretches the model names the kind in its place, and keeps the sections.
+            kinds = {plain.pop(key, None) for key in ("rope_type", "type")} - {None, "mrope", "default"}
+            fields[name] = plain | {"rope_type": next(iter(kinds), "default")}
     return HfConfig(fields, inner.file)
 
 

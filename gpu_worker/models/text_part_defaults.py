@@ -176,3 +176,28 @@ TEXT_DEFAULTS: Mapping[str, dict[str, Any]] = {
         "head_dim": 128,
     },
 }
+
+# By the `model_type` of the whole, which has defaults of its own for its text part.
+WHOLE_DEFAULTS: Mapping[str, dict[str, Any]] = {
+    "voxtral": {
+        "vocab_size": 131_072,
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 30,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 100_000_000.0,
+        "head_dim": 128,
+    },
+    "glmasr": {
+        "vocab_size": 59_264,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+    },
+}

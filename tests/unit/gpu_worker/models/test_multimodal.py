@@ -422,6 +422,20 @@ def _unnest(file: Path) -> None:
     file.write_text(json.dumps(text | fields | {"model_type": "qwen2_5_vl"}))
 
 
+@pytest.mark.parametrize("word", ["type", "rope_type"])
+def test_who_stretches_a_model_that_sees_keeps_its_sections(word: str, tmp_path: Path) -> None:
+    """As the model card of Qwen2.5-VL says: another kind of rope beside them, in a config of transformers 4."""
+    save("qwen2.5-vl", tmp_path)
+    rename(tmp_path, old=True, kind="qwen2.5-vl")
+    _unnest(tmp_path / "config.json")
+    fields = json.loads((tmp_path / "config.json").read_text())
+    yarn = {word: "yarn", "mrope_section": [2, 2, 2], "factor": 4, "original_max_position_embeddings": 64}
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"rope_scaling": yarn}))
+    reference = AutoModelForMultimodalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager")
+    assert read_spec(tmp_path)[0].layers[0].rope.kind == "yarn"
+    check_logits(reference.eval(), tmp_path)
+
+
 def test_another_text_part_is_refused_by_name(tmp_path: Path) -> None:
     save("llava", tmp_path)
     fields = json.loads((tmp_path / "config.json").read_text())

@@ -126,6 +126,11 @@ def spec_of(architecture: str, **fields: Any) -> Any:
         ("LlamaForCausalLM", {}, {"tie_word_embeddings": False}),
         ("LlamaForCausalLM", {"torch_dtype": "auto"}, {"dtype": torch.float32}),
         ("LlamaForCausalLM", {"dtype": "auto", "torch_dtype": "float16"}, {"dtype": torch.float16}),
+        (
+            "LlamaForCausalLM",
+            {"torch_dtype": "float8_e4m3fn", "quantization_config": {"quant_method": "fp8"}},
+            {"dtype": torch.bfloat16},
+        ),
         # As Qwen's model cards say to stretch a model, and as DeepSeek and Kimi publish theirs.
         (
             "Qwen2ForCausalLM",
@@ -152,6 +157,34 @@ def test_fields_that_are_missing_null_or_of_another_time(
 ) -> None:
     spec = spec_of(architecture, **fields)
     assert {name: getattr(spec, name) for name in expected} == expected
+
+
+# Of the classes in transformers: what a config leaves out is theirs.
+DEFAULTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "MixtralForCausalLM": ("mixtral", {}),
+    "Qwen2MoeForCausalLM": ("qwen2_moe", {"num_experts": 8, "moe_intermediate_size": 32}),
+    "Qwen3MoeForCausalLM": ("qwen3_moe", {"num_experts": 8, "moe_intermediate_size": 32}),
+    "DeepseekV2ForCausalLM": (
+        "deepseek_v2",
+        {"n_routed_experts": 64, "num_experts_per_tok": 6, "moe_intermediate_size": 32},
+    ),
+    "DeepseekV3ForCausalLM": ("deepseek_v3", {"n_routed_experts": 64, "moe_intermediate_size": 32}),
+}
+
+
+@pytest.mark.parametrize("architecture", DEFAULTS)
+def test_mixtures_of_which_a_config_says_little(architecture: str) -> None:
+    kind, fields = DEFAULTS[architecture]
+    more = {"num_hidden_layers": 4, "shared_expert_intermediate_size": 64, **fields}
+    spec, config = spec_of(architecture, **more), CONFIG_MAPPING[kind](**SIZES | more)
+    assert spec.layers[0].rope.theta == config.rope_parameters["rope_theta"]
+    assert spec.moe.num_chosen == config.num_experts_per_tok
+    shared = (
+        getattr(config, "n_shared_experts", 0) * config.moe_intermediate_size if "Deepseek" in architecture else None
+    )
+    assert shared is None or spec.moe.shared_intermediate_size == shared
+    first_sparse = getattr(config, "first_k_dense_replace", 0)
+    assert [layer.is_moe for layer in spec.layers] == [number >= first_sparse for number in range(4)]
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,7 @@ def test_what_cannot_be_split_is_named_with_both_numbers() -> None:
         ("mixtral", 2, "expert"),
         pytest.param("gpt-oss", 2, "width", marks=pytest.mark.slow),
         pytest.param("gpt-oss", 3, "expert", marks=pytest.mark.slow),
+        pytest.param("granite-moe-shared", 2, "width", marks=pytest.mark.slow),
         pytest.param("deepseek-v3", 2, "expert", marks=pytest.mark.slow),
         # Every rank chooses the same tokens.
         pytest.param("deepseek-v3.2", 2, "width", marks=pytest.mark.slow),
