@@ -42,11 +42,16 @@ def _length_in_cuts(num_queries, kv_len, WINDOW: tl.constexpr, ALIGNED: tl.const
 
 @triton.jit
 def _share_at(cut, total, num_shares):
-    """The share that holds a cut of the line: the last that begins at it or before.
+    """The share that holds a cut of the line: the last that begins at it or before."""
+    # Rows that see the same prefix count it each: there may be more tokens than a cache holds, and more than 32 bits.
+    products = cut.to(tl.int64) * num_shares + num_shares - 1
+    return (products // tl.maximum(total, 1)).to(tl.int32)
 
-    32 bits do: a thousand shares leave room for two million cuts, 32 million tokens and more.
-    """
-    return (cut * num_shares + num_shares - 1) // tl.maximum(total, 1)
+
+@triton.jit
+def _share_begin(share, total, num_shares):
+    """The cut of the line at which a share begins."""
+    return (share.to(tl.int64) * total // num_shares).to(tl.int32)
 
 
 @triton.jit
@@ -63,6 +68,7 @@ def _share_list_kernel(
     ALIGNED: tl.constexpr,
     CUT: tl.constexpr,
     MIN_CUTS: tl.constexpr,
+    MOST_PIECES: tl.constexpr,
     NUM_SHARES: tl.constexpr,
     BLOCK_SHARES: tl.constexpr,
     BLOCK_RUNS: tl.constexpr,
@@ -81,7 +87,8 @@ def _share_list_kernel(
     to_cuts = tl.cumsum(lengths, axis=0)
     from_cuts = to_cuts - lengths
     total = tl.sum(lengths, axis=0)
-    num_shares = tl.maximum(tl.minimum(total // MIN_CUTS, NUM_SHARES), 1)
+    most_shares = MOST_PIECES * total.to(tl.int64) // tl.maximum(tl.max(lengths, axis=0), 1)
+    num_shares = tl.maximum(tl.minimum(tl.minimum(total // MIN_CUTS, NUM_SHARES), most_shares.to(tl.int32)), 1)
     counts = _share_at(to_cuts - 1, total, num_shares) - _share_at(from_cuts, total, num_shares) + 1
     counts = tl.where(lengths > 0, counts, 0)
     num_pieces = tl.sum(counts, axis=0)
@@ -91,7 +98,8 @@ def _share_list_kernel(
         tl.store(num_records_ptr + 1, num_pieces)
         # Where a share begins, a piece does, which says so below. These hold nothing, and the last ends the list.
         shares = tl.arange(0, BLOCK_SHARES)
-        tl.store(shares_ptr + shares, num_pieces, mask=(shares <= NUM_SHARES) & (shares * total >= num_shares * total))
+        holds_nothing = (shares >= num_shares) | (total == 0)
+        tl.store(shares_ptr + shares, num_pieces, mask=(shares <= NUM_SHARES) & holds_nothing)
 
     token = tl.load(query_starts_ptr + run)
     kv_len = tl.load(kv_lens_ptr + run)
@@ -109,9 +117,9 @@ def _share_list_kernel(
         item = base + tl.arange(0, BLOCK_ITEMS)
         mask = item < num_items
         share = _share_at(from_cut, total, num_shares) + item
-        share_begin = share * total // num_shares
+        share_begin = _share_begin(share, total, num_shares)
         begin = tl.maximum(share_begin, from_cut)
-        end = tl.minimum((share + 1) * total // num_shares, from_cut + length)
+        end = tl.minimum(_share_begin(share + 1, total, num_shares), from_cut + length)
         kv_start = (first_cut + begin - from_cut) * CUT
         kv_end = tl.minimum((first_cut + end - from_cut) * CUT, kv_len)
         _store_records(
@@ -164,6 +172,7 @@ def build_decode_list(
         ALIGNED=aligned,
         CUT=policy.cut,
         MIN_CUTS=policy.min_share // policy.cut,
+        MOST_PIECES=policy.most_pieces,
         NUM_SHARES=policy.num_shares,
         BLOCK_SHARES=triton.next_power_of_2(policy.num_shares + 1),
         BLOCK_RUNS=triton.next_power_of_2(num_runs),

@@ -9,6 +9,8 @@ worker runs on.
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 
 
@@ -274,6 +276,7 @@ def share_records(
     num_shares: int,
     cut: int,
     min_share: int,
+    most_pieces: int,
     aligned: bool = False,
 ) -> tuple[list[tuple[int, ...]], list[int]]:
     """By `SharePolicy`: the decode list's records, and the first of every share with the end of the last."""
@@ -284,7 +287,8 @@ def share_records(
         if kv_len and query_starts[run + 1] - query_starts[run] == 1
         for start in range(_first_seen(kv_len, window, aligned) // cut * cut, kv_len, cut)
     ]
-    num_used = max(1, min(num_shares, len(line) // (min_share // cut)))
+    longest = max(Counter(run for run, _ in line).values(), default=1)
+    num_used = max(1, min(num_shares, len(line) // (min_share // cut), most_pieces * len(line) // longest))
     pieces: list[tuple[int, int, int]] = []
     first_of_share = []
     for share in range(num_shares):
