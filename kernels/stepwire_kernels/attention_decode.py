@@ -46,7 +46,7 @@ class DecodeTuning:
     warp_tokens: int = 16
     num_warps: int = 1
     num_stages: int = 4
-    """As many as leave a multiprocessor room for that many programs and not more, in 16 bits with 128 a head: programs
+    """As many as leave a multiprocessor room for `programs_per_sm` and one more, in 16 bits with 128 a head: programs
     begin while the kernel ahead still holds most multiprocessors, and those that are free would take too many."""
     programs_per_sm: int = 8
 

@@ -1,9 +1,9 @@
 """Decode attention straight from the packed projection: rotation, KV write and attention in one kernel.
 
 Computes what `rope_kv.rope_and_write_kv` and then `attention_decode.decode_attention` compute, for a step in which
-every run is one token; see there for the formulas. A program has one chunk and one KV head. It rotates the queries of
-its group itself; that of a run's last chunk also rotates the token's key, writes key and value into the cache, and adds
-them to its sums from registers (`from_qkv_token.py`).
+every run is one token; see there for the formulas. A program has one KV head and a chunk of a run, or several one after
+the other. It rotates the queries of its group itself; that of a run's last chunk also rotates the token's key, writes
+key and value into the cache, and adds them to its sums from registers (`from_qkv_token.py`).
 
 Two kernels, since two things take the time. A step of few rows waits for level 2, so that as much as can be is read
 before the projection is done (`from_qkv_few.py`); many rows read their KV at the memory's rate, and what counts is how
