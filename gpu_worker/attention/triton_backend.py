@@ -152,7 +152,9 @@ class PlannedAttention:
         }
         self._prefill_list = allocate_prefill_list(limits.max_runs, limits.max_tokens, self._tile_tokens, device)
         largest = next(iter(self._decode_lists.values()))
-        self._workspace = allocate_decode_workspace(largest, spec.num_heads, value_dim)
+        self._workspace = allocate_decode_workspace(
+            largest, spec.num_heads, value_dim, num_padding=limits.max_padding_tokens
+        )
         self._step: DeviceStep | None = None
         self._decode_work: dict[_Window, WorkList] = {}
         self._prefill_work: WorkList | None = None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from stepwire_kernels.attention_latent import (
+    default_latent_decode_tuning,
     default_latent_prefill_tuning,
     latent_decode_attention,
     latent_policy,
@@ -41,7 +42,9 @@ class TritonLatentAttention(PlannedAttention):
         if spec.value_dim is None:
             raise ValueError("keys are no values here: TritonAttention serves this model")
         self._kv_rank, self._num_heads = spec.value_dim, spec.num_heads
-        self._share_policy = latent_policy(spec.num_heads, dtype, kv_caches[0].device)
+        self._share_policy = latent_policy(
+            spec.num_heads, default_latent_decode_tuning(spec.num_heads, dtype, kv_caches[0].device)
+        )
         self._prefill_tuning = default_latent_prefill_tuning(dtype, kv_caches[0].device)
         super().__init__(
             spec,

@@ -46,7 +46,7 @@ class DecodeTuning:
     warp_tokens: int = 16
     num_warps: int = 1
     num_stages: int = 4
-    """As many as leave a multiprocessor room for that many programs and not more, in 16 bits with 128 a head: programs
+    """As many as leave a multiprocessor room for `programs_per_sm` and one more, in 16 bits with 128 a head: programs
     begin while the kernel ahead still holds most multiprocessors, and those that are free would take too many."""
     programs_per_sm: int = 8
 
@@ -55,17 +55,21 @@ class DecodeTuning:
 class DecodeWorkspace:
     """Scratch of the decode kernels, shared by all layers."""
 
-    partial_out: torch.Tensor  # float32 [capacity, num_heads, D]
-    partial_sums: torch.Tensor  # float32 [capacity, num_heads, 2]: running maximum (base 2) and sum
+    partial_out: torch.Tensor  # float32 [num_partials, num_heads, D]
+    partial_sums: torch.Tensor  # float32 [num_partials, num_heads, 2]: running maximum (base 2) and sum
     counters: torch.Tensor  # int32 [NUM_COUNTERS]: zeros between launches
 
 
-def allocate_decode_workspace(work: WorkList, num_heads: int, head_dim: int) -> DecodeWorkspace:
-    """Scratch for any content of `work`."""
+def allocate_decode_workspace(
+    work: WorkList, num_heads: int, head_dim: int, *, num_padding: int = 0
+) -> DecodeWorkspace:
+    """Scratch for any content of `work`, of whose records the last `num_padding` are never anything but padding."""
     device = work.records.device
+    # Padding stands behind all pieces and has its zeros at once: 512 tokens of 128 latent heads would be 134 MB.
+    num_partials = work.capacity - num_padding
     return DecodeWorkspace(
-        partial_out=torch.empty((work.capacity, num_heads, head_dim), dtype=torch.float32, device=device),
-        partial_sums=torch.empty((work.capacity, num_heads, 2), dtype=torch.float32, device=device),
+        partial_out=torch.empty((num_partials, num_heads, head_dim), dtype=torch.float32, device=device),
+        partial_sums=torch.empty((num_partials, num_heads, 2), dtype=torch.float32, device=device),
         counters=torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device),
     )
 
@@ -152,6 +156,7 @@ def _decode_kernel(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    IN_ONE_BLOCK: tl.constexpr,
     WINDOW: tl.constexpr,
     ALIGNED: tl.constexpr,
     HAS_SOFT_CAP: tl.constexpr,
@@ -200,7 +205,7 @@ def _decode_kernel(
         block = tl.load(table + kv_start // BLOCK_SIZE, mask=kv_start < kv_end, other=0)
         chunk_top, chunk_total, chunk_acc = attend_chunk(
             top, total, acc, q, table, block, kv_head, kv_start, kv_end, window_start, k_cache_ptr, v_cache_ptr,
-            score_scale, soft_cap, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, BLOCK_SIZE % TILE_N == 0, WINDOW > 0,
+            score_scale, soft_cap, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, IN_ONE_BLOCK, WINDOW > 0,
             HAS_SOFT_CAP, WARPS, WARP_TOKENS, NUM_STAGES,
         )  # fmt: skip
 
@@ -275,7 +280,8 @@ def decode_attention(
     group = num_heads // num_kv_heads
     tuning = tuning or default_decode_tuning(head_dim, k_cache.dtype)
     block_d = triton.next_power_of_2(head_dim)
-    _decode_kernel[(decode_policy_of(work).num_shares * num_kv_heads,)](
+    policy, tile = decode_policy_of(work), tuning.warp_tokens * tuning.num_warps
+    _decode_kernel[(policy.num_shares * num_kv_heads,)](
         q,
         k_cache,
         v_cache,
@@ -298,6 +304,7 @@ def decode_attention(
         GROUP=group,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
+        IN_ONE_BLOCK=block_size % tile == 0 and policy.cut % tile == 0,
         WINDOW=window,
         ALIGNED=aligned,
         HAS_SOFT_CAP=soft_cap > 0,

@@ -1,9 +1,9 @@
 """Decode attention straight from the packed projection: rotation, KV write and attention in one kernel.
 
 Computes what `rope_kv.rope_and_write_kv` and then `attention_decode.decode_attention` compute, for a step in which
-every run is one token; see there for the formulas. A program has one chunk and one KV head. It rotates the queries of
-its group itself; that of a run's last chunk also rotates the token's key, writes key and value into the cache, and adds
-them to its sums from registers (`from_qkv_token.py`).
+every run is one token; see there for the formulas. A program has one KV head and a chunk of a run, or several one after
+the other. It rotates the queries of its group itself; that of a run's last chunk also rotates the token's key, writes
+key and value into the cache, and adds them to its sums from registers (`from_qkv_token.py`).
 
 Two kernels, since two things take the time. A step of few rows waits for level 2, so that as much as can be is read
 before the projection is done (`from_qkv_few.py`); many rows read their KV at the memory's rate, and what counts is how
@@ -53,6 +53,9 @@ MANY_WANTED_PROGRAMS = MANY_PROGRAMS * 132
 MANY_STAGED_BYTES = 32 * 1024
 # Tokens of a share of many rows.
 MIN_MANY_SHARE = 128
+# Of a run of many rows: one program adds them up, two to four at a time. With eight KV heads there are no more shares
+# than that; with one there are 792, and a step of one long run would wait for that program longer than for its KV.
+MOST_MANY_PIECES = 128
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,8 @@ def from_qkv_policy(num_runs: int, num_heads: int, num_kv_heads: int, head_dim: 
     tile = default_from_qkv_tuning(num_runs, num_heads, num_kv_heads, head_dim).tile
     if is_few(num_runs, num_heads, num_kv_heads):
         return SharePolicy(max(1, FEW_WANTED_PROGRAMS // num_kv_heads), cut=tile, min_share=tile)
-    return SharePolicy(max(1, MANY_WANTED_PROGRAMS // num_kv_heads), cut=tile, min_share=max(tile, MIN_MANY_SHARE))
+    num_shares = max(1, MANY_WANTED_PROGRAMS // num_kv_heads)
+    return SharePolicy(num_shares, cut=tile, min_share=max(tile, MIN_MANY_SHARE), most_pieces=MOST_MANY_PIECES)
 
 
 @dataclass(frozen=True)

@@ -64,13 +64,14 @@ def _attend(
     KV_RANK: tl.constexpr,
     ROPE_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    IN_ONE_BLOCK: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
     TILE_N: tl.constexpr,
     CAUSAL: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
-    """Fold the cached tokens [kv_from, kv_to) into the running softmax of one tile; kv_from is a multiple of TILE_N."""
+    """Fold the cached tokens [kv_from, kv_to) into the running softmax of one tile; tiles lie IN_ONE_BLOCK or not."""
     DIM: tl.constexpr = KV_RANK + ROPE_DIM
     offsets = tl.arange(0, TILE_N)
     cols_c = tl.arange(0, BLOCK_C)
@@ -80,7 +81,7 @@ def _attend(
     for start in tl.range(kv_from, kv_to, TILE_N, num_stages=NUM_STAGES):
         n = start + offsets
         n_mask = n < kv_to
-        if BLOCK_SIZE % TILE_N == 0:
+        if IN_ONE_BLOCK:
             following = start + TILE_N
             next_block = tl.load(table + following // BLOCK_SIZE, mask=following < kv_to, other=0)
             rows = block.to(tl.int64) * BLOCK_SIZE + start % BLOCK_SIZE + offsets
@@ -148,6 +149,7 @@ def _decode_kernel(
     KV_RANK: tl.constexpr,
     ROPE_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    IN_ONE_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -181,7 +183,7 @@ def _decode_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.float32)
         acc, total, top = _attend(
             acc, total, top, q_c, q_r, cache_ptr, block_tables_ptr + row * table_stride, kv_start, kv_end, rows_m,
-            score_scale, KV_RANK, ROPE_DIM, BLOCK_SIZE, BLOCK_C, BLOCK_R, TILE_N, False, NUM_STAGES,
+            score_scale, KV_RANK, ROPE_DIM, BLOCK_SIZE, IN_ONE_BLOCK, BLOCK_C, BLOCK_R, TILE_N, False, NUM_STAGES,
         )  # fmt: skip
         mask = head_mask[:, None] & (cols < KV_RANK)[None, :]
         if num_chunks == 1:
@@ -247,11 +249,11 @@ def _prefill_kernel(
         all_see = ((position + 1) // TILE_N) * TILE_N
         acc, total, top = _attend(
             acc, total, top, q_c, q_r, cache_ptr, table, 0, all_see, positions, score_scale, KV_RANK, ROPE_DIM,
-            BLOCK_SIZE, BLOCK_C, BLOCK_R, TILE_N, False, NUM_STAGES,
+            BLOCK_SIZE, BLOCK_SIZE % TILE_N == 0, BLOCK_C, BLOCK_R, TILE_N, False, NUM_STAGES,
         )  # fmt: skip
         acc, total, top = _attend(
             acc, total, top, q_c, q_r, cache_ptr, table, all_see, position + num_queries, positions, score_scale,
-            KV_RANK, ROPE_DIM, BLOCK_SIZE, BLOCK_C, BLOCK_R, TILE_N, True, NUM_STAGES,
+            KV_RANK, ROPE_DIM, BLOCK_SIZE, BLOCK_SIZE % TILE_N == 0, BLOCK_C, BLOCK_R, TILE_N, True, NUM_STAGES,
         )  # fmt: skip
         result = acc / tl.maximum(total, 1e-30)[:, None] * value_scale
         out_at = out_ptr + tokens[:, None] * out_stride + heads[:, None] * KV_RANK + cols[None, :]
@@ -292,12 +294,11 @@ def default_latent_decode_tuning(num_heads: int, dtype: torch.dtype, device: tor
     return LatentTuning(rows, 32, 8, 2, 1)
 
 
-def latent_policy(num_heads: int, dtype: torch.dtype, device: torch.device) -> SharePolicy:
+def latent_policy(num_heads: int, tuning: LatentTuning) -> SharePolicy:
     """As many shares as programs run at once.
 
     With 128 heads a partial result is as large as the cached vectors of 230 tokens.
     """
-    tuning = default_latent_decode_tuning(num_heads, dtype, device)
     programs = SHARED_MULTIPROCESSORS * tuning.programs_per_sm
     num_shares = max(1, programs // triton.cdiv(num_heads, tuning.block_rows))
     return SharePolicy(num_shares, cut=32, min_share=MIN_LATENT_SHARE)
@@ -342,7 +343,8 @@ def latent_decode_attention(
     rope_dim = q.shape[2] - kv_rank
     tuning = tuning or default_latent_decode_tuning(num_heads, q.dtype, q.device)
     head_blocks = triton.cdiv(num_heads, tuning.block_rows)
-    _decode_kernel[(decode_policy_of(work).num_shares * head_blocks,)](
+    policy, block_size = decode_policy_of(work), cache.shape[2]
+    _decode_kernel[(policy.num_shares * head_blocks,)](
         q,
         cache,
         out,
@@ -361,7 +363,8 @@ def latent_decode_attention(
         HEAD_BLOCKS=head_blocks,
         KV_RANK=kv_rank,
         ROPE_DIM=rope_dim,
-        BLOCK_SIZE=cache.shape[2],
+        BLOCK_SIZE=block_size,
+        IN_ONE_BLOCK=block_size % tuning.tile_tokens == 0 and policy.cut % tuning.tile_tokens == 0,
         BLOCK_M=tuning.block_rows,
         BLOCK_C=max(16, triton.next_power_of_2(kv_rank)),
         BLOCK_R=max(16, triton.next_power_of_2(rope_dim)),

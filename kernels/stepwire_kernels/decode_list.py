@@ -43,11 +43,16 @@ def _length_in_cuts(num_queries, kv_len, WINDOW: tl.constexpr, ALIGNED: tl.const
 
 @triton.jit
 def _share_at(cut, total, num_shares):
-    """The share that holds a cut of the line: the last that begins at it or before.
+    """The share that holds a cut of the line: the last that begins at it or before."""
+    # Rows that see the same prefix count it each: there may be more tokens than a cache holds, and more than 32 bits.
+    products = cut.to(tl.int64) * num_shares + num_shares - 1
+    return (products // tl.maximum(total, 1)).to(tl.int32)
 
-    32 bits do: a thousand shares leave room for two million cuts, 32 million tokens and more.
-    """
-    return (cut * num_shares + num_shares - 1) // tl.maximum(total, 1)
+
+@triton.jit
+def _share_begin(share, total, num_shares):
+    """The cut of the line at which a share begins."""
+    return (share.to(tl.int64) * total // num_shares).to(tl.int32)
 
 
 @triton.jit
@@ -65,6 +70,7 @@ def _share_list_kernel(
     CUT: tl.constexpr,
     MIN_CUTS: tl.constexpr,
     SHORT_CUTS: tl.constexpr,
+    MOST_PIECES: tl.constexpr,
     NUM_SHARES: tl.constexpr,
     BLOCK_SHARES: tl.constexpr,
     BLOCK_RUNS: tl.constexpr,
@@ -83,7 +89,8 @@ def _share_list_kernel(
     to_cuts = tl.cumsum(lengths, axis=0)
     from_cuts = to_cuts - lengths
     total = tl.sum(lengths, axis=0)
-    num_shares = tl.maximum(tl.minimum(total // MIN_CUTS, NUM_SHARES), 1)
+    most_shares = MOST_PIECES * total.to(tl.int64) // tl.maximum(tl.max(lengths, axis=0), 1)
+    num_shares = tl.maximum(tl.minimum(tl.minimum(total // MIN_CUTS, NUM_SHARES), most_shares.to(tl.int32)), 1)
     counts = _share_at(to_cuts - 1, total, num_shares) - _share_at(from_cuts, total, num_shares) + 1
     # Runs cut one by one: in proportion and rounded up, for which a share a run is held back. So pieces are at most a
     # third longer than shares.
@@ -91,6 +98,7 @@ def _share_list_kernel(
     is_short = (total <= SHORT_CUTS * NUM_SHARES) & (4 * num_decodes <= NUM_SHARES)
     spare = NUM_SHARES - num_decodes
     wanted = tl.minimum((lengths * spare + total - 1) // tl.maximum(total, 1), lengths // MIN_CUTS)
+    wanted = tl.minimum(wanted, MOST_PIECES)
     piece = (lengths + tl.maximum(wanted, 1) - 1) // tl.maximum(wanted, 1)
     counts = tl.where(is_short, (lengths + piece - 1) // tl.maximum(piece, 1), counts)
     counts = tl.where(lengths > 0, counts, 0)
@@ -101,8 +109,8 @@ def _share_list_kernel(
         tl.store(num_records_ptr + 1, num_pieces)
         # Where a share begins, a piece does, which says so below. These hold nothing, and the last ends the list.
         shares = tl.arange(0, BLOCK_SHARES)
-        is_empty = tl.where(is_short, shares >= num_pieces, shares * total >= num_shares * total)
-        tl.store(shares_ptr + shares, num_pieces, mask=(shares <= NUM_SHARES) & is_empty)
+        holds_nothing = (shares >= tl.where(is_short, num_pieces, num_shares)) | (total == 0)
+        tl.store(shares_ptr + shares, num_pieces, mask=(shares <= NUM_SHARES) & holds_nothing)
 
     token = tl.load(query_starts_ptr + run)
     kv_len = tl.load(kv_lens_ptr + run)
@@ -121,8 +129,8 @@ def _share_list_kernel(
         item = base + tl.arange(0, BLOCK_ITEMS)
         mask = item < num_items
         share = tl.where(is_short, first_item, _share_at(from_cut, total, num_shares)) + item
-        share_begin = tl.where(is_short, from_cut + item * own_piece, share * total // num_shares)
-        share_end = tl.where(is_short, share_begin + own_piece, (share + 1) * total // num_shares)
+        share_begin = tl.where(is_short, from_cut + item * own_piece, _share_begin(share, total, num_shares))
+        share_end = tl.where(is_short, share_begin + own_piece, _share_begin(share + 1, total, num_shares))
         begin = tl.maximum(share_begin, from_cut)
         end = tl.minimum(share_end, from_cut + length)
         kv_start = (first_cut + begin - from_cut) * CUT
@@ -178,6 +186,7 @@ def build_decode_list(
         CUT=policy.cut,
         MIN_CUTS=policy.min_share // policy.cut,
         SHORT_CUTS=policy.short_share // policy.cut,
+        MOST_PIECES=policy.most_pieces,
         NUM_SHARES=policy.num_shares,
         BLOCK_SHARES=triton.next_power_of_2(policy.num_shares + 1),
         BLOCK_RUNS=triton.next_power_of_2(num_runs),

@@ -25,11 +25,18 @@ def load_gated_table(device_name: str) -> dict[tuple[int, int, int], TileLinearT
     }
 
 
+def measured_gated(device_name: str, num_tokens: int, n: int, k: int) -> TileLinearTuning | None:
+    """The launch shape for so many tokens and a weight [n, k]; None: there is none, or its tiles would lack tokens."""
+    bucket = triton.next_power_of_2(num_tokens)
+    tuning = load_gated_table(device_name).get((bucket, n, k))
+    # With the bucket's own number it was measured, and eight tokens in a tile of sixteen were faster all the same.
+    is_served = tuning is not None and (num_tokens == bucket or tuning.is_filled_by(num_tokens))
+    return tuning if is_served else None
+
+
 def choose_gated(x: torch.Tensor, weight: torch.Tensor) -> TileLinearTuning | None:
     """The launch shape for these rows; None: separate launches are faster, or were not measured."""
     if not x.is_cuda or x.dtype != torch.bfloat16 or not 1 <= x.shape[0] <= MAX_TABLE_TOKENS:
         return None
-    table = load_gated_table(torch.cuda.get_device_name(x.device))
-    tuning = table.get((triton.next_power_of_2(x.shape[0]), weight.shape[0], weight.shape[1]))
-    is_served = tuning is not None and tuning.is_filled_by(x.shape[0]) and serves(x, weight)
-    return tuning if is_served else None
+    tuning = measured_gated(torch.cuda.get_device_name(x.device), x.shape[0], *weight.shape)
+    return tuning if tuning is not None and serves(x, weight) else None

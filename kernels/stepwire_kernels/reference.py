@@ -9,6 +9,8 @@ worker runs on.
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 
 
@@ -275,6 +277,7 @@ def share_records(
     cut: int,
     min_share: int,
     short_share: int,
+    most_pieces: int,
     aligned: bool = False,
 ) -> tuple[list[tuple[int, ...]], list[int]]:
     """By `SharePolicy`: the decode list's records, and the first of every share with the end of the last."""
@@ -292,7 +295,7 @@ def share_records(
         for decode in decodes:
             starts = [start for run, start in line if run == decode]
             shares = -(-len(starts) * (num_shares - len(decodes)) // len(line))
-            wanted = min(shares, len(starts) // (min_share // cut))
+            wanted = min(shares, len(starts) // (min_share // cut), most_pieces)
             size = -(-len(starts) // max(wanted, 1))
             for first in range(0, len(starts), size):
                 first_of_share.append(len(pieces))
@@ -300,7 +303,8 @@ def share_records(
                 pieces.append((decode, starts[first], min(last + cut, kv_lens[decode])))
         first_of_share += [len(pieces)] * (num_shares + 1 - len(pieces))
     else:
-        num_used = max(1, min(num_shares, len(line) // (min_share // cut)))
+        longest = max(Counter(run for run, _ in line).values(), default=1)
+        num_used = max(1, min(num_shares, len(line) // (min_share // cut), most_pieces * len(line) // longest))
         for share in range(num_shares):
             first_of_share.append(len(pieces))
             bounds = (share * len(line) // num_used, (share + 1) * len(line) // num_used)

@@ -49,10 +49,14 @@ class SharePolicy:
     short_share: int = 256
     """Tokens. Where shares would be no longer, a second piece takes a program longer than what equal shares save: so
     each run is cut by itself then, into pieces that are alike, and every piece is a share."""
+    most_pieces: int = 256
+    """Of a run, or one more: what adds them up takes longer with each, and has no help. Shares grow until they do."""
 
     def __post_init__(self) -> None:
         if self.num_shares < 1:
             raise ValueError(f"SharePolicy: num_shares must be 1 or more, got {self.num_shares}")
+        if self.most_pieces < 1:
+            raise ValueError(f"SharePolicy: most_pieces must be 1 or more, got {self.most_pieces}")
         if not _is_power_of_two(self.cut):
             raise ValueError(f"SharePolicy: cut must be a power of two, got {self.cut}")
         if self.min_share < self.cut or self.min_share % self.cut:

@@ -14,6 +14,7 @@ from stepwire_kernels import work_list
 from stepwire_kernels.attention_decode import allocate_decode_workspace
 from stepwire_kernels.attention_latent import (
     LatentTuning,
+    default_latent_decode_tuning,
     default_latent_prefill_tuning,
     latent_decode_attention,
     latent_policy,
@@ -52,7 +53,8 @@ PREFILL_TUNINGS = [
 def decode_launches(heads: Heads, case: AttentionCase, tuning: LatentTuning | None) -> list[Callable[[], object]]:
     """One launch a cache."""
     num_runs = case.kv_lens.numel()
-    policy = latent_policy(heads.num_heads, case.q.dtype, case.q.device)
+    tuning = tuning or default_latent_decode_tuning(heads.num_heads, case.q.dtype, case.q.device)
+    policy = latent_policy(heads.num_heads, tuning)
     work = work_list.allocate_decode_list(num_runs, num_runs, "cuda", policy)
     build_decode_list(case.query_starts, case.kv_lens, case.run_rows, work)
     workspace = allocate_decode_workspace(work, heads.num_heads, KV_RANK)

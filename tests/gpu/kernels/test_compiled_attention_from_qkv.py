@@ -17,10 +17,10 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("warps", [1, 2])
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(32, 8), (8, 1)])
-def test_chunks_finish_in_any_order(device: str, num_heads: int, num_kv_heads: int, warps: int) -> None:
+def test_pieces_finish_in_any_order(device: str, num_heads: int, num_kv_heads: int, warps: int) -> None:
     lens = [1 + 97 * run % 2500 for run in range(96)]
     step = Step(lens, num_heads, num_kv_heads, 128, 64, torch.bfloat16, device)
-    # As many as 16 chunks a run, most of them of one tile.
+    # As many as 32 pieces a run, of a few tiles each.
     tuning = FromQkvTuning(warp_tokens=16, num_warps=warps, num_stages=3)
     step.check(policy=SharePolicy(1500, 64, 64), tuning=tuning)
     work, workspace = step.plan(SharePolicy(1500, 64, 64), {})

@@ -105,6 +105,8 @@ class Step:
         out = self.launch(work, workspace, **options)
         assert torch.equal(self.qkv.view(torch.uint8), before.view(torch.uint8))
         assert not workspace.counters.any()
+        # A server has no room for partial results of padding beside those of so many runs.
+        assert workspace.partial_out[policy.most_records(self.case.kv_lens.numel()) :].isnan().all()
         return out
 
     def check(
@@ -278,7 +280,7 @@ def test_which_piece_finishes_makes_no_difference(device: str, num_late: int) ->
 
 def test_layers_and_steps_share_the_counters(device: str) -> None:
     steps = [
-        Step(lens, 4, 2, 64, 32, torch.float32, device) for lens in ([299, 40, 150, 65, 512], [70, 140, 9, 1, 33, 250])
+        Step(lens, 4, 2, 64, 32, torch.float32, device) for lens in ([170, 40, 97, 65, 130], [70, 140, 9, 1, 33, 100])
     ]
     policy = SharePolicy(40, 32, 32)
     alone = [step.run(policy=policy) for step in steps]

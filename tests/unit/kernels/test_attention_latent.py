@@ -6,6 +6,7 @@ from stepwire_kernels import reference, work_list
 from stepwire_kernels.attention_decode import allocate_decode_workspace
 from stepwire_kernels.attention_latent import (
     LatentTuning,
+    default_latent_decode_tuning,
     default_latent_prefill_tuning,
     latent_decode_attention,
     latent_policy,
@@ -54,6 +55,8 @@ def run_decode(
     latent_decode_attention(
         case.q, case.k_cache, case.block_tables, work, workspace, case.softmax_scale, out, tuning=tuning, **options
     )
+    # A server has no room for partial results of padding.
+    assert workspace.partial_out[int(work.num_records[1]) :].isnan().all()
     return out
 
 
@@ -162,9 +165,14 @@ def test_shares_that_end_within_runs(device: str, num_shares: int) -> None:
     assert_close(run_decode(case, 64, policy=SharePolicy(num_shares, short_share=0)), twin(case, 64))
 
 
-def test_shares_fill_the_device_and_no_more(device: str) -> None:
-    cpu = torch.device("cpu")
-    assert latent_policy(16, torch.bfloat16, cpu).num_shares == 264
-    assert latent_policy(64, torch.bfloat16, cpu).num_shares == 132
-    # Two blocks of heads read the same share.
-    assert latent_policy(128, torch.bfloat16, cpu).num_shares == 66
+def test_pieces_that_begin_within_a_tile(device: str) -> None:
+    case = make([(1, 287)], 4, 80, 64, torch.float32, device)
+    # The second piece of 96 tokens: its first tile of 64 goes over the edge of a block.
+    assert_close(run_decode(case, 64, policy=SharePolicy(3), tuning=LatentTuning(16, 64, 4, 1)), twin(case, 64))
+
+
+# Of 128 heads two blocks read the same share.
+@pytest.mark.parametrize(("num_heads", "num_shares"), [(16, 264), (64, 132), (128, 66)])
+def test_shares_fill_the_device_and_no_more(num_heads: int, num_shares: int) -> None:
+    tuning = default_latent_decode_tuning(num_heads, torch.bfloat16, torch.device("cpu"))
+    assert latent_policy(num_heads, tuning).num_shares == num_shares

@@ -6,7 +6,7 @@ import pytest
 import torch
 from stepwire_kernels import reference
 from stepwire_kernels.activation import ACTIVATIONS, Activation
-from stepwire_kernels.gated_choice import choose_gated, load_gated_table
+from stepwire_kernels.gated_choice import choose_gated, load_gated_table, measured_gated
 from stepwire_kernels.split_k import allocate_linear_workspace
 from stepwire_kernels.tile_linear import TileLinearTuning, tile_linear
 
@@ -66,3 +66,14 @@ def test_what_was_not_measured_is_two_launches() -> None:
     x, weight = operands(7, 48, 96, "cpu")
     assert choose_gated(x, weight) is None
     assert load_gated_table("Imaginary GPU") == {}
+
+
+@pytest.mark.parametrize("device_name", ["NVIDIA H100 80GB HBM3", "NVIDIA H200"])
+def test_what_was_measured_is_taken_for_as_many_tokens(device_name: str) -> None:
+    table = load_gated_table(device_name)
+    assert {num_tokens for num_tokens, _, _ in table} >= {8, 16, 32, 64, 128}
+    for (num_tokens, n, k), tuning in table.items():
+        assert measured_gated(device_name, num_tokens, n, k) == tuning
+        # The next larger tile would lack all but a few of its tokens.
+        assert measured_gated(device_name, num_tokens // 2 + 1, n, k) is None
+    assert measured_gated("Imaginary GPU", 16, 6144, 1024) is None

@@ -36,7 +36,9 @@ def test_shipped_tables_are_well_formed() -> None:
         assert len(table) >= len(data["choices"])
         for (num_tokens, n, k), tuning in table.items():
             assert num_tokens <= MAX_TABLE_TOKENS and n > 0 and k > 0
-            if not isinstance(tuning, TileLinearTuning):
+            if isinstance(tuning, TileLinearTuning):
+                assert tuning.is_filled_by(num_tokens)
+            else:
                 assert num_tokens <= MAX_SKINNY_TOKENS
             if isinstance(tuning, GemvTuning | FusedTuning):
                 assert num_tokens <= MAX_GEMV_TOKENS

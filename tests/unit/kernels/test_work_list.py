@@ -58,7 +58,8 @@ def check_runs_of_list(work: WorkList, expected: list[tuple[int, ...]], lens: li
             SharePolicy(5, 32, 32, 0),
             SharePolicy(1, 16, 48),
             SharePolicy(300, 16, 16),
-            SharePolicy(40, 32, 96, 4096),
+            SharePolicy(300, 16, 16, 0, most_pieces=7),
+            SharePolicy(40, 32, 96, 4096, most_pieces=7),
         ]
     ),
 )
@@ -70,13 +71,42 @@ def test_shares_match_twin(runs: list[tuple[int, int | None]], window: int, alig
     build_decode_list(*tensors(starts, lens, rows), work, window=window, aligned=aligned)
     expected, first_of_share = reference.share_records(
         starts, lens, rows, window=window, aligned=aligned, num_shares=policy.num_shares, cut=policy.cut,
-        min_share=policy.min_share, short_share=policy.short_share,
+        min_share=policy.min_share, short_share=policy.short_share, most_pieces=policy.most_pieces,
     )  # fmt: skip
     assert listed(work) == expected
     assert work.num_records.tolist() == [len(expected), first_of_share[-1]]
     assert work.shares.tolist() == [*first_of_share, *[-1] * 8]
     assert first_of_share[-1] <= policy.most_records(len(runs))
+    assert all(num_chunks <= policy.most_pieces + 1 for *_, num_chunks in expected)
     check_runs_of_list(work, expected, lens)
+
+
+@pytest.mark.parametrize(
+    ("lens", "num_shares", "num_used"),
+    [
+        # One long run in all shares would be more pieces than one program adds up soon.
+        ([1_000_000], 792, 128),
+        ([100] * 64 + [1_000_000], 792, 129),
+        ([1_000_000] * 2, 99, 99),
+        # Rows that see the same prefix, which is cached once: 32 bits do not hold cuts times shares.
+        ([1_000_000] * 100, 1056, 1056),
+    ],
+)
+def test_shares_of_long_runs(lens: list[int], num_shares: int, num_used: int) -> None:
+    policy = SharePolicy(num_shares, most_pieces=128)
+    work = work_list.allocate_decode_list(len(lens), 0, DEVICE, policy)
+    build_decode_list(*tensors(list(range(len(lens) + 1)), lens, list(range(len(lens)))), work)
+    records, shares = listed(work), work.shares.tolist()
+    assert len(records) <= policy.most_records(len(lens))
+    ends = {(run, kv_end) for run, _, _, _, _, kv_end, _, _ in records}
+    assert ends >= set(enumerate(lens))
+    sizes = [
+        sum(-(-(end - start) // policy.cut) for _, _, _, _, start, end, _, _ in records[first:last])
+        for first, last in itertools.pairwise(shares)
+    ]
+    assert sum(size > 0 for size in sizes) == num_used
+    assert max(sizes) - min(sizes[:num_used]) <= 1
+    assert sum(sizes) == sum(-(-length // policy.cut) for length in lens)
 
 
 def test_shares_are_alike_however_long_the_runs_are() -> None:
@@ -127,6 +157,8 @@ def test_mismatched_arrays_are_refused() -> None:
         build_decode_list(*tensors([0, 1], [5], [0]), work)
     with pytest.raises(ValueError, match="num_shares must be 1 or more, got 0"):
         SharePolicy(0)
+    with pytest.raises(ValueError, match="most_pieces must be 1 or more, got 0"):
+        SharePolicy(8, most_pieces=0)
     with pytest.raises(ValueError, match="cut must be a power of two, got 24"):
         SharePolicy(8, cut=24)
     with pytest.raises(ValueError, match="min_share must be a multiple of 32, got 16"):

@@ -186,7 +186,7 @@ def absent(device: AbsentDevice) -> Iterator[set[Launch]]:
 
 
 def compile_worker(device: AbsentDevice, directory: Path, **settings: Any) -> set[Launch]:
-    """Load the model as a worker on the device would, and compile its first steps: prompts and decodes."""
+    """Load the model as a worker on the device would, and compile its first steps: prompts, decodes and both."""
     with absent(device) as launches:
         runner = loading.load_cuda_runner(
             WorkerSettings(
@@ -196,9 +196,10 @@ def compile_worker(device: AbsentDevice, directory: Path, **settings: Any) -> se
         )
         if not isinstance(runner, CudaRunner):
             raise RuntimeError(f"{directory.name} falls back to plain torch")
-        for num_rows in (1, 8, 64, 256):
+        shapes = [*map(runner._planner.decode_shape, (1, 8, 64, 256)), runner._planner._mixed_shape(16, 64)]
+        for shape in shapes:
             with runner._unseen_step(NO_RUN_RECORDS) as slot:
-                runner._launch_plain(runner._planner.decode_shape(num_rows), slot)
+                runner._launch_plain(shape, slot)
         return launches
 
 

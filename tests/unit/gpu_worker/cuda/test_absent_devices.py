@@ -132,7 +132,9 @@ def compile_on(kind: str, directory: Path, *settings: str) -> list[Launch]:
 def test_every_kernel_compiles_and_fits(kind: str, model: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(MODELS[model]))
     launches = compile_on(kind, tmp_path)
-    assert len({launch.kernel for launch in launches}) > 10
+    kernels = {launch.kernel for launch in launches}
+    assert len(kernels) > 10
+    assert kernels >= {"_share_list_kernel", "_decode_kernel", "_combine_kernel", "_prefill_kernel"}
     limit = DEVICES[kind].shared_memory
     unfit = [launch for launch in launches if launch.error is not None or launch.shared_memory > limit]
     assert unfit == []
