@@ -50,7 +50,7 @@ def test_frequencies_equal_transformers(parameters: dict[str, Any], share: float
     parameters = {"rope_theta": 250000.0, "partial_rotary_factor": share} | parameters
     config = LlamaConfig(hidden_size=512, num_attention_heads=4, rope_parameters=parameters)
     expected, factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"))
-    rope = HfConfig({"rope_parameters": parameters}).rope(128)
+    rope = HfConfig({"rope_parameters": parameters}).rope(128, rotates_partly=True)
     assert rope.rotary_dim == int(128 * share)
     torch.testing.assert_close(inverse_frequencies(rope), expected, rtol=1e-6, atol=0)
     assert attention_factor(rope) == pytest.approx(factor)

@@ -86,4 +86,4 @@ def test_every_kernel_of_ours_is_somewhere() -> None:
     assert len(names) > 20
     others = {name for name in names if part_of(name) == OTHER}
     meant = {"_add_rms_norm_kernel", "_gated_activation_kernel", "_gated_quantized_kernel", "_gather_last_kernel"}
-    assert others <= meant | {"_choose_kernel", "_tiles_kernel", "_count_kernel", "_place_kernel"}
+    assert others <= meant | {"_choose_kernel", "_tiles_kernel", "_count_kernel", "_place_kernel", "_look_up_kernel"}
