@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from copy import deepcopy
@@ -230,7 +231,8 @@ def test_whoever_reads_the_model_waits_for_the_job_that_prepares_it(tmp_path: Pa
     here = [part.replace("/models/served", f"{tmp_path}/served") for part in command]
     waiting, told = subprocess.Popen(here), subprocess.Popen(here)
     told.terminate()
-    assert told.wait(60) != 0 and waiting.poll() is None
+    # Whatever it was about: an `exit` without a number gives what came before, which may have gone well.
+    assert told.wait(60) in (143, -signal.SIGTERM) and waiting.poll() is None
     (tmp_path / "converted").mkdir()
     (tmp_path / "served").symlink_to(tmp_path / "converted")
     assert waiting.wait(60) == 0
