@@ -83,10 +83,6 @@ class AttentionBackend(Protocol[StepT_contra]):
         """
         ...
 
-    def plan_graph(self, bucket: int) -> None:
-        """Prepare fixed buffers for capturing a graph of `bucket` tokens."""
-        ...
-
 
 @runtime_checkable
 class ChoosesTokens(Protocol):

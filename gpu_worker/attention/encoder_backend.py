@@ -25,9 +25,6 @@ class EncoderAttention:
             return "windows, soft caps and sinks are decoders' affair"
         return None
 
-    def plan_graph(self, bucket: int) -> None:
-        raise NotImplementedError("encoders run without graphs: their shapes follow the step")
-
     def plan(self, step: StepMetadata) -> None:
         if (step.query_lengths != step.context_lengths).any():
             raise ValueError("an encoder's row was cut into several steps")

@@ -102,9 +102,6 @@ class TorchAttention:
             return f"{spec.num_heads} query heads do not divide by {spec.num_kv_heads} KV heads"
         return None
 
-    def plan_graph(self, bucket: int) -> None:
-        raise NotImplementedError("the torch attention backend runs without graphs: its shapes follow the step")
-
     def plan(self, step: StepMetadata) -> None:
         self._num_decodes = step.num_decodes
         self._slots = self._to_device(self._write_slots(step))

@@ -7,6 +7,7 @@ content.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -100,7 +101,7 @@ def _windows(spec: AttentionSpec) -> tuple[_Window, ...]:
     )
 
 
-class PlannedAttention:
+class PlannedAttention(ABC):
     """What the kernels of every kind of attention share: the step's work lists, built on the device, and scratch.
 
     A subclass computes with them; `tile_tokens` is what its prefill kernel takes at once, `value_dim` the size of one
@@ -211,16 +212,13 @@ class PlannedAttention:
             )
             self._prefill_work = work
 
+    @abstractmethod
     def _policy(self, num_runs: int, only_decodes: bool) -> SharePolicy:
         """How the context of a step's decodes is dealt out to programs."""
-        raise NotImplementedError
 
     def _num_decode_records(self, num_runs: int, only_decodes: bool) -> int:
         """Room for any content of a step of `num_runs` runs."""
         return self._policy(num_runs, only_decodes).most_records(num_runs) + self._limits.max_padding_tokens
-
-    def plan_graph(self, bucket: int) -> None:
-        """Every buffer is allocated for the largest step: nothing is left to prepare."""
 
     def _planned(self) -> DeviceStep:
         if self._step is None:

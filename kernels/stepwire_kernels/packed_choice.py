@@ -2,7 +2,8 @@
 
 `tuned/packed/<device>.json` holds linears and `tuned/packed_experts/<device>.json` mixtures, made by
 `python -m load_tests.kernels.sweep packed` and `packed_experts`; few tokens of linears also by
-`python -m load_tests.kernels.packed_chain`, which chooses between a layer's other linears.
+`python -m load_tests.kernels.packed_chain`, which chooses between a layer's other linears. A row with `measured_tokens`
+was measured with so many, and stands where a shape for fewer was found slower than that.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import triton
 from stepwire_kernels.expert_packed import PackedExpertTuning, PackedExpertWeights
 from stepwire_kernels.packed_dense import dense_linear
 from stepwire_kernels.packed_in_flight import InFlightTuning
-from stepwire_kernels.packed_in_flight import serves as in_flight_serves
+from stepwire_kernels.packed_in_flight import serves as few_tokens_serve
 from stepwire_kernels.packed_linear import (
     KERNEL_NAMES,
     MAX_STREAM_TOKENS,
@@ -75,7 +76,7 @@ def choose_linear(x: torch.Tensor, weight: PackedWeight) -> Tuning:
         measured = measured_linear(name, weight, num_tokens)
         is_served = on_wgmma or not isinstance(measured, WgmmaTuning)
         if isinstance(measured, InFlightTuning | RingTuning):
-            is_served = in_flight_serves(x, weight)
+            is_served = few_tokens_serve(x, weight)
         if measured is not None and is_served:
             return measured
     if num_tokens > MAX_STREAM_TOKENS // 2 and on_wgmma:

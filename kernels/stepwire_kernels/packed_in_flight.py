@@ -306,8 +306,16 @@ def takes(x: torch.Tensor, weight: PackedWeight) -> bool:
 
 
 def serves(x: torch.Tensor, weight: PackedWeight) -> bool:
-    """Whether this kernel multiplies them: `takes`, on a device that has asynchronous copies."""
+    """Whether the kernels of few tokens, this and `packed_ring`, multiply them: on devices with asynchronous copies."""
     return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 8 and takes(x, weight)
+
+
+def check_served(name: str, x: torch.Tensor, weight: PackedWeight) -> None:
+    """Raise ValueError for what the kernels of few tokens do not take."""
+    if not takes(x, weight):
+        raise ValueError(f"{name}: takes 16-bit inputs and 4-bit integers, got {x.dtype}")
+    if x.shape[0] > MAX_TOKENS:
+        raise ValueError(f"{name}: takes up to {MAX_TOKENS} tokens, got {x.shape[0]}")
 
 
 def shared_memory(tuning: InFlightTuning) -> int:
@@ -331,10 +339,7 @@ def in_flight_linear(
         ValueError: this kernel does not serve them, or has no such launch shape.
     """
     num_tokens, n, k = x.shape[0], weight.num_outputs, weight.num_inputs
-    if not takes(x, weight):
-        raise ValueError(f"in_flight_linear: takes 16-bit inputs and 4-bit integers, got {x.dtype}")
-    if num_tokens > MAX_TOKENS:
-        raise ValueError(f"in_flight_linear: takes up to {MAX_TOKENS} tokens, got {num_tokens}")
+    check_served("in_flight_linear", x, weight)
     pairs, rows = weight.num_tiles // 2, 16 * tuning.row_blocks
     block_m = 8 if num_tokens <= 8 else 16
     columns, splits = triton.cdiv(n, rows), triton.cdiv(pairs, tuning.num_warps * tuning.steps)

@@ -29,7 +29,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from stepwire_kernels.dependent_launch import launch_options
-from stepwire_kernels.packed_in_flight import MAX_TOKENS, takes
+from stepwire_kernels.packed_in_flight import check_served
 from stepwire_kernels.packed_launch import format_constants, weight_pointers
 from stepwire_kernels.packed_weight import PackedWeight
 from stepwire_kernels.packed_wgmma import barrier, grid_control, halves
@@ -416,11 +416,6 @@ def _ring_kernel(
             gl.store(counters_ptr + column, 0)
 
 
-def serves(x: torch.Tensor, weight: PackedWeight) -> bool:
-    """Whether this kernel multiplies them: 4-bit integers in groups, on a device that has asynchronous copies."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 8 and takes(x, weight)
-
-
 def shared_memory(tuning: RingTuning, block_m: int = 8) -> int:
     """Bytes that a program takes."""
     return tuning.row_blocks * tuning.num_warps * (tuning.slots * tuning.steps * 1024 + 2 * 64 * block_m)
@@ -442,10 +437,7 @@ def ring_linear(
         ValueError: this kernel does not serve them, or has no such launch shape.
     """
     num_tokens, n, k = x.shape[0], weight.num_outputs, weight.num_inputs
-    if not takes(x, weight):
-        raise ValueError(f"ring_linear: takes 16-bit inputs and 4-bit integers, got {x.dtype}")
-    if num_tokens > MAX_TOKENS:
-        raise ValueError(f"ring_linear: takes up to {MAX_TOKENS} tokens, got {num_tokens}")
+    check_served("ring_linear", x, weight)
     if tuning.slots < 2:
         raise ValueError(f"ring_linear: {tuning}: words are read from one slot while others are filled")
     pairs, rows = weight.num_tiles // 2, 16 * tuning.row_blocks

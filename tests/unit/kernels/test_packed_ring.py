@@ -3,16 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 from stepwire_kernels import packed_ring, reference
-from stepwire_kernels.packed_in_flight import takes
 from stepwire_kernels.packed_ring import RingTuning, ring_linear
 from stepwire_kernels.packed_weight import PackedWeight, unpack
-from stepwire_kernels.split_k import LinearWorkspace, allocate_linear_workspace
+from stepwire_kernels.split_k import allocate_linear_workspace
 
-from gpu_worker.quant.repack import repack
-from tests.unit.gpu_worker.quant.packed_cases import WEIGHTS, affine
+from tests.unit.gpu_worker.quant.packed_cases import WEIGHTS
 from tests.unit.kernels.checks import assert_close, poison
+from tests.unit.kernels.few_tokens import affine_weight, check_format, check_linear
 from tests.unit.kernels.gluon_on_torch import OnTorch
-from tests.unit.kernels.test_packed_linear import on_device, packed
 
 
 @pytest.fixture(autouse=True)
@@ -22,42 +20,16 @@ def _run_on_torch(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(packed_ring, "_ring_kernel", OnTorch(packed_ring._ring_kernel))
 
 
-def affine_weight(n: int, k: int, group: int, device: str) -> PackedWeight:
-    repacked = repack(affine(n, k, group, 4))
-    assert repacked is not None
-    return on_device(repacked.weight, device)
-
-
 def check(
     weight: PackedWeight, num_tokens: int, device: str, tuning: RingTuning, dtype: torch.dtype = torch.bfloat16
 ) -> None:
-    torch.manual_seed(num_tokens)
-    # Rows that are apart, and a last one behind which nothing may be read.
-    x = torch.randn(num_tokens, weight.num_inputs + 16, device=device).to(dtype)[:, : weight.num_inputs]
-    bias = torch.randn(weight.num_outputs, device=device).to(dtype)
-    workspace = allocate_linear_workspace(device, partial_words=1 << 18)
-    workspace.partial.fill_(float("nan"))
-    expected = reference.linear(x.double(), unpack(weight), bias.double())
-    for pdl in (False, device != "cpu" and torch.cuda.get_device_capability()[0] >= 9):
-        out = poison(num_tokens, weight.num_outputs, dtype=dtype, device=device)
-        ring_linear(x, weight, bias, workspace, tuning, out, pdl=pdl)
-        assert_close(out, expected)
-        assert not workspace.counters.any()
+    check_linear(ring_linear, weight, num_tokens, device, tuning, dtype)
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_format_matches_its_twin_or_is_refused(device: str, name: str, dtype: torch.dtype) -> None:
-    weight = packed(name, device)
-    if takes(torch.empty(1, weight.num_inputs, dtype=dtype), weight):
-        check(weight, 3, device, RingTuning(1, 1, 2, 2, 2), dtype)
-    else:
-        x, workspace = (
-            torch.zeros(1, weight.num_inputs, dtype=dtype, device=device),
-            LinearWorkspace(*torch.empty(2, 0)),
-        )
-        with pytest.raises(ValueError, match="4-bit integers"):
-            ring_linear(x, weight, None, workspace, RingTuning(), x)
+    check_format(ring_linear, name, dtype, device, RingTuning(1, 1, 2, 2, 2))
 
 
 @pytest.mark.parametrize("group", [32, 64, 128, 256, 1 << 25])

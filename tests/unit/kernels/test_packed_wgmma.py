@@ -12,8 +12,8 @@ from stepwire_kernels.split_k import allocate_linear_workspace
 
 from tests.unit.gpu_worker.quant.packed_cases import WEIGHTS
 from tests.unit.kernels.checks import assert_close, poison
+from tests.unit.kernels.few_tokens import affine_weight
 from tests.unit.kernels.gluon_on_torch import OnTorch
-from tests.unit.kernels.test_packed_in_flight import affine_weight
 from tests.unit.kernels.test_packed_linear import packed
 
 
