@@ -300,8 +300,8 @@ class _ConfigBuilder(MixtureFields):
         if not self.optional("rope.scaling.finetuned", bool, True):
             raise self.fail("rotates nothing (rope.scaling.finetuned)")
         # Granite 4 has another size in its config, of experts that its dense models do not have.
-        gates = next(name for name in ("blk.0.ffn_gate.weight", "blk.0.ffn_gate_exps.weight") if name in self.tensors)
-        config["intermediate_size"] = self.shape(gates)[-2]
+        experts = "blk.0.ffn_gate_exps.weight"
+        config["intermediate_size"] = self.shape(experts if experts in self.tensors else "blk.0.ffn_gate.weight")[-2]
         config["attention_multiplier"] = self.optional("attention.scale", float) or config["head_dim"] ** -0.5
         config["embedding_multiplier"] = self.optional("embedding_scale", float) or 1.0
         config["residual_multiplier"] = self.optional("residual_scale", float) or 1.0

@@ -255,3 +255,11 @@ def test_variants_that_are_not_known_are_refused(tmp_path: Path, name: str, keys
     write_checkpoint(tmp_path / "m.gguf", family.architecture, _random_model(family), {**family.keys, **keys})
     with pytest.raises(CheckpointError, match=message):
         _prepared(tmp_path, "float32")
+
+
+def test_a_granite_file_without_its_first_gate(tmp_path: Path) -> None:
+    family, path = FAMILIES["granite"], tmp_path / "m.gguf"
+    write_checkpoint(path, family.architecture, _random_model(family), family.keys)
+    path.write_bytes(path.read_bytes().replace(b"blk.0.ffn_gate.weight", b"blk.9.ffn_gate.weight"))
+    with pytest.raises(CheckpointError, match=r"tensor 'blk\.0\.ffn_gate\.weight': is missing"):
+        _prepared(tmp_path, "float32")
