@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from stepwire_kernels.all_reduce_choice import all_reduce_choices, default_choices
 from stepwire_kernels.tuned_table import Row, _rows_of, tuned_rows
@@ -23,13 +25,13 @@ def test_a_card_borrows_what_its_twin_measured(name: str, group: tuple[str, ...]
     rows = tuned_rows("NVIDIA H200", name, group, directory)
     assert of_twin
 
-    def alike(group_of: tuple[object, ...], of: tuple[Row, ...]) -> list[Row]:
+    def alike(group_of: tuple[object, ...], of: Sequence[Row]) -> list[Row]:
         return [row for row in of if tuple(row.get(field) for field in group) == group_of]
 
     groups = {tuple(row.get(field) for field in group) for row in rows}
     assert groups >= {tuple(row.get(field) for field in group) for row in of_twin}
     for one in groups:
-        # Alike in these fields are either all of the card, whose table may have taken in some of its twin's, or all lent.
+        # All of the card, whose table may have taken some over from its twin's, or all lent.
         assert alike(one, rows) == (alike(one, _rows_of("NVIDIA H200", name, directory)) or alike(one, of_twin))
 
 
