@@ -6,6 +6,7 @@ turns on is not on the page.
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Iterable
@@ -91,9 +92,13 @@ def spec_of(config: Any, architecture: str) -> ModelSpec:
 
 def tested_specs(architecture: str) -> list[ModelSpec]:
     """Of the checkpoints that the suites compare; of the class's own defaults where there are none."""
-    configs = {name: tiny.config() for name, tiny in TINY.items()}
-    tested = [config for name, config in configs.items() if _architecture_of(TINY[name], config) == architecture]
+    tested = [TINY[name].config() for name, found in _architectures_of_tests().items() if found == architecture]
     return [spec_of(config, architecture) for config in tested] or [default_spec(architecture)]
+
+
+@functools.cache
+def _architectures_of_tests() -> dict[str, str | None]:
+    return {name: _architecture_of(tiny, tiny.config()) for name, tiny in TINY.items()}
 
 
 def _architecture_of(tiny: Tiny, config: Any) -> str | None:

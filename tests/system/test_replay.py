@@ -243,6 +243,8 @@ def model_recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+# A profile of what a server has recorded is in every run: below.
+@pytest.mark.slow
 def test_a_profile_of_a_model(model_recording: Path, tmp_path: Path) -> None:
     done = replay(model_recording, "--profile", "--json", f"--trace={tmp_path}/trace.json")
     assert done.returncode == 0, done.stderr

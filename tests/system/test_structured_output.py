@@ -287,6 +287,8 @@ def test_a_held_stream_survives_the_ends_of_two_workers(served: Launched) -> Non
         jsonschema.validate(json.loads(text), long)
 
 
+# Tools alone and formats alone are in every run.
+@pytest.mark.slow
 def test_a_tool_is_called_or_the_format_is_kept_to(client: openai.OpenAI) -> None:
     """What agents ask for: tools for the way, a format for the answer at its end."""
     schema = {

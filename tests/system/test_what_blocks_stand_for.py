@@ -30,6 +30,8 @@ def test_keys_of_an_indexer_lie_in_the_blocks(parallel: tuple[str, ...], tmp_pat
         assert launched.metric("stepwire_kv_blocks_in_use") == 0
 
 
+# In every run without services: tests/unit/gpu_worker/models/test_row_caches.py.
+@pytest.mark.slow
 def test_rows_with_caches_of_their_own_are_counted_in_blocks(tmp_path: Path) -> None:
     """Rows are thrown out like others, and no prefix is taken over."""
     save_model(ITSELF["diffllama"], tmp_path / "itself")

@@ -27,17 +27,19 @@ from stepwire_kernels.all_reduce_choice import (
     default_choices,
 )
 
-from tests.unit.kernels.all_reduce_ranks import cases
+from tests.unit.kernels.all_reduce_ranks import cases, usual_cases
 from tests.unit.kernels.checks import TOLERANCE
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_ranks_have_the_sum_in_every_way(size: int) -> None:
-    command = [sys.executable, "-m", "tests.unit.kernels.all_reduce_ranks", str(size)]
+@pytest.mark.parametrize(
+    ("size", "which"), [(2, "usual"), *(pytest.param(size, "all", marks=pytest.mark.slow) for size in (2, 3))]
+)
+def test_ranks_have_the_sum_in_every_way(size: int, which: str) -> None:
+    command = [sys.executable, "-m", "tests.unit.kernels.all_reduce_ranks", str(size), which]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     found: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == len(cases()) + 1
+    assert len(found) == len(usual_cases() if which == "usual" else cases()) + 1
     for result in found:
         assert result["exit_codes"] == [0] * size, result
         assert result["error"] <= TOLERANCE[getattr(torch, result["dtype"])], result

@@ -180,7 +180,11 @@ def test_matches_twins(
 @pytest.mark.parametrize("cache_dtype", [None, torch.float8_e4m3fn], ids=["", "fp8"])
 @pytest.mark.parametrize(
     ("num_runs", "num_heads", "num_kv_heads", "head_dim"),
-    [(5, 8, 1, 128), (12, 4, 4, 64), pytest.param(33, 8, 8, 128, marks=pytest.mark.slow), (40, 7, 1, 64)],
+    [
+        (5, 8, 1, 128),
+        (12, 4, 4, 64),
+        *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((33, 8, 8, 128), (40, 7, 1, 64))),
+    ],
 )
 def test_many_runs_as_a_step_plans_them(
     device: str, num_runs: int, num_heads: int, num_kv_heads: int, head_dim: int, cache_dtype: torch.dtype | None
@@ -229,7 +233,7 @@ def test_float8_cache(device: str, lens: list[int]) -> None:
 
 
 @pytest.mark.parametrize("lens", [[299, 40, 150], [299, 40, 150, 1, 64]], ids=["few", "many"])
-@pytest.mark.parametrize("warps", [1, 4])
+@pytest.mark.parametrize("warps", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_chunks_of_several_tiles(device: str, lens: list[int], warps: int) -> None:
     tuning = FromQkvTuning(num_warps=warps)
     step = Step(lens, 4, 2, 64, 32, torch.float32, device, norm_offset=0.0)
@@ -256,7 +260,7 @@ def test_shares_that_end_within_runs(device: str, num_shares: int, warps: int) -
     step.check(policy=SharePolicy(num_shares, min_share=512, short_share=0), window=100)
 
 
-@pytest.mark.parametrize("num_late", [1, 4, 14])
+@pytest.mark.parametrize("num_late", [1, pytest.param(4, marks=pytest.mark.slow), 14])
 def test_which_piece_finishes_makes_no_difference(device: str, num_late: int) -> None:
     step = Step([299, 40, 150, 65, 512, 3], 4, 2, 64, 32, torch.bfloat16, device)
     policy = SharePolicy(36, 32, 32)

@@ -74,8 +74,10 @@ class Decodes:
         return results, unchanged[0]
 
 
-@pytest.mark.parametrize("num_kv_heads", [1, 4])
-@pytest.mark.parametrize("num_rows", [3, 7])
+@pytest.mark.parametrize(
+    ("num_rows", "num_kv_heads"),
+    [(3, 4), (7, 1), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((3, 1), (7, 4)))],
+)
 def test_decodes_alone_come_straight_from_the_projection(num_rows: int, num_kv_heads: int) -> None:
     step = Decodes(4, num_kv_heads, LENS[:num_rows])
     results, straight = step.attend()

@@ -98,7 +98,7 @@ ITSELF = {
 }
 
 
-QUICK = ("deepseek-v4", "hy-v4", "diffllama", "rwkv")
+QUICK = ("deepseek-v4", "hy-v4", "diffllama")
 
 
 @pytest.mark.parametrize(

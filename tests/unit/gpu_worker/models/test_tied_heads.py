@@ -99,6 +99,8 @@ def test_a_head_of_another_shape_is_refused(tmp_path: Path) -> None:
         PagedModel(tmp_path)
 
 
+# Shares of packed weights, and of heads that are not packed, are in every run (test_shares.py).
+@pytest.mark.slow
 def test_ranks_hold_their_shares_of_a_packed_head(tmp_path: Path) -> None:
     config = Qwen2Config(**(SIZES | {"vocab_size": 301}))
     directory = publish(tmp_path, config, {"group_size": 32, "bits": 4}, lambda name: packed_by_mlx(4))
