@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from stepwire_kernels.activation import Activation, gated_activation, gated_activation_quantized
-from stepwire_kernels.expert_routing import choose_experts
+from stepwire_kernels.expert_routing import RouterLogits, choose_experts
 from stepwire_kernels.expert_scaled import ScaledExpertWeights, mix_scaled_experts
-from stepwire_kernels.experts import ExpertWeights, mix_experts, mix_packed_experts
+from stepwire_kernels.experts import ExpertWeights, mix_experts, mix_packed_experts, mix_routed_experts
 from stepwire_kernels.fused_linear import FusedTuning, NormInput, choose_fused, fused_linear
 from stepwire_kernels.gated_choice import choose_gated
 from stepwire_kernels.gather import look_up_part
@@ -20,6 +20,7 @@ from stepwire_kernels.tile_linear import TileLinearTuning, tile_linear
 from gpu_worker.attention.api import AttentionBackend
 from gpu_worker.attention.triton_backend import TritonAttention
 from gpu_worker.attention.triton_latent import TritonLatentAttention
+from gpu_worker.cuda.routing import UnchosenRouting
 from gpu_worker.layers.ops import (
     TORCH_OPS,
     AttentionHeads,
@@ -161,13 +162,19 @@ class TritonOps:
 
     def choose_experts(self, logits: torch.Tensor, spec: MoeSpec, correction: torch.Tensor | None) -> Routing:
         is_sigmoid = spec.scoring == "sigmoid"
+        sum_eps = SIGMOID_SUM_EPS if is_sigmoid else 0.0
+        if spec.num_groups == 1:
+            routed = RouterLogits(
+                logits, spec.num_chosen, is_sigmoid, spec.renormalize, spec.scale, sum_eps, correction
+            )
+            return UnchosenRouting(routed, pdl=self.pdl)
         weights, experts = choose_experts(
             logits,
             spec.num_chosen,
             sigmoid=is_sigmoid,
             renormalize=spec.renormalize,
             scale=spec.scale,
-            sum_eps=SIGMOID_SUM_EPS if is_sigmoid else 0.0,
+            sum_eps=sum_eps,
             correction=correction,
             num_groups=spec.num_groups,
             num_chosen_groups=spec.num_chosen_groups,
@@ -177,15 +184,14 @@ class TritonOps:
         return Routing(weights, experts)
 
     def mix_experts(self, x: torch.Tensor, routing: Routing, experts: StackedExpertWeights) -> torch.Tensor:
+        held = ExpertWeights(experts.gate_up, experts.down, experts.gate_up_bias, experts.down_bias)
+        kind, whole, first = _KERNEL_ACTIVATIONS[experts.activation], experts.num_experts, experts.first_expert
+        if isinstance(routing, UnchosenRouting):
+            return mix_routed_experts(
+                x, routing.routed, held, kind, num_experts=whole, first_expert=first, pdl=self.pdl
+            )
         return mix_experts(
-            x,
-            routing.weights,
-            routing.experts,
-            ExpertWeights(experts.gate_up, experts.down, experts.gate_up_bias, experts.down_bias),
-            _KERNEL_ACTIVATIONS[experts.activation],
-            num_experts=experts.num_experts,
-            first_expert=experts.first_expert,
-            pdl=self.pdl,
+            x, routing.weights, routing.experts, held, kind, num_experts=whole, first_expert=first, pdl=self.pdl
         )
 
     def mix_packed_experts(self, x: torch.Tensor, routing: Routing, experts: PackedStack) -> torch.Tensor:
