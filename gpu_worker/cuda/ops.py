@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from stepwire_kernels.activation import Activation, gated_activation, gated_activation_quantized
-from stepwire_kernels.expert_routing import choose_experts
+from stepwire_kernels.activation import gated_activation, gated_activation_quantized
+from stepwire_kernels.expert_routing import RouterLogits, choose_experts
 from stepwire_kernels.expert_scaled import ScaledExpertWeights, mix_scaled_experts
-from stepwire_kernels.experts import ExpertWeights, mix_experts, mix_packed_experts
+from stepwire_kernels.experts import ExpertWeights, mix_experts, mix_packed_experts, mix_routed_experts
 from stepwire_kernels.fused_linear import FusedTuning, NormInput, choose_fused, fused_linear
 from stepwire_kernels.gated_choice import choose_gated
 from stepwire_kernels.gather import look_up_part
@@ -20,6 +20,8 @@ from stepwire_kernels.tile_linear import TileLinearTuning, tile_linear
 from gpu_worker.attention.api import AttentionBackend
 from gpu_worker.attention.triton_backend import TritonAttention
 from gpu_worker.attention.triton_latent import TritonLatentAttention
+from gpu_worker.cuda.kernel_activations import KERNEL_ACTIVATIONS
+from gpu_worker.cuda.routing import UnchosenRouting
 from gpu_worker.layers.ops import (
     TORCH_OPS,
     AttentionHeads,
@@ -37,15 +39,6 @@ from gpu_worker.model_spec import LatentSpec, MoeSpec
 if TYPE_CHECKING:
     from gpu_worker.layers.norm import Norm
     from gpu_worker.parallel.shares import ParallelContext
-
-_KERNEL_ACTIVATIONS: dict[str, Activation] = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "swiglu_oai": "swiglu_oai",
-}
 
 
 class TritonOps:
@@ -105,7 +98,7 @@ class TritonOps:
             residual if x is None else x,
             weight,
             norm=NormInput(None if x is None else residual, norm.weight, norm.eps, offset),
-            activation=None if activation is None else _KERNEL_ACTIVATIONS[activation],
+            activation=None if activation is None else KERNEL_ACTIVATIONS[activation],
             tuning=tuning,
             normed_out=normed,
             pdl=self.pdl,
@@ -120,7 +113,7 @@ class TritonOps:
         tuning = self.gated_tuning(x, weight) if self.fuses else None
         if tuning is None:
             return None
-        activation = _KERNEL_ACTIVATIONS[kind]
+        activation = KERNEL_ACTIVATIONS[kind]
         return tile_linear(x, weight, None, self._workspace, activation=activation, tuning=tuning, pdl=self.pdl)
 
     def gated_tuning(self, x: torch.Tensor, weight: torch.Tensor) -> TileLinearTuning | None:
@@ -149,25 +142,31 @@ class TritonOps:
         if not self.fuses:
             return None
         values, scales = gated_activation_quantized(
-            gate_up, _KERNEL_ACTIVATIONS[kind], quant.dtype, static_scale=quant.static_scale, pdl=self.pdl
+            gate_up, KERNEL_ACTIVATIONS[kind], quant.dtype, static_scale=quant.static_scale, pdl=self.pdl
         )
         return QuantizedRows(values, scales)
 
     def gated_activation(self, gate_up: torch.Tensor, kind: str) -> torch.Tensor:
-        return gated_activation(gate_up, _KERNEL_ACTIVATIONS[kind], pdl=self.pdl)
+        return gated_activation(gate_up, KERNEL_ACTIVATIONS[kind], pdl=self.pdl)
 
     def activation(self, x: torch.Tensor, kind: str) -> torch.Tensor:
         return TORCH_OPS.activation(x, kind)
 
     def choose_experts(self, logits: torch.Tensor, spec: MoeSpec, correction: torch.Tensor | None) -> Routing:
         is_sigmoid = spec.scoring == "sigmoid"
+        sum_eps = SIGMOID_SUM_EPS if is_sigmoid else 0.0
+        if spec.num_groups == 1:
+            routed = RouterLogits(
+                logits, spec.num_chosen, is_sigmoid, spec.renormalize, spec.scale, sum_eps, correction
+            )
+            return UnchosenRouting(routed, pdl=self.pdl)
         weights, experts = choose_experts(
             logits,
             spec.num_chosen,
             sigmoid=is_sigmoid,
             renormalize=spec.renormalize,
             scale=spec.scale,
-            sum_eps=SIGMOID_SUM_EPS if is_sigmoid else 0.0,
+            sum_eps=sum_eps,
             correction=correction,
             num_groups=spec.num_groups,
             num_chosen_groups=spec.num_chosen_groups,
@@ -177,19 +176,18 @@ class TritonOps:
         return Routing(weights, experts)
 
     def mix_experts(self, x: torch.Tensor, routing: Routing, experts: StackedExpertWeights) -> torch.Tensor:
+        held = ExpertWeights(experts.gate_up, experts.down, experts.gate_up_bias, experts.down_bias)
+        kind, whole, first = KERNEL_ACTIVATIONS[experts.activation], experts.num_experts, experts.first_expert
+        if isinstance(routing, UnchosenRouting):
+            return mix_routed_experts(
+                x, routing.routed, held, kind, num_experts=whole, first_expert=first, pdl=self.pdl
+            )
         return mix_experts(
-            x,
-            routing.weights,
-            routing.experts,
-            ExpertWeights(experts.gate_up, experts.down, experts.gate_up_bias, experts.down_bias),
-            _KERNEL_ACTIVATIONS[experts.activation],
-            num_experts=experts.num_experts,
-            first_expert=experts.first_expert,
-            pdl=self.pdl,
+            x, routing.weights, routing.experts, held, kind, num_experts=whole, first_expert=first, pdl=self.pdl
         )
 
     def mix_packed_experts(self, x: torch.Tensor, routing: Routing, experts: PackedStack) -> torch.Tensor:
-        held, kind = experts.held, _KERNEL_ACTIVATIONS[experts.activation]
+        held, kind = experts.held, KERNEL_ACTIVATIONS[experts.activation]
         whole, first = experts.num_experts, experts.first_expert
         weights, chosen = routing.weights, routing.experts
         if isinstance(held, ScaledExpertWeights):

@@ -6,9 +6,10 @@ import structlog
 import torch
 from stepwire_kernels.packed_choice import multiply_packed
 from stepwire_kernels.quantize_input import quantize_input
-from stepwire_kernels.scaled_choice import multiply_scaled
+from stepwire_kernels.scaled_choice import multiply_gated, multiply_quantizing, multiply_scaled
 from stepwire_kernels.split_k import LinearWorkspace, allocate_linear_workspace
 
+from gpu_worker.cuda.kernel_activations import KERNEL_ACTIVATIONS
 from gpu_worker.layers.ops import QuantizedRows, RowQuant
 from gpu_worker.quant.activations import ActivationQuant, StaticScale
 from gpu_worker.quant.products import Product
@@ -138,9 +139,14 @@ class _EightBitProduct(Product):
             self._group = self._input_group
             scales = scales.expand(-1, -(-num_inputs // self._input_group))
         self._scales = scales.contiguous()  # [N / scale_rows, groups]
+        self._has_row_scales = self._group is None and self._scale_rows == 1
         self._row_quant = RowQuant(self._values.dtype, self._static) if self._group is None else None
 
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if bias is None and self._static is None and self._has_row_scales:
+            product = multiply_quantizing(x, self._values, self._scales, pdl=self._pdl)
+            if product is not None:
+                return product
         values, scales = quantize_input(
             x, self._values.dtype, group_size=self._input_group, static_scale=self._static, pdl=self._pdl
         )
@@ -164,6 +170,14 @@ class _EightBitProduct(Product):
             group_size=self._group,
             pdl=self._pdl,
         )
+
+    def apply_quantized_gated(
+        self, rows: QuantizedRows, bias: torch.Tensor | None, dtype: torch.dtype, activation: str
+    ) -> torch.Tensor | None:
+        if bias is not None or not self._has_row_scales:
+            return None
+        kind = KERNEL_ACTIVATIONS[activation]
+        return multiply_gated(rows.values, rows.scales, self._values, self._scales, kind, dtype, pdl=self._pdl)
 
     def num_bytes(self) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in (self._values, self._scales))

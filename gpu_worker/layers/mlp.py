@@ -64,7 +64,8 @@ class GatedMLP:
         quant = self.down.method.row_quant()
         if quant is None:
             return self.down.apply(x.through(self.gate_up, self._activation))
-        return self.down.apply_gated(x.through(self.gate_up), self._activation, quant)
+        product, is_gated = x.through_gated(self.gate_up, self._activation)
+        return self.down.apply(product) if is_gated else self.down.apply_gated(product, self._activation, quant)
 
 
 class PlainMLP:

@@ -160,7 +160,7 @@ class MixtureOfExperts:
         rows = x.rows()
         if self._scales_inputs:
             scaled = rows * routing.weights.to(rows.dtype)
-            mixed = self.experts.apply(scaled, replace(routing, weights=torch.ones_like(routing.weights)))
+            mixed = self.experts.apply(scaled, Routing(torch.ones_like(routing.weights), routing.experts))
         else:
             mixed = self.experts.apply(rows, routing)
         if self.shared is not None:

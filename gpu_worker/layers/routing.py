@@ -13,7 +13,7 @@ from gpu_worker.model_spec import MoeSpec
 SIGMOID_SUM_EPS = 1e-20
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Routing:
     """The experts of every token."""
 

@@ -54,16 +54,23 @@ class SublayerInput:
 
     def through(self, linear: Linear, activation: str | None = None) -> torch.Tensor:
         """The linear's product [num_tokens, outputs], or act(gate) * up of it [num_tokens, outputs / 2]."""
+        product, is_gated = self.through_gated(linear, activation)
+        return product if activation is None or is_gated else self._ops.gated_activation(product, activation)
+
+    def through_gated(self, linear: Linear, activation: str | None) -> tuple[torch.Tensor, bool]:
+        """(`through`, True) where that is one launch with the product, else (the product alone, False)."""
         weight = linear.method.plain_weight()
         product = None if weight is None else self.times(weight, activation)
         if product is None and weight is not None and activation is not None:
             product = self._ops.gated_linear(self.rows(), weight, activation)
-        if product is None:
-            quantized = self._quantized(linear)
-            product = linear.apply(self.rows()) if quantized is None else linear.apply_quantized(quantized)
-            if activation is not None:
-                product = self._ops.gated_activation(product, activation)
-        return product
+        if product is not None:
+            return product, activation is not None
+        quantized = self._quantized(linear)
+        if quantized is None:
+            return linear.apply(self.rows()), False
+        if activation is not None:
+            product = linear.method.apply_quantized_gated(quantized, activation)
+        return (linear.apply_quantized(quantized), False) if product is None else (product, True)
 
     def _quantized(self, linear: Linear) -> QuantizedRows | None:
         """The rows as the linear multiplies them, where norm and quantization are one launch."""

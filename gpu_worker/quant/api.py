@@ -139,6 +139,10 @@ class LinearMethod(ABC):
         """`apply` of rows that were quantized by `row_quant`."""
         raise NotImplementedError
 
+    def apply_quantized_gated(self, rows: QuantizedRows, activation: str) -> torch.Tensor | None:
+        """act(gate) * up of `apply_quantized`, [num_tokens, outputs / 2]; None: that is not one launch, or slower."""
+        return None
+
     @abstractmethod
     def num_bytes(self) -> int:
         """Memory that the weights hold."""

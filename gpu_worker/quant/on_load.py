@@ -71,6 +71,9 @@ class QuantizingLinear(LinearMethod):
     def apply_quantized(self, rows: QuantizedRows) -> torch.Tensor:
         return self._product.apply_quantized(rows, self.bias, self._dtype)
 
+    def apply_quantized_gated(self, rows: QuantizedRows, activation: str) -> torch.Tensor | None:
+        return self._product.apply_quantized_gated(rows, self.bias, self._dtype, activation)
+
     def num_bytes(self) -> int:
         bias = 0 if self.bias is None else self.bias.numel() * self.bias.element_size()
         return self._product.num_bytes() + bias

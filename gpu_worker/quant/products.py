@@ -28,6 +28,12 @@ class Product(ABC):
         """`apply` of rows that were quantized by `row_quant`, the product in `dtype`."""
         raise NotImplementedError
 
+    def apply_quantized_gated(
+        self, rows: QuantizedRows, bias: torch.Tensor | None, dtype: torch.dtype, activation: str
+    ) -> torch.Tensor | None:
+        """act(gate) * up of `apply_quantized`, [num_tokens, N / 2]; None: that is not one launch, or slower."""
+        return None
+
     @abstractmethod
     def num_bytes(self) -> int: ...
 

@@ -140,6 +140,9 @@ class StoredLinear(LinearMethod):
     def apply_quantized(self, rows: QuantizedRows) -> torch.Tensor:
         return self._products[0].apply_quantized(rows, self.bias, self._dtype)
 
+    def apply_quantized_gated(self, rows: QuantizedRows, activation: str) -> torch.Tensor | None:
+        return self._products[0].apply_quantized_gated(rows, self.bias, self._dtype, activation)
+
     def num_bytes(self) -> int:
         bias = 0 if self.bias is None else self.bias.numel() * self.bias.element_size()
         return sum(product.num_bytes() for product in self._products) + bias

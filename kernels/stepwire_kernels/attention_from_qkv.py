@@ -36,9 +36,10 @@ MOST_HEADS = NUM_COUNTERS
 MOST_HEAD_DIM = 128
 MOST_GROUP = 8
 
-# Up to these, reading ahead is worth more than a kernel less. A larger group does not leave registers for what is read.
+# Up to these, reading ahead is worth more than a kernel less.
 FEW_RUNS = 4
 FEW_HEADS = 32
+# Query heads of a program; more do not leave registers for what is read.
 FEW_GROUP = 6
 FEW_WANTED_PROGRAMS = 768
 
@@ -73,8 +74,14 @@ class FromQkvTuning:
 
 def is_few(num_runs: int, num_heads: int, num_kv_heads: int) -> bool:
     """Whether the kernel for few rows takes them."""
+    group = num_heads // num_kv_heads
     has_few_heads = num_runs <= FEW_RUNS and num_runs * num_kv_heads <= FEW_HEADS
-    return has_few_heads and num_heads <= FEW_GROUP * num_kv_heads
+    return has_few_heads and group <= FEW_GROUP * sharers_of(group)
+
+
+def sharers_of(group: int) -> int:
+    """How many programs of few rows share out a group of query heads: two where it is too large for one and even."""
+    return 2 if group > FEW_GROUP and group % 2 == 0 else 1
 
 
 def default_from_qkv_tuning(
@@ -107,7 +114,8 @@ def from_qkv_policy(num_runs: int, num_heads: int, num_kv_heads: int, head_dim: 
     """
     tile = default_from_qkv_tuning(num_runs, num_heads, num_kv_heads, head_dim).tile
     if is_few(num_runs, num_heads, num_kv_heads):
-        return SharePolicy(max(1, FEW_WANTED_PROGRAMS // num_kv_heads), cut=tile, min_share=tile)
+        num_groups = num_kv_heads * sharers_of(num_heads // num_kv_heads)
+        return SharePolicy(max(1, FEW_WANTED_PROGRAMS // num_groups), cut=tile, min_share=tile)
     num_shares = max(1, MANY_WANTED_PROGRAMS // num_kv_heads)
     return SharePolicy(num_shares, cut=tile, min_share=max(tile, MIN_MANY_SHARE), most_pieces=MOST_MANY_PIECES)
 
@@ -167,6 +175,8 @@ def attention_from_qkv(
     out = torch.empty((qkv.shape[0], num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     tuning = tuning or default_from_qkv_tuning(num_runs, num_heads, num_kv_heads, head_dim, k_cache.element_size())
     group = num_heads // num_kv_heads
+    sharers = sharers_of(group) if few else 1
+    group //= sharers
     block_h, block_d = max(8, triton.next_power_of_2(group + 2)), triton.next_power_of_2(head_dim)
     policy = decode_policy_of(work)
     arguments = (
@@ -219,7 +229,7 @@ def attention_from_qkv(
     }
     if few:
         num_records = min(work.capacity, policy.most_records(num_runs))
-        _few_from_qkv_kernel[(num_records * num_kv_heads,)](*arguments, **constants)
+        _few_from_qkv_kernel[(num_records * num_kv_heads * sharers,)](*arguments, SHARERS=sharers, **constants)
         combine_chunks(work, workspace, out, sinks=sinks, v_scale=v_scale, few_runs=True, pdl=pdl)
         return out
     _many_from_qkv_kernel[(policy.num_shares * num_kv_heads,)](

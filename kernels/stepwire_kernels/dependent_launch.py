@@ -4,6 +4,9 @@ The rule every kernel here keeps when it is launched with ``pdl=True``: constant
 read at once, anything that an earlier kernel wrote only after `wait_upstream`, and each such kernel does wait, so that
 "my predecessor has finished" implies "everything before it has finished". Needs compute capability 9.0.
 
+A kernel may let the next one in as soon as it begins, or only after its own wait. In the latter case the next one finds
+what all kernels before this one wrote, in level 2 (read it with `.cg`), before its own wait: `expert_gemv.py` does so.
+
 What a step's plan writes (work lists, positions, slots) its layers may read at once as well: the embedding, or what a
 stage receives, lies between and is launched without, as is a step's first kernel. So may KV of earlier steps' tokens.
 

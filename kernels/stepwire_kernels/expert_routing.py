@@ -12,17 +12,127 @@ For router logits [num_tokens, E] (any float type; all arithmetic in float32):
 weights: float32 [num_tokens, num_chosen]; experts: int32 [num_tokens, num_chosen]. Logits that are not finite give
 weights that are not, and experts that exist.
 
+A kernel that multiplies for few tokens chooses for itself (`nth_expert`, `best_experts`) and spares the step a launch:
+every warp has all of a token's logits, so that nothing crosses warps between one expert and the next.
+
 Source: Shazeer et al., "Outrageously Large Neural Networks", 2017; DeepSeek-AI, "DeepSeek-V3", 2024 (groups,
 correction).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
+
+_LOWEST = tl.constexpr(-(2**31))
+
+
+@dataclass(frozen=True)
+class RouterLogits:
+    """A router's product, of which nobody has chosen yet; experts are in one group."""
+
+    logits: torch.Tensor  # [num_tokens, E]
+    num_chosen: int
+    sigmoid: bool = False
+    renormalize: bool = False
+    scale: float = 1.0
+    sum_eps: float = 0.0
+    correction: torch.Tensor | None = None  # float32 [E]
+
+    def choose(self, *, pdl: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """`choose_experts`, by a launch of its own."""
+        return choose_experts(
+            self.logits,
+            self.num_chosen,
+            sigmoid=self.sigmoid,
+            renormalize=self.renormalize,
+            scale=self.scale,
+            sum_eps=self.sum_eps,
+            correction=self.correction,
+            pdl=pdl,
+        )
+
+
+@triton.jit
+def _ranked(
+    logits_ptr, correction_ptr, NUM_EXPERTS: tl.constexpr, SIGMOID: tl.constexpr, HAS_CORRECTION: tl.constexpr,
+    COPIES: tl.constexpr, BLOCK_EXPERTS: tl.constexpr,
+):  # fmt: skip
+    """(logits, places in the order of ranking, numbers) of one token, [COPIES, BLOCK_EXPERTS], a copy for each warp.
+
+    Places are integers that compare as the ranking does, what is not a number included, so that there is always a best.
+    """
+    numbers = tl.arange(0, BLOCK_EXPERTS)[None, :] + tl.zeros([COPIES, 1], dtype=tl.int32)
+    exists = numbers < NUM_EXPERTS
+    # From level 2: see `dependent_launch`.
+    logits = tl.load(logits_ptr + numbers, mask=exists, other=float("-inf"), cache_modifier=".cg").to(tl.float32)
+    # Softmax keeps the order.
+    ranking = tl.sigmoid(logits) if SIGMOID else logits
+    if HAS_CORRECTION:
+        if not SIGMOID:
+            powers = tl.exp(logits - tl.max(logits, axis=1)[:, None])
+            ranking = powers / tl.sum(powers, axis=1)[:, None]
+        ranking += tl.load(correction_ptr + numbers, mask=exists, other=0.0)
+    bits = (ranking + 0.0).to(tl.int32, bitcast=True)  # one zero
+    places = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return logits, tl.where(exists, places, _LOWEST), numbers
+
+
+@triton.jit
+def _take_best(places, numbers, NUM_EXPERTS: tl.constexpr):
+    """(number of the best, [COPIES]; places without it)."""
+    best = tl.max(places, axis=1)[:, None]
+    number = tl.min(tl.where(places == best, numbers, NUM_EXPERTS - 1), axis=1)
+    return number, tl.where(numbers == number[:, None], _LOWEST, places)
+
+
+@triton.jit
+def nth_expert(
+    logits_ptr, correction_ptr, n, NUM_EXPERTS: tl.constexpr, SIGMOID: tl.constexpr, HAS_CORRECTION: tl.constexpr,
+    COPIES: tl.constexpr, BLOCK_EXPERTS: tl.constexpr,
+):  # fmt: skip
+    """The n-th expert, from 0, that the token whose logits are at `logits_ptr` goes to. COPIES: the program's warps."""
+    _, places, numbers = _ranked(
+        logits_ptr, correction_ptr, NUM_EXPERTS, SIGMOID, HAS_CORRECTION, COPIES, BLOCK_EXPERTS
+    )
+    for _ in range(n):
+        _, places = _take_best(places, numbers, NUM_EXPERTS)
+    number, _ = _take_best(places, numbers, NUM_EXPERTS)
+    return tl.max(number, axis=0)
+
+
+@triton.jit
+def best_experts(
+    logits_ptr, correction_ptr, scale, sum_eps, NUM_EXPERTS: tl.constexpr, NUM_CHOSEN: tl.constexpr,
+    SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr, HAS_CORRECTION: tl.constexpr, COPIES: tl.constexpr,
+    BLOCK_EXPERTS: tl.constexpr, BLOCK_CHOSEN: tl.constexpr,
+):  # fmt: skip
+    """(experts, weights) [BLOCK_CHOSEN] of the token whose logits are at `logits_ptr`, zeros from NUM_CHOSEN on."""
+    logits, places, numbers = _ranked(
+        logits_ptr, correction_ptr, NUM_EXPERTS, SIGMOID, HAS_CORRECTION, COPIES, BLOCK_EXPERTS
+    )
+    if SIGMOID:
+        scores = tl.sigmoid(logits)
+    else:
+        powers = tl.exp(logits - tl.max(logits, axis=1)[:, None])
+        scores = powers / tl.sum(powers, axis=1)[:, None]
+    nth = tl.arange(0, BLOCK_CHOSEN)[None, :]
+    experts = tl.zeros([COPIES, BLOCK_CHOSEN], dtype=tl.int32)
+    weights = tl.zeros([COPIES, BLOCK_CHOSEN], dtype=tl.float32)
+    for n in tl.static_range(NUM_CHOSEN):
+        number, places = _take_best(places, numbers, NUM_EXPERTS)
+        score = tl.sum(tl.where(numbers == number[:, None], scores, 0.0), axis=1)
+        experts = tl.where(nth == n, number[:, None], experts)
+        weights = tl.where(nth == n, score[:, None], weights)
+    if RENORMALIZE:
+        weights = weights / (tl.sum(weights, axis=1)[:, None] + sum_eps)
+    # All copies are the same.
+    return tl.max(experts, axis=0), tl.max(weights * scale, axis=0)
 
 
 @triton.jit

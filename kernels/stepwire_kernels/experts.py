@@ -16,8 +16,16 @@ import triton
 
 from stepwire_kernels.activation import ACTIVATIONS, Activation
 from stepwire_kernels.expert_gemm import TileTuning, expert_down, expert_gate_up, sum_experts
-from stepwire_kernels.expert_gemv import PairTuning, pair_down, pair_gate_up
+from stepwire_kernels.expert_gemv import (
+    Chosen,
+    PairDownTuning,
+    PairGateUpTuning,
+    default_pair_tunings,
+    pair_down,
+    pair_gate_up,
+)
 from stepwire_kernels.expert_packed import PackedExpertTuning, PackedExpertWeights, packed_expert_product
+from stepwire_kernels.expert_routing import RouterLogits
 from stepwire_kernels.expert_tiles import build_expert_tiles
 from stepwire_kernels.packed_choice import measured_experts
 
@@ -34,18 +42,18 @@ class ExpertWeights:
 
 @dataclass(frozen=True)
 class ExpertTuning:
-    """Launch shapes of one mixture. `tile_rows` 0: the road of pairs, and only `pair_*` count."""
+    """Launch shapes of one mixture. `tile_rows` 0: the road of pairs, and only `pair_*` count (None: the default)."""
 
     tile_rows: int
     gate_up: TileTuning = field(default_factory=TileTuning)
     down: TileTuning = field(default_factory=TileTuning)
-    pair_gate_up: PairTuning = field(default_factory=PairTuning)
-    pair_down: PairTuning = field(default_factory=PairTuning)
+    pair_gate_up: PairGateUpTuning | None = None
+    pair_down: PairDownTuning | None = None
 
 
-# Measured on an H100 with Qwen3-30B-A3B's shapes: `python -m load_tests.kernels.sweep experts`.
-PAIRS = ExpertTuning(tile_rows=0, pair_gate_up=PairTuning(2, 512, 4), pair_down=PairTuning(4, 1024, 4))
-# By the rows of a tile; 64 was not in the sweep.
+PAIRS = ExpertTuning(tile_rows=0)
+# Measured on an H100 with Qwen3-30B-A3B's shapes, by the rows of a tile: `python -m load_tests.kernels.sweep experts`.
+# 64 was not in the sweep.
 TILES = {
     16: ExpertTuning(16, TileTuning(64, 128, 4, 4), TileTuning(64, 128, 4, 4)),
     32: ExpertTuning(32, TileTuning(64, 128, 4, 4), TileTuning(64, 128, 4, 4)),
@@ -102,33 +110,78 @@ def mix_experts(
         return torch.empty_like(x)
     tuning = tuning or default_expert_tuning(num_tokens, num_chosen, num_experts or num_held, x.dtype)
     if tuning.tile_rows == 0:
-        inner = pair_gate_up(
-            x,
-            experts,
-            held.gate_up,
-            held.gate_up_bias,
-            kind,
-            first_expert=first_expert,
-            tuning=tuning.pair_gate_up,
-            pdl=pdl,
-        )
-        return pair_down(
-            inner,
-            weights,
-            experts,
-            held.down,
-            held.down_bias,
-            first_expert=first_expert,
-            tuning=tuning.pair_down,
-            pdl=pdl,
-        )
+        return _mix_pairs(x, (weights, experts), held, kind, first_expert, tuning, pdl)
     tiles = build_expert_tiles(experts, num_held, tuning.tile_rows, first_expert=first_expert, pdl=pdl)
     inner = expert_gate_up(x, held.gate_up, held.gate_up_bias, tiles, num_chosen, kind, tuning=tuning.gate_up, pdl=pdl)
     pair_out = expert_down(inner, held.down, held.down_bias, tiles, tuning=tuning.down, pdl=pdl)
     return sum_experts(pair_out, weights, experts, num_held, first_expert=first_expert, pdl=pdl)
 
 
-def _check(x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, held: ExpertWeights, kind: str) -> None:
+def mix_routed_experts(
+    x: torch.Tensor,
+    routed: RouterLogits,
+    held: ExpertWeights,
+    kind: Activation,
+    *,
+    num_experts: int | None = None,
+    first_expert: int = 0,
+    tuning: ExpertTuning | None = None,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """`mix_experts` of what a router leaves: products of pairs choose their experts themselves.
+
+    Raises:
+        ValueError: shapes, types or strides that do not fit together.
+    """
+    num_tokens, num_chosen = x.shape[0], routed.num_chosen
+    if routed.logits.shape[0] != num_tokens or routed.logits.stride(1) != 1:
+        raise ValueError(
+            f"mix_routed_experts: takes logits [{num_tokens}, E] with contiguous columns, got "
+            f"{tuple(routed.logits.shape)}"
+        )
+    tuning = tuning or default_expert_tuning(num_tokens, num_chosen, num_experts or held.down.shape[0], x.dtype)
+    if tuning.tile_rows or num_tokens == 0:
+        weights, experts = routed.choose(pdl=pdl)
+        return mix_experts(
+            x, weights, experts, held, kind, num_experts=num_experts, first_expert=first_expert, tuning=tuning, pdl=pdl
+        )
+    _check_held(x, held, kind)
+    return _mix_pairs(x, routed, held, kind, first_expert, tuning, pdl)
+
+
+def _mix_pairs(
+    x: torch.Tensor,
+    routed: RouterLogits | Chosen,
+    held: ExpertWeights,
+    kind: Activation,
+    first_expert: int,
+    tuning: ExpertTuning,
+    pdl: bool,
+) -> torch.Tensor:
+    num_chosen = routed.num_chosen if isinstance(routed, RouterLogits) else routed[1].shape[1]
+    gate_up, down = default_pair_tunings(x.shape[0], num_chosen, held.down.shape[1], held.down.shape[2], x.dtype)
+    inner = pair_gate_up(
+        x,
+        routed,
+        held.gate_up,
+        held.gate_up_bias,
+        kind,
+        first_expert=first_expert,
+        tuning=tuning.pair_gate_up or gate_up,
+        pdl=pdl,
+    )
+    return pair_down(
+        inner,
+        routed,
+        held.down,
+        held.down_bias,
+        first_expert=first_expert,
+        tuning=tuning.pair_down or down,
+        pdl=pdl,
+    )
+
+
+def _check_held(x: torch.Tensor, held: ExpertWeights, kind: str) -> None:
     if kind not in ACTIVATIONS:
         raise ValueError(f"mix_experts: unknown activation {kind!r}; choose one of {', '.join(ACTIVATIONS)}")
     count, hidden, inner = held.down.shape
@@ -137,14 +190,19 @@ def _check(x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, held: 
             f"mix_experts: takes x [num_tokens, H] with contiguous columns, gate_up [experts, 2 * I, H] and down "
             f"[experts, H, I], got {tuple(x.shape)}, {tuple(held.gate_up.shape)} and {tuple(held.down.shape)}"
         )
+    if not all(tensor.is_contiguous() for tensor in vars(held).values() if tensor is not None):
+        raise ValueError("mix_experts: all of `held` must be contiguous")
+
+
+def _check(x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, held: ExpertWeights, kind: str) -> None:
+    _check_held(x, held, kind)
     if weights.shape != experts.shape or experts.shape[0] != x.shape[0] or experts.dtype != torch.int32:
         raise ValueError(
             f"mix_experts: takes weights and int32 experts [{x.shape[0]}, num_chosen], got {tuple(weights.shape)} and "
             f"{tuple(experts.shape)} {experts.dtype}"
         )
-    tensors = (weights, experts, *(tensor for tensor in vars(held).values() if tensor is not None))
-    if not all(tensor.is_contiguous() for tensor in tensors) or weights.dtype != torch.float32:
-        raise ValueError("mix_experts: weights must be float32, and they, experts and all of `held` contiguous")
+    if not (weights.is_contiguous() and experts.is_contiguous()) or weights.dtype != torch.float32:
+        raise ValueError("mix_experts: weights must be float32, and they and experts contiguous")
 
 
 def default_packed_tuning(num_tokens: int, num_chosen: int, num_experts: int, dtype: torch.dtype) -> PackedExpertTuning:

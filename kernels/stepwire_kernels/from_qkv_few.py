@@ -4,6 +4,9 @@ A step of few rows is a chain of short kernels, and most of each is waiting for 
 earlier layer has written is read before the wait: work list, block ids, cos and sin, and the first tile of keys and
 values, whose tokens are all of earlier steps. Where a chunk is one tile, that is all of the KV cache that is read.
 Every chunk leaves a partial result, which `attention_decode.combine_chunks` adds up.
+
+What is read ahead lies in registers, of which a large group's queries leave too few: such a group is shared out among
+programs, which all read its keys and values. One of them writes the token's own.
 """
 
 from __future__ import annotations
@@ -75,6 +78,7 @@ def _few_from_qkv_kernel(
     table_stride,
     capacity,
     NUM_KV_HEADS: tl.constexpr,
+    SHARERS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
@@ -94,6 +98,9 @@ def _few_from_qkv_kernel(
     NUM_STAGES: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
+    """SHARERS: programs that read a chunk of one KV head, each for GROUP of its query heads."""
+    NUM_GROUPS: tl.constexpr = NUM_KV_HEADS * SHARERS
+    NUM_HEADS: tl.constexpr = NUM_GROUPS * GROUP
     TILE_N: tl.constexpr = WARPS * WARP_TOKENS
     heads = tl.arange(0, BLOCK_H)
     cols = tl.arange(0, BLOCK_D)
@@ -101,10 +108,12 @@ def _few_from_qkv_kernel(
     release_downstream(USE_PDL)
 
     item = tl.program_id(0)
-    kv_head = item % NUM_KV_HEADS
+    # Neighbours read the same keys and values.
+    kv_head = item % NUM_GROUPS // SHARERS
+    first_head = item % NUM_GROUPS * GROUP
     # Everything up to the wait has been written by the step's plan, or by an earlier step.
-    if item < tl.load(num_records_ptr) * NUM_KV_HEADS:
-        row, token, kv_len, kv_start, kv_end, _ = load_record(records_ptr, item // NUM_KV_HEADS, capacity)
+    if item < tl.load(num_records_ptr) * NUM_GROUPS:
+        row, token, kv_len, kv_start, kv_end, _ = load_record(records_ptr, item // NUM_GROUPS, capacity)
         window_start = 0
         if WINDOW > 0:
             window_start = first_visible(kv_len - 1, WINDOW, ALIGNED)
@@ -124,8 +133,8 @@ def _few_from_qkv_kernel(
         wait_upstream(USE_PDL)
 
         turned = load_turned(
-            qkv_ptr + token * qkv_stride, kv_head, x_factor, y_factor, eps, heads, cols, NUM_KV_HEADS, GROUP, HEAD_DIM,
-            ROTARY_DIM, INTERLEAVED, HAS_NORM,
+            qkv_ptr + token * qkv_stride, kv_head, first_head, x_factor, y_factor, eps, heads, cols, NUM_HEADS,
+            NUM_KV_HEADS, GROUP, HEAD_DIM, ROTARY_DIM, INTERLEAVED, HAS_NORM,
         )  # fmt: skip
         q = turned.to(qkv_ptr.dtype.element_ty)
         q_warps = tl.broadcast_to(q[None, :, :], (WARPS, BLOCK_D, BLOCK_H))
@@ -148,14 +157,14 @@ def _few_from_qkv_kernel(
         chunk_top, chunk_total, chunk_acc = merge_warps(top, total, acc)
 
         stored_k, stored_v = store_own(
-            turned, k_cache_ptr, v_cache_ptr, slot, is_last, kv_head, inverse_k_scale, inverse_v_scale, heads, cols,
-            NUM_KV_HEADS, GROUP, HEAD_DIM, BLOCK_SIZE, IS_FP8, FP8_LIMIT,
+            turned, k_cache_ptr, v_cache_ptr, slot, is_last & (item % SHARERS == 0), kv_head, inverse_k_scale,
+            inverse_v_scale, heads, cols, NUM_KV_HEADS, GROUP, HEAD_DIM, BLOCK_SIZE, IS_FP8, FP8_LIMIT,
         )  # fmt: skip
         chunk_top, chunk_total, chunk_acc = add_own(
             chunk_top, chunk_total, chunk_acc, q, stored_k, stored_v, is_last, score_scale, soft_cap, HAS_SOFT_CAP
         )
 
-        at = (item // NUM_KV_HEADS) * (NUM_KV_HEADS * GROUP) + kv_head * GROUP + heads.to(tl.int64)
+        at = (item // NUM_GROUPS) * NUM_HEADS + first_head + heads.to(tl.int64)
         query_mask = heads < GROUP
         out_mask = query_mask[None, :] & (cols < HEAD_DIM)[:, None]
         tl.store(partial_out_ptr + at[None, :] * HEAD_DIM + cols[:, None], chunk_acc, mask=out_mask)

@@ -149,8 +149,8 @@ def _many_from_qkv_kernel(
         wait_upstream(USE_PDL)
 
         turned = load_turned(
-            qkv_ptr + token * qkv_stride, kv_head, x_factor, y_factor, eps, heads, cols, NUM_KV_HEADS, GROUP, HEAD_DIM,
-            ROTARY_DIM, INTERLEAVED, HAS_NORM,
+            qkv_ptr + token * qkv_stride, kv_head, first_head, x_factor, y_factor, eps, heads, cols, NUM_HEADS,
+            NUM_KV_HEADS, GROUP, HEAD_DIM, ROTARY_DIM, INTERLEAVED, HAS_NORM,
         )  # fmt: skip
         q = turned.to(qkv_ptr.dtype.element_ty)
         stored_k, stored_v = store_own(

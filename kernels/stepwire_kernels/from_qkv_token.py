@@ -1,7 +1,7 @@
 """A decoded token as `attention_from_qkv` has it: its queries, key and value are the columns of one tile.
 
-Column h < GROUP is query head h of the program's KV head, GROUP its key and GROUP + 1 its value: one load, one
-rotation, and no conversions of the layout of cos and sin.
+Column h < GROUP is query head h of the program's group, GROUP the key and GROUP + 1 the value of its KV head: one load,
+one rotation, and no conversions of the layout of cos and sin.
 """
 
 from __future__ import annotations
@@ -68,11 +68,13 @@ def load_factors(
 def load_turned(
     token_ptr,
     kv_head,
+    first_head,
     x_factor,
     y_factor,
     eps,
     heads,
     cols,
+    NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -80,12 +82,13 @@ def load_turned(
     INTERLEAVED: tl.constexpr,
     HAS_NORM: tl.constexpr,
 ):
-    """float32 [BLOCK_D, BLOCK_H] of the token whose projection is at `token_ptr`; columns of padding are zeros."""
+    """float32 [BLOCK_D, BLOCK_H] of the token whose projection is at `token_ptr`; columns of padding are zeros.
+
+    `first_head`: the first of the program's GROUP query heads, all of which read KV head `kv_head`.
+    """
     partner, _, _ = rotary_partner(cols, ROTARY_DIM, INTERLEAVED)
     mask = (heads < GROUP + 2)[None, :] & (cols < HEAD_DIM)[:, None]
-    head = tl.where(
-        heads < GROUP, kv_head * GROUP + heads, NUM_KV_HEADS * GROUP + kv_head + (heads - GROUP) * NUM_KV_HEADS
-    )
+    head = tl.where(heads < GROUP, first_head + heads, NUM_HEADS + kv_head + (heads - GROUP) * NUM_KV_HEADS)
     at = token_ptr + head[None, :] * HEAD_DIM
     x = tl.load(at + cols[:, None], mask=mask, other=0.0).to(tl.float32)
     y = tl.load(at + partner[:, None], mask=mask, other=0.0).to(tl.float32)

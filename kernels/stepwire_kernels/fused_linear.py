@@ -5,9 +5,10 @@
     y       = n @ weight^T,  or  act(n @ gate^T) * (n @ up^T)  with weight = [gate; up]
 
 x, residual: [num_tokens, K]; g: [K]; weight: [N, K], or [2 * I, K] with a gate; y: [num_tokens, N] or [num_tokens, I].
-x and weight may be float8 instead, with a scale a token and a scale an output (then without norm and gate). All
-arithmetic in float32. What is in brackets of `rsqrt` is summed up beside the products and multiplies them at the
-end, so that no program waits for a norm before it multiplies.
+x and weight may be float8 instead, with a scale a token and a scale an output (then without norm); or the weight alone,
+and every program quantizes x by token as `quantize_input.py` does, which is a launch less. All arithmetic in float32.
+What is in brackets of `rsqrt` is summed up beside the products and multiplies them at the end, so that no program waits
+for a norm before it multiplies.
 
 A decode step of few tokens is a chain of kernels that each read some megabytes: half of its time is the way from one
 kernel to the next. Fewer of them are less of that way. And with PDL a program has its weights on their way before the
@@ -30,6 +31,7 @@ import triton.language as tl
 
 from stepwire_kernels.activation import Activation, activate, num_outputs_of
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
+from stepwire_kernels.quantize_input import as_float8, float8_scale
 from stepwire_kernels.tuned_table import tuned_rows
 
 MAX_FUSED_TOKENS = 4
@@ -62,13 +64,16 @@ class NormInput:
 
 
 @triton.jit
-def _weight_tile(weight_ptr, row_offsets, row_mask, step, K, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr):
+def _weight_tile(
+    weight_ptr, row_offsets, row_mask, step, K, BLOCK_K: tl.constexpr, LANE: tl.constexpr, EVEN_K: tl.constexpr
+):  # fmt: skip
     """The columns of one step of some rows [ABREAST, ROWS]: [ABREAST, ROWS, BLOCK_K]."""
     cols = step * BLOCK_K + tl.arange(0, BLOCK_K)
     mask = row_mask[:, :, None]
     if not EVEN_K:
         mask = mask & (cols < K)[None, None, :]
     at = weight_ptr + row_offsets[:, :, None] + cols[None, None, :]
+    at = tl.max_contiguous(at, (1, 1, LANE))
     return tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
 
 
@@ -103,6 +108,7 @@ def _fused_linear_kernel(
     HAS_NORMED: tl.constexpr,
     GATED: tl.constexpr,
     SCALED: tl.constexpr,
+    QUANTIZES: tl.constexpr,
     KIND: tl.constexpr,
     EVEN_K: tl.constexpr,
     STEPS: tl.constexpr,
@@ -124,11 +130,23 @@ def _fused_linear_kernel(
     tiles = ()
     up_tiles = ()
     for step in tl.static_range(AHEAD):
-        tiles = tiles + (_weight_tile(weight_ptr, offsets, row_mask, step, K, BLOCK_K, EVEN_K),)
+        tiles = tiles + (_weight_tile(weight_ptr, offsets, row_mask, step, K, BLOCK_K, LANE, EVEN_K),)
         if GATED:
-            up_tiles = up_tiles + (_weight_tile(weight_ptr, up_offsets, row_mask, step, K, BLOCK_K, EVEN_K),)
+            up_tiles = up_tiles + (_weight_tile(weight_ptr, up_offsets, row_mask, step, K, BLOCK_K, LANE, EVEN_K),)
     release_downstream(USE_PDL)
     wait_upstream(USE_PDL)
+    # Tiles of inputs that are to be quantized, those of a token one behind another, and each token's scale.
+    inputs = ()
+    x_scales = ()
+    if QUANTIZES:
+        for token in tl.static_range(NUM_TOKENS):
+            top = tl.zeros([ABREAST, 1, BLOCK_K], dtype=tl.float32)
+            for step in tl.static_range(STEPS):
+                cols = step * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :] + tl.zeros([ABREAST, 1, 1], dtype=tl.int32)
+                tile = tl.load(x_ptr + token * x_stride + cols, mask=cols < K, other=0.0)
+                inputs = inputs + (tile,)
+                top = tl.maximum(top, tl.abs(tile.to(tl.float32)))
+            x_scales = x_scales + (float8_scale(tl.max(top, axis=2)),)  # [ABREAST, 1], all the same
     sums = ()
     up_sums = ()
     squares = ()
@@ -138,10 +156,10 @@ def _fused_linear_kernel(
         squares = squares + (tl.zeros([ABREAST, 1, BLOCK_K // LANE], dtype=tl.float32),)
     for step in tl.static_range(STEPS):
         if step + AHEAD < STEPS:
-            tiles = tiles + (_weight_tile(weight_ptr, offsets, row_mask, step + AHEAD, K, BLOCK_K, EVEN_K),)
+            tiles = tiles + (_weight_tile(weight_ptr, offsets, row_mask, step + AHEAD, K, BLOCK_K, LANE, EVEN_K),)
             if GATED:
                 up_tiles = up_tiles + (
-                    _weight_tile(weight_ptr, up_offsets, row_mask, step + AHEAD, K, BLOCK_K, EVEN_K),
+                    _weight_tile(weight_ptr, up_offsets, row_mask, step + AHEAD, K, BLOCK_K, LANE, EVEN_K),
                 )
         cols = (step * BLOCK_K + tl.arange(0, BLOCK_K))[None, None, :] + tl.zeros([ABREAST, 1, BLOCK_K], dtype=tl.int32)
         col_mask = cols < K
@@ -151,7 +169,11 @@ def _fused_linear_kernel(
         new_up_sums = ()
         new_squares = ()
         for token in tl.static_range(NUM_TOKENS):
-            h = tl.load(x_ptr + token * x_stride + cols, mask=col_mask, other=0.0).to(tl.float32)
+            if QUANTIZES:
+                h = inputs[token * STEPS + step].to(tl.float32) / x_scales[token][:, :, None]
+                h = as_float8(h, weight_ptr.dtype.element_ty).to(tl.float32)
+            else:
+                h = tl.load(x_ptr + token * x_stride + cols, mask=col_mask, other=0.0).to(tl.float32)
             if HAS_RESIDUAL:
                 h += tl.load(residual_ptr + token * residual_stride + cols, mask=col_mask, other=0.0).to(tl.float32)
                 rounded = h.to(residual_out_ptr.dtype.element_ty)
@@ -173,11 +195,18 @@ def _fused_linear_kernel(
         scale = 1.0
         if HAS_NORM:
             scale = tl.rsqrt(tl.sum(squares[token], axis=2) / K + eps)  # [ABREAST, 1], all the same
+        if QUANTIZES:
+            scale = x_scales[token]
+        elif SCALED:
+            scale = tl.load(x_scales_ptr + token)
         y = tl.sum(sums[token], axis=2) * scale  # [ABREAST, ROWS]
-        if GATED:
-            y = activate(y, tl.sum(up_sums[token], axis=2) * scale, KIND)
         if SCALED:
-            y = y * tl.load(w_scales_ptr + rows, mask=row_mask, other=0.0) * tl.load(x_scales_ptr + token)
+            y *= tl.load(w_scales_ptr + rows, mask=row_mask, other=0.0)
+        if GATED:
+            up = tl.sum(up_sums[token], axis=2) * scale
+            if SCALED:
+                up *= tl.load(w_scales_ptr + num_outputs + rows, mask=row_mask, other=0.0)
+            y = activate(y, up, KIND)
         tl.store(out_ptr + token * out_stride + rows, y.to(out_ptr.dtype.element_ty), mask=row_mask)
         if HAS_NORMED:
             cols = (program * NORMED_COLS + tl.arange(0, NORMED_COLS))[None, :]
@@ -197,7 +226,7 @@ def fused_linear(
     *,
     norm: NormInput | None = None,
     activation: Activation | None = None,
-    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    scales: tuple[torch.Tensor | None, torch.Tensor] | None = None,
     out_dtype: torch.dtype | None = None,
     tuning: FusedTuning | None = None,
     out: torch.Tensor | None = None,
@@ -208,14 +237,15 @@ def fused_linear(
     """y, and the sum h: a new tensor [num_tokens, K], or x where nothing was added to it.
 
     `normed_out` and `residual_out`, [num_tokens, K], are contiguous; the former gets n where it is given. `scales`:
-    float32, of each token and of each output, contiguous; y is in `out_dtype` (None: that of x).
+    float32, of each token and of each output, contiguous; without those of tokens x is quantized here. y is in
+    `out_dtype` (None: that of x).
 
     Raises:
         ValueError: shapes or strides that do not fit.
     """
     _check(x, weight, norm)
     if scales is not None:
-        _check_scales(x, weight, scales, norm is None and activation is None)
+        _check_scales(x, weight, scales, norm is None)
     tuning = tuning or FusedTuning()
     num_tokens, k = x.shape
     num_outputs = num_outputs_of("fused_linear", weight, activation)
@@ -226,7 +256,8 @@ def fused_linear(
         residual_out = x
     elif residual_out is None:
         residual_out = torch.empty((num_tokens, k), dtype=residual.dtype, device=x.device)  # [num_tokens, K]
-    lane = LANE_BYTES // weight.element_size()
+    # As many weights as inputs, so that both lie on the same threads.
+    lane = LANE_BYTES // max(weight.element_size(), x.element_size())
     block_k = min(tuning.block_k, max(lane, triton.next_power_of_2(k)))
     steps = triton.cdiv(k, block_k)
     abreast = min(tuning.block_n, max(1, 32 * lane * tuning.num_warps // block_k))
@@ -239,7 +270,7 @@ def fused_linear(
         out,
         residual_out,
         x if normed_out is None else normed_out,
-        x if scales is None else scales[0],
+        x if scales is None or scales[0] is None else scales[0],
         x if scales is None else scales[1],
         num_outputs,
         k,
@@ -255,6 +286,7 @@ def fused_linear(
         HAS_NORMED=norm is not None and normed_out is not None,
         GATED=activation is not None,
         SCALED=scales is not None,
+        QUANTIZES=scales is not None and scales[0] is None,
         KIND=activation,
         EVEN_K=k % block_k == 0,
         STEPS=steps,
@@ -289,13 +321,16 @@ def choose_fused(x: torch.Tensor, weight: torch.Tensor, *, gated: bool) -> Fused
 
 
 def _check_scales(
-    x: torch.Tensor, weight: torch.Tensor, scales: tuple[torch.Tensor, torch.Tensor], is_plain: bool
+    x: torch.Tensor, weight: torch.Tensor, scales: tuple[torch.Tensor | None, torch.Tensor], is_plain: bool
 ) -> None:
-    if not is_plain or (scales[0].numel(), scales[1].numel()) != (x.shape[0], weight.shape[0]):
+    num_token_scales = x.shape[0] if scales[0] is None else scales[0].numel()
+    if not is_plain or (num_token_scales, scales[1].numel()) != (x.shape[0], weight.shape[0]):
         raise ValueError(
-            f"fused_linear: without norm and gate, {x.shape[0]} tokens and {weight.shape[0]} outputs need as many "
-            f"scales, got {tuple(scales[0].shape)} and {tuple(scales[1].shape)}"
+            f"fused_linear: without a norm, {x.shape[0]} tokens and {weight.shape[0]} outputs need as many scales, got "
+            f"{num_token_scales} and {scales[1].numel()}"
         )
+    if (scales[0] is None) != (x.dtype != weight.dtype):
+        raise ValueError(f"fused_linear: quantizes {x.dtype} for {weight.dtype} only, and only without scales of x")
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, norm: NormInput | None) -> None:

@@ -32,21 +32,34 @@ _ROUNDING = tl.constexpr(ROUNDING)
 
 
 @triton.jit
+def float8_scale(top):
+    """The scale of float8 values whose largest magnitude is `top`."""
+    return tl.maximum(top / _FLOAT8_LIMIT, _MIN_SCALE)
+
+
+@triton.jit
+def as_float8(scaled, dtype):
+    """Values divided by their scale, as float8."""
+    return tl.minimum(tl.maximum(scaled, -_FLOAT8_LIMIT), _FLOAT8_LIMIT).to(dtype)
+
+
+@triton.jit
 def store_quantized(x, mask, static_ptr, values_at, scale_at, IS_STATIC: tl.constexpr):
     """float32 values that share a scale, zero where they are masked; `static_ptr`: at the scale, if it is given."""
     IS_INT: tl.constexpr = values_at.dtype.element_ty == tl.int8
     if IS_STATIC:
         scale = tl.load(static_ptr)
     else:
-        scale = tl.maximum(tl.max(tl.abs(x), axis=0) / (_INT8_LIMIT if IS_INT else _FLOAT8_LIMIT), _MIN_SCALE)
+        top = tl.max(tl.abs(x), axis=0)
+        scale = tl.maximum(top / _INT8_LIMIT, _MIN_SCALE) if IS_INT else float8_scale(top)
     tl.store(scale_at, scale)
     scaled = x / scale
     if IS_INT:
         whole = (tl.minimum(tl.maximum(scaled, -200.0), 200.0) + _ROUNDING) - _ROUNDING
-        values = tl.minimum(tl.maximum(whole, -128.0), 127.0)
+        values = tl.minimum(tl.maximum(whole, -128.0), 127.0).to(tl.int8)
     else:
-        values = tl.minimum(tl.maximum(scaled, -_FLOAT8_LIMIT), _FLOAT8_LIMIT)
-    tl.store(values_at, values.to(values_at.dtype.element_ty), mask=mask)
+        values = as_float8(scaled, values_at.dtype.element_ty)
+    tl.store(values_at, values, mask=mask)
 
 
 @triton.jit
@@ -122,7 +135,7 @@ def quantize_input(
         GROUP=group,
         BLOCK=block,
         USE_PDL=pdl,
-        num_warps=8 if block >= 4096 else 4 if block >= 512 else 1,
+        num_warps=16 if block >= 8192 else 8 if block >= 4096 else 4 if block >= 512 else 1,
         **launch_options(pdl),
     )
     return values, scales

@@ -13,10 +13,12 @@ Measured by `python -m load_tests.kernels.tiles`: `scaled` in tuned/<device>.jso
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 import triton
 
+from stepwire_kernels.activation import Activation
 from stepwire_kernels.fused_linear import MAX_FUSED_TOKENS, FusedTuning, fused_linear
 from stepwire_kernels.scaled_linear import scaled_linear
 from stepwire_kernels.split_k import LinearWorkspace
@@ -29,6 +31,11 @@ WIDE_OUTPUTS = 16384
 # Of a tile's tokens, in tiles of more tokens than MIN_LIBRARY_TOKENS.
 MOST_MISSING = 0.25
 MIN_LIBRARY_TOKENS = 32
+# Weights, in bytes, that all programs together hold in registers while they wait: of so many a program with a token's
+# own quantization has nothing else to wait for.
+MAX_HELD_BYTES = 24 << 20
+# Outputs of such a program, and the inputs that lie on its registers' tiles at once.
+_HELD = FusedTuning(8, 2048, 8, 2)
 # Programs that a device takes at a time, with which K is split up.
 _PROGRAMS = 256
 
@@ -86,6 +93,48 @@ def tile_shape(num_tokens: int, n: int, k: int) -> TileLinearTuning:
     programs = triton.cdiv(n, 64) * triton.cdiv(num_tokens, block_m)
     wanted = _PROGRAMS if num_tokens <= 32 else _PROGRAMS // 2
     return TileLinearTuning(block_m, 64, 256, max(1, min(8, wanted // programs, k // 1024)), 4, 4, 512)
+
+
+def multiply_gated(
+    x: torch.Tensor,
+    x_scales: torch.Tensor,
+    weight: torch.Tensor,
+    w_scales: torch.Tensor,
+    activation: Activation,
+    out_dtype: torch.dtype,
+    *,
+    pdl: bool = False,
+) -> torch.Tensor | None:
+    """act(gate) * up of `multiply_scaled` with weight [gate; up], [num_tokens, N / 2] in `out_dtype`, in one launch.
+
+    None: by rows held in registers only, and these are not for so many tokens.
+    """
+    choice = choose_scaled(x, weight)
+    if not isinstance(choice, FusedTuning):
+        return None
+    # A program has as many rows as without a gate: half of them gate's, half up's.
+    tuning = replace(choice, block_n=max(1, choice.block_n // 2))
+    return fused_linear(
+        x, weight, scales=(x_scales, w_scales), activation=activation, out_dtype=out_dtype, tuning=tuning, pdl=pdl
+    )[0]
+
+
+def choose_quantizing(x: torch.Tensor, weight: torch.Tensor) -> FusedTuning | None:
+    """How one launch quantizes x [1, K] by token and multiplies it by a float8 weight [N, K] with a scale an output.
+
+    None: apart. Each program quantizes all of x, so this is for weights that it can hold in registers meanwhile.
+    """
+    is_one = x.is_cuda and x.shape[0] == 1 and x.dtype != weight.dtype and weight.dtype == torch.float8_e4m3fn
+    is_held = weight.numel() <= MAX_HELD_BYTES and weight.shape[1] <= _HELD.block_k * _HELD.ahead
+    return _HELD if is_one and is_held and serves(x, weight) else None
+
+
+def multiply_quantizing(
+    x: torch.Tensor, weight: torch.Tensor, w_scales: torch.Tensor, *, pdl: bool = False
+) -> torch.Tensor | None:
+    """`quantize_input` and `multiply_scaled` in one launch, [1, N] in x's type; None: they are two."""
+    tuning = choose_quantizing(x, weight)
+    return None if tuning is None else fused_linear(x, weight, scales=(None, w_scales), tuning=tuning, pdl=pdl)[0]
 
 
 def multiply_scaled(

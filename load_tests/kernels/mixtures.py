@@ -15,11 +15,17 @@ from itertools import cycle, product
 import torch
 from stepwire_kernels.activation import Activation
 from stepwire_kernels.expert_gemm import TileTuning
-from stepwire_kernels.expert_gemv import PairTuning
-from stepwire_kernels.expert_routing import choose_experts
+from stepwire_kernels.expert_gemv import PairDownTuning, PairGateUpTuning
+from stepwire_kernels.expert_routing import RouterLogits, choose_experts
 from stepwire_kernels.expert_scaled import ScaledExpertWeights, ScaledStack, mix_scaled_experts
 from stepwire_kernels.expert_tiles import build_expert_tiles
-from stepwire_kernels.experts import TILES, ExpertTuning, ExpertWeights, default_expert_tuning, mix_experts
+from stepwire_kernels.experts import (
+    TILES,
+    ExpertTuning,
+    ExpertWeights,
+    default_expert_tuning,
+    mix_routed_experts,
+)
 
 from load_tests.kernels.measure import Report, time_graph
 
@@ -66,28 +72,30 @@ class MixtureCase:
 
     mixture: Mixture
     x: torch.Tensor
+    logits: list[torch.Tensor]
     routings: list[tuple[torch.Tensor, torch.Tensor]]
     layers: list[ExpertWeights]
 
     @classmethod
     def make(cls, mixture: Mixture, num_tokens: int, layers: list[ExpertWeights]) -> MixtureCase:
-        logits = [torch.randn(num_tokens, mixture.num_experts, device="cuda") for _ in range(8)]
+        logits = [torch.randn(num_tokens, mixture.num_experts, device="cuda").to(BF16) for _ in range(8)]
         return cls(
             mixture,
             torch.randn(num_tokens, mixture.hidden, device="cuda", dtype=BF16),
+            logits,
             [choose_experts(values, mixture.num_chosen, renormalize=True) for values in logits],
             layers,
         )
 
     def launches(self, tuning: ExpertTuning | None = None) -> list[Callable[[], object]]:
+        """From router logits on, so that choosing counts, whoever does it."""
         mixture = self.mixture
 
-        def launch(routing: tuple[torch.Tensor, torch.Tensor], held: ExpertWeights) -> torch.Tensor:
-            return mix_experts(self.x, *routing, held, mixture.kind, tuning=tuning, pdl=True)
+        def launch(logits: torch.Tensor, held: ExpertWeights) -> torch.Tensor:
+            routed = RouterLogits(logits, mixture.num_chosen, renormalize=True)
+            return mix_routed_experts(self.x, routed, held, mixture.kind, tuning=tuning, pdl=True)
 
-        return [
-            partial(launch, routing, held) for routing, held in zip(self.routings, cycle(self.layers), strict=False)
-        ]
+        return [partial(launch, logits, held) for logits, held in zip(self.logits, cycle(self.layers), strict=False)]
 
     def num_bytes(self) -> float:
         """Of the experts that have work, a mean over the routings."""
@@ -164,10 +172,10 @@ def candidates(num_tokens: int, mixture: Mixture) -> Iterator[ExpertTuning]:
     default = default_expert_tuning(num_tokens, mixture.num_chosen, mixture.num_experts, BF16)
     yield default
     if num_tokens <= 8:
-        for n, k, warps in product((2, 4, 8), (512, 1024), (2, 4, 8)):
-            shape = PairTuning(n, k, warps)
-            yield replace(default, tile_rows=0, pair_gate_up=shape)
-            yield replace(default, tile_rows=0, pair_down=shape)
+        for n, turns, warps, stages in product((1, 2, 4), (6, 12, 24), (4, 8), (3, 4, 6)):
+            yield replace(default, tile_rows=0, pair_gate_up=PairGateUpTuning(n, turns, warps, stages))
+        for n, warps, ahead in product((4, 8, 16), (4, 8, 16), (1, 2, 3)):
+            yield replace(default, tile_rows=0, pair_down=PairDownTuning(n, 256, warps, ahead))
     if num_tokens == 1:
         return
     rows = max(16, default.tile_rows)

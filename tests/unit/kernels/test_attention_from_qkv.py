@@ -154,6 +154,8 @@ class Step:
         (4, 1, 64, 16, 64, False, None),
         (4, 2, 80, 64, 32, False, None),
         (7, 1, 96, 32, 96, True, None),
+        (8, 1, 64, 32, 64, False, 0.0),  # two programs for a group of few rows
+        (16, 2, 128, 64, 128, True, 1.0),
         (2, 2, 128, 64, 128, False, 0.0),
         (2, 1, 128, 128, 64, True, 1.0),
         (2, 1, 64, 64, 2, False, None),
@@ -305,6 +307,8 @@ def test_layers_and_steps_share_the_counters(device: str) -> None:
         ((4, 8, 8, 80), True, True),
         ((4, 40, 10, 128), True, False),
         ((4, 28, 4, 128), True, False),
+        ((4, 32, 4, 128), True, True),
+        ((1, 8, 1, 128), True, True),
         ((5, 32, 8, 128), True, False),
         ((256, 64, 8, 64), True, False),
         ((257, 64, 8, 64), False, False),

@@ -7,14 +7,23 @@ import torch
 from stepwire_kernels import expert_gemm, experts, reference_experts
 from stepwire_kernels.activation import ACTIVATIONS
 from stepwire_kernels.expert_gemm import TileTuning
-from stepwire_kernels.expert_gemv import PairTuning
-from stepwire_kernels.experts import PAIRS, ExpertTuning, ExpertWeights, default_expert_tuning, mix_experts
+from stepwire_kernels.expert_gemv import PairDownTuning, PairGateUpTuning
+from stepwire_kernels.expert_routing import RouterLogits
+from stepwire_kernels.experts import (
+    PAIRS,
+    ExpertTuning,
+    ExpertWeights,
+    default_expert_tuning,
+    mix_experts,
+    mix_routed_experts,
+)
 
 from tests.unit.kernels.checks import USUAL_DTYPES, assert_close
 
 SMALL = TileTuning(32, 32, 4, 2)
 ROADS = {
-    "pairs": replace(PAIRS, pair_gate_up=PairTuning(16, 64, 1), pair_down=PairTuning(32, 32, 1)),
+    "pairs": replace(PAIRS, pair_gate_up=PairGateUpTuning(16, 2, 1, 2), pair_down=PairDownTuning(32, 32, 1, 1)),
+    "pairs, default": PAIRS,
     "tiles": ExpertTuning(16, SMALL, SMALL),
     "large tiles": ExpertTuning(64, TileTuning(64, 32, 4, 2), SMALL),
 }
@@ -162,6 +171,77 @@ def test_every_default_launch_shape_computes_the_same(device: str) -> None:
     expected = twin(x, weights, chosen, held, "silu")
     for tuning in (PAIRS, *experts.TILES.values()):
         assert_close(mix_experts(x, weights, chosen, held, "silu", tuning=tuning), expected)
+
+
+ROUTERS = {
+    "softmax": {"renormalize": True},
+    "softmax as it is": {"scale": 0.5},
+    "sigmoid": {"sigmoid": True, "renormalize": True, "sum_eps": 1e-20, "scale": 2.5},
+}
+
+
+@pytest.mark.parametrize("dtype", USUAL_DTYPES)
+@pytest.mark.parametrize("corrects", [False, True])
+@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize(("num_tokens", "num_experts", "num_chosen"), [(1, 12, 3), (3, 37, 8), (4, 2, 1)])
+def test_products_of_pairs_choose_their_experts(
+    device: str,
+    name: str,
+    corrects: bool,
+    dtype: torch.dtype,
+    num_tokens: int,
+    num_experts: int,
+    num_chosen: int,
+) -> None:
+    """As `choose_experts` does; some experts are another rank's, and logits are columns of something wider."""
+    held = make(num_experts - 1, 40, 24, dtype, device, bias=corrects)
+    x = torch.randn(num_tokens, 40, device=device).to(dtype)
+    logits = (2 * torch.randn(num_tokens, num_experts + 3, device=device)).to(dtype)[:, :num_experts]
+    correction = torch.randn(num_experts, device=device) if corrects else None
+    routed = RouterLogits(logits, num_chosen, correction=correction, **ROUTERS[name])  # type: ignore[arg-type]
+    out = mix_routed_experts(x, routed, held, "silu", num_experts=num_experts, first_expert=1, tuning=ROADS["pairs"])
+    weights, chosen = reference_experts.choose_experts(
+        logits.float(),
+        num_chosen,
+        correction=correction,
+        **ROUTERS[name],  # type: ignore[arg-type]
+    )
+    assert_close(out, twin(x, weights, chosen, held, "silu", 1))
+
+
+def test_of_logits_that_are_equal_the_lower_numbers_are_chosen(device: str) -> None:
+    held = make(9, 32, 16, torch.float32, device)
+    x = torch.randn(3, 32, device=device)
+    logits = torch.zeros(3, 9, device=device)
+    logits[1, 7] = 1
+    logits[2, ::2] = -0.0
+    routed = RouterLogits(logits, 3, renormalize=True)
+    expected = mix_experts(x, *routed.choose(), held, "silu", tuning=PAIRS)
+    assert_close(mix_routed_experts(x, routed, held, "silu", tuning=PAIRS), expected)
+
+
+def test_logits_that_are_not_finite_read_experts_that_exist(device: str) -> None:
+    held = make(6, 32, 16, torch.float32, device)
+    x = torch.randn(4, 32, device=device)
+    logits = torch.randn(4, 6, device=device)
+    logits[0] = float("nan")
+    logits[1, 4] = -float("nan")
+    logits[2, :5] = float("-inf")
+    out = mix_routed_experts(x, RouterLogits(logits, 3), held, "silu", tuning=PAIRS)
+    assert out[:2].isnan().all()
+    weights, chosen = reference_experts.choose_experts(logits[2:], 3)
+    assert_close(out[2:], twin(x[2:], weights, chosen, held, "silu"))
+
+
+def test_a_road_with_tiles_chooses_by_a_launch_of_its_own(device: str) -> None:
+    held = make(4, 32, 32, torch.float32, device)
+    x = torch.randn(9, 32, device=device)
+    logits = torch.randn(9, 4, device=device)
+    out = mix_routed_experts(x, RouterLogits(logits, 2), held, "silu")
+    weights, chosen = reference_experts.choose_experts(logits, 2)
+    assert_close(out, twin(x, weights, chosen, held, "silu"))
+    with pytest.raises(ValueError, match=r"takes logits \[9, E\]"):
+        mix_routed_experts(x, RouterLogits(logits[:8], 2), held, "silu")
 
 
 def test_misfits_are_refused(device: str) -> None:

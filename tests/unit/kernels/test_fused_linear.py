@@ -5,6 +5,7 @@ import torch
 from stepwire_kernels import reference
 from stepwire_kernels.activation import ACTIVATIONS
 from stepwire_kernels.fused_linear import FusedTuning, NormInput, fused_linear
+from stepwire_kernels.quantize_input import quantize_input
 
 from tests.unit.kernels.checks import USUAL_DTYPES, assert_close, poison
 
@@ -111,11 +112,49 @@ def test_float8_with_scales_matches_twin(device: str, num_tokens: int, n: int, k
     assert_close(out, (x.double() * x_scales.double()) @ (weight.double() * w_scales.double()).T)
 
 
+def float8_weight(n: int, k: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight and its scales, which bring products to about one."""
+    return rows(n, k, dtype=torch.float8_e4m3fn, device=device), (torch.rand(n, 1, device=device) + 0.5) / k**0.5
+
+
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+@pytest.mark.parametrize(("num_tokens", "n", "k"), [(1, 24, 512), (2, 10, 1040), (4, 30, 96)])
+def test_float8_with_gate_matches_twin(device: str, num_tokens: int, n: int, k: int, kind: str) -> None:
+    x = rows(num_tokens, k, dtype=torch.float8_e4m3fn, device=device)
+    x_scales = torch.rand(num_tokens, 1, device=device) + 0.5
+    weight, w_scales = float8_weight(n, k, device)
+    out = poison(num_tokens, n // 2, dtype=torch.bfloat16, device=device)
+    tuning = FusedTuning(4, 512, 1, 2)
+    fused_linear(x, weight, scales=(x_scales, w_scales), activation=kind, tuning=tuning, out=out)
+    packed = (x.double() * x_scales.double()) @ (weight.double() * w_scales.double()).T
+    assert_close(out, reference.gated_activation(packed, kind))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ahead", [1, 8])
+@pytest.mark.parametrize(("num_tokens", "n", "k"), [(1, 24, 512), (1, 37, 304), (2, 10, 1040)])
+def test_inputs_are_quantized_as_by_a_launch_of_its_own(
+    device: str, num_tokens: int, n: int, k: int, ahead: int, dtype: torch.dtype
+) -> None:
+    x = (20 * rows(num_tokens, k, dtype=dtype, device=device)).contiguous()
+    weight, w_scales = float8_weight(n, k, device)
+    values, x_scales = quantize_input(x, torch.float8_e4m3fn)
+    tuning = FusedTuning(4, 256, 1, ahead)
+    out = poison(num_tokens, n, dtype=dtype, device=device)
+    fused_linear(x, weight, scales=(None, w_scales), tuning=tuning, out=out)
+    assert_close(out, (values.double() * x_scales.double()) @ (weight.double() * w_scales.double()).T)
+    x[0] = 0
+    zeros, _ = fused_linear(x, weight, scales=(None, w_scales), tuning=tuning)
+    assert not zeros[0].any() and torch.equal(zeros[1:], out[1:])
+
+
 def test_scales_are_for_a_product_alone(device: str) -> None:
     x = rows(2, 64, dtype=torch.bfloat16, device=device)
     weight = rows(8, 64, dtype=torch.bfloat16, device=device)
     scales = (torch.ones(2, device=device), torch.ones(8, device=device))
-    with pytest.raises(ValueError, match="without norm and gate"):
+    with pytest.raises(ValueError, match="without a norm"):
         fused_linear(x, weight, norm=norm_input(x, adds=False), scales=scales)
     with pytest.raises(ValueError, match="as many scales"):
         fused_linear(x, weight, scales=(scales[0], scales[1][:4]))
+    with pytest.raises(ValueError, match="only without scales of x"):
+        fused_linear(x, weight, scales=(None, scales[1]))

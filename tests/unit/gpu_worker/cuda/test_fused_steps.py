@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from stepwire_kernels import scaled_choice
 from stepwire_kernels.fused_linear import MAX_FUSED_TOKENS, FusedTuning
 from stepwire_kernels.tile_linear import TileLinearTuning
 
@@ -83,3 +85,33 @@ def test_gates_go_with_products_that_have_no_bias(tmp_path: Path, mlp_bias: bool
         results = [driver.step() for driver in (ours, theirs)]
         assert made[0].num_gated - before == (0 if mlp_bias else 2)
         assert_same(*results)
+
+
+def test_float8_products_take_their_gate_and_the_quantization_of_their_inputs_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As launches of their own compute it, but for the order of sums, and roundings that such a difference tips."""
+    save_model(tmp_path, "llama", num_heads=2)
+    tuning = FusedTuning(block_n=8, block_k=128, num_warps=1, ahead=1)
+    calls: list[str] = []
+
+    def chosen(name: str, limit: int) -> Callable[..., FusedTuning | None]:
+        def choose(x: torch.Tensor, weight: torch.Tensor) -> FusedTuning | None:
+            calls.append(name)
+            return tuning if x.shape[0] <= limit else None
+
+        return choose
+
+    apart, ours = (StepDriver(load_inline(tmp_path, quantization="fp8")) for _ in range(2))
+    for driver in (apart, ours):
+        driver.add(0, prompt(1, 9), greedy(num_logprobs=0))
+    for number in range(3):
+        expected = apart.step()
+        with monkeypatch.context() as patched:
+            if number:
+                patched.setattr(scaled_choice, "choose_scaled", chosen("scaled", 4))
+                patched.setattr(scaled_choice, "choose_quantizing", chosen("quantizing", 1))
+            result = ours.step()
+        assert abs(result.logprobs - expected.logprobs).max() < 2e-2
+    # In each of two layers: qkv and gate_up after their norms, the output and down with inputs that they quantize.
+    assert calls == ["scaled", "quantizing", "scaled", "quantizing"] * 4
