@@ -28,6 +28,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from stepwire_kernels.dependent_launch import launch_options
+from stepwire_kernels.packed_inputs import (
+    MAX_DIRECT_TOKENS,
+    load_lines,
+    load_operands,
+    operands_at,
+    operands_of_lines,
+)
 from stepwire_kernels.packed_launch import format_constants, weight_pointers
 from stepwire_kernels.packed_weight import MAGIC_BITS, PackedWeight
 from stepwire_kernels.packed_wgmma import barrier, grid_control, halves
@@ -98,17 +105,6 @@ def _value(pointer, at, ROW: gl.constexpr, mask, EVEN: gl.constexpr):
     return gl.load(pointer + at + ROW) if EVEN else gl.load(pointer + at + ROW, mask=mask, other=0)
 
 
-@gluon.jit
-def _inputs(x_at, FIRST: gl.constexpr, lanes, K, EVEN: gl.constexpr):
-    """128 inputs of every warp and token, FIRST from x_at on, as four right operands [WARPS, 32, BLOCK_M]."""
-    found = ()
-    for run in gl.static_range(4):
-        at = x_at + (FIRST + run * 32)
-        x = gl.load(at) if EVEN else gl.load(at, mask=lanes < K - FIRST - run * 32, other=0.0)
-        found = found + (x,)
-    return found
-
-
 @gluon.jit(do_not_specialize=("num_tokens", "num_tiles", "magic"))
 def _in_flight_kernel(
     x_ptr,
@@ -147,6 +143,7 @@ def _in_flight_kernel(
     WARPS: gl.constexpr,
     ROW_BLOCKS: gl.constexpr,
     BLOCK_M: gl.constexpr,
+    DIRECT: gl.constexpr,
     USE_PDL: gl.constexpr,
 ):
     X: gl.constexpr = x_ptr.dtype.element_ty
@@ -206,16 +203,14 @@ def _in_flight_kernel(
     if USE_PDL:
         grid_control("griddepcontrol.wait;")
 
-    # Tokens beyond the last are the last: their sums are not stored.
-    token = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, gl.SliceLayout(1, B)))[None, None, :]
-    lanes = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(2, B)))[None, :, None]
-    lanes = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, B)))[:, None, None] * 128 + lanes
-    lanes = first_pair * 128 + lanes
-    x_at = x_ptr + gl.minimum(token, num_tokens - 1).to(gl.int64) * x_stride + lanes
-    lanes = lanes + token * 0
-    inputs = ()
+    x_at, lanes = operands_at(x_ptr, x_stride, first_pair * 128, num_tokens, B, WARPS, BLOCK_M)
+    loaded = ()
     for step in gl.static_range(INPUTS_AHEAD):
-        inputs = inputs + _inputs(x_at, step * (WARPS * 128), lanes, K, EVEN)
+        if DIRECT:
+            loaded = loaded + (load_operands(x_at, lanes, step * (WARPS * 128), K, EVEN),)
+        else:
+            first_input = (first_pair + step * WARPS) * 128
+            loaded = loaded + (load_lines(x_ptr, x_stride, first_input, num_tokens, K, EVEN, WARPS, BLOCK_M),)
 
     ones = gl.full([WARPS, 16, 32], 1.0, X, layout=A)
     nothing = gl.zeros([WARPS, 16, BLOCK_M], gl.float32, layout=ACC)
@@ -224,12 +219,17 @@ def _in_flight_kernel(
         sums = sums + (nothing,)
     for step in gl.static_range(STEPS):
         if step + INPUTS_AHEAD < STEPS:
-            inputs = inputs + _inputs(x_at, (step + INPUTS_AHEAD) * (WARPS * 128), lanes, K, EVEN)
+            if DIRECT:
+                loaded = loaded + (load_operands(x_at, lanes, (step + INPUTS_AHEAD) * (WARPS * 128), K, EVEN),)
+            else:
+                first_input = (first_pair + (step + INPUTS_AHEAD) * WARPS) * 128
+                loaded = loaded + (load_lines(x_ptr, x_stride, first_input, num_tokens, K, EVEN, WARPS, BLOCK_M),)
+        inputs = loaded[step] if DIRECT else operands_of_lines(loaded[step], B)
         totals = ()
         for run in gl.static_range(RUNS):
             total = nothing
             for product in gl.static_range(RUN // 32):
-                total = mma_v2(ones, inputs[step * 4 + run * (RUN // 32) + product], total)
+                total = mma_v2(ones, inputs[run * (RUN // 32) + product], total)
             totals = totals + (total,)
         async_copy.wait_group(STEPS - 1 - step)
         following = ()
@@ -241,7 +241,7 @@ def _in_flight_kernel(
                 part = nothing
                 for product in gl.static_range(RUN // 32):
                     a = _operand(one, two, run * (RUN // 32) + product, magic, A, X)
-                    part = mma_v2(a, inputs[step * 4 + run * (RUN // 32) + product], part)
+                    part = mma_v2(a, inputs[run * (RUN // 32) + product], part)
                 if SCALES_AHEAD:
                     scale = ahead[((step * ROW_BLOCKS + row) * RUNS + run) * 2]
                     minimum = ahead[((step * ROW_BLOCKS + row) * RUNS + run) * 2 + 1]
@@ -319,8 +319,8 @@ def check_served(name: str, x: torch.Tensor, weight: PackedWeight) -> None:
 
 
 def shared_memory(tuning: InFlightTuning) -> int:
-    """Bytes that a program takes."""
-    return tuning.row_blocks * tuning.num_warps * tuning.steps * 1024
+    """Bytes that a program takes: words, and where inputs change threads."""
+    return tuning.num_warps * (tuning.row_blocks * tuning.steps * 1024 + 1024)
 
 
 def in_flight_linear(
@@ -378,6 +378,7 @@ def in_flight_linear(
         WARPS=tuning.num_warps,
         ROW_BLOCKS=tuning.row_blocks,
         BLOCK_M=block_m,
+        DIRECT=num_tokens <= MAX_DIRECT_TOKENS,
         USE_PDL=pdl,
         num_warps=tuning.num_warps,
         **options,

@@ -30,6 +30,13 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from stepwire_kernels.dependent_launch import launch_options
 from stepwire_kernels.packed_in_flight import check_served
+from stepwire_kernels.packed_inputs import (
+    MAX_DIRECT_TOKENS,
+    load_lines,
+    load_operands,
+    operands_at,
+    operands_of_lines,
+)
 from stepwire_kernels.packed_launch import format_constants, weight_pointers
 from stepwire_kernels.packed_weight import PackedWeight
 from stepwire_kernels.packed_wgmma import barrier, grid_control, halves
@@ -235,6 +242,7 @@ def _ring_kernel(
     WARPS: gl.constexpr,
     ROW_BLOCKS: gl.constexpr,
     BLOCK_M: gl.constexpr,
+    DIRECT: gl.constexpr,
     TRIGGER_FIRST: gl.constexpr,
     USE_PDL: gl.constexpr,
 ):
@@ -291,13 +299,6 @@ def _ring_kernel(
             ROW_BLOCKS,
         )  # fmt: skip
         async_copy.commit_group()
-    # Sums of a turn's row blocks, and of those of the turn before.
-    sums = ()
-    for _turn in gl.static_range(2):
-        of_turn = ()
-        for _row in gl.static_range(ROW_BLOCKS):
-            of_turn = of_turn + (gl.allocate_shared_memory(gl.float32, [WARPS, 16, BLOCK_M], SUMS),)
-        sums = sums + (of_turn,)
     if USE_PDL and not TRIGGER_FIRST:
         grid_control("griddepcontrol.launch_dependents;")
     own_warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, ROWS))[:, None]
@@ -310,20 +311,31 @@ def _ring_kernel(
     if USE_PDL:
         grid_control("griddepcontrol.wait;")
 
-    # Tokens beyond the last are the last: their sums are not stored.
-    token = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, gl.SliceLayout(1, B)))[None, None, :]
+    # All of them are on their way before the first is scaled.
+    loaded = ()
+    x_at, lanes = operands_at(x_ptr, x_stride, first_pair * 128, num_tokens, B, WARPS, BLOCK_M)
+    for step in gl.static_range(STEPS):
+        if DIRECT:
+            loaded = loaded + (load_operands(x_at, lanes, step * (WARPS * 128), K, EVEN),)
+        else:
+            first_input = (first_pair + step * WARPS) * 128
+            loaded = loaded + (load_lines(x_ptr, x_stride, first_input, num_tokens, K, EVEN, WARPS, BLOCK_M),)
     lane = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(2, B)))[None, :, None]
-    lanes = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, B)))[:, None, None] * 128 + lane
-    lanes = first_pair * 128 + lanes
-    x_at = x_ptr + gl.minimum(token, num_tokens - 1).to(gl.int64) * x_stride + lanes
-    lanes = lanes + token * 0
     inputs = ()
-    for run in gl.static_range(4 * STEPS):
-        beyond = (run // 4) * (WARPS * 128) + run % 4 * 32
-        x = gl.load(x_at + beyond) if EVEN else gl.load(x_at + beyond, mask=lanes < K - beyond, other=0.0)
-        if IS_BF16:
-            x = x * gl.where(lane < 16, 2.0**96, 2.0**92).to(X)
-        inputs = inputs + (x,)
+    for step in gl.static_range(STEPS):
+        operands = loaded[step] if DIRECT else operands_of_lines(loaded[step], B)
+        for run in gl.static_range(4):
+            x = operands[run]
+            if IS_BF16:
+                x = x * gl.where(lane < 16, 2.0**96, 2.0**92).to(X)
+            inputs = inputs + (x,)
+    # Sums of a turn's row blocks, and of those of the turn before; where inputs changed threads until here.
+    sums = ()
+    for _turn in gl.static_range(2):
+        of_turn = ()
+        for _row in gl.static_range(ROW_BLOCKS):
+            of_turn = of_turn + (gl.allocate_shared_memory(gl.float32, [WARPS, 16, BLOCK_M], SUMS),)
+        sums = sums + (of_turn,)
     # A code of one, at all inputs.
     place = gl.arange(0, 32, layout=gl.SliceLayout(0, gl.SliceLayout(1, A)))[None, None, :]
     bits = gl.where(place < 16, 1, 16 if IS_BF16 else 1) + gl.zeros([WARPS, 16, 32], gl.int32, layout=A)
@@ -482,6 +494,7 @@ def ring_linear(
         WARPS=tuning.num_warps,
         ROW_BLOCKS=tuning.row_blocks,
         BLOCK_M=block_m,
+        DIRECT=num_tokens <= MAX_DIRECT_TOKENS,
         TRIGGER_FIRST=tuning.trigger_first,
         USE_PDL=pdl,
         num_warps=tuning.num_warps,

@@ -28,4 +28,5 @@ def test_it_compiles_with_operands_where_products_take_them(kind: str, cases: st
     launches = [json.loads(line) for line in finished.stdout.splitlines() if line.startswith("{")]
     assert [launch for launch in launches if launch["error"] is not None] == []
     in_flight = {launch["shared_memory"] >> 10 for launch in launches if launch["kernel"] == "_in_flight_kernel"}
-    assert in_flight == ({96} if cases == "few" else {96, 64})
+    # Of several tokens with room in which inputs change threads.
+    assert in_flight == ({96} if cases == "few" else {96, 64 + 8, 64 + 4})
