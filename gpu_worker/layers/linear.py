@@ -34,6 +34,8 @@ class BuildContext:
     ops: LayerOps = TORCH_OPS
     leaves_sums: bool = False
     """Row-parallel layers return this rank's summand: whoever reads it adds it up with the norm that follows."""
+    begins_sums: bool = False
+    """And their sums may be under way by then: whoever reads it reads all rows."""
 
     def elsewhere(self) -> BuildContext:
         """For a layer that another rank holds: whole, and without memory."""
@@ -134,9 +136,18 @@ class RowParallelLinear(Linear):
         super().__init__(shape, path, build)
         self._parallel = build.parallel
         self._reduce = reduce and not build.leaves_sums
+        self._begins_sums = reduce and build.begins_sums
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        return self._summed(self.method.apply(x))
+        weight = self.method.plain_weight() if self._begins_sums else None
+        pieces = () if weight is None else self._parallel.pieces(len(x), self.shape.num_outputs * x.element_size())
+        if weight is None or not pieces:
+            return self._summed(self.method.apply(x))
+        out = x.new_empty(len(x), self.shape.num_outputs)  # [num_tokens, outputs]
+        for rows in pieces:
+            self._ops.linear_into(x[rows], weight, out[rows])
+            self._parallel.begin_sum(out, rows)
+        return out
 
     def apply_quantized(self, rows: QuantizedRows) -> torch.Tensor:
         return self._summed(self.method.apply_quantized(rows))

@@ -36,6 +36,7 @@ class SublayerInput:
         self.residual = residual
         self._ops, self._output, self._norm, self._sums = ops, output, norm, sums
         self._rows: torch.Tensor | None = None
+        self._normed: list[torch.Tensor] = []
 
     @classmethod
     def of(cls, ops: LayerOps, rows: torch.Tensor) -> SublayerInput:
@@ -45,7 +46,9 @@ class SublayerInput:
     def rows(self) -> torch.Tensor:
         """As a tensor, [num_tokens, hidden]."""
         if self._rows is None:
-            if self._norm is not None:
+            if self._normed:
+                self._rows = torch.cat(self._normed)
+            elif self._norm is not None:
                 self._rows = self._ops.add_norm(self._output, self.residual, self._norm, self._sums)
             else:
                 self._rows = self.residual if self._output is None else self.residual.add_(self._output)
@@ -55,6 +58,9 @@ class SublayerInput:
     def through(self, linear: Linear, activation: str | None = None) -> torch.Tensor:
         """The linear's product [num_tokens, outputs], or act(gate) * up of it [num_tokens, outputs / 2]."""
         weight = linear.method.plain_weight()
+        product = None if weight is None else self._product_in_pieces(weight)
+        if product is not None:
+            return product if activation is None else self._ops.gated_activation(product, activation)
         product = None if weight is None else self.times(weight, activation)
         if product is None and weight is not None and activation is not None:
             product = self._ops.gated_linear(self.rows(), weight, activation)
@@ -63,6 +69,22 @@ class SublayerInput:
             product = linear.apply(self.rows()) if quantized is None else linear.apply_quantized(quantized)
             if activation is not None:
                 product = self._ops.gated_activation(product, activation)
+        return product
+
+    def _product_in_pieces(self, weight: torch.Tensor) -> torch.Tensor | None:
+        """x W^T where sums are under way: of each piece of rows as it comes, while others do. None: none are."""
+        output, norm, sums = self._output, self._norm, self._sums
+        if output is None or norm is None or sums is None:
+            return None
+        pieces = sums.under_way(output)
+        if not pieces:
+            return None
+        product = output.new_empty(len(output), len(weight))  # [num_tokens, outputs]
+        for rows in pieces:
+            normed = self._ops.add_norm(output[rows], self.residual[rows], norm, sums)
+            self._ops.linear_into(normed, weight, product[rows])
+            self._normed.append(normed)
+        self._output = None
         return product
 
     def _quantized(self, linear: Linear) -> QuantizedRows | None:

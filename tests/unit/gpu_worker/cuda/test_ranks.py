@@ -19,6 +19,8 @@ from tests.unit.gpu_worker.cuda.test_runner import on_cpu, save_model
         # Spinning under the interpreter, each takes the time that the other one needs.
         pytest.param("llama", "tensor", marks=pytest.mark.slow),
         pytest.param("llama", "dealt", marks=pytest.mark.slow),
+        pytest.param("llama", "early", marks=pytest.mark.slow),
+        pytest.param("qwen3", "early", marks=pytest.mark.slow),
         ("llama", "pipeline"),
         # One table for embedding and head, of which either stage has a copy.
         pytest.param("qwen3", "pipeline", marks=pytest.mark.slow),
