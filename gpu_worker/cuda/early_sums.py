@@ -57,11 +57,12 @@ class EarlySums:
     ) -> None:
         self._buffers, self._held = buffers, held
         self._min_rows, self._num_pieces, self._multiple = min_rows, num_pieces, multiple
-        self._round = 0
+        # Begun so far; the last one's number is its round's.
+        self.num_sums = 0
         self._under_way: deque[_UnderWay] = deque()
-        self._stream: torch.cuda.Stream | None = None
+        self.stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)
+            self.stream = torch.cuda.Stream(device)
             # A piece's own; by the time that one is recorded again, what it was recorded for has been waited for.
             self._ready, self._copied = ([torch.cuda.Event() for _ in range(num_pieces)] for _ in range(2))
 
@@ -74,17 +75,17 @@ class EarlySums:
         if rows.start == 0:
             if self._under_way:
                 raise RuntimeError("a sum is begun while the one before is still under way")
-            self._round += 1
+            self.num_sums += 1
         part, number = x[rows], len(self._under_way)
-        piece = Piece(self._round, number, rows.start)
+        piece = Piece(self.num_sums, number, rows.start)
         copied: torch.cuda.Event | None = None
-        if self._stream is None:
+        if self.stream is None:
             send(part, self._buffers, piece)
         else:
             ready, copied = self._ready[number], self._copied[number]
             ready.record()
-            with torch.cuda.stream(self._stream):
-                self._stream.wait_event(ready)
+            with torch.cuda.stream(self.stream):
+                self.stream.wait_event(ready)
                 send(part, self._buffers, piece)
                 copied.record()
         # It holds the rows' memory until the current stream has waited for the copies.

@@ -7,6 +7,7 @@ Prints a JSON line for every case: whether ranks had the sum's bits, in every ro
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -71,7 +72,7 @@ def run_rank(case: Case, buffers: SentBuffers, results: list[torch.Tensor]) -> N
         time.sleep(0.02 * (round_ % buffers.size == buffers.rank))
         x, residual = inputs(case, round_, buffers.rank), inputs(case, round_, 99)
         pieces = [Piece(case.first_round + round_, number, first) for number, first in enumerate(bounds[:-1])]
-        parts = [slice(first, last) for first, last in zip(bounds[:-1], bounds[1:], strict=True)]
+        parts = [slice(first, last) for first, last in itertools.pairwise(bounds)]
         for piece, rows in zip(pieces, parts, strict=True):
             send(x[rows], buffers, piece)
         for piece, rows in zip(pieces, parts, strict=True):

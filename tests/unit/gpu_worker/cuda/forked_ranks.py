@@ -83,6 +83,7 @@ def drive(driver: StepDriver) -> dict[str, Any]:
 
 def run_rank(directory: Path, mode: str, rank: int, regions: list[torch.Tensor], sizes: LinkSizes, store: str) -> None:
     stop = torch.zeros(1, dtype=torch.int32)
+    early: EarlySums | None = None
     parallel, link = ParallelContext(stage=rank, stage_layers=(1, 1)), None
     if mode != "pipeline":
         server = None
@@ -103,7 +104,6 @@ def run_rank(directory: Path, mode: str, rank: int, regions: list[torch.Tensor],
         others = group.context().collectives
         assert others is not None
         collectives = PeerCollectives(others, peers, choices, choices, pdl=False, gathers=gathers)
-        early = None
         if mode == "early":
             sent = sent_buffers(rank, [part[3] for part in parts], SENT_WORDS, stop)
             early = EarlySums(sent, torch.device("cpu"), min_rows=2, num_pieces=3, multiple=1)
@@ -112,8 +112,9 @@ def run_rank(directory: Path, mode: str, rank: int, regions: list[torch.Tensor],
         link = StageLink(rank, regions, sizes, stop, pdl=False)
     dealt_rows = 2 if mode == "dealt" else DEALT_ROWS
     runner = load_inline(directory, max_num_seqs=MAX_NUM_SEQS, parallel=parallel, link=link, dealt_rows=dealt_rows)
+    found = {"rank": rank, **drive(StepDriver(runner)), "sums_begun": 0 if early is None else early.num_sums}
     # One write, end of line included: both ranks have the same output.
-    os.write(sys.stdout.fileno(), f"{json.dumps({'rank': rank, **drive(StepDriver(runner))})}\n".encode())
+    os.write(sys.stdout.fileno(), f"{json.dumps(found)}\n".encode())
 
 
 def main() -> None:
