@@ -1,0 +1,76 @@
+"""Sums that are begun early: their pieces, and what is refused. What ranks compute with them: test_ranks.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from stepwire_kernels.sent_sums import MAX_PIECES, sent_buffers, sent_region_words
+
+from gpu_worker.cuda.early_sums import MIN_ROWS, NUM_PIECES, PIECE_MULTIPLE, EarlySums, pieces_of
+from gpu_worker.cuda.step_layout import GRAPH_TOKENS, mixed_buckets
+from gpu_worker.parallel.shares import ParallelContext
+
+
+@given(
+    num_rows=st.integers(1, 70000), num_pieces=st.integers(1, MAX_PIECES), multiple=st.sampled_from((1, 3, 128, 256))
+)
+def test_pieces_are_all_rows_in_order(num_rows: int, num_pieces: int, multiple: int) -> None:
+    pieces = pieces_of(num_rows, num_pieces, multiple)
+    assert [row for piece in pieces for row in (piece.start, piece.stop)][1:-1:2] == [
+        piece.start for piece in pieces[1:]
+    ]
+    assert (pieces[0].start, pieces[-1].stop) == (0, num_rows)
+    assert 1 <= len(pieces) <= num_pieces and all(piece.start < piece.stop for piece in pieces)
+    assert all(piece.stop % multiple == 0 for piece in pieces[:-1])
+
+
+def test_no_step_of_which_there_is_a_graph_begins_sums_early() -> None:
+    """One rank may replay what another, whose capture failed, launches kernel by kernel."""
+    assert max(mixed_buckets(1 << 20)) == GRAPH_TOKENS[-1][0] < MIN_ROWS
+    assert NUM_PIECES <= MAX_PIECES and PIECE_MULTIPLE * NUM_PIECES < MIN_ROWS
+
+
+def early_sums(max_rows: int = 8) -> EarlySums:
+    """Of a rank whose peer never comes, and which is told not to wait for it."""
+    words = max_rows * 4
+    regions = [torch.zeros(sent_region_words(2, words), dtype=torch.int64) for _ in range(2)]
+    buffers = sent_buffers(0, regions, words, torch.ones(1, dtype=torch.int32))
+    return EarlySums(buffers, torch.device("cpu"), min_rows=4, num_pieces=2, multiple=2)
+
+
+def test_few_rows_too_many_rows_and_halves_of_words_are_not_begun() -> None:
+    early = early_sums()
+    assert early.pieces(3, 16) == early.pieces(9, 16) == early.pieces(4, 6) == ()
+    assert early.pieces(7, 16) == (slice(0, 4), slice(4, 7))
+
+
+def test_other_rows_are_nothing_that_is_under_way() -> None:
+    parallel = ParallelContext(early=early_sums())
+    x, other = torch.ones(4, 4), torch.ones(4, 4)
+    for rows in parallel.pieces(len(x), 16):
+        parallel.begin_sum(x, rows)
+    assert parallel.under_way(other) == parallel.under_way(x[2:]) == ()
+    assert parallel.under_way(x) == (slice(0, 2), slice(2, 4))
+    # The next piece is all that is under way of itself.
+    assert parallel.under_way(x[:2]) == (slice(0, 2),)
+    parallel.all_reduce(x[:2])
+    assert parallel.under_way(x[2:]) == (slice(0, 2),)
+    parallel.all_reduce(x[2:])
+    assert parallel.under_way(x) == ()
+
+
+def test_rows_that_are_no_pieces_are_refused() -> None:
+    early, x = early_sums(), torch.ones(4, 4)
+    early.begin(x, slice(0, 2))
+    early.begin(x, slice(2, 4))
+    with pytest.raises(RuntimeError, match="3 rows are asked for"):
+        early.end(x[:3])
+
+
+def test_a_sum_is_ended_before_the_next_is_begun() -> None:
+    early, x = early_sums(), torch.ones(4, 4)
+    early.begin(x, slice(0, 2))
+    with pytest.raises(RuntimeError, match="still under way"):
+        early.begin(x, slice(0, 2))
