@@ -56,7 +56,7 @@ class EarlySums:
         held: object = None,
     ) -> None:
         self._buffers, self._held = buffers, held
-        self._min_rows, self._num_pieces, self._multiple = min_rows, num_pieces, multiple
+        self.min_rows, self._num_pieces, self._multiple = min_rows, num_pieces, multiple
         # Begun so far; the last one's number is its round's.
         self.num_sums = 0
         self._under_way: deque[_UnderWay] = deque()
@@ -67,7 +67,7 @@ class EarlySums:
             self._ready, self._copied = ([torch.cuda.Event() for _ in range(num_pieces)] for _ in range(2))
 
     def pieces(self, num_rows: int, row_bytes: int) -> tuple[slice, ...]:
-        if num_rows < self._min_rows or row_bytes % 4 or num_rows * row_bytes > 4 * self._buffers.words:
+        if num_rows < self.min_rows or row_bytes % 4 or num_rows * row_bytes > 4 * self._buffers.words:
             return ()
         return pieces_of(num_rows, self._num_pieces, self._multiple)
 

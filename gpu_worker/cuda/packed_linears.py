@@ -141,17 +141,34 @@ class _EightBitProduct(Product):
         self._row_quant = RowQuant(self._values.dtype, self._static) if self._group is None else None
 
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return self._multiply(self._quantized(x), bias, x.dtype)
+
+    def writes_into(self) -> bool:
+        return True
+
+    def apply_into(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+        self._multiply(self._quantized(x), bias, out.dtype, out)
+
+    def _quantized(self, x: torch.Tensor) -> QuantizedRows:
         values, scales = quantize_input(
             x, self._values.dtype, group_size=self._input_group, static_scale=self._static, pdl=self._pdl
         )
         if self._group is not None and self._input_group is None:
             scales = scales.expand(-1, self._scales.shape[1]).contiguous()
-        return self.apply_quantized(QuantizedRows(values, scales), bias, x.dtype)
+        return QuantizedRows(values, scales)
 
     def row_quant(self) -> RowQuant | None:
         return self._row_quant
 
     def apply_quantized(self, rows: QuantizedRows, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        return self._multiply(rows, bias, dtype)
+
+    def apply_quantized_into(self, rows: QuantizedRows, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+        self._multiply(rows, bias, out.dtype, out)
+
+    def _multiply(
+        self, rows: QuantizedRows, bias: torch.Tensor | None, dtype: torch.dtype, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return multiply_scaled(
             rows.values,
             rows.scales,
@@ -162,6 +179,7 @@ class _EightBitProduct(Product):
             dtype,
             scale_rows=self._scale_rows,
             group_size=self._group,
+            out=out,
             pdl=self._pdl,
         )
 

@@ -57,10 +57,10 @@ class SublayerInput:
 
     def through(self, linear: Linear, activation: str | None = None) -> torch.Tensor:
         """The linear's product [num_tokens, outputs], or act(gate) * up of it [num_tokens, outputs / 2]."""
-        weight = linear.method.plain_weight()
-        product = None if weight is None else self._product_in_pieces(weight)
+        product = self._product_in_pieces(linear)
         if product is not None:
             return product if activation is None else self._ops.gated_activation(product, activation)
+        weight = linear.method.plain_weight()
         product = None if weight is None else self.times(weight, activation)
         if product is None and weight is not None and activation is not None:
             product = self._ops.gated_linear(self.rows(), weight, activation)
@@ -71,18 +71,21 @@ class SublayerInput:
                 product = self._ops.gated_activation(product, activation)
         return product
 
-    def _product_in_pieces(self, weight: torch.Tensor) -> torch.Tensor | None:
-        """x W^T where sums are under way: of each piece of rows as it comes, while others do. None: none are."""
+    def _product_in_pieces(self, linear: Linear) -> torch.Tensor | None:
+        """The linear's product where sums are under way: of each piece of rows as it comes, while others do.
+
+        None: none are, or copying the parts would cost more.
+        """
         output, norm, sums = self._output, self._norm, self._sums
-        if output is None or norm is None or sums is None:
+        if output is None or norm is None or sums is None or not linear.method.writes_into():
             return None
         pieces = sums.under_way(output)
         if not pieces:
             return None
-        product = output.new_empty(len(output), len(weight))  # [num_tokens, outputs]
+        product = output.new_empty(len(output), linear.shape.num_outputs)  # [num_tokens, outputs]
         for rows in pieces:
             normed = self._ops.add_norm(output[rows], self.residual[rows], norm, sums)
-            self._ops.linear_into(normed, weight, product[rows])
+            linear.method.apply_into(normed, product[rows])
             self._normed.append(normed)
         self._output = None
         return product

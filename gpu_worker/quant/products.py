@@ -20,6 +20,13 @@ class Product(ABC):
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x [num_tokens, K] -> [num_tokens, N]."""
 
+    def writes_into(self) -> bool:
+        """As `LinearMethod` says of itself."""
+        return False
+
+    def apply_into(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+        out.copy_(self.apply(x, bias))
+
     def row_quant(self) -> RowQuant | None:
         """What `apply` makes of each row first, where `apply_quantized` takes such rows; else None."""
         return None
@@ -27,6 +34,9 @@ class Product(ABC):
     def apply_quantized(self, rows: QuantizedRows, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """`apply` of rows that were quantized by `row_quant`, the product in `dtype`."""
         raise NotImplementedError
+
+    def apply_quantized_into(self, rows: QuantizedRows, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+        out.copy_(self.apply_quantized(rows, bias, out.dtype))
 
     @abstractmethod
     def num_bytes(self) -> int: ...

@@ -1,10 +1,11 @@
-"""Sums of many rows with and without products beside them: `python -m load_tests.kernels.early_sums [--rows N ...]`.
+"""Sums of many rows with and without products beside them: `python -m load_tests.kernels.early_sums [ways|layers]`.
 
-Two ranks; milliseconds of what stands between two attentions of Llama-3.1-8B on each: a row-parallel product, its sum
-over ranks, residual add and RMSNorm, and the column-parallel product that reads them (o and gate_up, down and qkv).
-Launched kernel by kernel, as steps of so many tokens are, behind a pause in which the host gets ahead. `none` leaves
-the sum out: what is above it is what the sum costs. Needs PYTHONPATH to hold `.`, `proto` and `kernels`, and two CUDA
-devices.
+Two ranks; `ways`: milliseconds of what stands between two attentions of Llama-3.1-8B on each: a row-parallel product,
+its sum over ranks, residual add and RMSNorm, and the column-parallel product that reads them (o and gate_up, down and
+qkv). `none` leaves the sum out: what is above it is what the sum costs. `layers`: both pairs in turn by the worker's
+own layers, in bfloat16 and quantized on load, with sums begun early and without, and how far the two results are apart.
+Launched kernel by kernel, as steps of so many tokens are, behind a pause in which the host gets ahead. Needs PYTHONPATH
+to hold `.`, `proto` and `kernels`, and two CUDA devices.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -24,9 +26,19 @@ from stepwire_kernels.sent_sums import SentBuffers, sent_buffers, sent_region_wo
 from stepwire_kernels.signals import publish
 
 from gpu_worker.cuda.early_sums import EarlySums, pieces_of
-from gpu_worker.parallel.peer_memory import map_peers
+from gpu_worker.cuda.ops import TritonOps
+from gpu_worker.cuda.packed_linears import PackedLinears
+from gpu_worker.layers.attention import Attention
+from gpu_worker.layers.decoder import DecoderBlock
+from gpu_worker.layers.linear import BuildContext
+from gpu_worker.layers.sublayer_input import SublayerInput
+from gpu_worker.models.loader import read_spec
+from gpu_worker.parallel.peer_memory import PeerMemory, map_peers
+from gpu_worker.parallel.shares import ParallelContext
+from gpu_worker.quant.scheme import QuantizationSetting, make_scheme
 from load_tests.kernels.ranks import MAX_ROWS, Rank, run_ranks
 
+MODEL = Path(__file__).resolve().parents[1] / "shapes" / "llama-3.1-8b"
 HIDDEN = 4096
 # (inputs of the row-parallel product, outputs of the column-parallel one) on one of two ranks.
 PAIRS = {"o, gate_up": (2048, 14336), "down, qkv": (7168, 3072)}
@@ -134,7 +146,7 @@ def sent_beside(early: EarlySums) -> Way:
     return launch
 
 
-def time_together(launch: Callable[[], None]) -> float:
+def time_together(launch: Callable[[], Any]) -> float:
     """Milliseconds of one call, the median of some; every rank makes as many calls."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     times = []
@@ -173,12 +185,88 @@ def flag_us(rank: Rank, buffers: SentBuffers) -> dict[str, float]:
     return {"by the stream": round(by_stream * 1e3, 2), "by a kernel": round(by_kernel * 1e3, 2)}
 
 
-def bench(rank: Rank, row_counts: list[int], out: Path | None) -> None:
-    words = max(row_counts) * HIDDEN // 2
+class Normal:
+    """Implements `RandomValues`."""
+
+    def fill(self, target: torch.Tensor, std: float) -> None:
+        target.normal_(0.0, std)
+
+
+class BetweenAttentions:
+    """A Llama's layers from one attention's output to the next one's input, on this rank."""
+
+    def __init__(self, rank: Rank, early: EarlySums, setting: QuantizationSetting) -> None:
+        spec, family = read_spec(MODEL)
+        self.parallel = ParallelContext(rank=rank.rank, size=rank.size, collectives=rank.nccl, early=early)
+        self.ops = TritonOps(rank.device, pdl=True)
+        kernels = PackedLinears(rank.device, pdl=True)
+        scheme = make_scheme(
+            MODEL, family.name_rules, setting=setting, has_weights=False, ops=self.ops, kernels=kernels
+        )
+        build = BuildContext(self.parallel, scheme, torch.bfloat16, rank.device, self.ops)
+        self.first, self.second = (DecoderBlock(spec, number, [spec.layers[0].rope], build) for number in range(2))
+        for block in (self.first, self.second):
+            for _, part in block.weighted():
+                part.fill_random(Normal())
+                part.finish()
+
+    @torch.inference_mode()
+    def apply(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """`residual` is overwritten."""
+        former, following = self.first.attention, self.second.attention
+        assert isinstance(former, Attention) and isinstance(following, Attention)
+        output = former.output.apply(attended)
+        entered = SublayerInput(self.ops, output, residual, self.first.norms["mlp_norm"], self.parallel)
+        output = self.first.mlp.apply(entered)
+        norm = self.second.norms["attention_norm"]
+        return SublayerInput(self.ops, output, entered.residual, norm, self.parallel).through(following.qkv)
+
+
+def bench_layers(rank: Rank, row_counts: list[int], out: Path | None) -> None:
+    buffers, memory = sent_memory(rank, max(row_counts))
+    early = EarlySums(buffers, rank.device, held=memory)
+    settings: tuple[QuantizationSetting, ...] = ("auto", "fp8", "int8")
+    lines = []
+    for setting in settings:
+        layers = BetweenAttentions(rank, early, setting)
+        for rows in row_counts:
+            generator = torch.Generator(rank.device).manual_seed(5)
+            residual = torch.randn(rows, HIDDEN, generator=generator, device=rank.device).bfloat16()
+            attended = torch.randn(rows, HIDDEN // rank.size, device=rank.device).bfloat16()
+            times, results = {}, []
+            for name, min_rows in (("after", 1 << 30), ("early", 1)):
+                early.min_rows = min_rows
+                changed = residual.clone()
+                results.append((layers.apply(attended, changed), changed.clone()))
+                times[name] = time_together(lambda changed=changed: layers.apply(attended, changed))  # type: ignore[misc]  # noqa: B023
+            apart = [
+                float((mine.float() - other.float()).norm() / other.float().norm())
+                for other, mine in zip(*results, strict=True)
+            ]
+            line = {
+                "setting": setting,
+                "rows": rows,
+                "ms": times,
+                "product apart": apart[0],
+                "residual apart": apart[1],
+            }
+            if rank.rank == 0:
+                print(json.dumps(line), flush=True)
+            lines.append(line)
+    if rank.rank == 0 and out is not None:
+        out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def sent_memory(rank: Rank, max_rows: int) -> tuple[SentBuffers, PeerMemory]:
+    words = max_rows * HIDDEN // 2
     memory = map_peers(rank.group, rank.device, range(rank.size), sent_region_words(rank.size, words), "early sums")
     if memory is None:
         raise SystemExit("these devices do not map each other's memory")
-    buffers = sent_buffers(rank.rank, memory.regions, words, rank.peers.stop)
+    return sent_buffers(rank.rank, memory.regions, words, rank.peers.stop), memory
+
+
+def bench_ways(rank: Rank, row_counts: list[int], out: Path | None) -> None:
+    buffers, memory = sent_memory(rank, max(row_counts))
 
     def early(num_pieces: int) -> EarlySums:
         return EarlySums(buffers, rank.device, min_rows=1, num_pieces=num_pieces, held=memory)
@@ -222,10 +310,12 @@ def bench(rank: Rank, row_counts: list[int], out: Path | None) -> None:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["ways", "layers"], default="ways")
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
     parser.add_argument("--out", type=Path, help="file for JSON lines")
     parser.add_argument("--rank", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    bench = bench_ways if arguments.what == "ways" else bench_layers
     run_ranks("load_tests.kernels.early_sums", argv, 2, lambda rank: bench(rank, arguments.rows, arguments.out), HIDDEN)
 
 

@@ -302,7 +302,7 @@ def sums_begun_early(rank: Rank) -> str:
     for round_ in range(150):
         source, total = (each[round_ % len(bank), : sizes[round_ % len(sizes)]] for each in (bank, totals))
         x = torch.full_like(source, -99.0)
-        residual = random(rank, tuple(x.shape), torch.bfloat16, round_, 3.0)
+        residual = random(rank, (len(x), columns), torch.bfloat16, round_, 3.0)
         pieces = early.pieces(len(x), columns * x.element_size())
         if early.stream is not None and round_ % 4 == rank.rank:
             # An end that did not wait for this rank's own copies would overwrite what they have yet to read.

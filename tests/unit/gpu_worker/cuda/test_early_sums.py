@@ -6,11 +6,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from stepwire_kernels.quantize_input import quantize_input
 from stepwire_kernels.sent_sums import MAX_PIECES, sent_buffers, sent_region_words
 
 from gpu_worker.cuda.early_sums import MIN_ROWS, NUM_PIECES, PIECE_MULTIPLE, EarlySums, pieces_of
+from gpu_worker.cuda.ops import TritonOps
+from gpu_worker.cuda.packed_linears import PackedLinears
 from gpu_worker.cuda.step_layout import GRAPH_TOKENS, mixed_buckets
-from gpu_worker.parallel.shares import ParallelContext
+from gpu_worker.layers.linear import BuildContext, RowParallelLinear, column_parallel
+from gpu_worker.layers.norm import RMSNorm
+from gpu_worker.layers.ops import TORCH_OPS, QuantizedRows
+from gpu_worker.layers.sublayer_input import SublayerInput
+from gpu_worker.parallel.shares import ParallelContext, Share
+from gpu_worker.quant.api import QuantScheme
+from gpu_worker.quant.none import Unquantized
+from gpu_worker.quant.scheme import OnLoadScheme
+from tests.unit.kernels.checks import repair_interpreter
 
 
 @given(
@@ -74,3 +85,57 @@ def test_a_sum_is_ended_before_the_next_is_begun() -> None:
     early.begin(x, slice(0, 2))
     with pytest.raises(RuntimeError, match="still under way"):
         early.begin(x, slice(0, 2))
+
+
+class _Normal:
+    """Implements `RandomValues`."""
+
+    def fill(self, target: torch.Tensor, std: float) -> None:
+        target.normal_(0.0, std)
+
+
+CPU = torch.device("cpu")
+
+
+def scheme_of(kind: str) -> QuantScheme:
+    ops = TritonOps(CPU, pdl=False)
+    if kind in ("fp8", "int8"):
+        return OnLoadScheme(kind, ops, PackedLinears(CPU, pdl=False))  # type: ignore[arg-type]
+    # oneDNN's layout is copied from.
+    return Unquantized(TORCH_OPS if kind == "copied" else ops)
+
+
+@pytest.mark.parametrize(("kind", "has_bias"), [("plain", False), ("plain", True), ("copied", True), ("fp8", True)])
+def test_products_in_pieces_are_those_of_all_rows(kind: str, has_bias: bool) -> None:
+    """Both sides of a sum whose other summands are zero: the peer has sent nothing, and nobody waits for it."""
+    repair_interpreter()
+    torch.manual_seed(3)
+    early, num_rows, hidden = early_sums(max_rows=32), 6, 16
+    parallel = ParallelContext(rank=0, size=2, early=early)
+    build = BuildContext(
+        parallel, scheme_of(kind), torch.float32, CPU, TritonOps(CPU, pdl=False), leaves_sums=True, begins_sums=True
+    )
+    row = RowParallelLinear(Share(0, 32, 64), hidden, bias=has_bias, path="row", build=build)
+    column = column_parallel(hidden, [("", Share(0, 48, 96))], bias=has_bias, path="column", build=build)
+    norm = RMSNorm(hidden, 1e-5, build)
+    for part in (row, column, norm):
+        part.fill_random(_Normal())
+        part.finish()
+    x, residual = torch.randn(num_rows, 32), torch.randn(num_rows, hidden)
+    whole = row.method.apply(x)
+    expected = column.method.apply(norm.apply(residual + whole))
+    quant = row.method.row_quant()
+    outputs = [lambda: row.apply(x)]
+    if quant is not None:
+        # Rows that come quantized, as from a gate.
+        outputs.append(lambda: row.apply_quantized(QuantizedRows(*quantize_input(x, quant.dtype))))
+    for number, make_output in enumerate(outputs, start=1):
+        output = make_output()
+        assert early.num_sums == number and len(parallel.under_way(output)) == 2
+        entered = SublayerInput(build.ops, output, residual.clone(), norm, parallel)
+        product = entered.through(column)
+        assert parallel.under_way(output) == ()
+        torch.testing.assert_close(product, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(entered.residual, residual + whole, rtol=1e-5, atol=1e-5)
+        # Who reads the rows after that has all of them.
+        torch.testing.assert_close(entered.rows(), norm.apply(residual + whole), rtol=1e-5, atol=1e-5)
