@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import structlog
 import torch
 from stepwire_kernels.all_gather import GatherBuffers, all_gather, deal_rows, gather_buffers, gather_region_words
 from stepwire_kernels.all_reduce import (
@@ -24,12 +25,14 @@ from stepwire_kernels.all_reduce_choice import (
     reach,
 )
 from stepwire_kernels.dealt_sampling import line_words
-from stepwire_kernels.sent_sums import sent_buffers, sent_region_words
+from stepwire_kernels.sent_sums import obstacle, sent_buffers, sent_region_words
 
 from gpu_worker.cuda.early_sums import MIN_ROWS, EarlySums
 from gpu_worker.parallel.peer_memory import map_peers
 from gpu_worker.parallel.process_group import RankGroup
 from gpu_worker.parallel.shares import Collectives
+
+log = structlog.get_logger(__name__)
 
 # Of a rank's memory, for the rows that it is sent: 1,024 of 8,192 in bfloat16 with four ranks, 4,096 of 4,096 with two.
 # What does not fit goes through NCCL, whatever a table says.
@@ -223,5 +226,9 @@ def open_peer_collectives(
     early = None
     if sizes.sent_words:
         sent = sent_buffers(rank % size, [part[3] for part in parts], sizes.sent_words, stop)
-        early = EarlySums(sent, device, held=memory)
+        reason = obstacle(sent)
+        if group.least([int(reason is None)]) == [1]:
+            early = EarlySums(sent, device, held=memory)
+        else:
+            log.info("sums of many tokens are not begun early", reason=reason or "another rank says so")
     return PeerCollectives(others, peers, sizes.sums, sizes.norms, pdl=pdl, gathers=gathers, held=memory), early

@@ -93,6 +93,19 @@ def sent_buffers(rank: int, regions: Sequence[torch.Tensor], words: int, stop: t
     )
 
 
+def obstacle(buffers: SentBuffers) -> str | None:
+    """Why this rank cannot send; None: it can. Before anything was sent: flags that are zero stay so."""
+    try:
+        for flags in buffers.flags:
+            _write_flag(flags, 0, 0)
+        if buffers.flags[0].is_cuda:
+            torch.cuda.synchronize(buffers.flags[0].device)
+    except (RuntimeError, AttributeError) as error:
+        # A driver or a torch without such writes.
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return None
+
+
 def send(rows: torch.Tensor, buffers: SentBuffers, piece: Piece) -> None:
     """Bring rows [num_rows, columns] of this rank's summand to every peer, on the current stream.
 
