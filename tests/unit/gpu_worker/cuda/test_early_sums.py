@@ -23,6 +23,8 @@ from gpu_worker.quant.none import Unquantized
 from gpu_worker.quant.scheme import OnLoadScheme
 from tests.unit.kernels.checks import repair_interpreter
 
+CPU = torch.device("cpu")
+
 
 @given(
     num_rows=st.integers(1, 70000), num_pieces=st.integers(1, MAX_PIECES), multiple=st.sampled_from((1, 3, 128, 256))
@@ -43,46 +45,57 @@ def test_no_step_of_which_there_is_a_graph_begins_sums_early() -> None:
     assert NUM_PIECES <= MAX_PIECES and PIECE_MULTIPLE * NUM_PIECES < MIN_ROWS
 
 
-def early_sums(max_rows: int = 8) -> EarlySums:
-    """Of a rank whose peer never comes, and which is told not to wait for it."""
-    words = max_rows * 4
+def pair(words: int = 32) -> tuple[EarlySums, EarlySums]:
+    """Of two ranks in one process: what one has begun the other ends at once."""
     regions = [torch.zeros(sent_region_words(2, words), dtype=torch.int64) for _ in range(2)]
-    buffers = sent_buffers(0, regions, words, torch.ones(1, dtype=torch.int32))
-    return EarlySums(buffers, torch.device("cpu"), min_rows=4, num_pieces=2, multiple=2)
+    stop = torch.zeros(1, dtype=torch.int32)
+    first, second = (
+        EarlySums(sent_buffers(rank, regions, words, stop), CPU, min_rows=4, num_pieces=2, multiple=2)
+        for rank in range(2)
+    )
+    return first, second
+
+
+def begin(early: EarlySums, x: torch.Tensor) -> torch.Tensor:
+    for rows in early.pieces(len(x), x.shape[1] * x.element_size()):
+        early.begin(x, rows)
+    return x
 
 
 def test_few_rows_too_many_rows_and_halves_of_words_are_not_begun() -> None:
-    early = early_sums()
+    early, _ = pair()
     assert early.pieces(3, 16) == early.pieces(9, 16) == early.pieces(4, 6) == ()
     assert early.pieces(7, 16) == (slice(0, 4), slice(4, 7))
 
 
 def test_other_rows_are_nothing_that_is_under_way() -> None:
-    parallel = ParallelContext(early=early_sums())
-    x, other = torch.ones(4, 4), torch.ones(4, 4)
-    for rows in parallel.pieces(len(x), 16):
-        parallel.begin_sum(x, rows)
-    assert parallel.under_way(other) == parallel.under_way(x[2:]) == ()
+    early, other = pair()
+    parallel = ParallelContext(size=2, early=early)
+    x, unrelated = torch.ones(4, 4), torch.ones(4, 4)
+    begin(early, x)
+    begin(other, torch.full((4, 4), 2.0))
+    assert parallel.under_way(unrelated) == parallel.under_way(x[2:]) == ()
     assert parallel.under_way(x) == (slice(0, 2), slice(2, 4))
     # The next piece is all that is under way of itself.
     assert parallel.under_way(x[:2]) == (slice(0, 2),)
     parallel.all_reduce(x[:2])
     assert parallel.under_way(x[2:]) == (slice(0, 2),)
+    assert x[:, 0].tolist() == [3.0, 3.0, 1.0, 1.0]
     parallel.all_reduce(x[2:])
     assert parallel.under_way(x) == ()
+    assert x[:, 0].tolist() == [3.0] * 4
 
 
 def test_rows_that_are_no_pieces_are_refused() -> None:
-    early, x = early_sums(), torch.ones(4, 4)
-    early.begin(x, slice(0, 2))
-    early.begin(x, slice(2, 4))
+    early, _ = pair()
+    x = begin(early, torch.ones(4, 4))
     with pytest.raises(RuntimeError, match="3 rows are asked for"):
         early.end(x[:3])
 
 
 def test_a_sum_is_ended_before_the_next_is_begun() -> None:
-    early, x = early_sums(), torch.ones(4, 4)
-    early.begin(x, slice(0, 2))
+    early, _ = pair()
+    x = begin(early, torch.ones(4, 4))
     with pytest.raises(RuntimeError, match="still under way"):
         early.begin(x, slice(0, 2))
 
@@ -92,9 +105,6 @@ class _Normal:
 
     def fill(self, target: torch.Tensor, std: float) -> None:
         target.normal_(0.0, std)
-
-
-CPU = torch.device("cpu")
 
 
 def scheme_of(kind: str) -> QuantScheme:
@@ -107,10 +117,10 @@ def scheme_of(kind: str) -> QuantScheme:
 
 @pytest.mark.parametrize(("kind", "has_bias"), [("plain", False), ("plain", True), ("copied", True), ("fp8", True)])
 def test_products_in_pieces_are_those_of_all_rows(kind: str, has_bias: bool) -> None:
-    """Both sides of a sum whose other summands are zero: the peer has sent nothing, and nobody waits for it."""
+    """Both sides of a sum over two ranks, of which one's products are looked at."""
     repair_interpreter()
     torch.manual_seed(3)
-    early, num_rows, hidden = early_sums(max_rows=32), 6, 16
+    (early, other), num_rows, hidden = pair(words=6 * 16), 6, 16
     parallel = ParallelContext(rank=0, size=2, early=early)
     build = BuildContext(
         parallel, scheme_of(kind), torch.float32, CPU, TritonOps(CPU, pdl=False), leaves_sums=True, begins_sums=True
@@ -121,21 +131,21 @@ def test_products_in_pieces_are_those_of_all_rows(kind: str, has_bias: bool) -> 
     for part in (row, column, norm):
         part.fill_random(_Normal())
         part.finish()
-    x, residual = torch.randn(num_rows, 32), torch.randn(num_rows, hidden)
-    whole = row.method.apply(x)
-    expected = column.method.apply(norm.apply(residual + whole))
-    quant = row.method.row_quant()
+    x, theirs, residual = torch.randn(num_rows, 32), torch.randn(num_rows, hidden), torch.randn(num_rows, hidden)
+    total = residual + row.method.apply(x) + theirs
     outputs = [lambda: row.apply(x)]
+    quant = row.method.row_quant()
     if quant is not None:
         # Rows that come quantized, as from a gate.
         outputs.append(lambda: row.apply_quantized(QuantizedRows(*quantize_input(x, quant.dtype))))
     for number, make_output in enumerate(outputs, start=1):
-        output = make_output()
+        output, sent = make_output(), begin(other, theirs.clone())
         assert early.num_sums == number and len(parallel.under_way(output)) == 2
         entered = SublayerInput(build.ops, output, residual.clone(), norm, parallel)
         product = entered.through(column)
         assert parallel.under_way(output) == ()
-        torch.testing.assert_close(product, expected, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(entered.residual, residual + whole, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(entered.residual, total, rtol=1e-5, atol=1e-5)
         # Who reads the rows after that has all of them.
-        torch.testing.assert_close(entered.rows(), norm.apply(residual + whole), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(entered.rows(), norm.apply(total), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(product, column.method.apply(entered.rows()), rtol=1e-5, atol=1e-5)
+        other.end(sent)
