@@ -144,7 +144,8 @@ class _EightBitProduct(Product):
         return self._multiply(self._quantized(x), bias, x.dtype)
 
     def writes_into(self) -> bool:
-        return True
+        # The library's products of many tokens, which are those of such scales (`scaled_choice.py`).
+        return self._values.dtype == torch.float8_e4m3fn and self._group is None
 
     def apply_into(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         self._multiply(self._quantized(x), bias, out.dtype, out)

@@ -233,7 +233,7 @@ def bench_layers(rank: Rank, row_counts: list[int], out: Path | None) -> None:
             generator = torch.Generator(rank.device).manual_seed(5)
             residual = torch.randn(rows, HIDDEN, generator=generator, device=rank.device).bfloat16()
             attended = torch.randn(rows, HIDDEN // rank.size, device=rank.device).bfloat16()
-            times, results = {}, []
+            times, results, begun = {}, [], early.num_sums
             for name, min_rows in (("after", 1 << 30), ("early", 1)):
                 early.min_rows = min_rows
                 changed = residual.clone()
@@ -250,6 +250,7 @@ def bench_layers(rank: Rank, row_counts: list[int], out: Path | None) -> None:
                 "product apart": apart[0],
                 "residual apart": apart[1],
             }
+            assert early.num_sums > begun
             if rank.rank == 0:
                 print(json.dumps(line), flush=True)
             lines.append(line)
