@@ -15,3 +15,6 @@ class InvariantTritonOps(TritonOps):
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return invariant_linear(x, weight, bias, self._workspace, pdl=self.pdl)
+
+    def linear_into(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+        out.copy_(self.linear(x, weight, bias))

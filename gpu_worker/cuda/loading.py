@@ -178,9 +178,11 @@ def _load_supported(
     shared_bytes = 0
     if parallel.collectives is not None:
         peer_sizes = _peer_sizes(spec, parallel, sizes, dtype, agree_on_choices(group, device))
+        # A piece of a product may take another kernel than the whole.
+        peer_sizes = replace(peer_sizes, begins_sums=not settings.deterministic)
         shared_bytes = 8 * sum(peer_sizes.words)
-        shared = open_peer_collectives(group, parallel.collectives, device, peer_sizes, pdl=pdl)
-        parallel = replace(parallel, collectives=shared)
+        shared, early = open_peer_collectives(group, parallel.collectives, device, peer_sizes, pdl=pdl)
+        parallel = replace(parallel, collectives=shared, early=early)
     waiting = [part for part in (link, parallel.collectives) if isinstance(part, StageLink | PeerCollectives)]
     ops = (InvariantTritonOps if settings.deterministic else TritonOps)(device, pdl=pdl)
     # The packed kernels pick their tiles by the number of tokens.
@@ -260,6 +262,8 @@ def _load_supported(
     compiled = {*_token_counts_of_tiles(spec, max_tokens, dtype, packed=packed)}
     if packed:
         compiled.update(count for count in PACKED_TOKENS if count <= max_tokens)
+    if parallel.early is not None:
+        compiled.add(max_tokens)
     runner.warm_up(min(WARM_UP_TOKENS, max_tokens), sorted(compiled))
     torch.cuda.synchronize(device)
     log.info(

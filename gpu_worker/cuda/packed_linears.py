@@ -147,17 +147,35 @@ class _EightBitProduct(Product):
             product = multiply_quantizing(x, self._values, self._scales, pdl=self._pdl)
             if product is not None:
                 return product
+        return self._multiply(self._quantized(x), bias, x.dtype)
+
+    def writes_into(self) -> bool:
+        # The library's products of many tokens, which are those of such scales (`scaled_choice.py`).
+        return self._values.dtype == torch.float8_e4m3fn and self._group is None
+
+    def apply_into(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+        self._multiply(self._quantized(x), bias, out.dtype, out)
+
+    def _quantized(self, x: torch.Tensor) -> QuantizedRows:
         values, scales = quantize_input(
             x, self._values.dtype, group_size=self._input_group, static_scale=self._static, pdl=self._pdl
         )
         if self._group is not None and self._input_group is None:
             scales = scales.expand(-1, self._scales.shape[1]).contiguous()
-        return self.apply_quantized(QuantizedRows(values, scales), bias, x.dtype)
+        return QuantizedRows(values, scales)
 
     def row_quant(self) -> RowQuant | None:
         return self._row_quant
 
     def apply_quantized(self, rows: QuantizedRows, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        return self._multiply(rows, bias, dtype)
+
+    def apply_quantized_into(self, rows: QuantizedRows, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+        self._multiply(rows, bias, out.dtype, out)
+
+    def _multiply(
+        self, rows: QuantizedRows, bias: torch.Tensor | None, dtype: torch.dtype, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         return multiply_scaled(
             rows.values,
             rows.scales,
@@ -168,6 +186,7 @@ class _EightBitProduct(Product):
             dtype,
             scale_rows=self._scale_rows,
             group_size=self._group,
+            out=out,
             pdl=self._pdl,
         )
 

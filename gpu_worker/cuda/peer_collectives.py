@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import structlog
 import torch
 from stepwire_kernels.all_gather import GatherBuffers, all_gather, deal_rows, gather_buffers, gather_region_words
 from stepwire_kernels.all_reduce import (
@@ -24,14 +25,22 @@ from stepwire_kernels.all_reduce_choice import (
     reach,
 )
 from stepwire_kernels.dealt_sampling import line_words
+from stepwire_kernels.sent_sums import obstacle, sent_buffers, sent_region_words
 
+from gpu_worker.cuda.early_sums import MIN_ROWS, EarlySums
 from gpu_worker.parallel.peer_memory import map_peers
 from gpu_worker.parallel.process_group import RankGroup
 from gpu_worker.parallel.shares import Collectives
 
+log = structlog.get_logger(__name__)
+
 # Of a rank's memory, for the rows that it is sent: 1,024 of 8,192 in bfloat16 with four ranks, 4,096 of 4,096 with two.
 # What does not fit goes through NCCL, whatever a table says.
 MAX_INBOX_BYTES = 128 << 20
+# And for those of sums that are begun early, of which a rank sends every peer all: 16,384 of 4,096 in bfloat16.
+MAX_SENT_BYTES = 256 << 20
+# With more of them NCCL sends fewer bytes.
+MAX_SENDING_RANKS = 2
 
 
 class PeerCollectives:
@@ -140,6 +149,8 @@ class PeerSizes:
     dtype: torch.dtype
     sums: Choices
     norms: Choices
+    begins_sums: bool = True
+    """Whether sums of many rows may be begun early."""
 
     @property
     def row_words(self) -> int:
@@ -175,23 +186,35 @@ class PeerSizes:
         return line_words(-(-self.max_logits // self.num_ranks), self.max_top)
 
     @property
-    def words(self) -> tuple[int, int, int]:
-        """int64 words of a rank's region: for sums, for logits, and for what was drawn."""
+    def sent_words(self) -> int:
+        """32-bit words of a summand that is sent early, at most; 0: none is."""
+        rows = min(self.max_tokens, MAX_SENT_BYTES // (8 * self.row_words * max(1, self.num_ranks - 1)))
+        begins = self.begins_sums and 1 < self.num_ranks <= MAX_SENDING_RANKS and rows >= MIN_ROWS
+        return rows * self.row_words if begins else 0
+
+    @property
+    def words(self) -> tuple[int, int, int, int]:
+        """int64 words of a rank's region: for sums, for logits, for what was drawn, and for sums begun early."""
         if self.num_ranks == 1:
-            return 0, 0, 0
+            return 0, 0, 0, 0
         sums = region_words(self.num_ranks, self.max_rows, self.row_words, self.stamped_rows)
         logits = gather_region_words(self.num_ranks, self.max_logits, self.columns, self.dtype)
-        return -(-sums // 2) * 2, logits, gather_region_words(self.num_ranks, 1, self.line_words, torch.int32)
+        drawn = gather_region_words(self.num_ranks, 1, self.line_words, torch.int32)
+        sent = sent_region_words(self.num_ranks, self.sent_words) if self.sent_words else 0
+        return -(-sums // 2) * 2, logits, drawn, sent
 
 
 def open_peer_collectives(
     group: RankGroup, others: Collectives, device: torch.device, sizes: PeerSizes, *, pdl: bool
-) -> Collectives:
-    """`others`, with small sums and logits through peers' memory where ranks map it. All ranks call it together."""
+) -> tuple[Collectives, EarlySums | None]:
+    """`others`, with small sums and logits through peers' memory where ranks map it, and what begins large sums early.
+
+    All ranks call it together.
+    """
     size, rank = group.layout.tensor_parallel_size, group.place.rank
     memory = map_peers(group, device, group.layout.stage_ranks(rank), sum(sizes.words), "sums and logits")
     if memory is None:
-        return others
+        return others, None
     stop = torch.zeros(1, dtype=torch.int32, pin_memory=True)
     parts = [region.split(sizes.words) for region in memory.regions]
     regions = [part[0] for part in parts]
@@ -200,4 +223,12 @@ def open_peer_collectives(
     if sizes.columns:
         regions = [part[1] for part in parts]
         gathers.append(gather_buffers(rank % size, regions, sizes.max_logits, sizes.columns, sizes.dtype, stop))
-    return PeerCollectives(others, peers, sizes.sums, sizes.norms, pdl=pdl, gathers=gathers, held=memory)
+    early = None
+    if sizes.sent_words:
+        sent = sent_buffers(rank % size, [part[3] for part in parts], sizes.sent_words, stop)
+        reason = obstacle(sent)
+        if group.least([int(reason is None)]) == [1]:
+            early = EarlySums(sent, device, held=memory)
+        else:
+            log.info("sums of many tokens are not begun early", reason=reason or "another rank says so")
+    return PeerCollectives(others, peers, sizes.sums, sizes.norms, pdl=pdl, gathers=gathers, held=memory), early

@@ -59,7 +59,8 @@ class DecoderBlock:
         # Where a sublayer's output goes into the next norm and nowhere else, ranks' outputs are summed there.
         leaves_sums = spec.pre_norms and not (spec.post_norms or spec.parallel_block) and spec.residual_scale == 1.0
         self.sums = build.parallel if leaves_sums and build.parallel.size > 1 else None
-        build = replace(build, leaves_sums=self.sums is not None)
+        leaves = self.sums is not None
+        build = replace(build, leaves_sums=leaves, begins_sums=leaves)
         self.attention: Attention | LatentAttention
         if spec.latent is None:
             is_rotated = spec.layers[layer].rope is not None
@@ -71,6 +72,9 @@ class DecoderBlock:
                 indexer = Indexer(spec, spec.indexer, cached, index_rope, f"{path}.attention.indexer", build)
             self.attention = LatentAttention(spec, spec.latent, cached, rope, f"{path}.attention", build, indexer)
         self.mlp: FeedForward
+        # Of what the last block gives, only the rows that are sampled may be summed.
+        is_last = layer == build.parallel.layers(spec.num_layers)[-1]
+        build = replace(build, begins_sums=leaves and not is_last)
         if spec.layers[layer].is_moe and spec.moe is not None:
             self.mlp = MixtureOfExperts(spec, spec.moe, f"{path}.mlp", build)
         else:

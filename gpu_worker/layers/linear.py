@@ -34,6 +34,8 @@ class BuildContext:
     ops: LayerOps = TORCH_OPS
     leaves_sums: bool = False
     """Row-parallel layers return this rank's summand: whoever reads it adds it up with the norm that follows."""
+    begins_sums: bool = False
+    """And their sums may be under way by then: whoever reads it reads all rows."""
 
     def elsewhere(self) -> BuildContext:
         """For a layer that another rank holds: whole, and without memory."""
@@ -134,12 +136,35 @@ class RowParallelLinear(Linear):
         super().__init__(shape, path, build)
         self._parallel = build.parallel
         self._reduce = reduce and not build.leaves_sums
+        self._begins_sums = reduce and build.begins_sums
+        self._dtype = build.dtype
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        return self._summed(self.method.apply(x))
+        pieces = self._pieces(len(x))
+        if not pieces:
+            return self._summed(self.method.apply(x))
+        out = x.new_empty(len(x), self.shape.num_outputs)  # [num_tokens, outputs]
+        for piece in pieces:
+            self.method.apply_into(x[piece], out[piece])
+            self._parallel.begin_sum(out, piece)
+        return out
 
     def apply_quantized(self, rows: QuantizedRows) -> torch.Tensor:
-        return self._summed(self.method.apply_quantized(rows))
+        values, scales = rows.values, rows.scales
+        pieces = self._pieces(len(values))
+        if not pieces:
+            return self._summed(self.method.apply_quantized(rows))
+        out = values.new_empty(len(values), self.shape.num_outputs, dtype=self._dtype)  # [num_tokens, outputs]
+        for piece in pieces:
+            self.method.apply_quantized_into(QuantizedRows(values[piece], scales[piece]), out[piece])
+            self._parallel.begin_sum(out, piece)
+        return out
+
+    def _pieces(self, num_rows: int) -> tuple[slice, ...]:
+        """In which a sum over ranks is begun that somebody else ends."""
+        if not self._begins_sums:
+            return ()
+        return self._parallel.pieces(num_rows, self.shape.num_outputs * self._dtype.itemsize)
 
     def _summed(self, partial: torch.Tensor) -> torch.Tensor:
         return self._parallel.all_reduce(partial) if self._reduce else partial

@@ -113,6 +113,10 @@ class LayerOps(Protocol):
         """x [num_tokens, in], weight [out, in] -> [num_tokens, out]."""
         ...
 
+    def linear_into(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+        """`linear` into rows of a larger tensor, out [num_tokens, out]."""
+        ...
+
     def look_up_part(self, token_ids: torch.Tensor, table: torch.Tensor, first: int) -> torch.Tensor:
         """token_ids [num_tokens] -> [num_tokens, hidden]: their rows of a table [num_held, hidden] that begins with row
         `first` of the vocabulary's; zeros for those that it lacks."""
@@ -270,6 +274,9 @@ class TorchOps:
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.linear(x, weight, bias)
+
+    def linear_into(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+        out.copy_(self.linear(x, weight, bias))
 
     def look_up_part(self, token_ids: torch.Tensor, table: torch.Tensor, first: int) -> torch.Tensor:
         local = token_ids - first

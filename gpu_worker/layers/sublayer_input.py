@@ -36,6 +36,7 @@ class SublayerInput:
         self.residual = residual
         self._ops, self._output, self._norm, self._sums = ops, output, norm, sums
         self._rows: torch.Tensor | None = None
+        self._normed: list[torch.Tensor] = []
 
     @classmethod
     def of(cls, ops: LayerOps, rows: torch.Tensor) -> SublayerInput:
@@ -45,7 +46,9 @@ class SublayerInput:
     def rows(self) -> torch.Tensor:
         """As a tensor, [num_tokens, hidden]."""
         if self._rows is None:
-            if self._norm is not None:
+            if self._normed:
+                self._rows = torch.cat(self._normed)
+            elif self._norm is not None:
                 self._rows = self._ops.add_norm(self._output, self.residual, self._norm, self._sums)
             else:
                 self._rows = self.residual if self._output is None else self.residual.add_(self._output)
@@ -59,6 +62,9 @@ class SublayerInput:
 
     def through_gated(self, linear: Linear, activation: str | None) -> tuple[torch.Tensor, bool]:
         """(`through`, True) where that is one launch with the product, else (the product alone, False)."""
+        product = self._product_in_pieces(linear)
+        if product is not None:
+            return product, False
         weight = linear.method.plain_weight()
         product = None if weight is None else self.times(weight, activation)
         if product is None and weight is not None and activation is not None:
@@ -71,6 +77,25 @@ class SublayerInput:
         if activation is not None:
             product = linear.method.apply_quantized_gated(quantized, activation)
         return (linear.apply_quantized(quantized), False) if product is None else (product, True)
+
+    def _product_in_pieces(self, linear: Linear) -> torch.Tensor | None:
+        """The linear's product where sums are under way: of each piece of rows as it comes, while others do.
+
+        None: none are, or copying the parts would cost more.
+        """
+        output, norm, sums = self._output, self._norm, self._sums
+        if output is None or norm is None or sums is None or not linear.method.writes_into():
+            return None
+        pieces = sums.under_way(output)
+        if not pieces:
+            return None
+        product = output.new_empty(len(output), linear.shape.num_outputs)  # [num_tokens, outputs]
+        for rows in pieces:
+            normed = self._ops.add_norm(output[rows], self.residual[rows], norm, sums)
+            linear.method.apply_into(normed, product[rows])
+            self._normed.append(normed)
+        self._output = None
+        return product
 
     def _quantized(self, linear: Linear) -> QuantizedRows | None:
         """The rows as the linear multiplies them, where norm and quantization are one launch."""

@@ -35,6 +35,34 @@ class Collectives(Protocol):
         ...
 
 
+class EarlySums(Protocol):
+    """Sums of many rows that are under way while other things are computed. Every rank begins and ends the same sums in
+    the same order."""
+
+    def pieces(self, num_rows: int, row_bytes: int) -> tuple[slice, ...]:
+        """Pieces of rows in which such a sum is begun, the first rows first; none: it is not begun early."""
+        ...
+
+    def begin(self, x: torch.Tensor, rows: slice) -> None:
+        """These rows of this rank's summand `x` [num_rows, n] are computed, on the current stream. Pieces are begun in
+        order, and left alone until they are ended."""
+        ...
+
+    def under_way(self, x: torch.Tensor) -> tuple[slice, ...]:
+        """The pieces of `x` that have been begun and not ended; none: `x` is nothing that is under way."""
+        ...
+
+    def end(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of every rank's `x`, in place: all of what is under way, or its next piece."""
+        ...
+
+    def end_add_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float
+    ) -> torch.Tensor | None:
+        """`end`, then as `Collectives.all_reduce_add_norm`."""
+        ...
+
+
 class ParallelError(ValueError):
     """A model that cannot be split over the asked number of ranks. The message names both numbers."""
 
@@ -85,6 +113,7 @@ class ParallelContext:
     stage: int = 0
     stage_layers: tuple[int, ...] = ()
     """Layers of each pipeline stage; empty: there is one stage."""
+    early: EarlySums | None = None
 
     @property
     def is_first_stage(self) -> bool:
@@ -150,7 +179,20 @@ class ParallelContext:
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of every rank's `x`, in place."""
+        if self.early is not None and self.early.under_way(x):
+            return self.early.end(x)
         return x if self.size == 1 else self._together().all_reduce(x)
+
+    def pieces(self, num_rows: int, row_bytes: int) -> tuple[slice, ...]:
+        """As `EarlySums` says, and so `begin_sum` and `under_way`; `all_reduce` and `all_reduce_add_norm` end sums."""
+        return () if self.early is None else self.early.pieces(num_rows, row_bytes)
+
+    def begin_sum(self, x: torch.Tensor, rows: slice) -> None:
+        if self.early is not None:
+            self.early.begin(x, rows)
+
+    def under_way(self, x: torch.Tensor) -> tuple[slice, ...]:
+        return () if self.early is None else self.early.under_way(x)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         """Every rank's `x` ([..., n]) side by side in rank order: [..., size * n]."""
@@ -175,6 +217,8 @@ class ParallelContext:
         """As `Collectives` says, for [num_tokens, hidden] each; None: nothing is done, do it apart."""
         if self.size == 1:
             return None
+        if self.early is not None and self.early.under_way(x):
+            return self.early.end_add_norm(x, residual, weight, eps, weight_offset)
         return self._together().all_reduce_add_norm(x, residual, weight, eps, weight_offset)
 
     def _together(self) -> Collectives:

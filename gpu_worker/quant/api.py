@@ -127,6 +127,14 @@ class LinearMethod(ABC):
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """x [num_tokens, inputs.size] -> [num_tokens, num_outputs]."""
 
+    def writes_into(self) -> bool:
+        """Whether `apply_into` and `apply_quantized_into` write there by themselves; else they copy."""
+        return False
+
+    def apply_into(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """`apply` into rows of a larger tensor, out [num_tokens, num_outputs]."""
+        out.copy_(self.apply(x))
+
     def plain_weight(self) -> torch.Tensor | None:
         """W [num_outputs, inputs.size] in the model's dtype, where x W^T is all that `apply` computes; else None."""
         return None
@@ -142,6 +150,9 @@ class LinearMethod(ABC):
     def apply_quantized_gated(self, rows: QuantizedRows, activation: str) -> torch.Tensor | None:
         """act(gate) * up of `apply_quantized`, [num_tokens, outputs / 2]; None: that is not one launch, or slower."""
         return None
+
+    def apply_quantized_into(self, rows: QuantizedRows, out: torch.Tensor) -> None:
+        out.copy_(self.apply_quantized(rows))
 
     @abstractmethod
     def num_bytes(self) -> int:

@@ -63,6 +63,15 @@ class UnquantizedLinear(LinearMethod):
             return self._packed.multiply(x, self.bias)
         return self._ops.linear(x, self.weight, self.bias)
 
+    def writes_into(self) -> bool:
+        return self._packed is None
+
+    def apply_into(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        if self._packed is not None:
+            super().apply_into(x, out)
+        else:
+            self._ops.linear_into(x, self.weight, self.bias, out)
+
     def plain_weight(self) -> torch.Tensor | None:
         return self.weight if self._packed is None and self.bias is None else None
 

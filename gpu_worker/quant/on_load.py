@@ -65,6 +65,12 @@ class QuantizingLinear(LinearMethod):
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         return self._product.apply(x, self.bias)
 
+    def writes_into(self) -> bool:
+        return self._product.writes_into()
+
+    def apply_into(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        self._product.apply_into(x, self.bias, out)
+
     def row_quant(self) -> RowQuant | None:
         return self._product.row_quant()
 
@@ -73,6 +79,9 @@ class QuantizingLinear(LinearMethod):
 
     def apply_quantized_gated(self, rows: QuantizedRows, activation: str) -> torch.Tensor | None:
         return self._product.apply_quantized_gated(rows, self.bias, self._dtype, activation)
+
+    def apply_quantized_into(self, rows: QuantizedRows, out: torch.Tensor) -> None:
+        self._product.apply_quantized_into(rows, self.bias, out)
 
     def num_bytes(self) -> int:
         bias = 0 if self.bias is None else self.bias.numel() * self.bias.element_size()

@@ -20,6 +20,13 @@ class Product(ABC):
     def apply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x [num_tokens, K] -> [num_tokens, N]."""
 
+    def writes_into(self) -> bool:
+        """As `LinearMethod` says of itself."""
+        return False
+
+    def apply_into(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+        out.copy_(self.apply(x, bias))
+
     def row_quant(self) -> RowQuant | None:
         """What `apply` makes of each row first, where `apply_quantized` takes such rows; else None."""
         return None
@@ -33,6 +40,9 @@ class Product(ABC):
     ) -> torch.Tensor | None:
         """act(gate) * up of `apply_quantized`, [num_tokens, N / 2]; None: that is not one launch, or slower."""
         return None
+
+    def apply_quantized_into(self, rows: QuantizedRows, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+        out.copy_(self.apply_quantized(rows, bias, out.dtype))
 
     @abstractmethod
     def num_bytes(self) -> int: ...

@@ -134,6 +134,15 @@ class StoredLinear(LinearMethod):
         outputs = torch.cat([product.apply(x, None) for product in self._products], dim=1)
         return outputs if self.bias is None else outputs.add_(self.bias)
 
+    def writes_into(self) -> bool:
+        return len(self._products) == 1 and self._products[0].writes_into()
+
+    def apply_into(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        if len(self._products) == 1:
+            self._products[0].apply_into(x, self.bias, out)
+        else:
+            super().apply_into(x, out)
+
     def row_quant(self) -> RowQuant | None:
         return self._products[0].row_quant() if len(self._products) == 1 else None
 
@@ -142,6 +151,9 @@ class StoredLinear(LinearMethod):
 
     def apply_quantized_gated(self, rows: QuantizedRows, activation: str) -> torch.Tensor | None:
         return self._products[0].apply_quantized_gated(rows, self.bias, self._dtype, activation)
+
+    def apply_quantized_into(self, rows: QuantizedRows, out: torch.Tensor) -> None:
+        self._products[0].apply_quantized_into(rows, self.bias, out)
 
     def num_bytes(self) -> int:
         bias = 0 if self.bias is None else self.bias.numel() * self.bias.element_size()

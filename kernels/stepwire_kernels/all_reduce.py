@@ -50,7 +50,7 @@ import triton.language as tl
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
 from stepwire_kernels.signals import POLLS_PER_LOOK, await_round, publish
 
-_ELEMENT_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+ELEMENT_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class PeerBuffers:
     def takes(self, x: torch.Tensor) -> bool:
         """Whether x [num_rows, columns] can be summed here."""
         words, rest = divmod(x.shape[-1] * x.element_size(), 4)
-        return x.dtype in _ELEMENT_TYPES and x.ndim == 2 and x.is_contiguous() and rest == 0 and (
+        return x.dtype in ELEMENT_TYPES and x.ndim == 2 and x.is_contiguous() and rest == 0 and (
             len(x) <= self.max_rows and words <= self.row_words
         )  # fmt: skip
 
@@ -131,7 +131,7 @@ def peer_buffers(
 
 
 @triton.jit
-def _unpack(words, ELEMENT: tl.constexpr):
+def unpack(words, ELEMENT: tl.constexpr):
     """int32 words as float32: the lower half's elements and the upper half's (zeros where an element fills a word)."""
     if tl.float32 == ELEMENT:
         low = words.to(tl.float32, bitcast=True)
@@ -143,7 +143,7 @@ def _unpack(words, ELEMENT: tl.constexpr):
 
 
 @triton.jit
-def _pack(low, high, ELEMENT: tl.constexpr):
+def pack(low, high, ELEMENT: tl.constexpr):
     if tl.float32 == ELEMENT:
         words = low.to(tl.int32, bitcast=True)
     else:
@@ -261,10 +261,10 @@ def _end(
                     mask,
                     FLAGGED,
                 )
-            part_low, part_high = _unpack(part, ELEMENT)
+            part_low, part_high = unpack(part, ELEMENT)
             low += part_low
             high += part_high
-        total = _pack(low, high, ELEMENT)
+        total = pack(low, high, ELEMENT)
         if TWO_SHOT:
             for peer in tl.static_range(SIZE):
                 if peer != RANK:
@@ -274,16 +274,16 @@ def _end(
 
 
 @triton.jit
-def _add_norm(total, residual, weight, residual_at, num_cols, eps, weight_offset, mask, ELEMENT: tl.constexpr):
+def add_norm(total, residual, weight, residual_at, num_cols, eps, weight_offset, mask, ELEMENT: tl.constexpr):
     """Store the residual with `total` added, and return its norm; all as words of a row."""
-    low, high = _unpack(total, ELEMENT)
-    residual_low, residual_high = _unpack(residual, ELEMENT)
-    added = _pack(residual_low + low, residual_high + high, ELEMENT)
+    low, high = unpack(total, ELEMENT)
+    residual_low, residual_high = unpack(residual, ELEMENT)
+    added = pack(residual_low + low, residual_high + high, ELEMENT)
     tl.store(residual_at, added, mask=mask)
-    low, high = _unpack(added, ELEMENT)
-    weight_low, weight_high = _unpack(weight, ELEMENT)
+    low, high = unpack(added, ELEMENT)
+    weight_low, weight_high = unpack(weight, ELEMENT)
     scale = tl.rsqrt(tl.sum(low * low + high * high, axis=0) / num_cols + eps)
-    return _pack(low * scale * (weight_low + weight_offset), high * scale * (weight_high + weight_offset), ELEMENT)
+    return pack(low * scale * (weight_low + weight_offset), high * scale * (weight_high + weight_offset), ELEMENT)
 
 
 # One kernel for all numbers of rows.
@@ -354,7 +354,7 @@ def _all_reduce_kernel(
                 mask, RANK, SIZE, ELEMENT, TWO_SHOT, FLAGGED,
             )  # fmt: skip
             if HAS_NORM:
-                own_total = _add_norm(
+                own_total = add_norm(
                     own_total, own_residual, weight, own_residual_at, num_cols, eps, weight_offset, mask, ELEMENT
                 )
             tl.store(out_ptr + own_at, own_total, mask=mask)
@@ -370,7 +370,7 @@ def _all_reduce_kernel(
             RANK, SIZE, ELEMENT, TWO_SHOT, FLAGGED,
         )  # fmt: skip
         if HAS_NORM:
-            total = _add_norm(total, residual, weight, residual_at, num_cols, eps, weight_offset, mask, ELEMENT)
+            total = add_norm(total, residual, weight, residual_at, num_cols, eps, weight_offset, mask, ELEMENT)
         tl.store(out_ptr + at, total, mask=mask)
 
 
@@ -455,7 +455,7 @@ def _launch(
         weight_offset,
         RANK=peers.rank,
         SIZE=peers.size,
-        ELEMENT=_ELEMENT_TYPES[x.dtype],
+        ELEMENT=ELEMENT_TYPES[x.dtype],
         TWO_SHOT=tuning.two_shot,
         FLAGGED=flagged,
         HAS_NORM=residual is not None,

@@ -148,28 +148,36 @@ def multiply_scaled(
     *,
     scale_rows: int = 1,
     group_size: int | None = None,
+    out: torch.Tensor | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
-    """[num_tokens, N] in `out_dtype`; arguments as those of `scaled_linear`, shapes that fit together."""
+    """[num_tokens, N] in `out_dtype`; arguments as those of `scaled_linear`, shapes that fit together.
+
+    `out`: where to write it, [num_tokens, N] in `out_dtype`; the library does so by itself, the others' are copied.
+    """
     choice = choose_scaled(x, weight) if group_size is None and scale_rows == 1 else None
     if (isinstance(choice, FusedTuning) and bias is not None) or (choice == LIBRARY and out_dtype != torch.bfloat16):
         choice = tile_shape(x.shape[0], *weight.shape)
     scales = (x_scales, w_scales)
-    if isinstance(choice, FusedTuning):
-        return fused_linear(x, weight, scales=scales, out_dtype=out_dtype, tuning=choice, pdl=pdl)[0]
-    if isinstance(choice, TileLinearTuning):
-        return tile_linear(x, weight, bias, workspace, scales=scales, out_dtype=out_dtype, tuning=choice, pdl=pdl)
     if choice == LIBRARY:
-        return torch._scaled_mm(x, weight.t(), x_scales, w_scales.t(), bias, out_dtype=out_dtype, use_fast_accum=True)
-    return scaled_linear(
-        x,
-        x_scales,
-        weight,
-        w_scales,
-        bias,
-        workspace,
-        out_dtype,
-        scale_rows=scale_rows,
-        group_size=group_size,
-        pdl=pdl,
-    )  # fmt: skip
+        return torch._scaled_mm(
+            x, weight.t(), x_scales, w_scales.t(), bias, out_dtype=out_dtype, use_fast_accum=True, out=out
+        )
+    if isinstance(choice, FusedTuning):
+        y = fused_linear(x, weight, scales=scales, out_dtype=out_dtype, tuning=choice, pdl=pdl)[0]
+    elif isinstance(choice, TileLinearTuning):
+        y = tile_linear(x, weight, bias, workspace, scales=scales, out_dtype=out_dtype, tuning=choice, pdl=pdl)
+    else:
+        y = scaled_linear(
+            x,
+            x_scales,
+            weight,
+            w_scales,
+            bias,
+            workspace,
+            out_dtype,
+            scale_rows=scale_rows,
+            group_size=group_size,
+            pdl=pdl,
+        )  # fmt: skip
+    return y if out is None else out.copy_(y)

@@ -2,6 +2,7 @@
 
     python -m load_tests.gpu.compare_ranks MODEL_DIR [--tensor-parallel-size 2] [--pipeline-parallel-size 1]
         [--device cuda] [--dtype bfloat16] [--quantization fp8] [--load-format dummy] [--limit 0.1] [--at-once]
+        [--prompt-scale 1]
 
 Each side runs in a process of its own, one after the other; both `--at-once` take half the time, and times mean
 nothing. What is compared does not drift: the log-probability that both give to the same tokens, one step after prompts
@@ -38,28 +39,30 @@ TIMED_ROWS = (1, 8)
 TIMED_STEPS = 24
 WARM_STEPS = 12
 IN_FLIGHT_ROWS = 4
+MAX_MODEL_LEN = 256
 
 
-def run_side(settings: WorkerSettings) -> dict[str, Any]:
-    """What one layout computes."""
+def run_side(settings: WorkerSettings, prompt_scale: int) -> dict[str, Any]:
+    """What one layout computes, with prompts so many times as long as `PROMPT_LENGTHS`."""
+    lengths = [prompt_scale * length for length in PROMPT_LENGTHS]
     runner = load(settings)
     try:
         driver = StepDriver(runner)
         generator = torch.Generator().manual_seed(5)
         vocab_size = driver.facts.vocab_size
-        for row, length in enumerate(PROMPT_LENGTHS):
+        for row, length in enumerate(lengths):
             driver.add(row, torch.randint(0, vocab_size, (length,), generator=generator).tolist(), greedy(NUM_TOP))
-        driver.step({row: min(length, 24) for row, length in enumerate(PROMPT_LENGTHS)})
+        driver.step({row: min(length, 24) for row, length in enumerate(lengths)})
         tops: dict[str, dict[str, float]] = {}
         # What is left of the long prompts, each beside a decode of the short ones.
         result = driver.step()
         assert result.top_token_ids is not None and result.top_logprobs is not None
         for row, ids, values in zip(result.rows, result.top_token_ids, result.top_logprobs, strict=True):
-            if PROMPT_LENGTHS[int(row)] > 24:
+            if lengths[int(row)] > 24:
                 tops[str(row)] = dict(zip(map(str, ids.tolist()), values.tolist(), strict=True))
         for _ in range(NUM_GREEDY):
             driver.step()
-        tokens = [driver.rows[row].tokens[length:] for row, length in enumerate(PROMPT_LENGTHS)]
+        tokens = [driver.rows[row].tokens[length:] for row, length in enumerate(lengths)]
         tokens += tokens_of_many(runner)
         times = {str(count): decode_ms(runner, count) for count in TIMED_ROWS}
         return {
@@ -179,14 +182,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--load-format", default="auto")
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--limit", type=float, default=0.1)
+    parser.add_argument(
+        "--prompt-scale", type=int, default=1, help="with 10 a step has more tokens than any that has a graph"
+    )
     parser.add_argument("--at-once", action="store_true", help="run both layouts at the same time")
     parser.add_argument("--side", action="store_true", help="run one layout and print what it computes")
     arguments = parser.parse_args(argv)
     if arguments.side:
-        fields = {name: value for name, value in vars(arguments).items() if name not in ("limit", "side", "at_once")}
+        others = ("limit", "side", "at_once", "prompt_scale")
+        fields = {name: value for name, value in vars(arguments).items() if name not in others}
         if arguments.at_once:
             fields["gpu_memory_utilization"] = 0.3
-        print(json.dumps(run_side(WorkerSettings(**fields, max_model_len=256, cpu_kv_cache_gib=0.05))))
+        fields["max_model_len"] = MAX_MODEL_LEN * -(-max(PROMPT_LENGTHS) * arguments.prompt_scale // MAX_MODEL_LEN)
+        settings = WorkerSettings(**fields, cpu_kv_cache_gib=0.05)
+        print(json.dumps(run_side(settings, arguments.prompt_scale)))
         return 0
     one_rank = ["--tensor-parallel-size=1", "--pipeline-parallel-size=1"]
     with ThreadPoolExecutor(2 if arguments.at_once else 1) as threads:

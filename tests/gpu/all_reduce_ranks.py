@@ -23,8 +23,11 @@ from stepwire_kernels import reference
 from stepwire_kernels.all_gather import all_gather, deal_rows
 from stepwire_kernels.all_reduce import AllReduceTuning, all_reduce, all_reduce_add_rms_norm
 from stepwire_kernels.norm import add_rms_norm
+from stepwire_kernels.sent_sums import sent_buffers, sent_region_words
 
 from gpu_worker.cuda.compiling import compile_in_parallel
+from gpu_worker.cuda.early_sums import EarlySums
+from gpu_worker.parallel.peer_memory import map_peers
 from load_tests.kernels.ranks import LOGITS, Rank, capture, run_ranks
 from tests.unit.kernels.checks import TOLERANCE, relative_error
 
@@ -281,6 +284,55 @@ def dealt_rows(rank: Rank) -> str:
     return problem
 
 
+def sums_begun_early(rank: Rank) -> str:
+    """Pieces that are sent as they come, with each of the orders that this needs broken where a device could: rows that
+    are late, copies that are late, and a late rank."""
+    columns, sizes = 4096, (2048, 300, 1, 2048, 777)
+    words = max(sizes) * columns // 2
+    memory = map_peers(rank.group, rank.device, range(rank.size), sent_region_words(rank.size, words), "early sums")
+    if memory is None:
+        return "no memory is mapped"
+    buffers = sent_buffers(rank.rank, memory.regions, words, rank.peers.stop)
+    early = EarlySums(buffers, rank.device, min_rows=1, num_pieces=3, multiple=64, held=memory)
+    bank, weight = _bank(rank, 4, (max(sizes), columns)), random(rank, (1, columns), torch.bfloat16, 8)[0]
+    # Before: nothing but the sums themselves may bring ranks together.
+    totals = torch.stack([of_all(rank, each).float().sum(0).bfloat16() for each in bank])
+    wrong = torch.zeros((), dtype=torch.int64, device=rank.device)
+    worst = torch.zeros((), device=rank.device)
+    for round_ in range(150):
+        source, total = (each[round_ % len(bank), : sizes[round_ % len(sizes)]] for each in (bank, totals))
+        x = torch.full_like(source, -99.0)
+        residual = random(rank, (len(x), columns), torch.bfloat16, round_, 3.0)
+        pieces = early.pieces(len(x), columns * x.element_size())
+        if early.stream is not None and round_ % 4 == rank.rank:
+            # An end that did not wait for this rank's own copies would overwrite what they have yet to read.
+            with torch.cuda.stream(early.stream):
+                torch.cuda._sleep(LATE_CYCLES)
+        for rows in pieces:
+            if round_ % 3 == rank.rank:
+                # A copy that did not wait for the rows would bring those before them.
+                torch.cuda._sleep(LATE_CYCLES)
+            x[rows].copy_(source[rows])
+            early.begin(x, rows)
+        if round_ % 5 == rank.rank:
+            torch.cuda._sleep(LATE_CYCLES)
+        if round_ % 2:
+            for rows in pieces if round_ % 4 == 1 else (slice(0, len(x)),):
+                early.end(x[rows])
+            wrong += (x != total).sum()
+        else:
+            twin = residual.clone()
+            normed = add_rms_norm(total, twin, weight, EPS)
+            early.end_add_norm(x, residual, weight, EPS, 0.0)
+            wrong += (residual != twin).sum()
+            worst = torch.maximum(worst, (x.float() - normed.float()).norm() / normed.float().norm())
+    torch.cuda.synchronize()
+    if int(wrong):
+        return f"{int(wrong)} wrong elements"
+    # Both kernels' norms add squares up in orders of their own.
+    return "" if float(worst) <= TOLERANCE[torch.bfloat16] else f"{float(worst)} from the separate norm"
+
+
 def stop_ends_waiting(rank: Rank) -> str:
     """Rank 0 calls what nobody else does, and is told to stop. The last check: rounds are out of step after."""
     if rank.rank != 0:
@@ -312,6 +364,7 @@ CHECKS: dict[str, Callable[[Rank], str]] = {
     "chained norms in a graph": chained_norms,
     "logits against nccl": logits_against_nccl,
     "dealt rows": dealt_rows,
+    "sums begun early": sums_begun_early,
     "stop ends waiting": stop_ends_waiting,
 }
 

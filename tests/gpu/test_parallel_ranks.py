@@ -48,6 +48,8 @@ def pack_linears(directory: Path, method: str) -> None:
         ("llama", ["--dtype=float32"], 1e-3),
         ("llama", ["--dtype=bfloat16"], 0.15),
         ("llama", ["--dtype=bfloat16", "--enforce-eager"], 0.15),
+        # Sums that are under way while products go on.
+        ("llama", ["--dtype=float32", "--prompt-scale=10"], 1e-3),
         ("llama", ["--dtype=bfloat16", "--quantization=fp8"], 0.5),
         ("qwen3", ["--dtype=bfloat16"], 0.15),
         ("awq", ["--dtype=bfloat16"], 0.15),

@@ -1,8 +1,9 @@
 """Two ranks of a CUDA worker on a CPU: processes that share memory, as devices that map each other's do.
 
-    python -m tests.unit.gpu_worker.cuda.forked_ranks MODEL_DIR tensor|dealt|pipeline
+    python -m tests.unit.gpu_worker.cuda.forked_ranks MODEL_DIR tensor|dealt|early|pipeline
 
-dealt: tensor parallel, and each draws for some of the rows wherever there are two. Both drive the same steps, under
+dealt: tensor parallel, and each draws for some of the rows wherever there are two. early: sums of two rows and more are
+under way, a row at a time, while products go on. Both drive the same steps, under
 Triton's interpreter. Prints a JSON line for each rank: what its results said.
 """
 
@@ -20,7 +21,9 @@ from stepwire_kernels.all_gather import gather_buffers, gather_region_words
 from stepwire_kernels.all_reduce import AllReduceTuning, peer_buffers, region_words
 from stepwire_kernels.all_reduce_choice import AllReduceChoice
 from stepwire_kernels.dealt_sampling import line_words
+from stepwire_kernels.sent_sums import sent_buffers, sent_region_words
 
+from gpu_worker.cuda.early_sums import EarlySums
 from gpu_worker.cuda.peer_collectives import PeerCollectives
 from gpu_worker.cuda.stage_link import LinkSizes, StageLink
 from gpu_worker.cuda.step_layout import StepPlanner
@@ -37,6 +40,7 @@ from tests.unit.kernels.checks import repair_interpreter
 MAX_NUM_SEQS, MAX_TOP = 4, 20
 HIDDEN, VOCAB_SIZE = 48, 300
 MAX_ROWS, ROW_WORDS = 8, 48
+SENT_WORDS = 128 * HIDDEN
 LINE_WORDS = line_words(MAX_NUM_SEQS // 2, MAX_TOP)
 
 
@@ -46,6 +50,7 @@ def tensor_words() -> list[int]:
         region_words(2, MAX_ROWS, ROW_WORDS),
         gather_region_words(2, MAX_NUM_SEQS, VOCAB_SIZE // 2, torch.float32),
         gather_region_words(2, 1, LINE_WORDS, torch.int32),
+        sent_region_words(2, SENT_WORDS),
     ]
 
 
@@ -78,6 +83,7 @@ def drive(driver: StepDriver) -> dict[str, Any]:
 
 def run_rank(directory: Path, mode: str, rank: int, regions: list[torch.Tensor], sizes: LinkSizes, store: str) -> None:
     stop = torch.zeros(1, dtype=torch.int32)
+    early: EarlySums | None = None
     parallel, link = ParallelContext(stage=rank, stage_layers=(1, 1)), None
     if mode != "pipeline":
         server = None
@@ -98,13 +104,17 @@ def run_rank(directory: Path, mode: str, rank: int, regions: list[torch.Tensor],
         others = group.context().collectives
         assert others is not None
         collectives = PeerCollectives(others, peers, choices, choices, pdl=False, gathers=gathers)
-        parallel = ParallelContext(rank, 2, collectives)
+        if mode == "early":
+            sent = sent_buffers(rank, [part[3] for part in parts], SENT_WORDS, stop)
+            early = EarlySums(sent, torch.device("cpu"), min_rows=2, num_pieces=3, multiple=1)
+        parallel = ParallelContext(rank, 2, collectives, early=early)
     else:
         link = StageLink(rank, regions, sizes, stop, pdl=False)
     dealt_rows = 2 if mode == "dealt" else DEALT_ROWS
     runner = load_inline(directory, max_num_seqs=MAX_NUM_SEQS, parallel=parallel, link=link, dealt_rows=dealt_rows)
+    found = {"rank": rank, **drive(StepDriver(runner)), "sums_begun": 0 if early is None else early.num_sums}
     # One write, end of line included: both ranks have the same output.
-    os.write(sys.stdout.fileno(), f"{json.dumps({'rank': rank, **drive(StepDriver(runner))})}\n".encode())
+    os.write(sys.stdout.fileno(), f"{json.dumps(found)}\n".encode())
 
 
 def main() -> None:

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from stepwire_kernels.all_reduce import AllReduceTuning, peer_buffers
 from stepwire_kernels.all_reduce_choice import AllReduceChoice, all_reduce_choices, choose
 
-from gpu_worker.cuda.peer_collectives import MAX_INBOX_BYTES, Choices, PeerSizes
+from gpu_worker.cuda.early_sums import MIN_ROWS
+from gpu_worker.cuda.peer_collectives import MAX_INBOX_BYTES, MAX_SENT_BYTES, Choices, PeerSizes
 
 STAMPED, FLAGGED = AllReduceTuning(), AllReduceTuning(flagged=True)
 H100 = "NVIDIA H100 80GB HBM3"
@@ -23,6 +24,7 @@ def sizes_of(
     max_tokens: int = 8192,
     dtype: torch.dtype = torch.bfloat16,
     norms: Choices | None = None,
+    begins_sums: bool = True,
 ) -> PeerSizes:
     return PeerSizes(
         num_ranks=num_ranks,
@@ -34,6 +36,7 @@ def sizes_of(
         dtype=dtype,
         sums=choices,
         norms=choices if norms is None else norms,
+        begins_sums=begins_sums,
     )
 
 
@@ -68,6 +71,29 @@ def test_memory_has_a_bound(num_ranks: int, hidden_size: int) -> None:
     inbox = 2 * num_ranks * sizes.max_rows * 2 * hidden_size
     assert MAX_INBOX_BYTES // 2 < inbox <= MAX_INBOX_BYTES
     assert inbox <= 8 * sizes.words[0] <= 1.01 * MAX_INBOX_BYTES
+
+
+def test_sums_of_more_tokens_than_have_graphs_may_be_sent_early() -> None:
+    choices = (AllReduceChoice(1 << 20, FLAGGED),)
+    # All rows of a step, in words of four bytes; two places for them.
+    sizes = sizes_of(choices)
+    assert sizes.sent_words == 8192 * 2048
+    assert 8 * sizes.words[3] >= 2 * 8192 * 8192
+    for other in (
+        sizes_of(choices, max_tokens=MIN_ROWS - 1),
+        sizes_of(choices, num_ranks=4),
+        sizes_of(choices, begins_sums=False),
+        # Not even so many rows have room.
+        sizes_of(choices, hidden_size=32768),
+    ):
+        assert other.sent_words == other.words[3] == 0
+
+
+@given(hidden_size=st.integers(1, 40000), max_tokens=st.integers(1, 100000))
+def test_memory_of_sums_that_are_sent_has_a_bound(hidden_size: int, max_tokens: int) -> None:
+    sizes = sizes_of((AllReduceChoice(1 << 20, FLAGGED),), hidden_size=hidden_size, max_tokens=max_tokens)
+    assert 8 * sizes.words[3] <= MAX_SENT_BYTES + (1 << 10)
+    assert sizes.sent_words == 0 or sizes.sent_words >= MIN_ROWS * sizes.row_words
 
 
 @pytest.mark.parametrize(("num_tokens", "expected"), [(1, True), (64, True), (256, True), (257, False), (1024, False)])

@@ -19,6 +19,8 @@ from tests.unit.gpu_worker.cuda.test_runner import on_cpu, save_model
         # Spinning under the interpreter, each takes the time that the other one needs.
         pytest.param("llama", "tensor", marks=pytest.mark.slow),
         pytest.param("llama", "dealt", marks=pytest.mark.slow),
+        pytest.param("llama", "early", marks=pytest.mark.slow),
+        pytest.param("qwen3", "early", marks=pytest.mark.slow),
         ("llama", "pipeline"),
         # One table for embedding and head, of which either stage has a copy.
         pytest.param("qwen3", "pipeline", marks=pytest.mark.slow),
@@ -35,6 +37,8 @@ def test_ranks_draw_what_one_worker_draws(tmp_path: Path, kind: str, mode: str) 
     ranks = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert sorted(found["rank"] for found in ranks) == [0, 1]
     for found in ranks:
+        # Of two layers' four sums the last is left to the rows that are sampled; all steps but one have several rows.
+        assert (found["sums_begun"] > 0 and found["sums_begun"] % 3 == 0) == (mode == "early")
         assert (found["tokens"], found["dropped"]) == (expected["tokens"], expected["dropped"])
         assert found["logprobs"] == pytest.approx(expected["logprobs"], abs=1e-4)
         # The first stage has no logits, and waits for what the last one says of prompts.
