@@ -2,7 +2,10 @@
 
 A row-parallel product is made in pieces of rows. Each piece is copied to the peers on a stream of its own as soon as it
 is there, beside the product of the next one, and the last beside the norm and product that read the first. Nothing of
-it is ever captured: steps of so many tokens have no graph (`step_layout.GRAPH_TOKENS`).
+it is ever captured: steps of so many tokens have no graph (`step_layout.GRAPH_TOKENS`, and decodes of `max_num_seqs`).
+
+A step whose kernels are compiled and not run sends all the same, on every rank alike: its rows are read by nobody, and
+the next round's are behind them on the stream.
 """
 
 from __future__ import annotations

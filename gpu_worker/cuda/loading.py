@@ -40,7 +40,7 @@ from gpu_worker.cuda.peer_collectives import (
 from gpu_worker.cuda.runner import CudaRunner
 from gpu_worker.cuda.stage_link import LinkSizes, StageLink, open_stage_link
 from gpu_worker.cuda.step_graphs import StepGraphs
-from gpu_worker.cuda.step_layout import GRAPH_TOKENS, StepPlanner
+from gpu_worker.cuda.step_layout import GRAPH_TOKENS, TOKEN_MULTIPLE, StepPlanner
 from gpu_worker.cuda.step_program import ProgramBuffers, ProgramLimits, StepProgram
 from gpu_worker.cuda.timeline import CudaTimeline, num_slots
 from gpu_worker.device import resolve_dtype
@@ -175,7 +175,7 @@ def _load_supported(
     begun = time.monotonic()
     torch.cuda.set_device(device)
     pdl = _has_pdl(device)
-    shared_bytes = 0
+    shared_bytes = sent_rows = 0
     if parallel.collectives is not None:
         peer_sizes = _peer_sizes(spec, parallel, sizes, dtype, agree_on_choices(group, device))
         # A piece of a product may take another kernel than the whole.
@@ -183,6 +183,7 @@ def _load_supported(
         shared_bytes = 8 * sum(peer_sizes.words)
         shared, early = open_peer_collectives(group, parallel.collectives, device, peer_sizes, pdl=pdl)
         parallel = replace(parallel, collectives=shared, early=early)
+        sent_rows = 0 if early is None else peer_sizes.max_sent_rows
     waiting = [part for part in (link, parallel.collectives) if isinstance(part, StageLink | PeerCollectives)]
     ops = (InvariantTritonOps if settings.deterministic else TritonOps)(device, pdl=pdl)
     # The packed kernels pick their tiles by the number of tokens.
@@ -262,8 +263,8 @@ def _load_supported(
     compiled = {*_token_counts_of_tiles(spec, max_tokens, dtype, packed=packed)}
     if packed:
         compiled.update(count for count in PACKED_TOKENS if count <= max_tokens)
-    if parallel.early is not None:
-        compiled.add(max_tokens)
+    if sent_rows:
+        compiled.add(min(max_tokens, sent_rows // TOKEN_MULTIPLE * TOKEN_MULTIPLE))
     runner.warm_up(min(WARM_UP_TOKENS, max_tokens), sorted(compiled))
     torch.cuda.synchronize(device)
     log.info(

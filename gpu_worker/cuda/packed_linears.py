@@ -150,8 +150,9 @@ class _EightBitProduct(Product):
         return self._multiply(self._quantized(x), bias, x.dtype)
 
     def writes_into(self) -> bool:
-        # The library's products of many tokens, which are those of such scales (`scaled_choice.py`).
-        return self._values.dtype == torch.float8_e4m3fn and self._group is None
+        # What the library does with many tokens (`scaled_choice.py`), but for devices and types that it does not serve:
+        # there the product is made apart and copied.
+        return self._values.dtype == torch.float8_e4m3fn and self._has_row_scales
 
     def apply_into(self, x: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
         self._multiply(self._quantized(x), bias, out.dtype, out)

@@ -186,11 +186,21 @@ class PeerSizes:
         return line_words(-(-self.max_logits // self.num_ranks), self.max_top)
 
     @property
+    def min_sent_rows(self) -> int:
+        """Of a sum that is begun early: more than any step has that has a graph, of prompts or of decodes."""
+        return max(MIN_ROWS, self.max_logits + 1)
+
+    @property
+    def max_sent_rows(self) -> int:
+        """Of a sum that is begun early; 0: none is."""
+        rows = min(self.max_tokens, MAX_SENT_BYTES // (8 * self.row_words * max(1, self.num_ranks - 1)))
+        begins = self.begins_sums and 1 < self.num_ranks <= MAX_SENDING_RANKS and rows >= self.min_sent_rows
+        return rows if begins else 0
+
+    @property
     def sent_words(self) -> int:
         """32-bit words of a summand that is sent early, at most; 0: none is."""
-        rows = min(self.max_tokens, MAX_SENT_BYTES // (8 * self.row_words * max(1, self.num_ranks - 1)))
-        begins = self.begins_sums and 1 < self.num_ranks <= MAX_SENDING_RANKS and rows >= MIN_ROWS
-        return rows * self.row_words if begins else 0
+        return self.max_sent_rows * self.row_words
 
     @property
     def words(self) -> tuple[int, int, int, int]:
@@ -228,7 +238,11 @@ def open_peer_collectives(
         sent = sent_buffers(rank % size, [part[3] for part in parts], sizes.sent_words, stop)
         reason = obstacle(sent)
         if group.least([int(reason is None)]) == [1]:
-            early = EarlySums(sent, device, held=memory)
+            early = EarlySums(sent, device, min_rows=sizes.min_sent_rows, held=memory)
         else:
-            log.info("sums of many tokens are not begun early", reason=reason or "another rank says so")
+            log.info(
+                "sums of many tokens are not begun early",
+                reason=reason or "another rank says so",
+                mib_unused=sizes.words[3] >> 17,
+            )
     return PeerCollectives(others, peers, sizes.sums, sizes.norms, pdl=pdl, gathers=gathers, held=memory), early

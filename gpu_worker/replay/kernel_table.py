@@ -14,14 +14,17 @@ PARTS = (INPUT, ATTENTION, LINEARS, SAMPLER, RANKS, OTHER)
 _TABLE = tuple(
     (part, re.compile(pattern))
     for part, pattern in (
+        # What ranks exchange, with the time that one waits for another.
+        (
+            RANKS,
+            r"_all_reduce_kernel|_add_sent_|_send_rows_|_receive_rows_|_parts_kernel|_put_together_|nccl|memcpy ptop",
+        ),
         (INPUT, r"_apply_delta_|_build_input_|_list_kernel|memcpy|memset|^input\b"),
         (
             SAMPLER,
             r"_score_kernel|_candidates_|_finish_kernel|_top_logprobs_|_recount_|_write_back_|_pack_result_|_message_",
         ),
         (SAMPLER, r"^sampler$"),
-        # What ranks exchange, with the time that one waits for another.
-        (RANKS, r"_all_reduce_kernel|_send_rows_|_receive_rows_|_parts_kernel|_put_together_|nccl"),
         (
             ATTENTION,
             r"_decode_kernel|_from_qkv_|_prefill_kernel|_combine_kernel|_rope_kv_|_latent_|^attention\.run$|flash",

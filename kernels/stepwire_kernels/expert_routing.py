@@ -13,7 +13,8 @@ weights: float32 [num_tokens, num_chosen]; experts: int32 [num_tokens, num_chose
 weights that are not, and experts that exist.
 
 A kernel that multiplies for few tokens chooses for itself (`nth_expert`, `best_experts`) and spares the step a launch:
-every warp has all of a token's logits, so that nothing crosses warps between one expert and the next.
+every warp has all of a token's logits, so that nothing crosses warps between one expert and the next (up to 128 experts
+of float32 and 256 of 16 bits; of more, warps share them).
 
 Source: Shazeer et al., "Outrageously Large Neural Networks", 2017; DeepSeek-AI, "DeepSeek-V3", 2024 (groups,
 correction).
@@ -75,8 +76,10 @@ def _ranked(
     ranking = tl.sigmoid(logits) if SIGMOID else logits
     if HAS_CORRECTION:
         if not SIGMOID:
+            # Rounded before the correction is added, whatever else a kernel does with it: two kernels that choose for
+            # one token must have the same bits, or one takes another expert's values.
             powers = tl.exp(logits - tl.max(logits, axis=1)[:, None])
-            ranking = powers / tl.sum(powers, axis=1)[:, None]
+            ranking = tl.div_rn(powers, tl.sum(powers, axis=1)[:, None] + tl.zeros_like(powers))
         ranking += tl.load(correction_ptr + numbers, mask=exists, other=0.0)
     bits = (ranking + 0.0).to(tl.int32, bitcast=True)  # one zero
     places = bits ^ ((bits >> 31) & 0x7FFFFFFF)

@@ -6,13 +6,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from stepwire_kernels.all_reduce_choice import default_choices
 from stepwire_kernels.quantize_input import quantize_input
 from stepwire_kernels.sent_sums import MAX_PIECES, sent_buffers, sent_region_words
 
 from gpu_worker.cuda.early_sums import MIN_ROWS, NUM_PIECES, PIECE_MULTIPLE, EarlySums, pieces_of
 from gpu_worker.cuda.ops import TritonOps
 from gpu_worker.cuda.packed_linears import PackedLinears
-from gpu_worker.cuda.step_layout import GRAPH_TOKENS, mixed_buckets
+from gpu_worker.cuda.peer_collectives import PeerSizes
+from gpu_worker.cuda.step_layout import GRAPH_TOKENS, StepPlanner, mixed_buckets
 from gpu_worker.layers.linear import BuildContext, RowParallelLinear, column_parallel
 from gpu_worker.layers.norm import RMSNorm
 from gpu_worker.layers.ops import TORCH_OPS, QuantizedRows
@@ -42,7 +44,21 @@ def test_pieces_are_all_rows_in_order(num_rows: int, num_pieces: int, multiple: 
 def test_no_step_of_which_there_is_a_graph_begins_sums_early() -> None:
     """One rank may replay what another, whose capture failed, launches kernel by kernel."""
     assert max(mixed_buckets(1 << 20)) == GRAPH_TOKENS[-1][0] < MIN_ROWS
+    for max_num_seqs in (256, 5000):
+        shapes = StepPlanner(max_num_seqs, 8192, with_graphs=True).graph_shapes()
+        assert max(shape.num_tokens for shape in shapes) < sizes_of(max_num_seqs).min_sent_rows
     assert NUM_PIECES <= MAX_PIECES and PIECE_MULTIPLE * NUM_PIECES < MIN_ROWS
+
+
+def sizes_of(max_num_seqs: int, max_tokens: int = 8192) -> PeerSizes:
+    choices = default_choices(2)
+    return PeerSizes(2, 4096, 49152, max_num_seqs, max_tokens, 20, torch.bfloat16, choices, choices)
+
+
+def test_more_sequences_than_that_begin_theirs_with_more_rows_or_not_at_all() -> None:
+    assert sizes_of(256).max_sent_rows == sizes_of(5000).max_sent_rows == 8192
+    assert sizes_of(8192).max_sent_rows == 0
+    assert sizes_of(256, 1 << 20).max_sent_rows == 16384 < sizes_of(16384, 1 << 20).min_sent_rows
 
 
 def pair(words: int = 32) -> tuple[EarlySums, EarlySums]:
