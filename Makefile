@@ -21,11 +21,12 @@ unexport PYTHONDONTWRITEBYTECODE
 serve: $(VENV)/.installed
 	exec $(BIN)/stepwire serve $(MODEL) $(SERVE_FLAGS)
 
-# Two processes for two cores, of one thread each: two threads each would wait for one another. A file's tests share what
-# they start, so they stay in one process. One process begins with the system tests, the other with what computes
-# (tests/conftest.py): so both cores are busy, and both processes end together.
+# Three processes for two cores, of one thread each: two threads each would wait for one another, and system tests wait for
+# what they start a good part of their time. A file's tests share what they start, so they stay in one process. Two
+# processes begin with the system tests, one with what computes (tests/conftest.py): so both cores are busy, and all
+# processes end together.
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile --no-loadscope-reorder \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n 3 --dist loadfile --no-loadscope-reorder \
 	  tests/system tests/unit tests/contract
 
 test-slow: $(VENV)/.installed-slow

@@ -45,16 +45,16 @@ SHARED_BY_FILES = {
     "tests/unit/gpu_worker/loading/test_gguf_file.py": "SmolLM2's GGUF file, read by its package",
     "tests/unit/gpu_worker/prepare/test_prepared_smollm2.py": "SmolLM2's GGUF file, read by its package",
 }
-# Here the first test compiles for half a minute, unless a run before has kept it: once, not in both processes at once.
+# Here the first test compiles for half a minute, unless a run before has kept it: once, in one process.
 COMPILING = "tests/unit/gpu_worker/cpu/"
 
 
 class FilesThatShare(LoadFileScheduling):
     """A file's tests, and those of files that share with it, go to one process.
 
-    Of two processes the first begins with the system tests, which often wait for what they have started, and the other
-    with what computes in the process itself: so both cores are busy all the time. Whoever comes to the end of its own
-    takes the last of the other's.
+    Every other process begins with the system tests, which often wait for what they have started, and the rest with
+    what computes in the process itself: so all cores are busy all the time. Whoever comes to the end of its own takes
+    the last of the others'.
     """
 
     def _split_scope(self, nodeid: str) -> str:
