@@ -20,10 +20,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from gpu_worker.config import WorkerSettings
+from gpu_worker.cuda.early_sums import EarlySums
 from gpu_worker.device import resolve_device
 from gpu_worker.parallel.group_runner import GroupRunner
 from gpu_worker.runner import TorchRunner
@@ -45,7 +47,13 @@ MAX_MODEL_LEN = 256
 def run_side(settings: WorkerSettings, prompt_scale: int) -> dict[str, Any]:
     """What one layout computes, with prompts so many times as long as `PROMPT_LENGTHS`."""
     lengths = [prompt_scale * length for length in PROMPT_LENGTHS]
-    runner = load(settings)
+    with mock.patch.object(EarlySums, "begin", autospec=True, side_effect=EarlySums.begin) as begin:
+        found = run_prompts(load(settings), lengths)
+    return found | {"sums_begun_early": begin.call_count}
+
+
+def run_prompts(runner: Runner, lengths: list[int]) -> dict[str, Any]:
+    """As `run_side` says, and the runner is closed."""
     try:
         driver = StepDriver(runner)
         generator = torch.Generator().manual_seed(5)
@@ -157,6 +165,7 @@ def compare(one: dict[str, Any], many: dict[str, Any]) -> dict[str, Any]:
         "max_logprob_difference": max(differences, default=float("inf")),
         "equal_tokens": sum(pairs) / len(pairs),
         "runner": many["runner"],
+        "sums_begun_early": many["sums_begun_early"],
         "decode_ms_one_rank": one["decode_ms"],
         "decode_ms_group": many["decode_ms"],
         "in_flight_ms_one_rank": one["in_flight_ms"],

@@ -74,6 +74,7 @@ def test_two_ranks_compute_what_one_does(tmp_path: Path, kind: str, flags: list[
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout)
     assert report["runner"] == "CudaRunner"
+    assert bool(report["sums_begun_early"]) == ("--prompt-scale=10" in flags)
     assert len(report["devices"]) >= 2 and report["num_compared"] > 20
     if "--dtype=float32" in flags:
         assert report["equal_tokens"] > 0.97
