@@ -45,7 +45,8 @@ class EarlySums:
     Every rank begins and ends the same sums in the same order, and ends all pieces of one before it begins the next.
 
     Args:
-        min_rows, num_pieces, multiple: for tests and benchmarks.
+        min_rows: `PeerSizes.min_sent_rows`.
+        num_pieces, multiple: for tests and benchmarks.
     """
 
     def __init__(

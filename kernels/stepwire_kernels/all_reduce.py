@@ -402,15 +402,24 @@ def all_reduce_add_rms_norm(
     Raises:
         ValueError: `peers.takes(x)` is not so, or another shape, dtype or layout does not go with x.
     """
+    check_norm_operands("all_reduce_add_rms_norm", x, residual, weight)
+    _launch(x, residual, weight, peers, eps, weight_offset, tuning or AllReduceTuning(), pdl)
+    return x
+
+
+def check_norm_operands(name: str, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> None:
+    """Whether a sum x [num_rows, columns] can go on into a residual and a norm.
+
+    Raises:
+        ValueError: another shape, dtype or layout does not go with x.
+    """
     fits = residual.shape == x.shape and weight.shape == x.shape[1:] and x.dtype == residual.dtype == weight.dtype
     if not fits or residual.stride(1) != 1 or weight.stride(0) != 1 or residual.stride(0) * x.element_size() % 4:
         raise ValueError(
-            f"all_reduce_add_rms_norm: x is {x.dtype} {tuple(x.shape)}, so residual must be the same with contiguous "
-            f"rows that begin at 4 bytes, and weight {tuple(x.shape[1:])}; got {residual.dtype} "
-            f"{tuple(residual.shape)}, {weight.dtype} {tuple(weight.shape)}"
+            f"{name}: x is {x.dtype} {tuple(x.shape)}, so residual must be the same with contiguous rows that begin at "
+            f"4 bytes, and weight {tuple(x.shape[1:])}; got {residual.dtype} {tuple(residual.shape)}, {weight.dtype} "
+            f"{tuple(weight.shape)}"
         )
-    _launch(x, residual, weight, peers, eps, weight_offset, tuning or AllReduceTuning(), pdl)
-    return x
 
 
 def _launch(

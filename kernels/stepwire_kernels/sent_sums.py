@@ -31,7 +31,7 @@ import torch
 import triton
 import triton.language as tl
 
-from stepwire_kernels.all_reduce import ELEMENT_TYPES, add_norm, pack, unpack
+from stepwire_kernels.all_reduce import ELEMENT_TYPES, add_norm, check_norm_operands, pack, unpack
 from stepwire_kernels.signals import await_round
 
 MAX_PIECES = 8
@@ -224,13 +224,7 @@ def add_sent_rms_norm(
     Raises:
         ValueError: as `send`, or another shape, dtype or layout does not go with x.
     """
-    fits = residual.shape == x.shape and weight.shape == x.shape[1:] and x.dtype == residual.dtype == weight.dtype
-    if not fits or residual.stride(1) != 1 or weight.stride(0) != 1 or residual.stride(0) * x.element_size() % 4:
-        raise ValueError(
-            f"add_sent_rms_norm: x is {x.dtype} {tuple(x.shape)}, so residual must be the same with contiguous rows "
-            f"that begin at 4 bytes, and weight {tuple(x.shape[1:])}; got {residual.dtype} {tuple(residual.shape)}, "
-            f"{weight.dtype} {tuple(weight.shape)}"
-        )
+    check_norm_operands("add_sent_rms_norm", x, residual, weight)
     _launch(x, residual, weight, buffers, piece, eps, weight_offset)
     return x
 
