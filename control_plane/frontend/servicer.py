@@ -38,14 +38,17 @@ async def refuse(context: Context, error: RequestRefused) -> NoReturn:
 
 @contextlib.contextmanager
 def client_may_leave() -> Iterator[None]:
-    """Around a handler that writes: a write to a client that has gone fails, and its stream is over.
+    """Around a handler that writes: a write to a client that has gone fails, and its call is cancelled.
 
-    gRPC would log an error with a traceback for each client that leaves while a message is on its way.
+    gRPC would log an error with a traceback for each client that leaves while a message is on its way. It would log
+    another one if the handler returned: it then sends a status, and if the write that failed was the first one it
+    believes that the initial metadata is still to be sent, which may be sent only once.
     """
     try:
         yield
     except grpc.aio.InternalError as error:
         log.debug("a client left while it was written to", error=str(error))
+        raise asyncio.CancelledError from None
 
 
 class InferenceServicer(pb_grpc.InferenceServiceServicer):

@@ -122,6 +122,31 @@ async def test_chat_probabilities_and_live_view(watched: Stack) -> None:
     watched.wait_idle()
 
 
+HOLD_A_REFUSAL = """
+const asked = window.fetch;
+window.fetch = async (url, options) => {
+  const response = await asked(url, options);
+  if (url === "/console/steps" && response.status === 401) await new Promise((resume) => { window.release = resume; });
+  return response;
+};
+"""
+
+
+@needs_chromium
+async def test_a_refusal_that_comes_after_the_key_does_not_ask_for_it_again(watched: Stack) -> None:
+    async with Page() as page:
+        await page.command("Page.addScriptToEvaluateOnNewDocument", source=HOLD_A_REFUSAL)
+        await page.open(watched.url)
+        await page.wait_for("document.getElementById('key-dialog').open && window.release !== undefined")
+        await page.evaluate(
+            f"document.getElementById('key').value = '{KEY}'; document.getElementById('key-form').requestSubmit()"
+        )
+        await page.wait_for("document.getElementById('models').value === 'tiny'")
+        await page.evaluate("window.release()")
+        await page.wait_for("document.getElementById('v-running').textContent === '0'")
+        assert await page.evaluate("document.getElementById('key-dialog').open") is False
+
+
 MARKDOWN = """# A <b>title</b>
 Some **bold** and `code` <img src=x onerror="window.broken=1"> [link](javascript:alert(1))
 
