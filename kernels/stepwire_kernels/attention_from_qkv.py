@@ -66,6 +66,9 @@ class FromQkvTuning:
     warp_tokens: int = 32
     num_warps: int = 1
     num_stages: int = 2
+    adds_up: bool = False
+    """Few rows: whoever finishes a run's last chunk adds up all of them, instead of a launch of its own. Wants few
+    chunks, so several warps a tile."""
 
     @property
     def tile(self) -> int:
@@ -167,19 +170,25 @@ def attention_from_qkv(
     num_runs, (_, num_kv_heads, block_size, head_dim) = work.runs.shape[0], k_cache.shape
     _check_inputs(qkv, k_cache, v_cache, cos, sin, num_heads)
     few = is_few(num_runs, num_heads, num_kv_heads)
-    if not few and num_runs * num_kv_heads > workspace.counters.numel():
+    sharers = sharers_of(num_heads // num_kv_heads) if few else 1
+    if num_runs * num_kv_heads * sharers > workspace.counters.numel():
         raise ValueError(
             f"attention_from_qkv: {num_runs} runs of {num_kv_heads} KV heads are more than the "
             f"{workspace.counters.numel()} that can be counted; see takes_from_qkv"
         )
     out = torch.empty((qkv.shape[0], num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     tuning = tuning or default_from_qkv_tuning(num_runs, num_heads, num_kv_heads, head_dim, k_cache.element_size())
-    group = num_heads // num_kv_heads
-    sharers = sharers_of(group) if few else 1
-    group //= sharers
+    group = num_heads // num_kv_heads // sharers
     block_h, block_d = max(8, triton.next_power_of_2(group + 2)), triton.next_power_of_2(head_dim)
     policy = decode_policy_of(work)
+    # Tokens that need to lie in one block: a tile's, or of few rows a warp's.
+    in_one_block = tuning.warp_tokens if few else tuning.tile
     arguments = (
+        out,
+        workspace.partial_sums if sinks is None else sinks,
+        workspace.counters,
+        v_scale,
+        out.stride(0),
         qkv,
         k_cache,
         v_cache,
@@ -210,12 +219,13 @@ def attention_from_qkv(
         "HEAD_DIM": head_dim,
         "ROTARY_DIM": 2 * cos.shape[1],
         "BLOCK_SIZE": block_size,
-        "IN_ONE_BLOCK": block_size % tuning.tile == 0 and policy.cut % tuning.tile == 0,
+        "IN_ONE_BLOCK": block_size % in_one_block == 0 and policy.cut % in_one_block == 0,
         "WINDOW": window,
         "ALIGNED": aligned,
         "INTERLEAVED": interleaved,
         "HAS_NORM": norms is not None,
         "HAS_SOFT_CAP": soft_cap > 0,
+        "HAS_SINKS": sinks is not None,
         "IS_FP8": k_cache.dtype == torch.float8_e4m3fn,
         "FP8_LIMIT": FP8_MAX,
         "BLOCK_H": block_h,
@@ -229,18 +239,20 @@ def attention_from_qkv(
     }
     if few:
         num_records = min(work.capacity, policy.most_records(num_runs))
-        _few_from_qkv_kernel[(num_records * num_kv_heads * sharers,)](*arguments, SHARERS=sharers, **constants)
-        combine_chunks(work, workspace, out, sinks=sinks, v_scale=v_scale, few_runs=True, pdl=pdl)
+        _few_from_qkv_kernel[(num_records * num_kv_heads * sharers,)](
+            *arguments,
+            SHARERS=sharers,
+            ADDS_UP=tuning.adds_up,
+            BLOCK_G=triton.next_power_of_2(group),
+            PARTS=8,
+            **constants,
+        )
+        if not tuning.adds_up:
+            combine_chunks(work, workspace, out, sinks=sinks, v_scale=v_scale, few_runs=True, pdl=pdl)
         return out
     _many_from_qkv_kernel[(policy.num_shares * num_kv_heads,)](
-        out,
-        workspace.partial_sums if sinks is None else sinks,
-        workspace.counters,
-        work.shares,
-        v_scale,
-        out.stride(0),
         *arguments,
-        HAS_SINKS=sinks is not None,
+        work.shares,
         # As many at once as there are registers for, when those of the tiles are free.
         PARTS=max(1, min(4, 4096 * tuning.num_warps // (block_h * block_d))),
         **constants,

@@ -3,7 +3,8 @@
 A step of few rows is a chain of short kernels, and most of each is waiting for level 2. Here everything that no
 earlier layer has written is read before the wait: work list, block ids, cos and sin, and the first tile of keys and
 values, whose tokens are all of earlier steps. Where a chunk is one tile, that is all of the KV cache that is read.
-Every chunk leaves a partial result, which `attention_decode.combine_chunks` adds up.
+Every chunk leaves a partial result. Whoever finishes a run's last chunk adds them up where there are few of them
+(ADDS_UP), in their order; else `attention_decode.combine_chunks` does.
 
 What is read ahead lies in registers, of which a large group's queries leave too few: such a group is shared out among
 programs, which all read its keys and values. One of them writes the token's own.
@@ -35,10 +36,20 @@ def _load_tile(
     BLOCK_SIZE: tl.constexpr,
     IN_ONE_BLOCK: tl.constexpr,
 ):
-    """Keys [WARPS, WARP_TOKENS, BLOCK_D] and values [WARPS, BLOCK_D, WARP_TOKENS] from `start` on, zeros from `end`."""
+    """Keys [WARPS, WARP_TOKENS, BLOCK_D] and values [WARPS, BLOCK_D, WARP_TOKENS] from `start` on, zeros from `end`.
+
+    IN_ONE_BLOCK: what a warp reads lies in one block.
+    """
+    WARPS: tl.constexpr = offsets_n.shape[0]
+    WARP_TOKENS: tl.constexpr = offsets_n.shape[1]
     n = start + offsets_n  # [WARPS, WARP_TOKENS]
     n_mask = n < end
-    if IN_ONE_BLOCK:
+    if IN_ONE_BLOCK and WARPS > 1:
+        first = start + tl.arange(0, WARPS) * WARP_TOKENS  # [WARPS]
+        blocks = tl.load(table + first // BLOCK_SIZE, mask=first < end, other=0).to(tl.int64)
+        kv_rows = ((blocks * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + first % BLOCK_SIZE)[:, None]
+        kv_rows += tl.arange(0, WARP_TOKENS)[None, :]
+    elif IN_ONE_BLOCK:
         block = tl.load(table + start // BLOCK_SIZE, mask=start < end, other=0).to(tl.int64)
         kv_rows = (block * NUM_KV_HEADS + kv_head) * BLOCK_SIZE + start % BLOCK_SIZE + offsets_n
     else:
@@ -53,7 +64,62 @@ def _load_tile(
 
 
 @triton.jit
+def _add_up_run(
+    partial_out_ptr,
+    partial_sums_ptr,
+    sinks_ptr,
+    first_record,
+    num_chunks,
+    first_head,
+    v_scale,
+    NUM_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PARTS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+):
+    """A run's attention of the program's heads, [BLOCK_G, BLOCK_D], PARTS chunks at a time."""
+    heads = tl.arange(0, BLOCK_G)
+    cols = tl.arange(0, BLOCK_D)
+    head_mask = heads < GROUP
+    top = tl.full([BLOCK_G], -1e30, dtype=tl.float32)
+    total = tl.zeros([BLOCK_G], dtype=tl.float32)
+    if HAS_SINKS:
+        top = tl.load(sinks_ptr + first_head + heads, mask=head_mask, other=0.0) * 1.4426950408889634
+        total = tl.full([BLOCK_G], 1.0, dtype=tl.float32)
+    acc = tl.zeros([BLOCK_G, BLOCK_D], dtype=tl.float32)
+    for base in range(0, num_chunks, PARTS):
+        chunk = base + tl.arange(0, PARTS)
+        at = (first_record + chunk).to(tl.int64)[:, None] * NUM_HEADS + first_head + heads[None, :]  # [PARTS, BLOCK_G]
+        mask = (chunk < num_chunks)[:, None] & head_mask[None, :]
+        # From level 2: other multiprocessors wrote them.
+        tops = tl.load(partial_sums_ptr + at * 2, mask=mask, other=-1e30, cache_modifier=".cg")
+        sums = tl.load(partial_sums_ptr + at * 2 + 1, mask=mask, other=0.0, cache_modifier=".cg")
+        values = tl.load(
+            partial_out_ptr + at[:, :, None] * HEAD_DIM + cols[None, None, :],
+            mask=mask[:, :, None] & (cols < HEAD_DIM)[None, None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )  # [PARTS, BLOCK_G, BLOCK_D]
+        new_top = tl.maximum(top, tl.max(tops, axis=0))
+        weights = tl.exp2(tops - new_top[None, :])
+        old = tl.exp2(top - new_top)
+        total = total * old + tl.sum(sums * weights, axis=0)
+        acc = acc * old[:, None] + tl.sum(values * weights[:, :, None], axis=0)
+        top = new_top
+    # A padding run has no tokens, and gets zeros.
+    return acc / tl.maximum(total, 1e-30)[:, None] * v_scale
+
+
+@triton.jit
 def _few_from_qkv_kernel(
+    out_ptr,
+    sinks_ptr,
+    counters_ptr,
+    v_scale,
+    out_stride,
     qkv_ptr,
     k_cache_ptr,
     v_cache_ptr,
@@ -79,6 +145,10 @@ def _few_from_qkv_kernel(
     capacity,
     NUM_KV_HEADS: tl.constexpr,
     SHARERS: tl.constexpr,
+    ADDS_UP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_G: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
@@ -113,7 +183,12 @@ def _few_from_qkv_kernel(
     first_head = item % NUM_GROUPS * GROUP
     # Everything up to the wait has been written by the step's plan, or by an earlier step.
     if item < tl.load(num_records_ptr) * NUM_GROUPS:
-        row, token, kv_len, kv_start, kv_end, _ = load_record(records_ptr, item // NUM_GROUPS, capacity)
+        record = item // NUM_GROUPS
+        row, token, kv_len, kv_start, kv_end, num_chunks = load_record(records_ptr, record, capacity)
+        if ADDS_UP:
+            run = tl.load(records_ptr + record * 8)
+            # All padding of a run names its first token's record.
+            first_record = tl.where(num_chunks > 1, tl.load(records_ptr + record * 8 + 6), record)
         window_start = 0
         if WINDOW > 0:
             window_start = first_visible(kv_len - 1, WINDOW, ALIGNED)
@@ -164,9 +239,27 @@ def _few_from_qkv_kernel(
             chunk_top, chunk_total, chunk_acc, q, stored_k, stored_v, is_last, score_scale, soft_cap, HAS_SOFT_CAP
         )
 
-        at = (item // NUM_GROUPS) * NUM_HEADS + first_head + heads.to(tl.int64)
+        at = record * NUM_HEADS + first_head + heads.to(tl.int64)
         query_mask = heads < GROUP
         out_mask = query_mask[None, :] & (cols < HEAD_DIM)[:, None]
         tl.store(partial_out_ptr + at[None, :] * HEAD_DIM + cols[:, None], chunk_acc, mask=out_mask)
         tl.store(partial_sums_ptr + at * 2, chunk_top, mask=query_mask)
         tl.store(partial_sums_ptr + at * 2 + 1, chunk_total, mask=query_mask)
+        if ADDS_UP:
+            # Every thread's stores must precede the one atomic that publishes them.
+            tl.debug_barrier()
+            finishes = num_chunks <= 1
+            if num_chunks > 1:
+                counter = counters_ptr + run * NUM_GROUPS + item % NUM_GROUPS
+                finishes = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == num_chunks - 1
+                if finishes:
+                    tl.store(counter, 0)
+            if finishes:
+                result = _add_up_run(
+                    partial_out_ptr, partial_sums_ptr, sinks_ptr, first_record, num_chunks, first_head, v_scale,
+                    NUM_HEADS, GROUP, HEAD_DIM, BLOCK_G, BLOCK_D, PARTS, HAS_SINKS,
+                )  # fmt: skip
+                own = tl.arange(0, BLOCK_G)
+                out_at = out_ptr + token * out_stride + (first_head + own)[:, None] * HEAD_DIM + cols[None, :]
+                own_mask = (own < GROUP)[:, None] & (cols < HEAD_DIM)[None, :]
+                tl.store(out_at, result.to(out_ptr.dtype.element_ty), mask=own_mask)

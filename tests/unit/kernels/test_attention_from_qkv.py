@@ -244,6 +244,31 @@ def test_chunks_of_several_tiles(device: str, lens: list[int], warps: int) -> No
     assert_close(few, step.run(policy=FINE))
 
 
+ADDS_UP = FromQkvTuning(warp_tokens=16, num_warps=4, adds_up=True)
+
+
+@pytest.mark.parametrize(
+    ("shape", "lens", "padding_tokens", "options"),
+    [
+        ((4, 2, 64, 32), FEW_LENS, 0, {"sinks": True}),
+        ((2, 1, 64, 16), [100, 4], 3, {"sinks": True}),
+        ((6, 2, 128, 64), [700, 1, 63], 1, {}),  # three heads, chunks of several tiles, more than PARTS of them
+        ((8, 1, 80, 32), [300, 65], 0, {"soft_cap": 20.0}),  # two programs a group
+        ((4, 4, 64, 32), [299, 40, 150], 0, {"window": 100}),
+    ],
+)
+def test_few_rows_that_add_up_themselves(
+    device: str, shape: tuple[int, int, int, int], lens: list[int], padding_tokens: int, options: dict[str, object]
+) -> None:
+    dtype = torch.bfloat16 if shape[2] == 128 else torch.float32
+    step = Step(lens, *shape, dtype, device, padding_tokens=padding_tokens, norm_offset=0.0)
+    assert is_few(len(lens), *shape[:2])
+    if "sinks" in options:
+        options = {"sinks": torch.linspace(-2.0, 8.0, shape[0], device=device)}
+    for policy in (FINE, SharePolicy(64, 16, 32), SharePolicy(3, 64, 64, short_share=0)):
+        step.check(policy=policy, tuning=ADDS_UP, **options)
+
+
 @pytest.mark.parametrize("num_runs", [1, 5])
 def test_chunks_that_begin_within_a_tile(device: str, num_runs: int) -> None:
     step = Step([288] * num_runs, 2, 1, 64, 64, torch.float32, device)
