@@ -197,7 +197,9 @@ class _EightBitProduct(Product):
         if bias is not None or not self._has_row_scales:
             return None
         kind = KERNEL_ACTIVATIONS[activation]
-        return multiply_gated(rows.values, rows.scales, self._values, self._scales, kind, dtype, pdl=self._pdl)
+        return multiply_gated(
+            rows.values, rows.scales, self._values, self._scales, kind, self._workspace, dtype, pdl=self._pdl
+        )
 
     def num_bytes(self) -> int:
         return sum(tensor.numel() * tensor.element_size() for tensor in (self._values, self._scales))

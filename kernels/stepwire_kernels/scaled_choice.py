@@ -7,7 +7,8 @@ devices: `scaled_linear`.
 cuBLAS adds float8 products up in the matrix units, which round to some 14 bits (`use_fast_accum`): a hundredth of what
 rounding the inputs to float8 does, and 5 to 10 % faster.
 
-Measured by `python -m load_tests.kernels.tiles`: `scaled` in tuned/<device>.json.
+Measured by `python -m load_tests.kernels.tiles`: `scaled` in tuned/<device>.json. Where a gate in the product of more
+tokens was faster in whole steps (`load_tests.gpu.step_sweep`), `scaled_gated` has the launch shape.
 """
 
 from __future__ import annotations
@@ -55,6 +56,15 @@ def load_scaled_table(device_name: str) -> dict[tuple[int, int, int], Choice]:
     }
 
 
+@functools.cache
+def load_scaled_gated_table(device_name: str) -> dict[tuple[int, int, int], TileLinearTuning]:
+    """Where product and gate in one launch measured faster than two: (token bucket, 2 * I, K) to the launch shape."""
+    return {
+        (row["num_tokens"], row["n"], row["k"]): TileLinearTuning(**row["tuning"])
+        for row in tuned_rows(device_name, "scaled_gated", ("num_tokens", "n", "k"))
+    }
+
+
 def choose_scaled(x: torch.Tensor, weight: torch.Tensor) -> Choice | None:
     """How x [num_tokens, K] and weight [N, K] of 8 bits, with a scale a token and an output, are multiplied.
 
@@ -95,28 +105,45 @@ def tile_shape(num_tokens: int, n: int, k: int) -> TileLinearTuning:
     return TileLinearTuning(block_m, 64, 256, max(1, min(8, wanted // programs, k // 1024)), 4, 4, 512)
 
 
+def choose_scaled_gated(x: torch.Tensor, weight: torch.Tensor) -> FusedTuning | TileLinearTuning | None:
+    """How act(gate) * up of 8-bit rows x and weight [gate; up] is one launch; None: product and gate are two."""
+    choice = choose_scaled(x, weight)
+    if isinstance(choice, FusedTuning):
+        # A program has as many rows as without a gate: half of them gate's, half up's.
+        return replace(choice, block_n=max(1, choice.block_n // 2))
+    if choice is None or x.dtype != torch.float8_e4m3fn:
+        return None
+    key = (triton.next_power_of_2(x.shape[0]), *weight.shape)
+    tuning = load_scaled_gated_table(torch.cuda.get_device_name(x.device)).get(key)
+    return None if tuning is None or is_mostly_padding(tuning, x.shape[0]) else tuning
+
+
 def multiply_gated(
     x: torch.Tensor,
     x_scales: torch.Tensor,
     weight: torch.Tensor,
     w_scales: torch.Tensor,
     activation: Activation,
+    workspace: LinearWorkspace,
     out_dtype: torch.dtype,
     *,
     pdl: bool = False,
 ) -> torch.Tensor | None:
     """act(gate) * up of `multiply_scaled` with weight [gate; up], [num_tokens, N / 2] in `out_dtype`, in one launch.
 
-    None: by rows held in registers only, and these are not for so many tokens.
+    None: that is slower than product and gate apart, or was not measured.
     """
-    choice = choose_scaled(x, weight)
-    if not isinstance(choice, FusedTuning):
+    tuning = choose_scaled_gated(x, weight)
+    scales = (x_scales, w_scales)
+    if isinstance(tuning, FusedTuning):
+        return fused_linear(
+            x, weight, scales=scales, activation=activation, out_dtype=out_dtype, tuning=tuning, pdl=pdl
+        )[0]
+    if tuning is None:
         return None
-    # A program has as many rows as without a gate: half of them gate's, half up's.
-    tuning = replace(choice, block_n=max(1, choice.block_n // 2))
-    return fused_linear(
-        x, weight, scales=(x_scales, w_scales), activation=activation, out_dtype=out_dtype, tuning=tuning, pdl=pdl
-    )[0]
+    return tile_linear(
+        x, weight, None, workspace, activation=activation, scales=scales, out_dtype=out_dtype, tuning=tuning, pdl=pdl
+    )
 
 
 def choose_quantizing(x: torch.Tensor, weight: torch.Tensor) -> FusedTuning | None:

@@ -4,7 +4,7 @@
     y[t, i] = act(sum_k x[t, k] * w[i, k]) * sum_k x[t, k] * w[I + i, k]      with an activation, w = [gate; up]
 
 x: [num_tokens, K]; weight: [N, K] ([2 * I, K] with an activation); both of one type: 16 bits, or 8 bits with a scale a
-token and a scale an output. With an activation there are neither scales nor bias, and K is not split.
+token and a scale an output. With an activation there is no bias, no int8, and K is not split.
 
 The weight is the tall operand and is read once for every `block_m` tokens. Tiles of both operands come by descriptor
 (one instruction a tile, nothing computed by the threads), several iterations ahead. Where N does not fill the device K
@@ -114,7 +114,10 @@ def _tile_linear_kernel(
     for k in tl.range(first, last, BLOCK_K, num_stages=NUM_STAGES):
         w = weight_descriptor.load([row, k])  # [OUTPUTS, BLOCK_K]
         x = x_descriptor.load([token, k])  # [BLOCK_M, BLOCK_K]
-        if GATED:
+        if GATED and EXACT:
+            up_w = weight_descriptor.load([num_outputs + row, k])
+            up = tl.dot(up_w, tl.trans(x), up, max_num_imprecise_acc=BLOCK_K)
+        elif GATED:
             up = tl.dot(weight_descriptor.load([num_outputs + row, k]), tl.trans(x), up)
         if IS_INT:
             acc = tl.dot(w, tl.trans(x), acc, out_dtype=tl.int32)
@@ -131,7 +134,11 @@ def _tile_linear_kernel(
         token_mask = tokens < num_tokens
         if SCALED:
             w_scale = tl.load(w_scales_ptr + rows, mask=row_mask, other=0.0)
-            sums *= w_scale[:, None] * tl.load(x_scales_ptr + tokens, mask=token_mask, other=0.0)[None, :]
+            x_scale = tl.load(x_scales_ptr + tokens, mask=token_mask, other=0.0)
+            sums *= w_scale[:, None] * x_scale[None, :]
+            if GATED:
+                up_scale = tl.load(w_scales_ptr + num_outputs + rows, mask=row_mask, other=0.0)
+                up *= up_scale[:, None] * x_scale[None, :]
         if HAS_BIAS:
             sums += tl.load(bias_ptr + rows, mask=row_mask, other=0.0).to(tl.float32)[:, None]
         if GATED:
@@ -182,8 +189,8 @@ def tile_linear(
             f"{tuple(scales[1].shape)}"
         )
     num_outputs = num_outputs_of("tile_linear", weight, activation)
-    if activation is not None and (scales is not None or bias is not None or x.element_size() == 1):
-        raise ValueError("tile_linear: with an activation it takes neither 8 bits nor scales nor bias")
+    if activation is not None and (bias is not None or x.dtype == torch.int8):
+        raise ValueError("tile_linear: with an activation it takes neither a bias nor int8")
     tuning = tuning or TileLinearTuning()
     if out is None:
         out = torch.empty((num_tokens, num_outputs), dtype=out_dtype or x.dtype, device=x.device)

@@ -1,7 +1,7 @@
 """Launch shapes judged by whole steps: what wins alone, or in a chain of linears, need not win beside attention.
 
     python -m load_tests.gpu.step_sweep --shape qwen3-0.6b [--batch-sizes 1 32] [--quantization fp8]
-        [--places attention o down qkv gate_up] [--out DIRECTORY]
+        [--places attention o down qkv gate_up gate] [--out DIRECTORY]
 
 For one batch size after another and one place of a layer after another, every candidate is put into the table that the
 worker reads, the step's graph is captured anew, and its device time is measured. A candidate that is faster by more
@@ -40,7 +40,7 @@ MARGIN = 0.003
 FEW_TOKENS = fused_linear.MAX_FUSED_TOKENS
 # Registers of a thread that may hold weights, and programs that a device is to get.
 MOST_HELD, PROGRAMS = 128, (128, 256, 512, 1024, 2048)
-PLACES = ("attention", "o", "down", "qkv", "gate_up")
+PLACES = ("attention", "o", "down", "qkv", "gate_up", "gate")
 FLOAT8 = torch.float8_e4m3fn
 
 Tuning = FusedTuning | SkinnyTuning | TileLinearTuning | FromQkvTuning
@@ -158,6 +158,8 @@ def places(linears: Linears, names: Sequence[str], num_tokens: int, is_float8: b
     for name in names:
         if name == "attention" and num_tokens <= FEW_TOKENS:
             found.append(attention_place())
+        elif name == "gate" and is_float8 and num_tokens > FEW_TOKENS and "gate_up" in linears:
+            found.append(float8_gate_place(num_tokens, *linears["gate_up"]))
         elif name in linears:
             find = float8_place if is_float8 else few_place if num_tokens <= FEW_TOKENS else many_place
             found.append(find(name, num_tokens, *linears[name]))
@@ -171,6 +173,13 @@ def float8_place(name: str, num_tokens: int, n: int, k: int) -> Place:
     tunings: list[Tuning] = [*(held_candidates(n, k, 1, 1) if is_few else tile_candidates(num_tokens, n, k, 1))]
     entries = scaled_choice.load_scaled_table(torch.cuda.get_device_name(0))
     return table_place(name, "scaled", entries, (num_tokens, n, k), tunings)
+
+
+def float8_gate_place(num_tokens: int, n: int, k: int) -> Place:
+    """Gate and product of many tokens in one launch, instead of a gate in the launch that quantizes."""
+    whole = [tile for tile in tile_candidates(num_tokens, n, k, 1) if tile.split_k == 1]
+    entries = scaled_choice.load_scaled_gated_table(torch.cuda.get_device_name(0))
+    return table_place("gate", "scaled_gated", entries, (num_tokens, n, k), whole)
 
 
 def few_place(name: str, num_tokens: int, n: int, k: int) -> Place:
@@ -240,9 +249,11 @@ def compile_one(payload: tuple[tuple[int, int, int], Tuning, bool]) -> None:
         x, weight = (torch.zeros(count, k, device="cuda").to(dtype) for count in (num_tokens, rows))
         scales = (torch.ones(num_tokens, device="cuda"), torch.ones(rows, device="cuda")) if is_float8 else None
         workspace = allocate_linear_workspace("cuda")
-        tile_linear(
-            x, weight, None, workspace, scales=scales, out_dtype=torch.bfloat16, tuning=tuning, pdl=True
-        )  # fmt: skip
+        for activation in (None, "silu") if tuning.split_k == 1 else (None,):
+            tile_linear(
+                x, weight, None, workspace, activation=activation, scales=scales, out_dtype=torch.bfloat16,
+                tuning=tuning, pdl=True,
+            )  # fmt: skip
     elif isinstance(tuning, FusedTuning) and not is_float8:
         for has_norm, gated in ((True, False), (True, True), (False, False)):
             fused.compile_one((fused.Work(rows, k, has_norm, gated), num_tokens, tuning))

@@ -50,16 +50,31 @@ def test_every_activation(device: str, activation: Activation, dtype: torch.dtyp
     assert_close(y, twin(x, weight, activation))
 
 
+@pytest.mark.parametrize(("num_tokens", "outputs", "k"), [(5, 32, 128), (70, 40, 144)])
+def test_float8_with_scales(device: str, num_tokens: int, outputs: int, k: int) -> None:
+    x, weight = (operand.to(torch.float8_e4m3fn) for operand in operands(num_tokens, outputs, k, device))
+    scales = (torch.rand(num_tokens, 1, device=device) + 0.5, torch.rand(2 * outputs, 1, device=device) + 0.5)
+    workspace = allocate_linear_workspace(device, partial_words=1 << 12)
+    y = tile_linear(
+        x, weight, None, workspace, activation="silu", scales=scales, out_dtype=torch.bfloat16, tuning=TUNING
+    )
+    expected = twin(x.double() * scales[0].double(), weight.double() * scales[1].double(), "silu")
+    assert y.dtype == torch.bfloat16
+    assert_close(y, expected)
+
+
 def test_misfits_are_refused(device: str) -> None:
     x, weight = operands(7, 48, 96, device)
     workspace = allocate_linear_workspace(device, partial_words=1 << 12)
     with pytest.raises(ValueError, match="as many of up"):
         tile_linear(x, weight[:-1], None, workspace, activation="silu")
     ones = torch.ones(96, device=device)
-    with pytest.raises(ValueError, match="neither 8 bits nor scales nor bias"):
+    with pytest.raises(ValueError, match="neither a bias nor int8"):
         tile_linear(x, weight, ones.to(x.dtype), workspace, activation="silu")
-    with pytest.raises(ValueError, match="neither 8 bits nor scales nor bias"):
-        tile_linear(x, weight, None, workspace, activation="silu", scales=(ones[:7], ones))
+    with pytest.raises(ValueError, match="neither a bias nor int8"):
+        tile_linear(
+            x.to(torch.int8), weight.to(torch.int8), None, workspace, activation="silu", scales=(ones[:7], ones)
+        )
 
 
 def test_what_was_not_measured_is_two_launches() -> None:
