@@ -104,6 +104,11 @@ def tile_candidates(num_tokens: int, n: int, k: int, item_size: int) -> Iterator
             yield TileLinearTuning(block_m, block_n, block_k, split_k, 4, stages, 512)
 
 
+def takes_gate(tile: TileLinearTuning) -> bool:
+    """Half of a tile's rows are gate's: fewer than 64 are no tile of Hopper's matrix units."""
+    return tile.split_k == 1 and tile.block_n >= 128
+
+
 def attention_candidates() -> list[FromQkvTuning]:
     """Few rows: chunks added up by a launch of its own, or by whoever finishes last."""
     own = [(16, 4), (16, 8), (32, 2), (32, 4), (16, 2), (64, 2), (64, 4)]
@@ -177,7 +182,7 @@ def float8_place(name: str, num_tokens: int, n: int, k: int) -> Place:
 
 def float8_gate_place(num_tokens: int, n: int, k: int) -> Place:
     """Gate and product of many tokens in one launch, instead of a gate in the launch that quantizes."""
-    whole = [tile for tile in tile_candidates(num_tokens, n, k, 1) if tile.split_k == 1]
+    whole = [tile for tile in tile_candidates(num_tokens, n, k, 1) if takes_gate(tile)]
     entries = scaled_choice.load_scaled_gated_table(torch.cuda.get_device_name(0))
     return table_place("gate", "scaled_gated", entries, (num_tokens, n, k), whole)
 
@@ -198,7 +203,7 @@ def many_place(name: str, num_tokens: int, n: int, k: int) -> Place:
     device, key = torch.cuda.get_device_name(0), (num_tokens, n, k)
     tiles = list(tile_candidates(num_tokens, n, k, 2))
     if name == "gate_up":
-        whole = [tile for tile in tiles if tile.split_k == 1]
+        whole = [tile for tile in tiles if takes_gate(tile)]
         return table_place(name, "gated", gated_choice.load_gated_table(device), key, whole)
     workspace = allocate_linear_workspace("cuda")
     skinny = [each for each in linear_sweep.SKINNY if linear_sweep._fits(n, k, num_tokens, each, workspace)]
