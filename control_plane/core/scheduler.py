@@ -212,7 +212,7 @@ class Scheduler:
         plan = StepPlan(self._next_step_id)
         if self._roster.waiting:
             self.share_computed()
-        only = self._suspects.next()
+        only, admits = self._suspects.next(), False
         if only is not None:
             if not self._roster.make_alone(only):
                 return None
@@ -220,8 +220,9 @@ class Scheduler:
             waiting = [only] if only.row == NO_ROW else []
         else:
             self._roster.make_way()
-            running = rows_in_turn(self._roster.running, self._in_flight, self.config.num_stages)
             waiting = self._roster.waiting
+            admits = bool(waiting) and self._placement.has_free_row
+            running = self._rows_in_turn(admits=admits)
         budget = self.config.max_num_batched_tokens
         num_preemptions = self.counters.num_preemptions
 
@@ -234,6 +235,9 @@ class Scheduler:
                 budget -= self._plan_prefill(plan, sequence, budget)
         if waiting and self.counters.num_preemptions == num_preemptions:
             self._plan_admissions(plan, waiting, budget, now)
+        if admits and not plan.rows:
+            # None of those that wait could be placed.
+            self._plan_decodes(plan, self._rows_in_turn(admits=False), budget)
         self._num_prefill_tokens = sum(
             sequence.num_total - sequence.num_computed
             for sequence in (*prefills, *(start.sequence for start in plan.starts))
@@ -320,6 +324,9 @@ class Scheduler:
         self.reset(self.config)
 
     # ---- planning ----
+
+    def _rows_in_turn(self, *, admits: bool) -> list[SequenceState]:
+        return rows_in_turn(self._roster.running, self._in_flight, self.config.num_stages, admits=admits)
 
     def _prompt_share(self, plan: StepPlan, prefills: list[SequenceState], waiting: list[SequenceState]) -> int:
         """Prompt tokens that a step should take in which others generate."""

@@ -75,6 +75,57 @@ def test_a_new_sequence_joins_the_turns() -> None:
     assert {len(plan.rows) for plan in last} == {2, 3}
 
 
+def test_prompts_come_before_rows_whose_token_is_still_being_computed() -> None:
+    scheduler = scheduler_of(2, 64, budget=16)
+    for number in range(12):
+        scheduler.add_request(make_request(number, 8, 20), 0.0)
+    driver = Driver(scheduler, depth=3)
+    driver.fill()
+    first, second, third = driver.plans
+    assert [plan.num_tokens for plan in driver.plans] == [16, 16, 16]
+    assert not set(first.rows) & set(second.rows), "the second step waits for tokens of the first"
+    # Its tokens are there when the first stage begins with the third step.
+    assert set(first.rows) <= set(third.rows)
+
+
+def test_who_waits_and_cannot_be_placed_keeps_nobody_waiting() -> None:
+    # Blocks for one sequence.
+    scheduler = Scheduler(SchedulerConfig(0, 5, 4, 8, 64, num_stages=2, enable_prefix_caching=False))
+    for number in range(3):
+        scheduler.add_request(make_request(number, 12, 8), 0.0)
+    driver = Driver(scheduler, depth=3)
+    driver.fill()
+    assert [plan.rows for plan in driver.plans] == [[0]] * 3, "a step ahead has nothing to wait for but its own row"
+    driver.run()
+    assert scheduler.num_requests == 0
+
+
+@pytest.mark.parametrize("num_stages", [2, 3])
+def test_where_sequences_end_the_fuller_steps_give_way(num_stages: int) -> None:
+    num_rows = 12 * num_stages
+    scheduler = scheduler_of(num_stages, num_rows)
+    for number in range(num_rows):
+        # Rows are dealt out in their order: of the first step most end soon.
+        ends_soon = number < 12 and number % 4
+        scheduler.add_request(make_request(number, 3, 8 if ends_soon else 60), 0.0)
+    driver = Driver(scheduler, depth=num_stages + 1)
+    for _ in range(16 * num_stages):
+        driver.fill()
+        driver.answer()
+    steady = driver.plans[12 * num_stages :]
+    num_left = num_rows - 9
+    assert {len(plan.rows) for plan in steady} <= {num_left // num_stages, -(-num_left // num_stages)}
+    for start in range(len(steady) - num_stages + 1):
+        window = [row for plan in steady[start : start + num_stages] for row in plan.rows]
+        assert len(window) == len(set(window)), "a row waits for a token of its own"
+    gaps = [
+        later - earlier
+        for row in range(num_rows)
+        for earlier, later in pairwise([step for step, plan in enumerate(driver.plans) if row in plan.rows])
+    ]
+    assert max(gaps) <= num_stages + 1, "nobody sits out twice in a row"
+
+
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_one_stage_runs_every_row_in_every_step(depth: int) -> None:
     scheduler = scheduler_of(1, 8)
