@@ -25,6 +25,7 @@ from gpu_worker.cuda.routing import UnchosenRouting
 from gpu_worker.layers.ops import (
     TORCH_OPS,
     AttentionHeads,
+    DeltaWeights,
     PackedStack,
     ProductOfNorm,
     QuantizedRows,
@@ -39,6 +40,7 @@ from gpu_worker.model_spec import LatentSpec, MoeSpec
 if TYPE_CHECKING:
     from gpu_worker.layers.norm import Norm
     from gpu_worker.parallel.shares import ParallelContext
+    from gpu_worker.state_pool import LayerStates
 
 
 class TritonOps:
@@ -216,6 +218,20 @@ class TritonOps:
             raise TypeError(f"TritonOps attends latently through TritonLatentAttention, not {type(attention).__name__}")
         attention.rotate_and_write(query, cached, layer, positions)
         return attention.run(query, None, None, layer).unflatten(-1, (-1, latent.kv_rank))
+
+    def gate_heads(self, attended: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        return TORCH_OPS.gate_heads(attended, gates)
+
+    def convolve(self, mixed: torch.Tensor, weights: DeltaWeights, states: LayerStates) -> torch.Tensor:
+        raise NotImplementedError
+
+    def gated_delta_rule(
+        self, qkv: torch.Tensor, pairs: torch.Tensor, weights: DeltaWeights, states: LayerStates
+    ) -> torch.Tensor:
+        raise NotImplementedError
+
+    def gated_norm(self, attended: torch.Tensor, mixed: torch.Tensor, weights: DeltaWeights) -> torch.Tensor:
+        raise NotImplementedError
 
     def prepare_positions(self, tables: RotaryTables, positions: torch.Tensor, dtype: torch.dtype) -> StepPositions:
         return StepPositions(tables, positions, None)
