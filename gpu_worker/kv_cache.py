@@ -131,6 +131,9 @@ def activation_bytes(
         mlp = max(mlp, spec.moe.num_chosen * (inner + spec.hidden_size) + 3 * spec.moe.shared_intermediate_size)
     per_token = (3 * spec.hidden_size + 3 * qkv + mlp) * dtype.itemsize
     per_row = spec.vocab_size * (dtype.itemsize + 2 * torch.float32.itemsize)
+    if spec.gated_delta is not None:
+        # A run's last chunk takes as much room as a full one.
+        per_row += spec.gated_delta.num_value_heads // parallel.size * CHUNK_TOKENS**2 * torch.float32.itemsize
     return max_num_batched_tokens * per_token + max_num_seqs * per_row
 
 

@@ -127,7 +127,9 @@ class Attention:
         qkv = x.through(self.qkv)  # [num_tokens, (heads + 2 * kv_heads) * head_dim]
         gates: torch.Tensor | None = None  # [num_tokens, heads, head_dim]
         if self._has_gate:
-            qkv, gates = self._without_gates(qkv)
+            num_heads, head_dim = self._heads.num_heads, self._heads.head_dim
+            gates = qkv[:, : 2 * self._num_query_columns].unflatten(1, (num_heads, 2, head_dim))[:, :, 1]
+            qkv = self._ops.without_gates(qkv, num_heads, head_dim)
         if self.wide_norms:
             query_norm, key_norm = self.wide_norms
             query_norm.apply_(qkv[:, : self._num_query_columns])
@@ -137,10 +139,3 @@ class Attention:
             qkv[:, : self._num_query_columns].mul_(context.query_factors)
         attended = self._ops.attend(qkv, self._heads, context.positions[self._rope], context.attention)
         return self.output.apply(attended if gates is None else self._ops.gate_heads(attended, gates))
-
-    def _without_gates(self, columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each query head's columns are its query, then its gate: queries, keys and values as all attention reads them,
-        and the gates."""
-        num_columns = 2 * self._num_query_columns
-        queries, gates = columns[:, :num_columns].unflatten(1, (self._heads.num_heads, 2, -1)).unbind(2)
-        return torch.cat((queries.flatten(1), columns[:, num_columns:]), dim=1), gates

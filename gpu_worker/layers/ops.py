@@ -223,6 +223,11 @@ class LayerOps(Protocol):
         """
         ...
 
+    def without_gates(self, columns: torch.Tensor, num_heads: int, head_dim: int) -> torch.Tensor:
+        """columns [num_tokens, 2 * num_heads * head_dim + rest], each query head's query before its gate ->
+        [num_tokens, num_heads * head_dim + rest] without the gates, as a new tensor."""
+        ...
+
     def gate_heads(self, attended: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """attended [num_tokens, num_heads * head_dim] times sigmoid of gates [num_tokens, num_heads, head_dim], which
         may be strided; attended may be overwritten."""
@@ -231,7 +236,8 @@ class LayerOps(Protocol):
     def convolve(self, mixed: torch.Tensor, weights: DeltaWeights, states: LayerStates) -> torch.Tensor:
         """SiLU of the short convolution of queries, keys and values; rows' last inputs are kept.
 
-        mixed [num_tokens, columns] as the layout says -> [num_tokens, channels]: queries, keys, values.
+        mixed [num_tokens, columns] as the layout says -> float32, or mixed's dtype, [num_tokens, channels]: queries,
+        keys, values.
         """
         ...
 
@@ -405,6 +411,10 @@ class TorchOps:
         rotated = self.rotate_heads(by_head, heads, rotation_of(positions))
         q, k, v = rotated[:, :num_heads], rotated[:, num_heads:], by_head[:, num_rotated:]
         return attention.run(q, k, v, heads.layer, sinks=heads.sinks)
+
+    def without_gates(self, columns: torch.Tensor, num_heads: int, head_dim: int) -> torch.Tensor:
+        queries = columns[:, : 2 * num_heads * head_dim].unflatten(1, (num_heads, 2, head_dim))[:, :, 0]
+        return torch.cat((queries.flatten(1), columns[:, 2 * num_heads * head_dim :]), dim=1)
 
     def gate_heads(self, attended: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         return attended.mul_(gates.sigmoid().flatten(1))
