@@ -111,17 +111,19 @@ def _causal_conv_kernel(
         if (chunk == 0) & (kv_len > 0):
             slot = tl.arange(0, BLOCK_KEPT)
             kept = (slot < WIDTH - 1)[:, None] & is_channel[None, :]
-            at = length - (WIDTH - 1) + slot
-            now = tl.load(
-                x_ptr + at.to(tl.int64)[:, None] * x_stride + column[None, :], mask=kept & (at >= 0)[:, None], other=0.0
+            source = length - (WIDTH - 1) + slot
+            came = tl.load(
+                x_ptr + source.to(tl.int64)[:, None] * x_stride + column[None, :],
+                mask=kept & (source >= 0)[:, None],
+                other=0.0,
             )
-            before = tl.load(
-                kept_ptr + (at + (WIDTH - 1))[:, None] * NUM_CHANNELS + channel[None, :],
-                mask=kept & (at < 0)[:, None] & goes_on,
+            stayed = tl.load(
+                kept_ptr + (source + (WIDTH - 1))[:, None] * NUM_CHANNELS + channel[None, :],
+                mask=kept & (source < 0)[:, None] & goes_on,
                 other=0.0,
             )
             tl.debug_barrier()
-            last = tl.where((at >= 0)[:, None], now.to(tl.float32), before.to(tl.float32))
+            last = tl.where((source >= 0)[:, None], came.to(tl.float32), stayed.to(tl.float32))
             kept_at = kept_ptr + slot[:, None] * NUM_CHANNELS + channel[None, :]
             tl.store(kept_at, last.to(state_ptr.dtype.element_ty), mask=kept)
 
