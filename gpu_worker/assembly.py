@@ -17,6 +17,7 @@ from gpu_worker.kv_cache import (
     KVCacheShape,
     MemoryPlan,
     activation_bytes,
+    cached_layers,
     longest_sequence,
     plan_cpu_memory,
     plan_cuda_memory,
@@ -31,6 +32,7 @@ from gpu_worker.parallel.shares import ParallelContext
 from gpu_worker.pooling import PoolingSpec
 from gpu_worker.row_table import BatchLimits
 from gpu_worker.runner_api import PoolingFacts, PoolingKind, WorkerFacts
+from gpu_worker.state_pool import StateShape
 
 log = structlog.get_logger(__name__)
 
@@ -129,20 +131,23 @@ def plan_memory(
     dtype: torch.dtype,
     workspace_bytes: int = 0,
     num_local_ranks: int = 1,
+    num_state_rows: int = 0,
 ) -> tuple[Sizes, MemoryPlan]:
     """The KV pool; a max_model_len that nobody asked for is lowered to what the pool holds.
 
     `workspace_bytes`: what the runner holds beside weights, activations and KV cache. `num_local_ranks`: how many
-    share this node, and on a CPU its memory.
+    share this node, and on a CPU its memory. `num_state_rows`: rows that layers keep a state of, where they keep one.
     """
     cpu_kv_cache_gib = settings.cpu_kv_cache_gib / num_local_ranks
     activations = activation_bytes(spec, parallel, sizes.max_num_batched_tokens, sizes.max_num_seqs, dtype)
     activations += workspace_bytes
+    states = StateShape.of(spec, parallel, dtype)
+    state_bytes = 0 if states is None else states.row_bytes * num_state_rows
     total_bytes = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
     if settings.max_model_len is None:
         budget = int(cpu_kv_cache_gib * (1 << 30))
         if device.type == "cuda":
-            budget = int(total_bytes * settings.gpu_memory_utilization) - weight_bytes - activations
+            budget = int(total_bytes * settings.gpu_memory_utilization) - weight_bytes - activations - state_bytes
         fitting = longest_sequence(shape, budget)
         if 0 < fitting < sizes.max_model_len:
             log.warning("max_model_len is lowered to what the KV cache holds", model=sizes.max_model_len, now=fitting)
@@ -157,6 +162,7 @@ def plan_memory(
             max_model_len=sizes.max_model_len,
             max_num_seqs=sizes.max_num_seqs,
             device=str(device),
+            state_bytes=state_bytes,
         )
     else:
         plan = plan_cpu_memory(
@@ -167,6 +173,7 @@ def plan_memory(
             max_model_len=sizes.max_model_len,
             max_num_seqs=sizes.max_num_seqs,
             available_bytes=available_host_bytes(),
+            state_bytes=state_bytes,
         )
     return sizes, plan
 
@@ -183,8 +190,7 @@ def agree_on_sizes(sizes: Sizes, plan: MemoryPlan, shape: KVCacheShape, group: R
 def attention_spec(spec: ModelSpec, parallel: ParallelContext, max_model_len: int | None = None) -> AttentionSpec:
     """This rank's. Chunks that no sequence of `max_model_len` tokens leaves are none."""
     heads = parallel.heads(spec.num_heads, spec.num_kv_heads)
-    held = parallel.layers(spec.num_layers)
-    layers = spec.layers[held.start : held.stop]
+    layers = [spec.layers[number] for number in cached_layers(spec, parallel)]
     chunks = tuple(layer.attention_chunk for layer in layers)
     if max_model_len is not None:
         chunks = tuple(None if chunk is None or max_model_len <= chunk else chunk for chunk in chunks)
@@ -232,7 +238,7 @@ def worker_facts(
         can_prompt_logprobs=pooling is None,
         pooling=None if pooling is None else pooling_facts(pooling),
         weights_per_token=sum(spec.layer_weights()),
-        keeps_row_states=spec.row_state_bytes > 0 or spec.row_cache_dim > 0,
+        keeps_row_states=spec.row_state_bytes > 0 or spec.row_cache_dim > 0 or spec.gated_delta is not None,
     )
 
 

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from gpu_worker.errors import LoadError
-from gpu_worker.model_spec import ModelSpec
+from gpu_worker.layers.delta_rule import CHUNK_TOKENS
+from gpu_worker.model_spec import GatedDeltaSpec, ModelSpec
 from gpu_worker.parallel.shares import ParallelContext
 
 FIRST_BLOCK_ID = 1
@@ -24,6 +25,15 @@ GIB = 1 << 30
 
 class MemoryBudgetError(LoadError, RuntimeError):
     """The memory does not suffice. The message names the setting to change and the value that would do."""
+
+
+def cached_layers(spec: ModelSpec, parallel: ParallelContext) -> tuple[int, ...]:
+    """The numbers of this rank's layers that cache keys and values.
+
+    Of a stage whose layers all keep states the first: blocks are counted on every stage, and attention planned.
+    """
+    held = parallel.layers(spec.num_layers)
+    return tuple(layer for layer in held if not spec.layers[layer].keeps_state) or (held.start,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +57,7 @@ class KVCacheShape:
     def of(cls, spec: ModelSpec, parallel: ParallelContext, block_size: int, dtype: torch.dtype) -> KVCacheShape:
         heads = parallel.heads(spec.num_heads, spec.num_kv_heads)
         num_planes = 2 if spec.latent is None else 1
-        held = parallel.layers(spec.num_layers)
+        held = cached_layers(spec, parallel)
         index_layers = tuple(number for number, layer in enumerate(held) if spec.layers[layer].has_indexer)
         index_dim = 0 if spec.indexer is None else spec.indexer.key_dim
         sizes = (len(held), heads.kv.size, block_size, spec.head_dim)
@@ -75,6 +85,8 @@ class MemoryPlan:
     kv_bytes: int
     num_blocks: int
     block_size: int
+    state_bytes: int = 0
+    """What layers keep of every row beside the KV cache."""
 
     @property
     def num_kv_tokens(self) -> int:
@@ -84,6 +96,8 @@ class MemoryPlan:
     def lines(self) -> list[str]:
         """The table that start-up prints."""
         rows = [("weights", self.weight_bytes), ("activations", self.activation_bytes), ("KV cache", self.kv_bytes)]
+        if self.state_bytes:
+            rows.append(("states of rows", self.state_bytes))
         if self.total_bytes is not None:
             used = sum(size for _, size in rows)
             rows.append(("left free", self.total_bytes - used))
@@ -107,13 +121,28 @@ def activation_bytes(
     """
     heads = parallel.heads(spec.num_heads, spec.num_kv_heads)
     qkv = (heads.query.size + 2 * heads.kv.size) * spec.head_dim
+    if spec.attention_gate:
+        qkv += 2 * heads.query.size * spec.head_dim
+    if spec.gated_delta is not None:
+        qkv = max(qkv, _delta_numbers(spec.gated_delta, parallel))
     mlp = 3 * spec.intermediate_size // parallel.size
     if spec.moe is not None:
         inner = parallel.experts(spec.moe.num_experts, spec.moe.intermediate_size).intermediate.size
         mlp = max(mlp, spec.moe.num_chosen * (inner + spec.hidden_size) + 3 * spec.moe.shared_intermediate_size)
     per_token = (3 * spec.hidden_size + 3 * qkv + mlp) * dtype.itemsize
     per_row = spec.vocab_size * (dtype.itemsize + 2 * torch.float32.itemsize)
+    if spec.gated_delta is not None:
+        # A run's last chunk takes as much room as a full one.
+        per_row += spec.gated_delta.num_value_heads // parallel.size * CHUNK_TOKENS**2 * torch.float32.itemsize
     return max_num_batched_tokens * per_token + max_num_seqs * per_row
+
+
+def _delta_numbers(delta: GatedDeltaSpec, parallel: ParallelContext) -> int:
+    """A third of the numbers that a token has at once in a layer of the gated delta rule: its projections twice, its
+    heads' outputs in float32, and its part of each chunk's triangular system."""
+    value_heads = delta.num_value_heads // parallel.size
+    projected = 2 * delta.num_inputs // parallel.size
+    return -(-(projected + 2 * value_heads * (delta.value_dim + CHUNK_TOKENS)) // 3)
 
 
 def plan_cpu_memory(
@@ -125,10 +154,12 @@ def plan_cpu_memory(
     max_model_len: int,
     max_num_seqs: int,
     available_bytes: int | None,
+    state_bytes: int = 0,
 ) -> MemoryPlan:
     """A pool of `kv_cache_gib`, or less where `max_num_seqs` sequences of `max_model_len` cannot fill it.
 
     `available_bytes` is what the machine can still give, the weights being in memory already (None: not known).
+    `state_bytes`: what layers keep of all rows.
 
     Raises:
         MemoryBudgetError: not one sequence of max_model_len fits, or the machine has not got the memory.
@@ -137,14 +168,16 @@ def plan_cpu_memory(
     num_blocks = min(num_blocks, FIRST_BLOCK_ID + max_num_seqs * shape.blocks_for(max_model_len))
     _check_longest(shape, num_blocks, max_model_len, kv_cache_gib, "cpu_kv_cache_gib")
     kv_bytes = num_blocks * shape.block_bytes
-    if available_bytes is not None and kv_bytes + activation_bytes > available_bytes:
+    if available_bytes is not None and kv_bytes + activation_bytes + state_bytes > available_bytes:
+        left = available_bytes - activation_bytes - kv_bytes
+        _check_states(state_bytes, left, max_num_seqs, f"of the {available_bytes / GIB:.2f} GiB that are free")
         fitting = max(available_bytes - activation_bytes, 0) / GIB
         raise MemoryBudgetError(
             f"cpu_kv_cache_gib {kv_cache_gib:g} and {activation_bytes / GIB:.2f} GiB of activations do not fit into "
             f"the {available_bytes / GIB:.2f} GiB that this machine has free: "
             f"set --cpu-kv-cache-gib {_floor2(fitting)} or less"
         )
-    return MemoryPlan("cpu", None, weight_bytes, activation_bytes, kv_bytes, num_blocks, shape.block_size)
+    return MemoryPlan("cpu", None, weight_bytes, activation_bytes, kv_bytes, num_blocks, shape.block_size, state_bytes)
 
 
 def plan_cuda_memory(
@@ -157,8 +190,9 @@ def plan_cuda_memory(
     max_model_len: int,
     max_num_seqs: int,
     device: str,
+    state_bytes: int = 0,
 ) -> MemoryPlan:
-    """What `utilization` of the device leaves beside weights and activations, all of it computed.
+    """What `utilization` of the device leaves beside weights, activations and `state_bytes`, all of it computed.
 
     Raises:
         MemoryBudgetError: weights and activations alone exceed the budget, or not one sequence of max_model_len fits.
@@ -176,10 +210,33 @@ def plan_cuda_memory(
             f"weights {weight_bytes / GIB:.2f} GiB and activations {activation_bytes / GIB:.2f} GiB exceed "
             f"gpu_memory_utilization {utilization:g} of {total_bytes / GIB:.2f} GiB: {advice}"
         )
+    for_longest = (FIRST_BLOCK_ID + shape.blocks_for(max_model_len)) * shape.block_bytes
+    _check_states(
+        state_bytes,
+        left - for_longest,
+        max_num_seqs,
+        f"beside weights, activations and the KV cache of one sequence in gpu_memory_utilization {utilization:g} of "
+        f"{total_bytes / GIB:.2f} GiB",
+    )
+    left -= state_bytes
     num_blocks = min(left // shape.block_bytes, FIRST_BLOCK_ID + max_num_seqs * shape.blocks_for(max_model_len))
     _check_longest(shape, num_blocks, max_model_len, utilization, "gpu_memory_utilization", total_bytes)
     kv_bytes = num_blocks * shape.block_bytes
-    return MemoryPlan(device, total_bytes, weight_bytes, activation_bytes, kv_bytes, num_blocks, shape.block_size)
+    return MemoryPlan(
+        device, total_bytes, weight_bytes, activation_bytes, kv_bytes, num_blocks, shape.block_size, state_bytes
+    )
+
+
+def _check_states(state_bytes: int, left: int, max_num_seqs: int, of_what: str) -> None:
+    """Raises `MemoryBudgetError` where fewer rows would do: their states are `state_bytes` together."""
+    if not state_bytes or state_bytes <= left:
+        return
+    fitting = max(left, 0) * max_num_seqs // state_bytes
+    if fitting:
+        raise MemoryBudgetError(
+            f"states of {max_num_seqs} rows take {state_bytes / GIB:.2f} GiB, and {left / GIB:.2f} GiB are left "
+            f"{of_what}: set --max-num-seqs {fitting} or less"
+        )
 
 
 def longest_sequence(shape: KVCacheShape, budget_bytes: int) -> int:

@@ -52,6 +52,8 @@ class LayerSpec:
     """The MLP is a mixture of experts, as `ModelSpec.moe` says."""
     has_indexer: bool = False
     """It chooses the tokens that it and the layers behind it without an indexer attend to."""
+    keeps_state: bool = False
+    """The gated delta rule stands in the place of attention, as `ModelSpec.gated_delta` says; nothing is cached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,27 @@ class IndexerSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class GatedDeltaSpec:
+    """Layers of the gated delta rule (Yang et al., 2024) behind a short convolution: what they keep of a sequence is a
+    matrix for every value head, and the last inputs of the convolution."""
+
+    num_key_heads: int
+    num_value_heads: int
+    """A multiple: each key head serves as many neighbours."""
+    key_dim: int
+    value_dim: int
+    conv_width: int
+    """Tokens that the convolution sees, the present one included."""
+    is_grouped: bool
+    """In the checkpoint one linear gives queries, keys, values and gates, key head by key head; else they are apart."""
+
+    @property
+    def num_inputs(self) -> int:
+        """Queries, keys, values and gates of a token."""
+        return 2 * (self.num_key_heads * self.key_dim + self.num_value_heads * self.value_dim)
+
+
+@dataclass(frozen=True, slots=True)
 class QueryScaling:
     """Queries grow with their position: by 1 + weight * log(1 + floor((position + first) / period))."""
 
@@ -181,6 +204,8 @@ class ModelSpec:
     softmax_scale: float | None = None
     """Multiplies attention scores; None: head_dim ** -0.5."""
     query_scaling: QueryScaling | None = None
+    attention_gate: bool = False
+    """What a head attended to is multiplied by sigmoid of a gate, which is stored behind the head's query."""
     attention_softcap: float | None = None
     attention_sinks: bool = False
     """A learnt logit for every head joins the softmax's denominator."""
@@ -196,6 +221,8 @@ class ModelSpec:
     latent: LatentSpec | None = None
     indexer: IndexerSpec | None = None
     """Of latent attention; None: a query attends to everything before it."""
+    gated_delta: GatedDeltaSpec | None = None
+    """Of the layers that keep a state."""
     eos_token_ids: tuple[int, ...] = field(default=())
     row_state_bytes: int = 0
     """What layers keep for a row beside keys and values."""
@@ -212,10 +239,18 @@ class ModelSpec:
 
     def layer_weights(self) -> list[int]:
         """Weights of each layer that a token is multiplied with; of experts, those that it chooses."""
-        attention = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+        query_parts = 3 if self.attention_gate else 2
+        attention = self.hidden_size * self.head_dim * (query_parts * self.num_heads + 2 * self.num_kv_heads)
+        stateful = 0
+        if self.gated_delta is not None:
+            delta = self.gated_delta
+            stateful = self.hidden_size * (delta.num_inputs + delta.num_value_heads * (2 + delta.value_dim))
         dense = (3 if self.gated_mlp else 2) * self.hidden_size * self.intermediate_size
         experts = dense
         if self.moe is not None:
             width = self.moe.num_chosen * self.moe.intermediate_size + self.moe.shared_intermediate_size
             experts = 3 * self.hidden_size * width
-        return [attention + (experts if layer.is_moe else dense) for layer in self.layers]
+        return [
+            (stateful if layer.keeps_state else attention) + (experts if layer.is_moe else dense)
+            for layer in self.layers
+        ]

@@ -213,11 +213,13 @@ class TorchRunner:
                 workspace_bytes=spec.row_state_bytes * sizes.max_num_seqs
                 + choice_bytes(spec.indexer, sizes.max_num_batched_tokens),
                 num_local_ranks=num_local_ranks,
+                num_state_rows=sizes.max_num_seqs,
             )
             sizes, plan = agree_on_sizes(sizes, plan, shape, group)
         for line in plan.lines()[: 1 if family.is_encoder else None]:
             log.info(line)
         kv_cache = KVCache(shape, plan.num_blocks, device)
+        model.allocate_states(sizes.max_num_seqs)
         heads = attention_spec(spec, parallel, sizes.max_model_len)
         attention: TorchAttention | EncoderAttention
         if family.is_encoder:
@@ -304,6 +306,8 @@ class TorchRunner:
         self.attention.plan(inputs.metadata)
         if self.model.row_states is not None:
             self.model.row_states.plan(inputs.metadata)
+        if self.model.states is not None:
+            self.model.states.plan(inputs.metadata)
         token_ids = torch.from_numpy(inputs.token_ids).to(self._device)
         positions = torch.from_numpy(inputs.metadata.positions).to(self._device)
         received = None

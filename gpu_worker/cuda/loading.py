@@ -8,6 +8,7 @@ from pathlib import Path
 
 import structlog
 import torch
+from stepwire_kernels.delta_runs import unsupported_heads
 from stepwire_kernels.experts import default_expert_tuning, default_packed_tuning
 from stepwire_kernels.step_result import result_slot_words
 
@@ -45,7 +46,7 @@ from gpu_worker.cuda.step_program import ProgramBuffers, ProgramLimits, StepProg
 from gpu_worker.cuda.timeline import CudaTimeline, num_slots
 from gpu_worker.device import resolve_dtype
 from gpu_worker.invariant.coverage import CoveredScheme, refuse_uncovered
-from gpu_worker.kv_cache import GIB, KVCache, KVCacheShape, MemoryBudgetError, activation_bytes
+from gpu_worker.kv_cache import GIB, KVCache, KVCacheShape, MemoryBudgetError, activation_bytes, cached_layers
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.layers.moe import expert_form
 from gpu_worker.layers.scaled_experts import needs_float8
@@ -208,12 +209,26 @@ def _load_supported(
         workspace += kernels.num_bytes()
     if link is not None:
         workspace += 8 * _link_sizes(group, spec, sizes, dtype, with_graphs=with_graphs).region_words
-    sizes, plan = plan_memory(settings, spec, parallel, shape, sizes, model.num_bytes(), device, dtype, workspace)
+    # One row more than sequences may have: the scratch row, for steps that are nobody's.
+    num_state_rows = sizes.max_num_seqs + 1
+    sizes, plan = plan_memory(
+        settings,
+        spec,
+        parallel,
+        shape,
+        sizes,
+        model.num_bytes(),
+        device,
+        dtype,
+        workspace,
+        num_state_rows=num_state_rows,
+    )
     sizes, plan = agree_on_sizes(sizes, plan, shape, group)
     for line in plan.lines():
         log.info(line)
-    _check_free(plan.kv_bytes + plan.activation_bytes, settings.gpu_memory_utilization, device)
+    _check_free(plan.kv_bytes + plan.activation_bytes + plan.state_bytes, settings.gpu_memory_utilization, device)
     kv_cache = KVCache(shape, plan.num_blocks, device)
+    model.allocate_states(num_state_rows)
     parts = _Parts.of(sizes, spec.vocab_size, with_graphs=with_graphs)
     attention = make_attention(
         attention_spec(spec, parallel, sizes.max_model_len),
@@ -221,7 +236,7 @@ def _load_supported(
         parts.attention,
         dtype=dtype,
         pdl=pdl,
-        kv_scales=model.kv_scales,
+        kv_scales=model.kv_scales and [model.kv_scales[layer] for layer in cached_layers(spec, parallel)],
         deterministic=settings.deterministic,
     )
     buffers = ProgramBuffers.allocate(parts.program, device)
@@ -278,6 +293,10 @@ def _load_supported(
 def _unsupported(spec: ModelSpec, parallel: ParallelContext, sizes: Sizes, device: torch.device) -> str | None:
     if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         return _too_old(device, MIN_CAPABILITY)
+    if spec.gated_delta is not None:
+        reason = unsupported_heads(spec.gated_delta.key_dim, spec.gated_delta.value_dim)
+        if reason is not None:
+            return reason
     return unsupported_attention(attention_spec(spec, parallel, sizes.max_model_len), sizes.block_size)
 
 

@@ -6,11 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from stepwire_kernels.activation import gated_activation, gated_activation_quantized
+from stepwire_kernels.causal_conv import causal_conv
+from stepwire_kernels.delta_runs import DeltaRuns
 from stepwire_kernels.expert_routing import RouterLogits, choose_experts
 from stepwire_kernels.expert_scaled import ScaledExpertWeights, mix_scaled_experts
 from stepwire_kernels.experts import ExpertWeights, mix_experts, mix_packed_experts, mix_routed_experts
 from stepwire_kernels.fused_linear import FusedTuning, NormInput, choose_fused, fused_linear
 from stepwire_kernels.gated_choice import choose_gated
+from stepwire_kernels.gated_delta import gated_delta
+from stepwire_kernels.gated_heads import gate_heads, gated_norm, without_gates
 from stepwire_kernels.gather import look_up_part
 from stepwire_kernels.linear import linear
 from stepwire_kernels.norm import add_rms_norm, add_rms_norm_quantized
@@ -18,13 +22,14 @@ from stepwire_kernels.split_k import allocate_linear_workspace
 from stepwire_kernels.tile_linear import TileLinearTuning, tile_linear
 
 from gpu_worker.attention.api import AttentionBackend
-from gpu_worker.attention.triton_backend import TritonAttention
+from gpu_worker.attention.triton_backend import DeviceStep, TritonAttention
 from gpu_worker.attention.triton_latent import TritonLatentAttention
 from gpu_worker.cuda.kernel_activations import KERNEL_ACTIVATIONS
 from gpu_worker.cuda.routing import UnchosenRouting
 from gpu_worker.layers.ops import (
     TORCH_OPS,
     AttentionHeads,
+    DeltaWeights,
     PackedStack,
     ProductOfNorm,
     QuantizedRows,
@@ -39,6 +44,7 @@ from gpu_worker.model_spec import LatentSpec, MoeSpec
 if TYPE_CHECKING:
     from gpu_worker.layers.norm import Norm
     from gpu_worker.parallel.shares import ParallelContext
+    from gpu_worker.state_pool import LayerStates
 
 
 class TritonOps:
@@ -217,6 +223,33 @@ class TritonOps:
         attention.rotate_and_write(query, cached, layer, positions)
         return attention.run(query, None, None, layer).unflatten(-1, (-1, latent.kv_rank))
 
+    def without_gates(self, columns: torch.Tensor, num_heads: int, head_dim: int) -> torch.Tensor:
+        return without_gates(columns, num_heads, head_dim, pdl=self.pdl)
+
+    def gate_heads(self, attended: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        return gate_heads(attended, gates, pdl=self.pdl)
+
+    def convolve(self, mixed: torch.Tensor, weights: DeltaWeights, states: LayerStates) -> torch.Tensor:
+        return causal_conv(mixed, weights.conv, states.conv, weights.layout, _runs_of(states.step), pdl=self.pdl)
+
+    def gated_delta_rule(
+        self, qkv: torch.Tensor, pairs: torch.Tensor, weights: DeltaWeights, states: LayerStates
+    ) -> torch.Tensor:
+        return gated_delta(
+            qkv,
+            pairs,
+            weights.log_rate,
+            weights.decay_bias,
+            states.matrices,
+            weights.layout,
+            _runs_of(states.step),
+            pdl=self.pdl,
+        )
+
+    def gated_norm(self, attended: torch.Tensor, mixed: torch.Tensor, weights: DeltaWeights) -> torch.Tensor:
+        norm = weights.norm
+        return gated_norm(attended, mixed, norm.weight, norm.eps, weights.layout, pdl=self.pdl)
+
     def prepare_positions(self, tables: RotaryTables, positions: torch.Tensor, dtype: torch.dtype) -> StepPositions:
         return StepPositions(tables, positions, None)
 
@@ -226,3 +259,8 @@ class TritonOps:
         if not isinstance(attention, TritonAttention):
             raise TypeError(f"TritonOps writes KV through TritonAttention, not through {type(attention).__name__}")
         return attention.attend(qkv, heads, positions)
+
+
+def _runs_of(step: DeviceStep) -> DeltaRuns:
+    inputs = step.inputs
+    return DeltaRuns(inputs.query_starts, inputs.kv_lens, inputs.run_rows, step.has_decodes, step.has_prefills)

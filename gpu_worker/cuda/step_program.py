@@ -156,7 +156,10 @@ class StepProgram:
         step_input.build_step_input(
             self._packed, rows, inputs, self._limits.block_size, one_token_runs=shape.is_decode, pdl=self._pdl
         )
-        self._attention.plan(DeviceStep(inputs, rows.block_tables, shape.has_decodes, not shape.is_decode))
+        step = DeviceStep(inputs, rows.block_tables, shape.has_decodes, not shape.is_decode)
+        self._attention.plan(step)
+        if self._model.states is not None:
+            self._model.states.plan(step)
         received = None if self._link is None else self._link.receive_hidden(shape.num_tokens)
         return self._model.hidden_states(inputs.input_ids, inputs.positions, self._attention, received)
 

@@ -13,6 +13,7 @@ def refuse_uncovered(spec: ModelSpec, family: type[ModelFamily]) -> None:
     parts = {
         "experts": spec.moe is not None,
         "latent attention": spec.latent is not None,
+        "the gated delta rule": spec.gated_delta is not None,
         "attention in chunks": any(layer.attention_chunk is not None for layer in spec.layers),
         "transformers' own code": family.host_plans_attention,
         "encoders": family.is_encoder,

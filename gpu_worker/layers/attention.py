@@ -17,6 +17,7 @@ from gpu_worker.layers.weighted import Weighted
 from gpu_worker.model_spec import ModelSpec
 from gpu_worker.parallel.shares import HeadShare, Share
 from gpu_worker.quant.api import ExpectedTensors, RandomValues, StoredTensor
+from gpu_worker.state_pool import StatePool
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,8 @@ class ForwardContext:
     """One for each kind of rope that the model has."""
     query_factors: torch.Tensor | None = None  # [num_tokens, 1]
     """What the queries of each token are multiplied by; None: nothing."""
+    states: StatePool | None = None
+    """Of layers that keep one for each row; it has planned the step as well."""
 
 
 class Sinks(Weighted):
@@ -57,8 +60,15 @@ class Attention:
         self, spec: ModelSpec, layer: int, rope: int, path: str, build: BuildContext, *, is_rotated: bool = True
     ) -> None:
         heads = build.parallel.heads(spec.num_heads, spec.num_kv_heads)
+        self._has_gate = spec.attention_gate
         self.qkv = qkv_parallel(
-            spec.hidden_size, heads, spec.head_dim, bias=spec.qkv_bias, path=f"{path}.qkv", build=build
+            spec.hidden_size,
+            heads,
+            spec.head_dim,
+            bias=spec.qkv_bias,
+            path=f"{path}.qkv",
+            build=build,
+            query_dim=2 * spec.head_dim if self._has_gate else None,
         )
         inputs = Share(
             heads.query.start * spec.head_dim, heads.query.size * spec.head_dim, heads.query.total * spec.head_dim
@@ -115,6 +125,11 @@ class Attention:
     def apply(self, x: SublayerInput, context: ForwardContext) -> torch.Tensor:
         """x [num_tokens, hidden] -> [num_tokens, hidden]."""
         qkv = x.through(self.qkv)  # [num_tokens, (heads + 2 * kv_heads) * head_dim]
+        gates: torch.Tensor | None = None  # [num_tokens, heads, head_dim]
+        if self._has_gate:
+            num_heads, head_dim = self._heads.num_heads, self._heads.head_dim
+            gates = qkv[:, : 2 * self._num_query_columns].unflatten(1, (num_heads, 2, head_dim))[:, :, 1]
+            qkv = self._ops.without_gates(qkv, num_heads, head_dim)
         if self.wide_norms:
             query_norm, key_norm = self.wide_norms
             query_norm.apply_(qkv[:, : self._num_query_columns])
@@ -123,4 +138,4 @@ class Attention:
             # Before rotation, which it does not change.
             qkv[:, : self._num_query_columns].mul_(context.query_factors)
         attended = self._ops.attend(qkv, self._heads, context.positions[self._rope], context.attention)
-        return self.output.apply(attended)
+        return self.output.apply(attended if gates is None else self._ops.gate_heads(attended, gates))

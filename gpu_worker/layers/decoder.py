@@ -11,6 +11,7 @@ import torch
 from gpu_worker.attention.api import AttentionBackend
 from gpu_worker.layers.attention import Attention, ForwardContext
 from gpu_worker.layers.embedding import Embedding, OutputHead, VocabTable
+from gpu_worker.layers.gated_delta import GatedDelta
 from gpu_worker.layers.indexer import Indexer, check_stage
 from gpu_worker.layers.latent_attention import LatentAttention
 from gpu_worker.layers.linear import BuildContext, RowParallelLinear
@@ -23,6 +24,7 @@ from gpu_worker.layers.weighted import Elsewhere, Weighted
 from gpu_worker.loading.kv_scales import KVScales
 from gpu_worker.model_spec import ModelSpec, RopeSpec
 from gpu_worker.parallel.shares import ParallelContext, Share
+from gpu_worker.state_pool import StatePool, StateShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +55,20 @@ class DecoderBlock:
     def __init__(self, spec: ModelSpec, layer: int, ropes: Sequence[RopeSpec | None], build: BuildContext) -> None:
         """`ropes`: the kinds of rope that the model has, in the order of a step's positions."""
         path, rope = f"layers.{layer}", ropes.index(spec.layers[layer].rope)
-        # Its place in this rank's KV cache, which has the layers of its stage only.
-        cached = layer - build.parallel.layers(spec.num_layers).start
+        # Its place in this rank's KV cache or state pool, which have the layers of its stage only.
+        keeps_state = spec.layers[layer].keeps_state
+        before = spec.layers[build.parallel.layers(spec.num_layers).start : layer]
+        cached = sum(one.keeps_state == keeps_state for one in before)
         self._ops, self._is_parallel, self._residual_scale = build.ops, spec.parallel_block, spec.residual_scale
         # Where a sublayer's output goes into the next norm and nowhere else, ranks' outputs are summed there.
         leaves_sums = spec.pre_norms and not (spec.post_norms or spec.parallel_block) and spec.residual_scale == 1.0
         self.sums = build.parallel if leaves_sums and build.parallel.size > 1 else None
         leaves = self.sums is not None
         build = replace(build, leaves_sums=leaves, begins_sums=leaves)
-        self.attention: Attention | LatentAttention
-        if spec.latent is None:
+        self.attention: Attention | LatentAttention | GatedDelta
+        if keeps_state and spec.gated_delta is not None:
+            self.attention = GatedDelta(spec, spec.gated_delta, cached, f"{path}.delta", build)
+        elif spec.latent is None:
             is_rotated = spec.layers[layer].rope is not None
             self.attention = Attention(spec, cached, rope, f"{path}.attention", build, is_rotated=is_rotated)
         else:
@@ -91,8 +97,9 @@ class DecoderBlock:
         for name, norm in self.norms.items():
             if norm is not None:
                 yield name, norm
+        kind = "delta" if isinstance(self.attention, GatedDelta) else "attention"
         for name, part in self.attention.weighted():
-            yield f"attention.{name}", part
+            yield f"{kind}.{name}", part
         for name, part in self.mlp.weighted():
             yield f"mlp.{name}", part
 
@@ -129,6 +136,8 @@ class Decoder:
 
     kv_scales: tuple[KVScales, ...] | None = None
     """The checkpoint's scales for a float8 KV cache, one entry for each layer of the whole model; None: it has none."""
+    states: StatePool | None = None
+    """What its layers keep of each row beside the KV cache; None: nothing."""
 
     def __init__(self, spec: ModelSpec, max_position: int, build: BuildContext) -> None:
         self.spec = spec
@@ -188,6 +197,12 @@ class Decoder:
         if self.head is not None and self._stage.is_last_stage:
             self.head.finish()
 
+    def allocate_states(self, num_rows: int) -> None:
+        """Room for what layers keep of so many rows; nothing where they keep nothing."""
+        shape = None if self.spec.gated_delta is None else StateShape.of(self.spec, self._stage, self.dtype)
+        if shape is not None:
+            self.states = StatePool(shape, num_rows, self.device)
+
     def num_bytes(self) -> int:
         """Memory of this rank's weights."""
         weights = sum(part.num_bytes() for _, part in self.weighted())
@@ -205,7 +220,7 @@ class Decoder:
         `received`: what the stage before this one gave, [num_tokens, hidden]; it is overwritten.
         """
         prepared = tuple(self._ops.prepare_positions(tables, positions, self.dtype) for tables in self.tables)
-        context = ForwardContext(attention, prepared, self._query_factors(positions))
+        context = ForwardContext(attention, prepared, self._query_factors(positions), self.states)
         residual = self._embedded(token_ids) if received is None else received
         output: torch.Tensor | None = None
         for block in self.blocks:

@@ -111,14 +111,25 @@ def column_parallel(
 
 
 def qkv_parallel(
-    hidden_size: int, heads: HeadShare, head_dim: int, *, bias: bool, path: str, build: BuildContext
+    hidden_size: int,
+    heads: HeadShare,
+    head_dim: int,
+    *,
+    bias: bool,
+    path: str,
+    build: BuildContext,
+    query_dim: int | None = None,
 ) -> Linear:
-    """[q heads | k heads | v heads] of this rank in one linear: parts `q`, `k`, `v`."""
+    """[q heads | k heads | v heads] of this rank in one linear: parts `q`, `k`, `v`.
 
-    def rows(share: Share) -> Share:
-        return Share(share.start * head_dim, share.size * head_dim, share.total * head_dim)
+    `query_dim`: outputs for each query head, where they are more than its query (None: head_dim).
+    """
 
-    parts = [("q", rows(heads.query)), ("k", rows(heads.kv)), ("v", rows(heads.kv))]
+    def rows(share: Share, size: int) -> Share:
+        return Share(share.start * size, share.size * size, share.total * size)
+
+    query = rows(heads.query, query_dim or head_dim)
+    parts = [("q", query), ("k", rows(heads.kv, head_dim)), ("v", rows(heads.kv, head_dim))]
     return column_parallel(hidden_size, parts, bias=bias, path=path, build=build)
 
 

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from gpu_worker.attention.api import AttentionBackend
+from gpu_worker.layers import delta_rule
+from gpu_worker.layers.delta_rule import DeltaLayout
 from gpu_worker.layers.rope import RotaryTables, StepRotation
 from gpu_worker.layers.routing import Routing, choose_experts
 from gpu_worker.model_spec import LatentSpec, MoeSpec
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
     from gpu_worker.layers.norm import Norm, RMSNorm
     from gpu_worker.parallel.shares import ParallelContext
+    from gpu_worker.state_pool import LayerStates
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,17 @@ class AttentionHeads:
     query_norm: RMSNorm | None = None
     key_norm: RMSNorm | None = None
     sinks: torch.Tensor | None = None  # float32 [num_heads]
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaWeights:
+    """What a layer of the gated delta rule has beside its linears, of this rank's heads."""
+
+    layout: DeltaLayout
+    conv: torch.Tensor  # [channels, conv_width]
+    log_rate: torch.Tensor  # float32 [value_heads]
+    decay_bias: torch.Tensor  # float32 [value_heads]
+    norm: RMSNorm
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +223,41 @@ class LayerOps(Protocol):
         """
         ...
 
+    def without_gates(self, columns: torch.Tensor, num_heads: int, head_dim: int) -> torch.Tensor:
+        """columns [num_tokens, 2 * num_heads * head_dim + rest], each query head's query before its gate ->
+        [num_tokens, num_heads * head_dim + rest] without the gates, as a new tensor."""
+        ...
+
+    def gate_heads(self, attended: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        """attended [num_tokens, num_heads * head_dim] times sigmoid of gates [num_tokens, num_heads, head_dim], which
+        may be strided; attended may be overwritten."""
+        ...
+
+    def convolve(self, mixed: torch.Tensor, weights: DeltaWeights, states: LayerStates) -> torch.Tensor:
+        """SiLU of the short convolution of queries, keys and values; rows' last inputs are kept.
+
+        mixed [num_tokens, columns] as the layout says -> float32, or mixed's dtype, [num_tokens, channels]: queries,
+        keys, values.
+        """
+        ...
+
+    def gated_delta_rule(
+        self, qkv: torch.Tensor, pairs: torch.Tensor, weights: DeltaWeights, states: LayerStates
+    ) -> torch.Tensor:
+        """As `delta_rule.py` says; rows' matrices move on.
+
+        qkv [num_tokens, channels], pairs [num_tokens, 2 * value_heads] as the layout says: what beta is the sigmoid of,
+        and what the decay is made of. Returns float32 or qkv's dtype [num_tokens, value_heads, value_dim].
+        """
+        ...
+
+    def gated_norm(self, attended: torch.Tensor, mixed: torch.Tensor, weights: DeltaWeights) -> torch.Tensor:
+        """RMSNorm of every head times SiLU of its gate, which is in mixed.
+
+        attended [num_tokens, value_heads, value_dim] -> [num_tokens, value_heads * value_dim] in mixed's dtype.
+        """
+        ...
+
 
 def _silu_mul(gate_up: torch.Tensor, size: int) -> torch.Tensor:
     return F.silu(gate_up[:, :size]).mul_(gate_up[:, size:])
@@ -362,6 +411,28 @@ class TorchOps:
         rotated = self.rotate_heads(by_head, heads, rotation_of(positions))
         q, k, v = rotated[:, :num_heads], rotated[:, num_heads:], by_head[:, num_rotated:]
         return attention.run(q, k, v, heads.layer, sinks=heads.sinks)
+
+    def without_gates(self, columns: torch.Tensor, num_heads: int, head_dim: int) -> torch.Tensor:
+        queries = columns[:, : 2 * num_heads * head_dim].unflatten(1, (num_heads, 2, head_dim))[:, :, 0]
+        return torch.cat((queries.flatten(1), columns[:, 2 * num_heads * head_dim :]), dim=1)
+
+    def gate_heads(self, attended: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        return attended.mul_(gates.sigmoid().flatten(1))
+
+    def convolve(self, mixed: torch.Tensor, weights: DeltaWeights, states: LayerStates) -> torch.Tensor:
+        return delta_rule.convolve(weights.layout.channels(mixed), weights.conv, states)
+
+    def gated_delta_rule(
+        self, qkv: torch.Tensor, pairs: torch.Tensor, weights: DeltaWeights, states: LayerStates
+    ) -> torch.Tensor:
+        beta, decay = weights.layout.strengths(pairs.float())
+        log_decay = F.softplus(decay + weights.decay_bias).mul_(-weights.log_rate.exp())
+        return delta_rule.gated_delta_rule(qkv, beta.sigmoid(), log_decay, weights.layout, states)
+
+    def gated_norm(self, attended: torch.Tensor, mixed: torch.Tensor, weights: DeltaWeights) -> torch.Tensor:
+        norm, gates = weights.norm, weights.layout.gates(mixed)
+        normed = F.rms_norm(attended.float(), (norm.size,), norm.weight.float(), norm.eps)
+        return normed.mul_(F.silu(gates.float())).flatten(1).to(mixed.dtype)
 
     def rotate_heads(self, by_head: torch.Tensor, heads: AttentionHeads, rotation: StepRotation) -> torch.Tensor:
         """Norms and rotation of by_head [num_tokens, heads + 2 * kv_heads, head_dim], which may be overwritten.

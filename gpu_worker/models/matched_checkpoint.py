@@ -189,13 +189,14 @@ def _as_wanted(
         return served
     names = frozenset(info.name for info in served.names())
     quant = read_quantization(HfConfig.open(path), names)
+    shapes = {name: whole_shape(shared) for name, shared in places.items()}
     if quant is None:
-        return served
+        # Releases of one architecture have a layer's experts in one tensor, or each alone (Qwen3.5).
+        return StackedExpertsSource(served, shapes, lambda module: None)
     plain = BitsAndBytesSource(served) if quant.method == BITSANDBYTES else served
     modules, stored = StoredModules(served.stored_names), names | frozenset(served.stored_names.values())
 
     def format_of(module: str) -> WeightFormat | None:
         return module_format(quant, module, modules.name_of(module), stored)
 
-    shapes = {name: whole_shape(shared) for name, shared in places.items()}
     return DequantizedSource(StackedExpertsSource(plain, shapes, format_of), format_of, places.keys(), dtype)

@@ -27,6 +27,15 @@ _QWEN2_VL = _QWEN2 | {
     "rms_norm_eps": 1e-5,
     "rope_theta": 1_000_000.0,
 }
+_QWEN35 = {
+    "vocab_size": 248_320,
+    "hidden_size": 4096,
+    "intermediate_size": 12_288,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32_768,
+}
 _COHERE = {
     "vocab_size": 256_000,
     "hidden_size": 8192,
@@ -157,6 +166,14 @@ TEXT_DEFAULTS: Mapping[str, dict[str, Any]] = {
         "num_hidden_layers": 40,
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
+    },
+    "qwen3_5_text": _QWEN35,
+    "qwen3_5_moe_text": _QWEN35
+    | {
+        "hidden_size": 2048,
+        "num_hidden_layers": 40,
+        "num_key_value_heads": 2,
+        "num_experts": 256,
     },
     "smollm3": {
         "vocab_size": 128_256,

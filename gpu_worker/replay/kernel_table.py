@@ -27,7 +27,7 @@ _TABLE = tuple(
         (SAMPLER, r"^sampler$"),
         (
             ATTENTION,
-            r"_decode_kernel|_from_qkv_|_prefill_kernel|_combine_kernel|_rope_kv_|_latent_|^attention\.run$|flash",
+            r"_causal_conv_|_delta_|_gated_norm_|_gate_heads_|_without_gates_|_decode_kernel|_from_qkv_|_prefill_kernel|_combine_kernel|_rope_kv_|_latent_|^attention\.run$|flash",
         ),
         (
             LINEARS,

@@ -15,6 +15,7 @@ from gpu_worker.kv_cache import (
     KVCache,
     KVCacheShape,
     MemoryBudgetError,
+    MemoryPlan,
     longest_sequence,
     plan_cpu_memory,
     plan_cuda_memory,
@@ -131,6 +132,31 @@ def test_the_printed_table_adds_up() -> None:
     assert sizes["weights"] == 15 and sizes["activations"] == 1 and sizes["memory of cuda:0"] == 80
     assert sum(size for name, size in sizes.items() if name != "memory of cuda:0") == pytest.approx(80, abs=0.05)
     assert f"{plan.num_kv_tokens} tokens" in lines[-1] and plan.num_kv_tokens == (plan.num_blocks - 1) * 16
+
+
+def test_states_of_rows_are_planned_beside_the_cache_and_too_many_name_how_many_fit() -> None:
+    def planned(max_num_seqs: int) -> MemoryPlan:
+        return plan_cuda_memory(
+            LLAMA_8B,
+            total_bytes=80 * GIB,
+            utilization=0.9,
+            weight_bytes=15 * GIB,
+            activation_bytes=GIB,
+            max_model_len=8192,
+            max_num_seqs=max_num_seqs,
+            device="cuda:0",
+            state_bytes=max_num_seqs * GIB // 4,
+        )
+
+    plan = planned(100)
+    assert plan.kv_bytes <= 31 * GIB < plan.kv_bytes + plan.block_size * GIB
+    assert any(re.match(r"states of rows +25\.00 GiB", line) for line in plan.lines())
+    with pytest.raises(MemoryBudgetError, match=r"states of 300 rows take 75\.00 GiB, .*--max-num-seqs (\d+)") as told:
+        planned(300)
+    fits = re.search(r"--max-num-seqs (\d+)", str(told.value))
+    assert fits is not None and planned(int(fits[1])).num_blocks >= 513
+    with pytest.raises(MemoryBudgetError):
+        planned(int(fits[1]) + 1)
 
 
 def test_scrub_takes_out_what_is_not_finite_and_leaves_the_rest() -> None:

@@ -113,6 +113,7 @@ def load_inline(
     shape = KVCacheShape.of(spec, parallel, 16, resolve_kv_dtype(kv_cache_dtype, torch.float32))
     plan = MemoryPlan("cpu", None, 0, 0, 0, num_blocks, 16)
     model = load_model(settings, family, spec, build, sizes.max_model_len)
+    model.allocate_states(max_num_seqs + 1)
     planner = StepPlanner(sizes.max_num_seqs, sizes.max_num_batched_tokens, with_graphs=with_graphs)
     limits = ProgramLimits(
         max_num_seqs=max_num_seqs,

@@ -35,12 +35,15 @@ class PagedModel:
         self.model: ModelFamily = load_model(WorkerSettings(model=directory), family, spec, build, 256)
         cache = KVCache(KVCacheShape.of(spec, parallel, BLOCK_SIZE, dtype), 80, build.device)
         self.attention = torch_attention(attention_spec(spec, parallel), cache, dtype)
+        self.model.allocate_states(4)
         self.table = np.random.default_rng(0).permutation(np.arange(1, 80))[None, :]
 
     def plan(self, metadata: StepMetadata) -> None:
         self.attention.plan(metadata)
         if self.model.row_states is not None:
             self.model.row_states.plan(metadata)
+        if self.model.states is not None:
+            self.model.states.plan(metadata)
 
     @torch.inference_mode()
     def logits(self, token_ids: list[int], start: int) -> torch.Tensor:

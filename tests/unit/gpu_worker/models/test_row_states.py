@@ -23,16 +23,7 @@ from tests.unit.gpu_worker.models.tiny_checkpoints import Tiny, save_model
 
 STATE, FULL = "linear_attention", "full_attention"
 MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 30, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_chunk_size": 16}
-DELTA = {
-    "layer_types": [STATE, FULL, STATE],
-    "head_dim": 16,
-    "linear_num_value_heads": 4,
-    "linear_num_key_heads": 2,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-}
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
-SHARED = {"shared_expert_intermediate_size": 40}
 LATENT = {
     "layer_types": [STATE, FULL, STATE],
     "kv_lora_rank": 20,
@@ -59,7 +50,6 @@ def tiny(model_type: str, **fields: Any) -> Tiny:
 
 HYBRIDS = {
     "lfm2": tiny("lfm2", **CONVOLUTIONS, block_auto_adjust_ff_dim=False),
-    "qwen3-next": tiny("qwen3_next", **DELTA, **EXPERTS, **SHARED),
     "granite4-h": tiny(
         "granitemoehybrid",
         **MAMBA2,
@@ -112,8 +102,6 @@ RECURRENT = {
 }
 OTHER_HYBRIDS = {
     "lfm2-moe": tiny("lfm2_moe", **CONVOLUTIONS, **EXPERTS, num_dense_layers=1),
-    "qwen3.5": tiny("qwen3_5_text", **DELTA),
-    "qwen3.5-moe": tiny("qwen3_5_moe_text", **DELTA, **EXPERTS, **SHARED),
     "bamba": tiny("bamba", **MAMBA2, attn_layer_indices=[1]),
     "lfm3": tiny("lfm3"),
     # Keys and values of their other layers are compressed.
@@ -210,7 +198,7 @@ def check_rows_come_and_go(reference: Any, runner: TorchRunner) -> None:
 
 
 def test_rows_keep_their_states_whoever_had_their_place_before(tmp_path: Path) -> None:
-    reference = save_model(HYBRIDS["qwen3-next"], tmp_path)
+    reference = save_model(HYBRIDS["granite4-h"], tmp_path)
     settings = WorkerSettings(model=tmp_path, device="cpu", dtype="float32", cpu_kv_cache_gib=0.01, num_threads=1)
     runner = TorchRunner.load(settings)
     assert runner.describe().keeps_row_states
@@ -301,7 +289,7 @@ def test_only_layers_that_keep_a_state_run_row_by_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("run", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["lfm2", "qwen3-next", "granite4-h", "mamba2"])
+@pytest.mark.parametrize("name", ["lfm2", "falcon-h1", "granite4-h", "mamba2"])
 def test_states_are_counted_in_the_type_that_the_model_runs_in(name: str, run: str, tmp_path: Path) -> None:
     """And not in its checkpoint's, which is the other one."""
     stored = torch.bfloat16 if run == "float32" else torch.float32

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType
 
-from gpu_worker.attention.api import StepMetadata
 from gpu_worker.models.loader import read_spec
 from gpu_worker.parallel.shares import ParallelContext
 from gpu_worker.prepare.preparation import prepare
@@ -32,14 +30,11 @@ def logits_of(stages: list[QuantizedModel]) -> torch.Tensor:
     """[num_tokens, vocab_size]: a prefill of all but two tokens, then two decodes."""
     found = []
     for start, stop in ((0, 16), (16, 17), (17, 18)):
-        count, positions = stop - start, np.arange(start, stop)
         received = None
         for stage in stages:
-            stage.attention.plan(
-                StepMetadata(int(count == 1), np.array([count]), np.array([stop]), stage.table, positions)
-            )
-            token_ids = torch.tensor(TOKEN_IDS[start:stop])
-            hidden = stage.model.hidden_states(token_ids, torch.from_numpy(positions), stage.attention, received)
+            stage.plan(start, stop)
+            token_ids, positions = torch.tensor(TOKEN_IDS[start:stop]), torch.arange(start, stop)
+            hidden = stage.model.hidden_states(token_ids, positions, stage.attention, received)
             received = None if stage is stages[-1] else hidden.added()
         found.append(stages[-1].model.logits(hidden))
     return torch.cat(found)

@@ -46,7 +46,10 @@ from transformers.models.phi3 import Phi3Config
 from transformers.models.qwen2 import Qwen2Config
 from transformers.models.qwen2_moe import Qwen2MoeConfig
 from transformers.models.qwen3 import Qwen3Config
+from transformers.models.qwen3_5 import Qwen3_5TextConfig
+from transformers.models.qwen3_5_moe import Qwen3_5MoeTextConfig
 from transformers.models.qwen3_moe import Qwen3MoeConfig
+from transformers.models.qwen3_next import Qwen3NextConfig
 from transformers.models.seed_oss import SeedOssConfig
 from transformers.models.smollm3 import SmolLM3Config
 from transformers.models.starcoder2 import Starcoder2Config
@@ -115,6 +118,16 @@ LONG = {"rope_type": "longrope", "original_max_position_embeddings": 16} | {
     f"{kind}_factor": [1.0 + 0.3 * i * weight for i in range(5)] for kind, weight in (("short", 1), ("long", 2))
 }
 MOE = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
+# One kind of layer behind the other; two value heads for each key head, or three.
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "head_dim": 16,
+}
+DELTA_MOE = DELTA | MOE | {"shared_expert_intermediate_size": 50}
 GLM_MOE = {
     "head_dim": 16,
     "n_routed_experts": 8,
@@ -271,6 +284,17 @@ TINY: dict[str, Tiny] = {
     ),
     "qwen3-moe": Tiny(Qwen3MoeConfig, MOE | {"head_dim": 18, "norm_topk_prob": True, "decoder_sparse_step": 2}),
     "qwen3-moe-not-normalised": Tiny(Qwen3MoeConfig, MOE | {"head_dim": 18}),
+    "qwen3-next": Tiny(Qwen3NextConfig, DELTA_MOE | {"linear_num_value_heads": 6, "linear_value_head_dim": 32}),
+    "qwen3-next-some-layers": Tiny(
+        Qwen3NextConfig,
+        {name: value for name, value in DELTA_MOE.items() if name != "layer_types"}
+        | {"num_hidden_layers": 5, "mlp_only_layers": [2], "norm_topk_prob": False, "linear_conv_kernel_dim": 3},
+    ),
+    "qwen3.5": Tiny(Qwen3_5TextConfig, DELTA | {"linear_key_head_dim": 32, "tie_word_embeddings": True}),
+    "qwen3.5-bias": Tiny(
+        Qwen3_5TextConfig, DELTA | {"attention_bias": True, "linear_num_value_heads": 6} | rope(rope_type="default")
+    ),
+    "qwen3.5-moe": Tiny(Qwen3_5MoeTextConfig, DELTA_MOE),
     "llama4": Tiny(Llama4TextConfig, LLAMA4 | {"interleave_moe_layer_step": 2}),
     "llama4-scout-v4-config": Tiny(Llama4TextConfig, LLAMA4 | LLAMA3, rewrite_as_v4=True),
     "llama4-plain": Tiny(

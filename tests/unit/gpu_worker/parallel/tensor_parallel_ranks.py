@@ -40,13 +40,17 @@ def prompt_logits(directory: Path, parallel: ParallelContext) -> torch.Tensor:
     model = load_model(WorkerSettings(model=directory), family, spec, build, 64)
     cache = KVCache(KVCacheShape.of(spec, parallel, 4, torch.float32), 8, build.device)
     attention = torch_attention(attention_spec(spec, parallel), cache, torch.float32)
+    model.allocate_states(1)
     table = np.array([[5, 2, 7, 1]])
     logits = []
     for start, stop in ((0, 10), (10, 11), (11, 12)):
         positions = np.arange(start, stop)
-        attention.plan(
-            StepMetadata(int(stop - start == 1), np.array([stop - start]), np.array([stop]), table, positions)
+        metadata = StepMetadata(
+            int(stop - start == 1), np.array([stop - start]), np.array([stop]), table, positions, np.array([0])
         )
+        attention.plan(metadata)
+        if model.states is not None:
+            model.states.plan(metadata)
         hidden = model.hidden_states(torch.tensor(TOKEN_IDS[start:stop]), torch.from_numpy(positions), attention)
         logits.append(model.logits(hidden))
     return torch.cat(logits)

@@ -77,6 +77,9 @@ def test_what_cannot_be_split_is_named_with_both_numbers() -> None:
         pytest.param("deepseek-v3.2", 2, "width", marks=pytest.mark.slow),
         # More ranks than KV heads: a norm over the whole projection counts each copy.
         pytest.param("olmo2", 6, "width", marks=pytest.mark.slow),
+        # States are split with the key heads; queries, keys and values stored apart, and in one.
+        ("qwen3.5", 2, "width"),
+        ("qwen3-next", 2, "width"),
         pytest.param("phi3", 2, "width", marks=pytest.mark.slow),
         pytest.param("cohere-plus", 2, "width", marks=pytest.mark.slow),
     ],

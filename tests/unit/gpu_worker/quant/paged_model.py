@@ -61,15 +61,23 @@ class QuantizedModel:
         )
         cache = KVCache(KVCacheShape.of(spec, parallel, BLOCK_SIZE, dtype), NUM_BLOCKS + 1, build.device)
         self.attention = torch_attention(attention_spec(spec, parallel), cache, dtype)
+        self.model.allocate_states(1)
         self.table = np.random.default_rng(0).permutation(np.arange(1, NUM_BLOCKS + 1))[None, :]
+
+    def plan(self, start: int, stop: int) -> None:
+        """A step of these tokens."""
+        count, positions = stop - start, np.arange(start, stop)
+        metadata = StepMetadata(
+            int(count == 1), np.array([count]), np.array([stop]), self.table, positions, np.array([0])
+        )
+        self.attention.plan(metadata)
+        if self.model.states is not None:
+            self.model.states.plan(metadata)
 
     @torch.inference_mode()
     def logits(self, token_ids: list[int], start: int = 0) -> torch.Tensor:
         """[num_tokens, vocab_size] after every one of these tokens, those before `start` being in the cache."""
         stop = start + len(token_ids)
-        positions = np.arange(start, stop)
-        self.attention.plan(
-            StepMetadata(int(len(token_ids) == 1), np.array([len(token_ids)]), np.array([stop]), self.table, positions)
-        )
-        hidden = self.model.hidden_states(torch.tensor(token_ids), torch.from_numpy(positions), self.attention)
+        self.plan(start, stop)
+        hidden = self.model.hidden_states(torch.tensor(token_ids), torch.arange(start, stop), self.attention)
         return self.model.logits(hidden)
