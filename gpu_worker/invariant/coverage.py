@@ -13,6 +13,9 @@ def refuse_uncovered(spec: ModelSpec, family: type[ModelFamily]) -> None:
     parts = {
         "experts": spec.moe is not None,
         "latent attention": spec.latent is not None,
+        "heads of several sizes": len({layer.head_dim for layer in spec.layers}) > 1,
+        "layers that attend to the keys of others": any(layer.kv_source is not None for layer in spec.layers),
+        "per-layer embeddings": spec.layer_inputs is not None,
         "attention in chunks": any(layer.attention_chunk is not None for layer in spec.layers),
         "transformers' own code": family.host_plans_attention,
         "encoders": family.is_encoder,

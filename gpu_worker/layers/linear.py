@@ -111,15 +111,22 @@ def column_parallel(
 
 
 def qkv_parallel(
-    hidden_size: int, heads: HeadShare, head_dim: int, *, bias: bool, path: str, build: BuildContext
+    hidden_size: int,
+    heads: HeadShare,
+    head_dim: int,
+    *,
+    bias: bool,
+    path: str,
+    build: BuildContext,
+    parts: str = "qkv",
 ) -> Linear:
-    """[q heads | k heads | v heads] of this rank in one linear: parts `q`, `k`, `v`."""
+    """[q heads | k heads | v heads] of this rank in one linear: parts `q`, `k`, `v`, or some of them."""
 
     def rows(share: Share) -> Share:
         return Share(share.start * head_dim, share.size * head_dim, share.total * head_dim)
 
-    parts = [("q", rows(heads.query)), ("k", rows(heads.kv)), ("v", rows(heads.kv))]
-    return column_parallel(hidden_size, parts, bias=bias, path=path, build=build)
+    shares = [(part, rows(heads.query if part == "q" else heads.kv)) for part in parts]
+    return column_parallel(hidden_size, shares, bias=bias, path=path, build=build)
 
 
 class RowParallelLinear(Linear):
