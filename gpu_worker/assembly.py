@@ -17,11 +17,11 @@ from gpu_worker.kv_cache import (
     KVCacheShape,
     MemoryPlan,
     activation_bytes,
-    cached_layers,
     longest_sequence,
     plan_cpu_memory,
     plan_cuda_memory,
 )
+from gpu_worker.kv_places import caching_layers, differing_heads
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.model_spec import ModelConfigError, ModelSpec
 from gpu_worker.models.family import ModelFamily
@@ -190,7 +190,8 @@ def agree_on_sizes(sizes: Sizes, plan: MemoryPlan, shape: KVCacheShape, group: R
 def attention_spec(spec: ModelSpec, parallel: ParallelContext, max_model_len: int | None = None) -> AttentionSpec:
     """This rank's. Chunks that no sequence of `max_model_len` tokens leaves are none."""
     heads = parallel.heads(spec.num_heads, spec.num_kv_heads)
-    layers = [spec.layers[number] for number in cached_layers(spec, parallel)]
+    held = parallel.layers(spec.num_layers)
+    layers = [spec.layers[layer] for layer in caching_layers(spec, parallel)]
     chunks = tuple(layer.attention_chunk for layer in layers)
     if max_model_len is not None:
         chunks = tuple(None if chunk is None or max_model_len <= chunk else chunk for chunk in chunks)
@@ -205,6 +206,8 @@ def attention_spec(spec: ModelSpec, parallel: ParallelContext, max_model_len: in
         value_dim=None if spec.latent is None else spec.latent.kv_rank,
         chunks=chunks,
         num_chosen=None if spec.indexer is None else spec.indexer.num_chosen,
+        kv_heads=differing_heads(spec, parallel),
+        shares_kv=any(spec.layers[layer].kv_source is not None for layer in held),
     )
 
 

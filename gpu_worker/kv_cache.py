@@ -1,9 +1,10 @@
 """The paged KV cache: its size computed from a memory budget, its tensors, and the table that says where memory goes.
 
 Layout of a layer: [2, num_blocks, num_kv_heads, block_size, head_dim], keys then values, so that one (block, head) tile
-is contiguous. Latent attention has one plane, whose vectors are keys and, but for their rotated end, values. Block 0
-belongs to the worker: tables are padded with it and nothing of a sequence is ever stored there. Layers that choose
-what they attend to keep a second, smaller key a token in the same blocks.
+is contiguous; heads may differ from layer to layer. Layers that attend to another's keys and values have none. Latent
+attention has one plane, whose vectors are keys and, but for their rotated end, values. Block 0 belongs to the worker:
+tables are padded with it and nothing of a sequence is ever stored there. Layers that choose what they attend to keep a
+second, smaller key a token in the same blocks.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from gpu_worker.attention.api import KVHeads
 from gpu_worker.errors import LoadError
+from gpu_worker.kv_places import caching_layers, differing_heads
 from gpu_worker.layers.delta_rule import CHUNK_TOKENS
 from gpu_worker.model_spec import GatedDeltaSpec, ModelSpec
 from gpu_worker.parallel.shares import ParallelContext
@@ -27,20 +30,12 @@ class MemoryBudgetError(LoadError, RuntimeError):
     """The memory does not suffice. The message names the setting to change and the value that would do."""
 
 
-def cached_layers(spec: ModelSpec, parallel: ParallelContext) -> tuple[int, ...]:
-    """The numbers of this rank's layers that cache keys and values.
-
-    Of a stage whose layers all keep states the first: blocks are counted on every stage, and attention planned.
-    """
-    held = parallel.layers(spec.num_layers)
-    return tuple(layer for layer in held if not spec.layers[layer].keeps_state) or (held.start,)
-
-
 @dataclass(frozen=True, slots=True)
 class KVCacheShape:
     """The KV cache of one rank."""
 
     num_layers: int
+    """Those that cache keys and values."""
     num_kv_heads: int
     block_size: int
     head_dim: int
@@ -52,21 +47,29 @@ class KVCacheShape:
     index_dim: int = 0
     elsewhere_dim: int = 0
     """Numbers of a token that a block stands for, and that lie in caches of the rows."""
+    other_heads: tuple[KVHeads, ...] = ()
+    """One a layer where layers differ; none at all: they are `num_kv_heads` of `head_dim` everywhere."""
 
     @classmethod
     def of(cls, spec: ModelSpec, parallel: ParallelContext, block_size: int, dtype: torch.dtype) -> KVCacheShape:
         heads = parallel.heads(spec.num_heads, spec.num_kv_heads)
         num_planes = 2 if spec.latent is None else 1
-        held = cached_layers(spec, parallel)
-        index_layers = tuple(number for number, layer in enumerate(held) if spec.layers[layer].has_indexer)
+        caching = caching_layers(spec, parallel)
+        index_layers = tuple(number for number, layer in enumerate(caching) if spec.layers[layer].has_indexer)
         index_dim = 0 if spec.indexer is None else spec.indexer.key_dim
-        sizes = (len(held), heads.kv.size, block_size, spec.head_dim)
-        return cls(*sizes, dtype, num_planes, index_layers, index_dim, spec.row_cache_dim)
+        sizes = (len(caching), heads.kv.size, block_size, spec.head_dim)
+        other_heads = differing_heads(spec, parallel)
+        return cls(*sizes, dtype, num_planes, index_layers, index_dim, spec.row_cache_dim, other_heads)
+
+    @property
+    def layer_heads(self) -> tuple[KVHeads, ...]:
+        """One for each of its layers."""
+        return self.other_heads or (KVHeads(self.num_kv_heads, self.head_dim),) * self.num_layers
 
     @property
     def block_bytes(self) -> int:
         """Keys and values of one block in all layers, indexers' keys, and what lies elsewhere."""
-        attended = self.num_planes * self.num_layers * self.num_kv_heads * self.head_dim
+        attended = self.num_planes * sum(heads.num_heads * heads.head_dim for heads in self.layer_heads)
         of_token = attended + len(self.index_layers) * self.index_dim + self.elsewhere_dim
         return of_token * self.block_size * self.dtype.itemsize
 
@@ -119,17 +122,22 @@ def activation_bytes(
     With experts, a token has inner values and an output for every expert that it goes to.
     Logits are held in the model's dtype and, for sampling, twice in float32.
     """
-    heads = parallel.heads(spec.num_heads, spec.num_kv_heads)
-    qkv = (heads.query.size + 2 * heads.kv.size) * spec.head_dim
-    if spec.attention_gate:
-        qkv += 2 * heads.query.size * spec.head_dim
+    qkv = 0
+    # A gate comes with its query, and is taken apart from it.
+    query_parts = 3 if spec.attention_gate else 1
+    for layer in range(spec.num_layers):
+        heads = parallel.heads(spec.num_heads, spec.num_kv_heads_of(layer))
+        qkv = max(qkv, (query_parts * heads.query.size + 2 * heads.kv.size) * spec.head_dim_of(layer))
     if spec.gated_delta is not None:
         qkv = max(qkv, _delta_numbers(spec.gated_delta, parallel))
-    mlp = 3 * spec.intermediate_size // parallel.size
+    widest = max(layer.intermediate_size or spec.intermediate_size for layer in spec.layers)
+    mlp = 3 * widest // parallel.size
+    # What all layers get, while it is computed.
+    layer_inputs = 0 if spec.layer_inputs is None else 3 * spec.num_layers * spec.layer_inputs.size
     if spec.moe is not None:
         inner = parallel.experts(spec.moe.num_experts, spec.moe.intermediate_size).intermediate.size
         mlp = max(mlp, spec.moe.num_chosen * (inner + spec.hidden_size) + 3 * spec.moe.shared_intermediate_size)
-    per_token = (3 * spec.hidden_size + 3 * qkv + mlp) * dtype.itemsize
+    per_token = (3 * spec.hidden_size + 3 * qkv + mlp + layer_inputs) * dtype.itemsize
     per_row = spec.vocab_size * (dtype.itemsize + 2 * torch.float32.itemsize)
     if spec.gated_delta is not None:
         # A run's last chunk takes as much room as a full one.
@@ -281,9 +289,13 @@ class KVCache:
     def __init__(self, shape: KVCacheShape, num_blocks: int, device: torch.device) -> None:
         self.shape = shape
         self.num_blocks = num_blocks
-        size = (shape.num_planes, num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
         # Zeros, not empty: a masked key or value still meets the arithmetic, and 0 * NaN would not be 0.
-        self.layers = [_zeros(size, shape.dtype, device) for _ in range(shape.num_layers)]
+        self.layers = [
+            _zeros(
+                (shape.num_planes, num_blocks, heads.num_heads, shape.block_size, heads.head_dim), shape.dtype, device
+            )
+            for heads in shape.layer_heads
+        ]
         index_size = (num_blocks, shape.block_size, shape.index_dim)
         self.index_keys = {layer: _zeros(index_size, shape.dtype, device) for layer in shape.index_layers}
 

@@ -20,7 +20,7 @@ class RopeSpec:
     rotary_dim: int
     """Leading dimensions of a head that are rotated; the rest passes through."""
     kind: str = "default"
-    """default | linear | llama3 | yarn | longrope"""
+    """default | linear | llama3 | yarn | longrope | proportional"""
     interleaved: bool = False
     """Pairs are neighbours (2i, 2i + 1), not (i, i + rotary_dim / 2)."""
     factor: float = 1.0
@@ -36,6 +36,8 @@ class RopeSpec:
     """longrope: divisors of each frequency where sequences stay within the original length."""
     long_factors: tuple[float, ...] = ()
     """longrope: those for a server that takes longer ones."""
+    rotated_share: float = 1.0
+    """proportional: the share of pairs that turn, at the frequencies of a whole head; the others stand still."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,15 @@ class LayerSpec:
     """It chooses the tokens that it and the layers behind it without an indexer attend to."""
     keeps_state: bool = False
     """The gated delta rule stands in the place of attention, as `ModelSpec.gated_delta` says; nothing is cached."""
+    num_kv_heads: int | None = None
+    """None: the model's, as for the two that follow."""
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+    kv_source: int | None = None
+    """The layer before it whose keys and values it attends to, with the same heads and the same window; None: it has
+    its own."""
+    keys_are_values: bool = False
+    """A value is its key, as it was projected: before norm and rotation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +99,10 @@ class MoeSpec:
     """The shared expert's output is multiplied by sigmoid of a learnt projection."""
     scales_inputs: bool = False
     """The weight multiplies what an expert reads, not what it gives (Llama 4); of one chosen expert only."""
+    beside_mlp: bool = False
+    """A layer has its dense MLP as well: both read the residual through norms of their own, and what the two give,
+    normed, is added (Gemma 4). The router reads the residual, normed and scaled, and every expert has a weight of its
+    own, by which it counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +158,17 @@ class GatedDeltaSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerInputSpec:
+    """Per-layer embeddings (Gemma 3n, 2025): a small vector for every token and layer, looked up and projected from
+    the token's embedding, that each layer mixes in at its end."""
+
+    size: int
+    """Numbers that a layer gets."""
+    num_unused: int = 0
+    """Stored rows of the table behind those of the vocabulary."""
+
+
+@dataclass(frozen=True, slots=True)
 class QueryScaling:
     """Queries grow with their position: by 1 + weight * log(1 + floor((position + first) / period))."""
 
@@ -182,6 +208,8 @@ class ModelSpec:
     attention_output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: QkNorm | None = None
+    value_norm: bool = False
+    """RMSNorm over head_dim without a weight, on values."""
     norm_kind: Literal["rms", "layer"] = "rms"
     norm_bias: bool = False
     norm_weight_offset: float = 0.0
@@ -195,6 +223,9 @@ class ModelSpec:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     """Multiplies what attention and MLP add to the residual."""
+    layer_scales: bool = False
+    """A stored number multiplies what each layer gives."""
+    layer_inputs: LayerInputSpec | None = None
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     """Logits become softcap * tanh(logits / softcap)."""
@@ -233,24 +264,37 @@ class ModelSpec:
     def num_layers(self) -> int:
         return len(self.layers)
 
+    def head_dim_of(self, layer: int) -> int:
+        """Of this layer's heads."""
+        return self.layers[layer].head_dim or self.head_dim
+
+    def num_kv_heads_of(self, layer: int) -> int:
+        """Of this layer, or of the one whose keys and values it attends to."""
+        return self.layers[layer].num_kv_heads or self.num_kv_heads
+
     @property
     def attention_scale(self) -> float:
         return self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
 
     def layer_weights(self) -> list[int]:
         """Weights of each layer that a token is multiplied with; of experts, those that it chooses."""
-        query_parts = 3 if self.attention_gate else 2
-        attention = self.hidden_size * self.head_dim * (query_parts * self.num_heads + 2 * self.num_kv_heads)
-        stateful = 0
-        if self.gated_delta is not None:
+        return [self._attention_weights(layer) + self._mlp_weights(own) for layer, own in enumerate(self.layers)]
+
+    def _attention_weights(self, layer: int) -> int:
+        own = self.layers[layer]
+        if own.keeps_state and self.gated_delta is not None:
             delta = self.gated_delta
-            stateful = self.hidden_size * (delta.num_inputs + delta.num_value_heads * (2 + delta.value_dim))
-        dense = (3 if self.gated_mlp else 2) * self.hidden_size * self.intermediate_size
-        experts = dense
-        if self.moe is not None:
-            width = self.moe.num_chosen * self.moe.intermediate_size + self.moe.shared_intermediate_size
-            experts = 3 * self.hidden_size * width
-        return [
-            (stateful if layer.keeps_state else attention) + (experts if layer.is_moe else dense)
-            for layer in self.layers
-        ]
+            return self.hidden_size * (delta.num_inputs + delta.num_value_heads * (2 + delta.value_dim))
+        projections = 0 if own.kv_source is not None else 1 if own.keys_are_values else 2
+        query_parts = 3 if self.attention_gate else 2
+        num_heads = query_parts * self.num_heads + projections * self.num_kv_heads_of(layer)
+        return self.hidden_size * self.head_dim_of(layer) * num_heads
+
+    def _mlp_weights(self, layer: LayerSpec) -> int:
+        dense = (3 if self.gated_mlp else 2) * self.hidden_size * (layer.intermediate_size or self.intermediate_size)
+        mixed_in = 0 if self.layer_inputs is None else 3 * self.hidden_size * self.layer_inputs.size
+        if not layer.is_moe or self.moe is None:
+            return dense + mixed_in
+        width = self.moe.num_chosen * self.moe.intermediate_size + self.moe.shared_intermediate_size
+        experts = 3 * self.hidden_size * width
+        return experts + mixed_in + (dense if self.moe.beside_mlp else 0)

@@ -28,9 +28,9 @@ from gpu_worker.assembly import (
     without_idle_indexer,
     worker_facts,
 )
+from gpu_worker.attention.api import ModelAttention, for_each_kind
 from gpu_worker.attention.encoder_backend import EncoderAttention
 from gpu_worker.attention.indexed_backend import choice_bytes, torch_attention
-from gpu_worker.attention.torch_backend import TorchAttention
 from gpu_worker.config import WorkerSettings
 from gpu_worker.cpu.attention import CpuAttention
 from gpu_worker.cpu.choice import choose_team
@@ -109,7 +109,7 @@ class TorchRunner:
         self,
         model: ModelFamily,
         kv_cache: KVCache,
-        attention: TorchAttention | EncoderAttention,
+        attention: ModelAttention,
         facts: WorkerFacts,
         device: torch.device,
         group: RankGroup,
@@ -221,13 +221,16 @@ class TorchRunner:
         kv_cache = KVCache(shape, plan.num_blocks, device)
         model.allocate_states(sizes.max_num_seqs)
         heads = attention_spec(spec, parallel, sizes.max_model_len)
-        attention: TorchAttention | EncoderAttention
+        attention: ModelAttention
         if family.is_encoder:
             attention = EncoderAttention(heads)
         elif settings.deterministic:
             attention = TiledTorchAttention(heads, kv_cache.layers, dtype)
         elif team is not None and attends_compiled:
-            attention = CpuAttention(heads, kv_cache.layers, dtype, team)
+            caches, threads = kv_cache.layers, team
+            attention = for_each_kind(
+                heads, lambda kind, layers: CpuAttention(kind, [caches[layer] for layer in layers], dtype, threads)
+            )
         else:
             attention = torch_attention(heads, kv_cache, dtype)
         facts = worker_facts(settings.model, spec, sizes, plan, shape, device, dtype, pooling)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol, TypeVar, runtime_checkable
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -11,8 +12,16 @@ import torch
 
 
 @dataclass(frozen=True, slots=True)
+class KVHeads:
+    """The heads of one layer's keys and values on one rank."""
+
+    num_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """A model's attention on one rank."""
+    """A model's attention on one rank. A layer is one that caches keys and values; others may read what it caches."""
 
     num_heads: int
     num_kv_heads: int
@@ -30,10 +39,32 @@ class AttentionSpec:
     """One a layer, or none at all: a query sees the tokens of its own chunk of so many, up to itself."""
     num_chosen: int | None = None
     """Tokens that an indexer leaves a query to attend to; None: there is none."""
+    kv_heads: tuple[KVHeads, ...] = ()
+    """One a layer where layers differ; none at all: they are `num_kv_heads` of `head_dim` everywhere."""
+    shares_kv: bool = False
+    """Some layers read what others have cached."""
 
     @property
     def has_chunks(self) -> bool:
         return any(chunk is not None for chunk in self.chunks)
+
+    def by_heads(self) -> list[tuple[AttentionSpec, list[int]]]:
+        """The attention of each kind of KV heads, and the numbers of its layers; kinds as layers have them first."""
+        if not self.kv_heads:
+            return [(self, list(range(len(self.windows))))]
+        kinds = []
+        for heads in dict.fromkeys(self.kv_heads):
+            layers = [layer for layer, own in enumerate(self.kv_heads) if own == heads]
+            spec = replace(
+                self,
+                num_kv_heads=heads.num_heads,
+                head_dim=heads.head_dim,
+                windows=tuple(self.windows[layer] for layer in layers),
+                chunks=tuple(self.chunks[layer] for layer in layers) if self.chunks else (),
+                kv_heads=(),
+            )
+            kinds.append((spec, layers))
+        return kinds
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +109,45 @@ class AttentionBackend(Protocol[StepT_contra]):
         """Attention of one layer.
 
         q [num_tokens, num_heads, head_dim], k and v [num_tokens, num_kv_heads, head_dim], after rope; k and v are None
-        where the kernel that applied rope has written them into the cache; v is None too where keys are values
-        (`value_dim`). sinks: float32 [num_heads]. Returns [num_tokens, num_heads * head_dim (or value_dim)].
+        where they are in the cache, because the kernel that applied rope has written them or because they are those of
+        another layer; v is None too where keys are values (`value_dim`). sinks: float32 [num_heads]. Returns
+        [num_tokens, num_heads * head_dim (or value_dim)].
         """
         ...
+
+
+BackendT = TypeVar("BackendT", bound=AttentionBackend[Any], covariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class MixedHeads(Generic[BackendT]):
+    """The attention of a model whose layers have KV heads of several kinds: a backend for each.
+
+    A layer runs in its kind's backend, and is numbered among that kind's layers (`kv_places.KVPlace`).
+    """
+
+    kinds: tuple[BackendT, ...]
+
+    def plan(self, step: Any) -> None:
+        """As `AttentionBackend.plan`."""
+        for backend in self.kinds:
+            backend.plan(step)
+
+
+def for_each_kind(
+    spec: AttentionSpec, make: Callable[[AttentionSpec, list[int]], BackendT]
+) -> BackendT | MixedHeads[BackendT]:
+    """A model's attention, of which `make` makes the backend of one kind of KV heads and of the layers that have it."""
+    kinds = tuple(make(kind, layers) for kind, layers in spec.by_heads())
+    return kinds[0] if len(kinds) == 1 else MixedHeads(kinds)
+
+
+ModelAttention = AttentionBackend[Any] | MixedHeads[Any]
+
+
+def backends_of(attention: BackendT | MixedHeads[BackendT]) -> tuple[BackendT, ...]:
+    """One for each kind of KV heads."""
+    return attention.kinds if isinstance(attention, MixedHeads) else (attention,)
 
 
 @runtime_checkable

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gpu_worker.attention.api import AttentionSpec, StepMetadata
+from gpu_worker.attention.api import AttentionSpec, MixedHeads, StepMetadata, for_each_kind
 from gpu_worker.attention.torch_backend import TorchAttention, group_by_length
 from gpu_worker.kv_cache import KVCache
 from gpu_worker.model_spec import IndexerSpec
@@ -137,11 +137,13 @@ class IndexedAttention(TorchAttention):
         return out
 
 
-def torch_attention(spec: AttentionSpec, cache: KVCache, dtype: torch.dtype) -> TorchAttention:
+def torch_attention(
+    spec: AttentionSpec, cache: KVCache, dtype: torch.dtype
+) -> TorchAttention | MixedHeads[TorchAttention]:
     """The attention of a model in plain torch; `dtype` is that of its activations."""
-    if spec.num_chosen is None:
-        return TorchAttention(spec, cache.layers, dtype)
-    return IndexedAttention(spec, cache.layers, cache.index_keys, dtype)
+    if spec.num_chosen is not None:
+        return IndexedAttention(spec, cache.layers, cache.index_keys, dtype)
+    return for_each_kind(spec, lambda kind, layers: TorchAttention(kind, [cache.layers[i] for i in layers], dtype))
 
 
 def choice_bytes(indexer: IndexerSpec | None, max_num_batched_tokens: int) -> int:

@@ -64,7 +64,10 @@ class _Prefill:
 
     first_token: int
     last_token: int
+    num_keys: int
+    """Those that are attended to, as many as the mask has where there is one."""
     gather: torch.Tensor | None  # [2 * num_kv_heads * num_blocks]; None: all its context is in this step
+    cached: torch.Tensor | None  # as `gather`, for layers that are not given this step's keys; None: there are none
     mask: torch.Tensor | None  # [num_queries, num_keys] additive; None: plainly causal
 
 
@@ -179,8 +182,12 @@ class TorchAttention:
         num_queries, num_keys = int(step.query_lengths[row]), int(step.context_lengths[row])
         start = num_keys - num_queries
         last_token = first_token + num_queries
+        cached = None
+        if start == 0 and self.spec.shares_kv:
+            own_blocks = step.block_tables[row, : -(-num_keys // self._block_size)]
+            cached = self._to_device(self._gather_rows(own_blocks))
         if start == 0 and reach.is_whole(num_keys):
-            return _Prefill(first_token, last_token, None, None)
+            return _Prefill(first_token, last_token, num_keys, None, cached, None)
         first_block = int(reach.first_keys(np.array([start]))[0]) // self._block_size if start else 0
         first_key = first_block * self._block_size
         blocks = step.block_tables[row, first_block : -(-num_keys // self._block_size)]
@@ -190,7 +197,9 @@ class TorchAttention:
         keys = first_key + np.arange(num_gathered)
         hidden = (keys > queries) | (keys < reach.first_keys(queries))
         gather = self._to_device(self._gather_rows(blocks)) if start else None
-        return _Prefill(first_token, last_token, gather, self._additive(hidden))
+        return _Prefill(
+            first_token, last_token, num_gathered, gather, gather if start else cached, self._additive(hidden)
+        )
 
     def run(
         self,
@@ -201,13 +210,10 @@ class TorchAttention:
         *,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if k is None or (v is None) != (self._num_planes == 1):
+        if k is None and not self.spec.shares_kv:
             raise ValueError("the torch attention backend writes the cache itself: it needs k and v")
-        # [num_planes * num_tokens, num_kv_heads, head_dim]
-        written = (k if v is None else torch.cat((k, v))).to(self._cache_dtype)
-        self._by_token[layer].index_copy_(0, self._slots, written.reshape(-1, self._head_dim))
-        if v is None:
-            v = k[..., : self._value_dim]
+        if k is not None:
+            v = self._write(k, v, layer)
         plan = self._plans[self._reaches[layer]]
         if sinks is not None:
             sinks = sinks.view(self._num_kv_heads, self._group_size, 1)
@@ -222,6 +228,15 @@ class TorchAttention:
         for prefill in plan.prefills:
             self._prefill(q, k, v, prefill, layer, sinks, out)
         return out
+
+    def _write(self, k: torch.Tensor, v: torch.Tensor | None, layer: int) -> torch.Tensor:
+        """This step's keys and values into the cache; the values."""
+        if (v is None) != (self._num_planes == 1):
+            raise ValueError("values are cached beside keys, or are their leading numbers")
+        # [num_planes * num_tokens, num_kv_heads, head_dim]
+        written = (k if v is None else torch.cat((k, v))).to(self._cache_dtype)
+        self._by_token[layer].index_copy_(0, self._slots, written.reshape(-1, self._head_dim))
+        return k[..., : self._value_dim] if v is None else v
 
     def _planes(self, gathered: torch.Tensor, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values, `shape` each but for a value's size."""
@@ -240,8 +255,8 @@ class TorchAttention:
     def _prefill(
         self,
         q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
         prefill: _Prefill,
         layer: int,
         sinks: torch.Tensor | None,
@@ -249,12 +264,14 @@ class TorchAttention:
     ) -> None:
         tokens = slice(prefill.first_token, prefill.last_token)
         num_queries = prefill.last_token - prefill.first_token
-        if prefill.gather is None:
+        gather = prefill.cached if k is None else prefill.gather
+        if gather is not None:
+            gathered = self._by_block[layer].index_select(0, gather).to(q.dtype)
+            keys, values = self._planes(gathered, (self._num_kv_heads, -1))
+            keys, values = keys[:, : prefill.num_keys], values[:, : prefill.num_keys]
+        elif k is not None and v is not None:
             keys = k[tokens].transpose(0, 1)  # [num_kv_heads, num_queries, head_dim]
             values = v[tokens].transpose(0, 1)
-        else:
-            gathered = self._by_block[layer].index_select(0, prefill.gather).to(q.dtype)
-            keys, values = self._planes(gathered, (self._num_kv_heads, -1))
         # KV heads are the batch, a group's query heads its heads: [num_kv_heads, group_size, num_queries, head_dim].
         by_token = q[tokens].reshape(num_queries, self._num_kv_heads, self._group_size, self._head_dim)
         shape = (self._num_kv_heads, self._group_size, keys.shape[1])

@@ -22,6 +22,15 @@ _ALL_TOKENS = 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
+class _Layer:
+    """A layer's fixed numbers, as in `layout.LAYER`."""
+
+    heads: AttentionHeads
+    memory: IntArray
+    address: int
+
+
+@dataclass(frozen=True, slots=True)
 class _WindowStep:
     """What the layers of one window share in a step."""
 
@@ -41,7 +50,8 @@ class CpuAttention(TorchAttention):
         super().__init__(spec, kv_caches, dtype)
         self._team = team
         self._caches = kv_caches
-        self._layers: dict[int, tuple[IntArray, int]] = {}
+        # By the identity of a layer's heads: layers may share a cache.
+        self._layers: dict[int, _Layer] = {}
         self._step: StepMetadata | None = None
         self._is_planned_for_run = False
         self._steps: dict[int | None, _WindowStep] = {}
@@ -74,37 +84,39 @@ class CpuAttention(TorchAttention):
         return super().run(q, k, v, layer, sinks=sinks)
 
     def attend(self, qkv: torch.Tensor, heads: AttentionHeads, tables: RotaryTables) -> torch.Tensor:
-        """As `LayerOps.attend`: qkv bfloat16 [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim]."""
+        """As `LayerOps.attend`: qkv bfloat16 [num_tokens, heads.num_projected * head_dim]."""
         window = self.spec.windows[heads.layer]
         step = self._steps.get(window)
         if step is None:
             step = self._steps[window] = self._plan_step(window)
-        _, layer = self._layers.get(heads.layer) or self._describe(heads, tables)
+        layer = self._layers.get(id(heads)) or self._describe(heads, tables)
         out = torch.empty(qkv.shape[0], heads.num_heads * heads.head_dim, dtype=qkv.dtype)
         self._team.kernels.entry_points.attend(
             self._team.address,
             qkv.data_ptr(),
             qkv.stride(0),
             out.data_ptr(),
-            layer,
+            layer.address,
             step.address,
             self._partial.data_ptr(),
             self._queries.data_ptr(),
         )
         return out
 
-    def _describe(self, heads: AttentionHeads, tables: RotaryTables) -> tuple[IntArray, int]:
-        """A layer's fixed numbers, and their address."""
+    def _describe(self, heads: AttentionHeads, tables: RotaryTables) -> _Layer:
         memory = np.zeros(LAYER.SIZE, dtype=np.int64)
         numbers = memory.view(np.float64)
         window = self.spec.windows[heads.layer]
         memory[LAYER.NUM_HEADS], memory[LAYER.NUM_KV_HEADS] = heads.num_heads, heads.num_kv_heads
         memory[LAYER.HEAD_DIM] = heads.head_dim
-        if heads.query_norm is not None and heads.key_norm is not None:
-            memory[LAYER.QUERY_NORM] = heads.query_norm.weight.data_ptr()
-            memory[LAYER.KEY_NORM] = heads.key_norm.weight.data_ptr()
-            numbers[LAYER.QUERY_EPS], numbers[LAYER.KEY_EPS] = heads.query_norm.eps, heads.key_norm.eps
+        norms = ((heads.query_norm, LAYER.QUERY_NORM, LAYER.QUERY_EPS), (heads.key_norm, LAYER.KEY_NORM, LAYER.KEY_EPS))
+        for norm, weight, eps in (*norms, (heads.value_norm, LAYER.VALUE_NORM, LAYER.VALUE_EPS)):
+            if norm is not None:
+                memory[weight], numbers[eps] = norm.weight.data_ptr(), norm.eps
+        if heads.query_norm is not None:
             numbers[LAYER.NORM_OFFSET] = heads.query_norm.weight_offset
+        if not heads.reads_cached:
+            memory[LAYER.FIRST_VALUE] = heads.num_projected - heads.num_kv_heads
         memory[LAYER.NUM_PAIRS], memory[LAYER.INTERLEAVED] = tables.cos.shape[1], tables.interleaved
         memory[LAYER.COS], memory[LAYER.SIN] = tables.cos.data_ptr(), tables.sin.data_ptr()
         numbers[LAYER.SCALE], numbers[LAYER.SOFTCAP] = self.spec.scale, self.spec.softcap or 0.0
@@ -112,8 +124,8 @@ class CpuAttention(TorchAttention):
         memory[LAYER.SINKS] = 0 if heads.sinks is None else heads.sinks.data_ptr()
         memory[LAYER.NUM_BLOCKS], memory[LAYER.BLOCK_SIZE] = self._num_blocks, self._block_size
         memory[LAYER.CACHE] = self._caches[heads.layer].data_ptr()
-        self._layers[heads.layer] = memory, memory.ctypes.data
-        return self._layers[heads.layer]
+        self._layers[id(heads)] = _Layer(heads, memory, memory.ctypes.data)
+        return self._layers[id(heads)]
 
     def _plan_step(self, window: int | None) -> _WindowStep:
         step = self._step

@@ -34,6 +34,7 @@ _QUERY_EPS, _KEY_EPS, _NORM_OFFSET = LAYER.QUERY_EPS, LAYER.KEY_EPS, LAYER.NORM_
 _NUM_PAIRS, _INTERLEAVED, _COS, _SIN = LAYER.NUM_PAIRS, LAYER.INTERLEAVED, LAYER.COS, LAYER.SIN
 _SCALE, _SOFTCAP, _WINDOW, _SINKS = LAYER.SCALE, LAYER.SOFTCAP, LAYER.WINDOW, LAYER.SINKS
 _NUM_BLOCKS, _BLOCK_SIZE, _CACHE = LAYER.NUM_BLOCKS, LAYER.BLOCK_SIZE, LAYER.CACHE
+_FIRST_VALUE, _VALUE_NORM, _VALUE_EPS = LAYER.FIRST_VALUE, LAYER.VALUE_NORM, LAYER.VALUE_EPS
 _TABLES, _TABLE_STRIDE, _POSITIONS, _SLOTS = STEP.TABLES, STEP.TABLE_STRIDE, STEP.POSITIONS, STEP.SLOTS
 _SPANS, _SPAN_KEYS, _MERGES = STEP.SPANS, STEP.SPAN_KEYS, STEP.MERGES
 _TILES, _FIRST_PREFILL = STEP.TILES, STEP.FIRST_PREFILL
@@ -85,8 +86,11 @@ def _plane_bytes(layer: int) -> int:
 
 @compiled
 def store_token(qkv: int, layer: int, kv_head: int, position: int, slot: int, buffer: int) -> None:
-    """Put a token's rotated key and its value into the cache; buffer: float32 [head_dim]."""
+    """Put a token's rotated key and its value into the cache, if it has any; buffer: float32 [head_dim]."""
     of = int64s(layer)
+    first_value = of[_FIRST_VALUE]
+    if first_value == 0:
+        return
     head_dim = of[_HEAD_DIM]
     block_size = of[_BLOCK_SIZE]
     num_heads = of[_NUM_HEADS]
@@ -96,10 +100,16 @@ def store_token(qkv: int, layer: int, kv_head: int, position: int, slot: int, bu
     cached_key = uint16s(target)
     for i in range(head_dim):
         cached_key[i] = narrow(keys[i])
-    values = uint16s(qkv + (num_heads + of[_NUM_KV_HEADS] + kv_head) * head_dim * 2)
+    source = qkv + (first_value + kv_head) * head_dim * 2
+    values = uint16s(source)
     cached_value = uint16s(target + _plane_bytes(layer))
-    for i in range(head_dim):
-        cached_value[i] = values[i]
+    if of[_VALUE_NORM] == 0:
+        for i in range(head_dim):
+            cached_value[i] = values[i]
+    else:
+        load_head(source, buffer, head_dim, of[_VALUE_NORM], np.float32(float64s(layer)[_VALUE_EPS]), _ZERO)
+        for i in range(head_dim):
+            cached_value[i] = narrow(keys[i])
 
 
 @summing

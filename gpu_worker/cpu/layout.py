@@ -46,7 +46,9 @@ class LAYER:
     SINKS = 15  # float32 [num_heads]; 0: none
     NUM_BLOCKS, BLOCK_SIZE = 16, 17
     CACHE = 18
-    SIZE = 19
+    FIRST_VALUE = 19  # head of a token's projection that has the first value; 0: keys and values are cached already
+    VALUE_NORM, VALUE_EPS = 20, 21  # as of queries and keys
+    SIZE = 22
 
 
 class STEP:

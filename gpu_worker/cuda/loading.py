@@ -46,7 +46,8 @@ from gpu_worker.cuda.step_program import ProgramBuffers, ProgramLimits, StepProg
 from gpu_worker.cuda.timeline import CudaTimeline, num_slots
 from gpu_worker.device import resolve_dtype
 from gpu_worker.invariant.coverage import CoveredScheme, refuse_uncovered
-from gpu_worker.kv_cache import GIB, KVCache, KVCacheShape, MemoryBudgetError, activation_bytes, cached_layers
+from gpu_worker.kv_cache import GIB, KVCache, KVCacheShape, MemoryBudgetError, activation_bytes
+from gpu_worker.kv_places import caching_layers
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.layers.moe import expert_form
 from gpu_worker.layers.scaled_experts import needs_float8
@@ -236,7 +237,7 @@ def _load_supported(
         parts.attention,
         dtype=dtype,
         pdl=pdl,
-        kv_scales=model.kv_scales and [model.kv_scales[layer] for layer in cached_layers(spec, parallel)],
+        kv_scales=model.kv_scales and [model.kv_scales[layer] for layer in caching_layers(spec, parallel)],
         deterministic=settings.deterministic,
     )
     buffers = ProgramBuffers.allocate(parts.program, device)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
-from gpu_worker.attention.api import AttentionBackend
+from gpu_worker.attention.api import ModelAttention, backends_of
+from gpu_worker.kv_places import check_kv_sources
 from gpu_worker.layers.attention import Attention, ForwardContext
 from gpu_worker.layers.embedding import Embedding, OutputHead, VocabTable
 from gpu_worker.layers.gated_delta import GatedDelta
 from gpu_worker.layers.indexer import Indexer, check_stage
 from gpu_worker.layers.latent_attention import LatentAttention
+from gpu_worker.layers.layer_inputs import LayerInputMixing, LayerInputs, LayerScale, check_layer_inputs
 from gpu_worker.layers.linear import BuildContext, RowParallelLinear
 from gpu_worker.layers.mlp import FeedForward, GatedMLP, PlainMLP
+from gpu_worker.layers.mlp_beside_experts import MLPBesideExperts
 from gpu_worker.layers.moe import MixtureOfExperts
 from gpu_worker.layers.norm import Norm, hidden_norm
 from gpu_worker.layers.rope import RotaryTables
@@ -54,11 +56,9 @@ class DecoderBlock:
 
     def __init__(self, spec: ModelSpec, layer: int, ropes: Sequence[RopeSpec | None], build: BuildContext) -> None:
         """`ropes`: the kinds of rope that the model has, in the order of a step's positions."""
-        path, rope = f"layers.{layer}", ropes.index(spec.layers[layer].rope)
-        # Its place in this rank's KV cache or state pool, which have the layers of its stage only.
-        keeps_state = spec.layers[layer].keeps_state
-        before = spec.layers[build.parallel.layers(spec.num_layers).start : layer]
-        cached = sum(one.keeps_state == keeps_state for one in before)
+        path, own = f"layers.{layer}", spec.layers[layer]
+        rope = ropes.index(own.rope)
+        self._layer = layer
         self._ops, self._is_parallel, self._residual_scale = build.ops, spec.parallel_block, spec.residual_scale
         # Where a sublayer's output goes into the next norm and nowhere else, ranks' outputs are summed there.
         leaves_sums = spec.pre_norms and not (spec.post_norms or spec.parallel_block) and spec.residual_scale == 1.0
@@ -66,14 +66,16 @@ class DecoderBlock:
         leaves = self.sums is not None
         build = replace(build, leaves_sums=leaves, begins_sums=leaves)
         self.attention: Attention | LatentAttention | GatedDelta
-        if keeps_state and spec.gated_delta is not None:
-            self.attention = GatedDelta(spec, spec.gated_delta, cached, f"{path}.delta", build)
+        # Of this stage's layers, which are those of its KV cache and its state pool.
+        before = spec.layers[build.parallel.layers(spec.num_layers).start : layer]
+        if own.keeps_state and spec.gated_delta is not None:
+            kept = sum(other.keeps_state for other in before)
+            self.attention = GatedDelta(spec, spec.gated_delta, kept, f"{path}.delta", build)
         elif spec.latent is None:
-            is_rotated = spec.layers[layer].rope is not None
-            self.attention = Attention(spec, cached, rope, f"{path}.attention", build, is_rotated=is_rotated)
+            self.attention = Attention(spec, layer, rope, f"{path}.attention", build)
         else:
-            indexer = None
-            if spec.indexer is not None and spec.layers[layer].has_indexer:
+            indexer, cached = None, len(before)
+            if spec.indexer is not None and own.has_indexer:
                 index_rope = ropes.index(spec.indexer.rope)
                 indexer = Indexer(spec, spec.indexer, cached, index_rope, f"{path}.attention.indexer", build)
             self.attention = LatentAttention(spec, spec.latent, cached, rope, f"{path}.attention", build, indexer)
@@ -81,10 +83,13 @@ class DecoderBlock:
         # Of what the last block gives, only the rows that are sampled may be summed.
         is_last = layer == build.parallel.layers(spec.num_layers)[-1]
         build = replace(build, begins_sums=leaves and not is_last)
-        if spec.layers[layer].is_moe and spec.moe is not None:
-            self.mlp = MixtureOfExperts(spec, spec.moe, f"{path}.mlp", build)
+        sized = spec if own.intermediate_size is None else replace(spec, intermediate_size=own.intermediate_size)
+        if own.is_moe and spec.moe is not None:
+            self.mlp = (MLPBesideExperts if spec.moe.beside_mlp else MixtureOfExperts)(
+                sized, spec.moe, f"{path}.mlp", build
+            )
         else:
-            self.mlp = (GatedMLP if spec.gated_mlp else PlainMLP)(spec, f"{path}.mlp", build)
+            self.mlp = (GatedMLP if spec.gated_mlp else PlainMLP)(sized, f"{path}.mlp", build)
         has_mlp_norm = spec.pre_norms and not spec.parallel_block
         self.norms: dict[str, Norm | None] = {
             "attention_norm": hidden_norm(spec, build) if spec.pre_norms else None,
@@ -92,6 +97,10 @@ class DecoderBlock:
             "mlp_norm": hidden_norm(spec, build) if has_mlp_norm else None,
             "mlp_post_norm": hidden_norm(spec, build) if spec.post_norms else None,
         }
+        self.mixing: LayerInputMixing | None = None
+        if spec.layer_inputs is not None:
+            self.mixing = LayerInputMixing(spec, spec.layer_inputs, f"{path}.mixing", build)
+        self.scale = LayerScale(build) if spec.layer_scales else None
 
     def weighted(self) -> Iterator[tuple[str, Weighted]]:
         for name, norm in self.norms.items():
@@ -102,6 +111,11 @@ class DecoderBlock:
             yield f"{kind}.{name}", part
         for name, part in self.mlp.weighted():
             yield f"mlp.{name}", part
+        if self.mixing is not None:
+            for name, part in self.mixing.weighted():
+                yield f"mixing.{name}", part
+        if self.scale is not None:
+            yield "scale", self.scale
 
     def apply(
         self, output: torch.Tensor | None, residual: torch.Tensor, context: ForwardContext
@@ -117,7 +131,14 @@ class DecoderBlock:
             return self._leave(both, "mlp_post_norm"), entered.residual
         attended = self._leave(self.attention.apply(entered, context), "attention_post_norm")
         entered = self._enter(attended, entered.residual, "mlp_norm")
-        return self._leave(self.mlp.apply(entered), "mlp_post_norm"), entered.residual
+        output, residual = self._leave(self.mlp.apply(entered), "mlp_post_norm"), entered.residual
+        if self.mixing is not None and context.layer_inputs is not None:
+            entered = SublayerInput(self._ops, output, residual, None)
+            output = self.mixing.apply(entered, context.layer_inputs[:, self._layer])
+            residual = entered.residual
+        if self.scale is not None:
+            output, residual = output.mul_(self.scale.scale), residual.mul_(self.scale.scale)
+        return output, residual
 
     def _enter(self, output: torch.Tensor | None, residual: torch.Tensor, name: str) -> SublayerInput:
         """What a sublayer reads, once the output of the one before has joined the residual."""
@@ -151,6 +172,8 @@ class Decoder:
         self._stage = build.parallel
         self.held = build.parallel.layers(spec.num_layers)
         check_stage(spec, self.held.start)
+        check_kv_sources(spec, build.parallel)
+        check_layer_inputs(spec, build.parallel)
         elsewhere = build.elsewhere()
         self._holds_embedding = self._stage.is_first_stage or (self._stage.is_last_stage and spec.tie_word_embeddings)
         self.embedding = Embedding(
@@ -164,6 +187,7 @@ class Decoder:
             for number in range(spec.num_layers)
         ]
         self.blocks = self._all_blocks[self.held.start : self.held.stop]
+        self.layer_inputs = None if spec.layer_inputs is None else LayerInputs(spec, spec.layer_inputs, build)
         end = build if self._stage.is_last_stage else elsewhere
         self.final_norm = hidden_norm(spec, end)
         # As a value of the model's dtype, which is what it was trained with.
@@ -182,6 +206,9 @@ class Decoder:
     def weighted(self) -> Iterator[tuple[str, Weighted]]:
         """Every layer of the model that holds checkpoint tensors, by its path; some may be elsewhere."""
         is_last = self._stage.is_last_stage
+        if self.layer_inputs is not None:
+            for name, part in self.layer_inputs.weighted():
+                yield f"layer_inputs.{name}", part
         yield "embedding", self.embedding if self._holds_embedding else Elsewhere(self.embedding)
         for index, block in enumerate(self._all_blocks):
             for name, part in block.weighted():
@@ -212,7 +239,7 @@ class Decoder:
         self,
         token_ids: torch.Tensor,
         positions: torch.Tensor,
-        attention: AttentionBackend[Any],
+        attention: ModelAttention,
         received: torch.Tensor | None = None,
     ) -> HiddenStates:
         """token_ids, positions [num_tokens] -> what comes out of the blocks, before the final norm.
@@ -220,8 +247,10 @@ class Decoder:
         `received`: what the stage before this one gave, [num_tokens, hidden]; it is overwritten.
         """
         prepared = tuple(self._ops.prepare_positions(tables, positions, self.dtype) for tables in self.tables)
-        context = ForwardContext(attention, prepared, self._query_factors(positions), self.states)
         residual = self._embedded(token_ids) if received is None else received
+        given = None if self.layer_inputs is None else self.layer_inputs.apply(token_ids, residual)
+        factors = self._query_factors(positions)
+        context = ForwardContext(backends_of(attention), prepared, factors, self.states, given)
         output: torch.Tensor | None = None
         for block in self.blocks:
             output, residual = block.apply(output, residual, context)

@@ -61,7 +61,7 @@ class Indexer:
 
     def choose(self, x: torch.Tensor, narrow: torch.Tensor, context: ForwardContext) -> None:
         """x [num_tokens, hidden], narrow [num_tokens, query_rank]: what attention's own queries are made of."""
-        attention, heads = context.attention, self._spec.num_heads
+        attention, heads = context.attention[0], self._spec.num_heads
         if not isinstance(attention, ChoosesTokens):
             raise TypeError(f"{type(attention).__name__} attends to all tokens, and this layer has chosen some")
         rotation = rotation_of(context.positions[self._rope])

@@ -143,7 +143,7 @@ class LatentAttention:
         compressed = self._ops.add_norm(None, down[:, : latent.kv_rank], self.latent_norm)
         cached = torch.cat((compressed, down[:, latent.kv_rank :]), dim=-1)  # [num_tokens, kv_rank + rope_dim]
         attended = self._ops.attend_latent(
-            query, cached, latent, self._layer, context.positions[self._rope], context.attention
+            query, cached, latent, self._layer, context.positions[self._rope], context.attention[0]
         )  # [num_tokens, heads, kv_rank]
         values = torch.bmm(attended.transpose(0, 1), self.projections.values.transpose(1, 2)).transpose(0, 1)
         return self.output.apply(values.reshape(num_tokens, -1))

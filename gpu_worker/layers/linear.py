@@ -118,19 +118,19 @@ def qkv_parallel(
     bias: bool,
     path: str,
     build: BuildContext,
+    parts: str = "qkv",
     query_dim: int | None = None,
 ) -> Linear:
-    """[q heads | k heads | v heads] of this rank in one linear: parts `q`, `k`, `v`.
+    """[q heads | k heads | v heads] of this rank in one linear: parts `q`, `k`, `v`, or some of them.
 
     `query_dim`: outputs for each query head, where they are more than its query (None: head_dim).
     """
 
-    def rows(share: Share, size: int) -> Share:
+    def rows(part: str) -> Share:
+        share, size = (heads.query, query_dim or head_dim) if part == "q" else (heads.kv, head_dim)
         return Share(share.start * size, share.size * size, share.total * size)
 
-    query = rows(heads.query, query_dim or head_dim)
-    parts = [("q", query), ("k", rows(heads.kv, head_dim)), ("v", rows(heads.kv, head_dim))]
-    return column_parallel(hidden_size, parts, bias=bias, path=path, build=build)
+    return column_parallel(hidden_size, [(part, rows(part)) for part in parts], bias=bias, path=path, build=build)
 
 
 class RowParallelLinear(Linear):

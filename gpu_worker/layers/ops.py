@@ -41,6 +41,18 @@ class AttentionHeads:
     query_norm: RMSNorm | None = None
     key_norm: RMSNorm | None = None
     sinks: torch.Tensor | None = None  # float32 [num_heads]
+    value_norm: RMSNorm | None = None
+    keys_are_values: bool = False
+    """A projection has no columns for values: they are its keys, before norm and rotation."""
+    reads_cached: bool = False
+    """A projection has queries alone: this step's keys and values are in the cache already."""
+
+    @property
+    def num_projected(self) -> int:
+        """Heads of a token's projection: queries, keys, values."""
+        if self.reads_cached:
+            return self.num_heads
+        return self.num_heads + (1 if self.keys_are_values else 2) * self.num_kv_heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,9 +228,9 @@ class LayerOps(Protocol):
     def attend(
         self, qkv: torch.Tensor, heads: AttentionHeads, positions: StepPositions, attention: AttentionBackend[Any]
     ) -> torch.Tensor:
-        """Norms of query and key heads, rotation, write into the KV cache, attention.
+        """Norms of heads, rotation, write into the KV cache, attention.
 
-        qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], may be overwritten; returns
+        qkv [num_tokens, heads.num_projected * head_dim], may be overwritten; returns
         [num_tokens, num_heads * head_dim].
         """
         ...
@@ -407,9 +419,17 @@ class TorchOps:
         self, qkv: torch.Tensor, heads: AttentionHeads, positions: StepPositions, attention: AttentionBackend[Any]
     ) -> torch.Tensor:
         num_heads, num_rotated = heads.num_heads, heads.num_heads + heads.num_kv_heads
-        by_head = qkv.view(qkv.shape[0], -1, heads.head_dim)  # [num_tokens, heads + 2 * kv_heads, head_dim]
+        by_head = qkv.view(qkv.shape[0], -1, heads.head_dim)  # [num_tokens, num_projected, head_dim]
+        if heads.reads_cached:
+            q = self.rotate_heads(by_head, heads, rotation_of(positions))
+            return attention.run(q, None, None, heads.layer, sinks=heads.sinks)
+        v = by_head[:, num_heads:num_rotated] if heads.keys_are_values else by_head[:, num_rotated:]
+        if heads.value_norm is not None:
+            v = heads.value_norm.apply(v)
+        elif heads.keys_are_values:
+            v = v.clone()  # before keys are rotated in place
         rotated = self.rotate_heads(by_head, heads, rotation_of(positions))
-        q, k, v = rotated[:, :num_heads], rotated[:, num_heads:], by_head[:, num_rotated:]
+        q, k = rotated[:, :num_heads], rotated[:, num_heads:]
         return attention.run(q, k, v, heads.layer, sinks=heads.sinks)
 
     def without_gates(self, columns: torch.Tensor, num_heads: int, head_dim: int) -> torch.Tensor:
@@ -435,14 +455,17 @@ class TorchOps:
         return normed.mul_(F.silu(gates.float())).flatten(1).to(mixed.dtype)
 
     def rotate_heads(self, by_head: torch.Tensor, heads: AttentionHeads, rotation: StepRotation) -> torch.Tensor:
-        """Norms and rotation of by_head [num_tokens, heads + 2 * kv_heads, head_dim], which may be overwritten.
+        """Norms and rotation of by_head [num_tokens, heads.num_projected, head_dim], which may be overwritten.
 
-        Returns queries and keys, [num_tokens, heads + kv_heads, head_dim].
+        Returns queries and keys, [num_tokens, heads + kv_heads, head_dim], or queries alone.
         """
-        num_heads, num_rotated = heads.num_heads, heads.num_heads + heads.num_kv_heads
-        if heads.query_norm is None or heads.key_norm is None:
+        num_heads = heads.num_heads
+        num_rotated = num_heads if heads.reads_cached else num_heads + heads.num_kv_heads
+        if heads.query_norm is None:
             return rotation.apply(by_head[:, :num_rotated])
         q = heads.query_norm.apply(by_head[:, :num_heads])
+        if heads.key_norm is None:
+            return rotation.apply(q)
         k = heads.key_norm.apply(by_head[:, num_heads:num_rotated])
         return rotation.apply(torch.cat((q, k), dim=1))
 

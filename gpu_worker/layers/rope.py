@@ -29,10 +29,13 @@ def inverse_frequencies(rope: RopeSpec, max_position: int = 0) -> torch.Tensor:
         return _llama3(base, rope)
     if rope.kind == "yarn":
         return _yarn(base, rope)
+    if rope.kind == "proportional":
+        stands = torch.arange(len(base)) >= int(rope.rotated_share * rope.rotary_dim // 2)
+        return base.masked_fill(stands, 0.0) / rope.factor
     if rope.kind == "longrope":
         is_long = max_position > rope.original_max_position_embeddings
         return base / torch.tensor(rope.long_factors if is_long else rope.short_factors, dtype=torch.float32)
-    raise ValueError(f"rope kind {rope.kind!r} is not one of default, linear, llama3, yarn, longrope")
+    raise ValueError(f"rope kind {rope.kind!r} is not one of default, linear, llama3, yarn, longrope, proportional")
 
 
 def _llama3(base: torch.Tensor, rope: RopeSpec) -> torch.Tensor:

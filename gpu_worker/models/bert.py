@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
-from gpu_worker.attention.api import AttentionBackend
+from gpu_worker.attention.api import ModelAttention, backends_of
 from gpu_worker.layers.attention import ForwardContext
 from gpu_worker.layers.decoder import HiddenStates
 from gpu_worker.layers.embedding import Embedding
@@ -153,12 +153,12 @@ class Bert(ReadsPairs, ModelFamily):
         self,
         token_ids: torch.Tensor,
         positions: torch.Tensor,
-        attention: AttentionBackend[Any],
+        attention: ModelAttention,
         segments: torch.Tensor | None = None,
     ) -> HiddenStates:
         """As a decoder's; `segments` [num_tokens]: which text of a pair a token is of (None: all of the first)."""
         prepared = self._ops.prepare_positions(self.tables[0], positions, self.dtype)
-        context = ForwardContext(attention, (prepared,))
+        context = ForwardContext(backends_of(attention), (prepared,))
         if segments is None or self.spec.num_segments < 2:
             segments = torch.zeros_like(token_ids)
         states = self.embedding.lookup(token_ids)  # [num_tokens, hidden]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
-from gpu_worker.attention.api import AttentionBackend
+from gpu_worker.attention.api import ModelAttention
 from gpu_worker.layers.decoder import Decoder, HiddenStates
 from gpu_worker.model_spec import ModelSpec
 from gpu_worker.models.hf_config import HfConfig
@@ -93,7 +93,7 @@ class ReadsPairs(ABC):
         self,
         token_ids: torch.Tensor,
         positions: torch.Tensor,
-        attention: AttentionBackend[Any],
+        attention: ModelAttention,
         segments: torch.Tensor | None = None,
     ) -> HiddenStates:
         """segments [num_tokens]: 0 for the first text, 1 for the second; None: there is one text."""

@@ -18,7 +18,7 @@ SLIDING = "sliding_attention"
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _STORED_DTYPES = ("float8_e4m3fn", "float8_e5m2", "int8", "uint8", "int4", "float4_e2m1fn_x2")
-_ROPE_KINDS = ("default", "linear", "llama3", "yarn", "longrope")
+_ROPE_KINDS = ("default", "linear", "llama3", "yarn", "longrope", "proportional")
 
 
 class HfConfig:
@@ -224,6 +224,9 @@ class HfConfig:
             raise nested.error("rope_type", f"is {kind!r}, supported are {', '.join(_ROPE_KINDS)}, dynamic")
         theta = nested.number("rope_theta", self.number("rope_theta", default_theta))
         share = nested.number("partial_rotary_factor", self.number("partial_rotary_factor", 1.0))
+        rotated_share = 1.0
+        if kind == "proportional":
+            rotated_share, share = share, 1.0
         if share != 1.0 and not rotates_partly:
             # transformers' classes of the other families rotate whole heads, whatever the field says, and fail where
             # rope is scaled besides.
@@ -242,7 +245,9 @@ class HfConfig:
             theta=theta,
             rotary_dim=int(head_dim * share),
             kind=kind,
-            factor=nested.number("factor") if kind in ("linear", "llama3", "yarn") else 1.0,
+            factor=nested.number("factor", 1.0 if kind == "proportional" else ...)
+            if kind in ("linear", "llama3", "yarn", "proportional")
+            else 1.0,
             original_max_position_embeddings=original,
             low_freq_factor=nested.number("low_freq_factor", 1.0),
             high_freq_factor=nested.number("high_freq_factor", 4.0),
@@ -250,6 +255,7 @@ class HfConfig:
             beta_slow=nested.number("beta_slow", 1.0),
             truncate=nested.boolean("truncate", True),
             attention_factor=nested.optional_number("attention_factor"),
+            rotated_share=rotated_share,
         )
         if kind == "longrope":
             return self._longrope(nested, rope)

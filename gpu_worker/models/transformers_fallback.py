@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import structlog
 import torch
 
-from gpu_worker.attention.api import AttentionBackend
+from gpu_worker.attention.api import AttentionBackend, ModelAttention, backends_of
 from gpu_worker.layers.decoder import HiddenStates
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.layers.weighted import Weighted
@@ -254,10 +254,10 @@ class TransformersModel(ModelFamily, LoadsItself):
         self,
         token_ids: torch.Tensor,
         positions: torch.Tensor,
-        attention: AttentionBackend[Any],
+        attention: ModelAttention,
         received: torch.Tensor | None = None,
     ) -> HiddenStates:
-        self._attention, self._positions = attention, positions
+        (self._attention,), self._positions = backends_of(attention), positions
         places = {"position_ids": positions.unsqueeze(0)} if self._takes_positions else {}
         output = self._run_trunk(input_ids=token_ids.unsqueeze(0), attention_mask=self._mask, use_cache=False, **places)
         self._output_type = type(output)

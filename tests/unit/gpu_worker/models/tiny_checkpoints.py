@@ -21,6 +21,8 @@ from transformers.models.exaone4 import Exaone4Config
 from transformers.models.gemma import GemmaConfig
 from transformers.models.gemma2 import Gemma2Config
 from transformers.models.gemma3 import Gemma3TextConfig
+from transformers.models.gemma4 import Gemma4TextConfig
+from transformers.models.gemma4_unified import Gemma4UnifiedForCausalLM, Gemma4UnifiedTextConfig
 from transformers.models.glm import GlmConfig
 from transformers.models.glm4 import Glm4Config
 from transformers.models.glm4_moe import Glm4MoeConfig
@@ -114,6 +116,26 @@ GEMMA_SCALED = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
     }
 }
+GEMMA4 = {
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "global_head_dim": 24,
+    "sliding_window": 11,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 5.0,
+    "initializer_range": 0.3,
+}
+# Of the small models: the last four layers attend to the keys of the second and the third.
+GEMMA4_SMALL = GEMMA4 | {
+    "num_hidden_layers": 7,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"] * 2 + ["full_attention"],
+    "num_kv_shared_layers": 4,
+    "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 305,
+}
+GEMMA4_LARGE = GEMMA4 | {"attention_k_eq_v": True, "num_key_value_heads": 3, "num_global_key_value_heads": 2}
 LONG = {"rope_type": "longrope", "original_max_position_embeddings": 16} | {
     f"{kind}_factor": [1.0 + 0.3 * i * weight for i in range(5)] for kind, weight in (("short", 1), ("long", 2))
 }
@@ -221,6 +243,17 @@ TINY: dict[str, Tiny] = {
     "gemma3-scaled-v4-config": Tiny(
         Gemma3TextConfig, GEMMA | {"sliding_window_pattern": 3} | GEMMA_SCALED, rewrite_as_v4=True
     ),
+    "gemma4": Tiny(Gemma4TextConfig, GEMMA4_SMALL),
+    "gemma4-one-kind-of-heads": Tiny(
+        Gemma4TextConfig,
+        GEMMA4_SMALL | {"global_head_dim": 16, "num_kv_shared_layers": 2, "tie_word_embeddings": False},
+    ),
+    "gemma4-large": Tiny(Gemma4TextConfig, GEMMA4_LARGE),
+    "gemma4-moe": Tiny(
+        Gemma4TextConfig,
+        GEMMA4_LARGE | {"enable_moe_block": True, "num_experts": 7, "top_k_experts": 3, "moe_intermediate_size": 40},
+    ),
+    "gemma4-unified": Tiny(Gemma4UnifiedTextConfig, GEMMA4_LARGE, model_class=Gemma4UnifiedForCausalLM),
     "phi3": Tiny(Phi3Config, {"sliding_window": 11, "hidden_act": "silu"}),
     "phi3-longrope-partial": Tiny(
         Phi3Config,
@@ -363,7 +396,7 @@ def save_model(tiny: Tiny, directory: Path, *, dtype: torch.dtype = torch.float3
             if constant:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
         for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
+            if name.endswith(("e_score_correction_bias", "layer_scalar")):
                 buffer.add_(torch.randn_like(buffer) * 0.2)
     model.save_pretrained(directory)
     if tiny.rewrite_as_v4:
