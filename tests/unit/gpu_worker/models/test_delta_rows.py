@@ -112,3 +112,17 @@ def test_configs_that_ask_for_more_are_refused(fields: dict[str, Any], words: st
     (tmp_path / "config.json").write_text(json.dumps(config | fields))
     with pytest.raises(ModelConfigError, match=words):
         load(tmp_path)
+
+
+@pytest.mark.slow
+def test_compiled_kernels_of_a_cpu_compute_what_torch_does(tmp_path: Path) -> None:
+    """Attention and norms are theirs, the rule is torch's."""
+    save_tiny("qwen3.5", tmp_path, hidden_size=64, num_attention_heads=4)
+    drawn = []
+    for kernels in ("on", "off"):
+        driver = StepDriver(load(tmp_path, dtype="bfloat16", cpu_kernels=kernels))
+        driver.add(0, list(range(5, 90)), greedy(num_logprobs=0))
+        logprobs = [driver.step({0: count}).logprobs for count in (50, 35)]
+        drawn.append((driver.rows[0].tokens, logprobs[-1]))
+    assert drawn[0][0] == drawn[1][0]
+    assert abs(drawn[0][1] - drawn[1][1]).max() < 0.05
