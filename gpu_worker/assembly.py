@@ -23,6 +23,7 @@ from gpu_worker.kv_cache import (
     plan_cuda_memory,
 )
 from gpu_worker.layers.linear import BuildContext
+from gpu_worker.loading.kv_scales import KVScales
 from gpu_worker.model_spec import ModelConfigError, ModelSpec
 from gpu_worker.models.family import ModelFamily
 from gpu_worker.models.loader import check_weights, fill_random, load_weights
@@ -206,6 +207,13 @@ def attention_spec(spec: ModelSpec, parallel: ParallelContext, max_model_len: in
         chunks=chunks,
         num_chosen=None if spec.indexer is None else spec.indexer.num_chosen,
     )
+
+
+def held_kv_scales(model: ModelFamily, parallel: ParallelContext) -> list[KVScales] | None:
+    """The checkpoint's scales of the layers that this rank caches, in their order; None: it has none."""
+    if model.kv_scales is None:
+        return None
+    return [model.kv_scales[layer] for layer in cached_layers(model.spec, parallel)]
 
 
 def worker_facts(

@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from gpu_worker.assembly import held_kv_scales
 from gpu_worker.config import WorkerSettings
-from gpu_worker.kv_cache import MemoryBudgetError
+from gpu_worker.kv_cache import KVCacheShape, MemoryBudgetError
+from gpu_worker.loading.kv_scales import KVScales
 from gpu_worker.model_spec import ModelConfigError
+from gpu_worker.parallel.shares import ParallelContext
 from gpu_worker.runner import TorchRunner
+from gpu_worker.state_pool import StateShape
 from load_tests.cpu_worker.step_driver import StepDriver, greedy
 from tests.unit.gpu_worker.models.test_families import PagedModel
 from tests.unit.gpu_worker.models.test_row_states import check_rows_come_and_go
@@ -89,6 +93,24 @@ def test_states_are_planned_as_they_are_allocated(tmp_path: Path, monkeypatch: p
         load(tmp_path, max_num_seqs=4000)
     fitting = int(str(told.value).split("--max-num-seqs ")[1].split()[0])
     assert load(tmp_path, max_num_seqs=fitting).describe().max_num_seqs == fitting > 64
+
+
+@pytest.mark.parametrize("name", ["qwen3.5", "llama"])
+def test_a_stage_has_the_scales_of_the_layers_that_it_caches(name: str, tmp_path: Path) -> None:
+    """Of a layer that caches nothing there is none; its stage counts blocks all the same."""
+    save_tiny(name, tmp_path)
+    model = load(tmp_path).model
+    assert held_kv_scales(model, ParallelContext()) is None
+    model.kv_scales = tuple(KVScales(key=1.0 + layer) for layer in range(3))
+    whole = held_kv_scales(model, ParallelContext())
+    assert whole == ([model.kv_scales[1]] if name == "qwen3.5" else list(model.kv_scales))
+    for stage in range(3):
+        parallel = ParallelContext(stage=stage, stage_layers=(1, 1, 1))
+        assert held_kv_scales(model, parallel) == [model.kv_scales[stage]]
+        shape = KVCacheShape.of(model.spec, parallel, 16, torch.float32)
+        states = StateShape.of(model.spec, parallel, torch.float32)
+        assert shape.num_layers == 1
+        assert (0 if states is None else states.num_layers) == (name == "qwen3.5" and stage != 1)
 
 
 def test_deterministic_mode_refuses_them_by_name(tmp_path: Path) -> None:
