@@ -157,6 +157,8 @@ def feature_table(spec: ModelSpec) -> dict[str, bool]:
         "attention to what an indexer chooses": spec.indexer is not None,
         "layers that take over a choice": spec.indexer is not None
         and not all(layer.has_indexer for layer in spec.layers),
+        "gates of attention": spec.attention_gate,
+        "gated delta rule": spec.gated_delta is not None,
         "experts": spec.moe is not None,
         "shared expert": spec.moe is not None and spec.moe.shared_intermediate_size > 0,
         "grouped routing": spec.moe is not None and spec.moe.num_groups > 1,
@@ -307,6 +309,10 @@ without CUDA graphs.
 Everything is compared with transformers in float32 on the CPU, on small random checkpoints
 ([test_families.py](../tests/unit/gpu_worker/models/test_families.py),
 [test_pooling.py](../tests/unit/gpu_worker/test_pooling.py)).
+
+Layers of the gated delta rule keep a state for every row, of one size however long its sequence is: the memory table
+counts it, and `--max-num-seqs` sets how many there are. No prompt's beginning is taken over from another, and
+`--deterministic` does not cover them.
 """
 OTHERS = """\
 ## Any other causal language model

@@ -23,6 +23,7 @@ from gpu_worker.kv_cache import (
 )
 from gpu_worker.kv_places import caching_layers, differing_heads
 from gpu_worker.layers.linear import BuildContext
+from gpu_worker.loading.kv_scales import KVScales
 from gpu_worker.model_spec import ModelConfigError, ModelSpec
 from gpu_worker.models.family import ModelFamily
 from gpu_worker.models.loader import check_weights, fill_random, load_weights
@@ -209,6 +210,13 @@ def attention_spec(spec: ModelSpec, parallel: ParallelContext, max_model_len: in
         kv_heads=differing_heads(spec, parallel),
         shares_kv=any(spec.layers[layer].kv_source is not None for layer in held),
     )
+
+
+def held_kv_scales(model: ModelFamily, parallel: ParallelContext) -> list[KVScales] | None:
+    """The checkpoint's scales of the layers that this rank caches, in their order; None: it has none."""
+    if model.kv_scales is None:
+        return None
+    return [model.kv_scales[layer] for layer in caching_layers(model.spec, parallel)]
 
 
 def worker_facts(

@@ -17,6 +17,7 @@ from gpu_worker.assembly import (
     Sizes,
     agree_on_sizes,
     attention_spec,
+    held_kv_scales,
     load_model,
     plan_memory,
     resolve_kv_dtype,
@@ -47,7 +48,6 @@ from gpu_worker.cuda.timeline import CudaTimeline, num_slots
 from gpu_worker.device import resolve_dtype
 from gpu_worker.invariant.coverage import CoveredScheme, refuse_uncovered
 from gpu_worker.kv_cache import GIB, KVCache, KVCacheShape, MemoryBudgetError, activation_bytes
-from gpu_worker.kv_places import caching_layers
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.layers.moe import expert_form
 from gpu_worker.layers.scaled_experts import needs_float8
@@ -237,7 +237,7 @@ def _load_supported(
         parts.attention,
         dtype=dtype,
         pdl=pdl,
-        kv_scales=model.kv_scales and [model.kv_scales[layer] for layer in caching_layers(spec, parallel)],
+        kv_scales=held_kv_scales(model, parallel),
         deterministic=settings.deterministic,
     )
     buffers = ProgramBuffers.allocate(parts.program, device)

@@ -27,7 +27,7 @@ from gpu_worker.models.llama4 import Llama4
 from gpu_worker.models.mllama import Mllama
 from gpu_worker.models.moe import QwenMoe
 from gpu_worker.models.qwen import Qwen
-from gpu_worker.models.qwen_next import QwenNext
+from gpu_worker.models.qwen_next import Qwen35
 from gpu_worker.models.registry import register
 from gpu_worker.models.served_config import LANGUAGE_HEAD, LANGUAGE_MODEL, is_known_part
 from gpu_worker.models.smollm3 import SmolLM3
@@ -58,8 +58,8 @@ TEXT_PARTS: dict[str, tuple[type[ModelFamily], str]] = {
     "qwen2_vl": (Qwen, "Qwen2ForCausalLM"),
     "qwen2_vl_text": (Qwen, "Qwen2ForCausalLM"),
     "qwen3": (Qwen, "Qwen3ForCausalLM"),
-    "qwen3_5_moe_text": (QwenNext, "Qwen3_5MoeForCausalLM"),
-    "qwen3_5_text": (QwenNext, "Qwen3_5ForCausalLM"),
+    "qwen3_5_moe_text": (Qwen35, "Qwen3_5MoeForCausalLM"),
+    "qwen3_5_text": (Qwen35, "Qwen3_5ForCausalLM"),
     "qwen3_moe": (QwenMoe, "Qwen3MoeForCausalLM"),
     "qwen3_omni_moe_text": (QwenMoe, "Qwen3MoeForCausalLM"),
     "qwen3_vl_moe_text": (QwenMoe, "Qwen3MoeForCausalLM"),

@@ -19,22 +19,25 @@ STATE = "linear_attention"
 _DELTA = "model.layers.{i}.linear_attn"
 
 DELTA_NAMES: NameRules = QWEN_MOE_NAMES | {
-    "layers.{i}.delta.inputs": {
-        "": f"{_DELTA}.in_proj_qkvz",
-        "q+k+v": f"{_DELTA}.in_proj_qkv",
-        "z": f"{_DELTA}.in_proj_z",
-    },
-    "layers.{i}.delta.pairs": {"": f"{_DELTA}.in_proj_ba", "b": f"{_DELTA}.in_proj_b", "a": f"{_DELTA}.in_proj_a"},
     "layers.{i}.delta.conv": {"": f"{_DELTA}.conv1d"},
     "layers.{i}.delta.decay": {"": _DELTA},
     "layers.{i}.delta.norm": {"": f"{_DELTA}.norm"},
     "layers.{i}.delta.output": {"": f"{_DELTA}.out_proj"},
 }
+# Rules of their own: how a linear is stored is asked of every module that they name.
+GROUPED_NAMES: NameRules = {
+    "layers.{i}.delta.inputs": {"": f"{_DELTA}.in_proj_qkvz"},
+    "layers.{i}.delta.pairs": {"": f"{_DELTA}.in_proj_ba"},
+}
+SEPARATE_NAMES: NameRules = {
+    "layers.{i}.delta.inputs": {"q+k+v": f"{_DELTA}.in_proj_qkv", "z": f"{_DELTA}.in_proj_z"},
+    "layers.{i}.delta.pairs": {"b": f"{_DELTA}.in_proj_b", "a": f"{_DELTA}.in_proj_a"},
+}
 
 
-@register(NEXT, DENSE, MOE)
+@register(NEXT)
 class QwenNext(ModelFamily):
-    name_rules = DELTA_NAMES
+    name_rules = DELTA_NAMES | GROUPED_NAMES
 
     @staticmethod
     def read_config(config: HfConfig, architecture: str) -> ModelSpec:
@@ -61,6 +64,11 @@ class QwenNext(ModelFamily):
             gated_delta=_delta(config, is_grouped=architecture == NEXT),
             moe=moe,
         )
+
+
+@register(DENSE, MOE)
+class Qwen35(QwenNext):
+    name_rules = DELTA_NAMES | SEPARATE_NAMES
 
 
 def _layers(config: HfConfig, rope: RopeSpec) -> tuple[LayerSpec, ...]:

@@ -37,7 +37,7 @@ _TABLE = tuple(
         # Experts: products that are grouped, and their sum.
         (LINEARS, r"_gate_up_kernel|_down_kernel|_sum_kernel|_scaled_expert_"),
         (LINEARS, r"gemm|gemv|cutlass|cublas|nvjet|splitk|xmma"),
-        (LINEARS, r"^layer (.*\.)?(qkv|output|gate_up|up|down|head)$"),
+        (LINEARS, r"^layer (.*\.)?(qkv|output|gate_up|up|down|head|inputs|pairs)$"),
     )
 )
 

@@ -20,7 +20,7 @@ import triton.language as tl
 from stepwire_kernels.delta_runs import DeltaColumns, DeltaRuns, run_of_place
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
 
-TILE_TOKENS = 32
+TILE_TOKENS = 16
 BLOCK_CHANNELS = 128
 
 
@@ -169,7 +169,8 @@ def causal_conv(
         runs.query_starts,
         runs.kv_lens,
         runs.run_rows,
-        runs.num_runs,
+        # What only longer runs are found by makes no kernel of its own for every number of single ones.
+        0 if single else runs.num_runs,
         x.stride(0),
         NUM_CHANNELS=num_channels,
         KEY_CHANNELS=columns.num_key_heads * columns.key_dim,
@@ -184,7 +185,7 @@ def causal_conv(
         TILE=1 if single else TILE_TOKENS,
         BLOCK_KEPT=triton.next_power_of_2(width - 1),
         BLOCK_C=block,
-        BLOCK_RUNS=triton.next_power_of_2(runs.num_runs),
+        BLOCK_RUNS=1 if single else triton.next_power_of_2(runs.num_runs),
         USE_PDL=pdl,
         num_warps=1 if single else 4,
         **launch_options(pdl),

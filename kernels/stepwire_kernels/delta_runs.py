@@ -19,6 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
+HEAD_SIZES = (16, 32, 64, 128)
+
 
 class DeltaColumns(Protocol):
     """Columns of the first projection: of key head h, queries from h * key_stride on, keys from key + h * key_stride,
@@ -77,8 +79,9 @@ class DeltaRuns:
 def unsupported_heads(key_dim: int, value_dim: int) -> str | None:
     """Why the kernels cannot compute heads of these sizes; None: they can."""
     for name, size in (("key", key_dim), ("value", value_dim)):
-        if size not in (16, 32, 64, 128, 256):
-            return f"a gated delta rule with {name}s of {size} numbers, which is not one of 16, 32, 64, 128, 256"
+        if size not in HEAD_SIZES:
+            sizes = ", ".join(map(str, HEAD_SIZES))
+            return f"a gated delta rule with {name}s of {size} numbers, which is not one of {sizes}"
     return None
 
 

@@ -11,7 +11,7 @@ token at a time):
 The inverses need no S: one launch computes those of all chunks at once (by substitution, a row at a time: products of
 powers of A would lose everything to cancellation where keys are alike). Another goes through each run's chunks, S in
 registers, a program for each part of a head's values. Quotients of decays are exponentials of differences, at most 1.
-Products of bfloat16 models are rounded to TF32, others not at all.
+Products of bfloat16 models are rounded to TF32, others are three such products, which lose next to nothing.
 
 Source: Yang, Kautz and Hatamizadeh, "Gated Delta Networks", 2024; Yang et al., "Parallelizing Linear Transformers with
 the Delta Rule over Sequence Length", 2024.
@@ -146,28 +146,29 @@ def _delta_chunks_kernel(
         matrix = tl.load(matrix_at, mask=(keys[:, None] >= 0) & (kv_len > length), other=0.0)
         inverses_ptr += ((start // CHUNK + run).to(tl.int64) * NUM_HEADS + head) * (CHUNK * CHUNK)
         pair = pairs_ptr + group * STRENGTH_STRIDE + head % GROUP
+        qkv_ptr += start.to(tl.int64) * qkv_stride + group * KEY_DIM
+        value_ptr = qkv_ptr + 2 * NUM_KEY_HEADS * KEY_DIM + head * VALUE_DIM - group * KEY_DIM
+        out_at += start.to(tl.int64) * (NUM_HEADS * VALUE_DIM)
+        pair += start.to(tl.int64) * pairs_stride
         for chunk in range(0, num_chunks):
             offset = chunk * CHUNK + line
             mask = offset < length
-            token = (start + offset).to(tl.int64)
-            row = qkv_ptr + token[:, None] * qkv_stride
-            places = group * KEY_DIM + keys[None, :]
-            q = load_unit(row + places, mask, KEY_DIM) * query_scale
-            k = load_unit(row + NUM_KEY_HEADS * KEY_DIM + places, mask, KEY_DIM)
-            v_at = row + 2 * NUM_KEY_HEADS * KEY_DIM + head * VALUE_DIM + values[None, :]
-            v = tl.load(v_at, mask=mask[:, None], other=0.0).to(tl.float32)
-            beta, total = _strengths(pair, token, mask, pairs_stride, log_rate, bias, DECAY_AT)
+            beta, total = _strengths(pair, offset, mask, pairs_stride, log_rate, bias, DECAY_AT)
             grown = tl.exp(total)[:, None]
+            rows = offset[:, None] * qkv_stride
+            k = load_unit(qkv_ptr + NUM_KEY_HEADS * KEY_DIM + rows + keys[None, :], mask, KEY_DIM)
+            v = tl.load(value_ptr + rows + values[None, :], mask=mask[:, None], other=0.0).to(tl.float32)
             wanted = beta[:, None] * (v - grown * tl.dot(k, matrix, input_precision=PRECISION))
             inverse = tl.load(inverses_ptr + line[:, None] * CHUNK + line[None, :])
             inverses_ptr += NUM_HEADS * CHUNK * CHUNK
             change = tl.dot(inverse, wanted, input_precision=PRECISION)  # [CHUNK, BLOCK_V]
+            q = load_unit(qkv_ptr + rows + keys[None, :], mask, KEY_DIM) * query_scale
             seen = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             seen *= tl.exp(tl.minimum(total[:, None] - total[None, :], 0.0))
             seen = tl.where(line[:, None] >= line[None, :], seen, 0.0)
             out = grown * tl.dot(q, matrix, input_precision=PRECISION)
             out += tl.dot(seen, change, input_precision=PRECISION)
-            at = out_at + token[:, None] * (NUM_HEADS * VALUE_DIM)
+            at = out_at + offset[:, None] * (NUM_HEADS * VALUE_DIM)
             tl.store(at, out.to(out_ptr.dtype.element_ty), mask=mask[:, None])
             # Tokens that are not there decay nothing: the last sum is that of the last token.
             whole = tl.sum(tl.where(line == CHUNK - 1, total, 0.0), axis=0)
@@ -193,7 +194,7 @@ def delta_chunks(
     # [places, value_heads, CHUNK, CHUNK]
     size = (num_places, heads, CHUNK_TOKENS, CHUNK_TOKENS)
     inverses = torch.empty(size, dtype=torch.float32, device=qkv.device)
-    precision = "tf32" if qkv.dtype == torch.bfloat16 else "ieee"
+    precision = "tf32" if qkv.dtype == torch.bfloat16 else "tf32x3"
     sizes = {
         "NUM_KEY_HEADS": columns.num_key_heads,
         "GROUP": columns.group_size,
@@ -240,5 +241,7 @@ def delta_chunks(
         BLOCK_V=block,
         USE_PDL=pdl,
         num_warps=4,
+        # Without room for tiles that are loaded ahead: the matrices of a chunk take half of the shared memory.
+        num_stages=1,
         **launch_options(pdl),
     )

@@ -25,6 +25,7 @@ from stepwire_kernels.rope_kv import rope_and_write_kv
 from stepwire_kernels.split_k import allocate_linear_workspace
 
 from load_tests.kernels.cases import LLAMA_8B, QWEN3_06B, Heads, causal_flop, paged, unlike_lengths
+from load_tests.kernels.delta import bench_delta
 from load_tests.kernels.latent import bench_latent
 from load_tests.kernels.linears import LLAMA_8B_LAYER
 from load_tests.kernels.measure import Report, copies, measure_ceilings, time_graph
@@ -265,6 +266,7 @@ SECTIONS: dict[str, Callable[[Report], None]] = {
     "experts": bench_experts,
     "scaled_experts": bench_scaled_experts,
     "latent": bench_latent,
+    "delta": bench_delta,
     "packed": bench_packed,
     "packed_many": bench_packed_many,
     "packed_experts": bench_packed_experts,

@@ -59,9 +59,10 @@ async def answers(launched: Launched, requests: list[Request]) -> list[dict[int,
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("model", ["llama-tied-bias", "qwen3-moe"])
+@pytest.mark.parametrize("model", ["llama-tied-bias", "qwen3-moe", "qwen3.5"])
 def test_random_mixes(model: str, tmp_path: Path) -> None:
-    """The last stage has a head that is the first one's embedding; of the mixture's layers, some have experts."""
+    """The last stage has a head that is the first one's embedding; of the mixture's layers, some have experts; of
+    Qwen3.5's, some keep states, which nobody takes over."""
     save_tiny(model, tmp_path)
     mixes = [mix(seed) for seed in range(3)]
     with Launched(tmp_path, *FLAGS, LARGE) as alone:
@@ -71,5 +72,5 @@ def test_random_mixes(model: str, tmp_path: Path) -> None:
     with Launched(tmp_path, *FLAGS, SMALL, *stages) as launched:
         assert [asyncio.run(answers(launched, requests)) for requests in mixes] == expected
         assert launched.metric("stepwire_preemptions_total") > 0
-        assert launched.metric("stepwire_prefix_cache_hits_total") > 0
+        assert (launched.metric("stepwire_prefix_cache_hits_total") > 0) == (model != "qwen3.5")
         assert launched.metric("stepwire_kv_blocks_in_use") == 0

@@ -16,6 +16,7 @@ from gpu_worker.assembly import (
     MAX_NUM_LOGPROBS,
     Sizes,
     attention_spec,
+    held_kv_scales,
     load_model,
     resolve_kv_dtype,
     without_idle_indexer,
@@ -130,7 +131,7 @@ def load_inline(
         AttentionLimits(planner.max_runs, planner.max_tokens, planner.max_padding_tokens),
         dtype=torch.float32,
         pdl=False,
-        kv_scales=model.kv_scales,
+        kv_scales=held_kv_scales(model, parallel),
         deterministic=deterministic,
     )
     timeline = InlineTimeline(buffer_words, result_slot_words(planner.max_runs, MAX_NUM_LOGPROBS))

@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from gpu_worker.assembly import held_kv_scales
 from gpu_worker.config import WorkerSettings
-from gpu_worker.kv_cache import MemoryBudgetError
+from gpu_worker.kv_cache import KVCacheShape, MemoryBudgetError
+from gpu_worker.loading.kv_scales import KVScales
 from gpu_worker.model_spec import ModelConfigError
+from gpu_worker.parallel.shares import ParallelContext
 from gpu_worker.runner import TorchRunner
+from gpu_worker.state_pool import StateShape
 from load_tests.cpu_worker.step_driver import StepDriver, greedy
 from tests.unit.gpu_worker.models.test_families import PagedModel
 from tests.unit.gpu_worker.models.test_row_states import check_rows_come_and_go
@@ -91,6 +95,24 @@ def test_states_are_planned_as_they_are_allocated(tmp_path: Path, monkeypatch: p
     assert load(tmp_path, max_num_seqs=fitting).describe().max_num_seqs == fitting > 64
 
 
+@pytest.mark.parametrize("name", ["qwen3.5", "llama"])
+def test_a_stage_has_the_scales_of_the_layers_that_it_caches(name: str, tmp_path: Path) -> None:
+    """Of a layer that caches nothing there is none; its stage counts blocks all the same."""
+    save_tiny(name, tmp_path)
+    model = load(tmp_path).model
+    assert held_kv_scales(model, ParallelContext()) is None
+    model.kv_scales = tuple(KVScales(key=1.0 + layer) for layer in range(3))
+    whole = held_kv_scales(model, ParallelContext())
+    assert whole == ([model.kv_scales[1]] if name == "qwen3.5" else list(model.kv_scales))
+    for stage in range(3):
+        parallel = ParallelContext(stage=stage, stage_layers=(1, 1, 1))
+        assert held_kv_scales(model, parallel) == [model.kv_scales[stage]]
+        shape = KVCacheShape.of(model.spec, parallel, 16, torch.float32)
+        states = StateShape.of(model.spec, parallel, torch.float32)
+        assert shape.num_layers == 1
+        assert (0 if states is None else states.num_layers) == (name == "qwen3.5" and stage != 1)
+
+
 def test_deterministic_mode_refuses_them_by_name(tmp_path: Path) -> None:
     save_tiny("qwen3.5", tmp_path)
     with pytest.raises(ModelConfigError, match="--deterministic does not cover the gated delta rule yet"):
@@ -112,3 +134,17 @@ def test_configs_that_ask_for_more_are_refused(fields: dict[str, Any], words: st
     (tmp_path / "config.json").write_text(json.dumps(config | fields))
     with pytest.raises(ModelConfigError, match=words):
         load(tmp_path)
+
+
+@pytest.mark.slow
+def test_compiled_kernels_of_a_cpu_compute_what_torch_does(tmp_path: Path) -> None:
+    """Attention and norms are theirs, the rule is torch's."""
+    save_tiny("qwen3.5", tmp_path, hidden_size=64, num_attention_heads=4)
+    drawn = []
+    for kernels in ("on", "off"):
+        driver = StepDriver(load(tmp_path, dtype="bfloat16", cpu_kernels=kernels))
+        driver.add(0, list(range(5, 90)), greedy(num_logprobs=0))
+        logprobs = [driver.step({0: count}).logprobs for count in (50, 35)]
+        drawn.append((driver.rows[0].tokens, logprobs[-1]))
+    assert drawn[0][0] == drawn[1][0]
+    assert abs(drawn[0][1] - drawn[1][1]).max() < 0.05
