@@ -23,8 +23,9 @@ from gpu_worker.assembly import (
     without_idle_indexer,
     worker_facts,
 )
-from gpu_worker.attention.triton_backend import AttentionLimits, unsupported_attention
-from gpu_worker.attention.triton_latent import make_attention
+from gpu_worker.attention.api import backends_of
+from gpu_worker.attention.triton_backend import AttentionLimits, TritonAttention, unsupported_attention
+from gpu_worker.attention.triton_latent import TritonLatentAttention, make_attention
 from gpu_worker.config import WorkerSettings
 from gpu_worker.cuda.compiling import compile_in_parallel
 from gpu_worker.cuda.invariant_ops import InvariantTritonOps
@@ -46,9 +47,11 @@ from gpu_worker.cuda.timeline import CudaTimeline, num_slots
 from gpu_worker.device import resolve_dtype
 from gpu_worker.invariant.coverage import CoveredScheme, refuse_uncovered
 from gpu_worker.kv_cache import GIB, KVCache, KVCacheShape, MemoryBudgetError, activation_bytes
+from gpu_worker.kv_places import caching_layers
 from gpu_worker.layers.linear import BuildContext
 from gpu_worker.layers.moe import expert_form
 from gpu_worker.layers.scaled_experts import needs_float8
+from gpu_worker.loading.kv_scales import KVScales
 from gpu_worker.model_spec import ModelConfigError, ModelSpec
 from gpu_worker.models.family import ModelFamily
 from gpu_worker.models.hf_config import HfConfig
@@ -221,7 +224,7 @@ def _load_supported(
         parts.attention,
         dtype=dtype,
         pdl=pdl,
-        kv_scales=model.kv_scales,
+        kv_scales=_held_scales(model, parallel),
         deterministic=settings.deterministic,
     )
     buffers = ProgramBuffers.allocate(parts.program, device)
@@ -384,7 +387,16 @@ def _workspace_bytes(
     if with_graphs:
         num_tokens = min(GRAPH_TOKENS[-1][0], sizes.max_num_batched_tokens)
         graph_bytes = GRAPH_BYTES + activation_bytes(spec, parallel, num_tokens, sizes.max_num_seqs, dtype)
-    return held + attention.num_bytes() + step_buffers + graph_bytes + PROMPT_LOGITS_BYTES
+    backends: tuple[TritonAttention | TritonLatentAttention, ...] = backends_of(attention)
+    lists = sum(backend.num_bytes() for backend in backends)
+    return held + lists + step_buffers + graph_bytes + PROMPT_LOGITS_BYTES
+
+
+def _held_scales(model: ModelFamily, parallel: ParallelContext) -> list[KVScales] | None:
+    """One entry for each layer that this rank caches."""
+    if model.kv_scales is None:
+        return None
+    return [model.kv_scales[layer] for layer in caching_layers(model.spec, parallel)]
 
 
 def _check_free(needed: int, utilization: float, device: torch.device) -> None:
