@@ -208,6 +208,7 @@ def attention_spec(spec: ModelSpec, parallel: ParallelContext, max_model_len: in
         chunks=chunks,
         num_chosen=None if spec.indexer is None else spec.indexer.num_chosen,
         kv_heads=differing_heads(spec, parallel),
+        remakes_values=spec.value_norm or any(layer.keys_are_values for layer in layers),
         shares_kv=any(spec.layers[layer].kv_source is not None for layer in held),
     )
 

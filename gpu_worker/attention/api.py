@@ -43,6 +43,8 @@ class AttentionSpec:
     """One a layer where layers differ; none at all: they are `num_kv_heads` of `head_dim` everywhere."""
     shares_kv: bool = False
     """Some layers read what others have cached."""
+    remakes_values: bool = False
+    """Values are normed before they are cached, or are keys: a projection does not have them as they are."""
 
     @property
     def has_chunks(self) -> bool:

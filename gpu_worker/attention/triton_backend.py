@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from stepwire_kernels.attention_decode import (
     SUPPORTED_HEAD_DIMS,
+    WIDE_HEAD_DIM,
     allocate_decode_workspace,
     decode_attention,
     decode_policy,
@@ -39,6 +40,8 @@ from gpu_worker.layers.ops import AttentionHeads, StepPositions
 from gpu_worker.loading.kv_scales import KVScales
 
 MAX_GROUP_SIZE = 64
+# The sums of a larger group of such heads would not fit into registers, nor its queries into a prefill's tile.
+MAX_WIDE_GROUP_SIZE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,11 @@ class AttentionLimits:
 
 def unsupported_attention(spec: AttentionSpec, block_size: int) -> str | None:
     """Why the kernels cannot serve these heads; None: they can."""
+    reasons = (_unsupported_kind(kind, block_size) for kind, _ in spec.by_heads())
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _unsupported_kind(spec: AttentionSpec, block_size: int) -> str | None:
     if any(window and chunk for window, chunk in zip(spec.windows, spec.chunks, strict=False)):
         return "layers with both a sliding window and chunks"
     if spec.num_chosen is not None:
@@ -76,7 +84,8 @@ def unsupported_attention(spec: AttentionSpec, block_size: int) -> str | None:
         return unsupported_latent(spec.value_dim, spec.head_dim - spec.value_dim, block_size)
     if spec.head_dim not in SUPPORTED_HEAD_DIMS:
         return f"head size {spec.head_dim} is not one of {', '.join(map(str, SUPPORTED_HEAD_DIMS))}"
-    if spec.num_heads % spec.num_kv_heads or spec.num_heads // spec.num_kv_heads > MAX_GROUP_SIZE:
+    most = MAX_WIDE_GROUP_SIZE if spec.head_dim > WIDE_HEAD_DIM else MAX_GROUP_SIZE
+    if spec.num_heads % spec.num_kv_heads or spec.num_heads // spec.num_kv_heads > most:
         return f"{spec.num_heads} query heads over {spec.num_kv_heads} KV heads"
     if block_size < 16 or block_size & (block_size - 1):
         return f"block_size {block_size} is not a power of two of at least 16"
@@ -268,6 +277,8 @@ class TritonAttention(PlannedAttention):
     def _takes_from_qkv(self, num_runs: int, only_decodes: bool) -> bool:
         """Whether one kernel computes such a step. With prefills, rotation is theirs as well, and apart."""
         spec = self.spec
+        if spec.shares_kv or spec.remakes_values:
+            return False
         return only_decodes and takes_from_qkv(num_runs, spec.num_heads, self._num_kv_heads, spec.head_dim)
 
     def _from_qkv(self, qkv: torch.Tensor, heads: AttentionHeads, positions: StepPositions) -> torch.Tensor:
@@ -303,7 +314,7 @@ class TritonAttention(PlannedAttention):
     def rotate_and_write(self, qkv: torch.Tensor, heads: AttentionHeads, positions: StepPositions) -> torch.Tensor:
         """Norms of heads, rotation, and this step's keys and values into the cache.
 
-        qkv [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim] -> the queries, a view of it,
+        qkv [num_tokens, heads.num_projected * head_dim] -> the queries, a view of it,
         [num_tokens, num_heads, head_dim].
         """
         query_norm, key_norm = heads.query_norm, heads.key_norm
@@ -323,6 +334,9 @@ class TritonAttention(PlannedAttention):
             v_scale=self._kv_scales[heads.layer].value,
             norm_offset=0.0 if query_norm is None else query_norm.weight_offset,
             interleaved=positions.tables.interleaved,
+            norms_values=heads.value_norm is not None,
+            keys_are_values=heads.keys_are_values,
+            only_queries=heads.reads_cached,
             pdl=self._pdl,
         )
 

@@ -16,7 +16,7 @@ from stepwire_kernels.attention_latent import (
 from stepwire_kernels.latent_kv import rotate_and_write_latent
 from stepwire_kernels.work_list import SharePolicy
 
-from gpu_worker.attention.api import AttentionSpec
+from gpu_worker.attention.api import AttentionSpec, MixedHeads, for_each_kind
 from gpu_worker.attention.triton_backend import ALL_TOKENS, AttentionLimits, PlannedAttention, TritonAttention
 from gpu_worker.layers.ops import StepPositions
 from gpu_worker.loading.kv_scales import KVScales
@@ -115,6 +115,9 @@ class TritonLatentAttention(PlannedAttention):
         return out.flatten(1)
 
 
+DeviceAttention = TritonAttention | TritonLatentAttention | MixedHeads[TritonAttention]
+
+
 def make_attention(
     spec: AttentionSpec,
     kv_caches: list[torch.Tensor],
@@ -124,10 +127,16 @@ def make_attention(
     pdl: bool,
     kv_scales: Sequence[KVScales] | None = None,
     deterministic: bool = False,
-) -> TritonAttention | TritonLatentAttention:
+) -> DeviceAttention:
     """The attention of a model; `dtype` is that of its activations, the rest as in `PlannedAttention`."""
-    if spec.value_dim is None:
-        return TritonAttention(spec, kv_caches, limits, pdl=pdl, kv_scales=kv_scales, deterministic=deterministic)
-    if deterministic:
-        raise ValueError("latent attention has no fixed shapes yet")
-    return TritonLatentAttention(spec, kv_caches, limits, dtype=dtype, pdl=pdl, kv_scales=kv_scales)
+    if spec.value_dim is not None:
+        if deterministic:
+            raise ValueError("latent attention has no fixed shapes yet")
+        return TritonLatentAttention(spec, kv_caches, limits, dtype=dtype, pdl=pdl, kv_scales=kv_scales)
+
+    def of_kind(kind: AttentionSpec, layers: list[int]) -> TritonAttention:
+        caches = [kv_caches[layer] for layer in layers]
+        scales = None if kv_scales is None else [kv_scales[layer] for layer in layers]
+        return TritonAttention(kind, caches, limits, pdl=pdl, kv_scales=scales, deterministic=deterministic)
+
+    return for_each_kind(spec, of_kind)

@@ -25,8 +25,9 @@ from gpu_worker.assembly import (
     without_idle_indexer,
     worker_facts,
 )
-from gpu_worker.attention.triton_backend import AttentionLimits, unsupported_attention
-from gpu_worker.attention.triton_latent import make_attention
+from gpu_worker.attention.api import backends_of
+from gpu_worker.attention.triton_backend import AttentionLimits, TritonAttention, unsupported_attention
+from gpu_worker.attention.triton_latent import TritonLatentAttention, make_attention
 from gpu_worker.config import WorkerSettings
 from gpu_worker.cuda.compiling import compile_in_parallel
 from gpu_worker.cuda.invariant_ops import InvariantTritonOps
@@ -404,7 +405,9 @@ def _workspace_bytes(
     if with_graphs:
         num_tokens = min(GRAPH_TOKENS[-1][0], sizes.max_num_batched_tokens)
         graph_bytes = GRAPH_BYTES + activation_bytes(spec, parallel, num_tokens, sizes.max_num_seqs, dtype)
-    return held + attention.num_bytes() + step_buffers + graph_bytes + PROMPT_LOGITS_BYTES
+    backends: tuple[TritonAttention | TritonLatentAttention, ...] = backends_of(attention)
+    lists = sum(backend.num_bytes() for backend in backends)
+    return held + lists + step_buffers + graph_bytes + PROMPT_LOGITS_BYTES
 
 
 def _check_free(needed: int, utilization: float, device: torch.device) -> None:

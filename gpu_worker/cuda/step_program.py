@@ -18,8 +18,9 @@ from stepwire_kernels.gather import gather_last_hidden
 from stepwire_kernels.sampler import Sampled
 from stepwire_kernels.step_input import RowState, StepInput
 
+from gpu_worker.attention.api import backends_of
 from gpu_worker.attention.triton_backend import DeviceStep, TritonAttention
-from gpu_worker.attention.triton_latent import TritonLatentAttention
+from gpu_worker.attention.triton_latent import DeviceAttention, TritonLatentAttention
 from gpu_worker.cuda.device_rows import MAX_BIASES
 from gpu_worker.cuda.stage_link import StageLink
 from gpu_worker.cuda.step_layout import StepShape
@@ -96,7 +97,7 @@ class StepProgram:
     def __init__(
         self,
         model: ModelFamily,
-        attention: TritonAttention | TritonLatentAttention,
+        attention: DeviceAttention,
         buffers: ProgramBuffers,
         packed: torch.Tensor,
         results: torch.Tensor,
@@ -133,7 +134,8 @@ class StepProgram:
         return self._link is None or self._link.is_last
 
     def kv_caches(self) -> list[torch.Tensor]:
-        return self._attention.kv_caches()
+        backends: tuple[TritonAttention | TritonLatentAttention, ...] = backends_of(self._attention)
+        return [cache for backend in backends for cache in backend.kv_caches()]
 
     def apply_changes(self) -> None:
         """Only the delta, for changes that come without runs or do not fit one buffer."""

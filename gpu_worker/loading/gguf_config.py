@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from gpu_worker.loading.gguf_gemma4_config import Gemma4Fields
 from gpu_worker.loading.gguf_mixture_config import Config, MixtureFields
 from gpu_worker.loading.gguf_names import MIXTRAL, OLMO3
 from gpu_worker.loading.gguf_reader import GgufReader
@@ -38,7 +39,7 @@ def build_config(reader: GgufReader, torch_dtype: str) -> Config:
     return _ConfigBuilder(reader, torch_dtype).build()
 
 
-class _ConfigBuilder(MixtureFields):
+class _ConfigBuilder(MixtureFields, Gemma4Fields):
     def __init__(self, reader: GgufReader, torch_dtype: str) -> None:
         super().__init__(reader)
         self._torch_dtype = torch_dtype
@@ -55,6 +56,7 @@ class _ConfigBuilder(MixtureFields):
             "gemma": self._add_gemma,
             "gemma2": self._add_gemma2,
             "gemma3": self._add_gemma3,
+            "gemma4": self._add_gemma4,
             "phi3": self._add_phi3,
             "mistral3": self._add_mistral3,
             "smollm3": self._add_smollm3,
@@ -95,10 +97,10 @@ class _ConfigBuilder(MixtureFields):
             "torch_dtype": self._torch_dtype,
             "vocab_size": embedding[0],
             "hidden_size": hidden_size,
-            "intermediate_size": self.required("feed_forward_length", int),
+            "intermediate_size": self.of_first_layer("feed_forward_length"),
             "num_hidden_layers": self.required("block_count", int) - self.optional("nextn_predict_layers", int, 0),
             "num_attention_heads": num_heads,
-            "num_key_value_heads": self.optional("attention.head_count_kv", int, num_heads),
+            "num_key_value_heads": self.of_first_layer("attention.head_count_kv", num_heads),
             "head_dim": self.optional("attention.key_length", int) or hidden_size // num_heads,
             "hidden_act": "silu",
             **self._norm_eps(),
@@ -158,20 +160,11 @@ class _ConfigBuilder(MixtureFields):
 
     def _llama3_scaling(self, config: Config) -> Config:
         """Finds the `llama3` rope parameters whose factors are those in the file."""
-        stored = self._rope_factors("rope_freqs.weight", config["head_dim"] // 2)
+        stored = self.rope_factors("rope_freqs.weight", config["head_dim"] // 2)
         scaling = llama3_scaling(stored, config["rope_theta"])
         if scaling is None:
             raise self.fail("does not hold the factors of Llama 3's rope scaling", "rope_freqs.weight")
         return scaling
-
-    def _rope_factors(self, gguf_name: str, count: int) -> list[float]:
-        if self.shape(gguf_name) != (count,):
-            raise self.fail(f"has the shape {list(self.shape(gguf_name))} and not {[count]}", gguf_name)
-        tensor = self.tensors[gguf_name]
-        values = tensor.ggml_type.decode(
-            self.reader.file.read_rows(gguf_name).reshape(-1, tensor.ggml_type.block_bytes)
-        )
-        return [float(str(value)) for value in values.flatten().numpy()]
 
     def _add_qwen(self, config: Config) -> None:
         config["use_sliding_window"] = False
@@ -233,6 +226,11 @@ class _ConfigBuilder(MixtureFields):
         config["attn_logit_softcapping"] = None
         config["final_logit_softcapping"] = None
 
+    def _add_gemma4(self, config: Config) -> None:
+        self._add_gemma(config)
+        self._add_windows(config)
+        self.add_gemma4(config)
+
     def _query_scalar(self, config: Config) -> int:
         if config["num_hidden_layers"] == _GEMMA_27B_LAYERS[self.prefix]:
             return int(config["hidden_size"] // config["num_attention_heads"])
@@ -252,8 +250,8 @@ class _ConfigBuilder(MixtureFields):
             config["rope_scaling"] = {
                 "type": "longrope",
                 "rope_type": "longrope",
-                "short_factor": self._rope_factors("rope_factors_short.weight", rope_size // 2),
-                "long_factor": self._rope_factors("rope_factors_long.weight", rope_size // 2),
+                "short_factor": self.rope_factors("rope_factors_short.weight", rope_size // 2),
+                "long_factor": self.rope_factors("rope_factors_long.weight", rope_size // 2),
             }
 
     def _add_mistral3(self, config: Config) -> None:

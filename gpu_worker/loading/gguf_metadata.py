@@ -45,3 +45,12 @@ class CheckedMetadata:
         if gguf_name not in self.tensors:
             raise self.fail("is missing", gguf_name)
         return self.tensors[gguf_name].shape
+
+    def rope_factors(self, gguf_name: str, count: int) -> list[float]:
+        if self.shape(gguf_name) != (count,):
+            raise self.fail(f"has the shape {list(self.shape(gguf_name))} and not {[count]}", gguf_name)
+        tensor = self.tensors[gguf_name]
+        values = tensor.ggml_type.decode(
+            self.reader.file.read_rows(gguf_name).reshape(-1, tensor.ggml_type.block_bytes)
+        )
+        return [float(str(value)) for value in values.flatten().numpy()]

@@ -204,6 +204,37 @@ _GPT_OSS = _EXPERTS | {
 }
 
 
+GATE_AND_UP = "gate+up"
+"""In a name: the file has the two below each other, and here each is a tensor of its own."""
+_GEMMA4_WHOLE = _WHOLE | {
+    "per_layer_token_embd": TensorRule("model.embed_tokens_per_layer"),
+    "per_layer_model_proj": TensorRule("model.per_layer_model_projection"),
+    "per_layer_proj_norm": TensorRule("model.per_layer_projection_norm"),
+}
+_GEMMA4 = (
+    _ATTENTION
+    | _QK_NORMS
+    | _GATED_MLP
+    | _SANDWICH_NORMS
+    | {
+        "inp_gate": _layer("per_layer_input_gate"),
+        "proj": _layer("per_layer_projection"),
+        "post_norm": _layer("post_per_layer_input_norm"),
+        "layer_output_scale": TensorRule("model.layers.{layer}.layer_scalar", is_bare=True),
+        "post_ffw_norm_1": _layer("post_feedforward_layernorm_1"),
+        "pre_ffw_norm_2": _layer("pre_feedforward_layernorm_2"),
+        "post_ffw_norm_2": _layer("post_feedforward_layernorm_2"),
+        "ffn_gate_inp": _layer("router.proj"),
+        "ffn_gate_inp.scale": TensorRule("model.layers.{layer}.router.scale", is_bare=True),
+        "ffn_down_exps.scale": TensorRule("model.layers.{layer}.router.per_expert_scale", is_bare=True),
+        **{
+            f"ffn_{short}_exps": _layer(f"experts.{{{{expert}}}}.{whole}_proj")
+            for short, whole in (("gate", "gate"), ("up", "up"), ("gate_up", GATE_AND_UP), ("down", "down"))
+        },
+    }
+)
+
+
 def _with_plus_one(rules: Mapping[str, TensorRule]) -> dict[str, TensorRule]:
     """Gemma multiplies by 1 + weight; its converter stores that sum for every norm."""
     return {
@@ -261,6 +292,7 @@ ARCHITECTURES: Mapping[str, GgufArchitecture] = {
         _with_plus_one(_WHOLE),
         _with_plus_one(_ATTENTION | _QK_NORMS | _GATED_MLP | _SANDWICH_NORMS),
     ),
+    "gemma4": GgufArchitecture("gemma4_text", "Gemma4ForCausalLM", _GEMMA4_WHOLE, _GEMMA4),
     "phi3": GgufArchitecture(
         "phi3",
         "Phi3ForCausalLM",
@@ -291,6 +323,7 @@ MIXTURES = (
     "mistral4",
     "llama4",
     "granitemoe",
+    "gemma4",
 )
 MISTRAL = GgufArchitecture("mistral", "MistralForCausalLM", _WHOLE, _LLAMA)
 """What calls itself `mistral3` and scales no query by its position: Mistral Small 3.1 and 3.2, Devstral."""
@@ -392,6 +425,8 @@ def rule_for(path: Path, architecture: GgufArchitecture, gguf_name: str) -> Tens
     stem, _, kind = gguf_name.rpartition(".")
     match = _LAYER_NAME.fullmatch(stem)
     part = match["part"] if match else ""
+    if kind == "scale":
+        part, kind = f"{part}.scale", "weight"
     lone = _LONE_EXPERT.fullmatch(part)
     rule = (
         architecture.per_layer.get(f"{lone['part']}_exps" if lone else part) if match else architecture.whole.get(stem)

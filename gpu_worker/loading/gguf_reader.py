@@ -13,6 +13,7 @@ from gpu_worker.loading.gguf_blocks import GgmlType, decode_rows
 from gpu_worker.loading.gguf_file import GgufFile, GgufTensor, of_every_layer
 from gpu_worker.loading.gguf_latent import KEYS, VALUES, WHOLE, HeadParts
 from gpu_worker.loading.gguf_names import (
+    GATE_AND_UP,
     GgufArchitecture,
     RowOrder,
     TensorRule,
@@ -97,9 +98,15 @@ class GgufReader:
             )
         _, *shape = tensor.shape
         rows_each = 1 if is_bias else shape[0]
+        halves = ("gate", "up") if GATE_AND_UP in rule.hf_name else ("",)
+        if not is_bias:
+            shape[0] //= len(halves)
         return {
-            rule.hf_name.replace(EXPERT, str(expert)): _Stored(tensor, rule, tuple(shape), expert * rows_each)
+            rule.hf_name.replace(EXPERT, str(expert)).replace(GATE_AND_UP, half): _Stored(
+                tensor, rule, tuple(shape), expert * rows_each + number * shape[0]
+            )
             for expert in range(tensor.shape[0])
+            for number, half in enumerate(halves)
         }
 
     def names(self) -> Iterable[TensorInfo]:

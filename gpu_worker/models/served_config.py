@@ -10,11 +10,7 @@ from typing import Any
 from gpu_worker.model_spec import ModelConfigError
 from gpu_worker.models.refusals import first_line, unserved
 
-HOLD_A_MODEL = (
-    "Gemma3nForConditionalGeneration",
-    "Gemma4ForConditionalGeneration",
-    "Gemma4UnifiedForConditionalGeneration",
-)
+HOLD_A_MODEL = ("Gemma3nForConditionalGeneration",)
 """Without images and sound they compute as the language model within them, which is what runs."""
 LANGUAGE_MODEL = r"^(thinker\.)?(model\.language_model|model\.text_model|language_model\.model)\."
 LANGUAGE_HEAD = r"^(thinker\.|language_model\.|model\.)lm_head\."

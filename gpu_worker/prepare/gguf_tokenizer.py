@@ -1,8 +1,8 @@
 """Builds `tokenizer.json` and `tokenizer_config.json` from the vocabulary in a GGUF file.
 
-Two kinds of vocabulary exist in practice. `gpt2`: byte-level BPE with its merges, cut by the pattern that
+Three kinds of vocabulary exist in practice. `gpt2`: byte-level BPE with its merges, cut by the pattern that
 `tokenizer.ggml.pre` names. `llama`: SentencePiece BPE with a score per piece and byte fallback; its merges are
-recovered from the scores, as the piece with the best score is merged first.
+recovered from the scores, as the piece with the best score is merged first. `gemma4`: the same with its merges.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character
 
 # Control tokens with which instruct models end a turn. Older files name only the end of a document as EOS.
-_TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|eom_id|>")
+_TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<turn|>", "<|eom_id|>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +55,13 @@ def build_tokenizer(path: Path, metadata: Mapping[str, Any], context_length: int
     if model == "gpt2":
         tokenizer, add_bos = _build_byte_level(vocabulary, notes)
     elif model == "llama":
-        tokenizer, add_bos = _build_sentencepiece(vocabulary), True
+        tokenizer, add_bos = _build_sentencepiece(vocabulary, _merges_from_scores(vocabulary)), True
+    elif model == "gemma4":
+        tokenizer, add_bos = _build_sentencepiece(vocabulary, _stored_merges(vocabulary)), True
     else:
         raise CheckpointError(
             path,
-            f"has a tokenizer of the kind {model!r}, and only 'gpt2' and 'llama' are known",
+            f"has a tokenizer of the kind {model!r}, and only 'gpt2', 'llama' and 'gemma4' are known",
             advice="use the safetensors version of the model, which has a tokenizer.json",
         )
     add_bos = vocabulary.flag("add_bos_token", add_bos)
@@ -138,7 +140,7 @@ def _build_byte_level(vocabulary: _Vocabulary, notes: list[str]) -> tuple[Tokeni
     if split is None:
         known = ", ".join(sorted(BYTE_LEVEL_SPLITS))
         raise vocabulary.fail(f"cuts text in the unknown way {name!r} (tokenizer.ggml.pre); known are: {known}")
-    merges = [_parse_merge(vocabulary, number, merge) for number, merge in enumerate(vocabulary.array("merges"))]
+    merges = _stored_merges(vocabulary)
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary.ids, merges=merges, ignore_merges=split.whole_words))
     if split.nfc:
         tokenizer.normalizer = normalizers.NFC()
@@ -152,6 +154,10 @@ def _build_byte_level(vocabulary: _Vocabulary, notes: list[str]) -> tuple[Tokeni
     return tokenizer, split.add_bos
 
 
+def _stored_merges(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
+    return [_parse_merge(vocabulary, number, merge) for number, merge in enumerate(vocabulary.array("merges"))]
+
+
 def _parse_merge(vocabulary: _Vocabulary, number: int, merge: str) -> tuple[str, str]:
     left, separator, right = merge.partition(" ")
     for piece in (left, right, left + right):
@@ -160,12 +166,12 @@ def _parse_merge(vocabulary: _Vocabulary, number: int, merge: str) -> tuple[str,
     return left, right
 
 
-def _build_sentencepiece(vocabulary: _Vocabulary) -> Tokenizer:
+def _build_sentencepiece(vocabulary: _Vocabulary, merges: list[tuple[str, str]]) -> Tokenizer:
     unknown = vocabulary.special("unknown")
     tokenizer = Tokenizer(
         models.BPE(
             vocab=vocabulary.ids,
-            merges=_merges_from_scores(vocabulary),
+            merges=merges,
             unk_token=unknown[1] if unknown else None,
             fuse_unk=True,
             byte_fallback=True,

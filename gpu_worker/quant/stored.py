@@ -177,6 +177,8 @@ class SplitLinear(LinearMethod):
         self.methods = methods
 
     def create(self, shape: LinearShape, dtype: torch.dtype, device: torch.device) -> None:
+        # A layer may lack parts that the same linear of others has.
+        self.methods = {part.name: self.methods[part.name] for part in shape.parts}
         for part in shape.parts:
             alone = LinearPart(part.name, part.outputs, 0)
             self.methods[part.name].create(
@@ -219,7 +221,8 @@ class SplitLinear(LinearMethod):
         return [part for method in stored for part in method.take_parts()]
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([method.apply(x) for method in self.methods.values()], dim=1)
+        outputs = [method.apply(x) for method in self.methods.values()]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
     def num_bytes(self) -> int:
         return sum(method.num_bytes() for method in self.methods.values())

@@ -30,7 +30,9 @@ from stepwire_kernels.dependent_launch import launch_options, release_downstream
 from stepwire_kernels.work_list import SharePolicy, WorkList, first_visible
 
 LOG2_E = 1.4426950408889634
-SUPPORTED_HEAD_DIMS = (64, 80, 96, 128, 256)
+SUPPORTED_HEAD_DIMS = (64, 80, 96, 128, 256, 512)
+# Heads above are served by tiles that are cut for them.
+WIDE_HEAD_DIM = 256
 # Runs times KV heads whose chunks may be counted in.
 NUM_COUNTERS = 2048
 # What shares are cut for: an H100 and an H200 have so many multiprocessors.

@@ -24,11 +24,14 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from stepwire_kernels.attention_decode import LOG2_E, check_attention_inputs
+from stepwire_kernels.attention_decode import LOG2_E, WIDE_HEAD_DIM, check_attention_inputs
 from stepwire_kernels.decode_chunk import soft_cap_scores
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
-from stepwire_kernels.device_limits import is_roomy
+from stepwire_kernels.device_limits import is_roomy, shared_memory
 from stepwire_kernels.work_list import WorkList, first_visible
+
+# Of the largest tile of heads of 512.
+WIDE_TILE_BYTES = 192 * 1024
 
 
 @dataclass(frozen=True)
@@ -321,6 +324,8 @@ def prefill_attention(
 
 def default_prefill_tuning(head_dim: int, cache_dtype: torch.dtype, device: torch.device) -> PrefillTuning:
     """The tile shape measured best on an H200 for this head dimension and cache dtype, or one that fits."""
+    if head_dim > WIDE_HEAD_DIM:
+        return _wide_tuning(cache_dtype, device)
     if cache_dtype == torch.float32:
         return PrefillTuning(block_rows=64, tile_tokens=32, num_warps=4, num_stages=1, use_descriptors=False)
     if not is_roomy(device):
@@ -330,3 +335,17 @@ def default_prefill_tuning(head_dim: int, cache_dtype: torch.dtype, device: torc
     if head_dim > 128:
         return PrefillTuning(block_rows=128, tile_tokens=64, num_warps=8, num_stages=2)
     return PrefillTuning()
+
+
+def _wide_tuning(cache_dtype: torch.dtype, device: torch.device) -> PrefillTuning:
+    """For heads of 512: what registers and shared memory have room for, as compiled; not measured.
+
+    Sums take half of the registers, and whatever spills is read in every tile. A descriptor's box is no wider than 256.
+    """
+    if cache_dtype == torch.float32:
+        return PrefillTuning(block_rows=16, tile_tokens=16, num_warps=4, num_stages=1, use_descriptors=False)
+    if cache_dtype.itemsize == 1 or not is_roomy(device):
+        return PrefillTuning(block_rows=32, tile_tokens=16, num_warps=4, num_stages=2, use_descriptors=False)
+    if shared_memory(device) < WIDE_TILE_BYTES:
+        return PrefillTuning(block_rows=32, tile_tokens=32, num_warps=4, num_stages=2, use_descriptors=False)
+    return PrefillTuning(block_rows=64, tile_tokens=32, num_warps=8, num_stages=2, use_descriptors=False)

@@ -89,17 +89,32 @@ def rope_and_write_kv(
     interleaved: bool = False,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    norms_values: bool = False,
+    keys_are_values: bool = False,
+    only_queries: bool = False,
 ) -> torch.Tensor:
     """Write K and V into the cache; return the rotated queries [num_tokens, num_heads, D]."""
     num_kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
     compute = compute_dtype(qkv.dtype)
-    heads = qkv.to(compute).unflatten(1, (num_heads + 2 * num_kv_heads, head_dim))
-    q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-    if q_norm is not None and k_norm is not None:
-        q = q * torch.rsqrt(q.square().mean(-1, keepdim=True) + norm_eps) * (q_norm.to(compute) + norm_offset)
-        k = k * torch.rsqrt(k.square().mean(-1, keepdim=True) + norm_eps) * (k_norm.to(compute) + norm_offset)
+    heads = qkv.to(compute).unflatten(1, (-1, head_dim))
     token_cos, token_sin = cos[positions.long()], sin[positions.long()]
+
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm_eps)
+
+    q = heads[:, :num_heads]
+    if q_norm is not None:
+        q = scaled(q) * (q_norm.to(compute) + norm_offset)
     q = rotate(q, token_cos, token_sin, interleaved)
+    if only_queries:
+        return q.to(qkv.dtype)
+    k, v = heads[:, num_heads : num_heads + num_kv_heads], heads[:, -num_kv_heads:]
+    if keys_are_values:
+        v = k
+    if norms_values:
+        v = scaled(v)
+    if k_norm is not None:
+        k = scaled(k) * (k_norm.to(compute) + norm_offset)
     k = rotate(k, token_cos, token_sin, interleaved)
     write_cache(k_cache, k, slots, k_scale)
     write_cache(v_cache, v, slots, v_scale)

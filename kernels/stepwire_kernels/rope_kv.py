@@ -4,6 +4,7 @@ For every token t at position p = positions[t], with q, k, v read from the packe
 qkv[t] = [q heads | k heads | v heads], each head of D values:
 
     q, k   <- rms_norm(q), rms_norm(k)                                   (only with norm weights)
+    v      <- rms_norm(v) without a weight                               (only if values are normed)
     q, k   <- [x1 * cos[p] - x2 * sin[p], x2 * cos[p] + x1 * sin[p], rest]
     k_cache[slot // block_size, head, slot % block_size, :] = k / k_scale     with slot = slots[t]
     v_cache[...]                                            = v / v_scale
@@ -11,7 +12,8 @@ qkv[t] = [q heads | k heads | v heads], each head of D values:
 (x1, x2) are the two halves of the first `rotary_dim` values ("neox"), or their even and odd members (interleaved);
 values from `rotary_dim` on pass through. cos, sin: float32 [max_position, rotary_dim / 2]; caches:
 [num_blocks, num_kv_heads, block_size, D] in the model's dtype or float8_e4m3fn (saturating). A negative slot writes
-nothing. Arithmetic in float32.
+nothing. A projection without v heads has its k heads for them, before norm and rotation; of one of queries alone
+nothing is written. Arithmetic in float32.
 
 Source: Su et al., "RoFormer", 2021.
 """
@@ -61,6 +63,8 @@ def _rope_kv_kernel(
     BLOCK_SIZE: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    NORMS_VALUES: tl.constexpr,
+    KEYS_ARE_VALUES: tl.constexpr,
     IS_FP8: tl.constexpr,
     FP8_LIMIT: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -86,7 +90,11 @@ def _rope_kv_kernel(
 
     if is_value:
         cols = tl.arange(0, BLOCK_D)[None, :]
+        if KEYS_ARE_VALUES:
+            source -= NUM_KV_HEADS * HEAD_DIM
         v = tl.load(source + cols, mask=token_mask[:, None] & (cols < HEAD_DIM), other=0.0).to(tl.float32)
+        if NORMS_VALUES:
+            v = v * tl.rsqrt(tl.sum(v * v, axis=1) / HEAD_DIM + eps)[:, None]
         stored = to_cache(v, inverse_v_scale, v_cache_ptr, IS_FP8, FP8_LIMIT)
         tl.store(v_cache_ptr + cache_offset + cols, stored, mask=write_mask & (cols < HEAD_DIM))
     else:
@@ -157,14 +165,16 @@ def check_rotation_inputs(
     cos: torch.Tensor,
     sin: torch.Tensor,
     num_heads: int,
+    kv_parts: int = 2,
 ) -> None:
-    """Raise ValueError for a projection, caches and tables that do not fit together."""
+    """Raise ValueError for a projection, caches and tables that do not fit together. kv_parts: keys and values."""
     width = qkv.shape[1]
     _, num_kv_heads, _, head_dim = k_cache.shape
-    if width != (num_heads + 2 * num_kv_heads) * head_dim or v_cache.shape != k_cache.shape:
+    needed = (num_heads + kv_parts * num_kv_heads) * head_dim
+    if width != needed or v_cache.shape != k_cache.shape:
         raise ValueError(
             f"{name}: qkv has {width} columns, but {num_heads} query heads and a cache of shape "
-            f"{tuple(k_cache.shape)} / {tuple(v_cache.shape)} need {(num_heads + 2 * num_kv_heads) * head_dim}"
+            f"{tuple(k_cache.shape)} / {tuple(v_cache.shape)} need {needed}"
         )
     if (
         2 * cos.shape[1] > head_dim
@@ -195,6 +205,9 @@ def rope_and_write_kv(
     interleaved: bool = False,
     k_scale: float = 1.0,
     v_scale: float = 1.0,
+    norms_values: bool = False,
+    keys_are_values: bool = False,
+    only_queries: bool = False,
     q_out: torch.Tensor | None = None,
     pdl: bool = False,
 ) -> torch.Tensor:
@@ -202,6 +215,7 @@ def rope_and_write_kv(
 
     Without `q_out` the queries are rotated in place and the result is a view of `qkv`. `k_scale` and `v_scale` are the
     layer's dequantization factors and matter for a float8 cache only. positions and slots: int32 [num_tokens].
+    `keys_are_values`: qkv has no v heads. `only_queries`: nor k heads, and the caches are not touched.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together; the message names them.
@@ -209,8 +223,9 @@ def rope_and_write_kv(
     num_tokens = qkv.shape[0]
     _, num_kv_heads, block_size, head_dim = k_cache.shape
     rotary_dim = 2 * cos.shape[1]
-    check_rotation_inputs("rope_and_write_kv", qkv, k_cache, v_cache, cos, sin, num_heads)
-    if (q_norm is None) != (k_norm is None):
+    kv_parts = 0 if only_queries else 1 if keys_are_values else 2
+    check_rotation_inputs("rope_and_write_kv", qkv, k_cache, v_cache, cos, sin, num_heads, kv_parts)
+    if not only_queries and (q_norm is None) != (k_norm is None):
         raise ValueError("rope_and_write_kv: give both q_norm and k_norm, or neither")
     if qkv.stride(1) != 1 or not (k_cache.is_contiguous() and v_cache.is_contiguous() and cos.is_contiguous()):
         raise ValueError("rope_and_write_kv: qkv's columns, the caches and the cos/sin tables must be contiguous")
@@ -220,7 +235,8 @@ def rope_and_write_kv(
         return q_out
     tokens = tokens_per_program(num_tokens)
     is_fp8 = k_cache.dtype == torch.float8_e4m3fn
-    _rope_kv_kernel[(num_heads + 2 * num_kv_heads, triton.cdiv(num_tokens, tokens))](
+    num_moved = num_heads if only_queries else num_heads + 2 * num_kv_heads
+    _rope_kv_kernel[(num_moved, triton.cdiv(num_tokens, tokens))](
         qkv,
         q_out,
         k_cache,
@@ -245,6 +261,8 @@ def rope_and_write_kv(
         BLOCK_SIZE=block_size,
         INTERLEAVED=interleaved,
         HAS_NORM=q_norm is not None,
+        NORMS_VALUES=norms_values,
+        KEYS_ARE_VALUES=keys_are_values,
         IS_FP8=is_fp8,
         FP8_LIMIT=FP8_MAX,
         TOKENS=tokens,

@@ -56,6 +56,9 @@ def sizes(name: str) -> dict[str, Any]:
     changes["initializer_range"] = fields.get("initializer_range", 0.15) / 2.5
     if "head_dim" in fields:
         changes["head_dim"] = 64
+    if "global_head_dim" in fields:
+        # Heads of all layers alike where the CPU's suite has them so, and else the largest that the kernels take.
+        changes["global_head_dim"] = 64 if fields["global_head_dim"] == fields["head_dim"] else 512
     for field in ("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"):
         if field in fields:
             changes[field] = 64

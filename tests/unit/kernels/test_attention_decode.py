@@ -42,7 +42,7 @@ LENS = [1, 64, 65, 140, 17]
 @pytest.mark.parametrize("dtype", USUAL_DTYPES)
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "head_dim", "block_size"),
-    [(4, 1, 64, 16), (4, 2, 80, 64), (7, 1, 96, 32), (2, 2, 128, 64), (2, 1, 256, 128)],
+    [(4, 1, 64, 16), (4, 2, 80, 64), (7, 1, 96, 32), (2, 2, 128, 64), (2, 1, 256, 128), (8, 1, 512, 64)],
 )
 def test_matches_twin(
     device: str, dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int, block_size: int

@@ -48,6 +48,12 @@ def test_matches_twin(
     assert_close(run_prefill(case), case.twin())
 
 
+@pytest.mark.parametrize("dtype", USUAL_DTYPES)
+def test_wide_heads_in_the_launch_shape_that_is_chosen(device: str, dtype: torch.dtype) -> None:
+    case = make_case(RUNS, 8, 1, 512, 64, dtype, device)
+    assert_close(run_prefill(case, tuning=None), case.twin())
+
+
 @pytest.mark.parametrize("window", [1, 16, 40, *(pytest.param(window, marks=pytest.mark.slow) for window in (7, 500))])
 def test_sliding_window(device: str, window: int) -> None:
     case = make_case([(33, 0), (5, 60), (40, 13)], 4, 2, 64, 16, torch.float32, device)

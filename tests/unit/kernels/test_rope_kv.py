@@ -72,6 +72,52 @@ def test_matches_twin(device: str, dtype: torch.dtype, case: tuple) -> None:
     assert torch.equal(qkv[:, num_heads * head_dim :], before[:, num_heads * head_dim :])
 
 
+PROJECTIONS = [{"keys_are_values": True}, {"norms_values": True}, {"keys_are_values": True, "norms_values": True}]
+
+
+@pytest.mark.parametrize("dtype", USUAL_DTYPES)
+@pytest.mark.parametrize("options", PROJECTIONS)
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 32), (512, 512)])
+def test_values_that_are_keys_or_normed(
+    device: str, dtype: torch.dtype, options: dict[str, bool], head_dim: int, rotary_dim: int
+) -> None:
+    num_tokens, num_heads, num_kv_heads = 5, 3, 2
+    num_projected = num_heads + (1 if "keys_are_values" in options else 2) * num_kv_heads
+    qkv = torch.randn(num_tokens, num_projected * head_dim, device=device).to(dtype)
+    positions = torch.randint(0, 50, (num_tokens,), dtype=torch.int32, device=device)
+    slots = torch.tensor([3, 40, -1, 17, 0], dtype=torch.int32, device=device)
+    cos, sin = tables(50, rotary_dim, device)
+    q_norm, k_norm = (torch.randn(head_dim, device=device).to(dtype) for _ in range(2))
+    shape = (3, num_kv_heads, 16, head_dim)
+    twins = [torch.full(shape, 7.0, dtype=torch.float64, device=device) for _ in range(2)]
+    twin_q = reference.rope_and_write_kv(
+        qkv.double(), *twins, positions, slots, cos.double(), sin.double(), num_heads,
+        q_norm=q_norm.double(), k_norm=k_norm.double(), **options,
+    )  # fmt: skip
+    caches = [torch.full(shape, 7.0, dtype=dtype, device=device) for _ in range(2)]
+    q = rope_and_write_kv(qkv, *caches, positions, slots, cos, sin, num_heads, q_norm=q_norm, k_norm=k_norm, **options)
+    assert_close(q, twin_q)
+    for cache, twin in zip(caches, twins, strict=True):
+        assert_close(cache, twin)
+
+
+def test_queries_alone_touch_no_cache(device: str) -> None:
+    num_tokens, num_heads, head_dim = 5, 4, 64
+    qkv = torch.randn(num_tokens, num_heads * head_dim, device=device)
+    positions = torch.randint(0, 50, (num_tokens,), dtype=torch.int32, device=device)
+    slots = torch.arange(num_tokens, dtype=torch.int32, device=device)
+    cos, sin = tables(50, head_dim, device)
+    caches = [torch.full((2, 2, 16, head_dim), 7.0, device=device) for _ in range(2)]
+    q_norm = torch.randn(head_dim, device=device)
+    twin = reference.rope_and_write_kv(
+        qkv.double(), *caches, positions, slots, cos.double(), sin.double(), num_heads,
+        q_norm=q_norm.double(), only_queries=True,
+    )  # fmt: skip
+    q = rope_and_write_kv(qkv, *caches, positions, slots, cos, sin, num_heads, q_norm=q_norm, only_queries=True)
+    assert_close(q, twin)
+    assert all(torch.equal(cache, torch.full_like(cache, 7.0)) for cache in caches)
+
+
 def test_float8_cache_scales_and_saturates(device: str) -> None:
     num_tokens, num_heads, num_kv_heads, head_dim = 6, 2, 2, 64
     qkv = torch.randn(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim, device=device).to(torch.bfloat16)

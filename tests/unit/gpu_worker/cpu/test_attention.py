@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from gpu_worker.cpu.attention import CpuAttention
 from gpu_worker.cpu.layout import SPAN_KEYS
 from gpu_worker.cpu.team import Team
 from gpu_worker.layers.linear import BuildContext
-from gpu_worker.layers.norm import RMSNorm
+from gpu_worker.layers.norm import RMSNorm, plain_norm
 from gpu_worker.layers.ops import AttentionHeads
 from gpu_worker.layers.rope import RotaryTables
 from gpu_worker.model_spec import RopeSpec
@@ -40,6 +40,8 @@ class Case:
     has_norms: bool = False
     rotary_dim: int | None = None
     interleaved: bool = False
+    norms_values: bool = False
+    keys_are_values: bool = False
     seed: int = 0
 
     @property
@@ -64,6 +66,8 @@ def cases(draw: Any) -> Case:
         has_norms=draw(st.booleans()),
         rotary_dim=draw(st.none() | st.integers(1, head_dim // 2).map(lambda pairs: 2 * pairs)),
         interleaved=draw(st.booleans()),
+        norms_values=draw(st.booleans()),
+        keys_are_values=draw(st.booleans()),
         seed=draw(st.integers(0, 1000)),
     )
 
@@ -87,6 +91,8 @@ class Built:
             query_norm=norms[0] if case.has_norms else None,
             key_norm=norms[1] if case.has_norms else None,
             sinks=self.sinks,
+            value_norm=plain_norm(case.head_dim, 1e-5, build) if case.norms_values else None,
+            keys_are_values=case.keys_are_values,
         )  # fmt: skip
         spec = AttentionSpec(
             case.num_heads, case.num_kv_heads, case.head_dim, case.head_dim**-0.5, (case.window,), case.softcap,
@@ -96,7 +102,7 @@ class Built:
         self.step = self._step()
         self.attention = CpuAttention(spec, [self.cache], torch.bfloat16, team)
         num_tokens = len(self.step.positions)
-        self.qkv = self.random(num_tokens, (case.num_heads + 2 * case.num_kv_heads) * case.head_dim)
+        self.qkv = self.random(num_tokens, self.heads.num_projected * case.head_dim)
 
     def random(self, *size: int) -> torch.Tensor:
         return torch.randn(size, generator=self._generator).bfloat16()
@@ -148,13 +154,20 @@ class Built:
         out[..., second] = x[..., second] * cos + x[..., first] * sin
         return out
 
+    def values(self) -> torch.Tensor:
+        """What is cached of this step's tokens, in float64 [num_tokens, kv_heads, head_dim]."""
+        values = self.qkv.view(len(self.qkv), -1, self.case.head_dim)[:, -self.case.num_kv_heads :].double()
+        if self.case.norms_values:
+            values = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + 1e-5)
+        return values.bfloat16().double()
+
     def expected(self) -> torch.Tensor:
         case = self.case
         heads = self.qkv.view(len(self.qkv), -1, case.head_dim)
         query_norm, key_norm = self.norms or (None, None)
         q = self.rotated(heads[:, : case.num_heads], query_norm)
-        k = self.rotated(heads[:, case.num_heads : -case.num_kv_heads], key_norm)
-        v = heads[:, -case.num_kv_heads :].double()
+        k = self.rotated(heads[:, case.num_heads : case.num_heads + case.num_kv_heads], key_norm)
+        v = self.values()
         out, token = [], 0
         for (_, count), context in zip(case.runs, self.contexts, strict=True):
             part = slice(token, token + count)
@@ -212,6 +225,20 @@ def test_keys_and_values_lie_in_the_cache_afterwards(team: Team) -> None:
         block = built.blocks[row][position // 4]
         assert torch.equal(built.cache[0, block, :, position % 4], keys[token])
         assert torch.equal(built.cache[1, block, :, position % 4], heads[token, 6:])
+
+
+def test_a_layer_of_queries_alone_reads_what_another_has_cached(team: Team) -> None:
+    runs = ((40, 1), (0, 20), (5, 7))
+    built = Built(Case(group=2, num_kv_heads=2, head_dim=32, block_size=4, runs=runs, has_norms=True), team)
+    whole = built.attend()
+    cached = built.cache.clone()
+    other = RMSNorm(32, 1e-5, BuildContext(ParallelContext(), Unquantized(), torch.bfloat16, torch.device("cpu")))
+    other.weight.fill_(2.0)
+    for norm, is_same in ((built.heads.query_norm, True), (other, False)):
+        heads = replace(built.heads, query_norm=norm, key_norm=None, reads_cached=True)
+        queries = built.qkv[:, : 4 * 32].contiguous()
+        assert torch.equal(built.attention.attend(queries, heads, built.tables), whole) == is_same
+    assert torch.equal(built.cache.view(torch.int16), cached.view(torch.int16))
 
 
 def test_a_row_that_is_not_finite_leaves_the_others_alone(team: Team) -> None:

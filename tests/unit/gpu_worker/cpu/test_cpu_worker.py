@@ -125,7 +125,8 @@ def test_mixed_steps_and_shared_prefixes_give_the_answer_too(compiled: Recorded,
 
 
 # Windows, soft caps, sinks, norms of heads and of projections, partial and interleaved rotation, LayerNorm, parallel
-# blocks, MLPs without gate, layers without rope, experts, latent attention.
+# blocks, MLPs without gate, layers without rope, experts, latent attention, heads of several sizes, layers that read
+# another's cache, values that are keys.
 FAMILIES = [
     "llama-tied-bias",
     "llama-gelu-mha",
@@ -133,6 +134,9 @@ FAMILIES = [
     "qwen3",
     "gemma2",
     "gemma3",
+    "gemma4",
+    "gemma4-large",
+    "gemma4-moe",
     "phi3-longrope-partial",
     "smollm3",
     "olmo2",

@@ -54,6 +54,34 @@ _MIXTURE = _DENSE | {
     "mlp_only_layers": [],
 }
 # Sizes of models that people serve, two layers of each.
+_GEMMA4 = _DENSE | {
+    "architectures": ["Gemma4ForCausalLM"],
+    "model_type": "gemma4_text",
+    "hidden_size": 1536,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 256,
+    "final_logit_softcapping": 30.0,
+}
+_GEMMA4_EXPERTS = {
+    "hidden_size": 2816,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "num_global_key_value_heads": 2,
+    "attention_k_eq_v": True,
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 0,
+    "enable_moe_block": True,
+    "num_experts": 128,
+    "top_k_experts": 8,
+    "moe_intermediate_size": 704,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
     "llama, AWQ": _LLAMA | {"quantization_config": _AWQ},
@@ -73,6 +101,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 30.0,
         "hidden_activation": "gelu_pytorch_tanh",
     },
+    "heads of 256 and 512": _GEMMA4,
+    "heads of 256 and 512, experts beside an MLP": _GEMMA4 | _GEMMA4_EXPERTS,
     "mixture": _MIXTURE,
     "mixture, AWQ": _MIXTURE | {"quantization_config": _AWQ},
     "mixture, FP8 blocks": _MIXTURE | {"quantization_config": _FP8_BLOCKS},
@@ -102,7 +132,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 # The largest tiles on the smallest shared memory.
-QUICK = {("8.9", "heads of 256")}
+QUICK = {("8.9", "heads of 256"), ("8.9", "heads of 256 and 512")}
 
 
 def compile_on(kind: str, directory: Path, *settings: str) -> list[Launch]:

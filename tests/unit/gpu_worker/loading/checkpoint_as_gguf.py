@@ -35,6 +35,8 @@ def write_checkpoint(
         extra: tensors by their names in the file, which are not the model's.
     """
     config = model.config
+    # Where layers differ, the keys say it.
+    config.allow_global_per_layer_attribute_access = True
     writer = gguf.GGUFWriter(path, architecture)
     metadata = {
         "context_length": config.max_position_embeddings,
@@ -53,7 +55,7 @@ def write_checkpoint(
         del state["lm_head.weight"]
     # Views of the state, so that what quantizing makes of them is written into it.
     for name, values in _as_converted(state, config, "attention.key_length_mla" in keys).items():
-        gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        gguf_name = _scale_name(name) or names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert gguf_name is not None, name
         kind = next((kind for end, kind in (kinds or {}).items() if name.endswith(end)), None)
         order = _interleaved(architecture, name, config, len(values))
@@ -73,6 +75,14 @@ def write_checkpoint(
     return state
 
 
+def _scale_name(name: str) -> str | None:
+    """What the package's map does not have: the converter forms these names itself."""
+    for end, part in (("router.scale", "ffn_gate_inp"), ("router.per_expert_scale", "ffn_down_exps")):
+        if name.endswith(f".{end}"):
+            return f"blk.{name.split('.')[2]}.{part}.scale"
+    return None
+
+
 def _as_converted(state: Mapping[str, torch.Tensor], config: Any, is_latent: bool) -> dict[str, torch.Tensor]:
     """What transformers 5 has in one tensor and the file in two: experts' gate and up, latent keys and values."""
     tensors: dict[str, torch.Tensor] = {}
@@ -82,7 +92,9 @@ def _as_converted(state: Mapping[str, torch.Tensor], config: Any, is_latent: boo
             values = values.transpose(1, 2)  # its release has inputs first
         if base.endswith(".experts"):  # the converter merges experts under Qwen's names
             base = base.replace(".block_sparse_moe.", ".mlp.")
-        if last == "gate_up_proj":
+        if last == "layer_scalar" or (last == "gate_up_proj" and config.model_type == "gemma4_text"):
+            tensors[f"{name}.weight"] = values
+        elif last == "gate_up_proj":
             half = values.shape[1] // 2
             tensors |= {f"{base}.gate_proj.weight": values[:, :half], f"{base}.up_proj.weight": values[:, half:]}
         elif base.endswith(".experts"):

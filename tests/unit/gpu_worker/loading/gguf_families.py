@@ -82,6 +82,32 @@ LATENT_KEYS = RMS | {
 LATENT_YARN = {name: value for name, value in YARN.items() if not name.startswith("beta")}
 LATENT_YARN_KEYS = {name: value for name, value in YARN_KEYS.items() if "beta" not in name}
 LATENT_PARTS = ("k_b_proj.weight", "v_b_proj.weight", "up_proj.weight", "down_proj.weight")
+GEMMA4 = {
+    "rms_norm_eps": 1e-5,
+    "head_dim": 32,
+    "global_head_dim": HEAD_DIM,
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 30.0,
+}
+GEMMA4_KEYS = {
+    "attention.layer_norm_rms_epsilon": 1e-5,
+    "rope.freq_base": 1_000_000.0,
+    "rope.freq_base_swa": 10_000.0,
+    "rope.dimension_count": HEAD_DIM,
+    "rope.dimension_count_swa": 32,
+    "attention.key_length": HEAD_DIM,
+    "attention.value_length": HEAD_DIM,
+    "attention.key_length_swa": 32,
+    "attention.value_length_swa": 32,
+    "attention.sliding_window": WINDOW,
+    "attention.sliding_window_pattern": [True, False] * 2,
+    "attention.shared_kv_layers": 0,
+    "embedding_length_per_layer_input": 0,
+    "final_logit_softcapping": 30.0,
+}
+GEMMA4_LARGE = GEMMA4 | {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
 
 
 @dataclass(frozen=True)
@@ -241,6 +267,42 @@ FAMILIES: Mapping[str, Family] = {
             "rope.dimension_count": HEAD_DIM // 2,
         },
         ("mlp.gate_up_proj.weight", "down_proj.weight"),
+    ),
+    "gemma4": Family(
+        "gemma4",
+        transformers.Gemma4TextConfig,
+        GEMMA4
+        | {
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": 40,
+        },
+        GEMMA4_KEYS
+        | {
+            "attention.shared_kv_layers": 2,
+            "embedding_length_per_layer_input": 16,
+            "feed_forward_length": [128, 128, 256, 256],
+        },
+    ),
+    "gemma4-large": Family(
+        "gemma4",
+        transformers.Gemma4TextConfig,
+        GEMMA4_LARGE,
+        GEMMA4_KEYS | {"attention.head_count_kv": [2, 1, 2, 1]},
+    ),
+    "gemma4-moe": Family(
+        "gemma4",
+        transformers.Gemma4TextConfig,
+        GEMMA4_LARGE | {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 64},
+        GEMMA4_KEYS
+        | {
+            "attention.head_count_kv": [2, 1, 2, 1],
+            "expert_count": 8,
+            "expert_used_count": 2,
+            "expert_feed_forward_length": 64,
+        },
+        transformers_reads_it=False,
     ),
     "exaone4": Family(
         "exaone4",

@@ -53,6 +53,8 @@ def _random_model(family: Family, **fields: Any) -> Any:
         for name, values in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 values.copy_(torch.randn_like(values) * 0.1)
+            if name.endswith("layer_scalar"):
+                values.add_(torch.randn_like(values) * 0.2)
     return model
 
 
@@ -63,6 +65,9 @@ def _logits(model: Any) -> torch.Tensor:
 
 def _rope_factors(model: Any) -> dict[str, torch.Tensor]:
     """By what Llama 3's scaling divides the frequencies: the file has these and not the parameters."""
+    if model.config.model_type == "gemma4_text":
+        num_pairs = model.config.per_layer_config["full_attention"].head_dim // 2
+        return {"rope_freqs.weight": torch.tensor([1.0] * (num_pairs // 4) + [1e30] * (num_pairs - num_pairs // 4))}
     if model.config.rope_parameters.get("rope_type") != "llama3":
         return {}
     steps = torch.arange(0, HEAD_DIM, 2, dtype=torch.float32) / HEAD_DIM

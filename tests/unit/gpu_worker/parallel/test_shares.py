@@ -69,6 +69,10 @@ def test_what_cannot_be_split_is_named_with_both_numbers() -> None:
         pytest.param("qwen2-window", 3, "width", marks=pytest.mark.slow),
         pytest.param("qwen2-moe", 2, "width", marks=pytest.mark.slow),
         ("mixtral", 2, "expert"),
+        # Layers that read another's cache, per-layer embeddings; KV heads that divide in some layers only.
+        ("gemma4", 2, "width"),
+        pytest.param("gemma4-large", 3, "width", marks=pytest.mark.slow),
+        pytest.param("gemma4-moe", 2, "expert", marks=pytest.mark.slow),
         pytest.param("gpt-oss", 2, "width", marks=pytest.mark.slow),
         pytest.param("gpt-oss", 3, "expert", marks=pytest.mark.slow),
         pytest.param("granite-moe-shared", 2, "width", marks=pytest.mark.slow),
@@ -90,6 +94,8 @@ def test_a_group_of_processes_computes_what_one_rank_computes(
     # What divides by the ranks: experts, and KV heads or the ranks by them.
     changes = {
         ("mixtral", 2): {"num_local_experts": 4},
+        ("gemma4-large", 3): {"num_global_key_value_heads": 1},
+        ("gemma4-moe", 2): {"num_experts": 8, "num_key_value_heads": 2, "num_global_key_value_heads": 1},
         ("gpt-oss", 3): {"num_key_value_heads": 3},
         ("deepseek-v3.2", 2): {"pad_token_id": None},
     }

@@ -360,6 +360,34 @@ def test_sentencepiece_special_tokens_are_found_in_text(
     assert "<tool>" in tokenizer.decode(ids)
 
 
+def test_gemma4_s_stored_merges_are_applied_as_transformers_gemma_tokenizer_does(
+    trained: tuple[sentencepiece.SentencePieceProcessor, Tokenizer, bool],
+) -> None:
+    from transformers import GemmaTokenizer
+
+    processor, made, _ = trained
+    model = json.loads(made.to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    metadata = {
+        "tokenizer.ggml.model": "gemma4",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in merges],
+        "tokenizer.ggml.token_type": [3 if processor.is_control(piece) else 1 for piece in range(len(tokens))],
+        "tokenizer.ggml.unknown_token_id": processor.unk_id(),
+        "tokenizer.ggml.bos_token_id": processor.bos_id(),
+        "tokenizer.ggml.eos_token_id": processor.eos_id(),
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+    ours = build_tokenizer(PATH, metadata, 100).tokenizer
+    reference = GemmaTokenizer(vocab=model["vocab"], merges=merges, bos_token="<s>", eos_token="</s>")
+    for text in SPM_TEXTS:
+        ids = _ids(ours, text)
+        assert ids == _ids(reference.backend_tokenizer, text), text
+        assert ours.encode(text).ids == [processor.bos_id(), *ids]
+        assert ours.decode(ids) == text
+
+
 def test_sentencepiece_without_scores_is_refused() -> None:
     metadata = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": ["a", "b"]}
     with pytest.raises(CheckpointError, match=r"lacks the metadata key 'tokenizer.ggml.scores'"):
