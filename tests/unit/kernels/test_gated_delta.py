@@ -132,6 +132,11 @@ def test_rule(device: str, dtype: torch.dtype, layout: DeltaLayout, step: Step) 
     check_rule(device, dtype, layout, step)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
+def test_rule_of_heads_as_large_as_released_ones(device: str, dtype: torch.dtype) -> None:
+    check_rule(device, dtype, DeltaLayout.of(1, 2, 128, 128, is_grouped=False), STEPS["mixed"])
+
+
 @pytest.mark.parametrize("alike", [3.0, 30.0])
 def test_keys_that_are_alike_and_heads_that_forget_nothing(device: str, alike: float) -> None:
     """Where products of powers of the chunk's system would cancel all digits."""
