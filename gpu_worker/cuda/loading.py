@@ -224,7 +224,7 @@ def _load_supported(
         parts.attention,
         dtype=dtype,
         pdl=pdl,
-        kv_scales=_held_scales(model, parallel),
+        kv_scales=_held_scales(spec, model.kv_scales, parallel),
         deterministic=settings.deterministic,
     )
     buffers = ProgramBuffers.allocate(parts.program, device)
@@ -392,11 +392,11 @@ def _workspace_bytes(
     return held + lists + step_buffers + graph_bytes + PROMPT_LOGITS_BYTES
 
 
-def _held_scales(model: ModelFamily, parallel: ParallelContext) -> list[KVScales] | None:
-    """One entry for each layer that this rank caches."""
-    if model.kv_scales is None:
-        return None
-    return [model.kv_scales[layer] for layer in caching_layers(model.spec, parallel)]
+def _held_scales(
+    spec: ModelSpec, scales: tuple[KVScales, ...] | None, parallel: ParallelContext
+) -> list[KVScales] | None:
+    """Of the scales of all layers, one entry for each that this rank caches."""
+    return None if scales is None else [scales[layer] for layer in caching_layers(spec, parallel)]
 
 
 def _check_free(needed: int, utilization: float, device: torch.device) -> None:
