@@ -180,6 +180,8 @@ def test_a_deterministic_server_refuses_it() -> None:
 
 def test_the_whole_config_names_the_family(tmp_path: Path) -> None:
     fields = {"architectures": ["Gemma4ForConditionalGeneration"], "text_config": E2B, "dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"architectures": ["Gemma4Model"]}))
+    assert read_spec(tmp_path)[0].num_layers == 35
     (tmp_path / "config.json").write_text(json.dumps(fields))
     spec, family = read_spec(tmp_path)
     assert issubclass(family, Gemma4) and spec.dtype == torch.bfloat16
