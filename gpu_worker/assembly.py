@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -213,11 +214,11 @@ def attention_spec(spec: ModelSpec, parallel: ParallelContext, max_model_len: in
     )
 
 
-def held_kv_scales(model: ModelFamily, parallel: ParallelContext) -> list[KVScales] | None:
-    """The checkpoint's scales of the layers that this rank caches, in their order; None: it has none."""
-    if model.kv_scales is None:
-        return None
-    return [model.kv_scales[layer] for layer in caching_layers(model.spec, parallel)]
+def held_kv_scales(
+    spec: ModelSpec, scales: Sequence[KVScales] | None, parallel: ParallelContext
+) -> list[KVScales] | None:
+    """Of the checkpoint's scales of all layers those of the ones that this rank caches; None: it has none."""
+    return None if scales is None else [scales[layer] for layer in caching_layers(spec, parallel)]
 
 
 def worker_facts(

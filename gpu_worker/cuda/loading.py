@@ -238,7 +238,7 @@ def _load_supported(
         parts.attention,
         dtype=dtype,
         pdl=pdl,
-        kv_scales=held_kv_scales(model, parallel),
+        kv_scales=held_kv_scales(spec, model.kv_scales, parallel),
         deterministic=settings.deterministic,
     )
     buffers = ProgramBuffers.allocate(parts.program, device)

@@ -77,7 +77,8 @@ class Gemma4(ModelFamily):
     @staticmethod
     def read_config(config: HfConfig, architecture: str) -> ModelSpec:
         tied = config.boolean("tie_word_embeddings", True)
-        if architecture.endswith("ForConditionalGeneration"):
+        # Of the whole without its head, too, which is known by the name of the causal model (`registry`).
+        if architecture.endswith("ForConditionalGeneration") or "text_config" in config.fields:
             config = config.nested("text_config")
         # Images' tokens see one another in some releases, which text does not tell.
         config.refuse("use_bidirectional_attention", "vision")

@@ -131,7 +131,7 @@ def load_inline(
         AttentionLimits(planner.max_runs, planner.max_tokens, planner.max_padding_tokens),
         dtype=torch.float32,
         pdl=False,
-        kv_scales=held_kv_scales(model, parallel),
+        kv_scales=held_kv_scales(spec, model.kv_scales, parallel),
         deterministic=deterministic,
     )
     timeline = InlineTimeline(buffer_words, result_slot_words(planner.max_runs, MAX_NUM_LOGPROBS))

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_worker.assembly import Sizes, attention_spec, without_idle_indexer
+from gpu_worker.assembly import Sizes, attention_spec, held_kv_scales, without_idle_indexer
 from gpu_worker.attention.triton_backend import unsupported_attention
 from gpu_worker.config import WorkerSettings
 from gpu_worker.cuda.loading import _packed_experts, _token_counts_of_tiles
+from gpu_worker.loading.kv_scales import KVScales
+from gpu_worker.models.gemma4 import Gemma4
+from gpu_worker.models.hf_config import HfConfig
 from gpu_worker.models.loader import read_spec
 from gpu_worker.parallel.shares import ParallelContext
 from tests.unit.gpu_worker.cuda.test_mixtures import KINDS
@@ -80,3 +83,16 @@ def test_warming_up_meets_every_launch_shape_of_the_experts(tmp_path: Path) -> N
     spec, _ = read_spec(tmp_path)
     assert _token_counts_of_tiles(spec, 8192, torch.bfloat16) == (32, 256, 512, 1024)
     assert _token_counts_of_tiles(spec, 300, torch.bfloat16) == (32, 256)
+
+
+def test_scales_of_a_float8_cache_are_those_of_the_layers_that_cache_here() -> None:
+    """Neither those of another stage's layers, nor of layers that read another's cache."""
+    fields = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    fields |= {"hidden_size_per_layer_input": 0}
+    scales = tuple(KVScales(float(layer)) for layer in range(4))
+    spec = Gemma4.read_config(HfConfig(fields), "Gemma4ForCausalLM")
+    second = ParallelContext(stage=1, stage_layers=(2, 2))
+    assert held_kv_scales(spec, scales, second) == [KVScales(2.0), KVScales(3.0)]
+    sharing = Gemma4.read_config(HfConfig(fields | {"num_kv_shared_layers": 2}), "Gemma4ForCausalLM")
+    assert held_kv_scales(sharing, scales, ParallelContext()) == [KVScales(0.0), KVScales(1.0)]
+    assert held_kv_scales(spec, None, second) is None

@@ -86,7 +86,7 @@ def test_states_are_planned_as_they_are_allocated(tmp_path: Path, monkeypatch: p
     assert len(layers) == 2 and held == 9 * states.shape.row_bytes
     # Of three layers one caches keys and values: of two heads of 16 numbers.
     assert runner.describe().block_bytes == 2 * 2 * 16 * 4 * runner.describe().block_size
-    monkeypatch.setattr("gpu_worker.assembly.available_host_bytes", lambda: 64 << 20)
+    monkeypatch.setattr("gpu_worker.assembly.available_host_bytes", lambda: 480 << 20)
     with pytest.raises(
         MemoryBudgetError, match=r"states of 4000 rows take .* set --max-num-seqs (\d+) or less"
     ) as told:
@@ -100,13 +100,13 @@ def test_a_stage_has_the_scales_of_the_layers_that_it_caches(name: str, tmp_path
     """Of a layer that caches nothing there is none; its stage counts blocks all the same."""
     save_tiny(name, tmp_path)
     model = load(tmp_path).model
-    assert held_kv_scales(model, ParallelContext()) is None
+    assert held_kv_scales(model.spec, model.kv_scales, ParallelContext()) is None
     model.kv_scales = tuple(KVScales(key=1.0 + layer) for layer in range(3))
-    whole = held_kv_scales(model, ParallelContext())
+    whole = held_kv_scales(model.spec, model.kv_scales, ParallelContext())
     assert whole == ([model.kv_scales[1]] if name == "qwen3.5" else list(model.kv_scales))
     for stage in range(3):
         parallel = ParallelContext(stage=stage, stage_layers=(1, 1, 1))
-        assert held_kv_scales(model, parallel) == [model.kv_scales[stage]]
+        assert held_kv_scales(model.spec, model.kv_scales, parallel) == [model.kv_scales[stage]]
         shape = KVCacheShape.of(model.spec, parallel, 16, torch.float32)
         states = StateShape.of(model.spec, parallel, torch.float32)
         assert shape.num_layers == 1

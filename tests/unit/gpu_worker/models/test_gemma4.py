@@ -17,6 +17,7 @@ from transformers.models.gemma4_unified import Gemma4UnifiedConfig
 
 from gpu_worker.assembly import attention_spec
 from gpu_worker.attention.api import KVHeads
+from gpu_worker.invariant.coverage import refuse_uncovered
 from gpu_worker.kv_cache import KVCache, KVCacheShape
 from gpu_worker.loading.tensor_source import CheckpointError
 from gpu_worker.model_spec import ModelConfigError, ModelSpec
@@ -169,8 +170,18 @@ def test_layers_that_share_a_cache_stay_on_one_stage(tmp_path: Path) -> None:
         QuantizedModel(tmp_path, parallel=stage)
 
 
+def test_a_deterministic_server_refuses_it() -> None:
+    with pytest.raises(ModelConfigError, match="--deterministic does not cover heads of several sizes"):
+        refuse_uncovered(spec_of(E2B), Gemma4)
+    alike = spec_of(E2B | {"global_head_dim": 256})
+    with pytest.raises(ModelConfigError, match="--deterministic does not cover layers that attend to the keys of othe"):
+        refuse_uncovered(alike, Gemma4)
+
+
 def test_the_whole_config_names_the_family(tmp_path: Path) -> None:
     fields = {"architectures": ["Gemma4ForConditionalGeneration"], "text_config": E2B, "dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"architectures": ["Gemma4Model"]}))
+    assert read_spec(tmp_path)[0].num_layers == 35
     (tmp_path / "config.json").write_text(json.dumps(fields))
     spec, family = read_spec(tmp_path)
     assert issubclass(family, Gemma4) and spec.dtype == torch.bfloat16
