@@ -266,6 +266,7 @@ PROOFS = (
     ("modelopt", "its own tensors", "test_modelopt"),
     ("quark", "its own unpacking", "test_quark"),
     ("mlx", "its own unpacking", "test_mlx"),
+    ("torchao", "its own unpacking", "test_torchao"),
     ("bitsandbytes", "its own unpacking", "test_bitsandbytes"),
     ("fbgemm_fp8", "transformers' module of it (names, shapes, types)", "test_config"),
     ("mxfp4 experts", "transformers' unpacking", "test_loading"),

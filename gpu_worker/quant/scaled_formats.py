@@ -36,12 +36,13 @@ EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)
 
 @dataclass(frozen=True, slots=True)
 class ScaledFormat(WeightFormat):
-    """8-bit values `weight` and their scales, under the names of a dialect."""
+    """8-bit values and their scales, under the names of a dialect."""
 
     kind: Literal["float8", "int8"]
     granularity: Literal["tensor", "channel", "block"]
     block: tuple[int, int] = (0, 0)
     scale_name: str = "weight_scale"
+    values_name: str = "weight"
     scale_divisor: float = 1.0
     """What stored scales are divided by."""
     input_scale_name: str | None = None
@@ -73,7 +74,7 @@ class ScaledFormat(WeightFormat):
             case _:
                 shapes = ((-(-num_outputs // self.block[0]), -(-num_inputs // self.block[1])),)
         rules = {
-            "weight": TensorRule(((num_outputs, num_inputs),), (self._dtype,)),
+            self.values_name: TensorRule(((num_outputs, num_inputs),), (self._dtype,)),
             self.scale_name: TensorRule(shapes, EXPONENTS if self.scales_are_exponents else SCALE_DTYPES),
         }
         if self.input_scale_name is not None:
@@ -89,11 +90,11 @@ class ScaledFormat(WeightFormat):
         return rules
 
     def size_of(self, shapes: dict[str, Shape]) -> tuple[int, int]:
-        num_outputs, num_inputs = shapes["weight"]
+        num_outputs, num_inputs = shapes[self.values_name]
         return num_outputs, num_inputs
 
     def index(self, tensor: str, shape: Shape, rows: Share, cols: Share) -> tuple[slice, ...]:
-        if tensor == "weight":
+        if tensor == self.values_name:
             return (rows.as_slice(), cols.as_slice())
         if tensor != self.scale_name or self.granularity == "tensor":
             return ()
@@ -102,14 +103,14 @@ class ScaledFormat(WeightFormat):
         return (covering(rows, self.block[0]), covering(cols, self.block[1]))
 
     def output_span(self, tensor: str) -> OutputSpan | None:
-        if tensor == "weight":
+        if tensor == self.values_name:
             return OutputSpan(0)
         if tensor != self.scale_name or self.granularity == "tensor":
             return None
         return OutputSpan(0, Fraction(1, self.block[0]) if self.granularity == "block" else Fraction(1))
 
     def decode(self, tensors: Tensors, rows: Share, cols: Share) -> QuantizedWeight:
-        values, stored = tensors["weight"], tensors[self.scale_name]
+        values, stored = tensors[self.values_name], tensors[self.scale_name]
         stored = stored.view(torch.float8_e8m0fnu) if self.scales_are_exponents else stored
         scales = stored.float() / self.scale_divisor
         layout = 0 if self.layout_name is None else int(tensors.get(self.layout_name, torch.tensor(0)))

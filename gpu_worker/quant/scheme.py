@@ -42,6 +42,8 @@ from gpu_worker.quant.products import PackedKernels
 from gpu_worker.quant.quark import METHOD as QUARK
 from gpu_worker.quant.quark import read_quark
 from gpu_worker.quant.stored import SplitLinear, StoredLinear
+from gpu_worker.quant.torchao import METHOD as TORCHAO
+from gpu_worker.quant.torchao import read_torchao
 
 QuantizationSetting = Literal["auto", "fp8", "int8"]
 ON_LOAD = ("fp8", "int8")
@@ -86,6 +88,8 @@ def read_quantization(config: HfConfig, stored_names: Collection[str] = ()) -> Q
             return read_quark(section)
         case _ if method == MLX:
             return read_mlx(section)
+        case _ if method == TORCHAO:
+            return read_torchao(section)
         case "gguf":
             return QuantConfig("gguf", lambda name: None, "gguf")
         case _:

@@ -386,7 +386,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     },
     **{
         method: ({"quant_method": method}, f"quant_method '{method}'")
-        for method in ("quanto", "sinq", "spqr", "torchao", "vptq", "mxfp8", "nvfp4")
+        for method in ("quanto", "sinq", "spqr", "vptq", "mxfp8", "nvfp4")
     },
 }
 
