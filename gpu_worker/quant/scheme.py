@@ -70,7 +70,7 @@ def read_quantization(config: HfConfig, stored_names: Collection[str] = ()) -> Q
             return read_gptq(section)
         case "awq":
             return read_awq(section)
-        case "fp8":
+        case "fp8" | "mxfp8":
             return read_fp8(section, stored_names)
         case "fbgemm_fp8":
             return read_fbgemm_fp8(section)

@@ -46,7 +46,7 @@ def compressed(kind: str, **group: Any) -> dict[str, Any]:
     ("fields", "words"),
     [
         ({"quant_method": "hqq"}, ["hqq", "awq", "gptq", "compressed-tensors", "fp8", "bitsandbytes", "gguf"]),
-        ({"quant_method": "torchao", "quant_type": {"default": {}}}, ["torchao", "supported: awq"]),
+        ({"quant_method": "vptq"}, ["vptq", "supported: awq"]),
         ({"quant_method": "quanto", "weights": "int8"}, ["quanto", "supported: awq"]),
         ({"quant_method": "eetq"}, ["eetq", "supported: awq"]),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "int4"}, ["int4", "nf4"]),

@@ -370,6 +370,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"quant_method": "fp8", "weight_block_size": [128, 128], "expert_dtype": "fp4"},
         "fp8 with expert_dtype 'fp4'",
     ),
+    "mxfp8-blocks": (
+        {"quant_method": "mxfp8", "weight_block_size": [128, 128]},
+        "mxfp8 with weight_block_size [128, 128]",
+    ),
     "fp8-stored-otherwise": ({"quant_method": "fp8", "store_dtype": "mxfp4"}, "fp8 with store_dtype 'mxfp4'"),
     "modelopt-awq": ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "modelopt with quant_algo 'W4A8_AWQ'"),
     "modelopt-blocks": (
@@ -386,7 +390,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     },
     **{
         method: ({"quant_method": method}, f"quant_method '{method}'")
-        for method in ("quanto", "sinq", "spqr", "vptq", "mxfp8", "nvfp4")
+        for method in ("quanto", "sinq", "spqr", "vptq", "nvfp4")
     },
 }
 
