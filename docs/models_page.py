@@ -267,6 +267,7 @@ PROOFS = (
     ("quark", "its own unpacking", "test_quark"),
     ("mlx", "its own unpacking", "test_mlx"),
     ("torchao", "its own unpacking", "test_torchao"),
+    ("hqq", "its own unpacking", "test_hqq"),
     ("bitsandbytes", "its own unpacking", "test_bitsandbytes"),
     ("fbgemm_fp8", "transformers' module of it (names, shapes, types)", "test_config"),
     ("mxfp4 experts", "transformers' unpacking", "test_loading"),

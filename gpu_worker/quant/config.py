@@ -24,7 +24,7 @@ SUPPORTED = (
     "FP8_PER_CHANNEL_PER_TOKEN, MXFP8, NVFP4, W4A16_NVFP4, MIXED_PRECISION of these), quark (FP8, INT8, MXFP4), mxfp4, "
     "auto-round (in the layouts of GPTQ and AWQ), torchao (int4 in the packing format plain, int1 to int8 unpacked, "
     "int8, float8), "
-    "bitsandbytes (nf4, fp4, int8), mlx (affine, 2 to 6 and 8 bit), gguf"
+    "bitsandbytes (nf4, fp4, int8), hqq (1 to 6 and 8 bit), mlx (affine, 2 to 6 and 8 bit), gguf"
 )
 GPTQ_BITS = (2, 3, 4, 8)
 

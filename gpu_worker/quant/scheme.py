@@ -33,6 +33,8 @@ from gpu_worker.quant.config import (
 )
 from gpu_worker.quant.formats import WeightFormat
 from gpu_worker.quant.gguf_format import GgufFormat
+from gpu_worker.quant.hqq import METHOD as HQQ
+from gpu_worker.quant.hqq import read_hqq
 from gpu_worker.quant.mlx import METHOD as MLX
 from gpu_worker.quant.mlx import read_mlx
 from gpu_worker.quant.modelopt import read_modelopt
@@ -88,6 +90,8 @@ def read_quantization(config: HfConfig, stored_names: Collection[str] = ()) -> Q
             return read_quark(section)
         case _ if method == MLX:
             return read_mlx(section)
+        case _ if method == HQQ:
+            return read_hqq(section)
         case _ if method == TORCHAO:
             return read_torchao(section)
         case "gguf":

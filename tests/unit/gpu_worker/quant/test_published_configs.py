@@ -386,7 +386,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     **{
         method: ({"quant_method": method}, f"quant_method '{method}'")
-        for method in ("aqlm", "bitnet", "eetq", "exl3", "fp_quant", "higgs", "hqq", "marlin", "paroquant", "qqq")
+        for method in ("aqlm", "bitnet", "eetq", "exl3", "fp_quant", "higgs", "marlin", "paroquant", "qqq")
     },
     **{
         method: ({"quant_method": method}, f"quant_method '{method}'")
