@@ -266,6 +266,7 @@ PROOFS = (
     ("modelopt", "its own tensors", "test_modelopt"),
     ("quark", "its own unpacking", "test_quark"),
     ("mlx", "its own unpacking", "test_mlx"),
+    ("mlx, modes of small floats", "its own unpacking", "test_mlx_floats"),
     ("torchao", "its own unpacking", "test_torchao"),
     ("hqq", "its own unpacking", "test_hqq"),
     ("bitsandbytes", "its own unpacking", "test_bitsandbytes"),

@@ -50,6 +50,8 @@ class ScaledFormat(WeightFormat):
     input_zero_name: str | None = None
     activations: ActivationQuant | None = None
     may_have_stray_bias: bool = False
+    scales_keep_dimensions: bool = False
+    """Scales of blocks are stored as [rows of blocks, 1, columns of blocks, 1], or [] where there is one block."""
     scales_are_exponents: bool = False
     """Scales are powers of 2, stored as their exponents plus 127 (e8m0)."""
     layout_name: str | None = None
@@ -72,7 +74,10 @@ class ScaledFormat(WeightFormat):
             case "channel":
                 shapes = ((num_outputs, 1), (num_outputs,))
             case _:
-                shapes = ((-(-num_outputs // self.block[0]), -(-num_inputs // self.block[1])),)
+                down, across = -(-num_outputs // self.block[0]), -(-num_inputs // self.block[1])
+                shapes = ((down, across),)
+                if self.scales_keep_dimensions:
+                    shapes = ((down, 1, across, 1), *shapes, *(SCALAR if down * across == 1 else ()))
         rules = {
             self.values_name: TensorRule(((num_outputs, num_inputs),), (self._dtype,)),
             self.scale_name: TensorRule(shapes, EXPONENTS if self.scales_are_exponents else SCALE_DTYPES),
@@ -100,7 +105,10 @@ class ScaledFormat(WeightFormat):
             return ()
         if self.granularity == "channel":
             return (rows.as_slice(),)
-        return (covering(rows, self.block[0]), covering(cols, self.block[1]))
+        if len(shape) < 2:
+            return ()
+        middle = (slice(None),) * (len(shape) // 2 - 1)
+        return (covering(rows, self.block[0]), *middle, covering(cols, self.block[1]))
 
     def output_span(self, tensor: str) -> OutputSpan | None:
         if tensor == self.values_name:
@@ -123,6 +131,8 @@ class ScaledFormat(WeightFormat):
             return ScaledWeight(values, scales.reshape(1, 1).expand(rows.size, 1), 1, cols.size)
         if self.granularity == "channel":
             return ScaledWeight(values, scales.reshape(-1, 1), 1, cols.size)
+        if self.scales_keep_dimensions:
+            scales = scales.reshape(scales.shape[0] if scales.dim() else 1, -1)
         return _blockwise(values, scales, self.block, rows, cols)
 
     def static_scale(self, tensors: Tensors) -> StaticScale | None:

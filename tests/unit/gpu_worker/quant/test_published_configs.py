@@ -376,13 +376,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "fp8-stored-otherwise": ({"quant_method": "fp8", "store_dtype": "mxfp4"}, "fp8 with store_dtype 'mxfp4'"),
     "modelopt-awq": ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "modelopt with quant_algo 'W4A8_AWQ'"),
-    "modelopt-blocks": (
-        {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"},
-        "modelopt with quant_algo 'FP8_PB_WO'",
-    ),
     "mlx": (
-        {"group_size": 32, "bits": 4, "mode": "mxfp4"},
-        "MLX with the mode 'mxfp4' and 4 bits",
+        {"group_size": 64, "bits": 4, "mode": "mxfp4"},
+        "MLX with the mode 'mxfp4' and 4 bits in groups of 64",
     ),
     **{
         method: ({"quant_method": method}, f"quant_method '{method}'")
