@@ -22,7 +22,7 @@ MAX_NAMES_IN_MESSAGE = 5
 _IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|rotary_emb\.(cos|sin)_cached|attn\.masked_bias)")
 
 # Ends of names that come with packed weights alone.
-_OF_PACKED = re.compile(r"\.(qweight|qzeros|weight_packed|weight_scale(_inv)?|SCB|absmax)$")
+_OF_PACKED = re.compile(r"\.(qweight|qzeros|weight_packed|weight_scale(_inv)?|SCB|absmax|_weight_qdata|W_q)$")
 
 
 class Checkpoint(TensorSource, Protocol):

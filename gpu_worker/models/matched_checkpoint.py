@@ -12,7 +12,6 @@ from pathlib import Path
 import structlog
 import torch
 
-from gpu_worker.loading.bitsandbytes_source import BitsAndBytesSource
 from gpu_worker.loading.checkpoint import CheckpointError, StrictReader, open_checkpoint
 from gpu_worker.loading.dequantized import DequantizedSource
 from gpu_worker.loading.gguf_packed import PackedGgufSource
@@ -27,9 +26,9 @@ from gpu_worker.models.checkpoint_places import Place, checkpoint_places, whole_
 from gpu_worker.models.family import LoadsItself, ModelFamily
 from gpu_worker.models.hf_config import HfConfig
 from gpu_worker.models.served_config import PREDICTS_AHEAD
-from gpu_worker.quant.bitsandbytes import METHOD as BITSANDBYTES
 from gpu_worker.quant.formats import WeightFormat
 from gpu_worker.quant.scheme import StoredModules, module_format, read_quantization
+from gpu_worker.quant.sources import row_by_row
 
 log = structlog.get_logger(__name__)
 
@@ -193,7 +192,7 @@ def _as_wanted(
     if quant is None:
         # Releases of one architecture have a layer's experts in one tensor, or each alone (Qwen3.5).
         return StackedExpertsSource(served, shapes, lambda module: None)
-    plain = BitsAndBytesSource(served) if quant.method == BITSANDBYTES else served
+    plain = row_by_row(quant, served)
     modules, stored = StoredModules(served.stored_names), names | frozenset(served.stored_names.values())
 
     def format_of(module: str) -> WeightFormat | None:

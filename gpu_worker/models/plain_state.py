@@ -15,15 +15,14 @@ from typing import Any
 
 import torch
 
-from gpu_worker.loading.bitsandbytes_source import BitsAndBytesSource
 from gpu_worker.loading.dequantized import DequantizedSource
 from gpu_worker.loading.kv_scales import is_kv_scale
 from gpu_worker.loading.safetensors_reader import SafetensorsReader
 from gpu_worker.loading.tensor_source import TensorInfo, TensorSource
 from gpu_worker.models.hf_config import HfConfig
-from gpu_worker.quant.bitsandbytes import METHOD as BITSANDBYTES
 from gpu_worker.quant.formats import WeightFormat
 from gpu_worker.quant.scheme import module_format, read_quantization
+from gpu_worker.quant.sources import row_by_row
 
 # transformers has no argument for it.
 _IN_ORDER = "HF_DEACTIVATE_ASYNC_LOAD"
@@ -70,7 +69,7 @@ def plain_state(path: Path, dtype: torch.dtype) -> Iterator[dict[str, UnreadTens
             return module_format(known, module, module, names)
 
         modules = {name.rpartition(".")[0] for name in names}
-        source: TensorSource = BitsAndBytesSource(reader) if quant.method == BITSANDBYTES else reader
+        source = row_by_row(quant, reader)
         plain = DequantizedSource(source, format_of, {f"{module}.weight" for module in modules}, dtype)
         state = {info.name: UnreadTensor(plain, info) for info in plain.names() if not is_kv_scale(info.name)}
         for module in modules:

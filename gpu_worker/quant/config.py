@@ -7,23 +7,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gpu_worker.model_spec import ModelConfigError
 from gpu_worker.quant.activations import ActivationQuant
 from gpu_worker.quant.affine_formats import AwqFormat, GptqFormat
 from gpu_worker.quant.formats import WeightFormat
-from gpu_worker.quant.scaled_formats import ScaledFormat
+from gpu_worker.quant.scaled_formats import MXFP8, ScaledFormat
 
 FIELD = "quantization_config"
 SUPPORTED = (
     "awq (4 bit, version gemm), gptq (2, 3, 4 or 8 bit, v1 and v2), compressed-tensors (pack-quantized, "
     "int-quantized, float-quantized, naive-quantized, nvfp4-pack-quantized, mxfp4-pack-quantized, "
-    "mxfp8-quantized), fp8 (e4m3, a scale per tensor or per block), fbgemm_fp8, modelopt (FP8, "
-    "FP8_PER_CHANNEL_PER_TOKEN, MXFP8, NVFP4, W4A16_NVFP4, MIXED_PRECISION of these), quark (FP8, INT8, MXFP4), mxfp4, "
-    "auto-round (in the layouts of GPTQ and AWQ), "
-    "bitsandbytes (nf4, fp4, int8), mlx (affine, 2 to 6 and 8 bit), gguf"
+    "mxfp8-quantized), fp8 (e4m3, a scale per tensor or per block), mxfp8, fbgemm_fp8, modelopt (FP8, "
+    "FP8_PER_CHANNEL_PER_TOKEN, FP8_PB_WO, MXFP8, NVFP4, W4A16_NVFP4, MIXED_PRECISION of these), "
+    "quark (FP8, INT8, MXFP4), mxfp4, auto-round (in the layouts of GPTQ and AWQ), "
+    "torchao (int4 in the packing format plain, int1 to int8 unpacked, int8, float8), "
+    "bitsandbytes (nf4, fp4, int8), hqq (1 to 6 and 8 bit), mlx (affine, 2 to 6 and 8 bit, mxfp4, mxfp8, nvfp4), "
+    "gguf"
 )
 GPTQ_BITS = (2, 3, 4, 8)
 
@@ -194,18 +196,32 @@ def read_fp8(section: ConfigSection, stored_names: Collection[str]) -> QuantConf
     if scheme not in ("dynamic", "static"):
         raise section.refuse(f"fp8 with activation_scheme {scheme!r}")
     block = section.fields.get("weight_block_size")
+    if section.text("quant_method", "fp8").lower() == "mxfp8":
+        return _read_mxfp8(section, block, stored_names)
     stored = (
         _fp8_blocks(section, block, scheme, stored_names)
         if block is not None
         else _fp8_tensors(section, scheme, stored_names)
     )
+    label = f"fp8 {stored.granularity} scales, {scheme} activations"
+    return _all_but_left_out(section, "fp8", stored, label)
+
+
+def _all_but_left_out(section: ConfigSection, method: str, stored: WeightFormat, label: str) -> QuantConfig:
     left_out = section.names("modules_to_not_convert", "ignored_layers")
 
     def format_of(name: str) -> WeightFormat | None:
         return None if is_module(name, left_out) or name.split(".")[-1] == "lm_head" else stored
 
-    label = f"fp8 {stored.granularity} scales, {scheme} activations"
-    return QuantConfig("fp8", format_of, label, otherwise=stored)
+    return QuantConfig(method, format_of, label, otherwise=stored)
+
+
+def _read_mxfp8(section: ConfigSection, block: Any, stored_names: Collection[str]) -> QuantConfig:
+    """As blocks of fp8, whose scales are bytes that hold exponents. Inputs stay as they are."""
+    if block not in (None, [1, 32]):
+        raise section.refuse(f"mxfp8 with weight_block_size {block!r:.40}")
+    name = "weight_scale" if _has_plain_scales(stored_names) else "weight_scale_inv"
+    return _all_but_left_out(section, "mxfp8", replace(MXFP8, scale_name=name), "mxfp8")
 
 
 def _fp8_blocks(section: ConfigSection, block: Any, scheme: str, stored_names: Collection[str]) -> ScaledFormat:
@@ -214,12 +230,15 @@ def _fp8_blocks(section: ConfigSection, block: Any, scheme: str, stored_names: C
     if scheme != "dynamic":
         raise section.refuse("fp8 with weight blocks and static activations")
     activations = ActivationQuant("float8", "group", dynamic=True, group_size=block[1])
-    # Who does not call it by its opposite.
-    is_plain = any(name.endswith(".weight_scale") for name in stored_names) and not any(
+    scale_name = "weight_scale" if _has_plain_scales(stored_names) else "weight_scale_inv"
+    return ScaledFormat("float8", "block", (block[0], block[1]), scale_name=scale_name, activations=activations)
+
+
+def _has_plain_scales(stored_names: Collection[str]) -> bool:
+    """Whether the writer did not call scales by their opposite."""
+    return any(name.endswith(".weight_scale") for name in stored_names) and not any(
         name.endswith("_scale_inv") for name in stored_names
     )
-    scale_name = "weight_scale" if is_plain else "weight_scale_inv"
-    return ScaledFormat("float8", "block", (block[0], block[1]), scale_name=scale_name, activations=activations)
 
 
 def _fp8_tensors(section: ConfigSection, scheme: str, stored_names: Collection[str]) -> ScaledFormat:

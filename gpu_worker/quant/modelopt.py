@@ -1,7 +1,8 @@
 """`quant_method: modelopt`, and hf_quant_config.json: NVIDIA's ModelOpt (https://github.com/NVIDIA/Model-Optimizer).
 
-FP8 with static scales for inputs, FP8 with a scale for every output and token, MXFP8, NVFP4 whose second scale
-multiplies, and models that have one of these in some layers and another in others.
+FP8 with static scales for inputs, FP8 with a scale for every output and token, FP8 with scales for blocks of weights
+alone, MXFP8, NVFP4 whose second scale multiplies, and models that have one of these in some layers and another in
+others.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ _FORMATS: dict[str, WeightFormat] = {
     "FP8_PER_CHANNEL_PER_TOKEN": ScaledFormat(
         "float8", "channel", activations=ActivationQuant("float8", "token", dynamic=True)
     ),
+    "FP8_PB_WO": ScaledFormat("float8", "block", (128, 128), scales_keep_dimensions=True),
     "NVFP4": Float4Format("nvfp4", dialect="modelopt"),
     "MXFP8": MXFP8,
     "W4A16_NVFP4": Float4Format("nvfp4", dialect="modelopt"),

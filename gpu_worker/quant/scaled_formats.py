@@ -36,12 +36,13 @@ EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)
 
 @dataclass(frozen=True, slots=True)
 class ScaledFormat(WeightFormat):
-    """8-bit values `weight` and their scales, under the names of a dialect."""
+    """8-bit values and their scales, under the names of a dialect."""
 
     kind: Literal["float8", "int8"]
     granularity: Literal["tensor", "channel", "block"]
     block: tuple[int, int] = (0, 0)
     scale_name: str = "weight_scale"
+    values_name: str = "weight"
     scale_divisor: float = 1.0
     """What stored scales are divided by."""
     input_scale_name: str | None = None
@@ -49,6 +50,8 @@ class ScaledFormat(WeightFormat):
     input_zero_name: str | None = None
     activations: ActivationQuant | None = None
     may_have_stray_bias: bool = False
+    scales_keep_dimensions: bool = False
+    """Scales of blocks are stored as [rows of blocks, 1, columns of blocks, 1], or [] where there is one block."""
     scales_are_exponents: bool = False
     """Scales are powers of 2, stored as their exponents plus 127 (e8m0)."""
     layout_name: str | None = None
@@ -71,9 +74,12 @@ class ScaledFormat(WeightFormat):
             case "channel":
                 shapes = ((num_outputs, 1), (num_outputs,))
             case _:
-                shapes = ((-(-num_outputs // self.block[0]), -(-num_inputs // self.block[1])),)
+                down, across = -(-num_outputs // self.block[0]), -(-num_inputs // self.block[1])
+                shapes = ((down, across),)
+                if self.scales_keep_dimensions:
+                    shapes = ((down, 1, across, 1), *shapes, *(SCALAR if down * across == 1 else ()))
         rules = {
-            "weight": TensorRule(((num_outputs, num_inputs),), (self._dtype,)),
+            self.values_name: TensorRule(((num_outputs, num_inputs),), (self._dtype,)),
             self.scale_name: TensorRule(shapes, EXPONENTS if self.scales_are_exponents else SCALE_DTYPES),
         }
         if self.input_scale_name is not None:
@@ -89,27 +95,30 @@ class ScaledFormat(WeightFormat):
         return rules
 
     def size_of(self, shapes: dict[str, Shape]) -> tuple[int, int]:
-        num_outputs, num_inputs = shapes["weight"]
+        num_outputs, num_inputs = shapes[self.values_name]
         return num_outputs, num_inputs
 
     def index(self, tensor: str, shape: Shape, rows: Share, cols: Share) -> tuple[slice, ...]:
-        if tensor == "weight":
+        if tensor == self.values_name:
             return (rows.as_slice(), cols.as_slice())
         if tensor != self.scale_name or self.granularity == "tensor":
             return ()
         if self.granularity == "channel":
             return (rows.as_slice(),)
-        return (covering(rows, self.block[0]), covering(cols, self.block[1]))
+        if len(shape) < 2:
+            return ()
+        middle = (slice(None),) * (len(shape) // 2 - 1)
+        return (covering(rows, self.block[0]), *middle, covering(cols, self.block[1]))
 
     def output_span(self, tensor: str) -> OutputSpan | None:
-        if tensor == "weight":
+        if tensor == self.values_name:
             return OutputSpan(0)
-        if tensor != self.scale_name or self.granularity == "tensor":
+        if tensor not in (self.scale_name, *self.ignored) or self.granularity == "tensor":
             return None
         return OutputSpan(0, Fraction(1, self.block[0]) if self.granularity == "block" else Fraction(1))
 
     def decode(self, tensors: Tensors, rows: Share, cols: Share) -> QuantizedWeight:
-        values, stored = tensors["weight"], tensors[self.scale_name]
+        values, stored = tensors[self.values_name], tensors[self.scale_name]
         stored = stored.view(torch.float8_e8m0fnu) if self.scales_are_exponents else stored
         scales = stored.float() / self.scale_divisor
         layout = 0 if self.layout_name is None else int(tensors.get(self.layout_name, torch.tensor(0)))
@@ -122,6 +131,8 @@ class ScaledFormat(WeightFormat):
             return ScaledWeight(values, scales.reshape(1, 1).expand(rows.size, 1), 1, cols.size)
         if self.granularity == "channel":
             return ScaledWeight(values, scales.reshape(-1, 1), 1, cols.size)
+        if self.scales_keep_dimensions:
+            scales = scales.reshape(scales.shape[0] if scales.dim() else 1, -1)
         return _blockwise(values, scales, self.block, rows, cols)
 
     def static_scale(self, tensors: Tensors) -> StaticScale | None:

@@ -33,6 +33,8 @@ from gpu_worker.quant.config import (
 )
 from gpu_worker.quant.formats import WeightFormat
 from gpu_worker.quant.gguf_format import GgufFormat
+from gpu_worker.quant.hqq import METHOD as HQQ
+from gpu_worker.quant.hqq import read_hqq
 from gpu_worker.quant.mlx import METHOD as MLX
 from gpu_worker.quant.mlx import read_mlx
 from gpu_worker.quant.modelopt import read_modelopt
@@ -42,6 +44,8 @@ from gpu_worker.quant.products import PackedKernels
 from gpu_worker.quant.quark import METHOD as QUARK
 from gpu_worker.quant.quark import read_quark
 from gpu_worker.quant.stored import SplitLinear, StoredLinear
+from gpu_worker.quant.torchao import METHOD as TORCHAO
+from gpu_worker.quant.torchao import read_torchao
 
 QuantizationSetting = Literal["auto", "fp8", "int8"]
 ON_LOAD = ("fp8", "int8")
@@ -68,7 +72,7 @@ def read_quantization(config: HfConfig, stored_names: Collection[str] = ()) -> Q
             return read_gptq(section)
         case "awq":
             return read_awq(section)
-        case "fp8":
+        case "fp8" | "mxfp8":
             return read_fp8(section, stored_names)
         case "fbgemm_fp8":
             return read_fbgemm_fp8(section)
@@ -86,6 +90,10 @@ def read_quantization(config: HfConfig, stored_names: Collection[str] = ()) -> Q
             return read_quark(section)
         case _ if method == MLX:
             return read_mlx(section)
+        case _ if method == HQQ:
+            return read_hqq(section)
+        case _ if method == TORCHAO:
+            return read_torchao(section)
         case "gguf":
             return QuantConfig("gguf", lambda name: None, "gguf")
         case _:

@@ -124,6 +124,15 @@ def float8_by_block(size: int = 32) -> Packer:
     return packed
 
 
+def float8_of_exponents(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """MXFP8: a power of 2 for every 32 inputs, of which the exponent plus 127 is stored as a byte."""
+    groups = weight.unflatten(1, (-1, 32))
+    exponents = (groups.abs().amax(-1).clamp(min=2.0**-12) / 448).log2().ceil()
+    values = (groups / exponents.exp2()[..., None]).to(torch.float8_e4m3fn)
+    stands_for = (values.float() * exponents.exp2()[..., None]).flatten(1)
+    return {"weight": values.flatten(1), "weight_scale_inv": (exponents + 127).to(torch.uint8)}, stands_for
+
+
 def packed_integers(bits: int = 4, group_size: int = 32) -> Packer:
     """compressed-tensors' `pack-quantized`, symmetric: signed values with 2^(bits-1) added, along the inputs."""
 

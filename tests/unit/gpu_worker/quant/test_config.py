@@ -45,8 +45,8 @@ def compressed(kind: str, **group: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"quant_method": "hqq"}, ["hqq", "awq", "gptq", "compressed-tensors", "fp8", "bitsandbytes", "gguf"]),
-        ({"quant_method": "torchao", "quant_type": {"default": {}}}, ["torchao", "supported: awq"]),
+        ({"quant_method": "eetq"}, ["eetq", "awq", "gptq", "compressed-tensors", "fp8", "bitsandbytes", "gguf"]),
+        ({"quant_method": "vptq"}, ["vptq", "supported: awq"]),
         ({"quant_method": "quanto", "weights": "int8"}, ["quanto", "supported: awq"]),
         ({"quant_method": "eetq"}, ["eetq", "supported: awq"]),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "int4"}, ["int4", "nf4"]),
@@ -204,7 +204,7 @@ def test_a_file_of_its_own_says_it_where_the_config_does_not(
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"quant_method": "hqq"}, "'hqq'"),
+        ({"quant_method": "eetq"}, "'eetq'"),
         ({"quant_method": "gptq", "bits": 4, "group_size": 128, "is_marlin_format": True}, "is_marlin_format"),
         ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "W4A8_AWQ"),
     ],

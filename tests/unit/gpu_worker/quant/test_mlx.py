@@ -153,9 +153,9 @@ def test_a_packed_table_that_is_the_head_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "words_of_it"),
     [
-        ({"mode": "mxfp4"}, "MLX with the mode 'mxfp4' and 4 bits"),
+        ({"mode": "mxfp4"}, "MLX with the mode 'mxfp4' and 4 bits in groups of 64"),
         ({"bits": 7}, "MLX with the mode 'affine' and 7 bits"),
-        ({"lm_head": {"mode": "nvfp4", "group_size": 16}}, "MLX with the mode 'nvfp4'"),
+        ({"lm_head": {"mode": "nvfp4", "group_size": 32}}, "MLX with the mode 'nvfp4' and 4 bits in groups of 32"),
     ],
     ids=str,
 )

@@ -25,7 +25,7 @@ from tests.unit.gpu_worker.quant.exported import TOKENS, assert_same_tokens, ref
 from tests.unit.gpu_worker.quant.paged_model import QuantizedModel
 
 FIXTURES = Path(__file__).resolve().parents[3] / "fixtures" / "quant" / "modelopt"
-CASES = ("fp8", "fp8-per-channel")
+CASES = ("fp8", "fp8-per-channel", "fp8-blocks")
 LAYER = "model.layers.3"
 
 
@@ -63,6 +63,29 @@ def test_values_are_those_of_the_tool(case: str) -> None:
 def test_greedy_tokens_are_those_of_the_dequantized_weights(case: str, tmp_path: Path) -> None:
     expected = reference_logits(FIXTURES / case, load_file(FIXTURES / case / "dequantized.safetensors"), tmp_path)
     assert_same_tokens(QuantizedModel(FIXTURES / case).logits(TOKENS), expected, least_cosine=0.99)
+
+
+def test_a_share_of_blocks_is_that_part_of_the_whole() -> None:
+    """Of two blocks, the second one cut short; and of one, whose scale is a number."""
+    quant = read_quantization(HfConfig.open(FIXTURES / "fp8-blocks"))
+    tensors, expected = (
+        load_file(FIXTURES / "fp8-blocks" / f"{name}.safetensors") for name in ("model", "dequantized")
+    )
+    shapes = set()
+    for name, weight in expected.items():
+        stored = quant.format_of(name.removesuffix(".weight")) if quant is not None else None
+        assert stored is not None
+        own = {kind: tensors[name.replace(".weight", f".{kind}")] for kind in ("weight", "weight_scale")}
+        shapes.add(tuple(own["weight_scale"].shape))
+        num_outputs, num_inputs = weight.shape
+        for row, col in ((0, 0), (num_outputs // 2, 0), (0, num_inputs // 2), (num_outputs - 8, num_inputs - 8)):
+            rows, cols = Share(row, num_outputs - row, num_outputs), Share(col, num_inputs - col, num_inputs)
+            cut = {}
+            for kind, tensor in own.items():
+                index = stored.index(kind, tuple(tensor.shape), rows, cols)
+                cut[kind] = tensor[index] if index else tensor
+            assert torch.equal(stored.decode(cut, rows, cols).dequantize(), weight[row:, col:])
+    assert shapes == {(), (2, 1, 1, 1), (1, 1, 2, 1)}
 
 
 def test_nvfp4_values_are_those_of_the_tool() -> None:
@@ -113,7 +136,7 @@ def test_mixtures_and_exceptions() -> None:
     [
         {"quant_algo": "NVFP4_AWQ"},
         {"quant_algo": "W4A8_AWQ"},
-        {"quant_algo": "FP8_PB_WO"},
+        {"quant_algo": "FP8_PC_PT"},
         {"quant_algo": "NVFP4", "group_size": 32},
         {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": {"quant_algo": "W4A16_AWQ"}}},
     ],

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForCausalLM,
     GraniteMoeConfig,
     Llama4TextConfig,
     MixtralConfig,
@@ -41,6 +42,7 @@ from tests.unit.gpu_worker.quant.published import (
     awq,
     float8_by_block,
     float8_by_output,
+    float8_of_exponents,
     gptq,
     packed_integers,
     publish,
@@ -292,6 +294,18 @@ FLOAT8_CASES = {
         },
         [(PLAIN, None), (".*", float8_by_block())],
     ),
+    "mxfp8": Published(
+        Qwen3Config,
+        {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "modules_to_not_convert": ["lm_head", "model.embed_tokens"],
+            "quant_method": "mxfp8",
+            "scale_fmt": "ue8m0",
+            "weight_block_size": [1, 32],
+        },
+        [(PLAIN, None), (".*", float8_of_exponents)],
+    ),
     "compressed-float8-by-token": Published(
         Qwen3MoeConfig,
         compressed(
@@ -312,6 +326,21 @@ def test_published_float8_weights_are_those_that_were_packed(case: str, tmp_path
     scheme = make_scheme(directory / "packed", family.name_rules)
     build = BuildContext(ParallelContext(), scheme, torch.float32, torch.device("cpu"))
     load_model(WorkerSettings(model=directory / "packed"), family, spec, build, 64)
+
+
+def test_mxfp8_means_what_transformers_makes_of_it(tmp_path: Path) -> None:
+    directory = FLOAT8_CASES["mxfp8"].write(tmp_path)
+    # It unpacks such weights where there is no GPU, to bfloat16, which holds all of these.
+    reference = AutoModelForCausalLM.from_pretrained(directory / "packed", dtype=torch.bfloat16).float().eval()
+    stored = load_file(directory / "packed" / "model.safetensors")
+    scales = [name for name in stored if name.endswith("_scale_inv")]
+    assert len(scales) == 14 and all(stored[name].dtype == torch.uint8 for name in scales)
+    tokens = list(range(3, 43))
+    with torch.inference_mode():
+        expected = reference(torch.tensor([tokens])).logits[0]
+    logits = QuantizedModel(directory / "packed").logits(tokens)
+    assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert torch.equal(logits.argmax(-1), expected.argmax(-1))
 
 
 @pytest.mark.parametrize("shards", [1, 2])

@@ -315,6 +315,18 @@ def test_what_a_published_config_says_of_a_linear(case: str) -> None:
     assert stored(config) == expected
 
 
+# R4 of SpinQuant.
+TURNS_INPUTS = {
+    "config_groups": {
+        "R4": {
+            "type": "hadamard",
+            "apply": [
+                {"targets": ["re:.*down_proj$"], "location": "input", "inverse": False, "ignore": []},
+                {"targets": ["re:.*down_proj$"], "location": "weight_input", "inverse": True, "ignore": []},
+            ],
+        }
+    }
+}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "awq-gemv": (AWQ | {"version": "GEMV"}, "awq with version 'gemv'"),
     "awq-gemv-fast": (AWQ | {"format": "gemv_fast"}, "awq with version 'gemv_fast'"),
@@ -335,16 +347,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "compressed-tensors with the format 'marlin-24'",
     ),
     "transforms": (
-        compressed("pack-quantized", group(int4(), "Linear"), ignore=[], transform_config={"config_groups": {"u": {}}}),
-        "compressed-tensors with a transform_config",
+        compressed("pack-quantized", group(int4(), "Linear"), ignore=[], transform_config=TURNS_INPUTS),
+        "compressed-tensors with a transform_config at the location 'input'",
     ),
     "experts-left-out": (
         compressed("pack-quantized", group(int4(), "Linear"), ignore=[], moe_sparsity_config={"method": "novice"}),
         "compressed-tensors with a moe_sparsity_config",
     ),
     "by-name": (
-        compressed("pack-quantized", ignore=[], config_groups={"W4A16": ["Linear"]}),
-        "compressed-tensors with the scheme 'W4A16' by its name alone",
+        compressed("pack-quantized", ignore=[], config_groups={"W1A16": ["Linear"]}),
+        "compressed-tensors with the scheme 'W1A16' by its name alone",
     ),
     "mxfp6": (
         compressed("mxfp6-pack-quantized", group(float8(), "Linear"), ignore=[]),
@@ -370,23 +382,23 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"quant_method": "fp8", "weight_block_size": [128, 128], "expert_dtype": "fp4"},
         "fp8 with expert_dtype 'fp4'",
     ),
+    "mxfp8-blocks": (
+        {"quant_method": "mxfp8", "weight_block_size": [128, 128]},
+        "mxfp8 with weight_block_size [128, 128]",
+    ),
     "fp8-stored-otherwise": ({"quant_method": "fp8", "store_dtype": "mxfp4"}, "fp8 with store_dtype 'mxfp4'"),
     "modelopt-awq": ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "modelopt with quant_algo 'W4A8_AWQ'"),
-    "modelopt-blocks": (
-        {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"},
-        "modelopt with quant_algo 'FP8_PB_WO'",
-    ),
     "mlx": (
-        {"group_size": 32, "bits": 4, "mode": "mxfp4"},
-        "MLX with the mode 'mxfp4' and 4 bits",
+        {"group_size": 64, "bits": 4, "mode": "mxfp4"},
+        "MLX with the mode 'mxfp4' and 4 bits in groups of 64",
     ),
     **{
         method: ({"quant_method": method}, f"quant_method '{method}'")
-        for method in ("aqlm", "bitnet", "eetq", "exl3", "fp_quant", "higgs", "hqq", "marlin", "paroquant", "qqq")
+        for method in ("aqlm", "bitnet", "eetq", "exl3", "fp_quant", "higgs", "marlin", "paroquant", "qqq")
     },
     **{
         method: ({"quant_method": method}, f"quant_method '{method}'")
-        for method in ("quanto", "sinq", "spqr", "torchao", "vptq", "mxfp8", "nvfp4")
+        for method in ("quanto", "sinq", "spqr", "vptq", "nvfp4")
     },
 }
 
