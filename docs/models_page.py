@@ -262,6 +262,11 @@ PROOFS = (
     ("awq, gptq, compressed-tensors, fp8", "files of GPTQModel, AutoAWQ and llm-compressor", "test_real_checkpoints"),
     ("gptq, each width", "AutoGPTQ's linear", "test_gptq"),
     ("compressed-tensors, each format and strategy", "its own decompression", "test_compressed_tensors"),
+    (
+        "compressed-tensors, schemes by name and rotated weights",
+        "its own schemes and unpacking",
+        "test_compressed_rotated",
+    ),
     ("auto-round", "its own linears", "test_auto_round"),
     ("modelopt", "its own tensors", "test_modelopt"),
     ("quark", "its own unpacking", "test_quark"),

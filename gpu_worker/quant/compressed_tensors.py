@@ -11,6 +11,7 @@ from typing import Any
 
 from gpu_worker.quant.activations import ActivationQuant
 from gpu_worker.quant.affine_formats import PackQuantizedFormat
+from gpu_worker.quant.compressed_presets import UNQUANTIZED, preset
 from gpu_worker.quant.config import ConfigSection, QuantConfig, _compiled
 from gpu_worker.quant.float4_formats import Float4Format
 from gpu_worker.quant.formats import WeightFormat
@@ -55,10 +56,10 @@ def read_compressed_tensors(section: ConfigSection) -> QuantConfig:
     sparse_format = sparsity.get("format") if isinstance(sparsity, dict) else sparsity
     if sparsity and sparse_format != "dense":
         raise section.refuse(f"compressed-tensors with a sparsity_config of the format {sparse_format!r}")
-    # Inputs are turned; experts are fewer in some layers, or constants.
-    for field in ("transform_config", "moe_sparsity_config"):
-        if section.fields.get(field):
-            raise section.refuse(f"compressed-tensors with a {field}")
+    _refuse_turned_inputs(section)
+    # Experts are fewer in some layers, or constants.
+    if section.fields.get("moe_sparsity_config"):
+        raise section.refuse("compressed-tensors with a moe_sparsity_config")
     whole_format = section.text("format", "")
     groups = section.fields.get("config_groups")
     if not groups and sparsity:
@@ -70,7 +71,12 @@ def read_compressed_tensors(section: ConfigSection) -> QuantConfig:
     schemes: list[tuple[_Names, WeightFormat]] = []
     for group_name, group in groups.items():
         if isinstance(group, list):
-            raise section.refuse(f"compressed-tensors with the scheme {group_name!r} by its name alone")
+            if group_name.upper() == UNQUANTIZED:
+                continue
+            scheme = preset(group_name)
+            if scheme is None:
+                raise section.refuse(f"compressed-tensors with the scheme {group_name!r} by its name alone")
+            group = {"targets": group, **scheme}
         if not isinstance(group, dict):
             raise section.error(f"config_groups.{group_name}", "is no object")
         inner = ConfigSection(group, section._error)
@@ -90,6 +96,23 @@ def read_compressed_tensors(section: ConfigSection) -> QuantConfig:
         return next((stored for names, stored in schemes if names.has_class_of(name)), None)
 
     return QuantConfig("compressed-tensors", format_of, f"compressed-tensors {whole_format}")
+
+
+def _refuse_turned_inputs(section: ConfigSection) -> None:
+    """Rotations that weights went through before they were quantized are part of them, and undo each other (R1 and R2
+    of SpinQuant). What turns inputs, outputs, queries or keys is computed at run time."""
+    transforms = section.fields.get("transform_config")
+    if not transforms:
+        return
+    groups = transforms.get("config_groups") if isinstance(transforms, dict) else None
+    applied: list[Any] = []
+    for group in groups.values() if isinstance(groups, dict) else [None]:
+        places = group.get("apply") if isinstance(group, dict) else None
+        applied += places if isinstance(places, list) else [None]
+    for place in applied:
+        location = place.get("location") if isinstance(place, dict) else None
+        if location not in ("weight_input", "weight_output"):
+            raise section.refuse(f"compressed-tensors with a transform_config at the location {location!r}")
 
 
 def _read_group(section: ConfigSection, group: dict[str, Any], kind: str) -> WeightFormat:

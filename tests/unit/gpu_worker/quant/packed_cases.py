@@ -63,11 +63,13 @@ def float4(n: int, k: int, group_size: int, *, seed: int = 0) -> Float4Weight:
     return Float4Weight(packed, scales, torch.rand(n, generator=generator) * 100 + 1, group_size)
 
 
-def with_offsets(n: int, k: int, group_size: int, bits: int) -> OffsetWeight:
+def with_offsets(n: int, k: int, group_size: int, bits: int, *, wide: bool = False) -> OffsetWeight:
+    """`wide`: offsets that 16 bits do not hold, as those are that a zero point is multiplied into."""
     generator = torch.Generator().manual_seed(n * k + bits)
     codes = torch.randint(0, 1 << bits, (n, k), generator=generator).to(torch.uint8)
     scales = (torch.rand(n, k // group_size, generator=generator) * 0.1).bfloat16().float()
-    offsets = (torch.randn(n, k // group_size, generator=generator) * 0.3).bfloat16().float()
+    offsets = torch.randn(n, k // group_size, generator=generator) * 0.3
+    offsets = offsets if wide else offsets.bfloat16().float()
     return OffsetWeight(codes, scales, offsets, group_size, bits)
 
 
@@ -81,6 +83,7 @@ WEIGHTS: dict[str, Any] = {
     "int8-g128": lambda: affine(24, 384, 128, 8),
     "int8-channel": lambda: affine(24, 100, 100, 8, symmetric=True),
     "offsets-4-g64": lambda: with_offsets(24, 320, 64, 4),
+    "offsets-4-g16-wide": lambda: with_offsets(16, 96, 16, 4, wide=True),
     "offsets-6-g32": lambda: with_offsets(8, 96, 32, 6),
     "nvfp4": lambda: float4(24, 208, 16),
     "mxfp4": lambda: float4(24, 160, 32),

@@ -315,6 +315,18 @@ def test_what_a_published_config_says_of_a_linear(case: str) -> None:
     assert stored(config) == expected
 
 
+# R4 of SpinQuant.
+TURNS_INPUTS = {
+    "config_groups": {
+        "R4": {
+            "type": "hadamard",
+            "apply": [
+                {"targets": ["re:.*down_proj$"], "location": "input", "inverse": False, "ignore": []},
+                {"targets": ["re:.*down_proj$"], "location": "weight_input", "inverse": True, "ignore": []},
+            ],
+        }
+    }
+}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "awq-gemv": (AWQ | {"version": "GEMV"}, "awq with version 'gemv'"),
     "awq-gemv-fast": (AWQ | {"format": "gemv_fast"}, "awq with version 'gemv_fast'"),
@@ -335,16 +347,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "compressed-tensors with the format 'marlin-24'",
     ),
     "transforms": (
-        compressed("pack-quantized", group(int4(), "Linear"), ignore=[], transform_config={"config_groups": {"u": {}}}),
-        "compressed-tensors with a transform_config",
+        compressed("pack-quantized", group(int4(), "Linear"), ignore=[], transform_config=TURNS_INPUTS),
+        "compressed-tensors with a transform_config at the location 'input'",
     ),
     "experts-left-out": (
         compressed("pack-quantized", group(int4(), "Linear"), ignore=[], moe_sparsity_config={"method": "novice"}),
         "compressed-tensors with a moe_sparsity_config",
     ),
     "by-name": (
-        compressed("pack-quantized", ignore=[], config_groups={"W4A16": ["Linear"]}),
-        "compressed-tensors with the scheme 'W4A16' by its name alone",
+        compressed("pack-quantized", ignore=[], config_groups={"W1A16": ["Linear"]}),
+        "compressed-tensors with the scheme 'W1A16' by its name alone",
     ),
     "mxfp6": (
         compressed("mxfp6-pack-quantized", group(float8(), "Linear"), ignore=[]),
