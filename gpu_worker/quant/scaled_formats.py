@@ -113,7 +113,7 @@ class ScaledFormat(WeightFormat):
     def output_span(self, tensor: str) -> OutputSpan | None:
         if tensor == self.values_name:
             return OutputSpan(0)
-        if tensor != self.scale_name or self.granularity == "tensor":
+        if tensor not in (self.scale_name, *self.ignored) or self.granularity == "tensor":
             return None
         return OutputSpan(0, Fraction(1, self.block[0]) if self.granularity == "block" else Fraction(1))
 

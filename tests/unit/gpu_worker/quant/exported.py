@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 TOKENS = list(range(3, 43))
 
@@ -23,7 +23,7 @@ def reference_logits(exported: Path, unpacked: dict[str, torch.Tensor], director
     config = json.loads((exported / "config.json").read_text())
     del config["quantization_config"]
     (directory / "config.json").write_text(json.dumps(config))
-    reference = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     with torch.inference_mode():
         logits: torch.Tensor = reference(torch.tensor([TOKENS])).logits[0]
     return logits

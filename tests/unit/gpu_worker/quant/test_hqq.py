@@ -100,7 +100,7 @@ def test_a_share_is_that_part_of_the_whole(case: str) -> None:
                 decoded(source, module, stored, Share(0, 1, num_outputs), Share(size // 2, size, num_inputs))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, "4-bit-fused"])
 def test_logits_are_those_of_the_dequantized_weights(case: str, tmp_path: Path) -> None:
     expected = reference_logits(FIXTURES / case, load_file(FIXTURES / case / "dequantized.safetensors"), tmp_path)
     ours = QuantizedModel(FIXTURES / case)

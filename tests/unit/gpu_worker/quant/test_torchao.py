@@ -32,6 +32,8 @@ FIXTURES = Path(__file__).resolve().parents[3] / "fixtures" / "quant" / "torchao
 QUANTIZE_INPUTS = ("int8-dynamic", "float8-dynamic-row", "float8-dynamic-tensor")
 WEIGHTS_ALONE = ("int4", "int8", "int8-groups", "float8", "int8-int4", "by-name")
 CASES = (*WEIGHTS_ALONE, *QUANTIZE_INPUTS)
+# q, k and v in one linear, and gate and up.
+FUSED = ("int4-fused", "int8-fused")
 DOWN = "model.layers.0.mlp.down_proj"
 UP = "model.layers.0.mlp.up_proj"
 
@@ -107,7 +109,7 @@ def test_a_share_is_that_part_of_the_whole(case: str) -> None:
             stored.index("_weight_qdata", (num_outputs, num_inputs // 2), shares[0][0], Share(24, 16, num_inputs))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *FUSED])
 def test_greedy_tokens_are_those_of_the_dequantized_weights(case: str, tmp_path: Path) -> None:
     expected = reference_logits(FIXTURES / case, load_file(FIXTURES / case / "dequantized.safetensors"), tmp_path)
     logits = QuantizedModel(FIXTURES / case).logits(TOKENS)
