@@ -23,7 +23,7 @@ SUPPORTED = (
     "mxfp8-quantized), fp8 (e4m3, a scale per tensor or per block), mxfp8, fbgemm_fp8, modelopt (FP8, "
     "FP8_PER_CHANNEL_PER_TOKEN, FP8_PB_WO, MXFP8, NVFP4, W4A16_NVFP4, MIXED_PRECISION of these), "
     "quark (FP8, INT8, MXFP4), mxfp4, auto-round (in the layouts of GPTQ and AWQ), "
-    "torchao (int4 in the packing format plain, int1 to int8 unpacked, int8, float8), "
+    "torchao (int4 in the packing format plain, int1 to int8 unpacked, int8, float8, MX, NVFP4), "
     "bitsandbytes (nf4, fp4, int8), hqq (1 to 6 and 8 bit), mlx (affine, 2 to 6 and 8 bit, mxfp4, mxfp8, nvfp4), "
     "gguf"
 )

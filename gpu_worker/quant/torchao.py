@@ -15,6 +15,7 @@ from gpu_worker.quant.activations import ActivationQuant
 from gpu_worker.quant.config import ConfigSection, QuantConfig, _compiled, is_module
 from gpu_worker.quant.formats import WeightFormat
 from gpu_worker.quant.scaled_formats import ScaledFormat
+from gpu_worker.quant.torchao_floats import TorchaoFloatFormat
 from gpu_worker.quant.torchao_formats import SCALE, VALUES, ZERO, TorchaoInt4Format, TorchaoIntxFormat
 
 METHOD = "torchao"
@@ -23,6 +24,8 @@ _WEIGHT_ONLY = ("Int8WeightOnlyConfig", "Float8WeightOnlyConfig")
 _WITH_INPUTS = ("Int8DynamicActivationInt8WeightConfig", "Float8DynamicActivationFloat8WeightConfig")
 _INTEGERS = ("IntxWeightOnlyConfig", "Int8DynamicActivationIntxWeightConfig")
 _INT4 = ("Int4WeightOnlyConfig", "Float8DynamicActivationInt4WeightConfig")
+_NVFP4 = ("NVFP4WeightOnlyConfig", "NVFP4DynamicActivationNVFP4WeightConfig")
+_MX: dict[str, Literal["mxfp4", "mxfp8"]] = {"float8_e4m3fn": "mxfp8", "float4_e2m1fn_x2": "mxfp4"}
 
 
 def read_torchao(section: ConfigSection) -> QuantConfig:
@@ -94,6 +97,13 @@ def _read_config(section: ConfigSection, config: Any) -> WeightFormat:
         return _read_integers(section, kind, fields)
     if kind in _WEIGHT_ONLY or kind in _WITH_INPUTS:
         return _read_scaled(section, kind, fields)
+    if kind in _NVFP4:
+        return TorchaoFloatFormat("nvfp4")
+    if kind == "MXDynamicActivationMXWeightConfig":
+        dtype = _name(fields.get("weight_dtype")) or "float8_e4m3fn"
+        if dtype not in _MX or fields.get("block_size", 32) != 32:
+            raise section.refuse(f"torchao with {kind} of {dtype} in blocks of {fields.get('block_size')}")
+        return TorchaoFloatFormat(_MX[dtype])
     raise section.refuse(f"torchao with {kind}")
 
 

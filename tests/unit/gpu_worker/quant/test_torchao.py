@@ -25,12 +25,14 @@ from gpu_worker.quant.repack import repack
 from gpu_worker.quant.scaled_formats import ScaledFormat
 from gpu_worker.quant.scheme import read_quantization
 from gpu_worker.quant.torchao_formats import TorchaoInt4Format, TorchaoIntxFormat
+from gpu_worker.quant.weights import ScaledWeight
 from tests.unit.gpu_worker.quant.exported import TOKENS, assert_same_tokens, reference_logits
 from tests.unit.gpu_worker.quant.paged_model import QuantizedModel
 
 FIXTURES = Path(__file__).resolve().parents[3] / "fixtures" / "quant" / "torchao"
 QUANTIZE_INPUTS = ("int8-dynamic", "float8-dynamic-row", "float8-dynamic-tensor")
-WEIGHTS_ALONE = ("int4", "int8", "int8-groups", "float8", "int8-int4", "by-name")
+WEIGHTS_ALONE = ("int4", "int8", "int8-groups", "float8", "int8-int4", "by-name", "nvfp4", "mxfp8")
+FLOATS = ("nvfp4", "mxfp8")
 CASES = (*WEIGHTS_ALONE, *QUANTIZE_INPUTS)
 # q, k and v in one linear, and gate and up.
 FUSED = ("int4-fused", "int8-fused")
@@ -72,7 +74,7 @@ def test_values_are_those_of_the_tool(case: str) -> None:
     for module, stored in formats.items():
         weight, own = expected[f"{module}.weight"], part_of(tensors, module)
         rules = stored.rules(*weight.shape)
-        assert set(own) == set(rules)
+        assert set(own) == set(rules) - {"_weight_act_per_tensor_scale"}
         for name, tensor in own.items():
             assert tuple(tensor.shape) in rules[name].shapes and tensor.dtype in rules[name].dtypes
         assert stored.size_of({name: tuple(tensor.shape) for name, tensor in own.items()}) == tuple(weight.shape)
@@ -81,8 +83,13 @@ def test_values_are_those_of_the_tool(case: str) -> None:
         assert ours.std() > 0.01
         if case == "int4":  # one sum is rounded in another order
             torch.testing.assert_close(ours, weight, rtol=0, atol=1e-7)
+        elif case == "nvfp4":  # ours divides by the reciprocal of the tool's factor
+            torch.testing.assert_close(ours, weight, rtol=3e-7, atol=0)
         else:
             assert torch.equal(ours, weight)
+        if case == "mxfp8":
+            assert isinstance(whole, ScaledWeight)
+            continue
         assert isinstance(stored, ScaledFormat) or repack(whole) is not None
 
 
@@ -93,10 +100,30 @@ def test_a_share_is_that_part_of_the_whole(case: str) -> None:
     weight = expected[f"{DOWN}.weight"]
     num_outputs, num_inputs = weight.shape
     shares = [(Share(4, 12, num_outputs), Share(0, num_inputs, num_inputs))]
-    shares += [(Share(0, num_outputs, num_outputs), Share(start, 16, num_inputs)) for start in (16, 48)]
-    if case != "int4":
+    shares += [
+        (Share(0, num_outputs, num_outputs), Share(start, 16, num_inputs)) for start in (16, 48) if case != "mxfp8"
+    ]
+    if case in FLOATS:
+        shares += [(Share(0, num_outputs, num_outputs), Share(start, 32, num_inputs)) for start in (32, 96, 128)]
+    elif case != "int4":
         shares.append((Share(8, 8, num_outputs), Share(24, 24, num_inputs)))
     whole = stored.decode(own, *(Share(0, size, size) for size in weight.shape)).dequantize()
+    check_shares(stored, own, whole, shares)
+    if case in FLOATS:
+        # Outputs on both sides of where a tile ends.
+        stored, own = formats[UP], part_of(tensors, UP)
+        sizes = expected[f"{UP}.weight"].shape
+        whole = stored.decode(own, *(Share(0, size, size) for size in sizes)).dequantize()
+        shares = [(Share(start, count, 160), Share(0, 32, 32)) for start, count in ((0, 80), (80, 80), (130, 20))]
+        check_shares(stored, own, whole, shares)
+    if case == "int4":
+        with pytest.raises(ParallelError, match="another --tensor-parallel-size"):
+            stored.index("_weight_qdata", (num_outputs, num_inputs // 2), shares[0][0], Share(24, 16, num_inputs))
+
+
+def check_shares(
+    stored: WeightFormat, own: dict[str, torch.Tensor], whole: torch.Tensor, shares: list[tuple[Share, Share]]
+) -> None:
     for rows, cols in shares:
         cut = {}
         for name, tensor in own.items():
@@ -104,9 +131,6 @@ def test_a_share_is_that_part_of_the_whole(case: str) -> None:
             cut[name] = tensor[index] if index else tensor
         assert cut["_weight_qdata"].numel() < own["_weight_qdata"].numel()
         assert torch.equal(stored.decode(cut, rows, cols).dequantize(), whole[rows.as_slice(), cols.as_slice()])
-    if case == "int4":
-        with pytest.raises(ParallelError, match="another --tensor-parallel-size"):
-            stored.index("_weight_qdata", (num_outputs, num_inputs // 2), shares[0][0], Share(24, 16, num_inputs))
 
 
 @pytest.mark.parametrize("case", [*CASES, *FUSED])
