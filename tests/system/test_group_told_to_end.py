@@ -73,7 +73,7 @@ def test_a_node_whose_first_node_says_nothing(llama: Path) -> None:
         assert node.wait_for_exit() == 0, node.lines
 
 
-@pytest.mark.parametrize("told", [0, 1])
+@pytest.mark.parametrize("told", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_any_node_of_a_group_that_waits_for_another(llama: Path, tmp_path: Path, told: int) -> None:
     """The group ends as one, in peace."""
     with forming(llama, tmp_path, num_nodes=3) as nodes:

@@ -265,7 +265,10 @@ def test_few_rows_that_add_up_themselves(
     assert is_few(len(lens), *shape[:2])
     if "sinks" in options:
         options = {"sinks": torch.linspace(-2.0, 8.0, shape[0], device=device)}
-    for policy in (FINE, SharePolicy(64, 16, 32), SharePolicy(3, 64, 64, short_share=0)):
+    policies = [FINE]
+    if shape == (4, 2, 64, 32):
+        policies += [SharePolicy(64, 16, 32), SharePolicy(3, 64, 64, short_share=0)]
+    for policy in policies:
         step.check(policy=policy, tuning=ADDS_UP, **options)
 
 

@@ -132,7 +132,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 # The largest tiles on the smallest shared memory.
-QUICK = {("8.9", "heads of 256 and 512")}
+QUICK = {("8.9", "heads of 256")}
 
 
 def compile_on(kind: str, directory: Path, *settings: str) -> list[Launch]:

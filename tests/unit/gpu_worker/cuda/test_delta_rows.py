@@ -62,6 +62,7 @@ def test_prompts_in_pieces_beside_decodes_give_the_same_tokens(name: str, tmp_pa
     run(tmp_path, [{0: 66, 2: 3}, {0: 1, 2: 1}, {0: 3, 2: 1}, None, {2: 1}, {0: 1}])
 
 
+@pytest.mark.slow
 def test_decodes_from_graphs_go_on_from_their_states(tmp_path: Path) -> None:
     save_tiny("qwen3.5", tmp_path, **SIZES)
     run(tmp_path, [{0: 70, 2: 4}, *[None] * 6], with_graphs=True)

@@ -31,9 +31,7 @@ LARGE = SIZES | {
 KINDS = {"gemma4": SMALL, "gemma4-large": LARGE, "gemma4-moe": LARGE}
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "gemma4" else pytest.param(name, marks=pytest.mark.slow) for name in KINDS]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in KINDS])
 def test_prefills_decodes_and_a_shared_prefix_give_the_same_tokens(name: str, tmp_path: Path) -> None:
     save_tiny(name, tmp_path, **KINDS[name])
     runner = load_inline(tmp_path)

@@ -362,8 +362,8 @@ def test_plain_weights_are_not_quantized_while_they_are_loaded(tmp_path: Path) -
     build = BuildContext(ParallelContext(), scheme, torch.float32, torch.device("cpu"))
     with pytest.raises(ModelConfigError, match="leave --quantization out"):
         family(spec, 256, build)
-    _edit(tmp_path, quantization_config={"quant_method": "hqq"})
-    with pytest.raises(ModelConfigError, match="'hqq', which is not supported"):
+    _edit(tmp_path, quantization_config={"quant_method": "aqlm"})
+    with pytest.raises(ModelConfigError, match="'aqlm', which is not supported"):
         read_spec(tmp_path)
 
 

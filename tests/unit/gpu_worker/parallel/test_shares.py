@@ -83,7 +83,7 @@ def test_what_cannot_be_split_is_named_with_both_numbers() -> None:
         pytest.param("olmo2", 6, "width", marks=pytest.mark.slow),
         # States are split with the key heads; queries, keys and values stored apart, and in one.
         ("qwen3.5", 2, "width"),
-        ("qwen3-next", 2, "width"),
+        pytest.param("qwen3-next", 2, "width", marks=pytest.mark.slow),
         pytest.param("phi3", 2, "width", marks=pytest.mark.slow),
         pytest.param("cohere-plus", 2, "width", marks=pytest.mark.slow),
     ],
