@@ -144,12 +144,13 @@ def plan_memory(
     activations = activation_bytes(spec, parallel, sizes.max_num_batched_tokens, sizes.max_num_seqs, dtype)
     activations += workspace_bytes
     states = StateShape.of(spec, parallel, dtype)
-    state_bytes = 0 if states is None else states.row_bytes * num_state_rows
+    state_row_bytes = 0 if states is None else states.row_bytes
     total_bytes = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
     if settings.max_model_len is None:
         budget = int(cpu_kv_cache_gib * (1 << 30))
         if device.type == "cuda":
-            budget = int(total_bytes * settings.gpu_memory_utilization) - weight_bytes - activations - state_bytes
+            budget = int(total_bytes * settings.gpu_memory_utilization) - weight_bytes - activations
+            budget -= state_row_bytes * num_state_rows
         fitting = longest_sequence(shape, budget)
         if 0 < fitting < sizes.max_model_len:
             log.warning("max_model_len is lowered to what the KV cache holds", model=sizes.max_model_len, now=fitting)
@@ -164,7 +165,8 @@ def plan_memory(
             max_model_len=sizes.max_model_len,
             max_num_seqs=sizes.max_num_seqs,
             device=str(device),
-            state_bytes=state_bytes,
+            state_row_bytes=state_row_bytes,
+            num_state_rows=num_state_rows,
         )
     else:
         plan = plan_cpu_memory(
@@ -175,7 +177,8 @@ def plan_memory(
             max_model_len=sizes.max_model_len,
             max_num_seqs=sizes.max_num_seqs,
             available_bytes=available_host_bytes(),
-            state_bytes=state_bytes,
+            state_row_bytes=state_row_bytes,
+            num_state_rows=num_state_rows,
         )
     return sizes, plan
 

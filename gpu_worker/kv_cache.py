@@ -162,12 +162,13 @@ def plan_cpu_memory(
     max_model_len: int,
     max_num_seqs: int,
     available_bytes: int | None,
-    state_bytes: int = 0,
+    state_row_bytes: int = 0,
+    num_state_rows: int = 0,
 ) -> MemoryPlan:
     """A pool of `kv_cache_gib`, or less where `max_num_seqs` sequences of `max_model_len` cannot fill it.
 
     `available_bytes` is what the machine can still give, the weights being in memory already (None: not known).
-    `state_bytes`: what layers keep of all rows.
+    `state_row_bytes`: what layers keep of each of `num_state_rows` rows.
 
     Raises:
         MemoryBudgetError: not one sequence of max_model_len fits, or the machine has not got the memory.
@@ -175,15 +176,20 @@ def plan_cpu_memory(
     num_blocks = int(kv_cache_gib * GIB) // shape.block_bytes
     num_blocks = min(num_blocks, FIRST_BLOCK_ID + max_num_seqs * shape.blocks_for(max_model_len))
     _check_longest(shape, num_blocks, max_model_len, kv_cache_gib, "cpu_kv_cache_gib")
-    kv_bytes = num_blocks * shape.block_bytes
+    kv_bytes, state_bytes = num_blocks * shape.block_bytes, state_row_bytes * num_state_rows
     if available_bytes is not None and kv_bytes + activation_bytes + state_bytes > available_bytes:
-        left = available_bytes - activation_bytes - kv_bytes
-        _check_states(state_bytes, left, max_num_seqs, f"of the {available_bytes / GIB:.2f} GiB that are free")
-        fitting = max(available_bytes - activation_bytes, 0) / GIB
+        left = available_bytes - activation_bytes
+        spare = num_state_rows - max_num_seqs
+        where = f"of the {available_bytes / GIB:.2f} GiB that are free"
+        _check_states(state_row_bytes, left - kv_bytes, max_num_seqs, spare, where)
+        fitting = max(left - state_bytes, 0)
+        advice = f"set --cpu-kv-cache-gib {_floor2(fitting / GIB)} or less"
+        if state_bytes and fitting < (FIRST_BLOCK_ID + shape.blocks_for(max_model_len)) * shape.block_bytes:
+            advice = "set a smaller --max-num-seqs and a smaller --cpu-kv-cache-gib"
+        states = f" and {state_bytes / GIB:.2f} GiB of states of rows" if state_bytes else ""
         raise MemoryBudgetError(
-            f"cpu_kv_cache_gib {kv_cache_gib:g} and {activation_bytes / GIB:.2f} GiB of activations do not fit into "
-            f"the {available_bytes / GIB:.2f} GiB that this machine has free: "
-            f"set --cpu-kv-cache-gib {_floor2(fitting)} or less"
+            f"cpu_kv_cache_gib {kv_cache_gib:g} and {activation_bytes / GIB:.2f} GiB of activations{states} do not fit "
+            f"into the {available_bytes / GIB:.2f} GiB that this machine has free: {advice}"
         )
     return MemoryPlan("cpu", None, weight_bytes, activation_bytes, kv_bytes, num_blocks, shape.block_size, state_bytes)
 
@@ -198,9 +204,12 @@ def plan_cuda_memory(
     max_model_len: int,
     max_num_seqs: int,
     device: str,
-    state_bytes: int = 0,
+    state_row_bytes: int = 0,
+    num_state_rows: int = 0,
 ) -> MemoryPlan:
-    """What `utilization` of the device leaves beside weights, activations and `state_bytes`, all of it computed.
+    """What `utilization` of the device leaves beside weights, activations and states of rows, all of it computed.
+
+    `state_row_bytes`: what layers keep of each of `num_state_rows` rows.
 
     Raises:
         MemoryBudgetError: weights and activations alone exceed the budget, or not one sequence of max_model_len fits.
@@ -220,12 +229,14 @@ def plan_cuda_memory(
         )
     for_longest = (FIRST_BLOCK_ID + shape.blocks_for(max_model_len)) * shape.block_bytes
     _check_states(
-        state_bytes,
+        state_row_bytes,
         left - for_longest,
         max_num_seqs,
+        num_state_rows - max_num_seqs,
         f"beside weights, activations and the KV cache of one sequence in gpu_memory_utilization {utilization:g} of "
         f"{total_bytes / GIB:.2f} GiB",
     )
+    state_bytes = state_row_bytes * num_state_rows
     left -= state_bytes
     num_blocks = min(left // shape.block_bytes, FIRST_BLOCK_ID + max_num_seqs * shape.blocks_for(max_model_len))
     _check_longest(shape, num_blocks, max_model_len, utilization, "gpu_memory_utilization", total_bytes)
@@ -235,14 +246,15 @@ def plan_cuda_memory(
     )
 
 
-def _check_states(state_bytes: int, left: int, max_num_seqs: int, of_what: str) -> None:
-    """Raises `MemoryBudgetError` where fewer rows would do: their states are `state_bytes` together."""
-    if not state_bytes or state_bytes <= left:
+def _check_states(row_bytes: int, left: int, max_num_seqs: int, num_spare: int, of_what: str) -> None:
+    """Raises `MemoryBudgetError` where fewer rows would do. `num_spare`: rows that no sequence has."""
+    needed = row_bytes * (max_num_seqs + num_spare)
+    if needed <= left or not row_bytes:
         return
-    fitting = max(left, 0) * max_num_seqs // state_bytes
-    if fitting:
+    fitting = left // row_bytes - num_spare
+    if fitting > 0:
         raise MemoryBudgetError(
-            f"states of {max_num_seqs} rows take {state_bytes / GIB:.2f} GiB, and {left / GIB:.2f} GiB are left "
+            f"states of {max_num_seqs} rows take {needed / GIB:.2f} GiB, and {left / GIB:.2f} GiB are left "
             f"{of_what}: set --max-num-seqs {fitting} or less"
         )
 

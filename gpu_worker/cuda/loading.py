@@ -8,7 +8,7 @@ from pathlib import Path
 
 import structlog
 import torch
-from stepwire_kernels.delta_runs import unsupported_heads
+from stepwire_kernels.delta_runs import unsupported_heads, unsupported_width
 from stepwire_kernels.experts import default_expert_tuning, default_packed_tuning
 from stepwire_kernels.step_result import result_slot_words
 
@@ -296,7 +296,8 @@ def _unsupported(spec: ModelSpec, parallel: ParallelContext, sizes: Sizes, devic
     if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         return _too_old(device, MIN_CAPABILITY)
     if spec.gated_delta is not None:
-        reason = unsupported_heads(spec.gated_delta.key_dim, spec.gated_delta.value_dim)
+        delta = spec.gated_delta
+        reason = unsupported_heads(delta.key_dim, delta.value_dim) or unsupported_width(delta.conv_width)
         if reason is not None:
             return reason
     return unsupported_attention(attention_spec(spec, parallel, sizes.max_model_len), sizes.block_size)

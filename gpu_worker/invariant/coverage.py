@@ -14,7 +14,7 @@ def refuse_uncovered(spec: ModelSpec, family: type[ModelFamily]) -> None:
         "experts": spec.moe is not None,
         "latent attention": spec.latent is not None,
         "the gated delta rule": spec.gated_delta is not None,
-        "heads of several sizes": len({layer.head_dim for layer in spec.layers}) > 1,
+        "heads of several kinds": len({(layer.num_kv_heads, layer.head_dim) for layer in spec.layers}) > 1,
         "layers that attend to the keys of others": any(layer.kv_source is not None for layer in spec.layers),
         "per-layer embeddings": spec.layer_inputs is not None,
         "attention in chunks": any(layer.attention_chunk is not None for layer in spec.layers),

@@ -172,8 +172,9 @@ class Decoder:
         self._stage = build.parallel
         self.held = build.parallel.layers(spec.num_layers)
         check_stage(spec, self.held.start)
-        check_kv_sources(spec, build.parallel)
+        # First: no other stages would do.
         check_layer_inputs(spec, build.parallel)
+        check_kv_sources(spec, build.parallel)
         elsewhere = build.elsewhere()
         self._holds_embedding = self._stage.is_first_stage or (self._stage.is_last_stage and spec.tie_word_embeddings)
         self.embedding = Embedding(

@@ -425,7 +425,7 @@ def rule_for(path: Path, architecture: GgufArchitecture, gguf_name: str) -> Tens
     stem, _, kind = gguf_name.rpartition(".")
     match = _LAYER_NAME.fullmatch(stem)
     part = match["part"] if match else ""
-    if kind == "scale":
+    if match and kind == "scale":
         part, kind = f"{part}.scale", "weight"
     lone = _LONE_EXPERT.fullmatch(part)
     rule = (

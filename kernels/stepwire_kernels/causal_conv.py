@@ -17,10 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
-from stepwire_kernels.delta_runs import DeltaColumns, DeltaRuns, run_of_place
+from stepwire_kernels.delta_runs import CONV_TOKENS, DeltaColumns, DeltaRuns, run_of_place, unsupported_width
 from stepwire_kernels.dependent_launch import launch_options, release_downstream, wait_upstream
 
-TILE_TOKENS = 16
 BLOCK_CHANNELS = 128
 
 
@@ -146,10 +145,13 @@ def causal_conv(
         ValueError: shapes that do not fit.
     """
     num_channels, width = weight.shape
-    if num_channels != columns.num_channels or state.shape[1:] != (width - 1, num_channels) or width < 2:
+    reason = unsupported_width(width)
+    if reason is not None:
+        raise ValueError(f"causal_conv: {reason}")
+    if num_channels != columns.num_channels or state.shape[1:] != (width - 1, num_channels):
         raise ValueError(
-            f"causal_conv: {columns.num_channels} channels need weight [{columns.num_channels}, W] with W of 2 or more "
-            f"and state [rows, W - 1, {columns.num_channels}]; got {tuple(weight.shape)} and {tuple(state.shape)}"
+            f"causal_conv: {columns.num_channels} channels need weight [{columns.num_channels}, W] and state "
+            f"[rows, W - 1, {columns.num_channels}]; got {tuple(weight.shape)} and {tuple(state.shape)}"
         )
     if x.stride(1) != 1 or not weight.is_contiguous() or not state.is_contiguous():
         raise ValueError("causal_conv: columns, weight and state must be contiguous")
@@ -159,7 +161,7 @@ def causal_conv(
     if num_tokens == 0:
         return out
     single = not runs.has_longer
-    num_programs = runs.num_runs if single else runs.num_places(num_tokens, TILE_TOKENS)
+    num_programs = runs.num_runs if single else runs.num_places(num_tokens, CONV_TOKENS)
     block = min(BLOCK_CHANNELS, triton.next_power_of_2(num_channels))
     _causal_conv_kernel[(num_programs, triton.cdiv(num_channels, block))](
         x,
@@ -182,7 +184,7 @@ def causal_conv(
         VALUE_STRIDE=columns.value_stride,
         WIDTH=width,
         ONE_TOKEN_RUNS=single,
-        TILE=1 if single else TILE_TOKENS,
+        TILE=1 if single else CONV_TOKENS,
         BLOCK_KEPT=triton.next_power_of_2(width - 1),
         BLOCK_C=block,
         BLOCK_RUNS=1 if single else triton.next_power_of_2(runs.num_runs),

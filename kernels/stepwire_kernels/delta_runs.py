@@ -20,6 +20,9 @@ import triton
 import triton.language as tl
 
 HEAD_SIZES = (16, 32, 64, 128)
+# Tokens that a program of the convolution computes. Of a run's programs the first alone may read what was kept, since
+# it overwrites that: more taps than this would reach from the second one's tokens into it.
+CONV_TOKENS = 16
 
 
 class DeltaColumns(Protocol):
@@ -83,6 +86,13 @@ def unsupported_heads(key_dim: int, value_dim: int) -> str | None:
             sizes = ", ".join(map(str, HEAD_SIZES))
             return f"a gated delta rule with {name}s of {size} numbers, which is not one of {sizes}"
     return None
+
+
+def unsupported_width(conv_width: int) -> str | None:
+    """Why the kernels cannot compute a convolution of so many taps; None: they can."""
+    if 2 <= conv_width <= CONV_TOKENS + 1:
+        return None
+    return f"a convolution over {conv_width} tokens, which are not 2 to {CONV_TOKENS + 1}"
 
 
 @triton.jit

@@ -134,29 +134,60 @@ def test_the_printed_table_adds_up() -> None:
     assert f"{plan.num_kv_tokens} tokens" in lines[-1] and plan.num_kv_tokens == (plan.num_blocks - 1) * 16
 
 
-def test_states_of_rows_are_planned_beside_the_cache_and_too_many_name_how_many_fit() -> None:
+@pytest.mark.parametrize("num_spare", [0, 1])
+@pytest.mark.parametrize("weights", [15.0, 15.2])
+def test_states_of_rows_are_planned_beside_the_cache_and_too_many_name_how_many_fit(
+    num_spare: int, weights: float
+) -> None:
     def planned(max_num_seqs: int) -> MemoryPlan:
         return plan_cuda_memory(
             LLAMA_8B,
             total_bytes=80 * GIB,
             utilization=0.9,
-            weight_bytes=15 * GIB,
+            weight_bytes=int(weights * GIB),
             activation_bytes=GIB,
             max_model_len=8192,
             max_num_seqs=max_num_seqs,
             device="cuda:0",
-            state_bytes=max_num_seqs * GIB // 4,
+            state_row_bytes=GIB // 4,
+            num_state_rows=max_num_seqs + num_spare,
         )
 
-    plan = planned(100)
+    plan = planned(100 - num_spare)
     assert plan.kv_bytes <= 31 * GIB < plan.kv_bytes + plan.block_size * GIB
     assert any(re.match(r"states of rows +25\.00 GiB", line) for line in plan.lines())
-    with pytest.raises(MemoryBudgetError, match=r"states of 300 rows take 75\.00 GiB, .*--max-num-seqs (\d+)") as told:
-        planned(300)
+    with pytest.raises(MemoryBudgetError, match=r"states of \d+ rows take 75\.00 GiB, .*--max-num-seqs (\d+)") as told:
+        planned(300 - num_spare)
     fits = re.search(r"--max-num-seqs (\d+)", str(told.value))
     assert fits is not None and planned(int(fits[1])).num_blocks >= 513
     with pytest.raises(MemoryBudgetError):
         planned(int(fits[1]) + 1)
+
+
+def cpu_with_states(kv_cache_gib: float, max_num_seqs: int, available_gib: float) -> MemoryPlan:
+    return plan_cpu_memory(
+        LLAMA_8B,
+        kv_cache_gib=kv_cache_gib,
+        weight_bytes=16 * GIB,
+        activation_bytes=GIB // 2,
+        max_model_len=8192,
+        max_num_seqs=max_num_seqs,
+        available_bytes=int(available_gib * GIB),
+        state_row_bytes=GIB // 4,
+        num_state_rows=max_num_seqs,
+    )
+
+
+def test_a_pool_that_leaves_no_room_for_states_is_told_one_that_does() -> None:
+    with pytest.raises(MemoryBudgetError, match=r"2\.00 GiB of states of rows do not fit") as told:
+        cpu_with_states(8.0, 8, available_gib=6)
+    fits = re.search(r"--cpu-kv-cache-gib ([\d.]+)", str(told.value))
+    assert fits is not None and cpu_with_states(float(fits[1]), 8, available_gib=6).num_blocks == 1792
+    with pytest.raises(MemoryBudgetError, match="set a smaller --max-num-seqs and a smaller --cpu-kv-cache-gib"):
+        cpu_with_states(8.0, 64, available_gib=6)
+    with pytest.raises(MemoryBudgetError, match="--max-num-seqs 6 or less"):
+        cpu_with_states(4.0, 8, available_gib=6)
+    cpu_with_states(4.0, 6, available_gib=6)
 
 
 def test_scrub_takes_out_what_is_not_finite_and_leaves_the_rest() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from stepwire_kernels import gated_delta_chunks, reference_delta
 from stepwire_kernels.causal_conv import causal_conv
-from stepwire_kernels.delta_runs import DeltaRuns, unsupported_heads
+from stepwire_kernels.delta_runs import DeltaRuns, unsupported_heads, unsupported_width
 from stepwire_kernels.gated_delta import gated_delta
 from stepwire_kernels.gated_heads import gate_heads, gated_norm, without_gates
 
@@ -229,10 +229,14 @@ def test_gates_of_attention(device: str, dtype: torch.dtype, num_tokens: int, he
 def test_what_does_not_fit_is_refused(device: str) -> None:
     layout, runs = LAYOUTS["apart"], STEPS["one-decode"].on(device)
     x = torch.zeros(1, width_of(layout), device=device)
-    with pytest.raises(ValueError, match=r"need weight \[256, W\] with W of 2 or more"):
-        causal_conv(x, torch.zeros(256, 1, device=device), torch.zeros(1, 0, 256, device=device), layout, runs)
+    for width in (1, 18):
+        weight, state = torch.zeros(256, width, device=device), torch.zeros(1, width - 1, 256, device=device)
+        with pytest.raises(ValueError, match=f"a convolution over {width} tokens, which are not 2 to 17"):
+            causal_conv(x, weight, state, layout, runs)
+    with pytest.raises(ValueError, match=r"256 channels need weight \[256, W\]"):
+        causal_conv(x, torch.zeros(255, 4, device=device), torch.zeros(1, 3, 256, device=device), layout, runs)
     rates = torch.zeros(6, device=device)
     with pytest.raises(ValueError, match=r"6 heads of \(16, 32\) need qkv \[tokens, 256\]"):
         gated_delta(x, x, rates, rates, torch.zeros(1, 6, 16, 32, device=device), layout, runs)
-    assert unsupported_heads(128, 128) is None
+    assert unsupported_heads(128, 128) is None and unsupported_width(4) is None
     assert "keys of 48 numbers" in str(unsupported_heads(48, 128))

@@ -82,6 +82,16 @@ _GEMMA4_EXPERTS = {
     "top_k_experts": 8,
     "moe_intermediate_size": 704,
 }
+_DELTA = _DENSE | {
+    "architectures": ["Qwen3_5ForCausalLM"],
+    "model_type": "qwen3_5_text",
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
     "llama, AWQ": _LLAMA | {"quantization_config": _AWQ},
@@ -103,6 +113,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "heads of 256 and 512": _GEMMA4,
     "heads of 256 and 512, experts beside an MLP": _GEMMA4 | _GEMMA4_EXPERTS,
+    "gated delta rule": _DELTA,
     "mixture": _MIXTURE,
     "mixture, AWQ": _MIXTURE | {"quantization_config": _AWQ},
     "mixture, FP8 blocks": _MIXTURE | {"quantization_config": _FP8_BLOCKS},
@@ -165,6 +176,13 @@ def test_every_kernel_compiles_and_fits(kind: str, model: str, tmp_path: Path) -
     kernels = {launch.kernel for launch in launches}
     assert len(kernels) > 10
     assert kernels >= {"_share_list_kernel", "_decode_kernel", "_combine_kernel", "_prefill_kernel"}
+    if MODELS[model] is _DELTA:
+        assert kernels >= {
+            "_causal_conv_kernel",
+            "_delta_token_kernel",
+            "_delta_inverse_kernel",
+            "_delta_chunks_kernel",
+        }
     limit = DEVICES[kind].shared_memory
     unfit = [launch for launch in launches if launch.error is not None or launch.shared_memory > limit]
     assert unfit == []

@@ -136,6 +136,8 @@ def test_what_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     write_gguf(path, extra_tensors={"blk.0.attn_sinks.weight": np.zeros(4, np.float32)})
     assert "tensor 'blk.0.attn_sinks.weight': the architecture 'llama' has no such tensor" in _refusal(path)
+    write_gguf(path, extra_tensors={"output_norm.scale": np.zeros(1, np.float32)})
+    assert "tensor 'output_norm.scale': the architecture 'llama' has no such tensor" in _refusal(path)
     write_gguf(path, "gemma2", keys={"expert_count": 8})
     assert "mixture of 8 experts" in _refusal(path)
     write_gguf(path, keys={"attention.head_count_kv": 3})

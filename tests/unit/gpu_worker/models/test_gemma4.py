@@ -159,20 +159,24 @@ def test_what_is_not_served_is_refused_by_name(changes: dict[str, Any], message:
 
 
 def test_layers_that_share_a_cache_stay_on_one_stage(tmp_path: Path) -> None:
-    save_tiny("gemma4", tmp_path)
+    save_tiny("gemma4", tmp_path, hidden_size_per_layer_input=0)
     stage = ParallelContext(stage=1, stage_layers=(3, 4))
     with pytest.raises(
         ModelConfigError, match=r"layer 3 .* attends to the keys and values of layer 2, .* different sta"
     ):
         QuantizedModel(tmp_path, parallel=stage)
-    save_tiny("gemma4", tmp_path, num_kv_shared_layers=0, use_double_wide_mlp=False)
+    save_tiny("gemma4", tmp_path)
     with pytest.raises(ModelConfigError, match="gives every layer an embedding of its own"):
         QuantizedModel(tmp_path, parallel=stage)
 
 
 def test_a_deterministic_server_refuses_it() -> None:
-    with pytest.raises(ModelConfigError, match="--deterministic does not cover heads of several sizes"):
+    with pytest.raises(ModelConfigError, match="--deterministic does not cover heads of several kinds"):
         refuse_uncovered(spec_of(E2B), Gemma4)
+    fewer = {"global_head_dim": 256, "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0}
+    fewer |= {"num_key_value_heads": 8, "num_global_key_value_heads": 2, "attention_k_eq_v": True}
+    with pytest.raises(ModelConfigError, match="--deterministic does not cover heads of several kinds"):
+        refuse_uncovered(spec_of(E2B | fewer), Gemma4)
     alike = spec_of(E2B | {"global_head_dim": 256})
     with pytest.raises(ModelConfigError, match="--deterministic does not cover layers that attend to the keys of othe"):
         refuse_uncovered(alike, Gemma4)
