@@ -184,10 +184,7 @@ def _by_granularity(
         case "PerGroup":
             by, block = "block", (1, ConfigSection(_data(granularity), section._error).integer("group_size"))
         case "PerBlock":
-            sizes = _data(granularity).get("block_size")
-            if not isinstance(sizes, list) or len(sizes) != 2:
-                raise section.error("quant_type", f"has the block_size {sizes!r:.40}, expected two sizes")
-            by, block = "block", (int(sizes[0]), int(sizes[1]))
+            by, block = "block", _block_size(section, granularity)
         case _:
             raise section.refuse(f"torchao with {kind} by {name}")
     # All of these are symmetric: zero points are there, and 0.
@@ -195,12 +192,20 @@ def _by_granularity(
     return ScaledFormat(number, by, block, scale_name=SCALE, values_name=VALUES, ignored=ignored)
 
 
+def _block_size(section: ConfigSection, granularity: Any) -> tuple[int, int]:
+    """Rows and columns that share a scale."""
+    sizes = _data(granularity).get("block_size")
+    if not isinstance(sizes, list) or len(sizes) != 2 or not all(isinstance(size, int) for size in sizes):
+        raise section.error("quant_type", f"has the block_size {sizes!r:.40}, expected two sizes")
+    return sizes[0], sizes[1]
+
+
 def _inputs(
     section: ConfigSection, kind: str, number: Literal["float8", "int8"], granularity: Any, fields: dict[str, Any]
 ) -> ActivationQuant:
     name = granularity.get("_type") if isinstance(granularity, dict) else granularity
     if name == "PerBlock":
-        return ActivationQuant(number, "group", True, int(_data(granularity)["block_size"][1]))
+        return ActivationQuant(number, "group", True, _block_size(section, granularity)[1])
     if name not in ("PerRow", "PerTensor", "PerToken", None):
         raise section.refuse(f"torchao with {kind} and inputs by {name}")
     # A scale a token, whatever else is in the batch.

@@ -84,6 +84,8 @@ def save_whole(directory: Path, text: dict[str, Any], *, unified: bool) -> Any:
     model.save_pretrained(directory)
     fields = json.loads((directory / "config.json").read_text())
     own = fields["text_config"].pop("per_layer_config")
+    # As releases have it, with or without the name.
+    fields["text_config"] |= {"per_layer_config": None} if unified else {}
     fields["text_config"] |= {"global_head_dim": text["global_head_dim"]}
     fields["text_config"] |= {"num_global_key_value_heads": text.get("num_global_key_value_heads")}
     assert own

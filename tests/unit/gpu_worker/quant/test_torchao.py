@@ -225,3 +225,13 @@ def test_what_cannot_be_read_is_refused_by_its_name(quant_type: Any, words: str)
     with pytest.raises(ModelConfigError, match=words) as refusal:
         read(quant_type)
     assert "torchao (int4 in the packing format plain" in str(refusal.value)
+
+
+@pytest.mark.parametrize("sizes", [None, [128], [128, "128"]])
+@pytest.mark.parametrize("of_inputs", [True, False])
+def test_blocks_without_two_sizes_are_refused(sizes: Any, of_inputs: bool) -> None:
+    blocks = {"_type": "PerBlock", "_data": {} if sizes is None else {"block_size": sizes}}
+    sound = {"_type": "PerBlock", "_data": {"block_size": [1, 128]}}
+    granularity = [blocks, sound] if of_inputs else [sound, blocks]
+    with pytest.raises(ModelConfigError, match=r"has the block_size .*, expected two sizes"):
+        read(one_config("Float8DynamicActivationFloat8WeightConfig", granularity=granularity))
