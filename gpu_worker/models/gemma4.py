@@ -135,7 +135,7 @@ def _layers(config: HfConfig) -> tuple[LayerSpec, ...]:
 def _kv_heads(config: HfConfig, layer: int, kind: str) -> tuple[int, int]:
     """(num_kv_heads, head_dim) of a layer: transformers 5.23 saves each layer's, releases those of full attention."""
     own: dict[str, Any] = {}
-    if kind == FULL and not config.fields.get("per_layer_config"):
+    if kind == FULL and config.fields.get("per_layer_config") is None:
         own["head_dim"] = config.integer("global_head_dim", 512)
         if config.boolean("attention_k_eq_v", False):
             own["num_key_value_heads"] = config.optional_integer("num_global_key_value_heads")
