@@ -10,7 +10,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from stepwire_kernels import latent_kv, rope_kv
+from stepwire_kernels import attention_decode, attention_from_qkv, attention_latent, latent_kv, rope_kv
 
 from tests.unit.kernels.checks import repair_interpreter
 
@@ -30,3 +30,8 @@ def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     for module in (rope_kv, latent_kv):
         monkeypatch.setattr(module, "tokens_per_program", lambda num_tokens: 16)
+    # Attention as for a device of few multiprocessors: of the programs of 132 nearly all would have nothing to do.
+    for module in (attention_decode, attention_latent):
+        monkeypatch.setattr(module, "SHARED_MULTIPROCESSORS", 4)
+    for name in ("FEW_WANTED_PROGRAMS", "MANY_WANTED_PROGRAMS"):
+        monkeypatch.setattr(attention_from_qkv, name, 48)

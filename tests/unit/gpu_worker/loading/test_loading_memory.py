@@ -74,6 +74,6 @@ def test_gguf_is_streamed(tmp_path: Path, values: np.ndarray) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    # A few copies of one tensor of 10 MB while it is decoded, and what the allocator keeps of them (45 to 102 MiB seen), of
-    # 250 MB.
+    # A few copies of one tensor of 10 MB while it is decoded, and what the allocator keeps of them (45 to 102 MiB):
+    # of 250 MB.
     assert _growth_while_streaming(tmp_path / "m.gguf") < 150 << 20
