@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gpu_worker.parallel.shares import Share
+from gpu_worker.parallel.shares import ParallelError, Share
 from gpu_worker.quant.activations import ActivationQuant, StaticScale
 from gpu_worker.quant.api import PLAIN_DTYPES, OutputSpan, RandomValues
 from gpu_worker.quant.weights import QuantizedWeight
@@ -80,6 +80,15 @@ class WeightFormat(ABC):
 def covering(share: Share, block: int) -> slice:
     """The blocks that a share of a dimension touches."""
     return slice(share.start // block, -(-share.stop // block))
+
+
+def check_whole_groups(cols: Share, group_size: int) -> None:
+    """Raises `ParallelError` where a share of the inputs cuts a group, whose codes or scales cannot be cut."""
+    if cols.start % group_size or cols.size % group_size:
+        raise ParallelError(
+            f"inputs {cols.start} to {cols.stop} of {cols.total} are no whole groups of {group_size}: use another "
+            "--tensor-parallel-size, or --enable-expert-parallel for experts"
+        )
 
 
 def as_scalar(tensor: torch.Tensor) -> torch.Tensor:

@@ -13,10 +13,19 @@ import torch
 
 from gpu_worker.errors import LoadError
 from gpu_worker.loading.hqq_source import CODES, SCALE, ZERO
-from gpu_worker.parallel.shares import ParallelError, Share
+from gpu_worker.parallel.shares import Share
 from gpu_worker.quant.api import RandomValues
 from gpu_worker.quant.config import ConfigSection, QuantConfig, is_module
-from gpu_worker.quant.formats import FLOAT_SCALES, Rules, Shape, TensorRule, Tensors, WeightFormat, covering
+from gpu_worker.quant.formats import (
+    FLOAT_SCALES,
+    Rules,
+    Shape,
+    TensorRule,
+    Tensors,
+    WeightFormat,
+    check_whole_groups,
+    covering,
+)
 from gpu_worker.quant.weights import OffsetWeight, QuantizedWeight
 
 METHOD = "hqq"
@@ -52,11 +61,8 @@ class HqqFormat(WeightFormat):
 
     def index(self, tensor: str, shape: Shape, rows: Share, cols: Share) -> tuple[slice, ...]:
         size = self._group(cols.total)
-        if (cols.start % size or cols.size % size) and size < cols.total:
-            raise ParallelError(
-                f"inputs {cols.start} to {cols.stop} of {cols.total} are no whole groups of {size}: use "
-                "another --tensor-parallel-size, or --enable-expert-parallel for experts"
-            )
+        if size < cols.total:
+            check_whole_groups(cols, size)
         return (rows.as_slice(), cols.as_slice() if tensor == CODES else covering(cols, size))
 
     def decode(self, tensors: Tensors, rows: Share, cols: Share) -> QuantizedWeight:

@@ -17,12 +17,21 @@ from typing import Any, Literal
 import torch
 
 from gpu_worker.loading.stacked_experts import SWITCH, SWITCH_PARTS
-from gpu_worker.parallel.shares import ParallelError, Share
+from gpu_worker.parallel.shares import Share
 from gpu_worker.quant.api import OutputSpan, RandomValues
 from gpu_worker.quant.bit_packing import Packing
 from gpu_worker.quant.config import ConfigSection, QuantConfig
 from gpu_worker.quant.float4_formats import Float4Format
-from gpu_worker.quant.formats import FLOAT_SCALES, Rules, Shape, TensorRule, Tensors, WeightFormat, covering
+from gpu_worker.quant.formats import (
+    FLOAT_SCALES,
+    Rules,
+    Shape,
+    TensorRule,
+    Tensors,
+    WeightFormat,
+    check_whole_groups,
+    covering,
+)
 from gpu_worker.quant.scaled_formats import MXFP8
 from gpu_worker.quant.weights import Float4Weight, OffsetWeight, QuantizedWeight, ScaledWeight
 
@@ -65,7 +74,7 @@ class MlxFormat(WeightFormat):
         return num_outputs, groups * self.group_size
 
     def index(self, tensor: str, shape: Shape, rows: Share, cols: Share) -> tuple[slice, ...]:
-        _refuse_cut_groups(cols, self.group_size)
+        check_whole_groups(cols, self.group_size)
         taken = self._packing.words(cols) if tensor == "weight" else covering(cols, self.group_size)
         return (rows.as_slice(), taken)
 
@@ -121,7 +130,7 @@ class MlxFloatFormat(WeightFormat):
         return num_outputs, num_words * 32 // self.bits
 
     def index(self, tensor: str, shape: Shape, rows: Share, cols: Share) -> tuple[slice, ...]:
-        _refuse_cut_groups(cols, self.group_size)
+        check_whole_groups(cols, self.group_size)
         taken = Packing(self.bits).words(cols) if tensor == "weight" else covering(cols, self.group_size)
         return (rows.as_slice(), taken)
 
@@ -139,14 +148,6 @@ class MlxFloatFormat(WeightFormat):
     ) -> QuantizedWeight:
         alike = MXFP8 if self.mode == "mxfp8" else Float4Format(self.mode)
         return alike.random(num_outputs, num_inputs, std, source, device)
-
-
-def _refuse_cut_groups(cols: Share, group_size: int) -> None:
-    if cols.start % group_size or cols.size % group_size:
-        raise ParallelError(
-            f"inputs {cols.start} to {cols.stop} of {cols.total} are no whole groups of {group_size}: use "
-            "another --tensor-parallel-size, or --enable-expert-parallel for experts"
-        )
 
 
 def read_mlx(section: ConfigSection) -> QuantConfig:

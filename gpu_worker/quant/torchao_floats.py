@@ -12,10 +12,20 @@ from typing import Literal
 
 import torch
 
-from gpu_worker.parallel.shares import ParallelError, Share
+from gpu_worker.parallel.shares import Share
 from gpu_worker.quant.api import OutputSpan, RandomValues
 from gpu_worker.quant.float4_formats import Float4Format
-from gpu_worker.quant.formats import SCALAR, Rules, Shape, TensorRule, Tensors, WeightFormat, as_scalar, covering
+from gpu_worker.quant.formats import (
+    SCALAR,
+    Rules,
+    Shape,
+    TensorRule,
+    Tensors,
+    WeightFormat,
+    as_scalar,
+    check_whole_groups,
+    covering,
+)
 from gpu_worker.quant.scaled_formats import EXPONENTS, MXFP8
 from gpu_worker.quant.torchao_formats import SCALE, VALUES
 from gpu_worker.quant.weights import Float4Weight, QuantizedWeight, ScaledWeight
@@ -60,11 +70,7 @@ class TorchaoFloatFormat(WeightFormat):
         return num_outputs, num_bytes * self._per_byte
 
     def index(self, tensor: str, shape: Shape, rows: Share, cols: Share) -> tuple[slice, ...]:
-        if cols.start % self.group_size or cols.size % self.group_size:
-            raise ParallelError(
-                f"inputs {cols.start} to {cols.stop} of {cols.total} are no whole groups of {self.group_size}: use "
-                "another --tensor-parallel-size, or --enable-expert-parallel for experts"
-            )
+        check_whole_groups(cols, self.group_size)
         if tensor == VALUES:
             return (rows.as_slice(), slice(cols.start // self._per_byte, cols.stop // self._per_byte))
         if tensor != SCALE:

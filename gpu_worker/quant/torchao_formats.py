@@ -13,9 +13,18 @@ from fractions import Fraction
 import torch
 
 from gpu_worker.errors import LoadError
-from gpu_worker.parallel.shares import ParallelError, Share
+from gpu_worker.parallel.shares import Share
 from gpu_worker.quant.api import OutputSpan, RandomValues
-from gpu_worker.quant.formats import FLOAT_SCALES, Rules, Shape, TensorRule, Tensors, WeightFormat, covering
+from gpu_worker.quant.formats import (
+    FLOAT_SCALES,
+    Rules,
+    Shape,
+    TensorRule,
+    Tensors,
+    WeightFormat,
+    check_whole_groups,
+    covering,
+)
 from gpu_worker.quant.weights import AffineWeight, OffsetWeight, QuantizedWeight
 
 VALUES, SCALE, ZERO = "_weight_qdata", "_weight_scale", "_weight_zero_point"
@@ -48,11 +57,7 @@ class TorchaoInt4Format(WeightFormat):
         return num_outputs, num_bytes * 2
 
     def index(self, tensor: str, shape: Shape, rows: Share, cols: Share) -> tuple[slice, ...]:
-        if cols.start % self.group_size or cols.size % self.group_size:
-            raise ParallelError(
-                f"inputs {cols.start} to {cols.stop} of {cols.total} are no whole groups of {self.group_size}: use "
-                "another --tensor-parallel-size, or --enable-expert-parallel for experts"
-            )
+        check_whole_groups(cols, self.group_size)
         if tensor == VALUES:
             return (rows.as_slice(), slice(cols.start // 2, cols.stop // 2))
         return (covering(cols, self.group_size), rows.as_slice())
